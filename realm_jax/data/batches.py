@@ -1,0 +1,486 @@
+"""From the corpus' tables to batches of wordpieces, in numpy and Grain.
+
+Public: `training_batches`, `evaluation_batches`, `assemble_documents`,
+`assemble_joint`, `with_candidates`, `encode_queries`, `Lengths`. Every random
+choice is a function of (seed, position in the stream) alone: the batches do not
+depend on the number of workers, and an iterator's state is its position.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import tokenizer as tokenizer_lib
+
+Batch = dict[str, np.ndarray]
+
+NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
+
+
+def training_batches(
+    corpus: corpus_lib.Corpus,
+    config: config_lib.Config,
+    process: int = 0,
+    processes: int = 1,
+) -> grain.DatasetIterator:
+  """The endless, checkpointable stream of batches of the config's objective.
+
+  Each epoch has an order of its own, and each visit of a sentence masks anew.
+
+  Args:
+    corpus: opened corpus.
+    config: resolved config.
+    process: which part of each global batch is wanted.
+    processes: number of parts.
+
+  Returns:
+    Iterator over batches of batch_size / processes rows:
+      realm: query_ids_BQ, query_lengths_B, positions_BM, targets_BM, mask_BM,
+        exclude_BR2 (row ranges a search must not return).
+      mlm: joint_ids_BT, joint_types_BT, positions_BM, targets_BM, mask_BM.
+      ict: query_ids_BQ, doc_ids_BS, doc_types_BS.
+    All have sentence_B: rows of the sentence table.
+
+  Raises:
+    ValueError: if the corpus has nothing to learn from.
+  """
+  examples = _examples(corpus, config, sentences_of(corpus, config))
+  return iter(
+      grain.MapDataset.source(examples)
+      .seed(config.seed)
+      .shuffle()
+      .repeat()
+      .random_map(examples.sample)[process::processes]
+      .batch(config.batch_size // processes, drop_remainder=True)
+      .map(examples.assemble)
+      .to_iter_dataset(
+          grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+      )
+  )
+
+
+def evaluation_batches(
+    corpus: corpus_lib.Corpus,
+    config: config_lib.Config,
+    split: str = 'validation',
+    limit: int | None = None,
+) -> Iterator[Batch]:
+  """One pass over a split in a fixed order with fixed masks.
+
+  The last batch is smaller; `limit` is a number of sentences.
+  """
+  examples = _examples(corpus, config, split)
+  order = grain.MapDataset.source(examples).seed(0).shuffle()
+  if limit is not None:
+    order = order[: min(limit, len(order))]
+  yield from (
+      order.random_map(examples.sample)
+      .batch(config.batch_size, drop_remainder=False)
+      .map(examples.assemble)
+  )
+
+
+def sentences_of(corpus: corpus_lib.Corpus, config: config_lib.Config) -> str:
+  """Which split of the corpus' sentences the objective learns from.
+
+  Warm-up and ICT pair a sentence with its passage, so they always use
+  `knowledge`. REALM uses what the config says; `auto` prefers the separate
+  pretraining corpus.
+  """
+  if config.objective != 'realm':
+    return 'knowledge'
+  if config.sentences != 'auto':
+    return config.sentences
+  return 'pretraining' if 'pretraining' in corpus.sentences else 'knowledge'
+
+
+def assemble_documents(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    length: int,
+    tokenizer: tokenizer_lib.Tokenizer,
+    cut: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `[CLS] title [SEP] body [SEP]` of passages, padded.
+
+  Args:
+    passages: the table.
+    rows: passage numbers, any shape; NULL_DOCUMENT for the null document.
+    length: S; the title has priority, the body gets what remains.
+    tokenizer: for the special ids.
+    cut: for each row, a range (start, limit) of body wordpieces to leave out.
+
+  Returns:
+    ids and types (segments 0 up to the first [SEP], 1 after), int32 [..., S].
+  """
+  title, body = _title_and_body(passages, rows.reshape(-1), cut)
+  return _join(
+      passages.tokens,
+      [tokenizer.cls_id, title, tokenizer.sep_id, body, tokenizer.sep_id],
+      length,
+      first_segment=3,
+      shape=rows.shape,
+  )
+
+
+def assemble_joint(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    query_ids: np.ndarray,
+    query_lengths: np.ndarray,
+    length: int,
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `[CLS] x [SEP] body [SEP]`, the reader's input, padded.
+
+  Args:
+    passages: the table.
+    rows: passage numbers [B, K]; NULL_DOCUMENT for the null document.
+    query_ids: `[CLS] x [SEP]`, padded, [B, Q].
+    query_lengths: wordpieces of each, with the specials, [B].
+    length: T.
+    tokenizer: for the special ids.
+
+  Returns:
+    ids and types (0 for the sentence, 1 for the body), int32 [B, K, T].
+  """
+  _, body = _title_and_body(passages, rows.reshape(-1), None)
+  ids, types = _join(
+      passages.tokens,
+      [_Pieces(body.starts, np.repeat(query_lengths, rows.shape[1])), body,
+       tokenizer.sep_id],
+      length,
+      first_segment=1,
+      shape=rows.shape,
+  )
+  # The first piece only kept the place for the query.
+  width = min(query_ids.shape[1], length)
+  column = np.arange(width)
+  is_query = column[None] < query_lengths[:, None]
+  ids[..., :width] = np.where(
+      is_query[:, None], query_ids[:, None, :width], ids[..., :width]
+  )
+  return ids, types
+
+
+def with_candidates(
+    batch: Batch,
+    retrieved: np.ndarray,
+    corpus: corpus_lib.Corpus,
+    lengths: config_lib.LengthsConfig,
+) -> Batch:
+  """Adds the candidates' texts to a `realm` batch.
+
+  Args:
+    batch: of `training_batches`.
+    retrieved: passage rows from the search, [B, J].
+    corpus: the opened corpus.
+    lengths: static shapes.
+
+  Returns:
+    The batch with doc_ids_BJS and doc_types_BJS of the retrieved documents,
+    joint_ids_BKT and joint_types_BKT of all candidates (candidate 0 is the null
+    document), without exclude_BR2.
+  """
+  null = np.full((len(retrieved), 1), NULL_DOCUMENT, np.int64)
+  candidates = np.concatenate([null, retrieved], axis=1)
+  batch = {name: x for name, x in batch.items() if name != 'exclude_BR2'}
+  batch['doc_ids_BJS'], batch['doc_types_BJS'] = assemble_documents(
+      corpus.passages, retrieved, lengths.document, corpus.tokenizer
+  )
+  batch['joint_ids_BKT'], batch['joint_types_BKT'] = assemble_joint(
+      corpus.passages,
+      candidates,
+      batch['query_ids_BQ'],
+      batch['query_lengths_B'],
+      lengths.joint,
+      corpus.tokenizer,
+  )
+  return batch
+
+
+def encode_queries(
+    texts: list[str], length: int, tokenizer: tokenizer_lib.Tokenizer
+) -> np.ndarray:
+  """Returns `[CLS] text [SEP]` of questions, cut to `length`, int32 [B, Q]."""
+  ids = np.full((len(texts), length), tokenizer.pad_id, np.int32)
+  for row, pieces in zip(ids, tokenizer.encode_batch(texts), strict=True):
+    pieces = pieces[: length - 2]
+    row[: len(pieces) + 2] = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
+  return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+  """For each row, a run of wordpieces: where it begins and how long it is.
+
+  With a gap, `gap_sizes` wordpieces are skipped after the first `gap_starts`.
+  """
+
+  starts: np.ndarray
+  lengths: np.ndarray
+  gap_starts: np.ndarray | None = None
+  gap_sizes: np.ndarray | None = None
+
+
+def _title_and_body(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    cut: tuple[np.ndarray, np.ndarray] | None,
+) -> tuple[_Pieces, _Pieces]:
+  real, safe = rows >= 0, np.maximum(rows, 0)
+  starts, limits = passages.offsets[safe], passages.offsets[safe + 1]
+  titles = np.where(real, passages.title_lengths[safe], 0)
+  bodies = np.where(real, limits - starts, 0) - titles
+  title, body = _Pieces(starts, titles), _Pieces(starts + titles, bodies)
+  if cut is not None:
+    gap_starts, gap_limits = cut
+    sizes = gap_limits - gap_starts
+    body = _Pieces(body.starts, bodies - sizes, gap_starts, sizes)
+  return title, body
+
+
+def _join(
+    tokens: np.ndarray,
+    parts: list[_Pieces | int],
+    length: int,
+    first_segment: int,
+    shape: tuple[int, ...],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Concatenates runs of wordpieces and single ids in each row.
+
+  A run is cut so that what follows it still fits. Parts from `first_segment`
+  on are of segment 1.
+  """
+  num_rows = next(len(p.lengths) for p in parts if isinstance(p, _Pieces))
+  column = np.arange(length)[None]
+  ids = np.zeros((num_rows, length), np.int32)
+  types = np.zeros((num_rows, length), np.int32)
+  filled = np.zeros(num_rows, np.int64)
+  for i, part in enumerate(parts):
+    if isinstance(part, int):
+      size = np.ones(num_rows, np.int64)
+    else:
+      singles = sum(isinstance(later, int) for later in parts[i + 1 :])
+      size = np.minimum(part.lengths, length - singles - filled)
+    inside = column - filled[:, None]
+    here = (inside >= 0) & (inside < size[:, None])
+    if isinstance(part, int):
+      values: Any = part
+    else:
+      if part.gap_starts is not None and part.gap_sizes is not None:
+        after = inside >= part.gap_starts[:, None]
+        inside = inside + np.where(after, part.gap_sizes[:, None], 0)
+      flat = np.where(here, part.starts[:, None] + inside, 0)
+      values = tokens[flat]
+    ids = np.where(here, values, ids)
+    if i >= first_segment:
+      types = np.where(here, 1, types)
+    filled = filled + size
+  return (
+      ids.astype(np.int32).reshape(*shape, length),
+      types.astype(np.int32).reshape(*shape, length),
+  )
+
+
+def _examples(
+    corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
+) -> '_Examples':
+  if split not in corpus.sentences:
+    raise ValueError(
+        f'The corpus {corpus.directory} has no sentences of the split'
+        f' {split!r}; it has {sorted(corpus.sentences)}.'
+    )
+  kind = _ClozeExamples if config.objective == 'ict' else _MaskedExamples
+  return kind(corpus, config, split)
+
+
+class _Examples:
+  """Sentences that an objective can use: a random access source for Grain.
+
+  `sample` makes the random choices of one example, `assemble` the arrays of a
+  batch of them, all at once.
+  """
+
+  def __init__(
+      self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
+  ):
+    self._corpus, self._config, self._split = corpus, config, split
+    self._table = corpus.sentences[split]
+    self._rows = np.zeros(0, np.int64)
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index) -> int:
+    return int(self._rows[index])
+
+  def __repr__(self) -> str:  # Part of what Grain saves.
+    return f'sentences({self._split}, {len(self)})'
+
+  def sample(self, row: int, rng: np.random.Generator) -> Batch:
+    raise NotImplementedError
+
+  def assemble(self, batch: Batch) -> Batch:
+    raise NotImplementedError
+
+  def _queries(
+      self, rows: np.ndarray, masks: tuple[np.ndarray, np.ndarray] | None
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[CLS] x [SEP]`: ids [B, Q], lengths [B], and what the masks hide."""
+    length, tokenizer = self._config.lengths.query, self._corpus.tokenizer
+    pieces = _Pieces(self._table.starts[rows], self._table.lengths[rows])
+    ids, _ = _join(
+        self._table.tokens,
+        [tokenizer.cls_id, pieces, tokenizer.sep_id],
+        length,
+        first_segment=3,
+        shape=rows.shape,
+    )
+    sizes = np.minimum(pieces.lengths + 2, length).astype(np.int32)
+    targets = np.zeros((len(rows), 0), np.int32)
+    if masks is not None:
+      positions, is_mask = masks
+      targets = np.take_along_axis(ids, positions, axis=1)
+      masked = np.where(is_mask, tokenizer.mask_id, targets)
+      np.put_along_axis(ids, positions, masked, axis=1)
+      targets = np.where(is_mask, targets, 0)
+    return ids, sizes, targets
+
+
+class _MaskedExamples(_Examples):
+  """A sentence with some wordpieces masked: objectives `mlm` and `realm`."""
+
+  def __init__(
+      self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
+  ):
+    super().__init__(corpus, config, split)
+    # A span is used only if every wordpiece of it can be predicted: nothing is
+    # masked without being a target.
+    spans = np.asarray(self._table.spans)
+    fits = (spans[:, 1] - spans[:, 0] <= config.lengths.masks) & (
+        spans[:, 1] <= config.lengths.query - 2
+    )
+    before = np.concatenate([[0], np.cumsum(fits)])
+    self._spans = spans[fits]
+    self._span_offsets = before[np.asarray(self._table.span_offsets)]
+    self._rows = np.flatnonzero(np.diff(self._span_offsets))
+    if not len(self._rows):
+      raise ValueError(
+          f'The corpus {corpus.directory} has no salient span to mask in its'
+          f' {len(self._table)} sentences of the split {split!r}: none lies'
+          ' within the first lengths.query - 2 ='
+          f' {config.lengths.query - 2} wordpieces and has at most'
+          f' lengths.masks = {config.lengths.masks}.'
+      )
+
+  def sample(self, row: int, rng: np.random.Generator) -> Batch:
+    start, limit = rng.choice(
+        self._spans[self._span_offsets[row] : self._span_offsets[row + 1]]
+    )
+    room = min(int(self._table.lengths[row]), self._config.lengths.query - 2)
+    if self._config.masking == 'salient':
+      chosen = np.arange(start, limit)
+    elif self._config.masking == 'random_span':
+      # As long as a salient span of this sentence, but anywhere.
+      size = limit - start
+      start = rng.integers(0, room - size, endpoint=True)
+      chosen = np.arange(start, start + size)
+    else:  # random_token: BERT's 15 %.
+      count = min(max(round(0.15 * room), 1), self._config.lengths.masks)
+      chosen = np.sort(rng.choice(room, count, replace=False))
+    positions = np.zeros(self._config.lengths.masks, np.int64)
+    positions[: len(chosen)] = chosen + 1  # After [CLS].
+    return {
+        'sentence_B': np.int64(row),
+        'positions_BM': positions,
+        'mask_BM': np.arange(len(positions)) < len(chosen),
+        'own': np.bool_(rng.random() < self._config.mlm.own_passage_rate),
+    }
+
+  def assemble(self, batch: Batch) -> Batch:
+    own = batch.pop('own')
+    rows, positions = batch['sentence_B'], batch['positions_BM']
+    query_ids, query_lengths, targets = self._queries(
+        rows, (positions, batch['mask_BM'])
+    )
+    batch['targets_BM'] = targets.astype(np.int32)
+    batch['positions_BM'] = positions.astype(np.int32)
+    passages = np.asarray(self._table.passages[rows])
+    if self._config.objective == 'mlm':
+      seen = np.where(own, passages, NULL_DOCUMENT)[:, None]
+      ids, types = assemble_joint(
+          self._corpus.passages,
+          seen,
+          query_ids,
+          query_lengths,
+          self._config.lengths.joint,
+          self._corpus.tokenizer,
+      )
+      batch['joint_ids_BT'], batch['joint_types_BT'] = ids[:, 0], types[:, 0]
+    else:
+      batch['query_ids_BQ'] = query_ids
+      batch['query_lengths_B'] = query_lengths
+      batch['exclude_BR2'] = self._trivial(passages)
+    return batch
+
+  def _trivial(self, passages: np.ndarray) -> np.ndarray:
+    """Row ranges that would give the answer away, int64 [B, 1, 2]."""
+    if self._config.trivial == 'article':
+      ranges = self._corpus.passages.article_rows(passages)
+    elif self._config.trivial == 'passage':
+      ranges = np.stack([passages, passages + 1], axis=-1)
+      ranges = np.where(passages[:, None] >= 0, ranges, 0)
+    else:
+      ranges = np.zeros((len(passages), 2), np.int64)
+    return ranges[:, None]
+
+
+class _ClozeExamples(_Examples):
+  """A sentence and its passage, mostly without it: objective `ict`."""
+
+  def __init__(
+      self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
+  ):
+    super().__init__(corpus, config, split)
+    # A passage that is one sentence has no context to be found by.
+    whole = self._body_lengths(np.asarray(self._table.passages))
+    self._rows = np.flatnonzero(np.asarray(self._table.lengths) < whole)
+    if not len(self._rows):
+      raise ValueError(
+          f'The corpus {corpus.directory} has no passage of two sentences or'
+          ' more, which ICT needs: it finds a passage from one of its sentences.'
+      )
+
+  def _body_lengths(self, passages: np.ndarray) -> np.ndarray:
+    table = self._corpus.passages
+    return (
+        table.offsets[passages + 1]
+        - table.offsets[passages]
+        - table.title_lengths[passages]
+    )
+
+  def sample(self, row: int, rng: np.random.Generator) -> Batch:
+    removed = rng.random() < self._config.ict.remove_rate
+    return {'sentence_B': np.int64(row), 'removed': np.bool_(removed)}
+
+  def assemble(self, batch: Batch) -> Batch:
+    rows, table = batch['sentence_B'], self._corpus.passages
+    passages = np.asarray(self._table.passages[rows])
+    batch['query_ids_BQ'], _, _ = self._queries(rows, None)
+    body = table.offsets[passages] + table.title_lengths[passages]
+    start = self._table.starts[rows] - body
+    size = np.where(batch.pop('removed'), self._table.lengths[rows], 0)
+    batch['doc_ids_BS'], batch['doc_types_BS'] = assemble_documents(
+        table,
+        passages,
+        self._config.lengths.document,
+        self._corpus.tokenizer,
+        cut=(start, start + size),
+    )
+    return batch

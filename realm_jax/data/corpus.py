@@ -1,0 +1,270 @@
+"""The corpus artifact that `prepare` writes, for reading.
+
+Public: `Corpus`, `PassageTable`, `SentenceTable`, `FORMAT_VERSION`, `id_hash`.
+Tables are memory-mapped numpy arrays, so that a corpus of any size opens at once
+and no training step ever tokenises a passage. A passage's number is its row.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from realm_jax.data import tokenizer as tokenizer_lib
+
+# Of the files and their meaning; a reader refuses any other.
+FORMAT_VERSION = 1
+_NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
+
+
+@dataclasses.dataclass(frozen=True)
+class PassageTable:
+  """Wordpieces of all passages.
+
+  tokens: uint16 or uint32, flat: of each passage the title's, then the body's.
+  offsets: int64 [N + 1]: where passage i begins and ends in `tokens`.
+  title_lengths: int32 [N]: how many of its wordpieces are the title's.
+  articles: int32 [N]: number of its article; never decreases.
+  """
+
+  tokens: np.ndarray
+  offsets: np.ndarray
+  title_lengths: np.ndarray
+  articles: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.title_lengths)
+
+  @functools.cached_property
+  def lengths(self) -> np.ndarray:
+    """int32 [N]: wordpieces with title, body, [CLS] and two [SEP]."""
+    return (np.diff(self.offsets) + _NUM_SPECIALS).astype(np.int32)
+
+  def title_and_body(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the wordpieces of the title and of the body."""
+    start, limit = self.offsets[row], self.offsets[row + 1]
+    middle = start + self.title_lengths[row]
+    return self.tokens[start:middle], self.tokens[middle:limit]
+
+  def article_rows(self, passages: np.ndarray) -> np.ndarray:
+    """Returns which rows the articles of some passages cover.
+
+    Args:
+      passages: rows, any shape; -1 for a sentence that is from no passage.
+
+    Returns:
+      int64 [..., 2]: half-open range of rows; [0, 0) for -1.
+    """
+    passages = np.asarray(passages, np.int64)
+    articles = self.articles[np.maximum(passages, 0)]
+    rows = np.stack(
+        [
+            np.searchsorted(self.articles, articles, 'left'),
+            np.searchsorted(self.articles, articles, 'right'),
+        ],
+        axis=-1,
+    ).astype(np.int64)
+    return np.where(passages[..., None] >= 0, rows, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceTable:
+  """Sentences with their salient spans.
+
+  tokens: uint16 or uint32, flat; of the passages when the sentences are theirs.
+  starts: int64 [n]: where sentence i begins in `tokens`.
+  lengths: int32 [n]: its wordpieces.
+  passages: int64 [n]: row of its passage, -1 if from none.
+  span_offsets: int64 [n + 1]: where its spans begin and end in `spans`.
+  spans: int32 [total, 2]: half-open ranges of wordpieces of the sentence.
+  """
+
+  tokens: np.ndarray
+  starts: np.ndarray
+  lengths: np.ndarray
+  passages: np.ndarray
+  span_offsets: np.ndarray
+  spans: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.lengths)
+
+  def ids(self, row: int) -> np.ndarray:
+    """Returns the wordpieces of a sentence."""
+    start = self.starts[row]
+    return self.tokens[start : start + self.lengths[row]]
+
+  def spans_of(self, row: int) -> np.ndarray:
+    """Returns int32 [spans, 2], relative to the sentence's wordpieces."""
+    return self.spans[self.span_offsets[row] : self.span_offsets[row + 1]]
+
+
+class Corpus:
+  """An open corpus; `Corpus.open(directory)` makes one."""
+
+  def __init__(self, directory: pathlib.Path, manifest: dict[str, Any]):
+    self.directory = directory
+    self.manifest = manifest
+    self.fingerprint: str = manifest['fingerprint']
+    dtype = np.dtype(manifest['token_dtype'])
+    load = self._load
+    tokens = {
+        name: self._map_tokens(name, dtype)
+        for name in ['passage_tokens.bin']
+        + [split['tokens'] for split in manifest['splits'].values()]
+    }
+    self.passages = PassageTable(
+        tokens['passage_tokens.bin'],
+        load('passage_offsets.npy'),
+        load('title_lengths.npy'),
+        load('articles.npy'),
+    )
+    # Only the splits that have sentences.
+    self.sentences = {
+        name: SentenceTable(
+            tokens[split['tokens']],
+            load(f'{name}.starts.npy'),
+            load(f'{name}.lengths.npy'),
+            load(f'{name}.passages.npy'),
+            load(f'{name}.span_offsets.npy'),
+            load(f'{name}.spans.npy'),
+        )
+        for name, split in manifest['splits'].items()
+    }
+
+  @classmethod
+  def open(cls, directory: str | os.PathLike[str]) -> 'Corpus':
+    """Opens the folder that `prepare` wrote.
+
+    Raises:
+      FileNotFoundError: if there is none, it was not finished, or lacks a file.
+      ValueError: if it is of another format version, or a file is damaged.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+      raise FileNotFoundError(
+          f'There is no corpus {directory}; write one with `realm-jax prepare '
+          f'--output={directory}`.'
+      )
+    path = directory / 'manifest.json'
+    if not path.is_file():
+      raise FileNotFoundError(
+          f'{directory} has no manifest.json: it is not a corpus, or `realm-jax '
+          'prepare` did not finish it.'
+      )
+    try:
+      manifest = json.loads(path.read_bytes())
+      version = manifest['version']
+    except (ValueError, KeyError, TypeError):
+      raise ValueError(f'{path} is damaged: no readable manifest.') from None
+    if version != FORMAT_VERSION:
+      raise ValueError(
+          f'{directory} has corpus format {version!r}; this realm_jax reads '
+          f'format {FORMAT_VERSION}. Prepare the corpus again.'
+      )
+    for name, facts in manifest['files'].items():
+      file = directory / name
+      if not file.is_file():
+        raise FileNotFoundError(f'The corpus {directory} lacks the file {name}.')
+      size = file.stat().st_size
+      if size != facts['bytes']:
+        raise ValueError(
+            f'The corpus {directory} is damaged: {name} has {size} bytes, its '
+            f'manifest says {facts["bytes"]}.'
+        )
+    return cls(directory, manifest)
+
+  def verify(self) -> None:
+    """Reads every file and raises ValueError if one differs from the manifest."""
+    for name, facts in self.manifest['files'].items():
+      with open(self.directory / name, 'rb') as file:
+        found = hashlib.file_digest(file, 'sha256').hexdigest()
+      if found != facts['sha256']:
+        raise ValueError(
+            f'The corpus {self.directory} is damaged: {name} has the SHA-256 '
+            f'{found}, its manifest says {facts["sha256"]}.'
+        )
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer_lib.Tokenizer:
+    """The tokenizer that the tables were made with."""
+    made_with = self.manifest['tokenizer']
+    found = tokenizer_lib.Tokenizer.from_vocab(
+        self.directory / 'vocab.txt', made_with['lowercase']
+    )
+    if found.digest != made_with['digest']:
+      raise ValueError(
+          f'{self.directory}/vocab.txt is not what the corpus was made with: '
+          f'digest {found.digest}, manifest {made_with["digest"]}.'
+      )
+    return found
+
+  def passage_text(self, row: int) -> dict[str, str]:
+    """Returns {id, title, text} of a passage, by random access.
+
+    Raises:
+      IndexError: if there is no such row.
+    """
+    if not 0 <= row < len(self.passages):
+      raise IndexError(
+          f'There is no passage {row}; the corpus has {len(self.passages)}.'
+      )
+    record = self._passage_records[int(row)]
+    return {
+        name: record[name].decode('utf-8') for name in ('id', 'title', 'text')
+    }
+
+  def passage_rows_by_id(self, ids: Iterable[str]) -> np.ndarray:
+    """Returns the rows of passages by their ids, int64; -1 where unknown.
+
+    A record that was too long for one passage has the ids ID#0, ID#1 and so on;
+    its own id then gives the first of them.
+    """
+    order, hashes = self._ids_in_order
+    rows = []
+    for wanted in ids:
+      rows.append(-1)
+      for name in (wanted, f'{wanted}#0'):
+        hashed = np.uint64(id_hash(name))
+        at = int(np.searchsorted(hashes, hashed))
+        while at < len(hashes) and hashes[at] == hashed:
+          if self.passage_text(int(order[at]))['id'] == name:
+            rows[-1] = int(order[at])
+          at += 1
+        if rows[-1] >= 0:
+          break
+    return np.array(rows, np.int64)
+
+  @functools.cached_property
+  def _ids_in_order(self) -> tuple[np.ndarray, np.ndarray]:
+    hashes = self._load('passage_ids.npy')
+    order = np.argsort(hashes, kind='stable')
+    return order, hashes[order]
+
+  @functools.cached_property
+  def _passage_records(self) -> Any:
+    # Imported late: it takes seconds, and training never needs the texts.
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(self.directory / 'passages'))
+    return builder.as_data_source(split='train')
+
+  def _load(self, name: str) -> np.ndarray:
+    return np.load(
+        self.directory / 'tables' / name, mmap_mode='r', allow_pickle=False
+    )
+
+  def _map_tokens(self, name: str, dtype: np.dtype) -> np.ndarray:
+    return np.memmap(self.directory / 'tables' / name, dtype, mode='r')
+
+
+def id_hash(name: str) -> int:
+  """Returns the 64-bit hash by which `tables/passage_ids.npy` knows an id."""
+  digest = hashlib.blake2b(name.encode('utf-8'), digest_size=8).digest()
+  return int.from_bytes(digest, 'little')

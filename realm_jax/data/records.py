@@ -1,0 +1,333 @@
+"""Input records of `prepare`: which files, and what each line says.
+
+Public: `Record`, `Records` (a source that can be read several times),
+`find_files`, `is_validation`. A record is a line of JSON, UTF-8:
+
+  {"id": "12", "title": "Anarchism", "text": "...", "article": "12",
+   "spans": [[0, 9]], "split": "validation"}
+
+Only `text` is required. `spans` are ranges of UTF-8 bytes of `text`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import glob
+import gzip
+import json
+import lzma
+import os
+import pathlib
+from typing import Any, BinaryIO
+import zlib
+
+import numpy as np
+
+from realm_jax.data import corpus
+
+_ENDINGS = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.jsonl.xz', '.json.xz')
+_LISTED = 20  # Of the skipped records; the others are only counted.
+_RECENT = 1 << 20  # Ids kept as Python objects; older ones take 8 bytes each.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+  """One article or passage, checked."""
+
+  id: str  # Given, or the number of the record.
+  title: str
+  text: str
+  article: str | None  # What groups consecutive records, None: nothing.
+  spans: tuple[tuple[int, int], ...] | None  # Bytes; None: find them.
+  validation: bool  # Marked with `split: 'validation'`.
+
+
+def find_files(sources: Sequence[str]) -> list[pathlib.Path]:
+  """Returns the files that sources name: files, folders, glob patterns.
+
+  Folders are searched for .jsonl and .json, also .gz and .xz, at any depth.
+  What a source names is in the order of the paths.
+
+  Raises:
+    FileNotFoundError: if a source names no file.
+    ValueError: if a file is named twice.
+  """
+  files: list[pathlib.Path] = []
+  for source in sources:
+    path = pathlib.Path(source)
+    if path.is_dir():
+      found = sorted(
+          file
+          for file in path.rglob('*')
+          if file.name.endswith(_ENDINGS)
+          and file.is_file()
+          and not file.name.startswith('.')
+      )
+      if not found:
+        raise FileNotFoundError(
+            f'The folder {source} holds no {", ".join(_ENDINGS)} file.'
+        )
+    elif path.is_file():
+      found = [path]
+    elif glob.has_magic(source):
+      found = sorted(
+          pathlib.Path(name)
+          for name in glob.glob(source, recursive=True)
+          if os.path.isfile(name)
+      )
+      if not found:
+        raise FileNotFoundError(f'No file matches the pattern {source!r}.')
+    else:
+      raise FileNotFoundError(f'There is no file or folder {source!r}.')
+    files += found
+  if not files:
+    raise FileNotFoundError('No source was given.')
+  seen: set[str] = set()
+  for file in files:
+    real = os.path.realpath(file)
+    if real in seen:
+      raise ValueError(f'The sources name the file {file} twice.')
+    seen.add(real)
+  return files
+
+
+class Records:
+  """All records of some files, or of a list; can be read several times.
+
+  The first reading must be `check`, which finds everything that is wrong.
+
+  Attributes:
+    count: good records, after `check`.
+    marked: whether any is marked for validation.
+    skipped: how many were bad.
+    skipped_list: what was wrong with the first of them, with file and line.
+  """
+
+  def __init__(
+      self,
+      files: Sequence[pathlib.Path] = (),
+      items: Sequence[dict[str, Any]] = (),
+      name: str = '',
+      skip_bad: bool = False,
+  ):
+    self._files, self._items, self._name = list(files), items, name
+    self._skip_bad = skip_bad
+    self._bad: set[int] = set()  # Numbers of lines over all files.
+    self.count = 0
+    self.marked = False
+    self.skipped = 0
+    self.skipped_list: list[str] = []
+
+  def check(self) -> Iterator[Record]:
+    """Reads all records once and yields the good ones.
+
+    Raises:
+      ValueError: naming file and line of the first bad record, unless bad ones
+        are skipped; if a file is damaged; if no good record is left.
+    """
+    seen = _SeenHashes()
+    for number, place, line in self._lines():
+      try:
+        record = _parse(line, number)
+        if seen.add(corpus.id_hash(record.id)):
+          first = self._place_of(record.id, before=number)
+          if first is not None:
+            raise ValueError(
+                f'the id {record.id!r} is already that of {first}; ids must be '
+                'unique'
+            )
+      except ValueError as error:
+        problem = f'{place}: {error}.'
+        if not self._skip_bad:
+          raise ValueError(problem) from None
+        self._bad.add(number)
+        self.skipped += 1
+        if len(self.skipped_list) < _LISTED:
+          self.skipped_list.append(problem)
+        continue
+      self.count += 1
+      self.marked = self.marked or record.validation
+      yield record
+    if not self.count:
+      what = self._name or ', '.join(map(str, self._files[:5]))
+      raise ValueError(f'There is no usable record in {what}.')
+
+  def __iter__(self) -> Iterator[Record]:
+    """Yields the good records; call `check` first."""
+    for number, _, line in self._lines():
+      if number not in self._bad:
+        yield _parse(line, number)
+
+  def texts(self) -> Iterator[str]:
+    """Yields titles and texts, to learn a vocabulary from."""
+    for record in self:
+      if record.title:
+        yield record.title
+      yield record.text
+
+  def _lines(self) -> Iterator[tuple[int, str, bytes | dict[str, Any]]]:
+    """Yields (number over all files, 'file:line', content)."""
+    number = 0
+    for file in self._files:
+      for i, line in enumerate(_read_lines(file), start=1):
+        yield number, f'{file}:{i}', line
+        number += 1
+    for i, item in enumerate(self._items, start=1):
+      yield number, f'{self._name}:{i}', item
+      number += 1
+
+  def _place_of(self, name: str, before: int) -> str | None:
+    """Returns where an id was first used, by reading again."""
+    if self.skipped > _LISTED:  # Nobody will read it: only count.
+      return 'another record'
+    for number, place, line in self._lines():
+      if number == before:
+        break
+      if number not in self._bad and _parse(line, number).id == name:
+        return place
+    return None  # Two ids with the same hash.
+
+
+def is_validation(key: str, fraction: float) -> bool:
+  """Whether an article is among a pseudo-random fraction of all articles."""
+  return corpus.id_hash(f'validation {key}') < fraction * 2**64
+
+
+class _SeenHashes:
+  """A set of 64-bit hashes that takes 8 bytes for each, in the long run."""
+
+  def __init__(self) -> None:
+    self._recent: set[int] = set()
+    self._older = np.zeros(0, np.uint64)
+
+  def add(self, value: int) -> bool:
+    """Adds a hash and returns whether it was there."""
+    if value in self._recent:
+      return True
+    at = int(np.searchsorted(self._older, np.uint64(value)))
+    if at < len(self._older) and int(self._older[at]) == value:
+      return True
+    self._recent.add(value)
+    if len(self._recent) >= _RECENT:
+      recent = np.fromiter(self._recent, np.uint64, len(self._recent))
+      self._older = np.sort(np.concatenate([self._older, recent]))
+      self._recent.clear()
+    return False
+
+
+def _read_lines(path: pathlib.Path) -> Iterable[bytes]:
+  opened: Any
+  if path.suffix == '.gz':
+    opened = gzip.open(path, 'rb')
+  elif path.suffix == '.xz':
+    opened = lzma.open(path, 'rb')
+  else:
+    opened = open(path, 'rb')
+  file: BinaryIO
+  read = 0
+  with opened as file:
+    try:
+      for line in file:
+        if not read:
+          line = line.removeprefix(b'\xef\xbb\xbf')
+        read += 1
+        yield line
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+      raise ValueError(
+          f'{path}: the compressed file is damaged or cut off after line '
+          f'{read} ({error}).'
+      ) from None
+
+
+def _parse(line: bytes | dict[str, Any], number: int) -> Record:
+  """Returns the record of a line; ValueError says what is wrong with it."""
+  if isinstance(line, dict):
+    fields: Any = line
+  else:
+    if not line.strip():
+      raise ValueError('an empty line; each line must be a JSON object')
+    try:
+      fields = json.loads(line.decode('utf-8'))
+    except UnicodeDecodeError as error:
+      raise ValueError(
+          f'not UTF-8: byte {error.start} of the line is '
+          f'0x{line[error.start]:02x}'
+      ) from None
+    except RecursionError:
+      raise ValueError('malformed JSON: nested too deeply') from None
+    except ValueError as error:  # Also numbers of too many digits.
+      raise ValueError(f'malformed JSON: {error}') from None
+    if not isinstance(fields, dict):
+      raise ValueError(
+          f'a JSON {type(fields).__name__}; each line must be an object with '
+          'the field `text`'
+      )
+  text = _string(fields, 'text')
+  if text is None:
+    raise ValueError(
+        f'no field `text`; the fields are {", ".join(sorted(fields)) or "none"}'
+    )
+  if not text.strip():
+    raise ValueError('the field `text` is empty')
+  name = _string(fields, 'id', or_number=True)
+  if name == '':
+    raise ValueError('the field `id` is empty; leave it out instead')
+  title = (_string(fields, 'title') or '').strip()
+  split = _string(fields, 'split')
+  if split not in (None, 'train', 'validation'):
+    raise ValueError(
+        f"the field `split` is {split!r}; it can be 'train' or 'validation'"
+    )
+  return Record(
+      str(number) if name is None else name,
+      title,
+      text,
+      _string(fields, 'article', or_number=True) or title or None,
+      _spans(fields, text),
+      split == 'validation',
+  )
+
+
+def _string(
+    fields: dict[str, Any], name: str, or_number: bool = False
+) -> str | None:
+  value = fields.get(name)
+  if value is None:
+    return None
+  if or_number and isinstance(value, int) and not isinstance(value, bool):
+    return str(value)
+  if not isinstance(value, str):
+    raise ValueError(
+        f'the field `{name}` is of type {type(value).__name__}; it must be a '
+        f'string{" or an integer" if or_number else ""}'
+    )
+  try:
+    value.encode('utf-8')
+  except UnicodeEncodeError:
+    raise ValueError(
+        f'the field `{name}` has half of a surrogate pair, which is no '
+        'character'
+    ) from None
+  return value
+
+
+def _spans(
+    fields: dict[str, Any], text: str
+) -> tuple[tuple[int, int], ...] | None:
+  spans = fields.get('spans')
+  if spans is None:
+    return None
+  size = len(text.encode('utf-8'))
+  if not isinstance(spans, (list, tuple)):
+    raise ValueError('the field `spans` is not a list of [start, limit] pairs')
+  for span in spans:
+    if (
+        not isinstance(span, (list, tuple))
+        or len(span) != 2
+        or not all(type(end) is int for end in span)
+        or not 0 <= span[0] < span[1] <= size
+    ):
+      raise ValueError(
+          f'the field `spans` has {span!r}; it must be a list of pairs of '
+          f'bytes, start < limit, of the text of {size} bytes'
+      )
+  return tuple(sorted((int(start), int(limit)) for start, limit in spans))

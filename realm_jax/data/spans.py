@@ -1,0 +1,223 @@
+"""Sentences of a text, and the salient spans of a sentence, by rules.
+
+Public: `split_sentences`, `find_spans`, `document_names`. Salient span masking
+(Guu et al. 2020, section 3.4) hides what needs world knowledge: names and
+dates. The paper's tagger was never released; these rules for English stand in.
+Records that bring their own spans do not pass through here.
+"""
+
+from collections.abc import Collection
+import re
+import sys
+
+# Punkt, as a maintained pure-Python package that carries its model: NLTK's has
+# to be downloaded, pysbd is 20 times slower and unmaintained.
+import nupunkt
+
+# A line of the source is a paragraph, a heading or an item of a list, so its
+# end is that of a sentence, whatever the punctuation.
+_LINE = re.compile(r'[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+')
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+  """Returns half-open ranges of characters, without the spaces around."""
+  sentences = []
+  for line in _LINE.finditer(text):
+    base, content = line.start(), line.group()
+    for start, limit in nupunkt.sent_spans(content):
+      sentence = content[start:limit]
+      start += len(sentence) - len(sentence.lstrip())
+      limit -= len(sentence) - len(sentence.rstrip())
+      if start < limit:
+        sentences.append((base + start, base + limit))
+  return sentences
+
+
+def _character_class(wanted: list[int]) -> str:
+  """Returns a regular expression's [...] over code points, as ranges."""
+  ranges: list[list[int]] = []
+  for code in wanted:
+    if ranges and ranges[-1][1] == code - 1:
+      ranges[-1][1] = code
+    else:
+      ranges.append([code, code])
+  return '[' + ''.join(f'\\U{a:08x}-\\U{b:08x}' for a, b in ranges) + ']'
+
+
+# `re` knows no \p{Lu}. The Basic Multilingual Plane has all that is in use.
+_UPPER = _character_class(
+    [c for c in range(min(sys.maxunicode, 0xFFFF)) if chr(c).isupper()]
+)
+
+# Words that begin a sentence, or a quotation, with a capital letter and name
+# nothing. They are cut from the front of a name: 'The Beatles' -> 'Beatles'.
+_FUNCTION_WORDS = frozenset(
+    """
+    a about above according accordingly across actually additionally after
+    afterwards again against albeit all almost along already also although
+    altogether always am amid among amongst an and another any anyone anything
+    apart are around as aside at away because before behind being below beneath
+    beside besides between beyond both briefly but by can certain clearly
+    collectively consequently conversely could currently de depending despite
+    did do does due during each earlier early either elsewhere especially even
+    eventually every everyone everything except few finally first firstly
+    following for former formerly fortunately four from further furthermore
+    generally given had half has have having he hence her here hers herself him
+    himself his historically how however i i'm i've if immediately important in
+    indeed initially inside instead into is it its itself just last lastly late
+    later latter less let like likewise many may me meanwhile might more
+    moreover most mostly much must my myself near nearly neither never
+    nevertheless next no nobody none nonetheless nor not notable notably nothing
+    notwithstanding now numerous of off often on once one ones only onto or
+    originally other others otherwise our out outside over overall own part
+    particularly per perhaps possibly presumably previously prior probably
+    provided quite rather recent recently regarding respectively secondly
+    seven several shall she should similar similarly simply since six so some
+    somebody someone something sometimes soon specifically still subsequently
+    such than that the their theirs them then there thereafter thereby therefore
+    these they third this those though three through throughout thus to today
+    together too toward towards traditionally two typically ultimately under
+    unfortunately unlike until up upon us usually various very via was we were
+    what whatever when whenever where whereas wherever whether which while who
+    whoever whole whom whose why will with within without would yes yet you your
+    """.split()
+)
+
+_MONTH = (
+    r'(?:January|February|March|April|May|June|July|August|September|October'
+    r'|November|December|(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept|Sep|Oct|Nov|Dec)'
+    r'\b\.?)'
+)
+_DAY = r'(?:[12]\d|3[01]|0?[1-9])(?:st|nd|rd|th)?'
+_DAYS = rf'{_DAY}(?:\s?[-–—/]\s?{_DAY})?'
+_YEAR = r'(?:1\d{3}|20\d{2})'
+_YEARS = rf'{_YEAR}(?:s|\s?[-–—/]\s?(?:{_YEAR}|\d{{2}}))?'
+_ERA = r'(?:BCE|CE|BC|AD|B\.C\.E\.|B\.C\.|A\.D\.)'
+_DATE = '|'.join([
+    rf'{_DAYS} (?:of )?{_MONTH}(?:,? {_YEAR})?',  # 12 May 1990, 3rd of June
+    rf'{_MONTH} {_DAYS},? {_YEAR}',  # May 12, 1990
+    rf'{_MONTH},? {_YEAR}',  # May 1990
+    rf'{_MONTH} {_DAYS}(?![\d,.]*\d)',  # May 12
+    rf'\d{{1,2}}(?:st|nd|rd|th)[ -]century(?: {_ERA})?',  # 5th century BC
+    rf'(?:AD|A\.D\.) \d{{1,4}}',  # AD 79
+    rf'\d{{1,4}}(?:\s?[-–—]\s?\d{{1,4}})? {_ERA}(?!\w)',  # 44 BC
+    rf'{_YEARS}(?![\d,.%°]*[\d%°])(?!\w)',  # 1990, the 1990s, 1914-18
+])
+
+_NUMBER = r'(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?'
+_SCALE = r'(?:hundred|thousand|million|billion|trillion)'
+_UNIT = (
+    r'(?:%|‰|°[CF]?|percent|per cent|percentage points?|degrees?'
+    r'|(?:kilo|centi|milli|nano|micro)?(?:metres?|meters?|grams?|watts?|hertz)'
+    r'|[kcmnμ]?m[²³2]?|km/h|mph|[kM]?g|lbs?|ft|feet|foot|inch(?:es)?|yards?'
+    r'|miles?|square (?:miles?|kilometres?|kilometers?|metres?|meters?|feet)'
+    r'|acres?|hectares?|ha|tons?|tonnes?|pounds?|litres?|liters?|gallons?'
+    r'|[kMGT]?(?:W|Hz|B|eV)|volts?|years?|months?|weeks?|days?|hours?|minutes?'
+    r'|seconds?|dollars?|euros?|people|inhabitants|copies|votes|seats)'
+)
+_QUANTITY = '|'.join([
+    # $5, US$1.2 million
+    rf'(?:US|A|C|NZ|HK)?[$€£¥]\s?{_NUMBER}(?:[ -]{_SCALE})?',
+    # 12 km, 3.5 million people, 20%
+    rf'{_NUMBER}(?:[ -]{_SCALE})?[ -]?{_UNIT}(?!\w)',
+    rf'{_NUMBER}[ -]{_SCALE}(?!\w)',  # 3.5 million
+    # Of bare numbers those that say something: from two digits on.
+    r'(?:\d{1,3}(?:,\d{3})+|\d{2,})(?:\.\d+)?(?!\w)',
+    r'\d\.\d+(?!\w)',
+])
+
+_TITLE = (
+    r'(?:Mr|Mrs|Ms|Dr|Prof|St|Sts|Ste|Gen|Col|Lt|Sgt|Capt|Cmdr|Adm|Rev|Hon|Gov'
+    r'|Sen|Rep|Pres|Fr|Mt|Ft|Maj)\.'
+)
+_CORE = rf"{_UPPER}\w*(?:['’](?!s\b)\w+)*(?:&{_UPPER}\w*)*"
+_WORD = (
+    rf'{_CORE}(?:[-–](?:(?:upon|on|under|sur|de|la|le|les|en|al|el|du|des)-)?'
+    rf'{_CORE})*'
+)
+# 'J. R. R. Tolkien', 'U.S.', 'St. Louis', 'Jean-Paul', 'AT&T', "O'Brien".
+_PART = rf'(?:{_TITLE}|{_UPPER}(?:\.{_UPPER})+\.?|{_UPPER}\.(?=\s?{_UPPER})|{_WORD})'
+_LINK = (
+    r'(?:of the|of|the|de la|de las|de los|de|del|della|di|da|das|dos|do|du|des'
+    r'|der|van der|van den|van de|van|von der|von|zu|bin|ibn|y|upon|&)'
+)
+_NAME = rf'{_PART}(?: ?(?<=\.){_PART}| (?:{_LINK} )?{_PART})*'
+
+_SPAN = re.compile(
+    rf'(?<![\w.])(?:(?P<date>{_DATE})|(?P<number>(?<![-‐‑–−]){_QUANTITY})'
+    rf'|(?P<name>{_NAME}))'
+)
+_SINGLE_WORD = re.compile(_CORE)
+_LEADING_WORD = re.compile(rf'(?:{_CORE})(?: {_LINK}(?= ))? ')
+_FIRST_LETTER = re.compile(r'\w')
+_MID_SENTENCE = re.compile(rf'(?<=[\w,;] ){_UPPER}\w*')
+_LOWER_CASE = re.compile(r'\b[^\W\d_A-Z]\w*')
+
+
+def document_names(text: str) -> frozenset[str]:
+  """Returns the single words that a document writes as names.
+
+  These have a capital letter inside a sentence somewhere, and are nowhere in
+  lower case. `find_spans` uses them to tell 'Historians say' from 'Paris is'.
+  """
+  words = set(_MID_SENTENCE.findall(text))
+  lower = set(_LOWER_CASE.findall(text))
+  return frozenset(word for word in words if word.lower() not in lower)
+
+
+def find_spans(
+    sentence: str, names: Collection[str] | None = None
+) -> list[tuple[int, int]]:
+  """Finds names, dates, years, and numbers with what they count.
+
+  Args:
+    sentence: one sentence of English.
+    names: single words known to be names (`document_names`). If given, a
+      single word at the start of the sentence is taken only if it is one of
+      them; if not, it is taken unless it is a common function word.
+
+  Returns:
+    Half-open ranges of UTF-8 bytes, in order, not overlapping.
+  """
+  first = _FIRST_LETTER.search(sentence)
+  spans = []
+  position = 0
+  while match := _SPAN.search(sentence, position):
+    start, position = match.span()
+    if match.lastgroup == 'name':
+      rest = _skip_function_word(sentence, start, position)
+      if rest > start:  # Look again: 'In May 1990' is a date behind an 'In'.
+        position = rest
+        continue
+      if position - start < 2:  # An initial.
+        continue
+      if (
+          names is not None
+          and first is not None
+          and start == first.start()
+          and not _is_name(match.group(), names)
+      ):
+        continue
+    spans.append((start, position))
+  if sentence.isascii():
+    return spans
+  return [
+      (len(sentence[:start].encode()), len(sentence[:limit].encode()))
+      for start, limit in spans
+  ]
+
+
+def _skip_function_word(sentence: str, start: int, limit: int) -> int:
+  """Returns where a name goes on after a function word in front of it."""
+  word = _SINGLE_WORD.match(sentence, start, limit)
+  if word is None or word.group().lower() not in _FUNCTION_WORDS:
+    return start
+  # 'Of the British': a linking word goes with the word it followed.
+  lead = _LEADING_WORD.match(sentence, start, limit)
+  return limit if lead is None else lead.end()
+
+
+def _is_name(text: str, names: Collection[str]) -> bool:
+  """Whether what begins a sentence is a name and not just its first word."""
+  word = _SINGLE_WORD.fullmatch(text)
+  return word is None or text in names or not text[1:].islower()

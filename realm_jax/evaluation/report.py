@@ -1,0 +1,213 @@
+"""What was measured, for people: JSON, a Markdown table, plots over training.
+
+Public: `save`, `load_all`, `table`, `plot`, `write`. Everything lies in
+`workdir`/evaluation; `save` writes what the rest is made from.
+"""
+
+import logging
+import pathlib
+from typing import Any
+
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import metrics as metrics_lib
+
+log = logging.getLogger(__name__)
+
+FOLDER = 'evaluation'
+
+Result = dict[str, Any]  # Of `retrieval.evaluate`; plain JSON.
+
+# Columns of the table: heading, and where the figure is in a result.
+_QUESTION_COLUMNS = (
+    ('recall@1', ('gold', 'recall_at_1')),
+    ('recall@5', ('gold', 'recall_at_5')),
+    ('recall@20', ('gold', 'recall_at_20')),
+    ('recall@100', ('gold', 'recall_at_100')),
+    ('MRR', ('gold', 'mrr')),
+    ('answer@1', ('answer', 'recall_at_1')),
+    ('answer@5', ('answer', 'recall_at_5')),
+    ('answer@20', ('answer', 'recall_at_20')),
+    ('answer@100', ('answer', 'recall_at_100')),
+    ('answer MRR', ('answer', 'mrr')),
+)
+_MASKED_COLUMNS = (
+    ('sentences', 'sentences'),
+    ('accuracy with retrieval', 'accuracy_with_retrieval'),
+    ('without', 'accuracy_without_retrieval'),
+    ('retrieval utility', 'retrieval_utility'),
+    ('null-document share', 'null_share'),
+)
+# Panels of training.png: heading, and the metrics that may be in them.
+_PANELS = (
+    ('loss', ('train/loss',)),
+    ('probability of the null document', ('train/null_share',)),
+    (
+        'retrieval utility, log p(y|z,x) - log p(y|null,x)',
+        ('train/retrieval_utility',),
+    ),
+    ('age of the index in steps', ('refresh/age_steps',)),
+)
+
+
+def save(workdir: pathlib.Path | str, result: Result) -> pathlib.Path:
+  """Writes evaluation/<step>.json, in place of an earlier one."""
+  path = pathlib.Path(workdir) / FOLDER / f'{result["step"]}.json'
+  checkpoint.write_json(path, result)
+  return path
+
+
+def load_all(workdir: pathlib.Path | str) -> list[Result]:
+  """Reads all results of a workdir, by step."""
+  paths = (pathlib.Path(workdir) / FOLDER).glob('*.json')
+  return [
+      checkpoint.read_json(path)
+      for path in sorted(
+          (path for path in paths if path.stem.isdigit()),
+          key=lambda path: int(path.stem),
+      )
+  ]
+
+
+def table(results: list[Result]) -> str:
+  """Returns Markdown: retrieval for questions, then filling of masks."""
+  parts = []
+  rows = [
+      [str(result['step']), name, str(group['questions'])]
+      + [_percent(group.get(a, {}).get(b)) for _, (a, b) in _QUESTION_COLUMNS]
+      for result in results
+      for name, group in result.get('questions', {}).items()
+  ]
+  if rows:
+    heads = ['step', 'facts', 'questions', *(h for h, _ in _QUESTION_COLUMNS)]
+    parts.append('Passages retrieved for questions, in per cent\n')
+    parts.append(_markdown(heads, rows))
+  rows = [
+      [str(result['step'])]
+      + [_number(result['masked'].get(name)) for _, name in _MASKED_COLUMNS]
+      for result in results
+      if result.get('masked')
+  ]
+  if rows:
+    heads = ['step', *(head for head, _ in _MASKED_COLUMNS)]
+    parts.append('\nMasked spans filled in\n')
+    parts.append(_markdown(heads, rows))
+  return '\n'.join(parts) + '\n' if parts else ''
+
+
+def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
+  """Draws recall.png and training.png, as far as there are figures for them.
+
+  Raises:
+    ImportError: without matplotlib; the message is the command to install it.
+  """
+  try:
+    from matplotlib import figure as figure_lib
+  except ImportError as error:
+    raise ImportError(
+        'Plots need a package that is not installed: '
+        "pip install 'realm-jax[plot]'"
+    ) from error
+  folder = pathlib.Path(workdir) / FOLDER
+  folder.mkdir(parents=True, exist_ok=True)
+  drawn = []
+  for name, panels in (
+      ('recall.png', _recall_panels(load_all(workdir))),
+      ('training.png', _training_panels(metrics_lib.read_metrics(workdir))),
+  ):
+    if not panels:
+      continue
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    # Not pyplot: it would keep the figure, and choose a window system.
+    figure = figure_lib.Figure(
+        figsize=(6 * columns, 3.6 * rows), layout='constrained'
+    )
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+      for label, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, label=label, marker='.', markersize=4)
+      axis.set_title(title, fontsize=10)
+      axis.set_xlabel('training step')
+      axis.grid(alpha=0.3)
+      if any(label for label in curves):
+        axis.legend(fontsize=8)
+    for axis in axes[len(panels) :]:
+      axis.set_axis_off()
+    path = folder / name
+    figure.savefig(path, dpi=120)
+    drawn.append(path)
+  return drawn
+
+
+def write(workdir: pathlib.Path | str) -> list[pathlib.Path]:
+  """Writes report.md and the plots from all results; returns the files.
+
+  Without matplotlib there are no plots, and a warning says how to get it.
+  """
+  path = pathlib.Path(workdir) / FOLDER / 'report.md'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    plots = plot(workdir)
+  except ImportError as error:
+    log.warning('%s', error)
+    plots = []
+  pictures = ''.join(f'\n![{p.stem}]({p.name})\n' for p in plots)
+  text = f'# Evaluation of {pathlib.Path(workdir).name}\n\n'
+  path.write_text(
+      text + table(load_all(workdir)) + pictures, encoding='utf-8'
+  )
+  return [path, *plots]
+
+
+Panels = dict[str, dict[str, list[tuple[int, float]]]]
+
+
+def _recall_panels(results: list[Result]) -> Panels:
+  """One panel for each group of questions and each way to count."""
+  panels: Panels = {}
+  for result in results:
+    for group, values in result.get('questions', {}).items():
+      for kind, words in (
+          ('gold', 'gold passage'),
+          ('answer', 'answer string'),
+      ):
+        for name, value in values.get(kind, {}).items():
+          label = name.replace('recall_at_', 'recall@').replace('mrr', 'MRR')
+          curves = panels.setdefault(f'{words}, {group} questions', {})
+          curves.setdefault(label, []).append((result['step'], value))
+    masked = result.get('masked') or {}
+    for name, label in (
+        ('accuracy_with_retrieval', 'with retrieval'),
+        ('accuracy_without_retrieval', 'without'),
+    ):
+      if masked.get(name) is not None:
+        curves = panels.setdefault('masked spans filled in', {})
+        curves.setdefault(label, []).append((result['step'], masked[name]))
+  return panels
+
+
+def _training_panels(lines: list[dict[str, Any]]) -> Panels:
+  panels: Panels = {}
+  for title, names in _PANELS:
+    for name in names:
+      points = [(line['step'], line[name]) for line in lines if name in line]
+      if points:
+        label = name if len(names) > 1 else ''
+        panels.setdefault(title, {})[label] = points
+  return panels
+
+
+def _markdown(heads: list[str], rows: list[list[str]]) -> str:
+  lines = [heads, ['---'] * len(heads), *rows]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def _percent(value: float | None) -> str:
+  return '' if value is None else f'{100 * value:.1f}'
+
+
+def _number(value: float | None) -> str:
+  if value is None:
+    return ''
+  return str(value) if isinstance(value, int) else f'{value:.3f}'

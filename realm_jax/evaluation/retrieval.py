@@ -1,0 +1,331 @@
+"""How good are retriever and reader? The driver of `realm-jax evaluate`.
+
+Public: `evaluate`. Questions measure the retriever alone (zero-shot, as in Guu
+et al. 2020, table 2, "zero-shot retrieval recall"); masked sentences that
+training never saw measure retriever and reader together.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import logging
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+
+from realm_jax.data import batches
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import qa
+from realm_jax.evaluation import open_qa
+from realm_jax.evaluation import ranking
+from realm_jax.evaluation import report
+from realm_jax.evaluation import trained as trained_lib
+from realm_jax.index import mips
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    workdir: pathlib.Path | str,
+    questions: Sequence[qa.Question] = (),
+    steps: str | int = 'latest',
+    *,
+    corpus: pathlib.Path | str | None = None,
+    max_sentences: int = 2000,
+    num_candidates: int | None = None,
+) -> list[report.Result]:
+  """Measures a workdir and writes evaluation/<step>.json for each step.
+
+  For questions: recall@{1,5,20,100} and MRR by gold passage and by answer
+  string, for all of them and, where they say so, apart for `held_out` and
+  `seen` facts. For a workdir with a reader: the share of masked spans of the
+  corpus' `validation` sentences that are filled in with every wordpiece right,
+  with retrieval (marginal over the candidates) and without (the null document
+  alone), and what training also logs (`objectives.retrieval_metrics`).
+  The search is exact, so that the retriever is measured and not the backend.
+
+  Args:
+    workdir: of `train`.
+    questions: may be empty; then only masked sentences are measured.
+    steps: 'latest' checkpoint, 'all' that can be loaded, checkpoints and
+      retriever snapshots (of which only the retrieval can be measured), or one
+      step.
+    corpus: searched instead of the one trained on; same tokenizer.
+    max_sentences: how many masked sentences at most; 0: none.
+    num_candidates: K, counting the null document; None: as in training.
+
+  Returns:
+    The results, plain JSON, by step.
+
+  Raises:
+    FileNotFoundError: no such workdir, step or corpus.
+    ValueError: nothing to measure, or the corpus does not fit.
+  """
+  trained = trained_lib.Trained.open(workdir, corpus)
+  has_masks = 'reader' in trained.components and max_sentences > 0
+  has_masks = has_masks and 'validation' in trained.corpus.sentences
+  if 'embedder' not in trained.components and not has_masks:
+    raise ValueError(
+        f'{workdir} has no retriever (objective'
+        f' {trained.config.objective!r}), and there are no masked sentences to'
+        ' measure its reader on.'
+    )
+  if not questions and not has_masks:
+    raise ValueError(
+        f'Nothing to measure: no questions, and {workdir} with its corpus gives'
+        ' no masked sentences. Give a question file.'
+    )
+  asked = _Asked.of(trained, questions) if questions else None
+  results = []
+  for step in _steps(trained, steps):
+    result = _evaluate_step(
+        trained, step, asked, max_sentences if has_masks else 0, num_candidates
+    )
+    report.save(workdir, result)
+    log.info('Evaluated %s, step %d.', workdir, step)
+    results.append(result)
+  return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+  """Questions, made ready for all steps."""
+
+  questions: Sequence[qa.Question]
+  query_ids_BQ: np.ndarray
+  gold_rows: list[list[int]]  # Empty where the gold passage is not known.
+  texts: '_Texts'
+
+  @classmethod
+  def of(
+      cls, trained: trained_lib.Trained, questions: Sequence[qa.Question]
+  ) -> '_Asked':
+    texts = _Texts(trained.corpus)
+    return cls(
+        questions,
+        batches.encode_queries(
+            [question.question for question in questions],
+            trained.config.lengths.query,
+            trained.corpus.tokenizer,
+        ),
+        _gold_rows(trained.corpus, questions),
+        texts,
+    )
+
+
+class _Texts:
+  """Bodies of passages by row; each is read once."""
+
+  def __init__(self, corpus: corpus_lib.Corpus):
+    self._corpus = corpus
+    self._texts: dict[int, str] = {}
+
+  def __call__(self, row: int) -> str:
+    if row not in self._texts:
+      self._texts[row] = self._corpus.passage_text(row)['text']
+    return self._texts[row]
+
+
+def _gold_rows(
+    corpus: corpus_lib.Corpus, questions: Sequence[qa.Question]
+) -> list[list[int]]:
+  """Rows of the gold passages; of a divided one, those that answer."""
+  known = sorted({q.passage_id for q in questions if q.passage_id is not None})
+  rows = dict(zip(known, corpus.passage_rows_by_id(known), strict=True))
+  found = []
+  for question in questions:
+    name = question.passage_id
+    row = int(rows[name]) if name is not None else -1
+    found.append(_parts(corpus, name, row, question) if row >= 0 else [])
+  return found
+
+
+def _parts(
+    corpus: corpus_lib.Corpus,
+    name: str | None,
+    row: int,
+    question: qa.Question,
+) -> list[int]:
+  """`prepare` divides a long record into NAME#0, NAME#1, ..., in a row."""
+  parts, texts = [row], [corpus.passage_text(row)]
+  if texts[0]['id'] == name:
+    return parts
+  while row + 1 < len(corpus.passages):
+    row += 1
+    text = corpus.passage_text(row)
+    if text['id'] != f'{name}#{len(parts)}':
+      break
+    parts.append(row)
+    texts.append(text)
+  answering = [
+      part
+      for part, text in zip(parts, texts, strict=True)
+      if open_qa.has_answer(text['text'], question.answers, question.match)
+  ]
+  return answering or parts
+
+
+def _steps(trained: trained_lib.Trained, steps: str | int) -> list[int]:
+  checkpoints, snapshots = trained_lib.steps_available(trained.workdir)
+  if steps == 'latest':
+    return checkpoints[-1:]
+  if steps == 'all':
+    return sorted({*checkpoints, *snapshots})
+  if isinstance(steps, str):
+    raise ValueError(
+        f"steps={steps!r}: must be 'latest', 'all' or a number of steps."
+    )
+  if steps not in (*checkpoints, *snapshots):
+    raise FileNotFoundError(
+        f'{trained.workdir} has nothing of step {steps}: checkpoints'
+        f' {checkpoints}, retriever snapshots {snapshots}.'
+    )
+  return [steps]
+
+
+def _evaluate_step(
+    trained: trained_lib.Trained,
+    step: int,
+    asked: _Asked | None,
+    max_sentences: int,
+    num_candidates: int | None,
+) -> report.Result:
+  start = time.perf_counter()
+  params = trained.load(step)
+  result: report.Result = {
+      'step': step,
+      'objective': trained.config.objective,
+      'passages': len(trained.corpus.passages),
+      'corpus_fingerprint': trained.corpus.fingerprint,
+  }
+  search = None
+  if 'embedder' in params:
+    search, result['index_generation'] = trained.search(params)
+  if asked is not None and search is not None:
+    result['questions'] = _question_metrics(trained, params, search, asked)
+  if max_sentences and 'reader' in params:
+    result['masked'] = _masked_metrics(
+        trained, params, search, max_sentences, num_candidates
+    )
+  result['seconds'] = round(time.perf_counter() - start, 3)
+  return result
+
+
+def _question_metrics(
+    trained: trained_lib.Trained,
+    params: trained_lib.Params,
+    search: mips.Search,
+    asked: _Asked,
+) -> dict[str, Any]:
+  depth = min(ranking.CUTOFFS[-1], search.num_documents)
+  query_emb_BE = trained.embed_queries(params, asked.query_ids_BQ)
+  doc_ids_BK = search.search(query_emb_BE, depth)
+  by_gold = ranking.gold_ranks(doc_ids_BK, asked.gold_rows)
+  by_answer = ranking.answer_ranks(
+      doc_ids_BK,
+      [question.answers for question in asked.questions],
+      [question.match for question in asked.questions],
+      asked.texts,
+  )
+  has_gold = np.array([bool(rows) for rows in asked.gold_rows])
+  held_out = np.array([
+      -1 if question.held_out is None else int(question.held_out)
+      for question in asked.questions
+  ])
+  groups = {'all': np.ones(len(held_out), bool)}
+  groups |= {'held_out': held_out == 1, 'seen': held_out == 0}
+  metrics = {}
+  for name, members in groups.items():
+    if not members.any():
+      continue
+    metrics[name] = {
+        'questions': int(members.sum()),
+        'with_gold_passage': int((members & has_gold).sum()),
+        'answer': ranking.summarize(
+            by_answer[members], depth, search.num_documents
+        ),
+    }
+    if (members & has_gold).any():
+      metrics[name]['gold'] = ranking.summarize(
+          by_gold[members & has_gold], depth, search.num_documents
+      )
+  return metrics
+
+
+def _masked_metrics(
+    trained: trained_lib.Trained,
+    params: trained_lib.Params,
+    search: mips.Search | None,
+    max_sentences: int,
+    num_candidates: int | None,
+) -> dict[str, Any]:
+  """Without a search, as after reader warm-up, the null document is all."""
+  size = num_candidates or trained.config.num_candidates
+  size = size if search is not None else 1
+  config = dataclasses.replace(
+      trained.config,
+      objective='realm',
+      masking='salient',
+      batch_size=trained.reading_batch_size(
+          size, trained.config.lengths.masks
+      ),
+  )
+  totals: dict[str, list[np.ndarray]] = {}
+  for batch in batches.evaluation_batches(
+      trained.corpus, config, 'validation', max_sentences
+  ):
+    for name, values in _read_batch(
+        trained, params, search, size, config.batch_size, batch
+    ).items():
+      totals.setdefault(name, []).append(values)
+  means = {
+      name: float(np.concatenate(values).mean())
+      for name, values in totals.items()
+  }
+  count = sum(len(v) for v in totals['accuracy_without_retrieval'])
+  return {'sentences': count, 'num_candidates': size, **means}
+
+
+def _read_batch(
+    trained: trained_lib.Trained,
+    params: trained_lib.Params,
+    search: mips.Search | None,
+    num_candidates: int,
+    batch_size: int,
+    batch: batches.Batch,
+) -> dict[str, np.ndarray]:
+  """Returns each metric for each sentence of the batch."""
+  count = len(batch['mask_BM'])
+  batch = {
+      name: trained_lib.pad_rows(value, batch_size)
+      for name, value in batch.items()
+  }
+  retrieved_BJ = np.zeros((batch_size, 0), np.int64)
+  if search is not None:
+    retrieved_BJ = search.search(
+        trained.embed_queries(params, batch['query_ids_BQ']),
+        num_candidates - 1,
+        batch['exclude_BR2'],
+    )
+  batch = batches.with_candidates(
+      batch, retrieved_BJ, trained.corpus, trained.config.lengths
+  )
+  read = trained.read(params, batch)
+  mask_BM, targets_BM = batch['mask_BM'], batch['targets_BM']
+
+  def right(best_BM: np.ndarray) -> np.ndarray:
+    return ((best_BM == targets_BM) | ~mask_BM).all(axis=1).astype(float)
+
+  metrics = {'accuracy_without_retrieval': right(read['best_BKM'][:, 0])}
+  if search is not None:
+    p_BK = np.exp(read['logp_BK'])
+    logp_BK = np.where(mask_BM[:, None], read['target_logp_BKM'], 0).sum(-1)
+    utility_BJ = logp_BK[:, 1:] - logp_BK[:, :1]
+    real_B = np.maximum(p_BK[:, 1:].sum(1), 1e-9)
+    metrics |= {
+        'accuracy_with_retrieval': right(read['marginal_best_BM']),
+        'retrieval_utility': (p_BK[:, 1:] * utility_BJ).sum(1) / real_B,
+        'null_share': p_BK[:, 0],
+    }
+  return {name: values[:count] for name, values in metrics.items()}

@@ -1,0 +1,222 @@
+"""A trained workdir opened for use: its parameters, its search, its readings.
+
+Public: `Trained`, `steps_available`, `pad_rows`. What is evaluated, inspected or asked
+comes through here; nothing in a workdir is changed.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.data import batches
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.index import builder
+from realm_jax.index import generation as generation_lib
+from realm_jax.index import mips
+from realm_jax.models import components as components_lib
+from realm_jax.models import realm
+from realm_jax.runtime import checkpoint
+
+Params = dict[str, components_lib.Params]
+
+_QUERY_BATCH = 256
+# Scores of the vocabulary at once, [B, K, M, V]: 256 MiB of float32.
+_MAX_LOGITS = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What is fixed about a trained model; parameters are loaded by step."""
+
+  workdir: pathlib.Path
+  config: config_lib.Config  # Resolved.
+  corpus: corpus_lib.Corpus
+  components: dict[str, components_lib.Component]
+
+  @classmethod
+  def open(
+      cls,
+      workdir: pathlib.Path | str,
+      corpus: pathlib.Path | str | None = None,
+  ) -> 'Trained':
+    """Opens a workdir over the corpus it was trained on, or over another.
+
+    Raises:
+      FileNotFoundError: no such workdir, checkpoint or corpus.
+      ValueError: the corpus is not the one it was trained on and was not asked
+        for, or has another tokenizer.
+    """
+    workdir = pathlib.Path(workdir)
+    config = config_lib.resolve(config_lib.read(workdir))
+    opened = corpus_lib.Corpus.open(corpus or config.corpus)
+    saved = checkpoint.saved_about(workdir, _newest(workdir))
+    _compare('tokenizer_digest', saved, opened.tokenizer.digest, opened)
+    if corpus is None:
+      _compare('corpus_fingerprint', saved, opened.fingerprint, opened)
+    return cls(workdir, config, opened, components_lib.make_all(config))
+
+  @property
+  def null_ids(self) -> tuple[int, int, int]:
+    """The null document, `[CLS] [SEP] [SEP]`."""
+    tokenizer = self.corpus.tokenizer
+    return tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
+
+  def load(self, step: int) -> Params:
+    """Loads the parameters of a checkpoint, or of a snapshot (embedder only).
+
+    Raises:
+      FileNotFoundError: there is neither, naming those there are.
+    """
+    checkpoints, snapshots = steps_available(self.workdir)
+    if step in checkpoints:
+      wanted = {name: c.abstract for name, c in self.components.items()}
+      return checkpoint.load_params(self.workdir, wanted, step)[0]
+    if step in snapshots:
+      params, _ = checkpoint.load_snapshot(
+          self.workdir, step, self.components['embedder'].abstract
+      )
+      return {'embedder': params}
+    raise FileNotFoundError(
+        f'{self.workdir} has nothing of step {step}: checkpoints'
+        f' {checkpoints}, retriever snapshots {snapshots}.'
+    )
+
+  def published(self, params: Params) -> int | None:
+    """The generation made from these parameters over this corpus, if any."""
+    digest = checkpoint.params_digest(params['embedder'])
+    for step in generation_lib.steps(self.workdir):
+      about = generation_lib.read_manifest(self.workdir, step)
+      if (
+          about['params_digest'] == digest
+          and about['corpus_fingerprint'] == self.corpus.fingerprint
+      ):
+        return step
+    return None
+
+  def embed_queries(
+      self, params: Params, query_ids_BQ: np.ndarray
+  ) -> np.ndarray:
+    """Embeds `[CLS] x [SEP]`, any number of them: float32 [B, E], in numpy."""
+    parts = []
+    for start in range(0, len(query_ids_BQ), _QUERY_BATCH):
+      part = query_ids_BQ[start : start + _QUERY_BATCH]
+      padded = pad_rows(part, _QUERY_BATCH if start else len(part))
+      emb_BE = self._embed_query(params['embedder'], padded)
+      parts.append(np.asarray(emb_BE)[: len(part)])
+    return np.concatenate(parts)
+
+  def reading_batch_size(self, num_candidates: int, num_masks: int) -> int:
+    """How many sentences can be read at once within bounded memory."""
+    each = num_candidates * num_masks * self.config.model.vocab_size
+    return max(1, min(self.config.batch_size, _MAX_LOGITS // each))
+
+  def read(self, params: Params, batch: batches.Batch) -> batches.Batch:
+    """Scores and reads the candidates of a batch of `with_candidates`.
+
+    Returns, as numpy arrays:
+      score_BK, logp_BK: inner products, and log p(z|x); candidate 0 is null.
+      target_logp_BKM: log p(y_j|z,x) of batch['targets_BM'].
+      best_BKM, best_logp_BKM: the likeliest wordpiece with each candidate.
+      marginal_best_BM, marginal_logp_BM: that of sum_z p(y_j|z,x) p(z|x).
+    """
+    names = (
+        'query_ids_BQ doc_ids_BJS doc_types_BJS joint_ids_BKT joint_types_BKT'
+        ' positions_BM targets_BM'
+    ).split()
+    found = self._read(params, {name: batch[name] for name in names})
+    return {name: np.asarray(value) for name, value in found.items()}
+
+  @functools.cached_property
+  def _embed_query(self) -> Any:
+    embedder = self.components['embedder']
+    return jax.jit(
+        lambda params, ids_BQ: embedder.apply(params, 'embed_query', ids_BQ)
+    )
+
+  @functools.cached_property
+  def _read(self) -> Any:
+    embedder, reader = self.components['embedder'], self.components['reader']
+
+    def read(params: Params, batch: dict[str, jax.Array]) -> dict[str, Any]:
+      score_BK = realm.candidate_scores(
+          embedder,
+          params['embedder'],
+          batch['query_ids_BQ'],
+          batch['doc_ids_BJS'],
+          batch['doc_types_BJS'],
+          self.null_ids,
+      )
+      logits_BKMV = realm.read(
+          reader,
+          params['reader'],
+          batch['joint_ids_BKT'],
+          batch['joint_types_BKT'],
+          batch['positions_BM'],
+      )
+      logp_BK = jax.nn.log_softmax(score_BK)
+      logp_BKMV = jax.nn.log_softmax(logits_BKMV)
+      targets_BKM1 = jnp.broadcast_to(
+          batch['targets_BM'][:, None, :, None], (*logp_BKMV.shape[:3], 1)
+      )
+      marginal_BMV = jax.nn.logsumexp(
+          logp_BK[..., None, None] + logp_BKMV, axis=1
+      )
+      return {
+          'score_BK': score_BK,
+          'logp_BK': logp_BK,
+          'target_logp_BKM': jnp.take_along_axis(
+              logp_BKMV, targets_BKM1, axis=-1
+          )[..., 0],
+          'best_BKM': logp_BKMV.argmax(-1),
+          'best_logp_BKM': logp_BKMV.max(-1),
+          'marginal_best_BM': marginal_BMV.argmax(-1),
+          'marginal_logp_BM': marginal_BMV.max(-1),
+      }
+
+    return jax.jit(read)
+
+
+def steps_available(
+    workdir: pathlib.Path | str,
+) -> tuple[list[int], list[int]]:
+  """Steps of the checkpoints and of the retriever snapshots of a workdir."""
+  workdir = pathlib.Path(workdir)
+  return (
+      checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS),
+      checkpoint.snapshot_steps(workdir),
+  )
+
+
+def _newest(workdir: pathlib.Path) -> int:
+  steps, _ = steps_available(workdir)
+  if not steps:
+    raise FileNotFoundError(
+        f'{workdir} holds no checkpoint; `realm-jax train --workdir={workdir}`'
+        ' writes them.'
+    )
+  return steps[-1]
+
+
+def _compare(
+    name: str,
+    saved: dict[str, Any],
+    found: str,
+    corpus: corpus_lib.Corpus,
+) -> None:
+  if saved[name] != found:
+    raise ValueError(
+        f'The corpus {corpus.directory} is not what the model was trained on:'
+        f' {name} {found[:16]}, {saved[name][:16]} in the checkpoint.'
+    )
+
+
+def pad_rows(array: np.ndarray, size: int) -> np.ndarray:
+  """Repeats the last row, so that batches of one shape compile once."""
+  return np.pad(array, [(0, size - len(array)), (0, 0)], mode='edge')

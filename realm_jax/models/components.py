@@ -1,0 +1,81 @@
+"""The trainable parts of a job by name: parameters as flat dictionaries.
+
+Public: `Component`, `make`, `make_all`, `Params`. A component's parameters are
+`{'bert.layers.0.query.kernel': array, ...}`: what the optimizer, the
+checkpoints, the digests and the importers see. The module is rebuilt around
+them for each call, inside jit, at no cost.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+from flax import nnx
+import jax
+
+from realm_jax import config as config_lib
+from realm_jax.models import embedder
+from realm_jax.models import reader
+from realm_jax.models import span_reader
+
+Params = dict[str, Any]  # Of one component: dotted name -> array.
+
+_MODULES = {
+    'embedder': embedder.Embedder,
+    'reader': reader.Reader,
+    'span_reader': span_reader.SpanReader,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+  """A module without its parameters."""
+
+  name: str
+  config: config_lib.ModelConfig
+  graphdef: Any
+  abstract: dict[str, jax.ShapeDtypeStruct]
+
+  def init(self, seed: int) -> Params:
+    """Fresh parameters; each component draws from a stream of its own."""
+    key = jax.random.fold_in(
+        jax.random.key(seed), zlib.crc32(self.name.encode())
+    )
+    module = _MODULES[self.name](self.config, rngs=nnx.Rngs(key))
+    return _flatten(nnx.state(module, nnx.Param))
+
+  def apply(self, params: Params, method: str, *args, **kwargs) -> Any:
+    """Calls `method` of the module that holds `params`."""
+    state = nnx.from_flat_state(
+        [(_path(name), nnx.Param(value)) for name, value in params.items()]
+    )
+    module = nnx.merge(self.graphdef, state)
+    return getattr(module, method)(*args, **kwargs)
+
+
+def make(name: str, config: config_lib.ModelConfig) -> Component:
+  """Returns a component, one of `_MODULES`, for a resolved config."""
+  abstract = nnx.eval_shape(
+      lambda: _MODULES[name](config, rngs=nnx.Rngs(jax.random.key(0)))
+  )
+  graphdef, state = nnx.split(abstract)
+  return Component(name, config, graphdef, _flatten(state))
+
+
+def make_all(config: config_lib.Config) -> dict[str, Component]:
+  """Returns the components that the config's objective trains."""
+  names = config_lib.COMPONENTS[config.objective]
+  return {name: make(name, config.model) for name in names}
+
+
+def _flatten(state: nnx.State) -> dict[str, Any]:
+  return {
+      '.'.join(map(str, path)): variable[...]
+      if not isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+      else variable.get_value()
+      for path, variable in nnx.to_flat_state(state)
+  }
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+  return tuple(int(p) if p.isdigit() else p for p in name.split('.'))

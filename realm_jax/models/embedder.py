@@ -1,0 +1,77 @@
+"""The retriever's towers: text to an E-wide vector, scored by inner product.
+
+Public: `Embedder`, `score`. BERT -> tanh-pooled [CLS] -> linear -> LayerNorm
+(Guu et al. 2020, section 3.2; the LayerNorm as released). There is no L2 norm
+and no temperature.
+"""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from realm_jax import config as config_lib
+from realm_jax.models import bert
+
+
+class Projection(nnx.Module):
+  """From the pooled [CLS] to the retrieval embedding."""
+
+  def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    width = config.embedding_width
+    self.dense = bert.linear(config, config.width, width, rngs)
+    self.norm = bert.layer_norm(
+        config, width, rngs, config.embedding_scale_init
+    )
+
+  def __call__(self, pooled_BD: jax.Array) -> jax.Array:
+    return self.norm(self.dense(pooled_BD))
+
+
+class PooledBert(nnx.Module):
+  """BERT's [CLS] through the tanh pooler."""
+
+  def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    self.bert = bert.Bert(config, rngs=rngs)
+    self.pooler = bert.linear(config, config.width, config.width, rngs)
+
+  def __call__(self, ids_BL, types_BL, key=None) -> jax.Array:
+    cls_B1 = jnp.zeros((ids_BL.shape[0], 1), jnp.int32)
+    cls_B1D = self.bert(ids_BL, types_BL, cls_B1, key)
+    return jnp.tanh(self.pooler(cls_B1D[:, 0]))
+
+
+class Embedder(nnx.Module):
+  """Queries and documents into one space; `config.towers` says what they share."""
+
+  def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    self.encoder = PooledBert(config, rngs=rngs)
+    self.projection = Projection(config, rngs=rngs)
+    self.towers = config.towers
+    if config.towers != 'shared':
+      self.query_projection = Projection(config, rngs=rngs)
+    if config.towers == 'separate':
+      self.query_encoder = PooledBert(config, rngs=rngs)
+
+  def embed_query(
+      self, ids_BQ: jax.Array, key: jax.Array | None = None
+  ) -> jax.Array:
+    """Embeds `[CLS] x [SEP]`, all of segment 0. Returns float32 BE."""
+    separate = self.towers == 'separate'
+    encoder = self.query_encoder if separate else self.encoder
+    shared = self.towers == 'shared'
+    projection = self.projection if shared else self.query_projection
+    return projection(encoder(ids_BQ, jnp.zeros_like(ids_BQ), key))
+
+  def embed_document(
+      self,
+      ids_BS: jax.Array,
+      types_BS: jax.Array,
+      key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Embeds `[CLS] title [SEP] body [SEP]`, segments 0 and 1: float32 BE."""
+    return self.projection(self.encoder(ids_BS, types_BS, key))
+
+
+def score(query_emb_BE: jax.Array, doc_emb_BKE: jax.Array) -> jax.Array:
+  """Relevance f(x, z) = Embed_input(x)^T Embed_doc(z), float32 BK."""
+  return jnp.einsum('BE,BKE->BK', query_emb_BE, doc_emb_BKE)

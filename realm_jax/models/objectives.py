@@ -1,0 +1,124 @@
+"""The objectives, as pure functions of scores and log-probabilities.
+
+Public: `marginal_mlm` (REALM pre-training), `masked_mlm` (reader warm-up),
+`in_batch_softmax` (ICT). All in float32; `aux` holds per-example arrays and
+scalar metrics.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Aux = dict[str, jax.Array]
+
+
+def marginal_mlm(
+    score_BK: jax.Array,
+    token_logp_BKM: jax.Array,
+    mask_BM: jax.Array,
+    granularity: str = 'span',
+) -> tuple[jax.Array, Aux]:
+  """Negative log-likelihood of the masks, marginal over the candidates.
+
+  With p(z|x) the softmax of the scores over the K candidates (candidate 0 is
+  the null document), Guu et al. 2020, eq. 1 and 2:
+
+    span:  - mean_B log sum_k p(k|x) prod_j p(y_j|k,x)
+    token: - sum_Bj log sum_k p(k|x) p(y_j|k,x) / number of masks (as released)
+
+  The gradient with respect to a score is -p(k|x) [p(y|k,x) / p(y|x) - 1] / B:
+  a document gains when it did better than expected (their section 3.3).
+
+  Args:
+    score_BK: relevance of each candidate.
+    token_logp_BKM: log p(y_j | k, x); ignored where not masked.
+    mask_BM: which slots hold a mask. An example without any counts nothing.
+    granularity: 'span' or 'token'.
+
+  Returns:
+    The loss, and aux: retriever_logp_BK, posterior_BK = p(k|x,y), utility_BK
+    = log p(y|k,x) - log p(y|null,x), marginal_logp_B = log p(y|x) by span.
+
+  Raises:
+    ValueError: for another granularity.
+  """
+  mask_BM = mask_BM.astype(bool)
+  # Selected before any arithmetic, so that a nan in an unused slot cannot
+  # reach the gradient.
+  token_logp_BKM = jnp.where(
+      mask_BM[:, None], token_logp_BKM.astype(jnp.float32), 0.0
+  )
+  retriever_logp_BK = jax.nn.log_softmax(score_BK.astype(jnp.float32))
+  reader_logp_BK = token_logp_BKM.sum(-1)
+  joint_logp_BK = retriever_logp_BK + reader_logp_BK
+  marginal_logp_B = jax.nn.logsumexp(joint_logp_BK, axis=1)
+  counts_B = mask_BM.any(-1)
+  if granularity == 'span':
+    total = jnp.where(counts_B, marginal_logp_B, 0.0).sum()
+    loss = -total / jnp.maximum(counts_B.sum(), 1)
+  elif granularity == 'token':
+    marginal_logp_BM = jax.nn.logsumexp(
+        retriever_logp_BK[..., None] + token_logp_BKM, axis=1
+    )
+    total = jnp.where(mask_BM, marginal_logp_BM, 0.0).sum()
+    loss = -total / jnp.maximum(mask_BM.sum(), 1)
+  else:
+    raise ValueError(
+        f"granularity={granularity!r}: must be 'span' (the paper) or 'token'"
+        ' (the released code).'
+    )
+  aux = {
+      'retriever_logp_BK': retriever_logp_BK,
+      'posterior_BK': jnp.exp(joint_logp_BK - marginal_logp_B[:, None]),
+      'utility_BK': reader_logp_BK - reader_logp_BK[:, :1],
+      'marginal_logp_B': marginal_logp_B,
+  }
+  return loss, aux
+
+
+def masked_mlm(
+    token_logp_BM: jax.Array, mask_BM: jax.Array
+) -> tuple[jax.Array, Aux]:
+  """Mean negative log-likelihood of the masked wordpieces of one input."""
+  mask_BM = mask_BM.astype(bool)
+  total = jnp.where(mask_BM, token_logp_BM, 0.0).sum()
+  return -total / jnp.maximum(mask_BM.sum(), 1), {}
+
+
+def in_batch_softmax(
+    query_emb_BE: jax.Array, doc_emb_BE: jax.Array
+) -> tuple[jax.Array, Aux]:
+  """The inverse cloze task: find one's own document among the batch's.
+
+  Softmax over the documents of the whole global batch (Lee et al. 2019,
+  section 4.1). Row i of both arguments belongs together.
+
+  Returns:
+    The mean cross-entropy, and aux: accuracy.
+  """
+  logits_BB = jnp.einsum('BE,CE->BC', query_emb_BE, doc_emb_BE)
+  logits_BB = logits_BB.astype(jnp.float32)
+  own_B = jnp.diagonal(logits_BB)
+  loss = (jax.nn.logsumexp(logits_BB, axis=1) - own_B).mean()
+  # Not argmax: identical documents tie, and a tie is no mistake.
+  accuracy = (own_B >= logits_BB.max(axis=1)).mean()
+  return loss, {'accuracy': accuracy}
+
+
+def retrieval_metrics(aux: Aux, counts_B: Any) -> dict[str, jax.Array]:
+  """Scalar summaries of a `marginal_mlm` aux, over examples that count."""
+  weight_B = counts_B / jnp.maximum(counts_B.sum(), 1)
+  p_BK = jnp.exp(aux['retriever_logp_BK'])
+  real_BK = p_BK[:, 1:]
+  utility_B = (real_BK * aux['utility_BK'][:, 1:]).sum(1) / jnp.maximum(
+      real_BK.sum(1), 1e-9
+  )
+  entropy_B = -(p_BK * aux['retriever_logp_BK']).sum(1)
+  summary = {
+      'null_share': p_BK[:, 0],
+      'null_posterior': aux['posterior_BK'][:, 0],
+      'retrieval_utility': utility_B,
+      'retriever_entropy': entropy_B,
+  }
+  return {name: (weight_B * x).sum() for name, x in summary.items()}

@@ -1,0 +1,66 @@
+"""The knowledge-augmented encoder: BERT over sentence and document, MLM head.
+
+Public: `Reader` (Guu et al. 2020, section 3.2). Its BERT is not the
+embedder's. The vocabulary projection runs at the masked positions only.
+"""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from realm_jax import config as config_lib
+from realm_jax.models import bert
+
+
+class Reader(nnx.Module):
+  """Fills the masks of `[CLS] x [SEP] body [SEP]`."""
+
+  def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    self.bert = bert.Bert(config, rngs=rngs)
+    self.transform = bert.linear(config, config.width, config.width, rngs)
+    self.transform_norm = bert.layer_norm(config, config.width, rngs)
+    self.output_bias = nnx.Param(jnp.zeros(config.vocab_size))
+    self.activation = config.activation
+    self.dtype = config.compute_dtype
+
+  def mlm_logits(
+      self,
+      ids_BT: jax.Array,
+      types_BT: jax.Array,
+      positions_BM: jax.Array,
+      key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Scores the vocabulary at each masked position.
+
+    Args:
+      ids_BT: `[CLS] x [SEP] body [SEP]` with masks, int32.
+      types_BT: 0 for the sentence, 1 for the body.
+      positions_BM: where the masks are; unused slots may hold any position.
+      key: random key for dropout; None for none.
+
+    Returns:
+      Logits, float32 BMV. The output embedding is the input embedding.
+    """
+    hidden_BMD = self.bert(ids_BT, types_BT, positions_BM, key)
+    b, m, d = hidden_BMD.shape
+    hidden = self.transform(hidden_BMD.reshape(b * m, d))  # (B*M) D
+    hidden = self.transform_norm(bert.activation(self.activation)(hidden))
+    table_VD = self.bert.word_embed.embedding[...].astype(self.dtype)
+    logits = jnp.einsum('ND,VD->NV', hidden.astype(self.dtype), table_VD)
+    logits = logits.astype(jnp.float32) + self.output_bias[...][None]
+    return logits.reshape(b, m, -1)
+
+  def token_logp(
+      self,
+      ids_BT: jax.Array,
+      types_BT: jax.Array,
+      positions_BM: jax.Array,
+      targets_BM: jax.Array,
+      key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Log-probability of each masked wordpiece, float32 BM."""
+    logits_BMV = self.mlm_logits(ids_BT, types_BT, positions_BM, key)
+    target_BM = jnp.take_along_axis(
+        logits_BMV, targets_BM[..., None], axis=-1
+    )[..., 0]
+    return target_BM - jax.nn.logsumexp(logits_BMV, axis=-1)

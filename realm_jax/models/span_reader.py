@@ -1,0 +1,156 @@
+"""The reader of open-domain questions: BERT and a score for each answer span.
+
+Public: `SpanReader`, `spans`, `correct_spans`, `best_span`, `span_losses`
+(Lee et al. 2019, section 4.2; Guu et al. 2020, section 4.3). It reads
+`[CLS] question [SEP] passage [SEP]`; a span may only lie in the passage. P
+spans are numbered by width, then by start.
+"""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.models import bert
+
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+def spans(length: int, max_width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns first and last wordpiece of each span, int32 P each.
+
+  There are sum_w (length - w + 1) of them, w = 1 to max_width.
+  """
+  widths = range(1, min(max_width, length) + 1)
+  starts = [np.arange(length - w + 1, dtype=np.int32) for w in widths]
+  ends = [s + np.int32(w - 1) for w, s in zip(widths, starts, strict=True)]
+  return np.concatenate(starts), np.concatenate(ends)
+
+
+class SpanReader(nnx.Module):
+  """Scores each span by an MLP over its first and last wordpiece."""
+
+  def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    self.bert = bert.Bert(config, rngs=rngs)
+    # Of start and end at once: their sum is what the MLP sees.
+    self.intermediate = bert.linear(
+        config, config.width, 2 * config.span_width, rngs
+    )
+    self.norm = nnx.LayerNorm(
+        config.span_width,
+        # Not that of BERT: the original's head was made with Keras.
+        epsilon=config.span_norm_eps,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
+    self.output = bert.linear(config, config.span_width, 1, rngs)
+    self.max_width = config.max_span_width
+
+  def span_logits(
+      self,
+      ids_BT: jax.Array,
+      types_BT: jax.Array,
+      passage_mask_BT: jax.Array,
+      key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Scores the spans of one passage each.
+
+    Args:
+      ids_BT: `[CLS] question [SEP] passage [SEP]`, int32.
+      types_BT: 0 for the question, 1 for the passage.
+      passage_mask_BT: true where a span may begin and end.
+      key: random key for dropout; None for none.
+
+    Returns:
+      logits_BP, float32; the lowest float where a span may not be. The
+      relevance of the passage is not in it.
+    """
+    b, t = ids_BT.shape
+    hidden_BTD = self.bert(ids_BT, types_BT, key=key)
+    ends = self.intermediate(hidden_BTD.reshape(b * t, -1))  # (B*T) 2K
+    start, end = jnp.split(ends.reshape(b, t, -1), 2, axis=-1)
+    starts_P, ends_P = spans(t, self.max_width)
+    hidden = jax.nn.relu(start[:, starts_P] + end[:, ends_P])
+    scores = self.output(self.norm(hidden))[..., 0].astype(jnp.float32)
+    mask_BT = passage_mask_BT.astype(bool)
+    usable_BP = mask_BT[:, starts_P] & mask_BT[:, ends_P]
+    return jnp.where(usable_BP, scores, _LOWEST)
+
+
+def correct_spans(
+    gold_starts_BKA: jax.Array,
+    gold_ends_BKA: jax.Array,
+    length: int,
+    max_width: int,
+) -> jax.Array:
+  """Tells which spans are an answer, bool BKP.
+
+  Args:
+    gold_starts_BKA: first wordpiece of each of A answers; -1 for none. An
+      answer that is too wide or past the end is no span's.
+    gold_ends_BKA: their last wordpieces, inclusive.
+    length: T, of the input.
+    max_width: of a span.
+  """
+  starts_P, ends_P = spans(length, max_width)
+  return jnp.any(
+      (gold_starts_BKA[..., None] == starts_P)
+      & (gold_ends_BKA[..., None] == ends_P),
+      axis=-2,
+  )
+
+
+def best_span(
+    logits_BKP: jax.Array, score_BK: jax.Array, length: int, max_width: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the passage k, first and last wordpiece of the best span, int B."""
+  starts_P, ends_P = spans(length, max_width)
+  total_BKP = logits_BKP + score_BK[..., None]
+  best_B = jnp.argmax(total_BKP.reshape(total_BKP.shape[0], -1), axis=-1)
+  passage_B, span_B = jnp.divmod(best_B, total_BKP.shape[-1])
+  return passage_B, jnp.asarray(starts_P)[span_B], jnp.asarray(ends_P)[span_B]
+
+
+def span_losses(
+    logits_BKP: jax.Array,
+    score_BN: jax.Array,
+    correct_BKP: jax.Array,
+    has_answer_BN: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Negative log-likelihood of retrieving and of reading an answer.
+
+    retriever: - log sum_{n has an answer} softmax_n(score)
+    reader:    - log sum_{(k, p) correct} softmax_{k, p}(logit + score_k)
+
+  Each is 0, without a gradient, for a question that has nothing correct.
+
+  Args:
+    logits_BKP: of the spans of the K passages that are read.
+    score_BN: relevance of N >= K retrieved passages, best first.
+    correct_BKP: which spans are an answer.
+    has_answer_BN: which passages hold one.
+
+  Returns:
+    Their sum, mean over the questions, and aux: `retriever_loss`,
+    `reader_loss` likewise.
+  """
+  b, k, p = logits_BKP.shape
+  total_BKP = logits_BKP + score_BN[:, :k, None]
+  retriever_B = _marginal(score_BN, has_answer_BN)
+  reader_B = _marginal(
+      total_BKP.reshape(b, k * p), correct_BKP.reshape(b, k * p)
+  )
+  aux = {'retriever_loss': retriever_B.mean(), 'reader_loss': reader_B.mean()}
+  return aux['retriever_loss'] + aux['reader_loss'], aux
+
+
+def _marginal(logits_BL: jax.Array, correct_BL: jax.Array) -> jax.Array:
+  any_B = correct_BL.any(-1)
+  # Where nothing is correct everything is, so that no infinity arises whose
+  # gradient `where` could not take back.
+  correct_BL = jnp.where(any_B[:, None], correct_BL, True)
+  found_B = jax.nn.logsumexp(logits_BL, axis=-1, where=correct_BL)
+  loss_B = jax.nn.logsumexp(logits_BL, axis=-1) - found_B
+  return jnp.where(any_B, loss_B, 0.0)

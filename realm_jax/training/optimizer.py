@@ -1,0 +1,80 @@
+"""AdamW as BERT uses it, with a learning rate for each component.
+
+Public: `make_optimizer`, `learning_rate`. Differences from the released code:
+Adam's bias correction is on, and the decay starts where the warm-up ends.
+"""
+
+from typing import Any
+
+import optax
+
+from realm_jax import config as config_lib
+
+
+def learning_rate(config: config_lib.Config, component: str) -> optax.Schedule:
+  """Linear warm-up, then linear decay to final_fraction of the peak.
+
+  The embedder has a peak of its own and may start later: a reader that does
+  not yet use its passages would teach it that none is of use.
+  """
+  c = config.optimizer
+  peak = c.retriever_learning_rate if component == 'embedder' else (
+      c.learning_rate
+  )
+  warm = optax.schedules.warmup_constant_schedule(0.0, peak, c.warmup_steps)
+  decay = optax.schedules.linear_schedule(
+      peak,
+      peak * c.final_fraction,
+      max(config.steps - c.warmup_steps, 1),
+      c.warmup_steps,
+  )
+  delay = c.retriever_delay if component == 'embedder' else 0
+
+  def schedule(step):
+    value = warm(step) if c.warmup_steps else peak
+    value = value * decay(step) / peak if peak else value
+    return value * (step >= delay)
+
+  return schedule
+
+
+def make_optimizer(
+    config: config_lib.Config, components: tuple[str, ...]
+) -> optax.GradientTransformation:
+  """Returns the transformation for params {component: {name: array}}."""
+  c = config.optimizer
+
+  def adamw(component: str) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate(config, component),
+        b1=c.b1,
+        b2=c.b2,
+        eps=c.eps,
+        weight_decay=c.weight_decay,
+        mask=_decayed,
+    )
+
+  return optax.chain(
+      optax.clip_by_global_norm(c.clip_norm),
+      optax.partition(
+          {
+              name: optax.set_to_zero() if name in c.frozen else adamw(name)
+              for name in components
+          },
+          lambda params: {
+              name: dict.fromkeys(leaves, name)
+              for name, leaves in params.items()
+          },
+      ),
+  )
+
+
+def _decayed(params: Any) -> Any:
+  """Weights decay; biases and LayerNorm scales do not."""
+  # Not by rank: optax.partition leaves placeholders for other components.
+  return {
+      component: {
+          name: not name.endswith(('bias', 'scale')) for name in leaves
+      }
+      for component, leaves in params.items()
+  }

@@ -1,0 +1,198 @@
+"""How a job begins: checks, then initial parameters or those it left off with.
+
+Public: `Job`, `open_job`, `start_or_resume`.
+"""
+
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from realm_jax import config as config_lib
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.models import components as components_lib
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.training import steps
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Everything that is fixed while a job runs."""
+
+  workdir: pathlib.Path
+  config: config_lib.Config  # Resolved.
+  corpus: corpus_lib.Corpus
+  mesh: jax.sharding.Mesh
+  components: steps.Components
+  lineage: dict[str, str]  # Saved with every checkpoint, compared on resume.
+
+
+def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
+  """Checks all that can be checked before any expensive work.
+
+  The first job in a workdir writes config.json; a later one must agree with it
+  in everything that determines the result.
+
+  Raises:
+    ValueError: a wrong config, a workdir of another config or corpus, a corpus
+      too small, a mesh that does not fit.
+    FileNotFoundError: no corpus, or no workdir to start from.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  config_lib.validate(config)
+  corpus = corpus_lib.Corpus.open(config.corpus)
+  config = config_lib.resolve(config)
+  vocab_size = corpus.tokenizer.vocab_size
+  if config.model.vocab_size not in (0, vocab_size):
+    raise ValueError(
+        f'config.model.vocab_size={config.model.vocab_size}, but the tokenizer'
+        f' of {config.corpus} has {vocab_size} wordpieces; 0 takes it over.'
+    )
+  config.model.vocab_size = vocab_size
+  if config.objective == 'realm':
+    _check_corpus_size(config, corpus)
+  lineage = {
+      'config_digest': config_lib.digest(config),
+      'corpus_fingerprint': corpus.fingerprint,
+      'tokenizer_digest': corpus.tokenizer.digest,
+  }
+  _check_same_job(workdir, config, lineage)
+  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+  for source in _sources(config):
+    config_lib.read(source)  # Raises if there is none.
+  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  components = components_lib.make_all(config)
+  return Job(workdir, config, corpus, mesh, components, lineage)
+
+
+def start_or_resume(
+    job: Job,
+    checkpoints: checkpoint.Checkpoints,
+    tx: optax.GradientTransformation,
+    data: Any,
+) -> tuple[steps.TrainState, int | None]:
+  """Returns the state to go on from, and the index generation it was using.
+
+  In this order:
+    1. the newest checkpoint of the workdir itself: all of it, and the data
+       iterator in place;
+    2. parameters of the workdirs in config.init_from, each for the components
+       that it has;
+    3. from scratch, by config.seed.
+
+  Raises:
+    ValueError: naming the parameters whose presence or shape differs.
+  """
+  root = jax.random.key(job.config.seed)
+  everywhere = mesh_lib.replicated(job.mesh)
+  latest = checkpoints.latest
+  if latest is not None:
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(lambda: _fresh(job, tx, root)),
+    )
+    rest = {
+        'step': state.step, 'opt_state': state.opt_state, 'rng': state.rng
+    }
+    params, rest = checkpoints.restore(latest, state.params, rest, data)
+    log.info('Resuming %s at step %d.', job.workdir, latest)
+    generation = checkpoint.saved_about(job.workdir, latest).get(
+        'index_generation'
+    )
+    return steps.TrainState(params=params, **rest), generation
+  given = _initial_params(job)
+  state = jax.jit(
+      lambda given: _fresh(job, tx, root, given), out_shardings=everywhere
+  )(given)
+  return state, None
+
+
+def _fresh(
+    job: Job,
+    tx: optax.GradientTransformation,
+    root: jax.Array,
+    given: dict[str, components_lib.Params] | None = None,
+) -> steps.TrainState:
+  given = given or {}
+  params = {
+      name: given.get(name) or component.init(job.config.seed)
+      for name, component in job.components.items()
+  }
+  return steps.TrainState(
+      step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=root
+  )
+
+
+def _initial_params(job: Job) -> dict[str, components_lib.Params]:
+  found: dict[str, components_lib.Params] = {}
+  for source in _sources(job.config):
+    wanted = {
+        name: job.components[name].abstract
+        for name in checkpoint.components_in(source)
+        if name in job.components
+    }
+    if not wanted:
+      raise ValueError(
+          f'config.init_from: {source} has the components'
+          f' {checkpoint.components_in(source)}, the objective'
+          f' {job.config.objective!r} trains {sorted(job.components)}.'
+      )
+    params, step = checkpoint.load_params(source, wanted)
+    log.info('%s from %s, step %d.', ', '.join(sorted(params)), source, step)
+    found.update(params)
+  return found
+
+
+def _sources(config: config_lib.Config) -> list[str]:
+  return [part.strip() for part in config.init_from.split(',') if part.strip()]
+
+
+def _check_corpus_size(
+    config: config_lib.Config, corpus: corpus_lib.Corpus
+) -> None:
+  needed, rows = config.num_candidates - 1, len(corpus.passages)
+  excluded, what = 0, 'passages'
+  if config.trivial == 'passage':
+    excluded, what = 1, 'passages besides the one a sentence is from'
+  elif config.trivial == 'article':
+    excluded = int(np.bincount(corpus.passages.articles).max())
+    what = 'passages outside the largest article'
+  if rows - excluded < needed:
+    raise ValueError(
+        f'The corpus {corpus.directory} has {rows - excluded} {what};'
+        f' config.num_candidates={config.num_candidates} (null document'
+        f' included) needs {needed}. Use a larger corpus or fewer candidates.'
+    )
+
+
+def _check_same_job(
+    workdir: pathlib.Path, config: config_lib.Config, lineage: dict[str, str]
+) -> None:
+  if not (workdir / 'config.json').exists():
+    return
+  theirs = config_lib.read(workdir)
+  if config_lib.digest(theirs) != lineage['config_digest']:
+    differing = '\n  '.join(config_lib.differences(config, theirs))
+    raise ValueError(
+        f'{workdir} is the workdir of another config:\n  {differing}\nResume'
+        ' with the same config, or give another --workdir.'
+    )
+  steps_saved = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
+  if not steps_saved:
+    return
+  saved = checkpoint.saved_about(workdir, steps_saved[-1])
+  for name in ('corpus_fingerprint', 'tokenizer_digest'):
+    if saved[name] != lineage[name]:
+      raise ValueError(
+          f'{workdir} was trained on another corpus: {name}'
+          f' {saved[name][:16]} in its checkpoint {steps_saved[-1]},'
+          f' {lineage[name][:16]} in {config.corpus}.'
+      )

@@ -1,0 +1,169 @@
+"""The training step of each objective: pure functions of state and batch.
+
+Public: `TrainState`, `make_train_step`, `make_query_embedder`, `loss_function`.
+What a step does for REALM in all: embed the masked sentences, search (on the
+host's side of things, in the loop), then here score the candidates anew, read
+them, marginalise, and update reader and retriever.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from realm_jax import config as config_lib
+from realm_jax.models import components as components_lib
+from realm_jax.models import objectives
+from realm_jax.models import realm
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.training import optimizer
+
+Components = dict[str, components_lib.Component]
+Metrics = dict[str, jax.Array]
+# What a step of an objective reads; the rest of a batch stays on the host.
+INPUTS = {
+    'mlm': 'joint_ids_BT joint_types_BT positions_BM targets_BM mask_BM',
+    'ict': 'query_ids_BQ doc_ids_BS doc_types_BS',
+    'realm': (
+        'query_ids_BQ doc_ids_BJS doc_types_BJS joint_ids_BKT joint_types_BKT'
+        ' positions_BM targets_BM mask_BM'
+    ),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a step changes; with the data iterator, all there is to resume."""
+
+  step: jax.Array  # int32, updates done.
+  params: dict[str, components_lib.Params]
+  opt_state: Any
+  rng: jax.Array  # Root key of the run; never changes.
+
+
+def loss_function(
+    config: config_lib.Config,
+    components: Components,
+    null_ids: tuple[int, int, int],
+) -> Callable[..., tuple[jax.Array, Metrics]]:
+  """Returns loss(params, batch, key) -> (loss, metrics) of the objective."""
+
+  def mlm(params, batch, key):
+    token_logp_BM = components['reader'].apply(
+        params['reader'],
+        'token_logp',
+        batch['joint_ids_BT'],
+        batch['joint_types_BT'],
+        batch['positions_BM'],
+        batch['targets_BM'],
+        key,
+    )
+    loss, _ = objectives.masked_mlm(token_logp_BM, batch['mask_BM'])
+    return loss, {}
+
+  def ict(params, batch, key):
+    embedder = components['embedder']
+    query_emb_BE = embedder.apply(
+        params['embedder'], 'embed_query', batch['query_ids_BQ'], key
+    )
+    doc_emb_BE = embedder.apply(
+        params['embedder'],
+        'embed_document',
+        batch['doc_ids_BS'],
+        batch['doc_types_BS'],
+    )
+    return objectives.in_batch_softmax(query_emb_BE, doc_emb_BE)
+
+  def marginal(params, batch, key):
+    query_key, reader_key = jax.random.split(key)
+    score_BK = realm.candidate_scores(
+        components['embedder'],
+        params['embedder'],
+        batch['query_ids_BQ'],
+        batch['doc_ids_BJS'],
+        batch['doc_types_BJS'],
+        null_ids,
+        query_key,
+    )
+    token_logp_BKM = realm.read_targets(
+        components['reader'],
+        params['reader'],
+        batch['joint_ids_BKT'],
+        batch['joint_types_BKT'],
+        batch['positions_BM'],
+        batch['targets_BM'],
+        reader_key,
+    )
+    mask_BM = batch['mask_BM']
+    loss, aux = objectives.marginal_mlm(
+        score_BK, token_logp_BKM, mask_BM, config.granularity
+    )
+    return loss, objectives.retrieval_metrics(aux, mask_BM.any(-1))
+
+  return {'mlm': mlm, 'ict': ict, 'realm': marginal}[config.objective]
+
+
+def make_train_step(
+    config: config_lib.Config,
+    components: Components,
+    tx: optax.GradientTransformation,
+    null_ids: tuple[int, int, int],
+    mesh: jax.sharding.Mesh,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+  """Returns the jitted step; it takes over (donates) the state given to it."""
+  loss_fn = loss_function(config, components, null_ids)
+
+  def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(stream(state.rng, 'dropout'), state.step)
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params, batch, key
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        'loss': loss,
+        **metrics,
+        'grad_norm': optax.global_norm(grads),
+        'update_norm': optax.global_norm(updates),
+        'param_norm': optax.global_norm(params),
+    }
+    for name in components:
+      metrics[f'learning_rate_{name}'] = jnp.asarray(
+          optimizer.learning_rate(config, name)(state.step), jnp.float32
+      )
+    state = TrainState(
+        step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng
+    )
+    return state, metrics
+
+  return jax.jit(
+      train_step,
+      donate_argnums=0,
+      in_shardings=(mesh_lib.replicated(mesh), mesh_lib.over_batch(mesh)),
+      out_shardings=mesh_lib.replicated(mesh),
+  )
+
+
+def make_query_embedder(
+    embedder: components_lib.Component, mesh: jax.sharding.Mesh
+) -> Callable[[components_lib.Params, Any], jax.Array]:
+  """Returns the jitted embed(params, query_ids_BQ) -> query_emb_BE."""
+
+  def embed_query(params, query_ids_BQ):
+    return embedder.apply(params, 'embed_query', query_ids_BQ)
+
+  return jax.jit(
+      embed_query,
+      in_shardings=(mesh_lib.replicated(mesh), mesh_lib.over_batch(mesh)),
+      out_shardings=mesh_lib.replicated(mesh),
+  )
+
+
+def stream(root: jax.Array, name: str) -> jax.Array:
+  """A named random stream: independent of how many others there are."""
+  return jax.random.fold_in(root, zlib.crc32(name.encode()))

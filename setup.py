@@ -1,0 +1,83 @@
+"""Packaging of realm_jax; the settings of the tools are in pyproject.toml."""
+
+import pathlib
+import re
+
+import setuptools
+
+_HERE = pathlib.Path(__file__).parent
+
+
+def _version() -> str:
+  text = (_HERE / 'realm_jax' / '__init__.py').read_text(encoding='utf-8')
+  found = re.search(r"^__version__ = '([^']+)'$", text, re.MULTILINE)
+  if not found:
+    raise ValueError("realm_jax/__init__.py has no line __version__ = '...'.")
+  return found.group(1)
+
+
+def _readme() -> str:
+  path = _HERE / 'README.md'
+  return path.read_text(encoding='utf-8') if path.exists() else ''
+
+
+_PLOT = ['matplotlib>=3.9']
+_TENSORBOARD = ['tensorboardX>=2.6.4']
+
+setuptools.setup(
+    name='realm_jax',
+    version=_version(),
+    description=(
+        'REALM: retrieval-augmented language model pretraining in JAX'
+    ),
+    long_description=_readme(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    classifiers=[
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    packages=setuptools.find_packages(include=['realm_jax', 'realm_jax.*']),
+    package_data={'realm_jax': ['py.typed']},
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py>=2.2',
+        'array-record>=0.8.1',
+        'flax>=0.12.8',
+        'grain>=0.2.18',
+        # 0.10.2 is the last release for Python 3.11; newer Pythons get newer.
+        'jax>=0.10.2',
+        'ml-collections>=1.1.0',
+        'numpy>=2.0',
+        'optax>=0.2.8',
+        'orbax-checkpoint>=0.12.8',
+        'regex>=2024.4.16',
+        'rich>=13.7',
+        'safetensors>=0.4.5',
+        # 1.4 is the first release that works without TensorFlow. It is made
+        # for Linux and up to Python 3.13; elsewhere, use the other backends.
+        'scann>=1.4.2; sys_platform == "linux" and python_version < "3.14"',
+        'tensorflow-datasets>=4.9.9',
+        'tokenizers>=0.21',
+        'tqdm>=4.66',
+        'transformers>=4.57',
+    ],
+    extras_require={
+        'plot': _PLOT,
+        'tensorboard': _TENSORBOARD,
+        'faiss': ['faiss-cpu>=1.9'],
+        'dev': [
+            *_TENSORBOARD,
+            'hypothesis>=6.100',
+            # A new minor release may find fault with code that passed before.
+            'mypy~=2.4.1',
+            'pytest>=8.3',
+            'ruff~=0.17.6',
+        ],
+    },
+    entry_points={'console_scripts': ['realm-jax = realm_jax.main:run']},
+)

@@ -1,0 +1,171 @@
+"""The shape of the code: who imports whom, how long a file may be, letters."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+import realm_jax
+
+_ROOT = pathlib.Path(realm_jax.__file__).resolve().parent
+_FILES = sorted(_ROOT.rglob('*.py'))
+_MAX_LINES = 500
+
+# Which parts of the package each part may import, apart from itself. A new
+# part must be put in its place here.
+_BELOW_INDEX = {'config', 'runtime', 'data', 'models'}
+_ALLOWED = {
+    'config': set(),
+    'runtime': {'config'},
+    'data': {'config', 'runtime'},
+    'models': {'config', 'runtime'},
+    'index': _BELOW_INDEX,
+    'evaluation': _BELOW_INDEX | {'index'},
+    'export': _BELOW_INDEX | {'index', 'evaluation'},
+    'api': _BELOW_INDEX | {'index', 'evaluation', 'export'},
+    'training': _BELOW_INDEX | {'index', 'evaluation'},
+}
+_ALLOWED['main'] = {*_ALLOWED}
+_ALLOWED['__main__'] = {'main'}
+_ALLOWED['__init__'] = {'api'}  # The public names, loaded when first used.
+
+_DEVICE_LIBRARIES = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
+
+# An array's name ends in its shape: letters, digits for fixed sizes.
+_SHAPED_NAME = re.compile(r'^[a-z][a-z0-9_]*_([A-Z][A-Z0-9x]*)$')
+
+
+def _relative(path: pathlib.Path) -> str:
+  return str(path.relative_to(_ROOT.parent))
+
+
+def _part(path: pathlib.Path) -> str:
+  parts = path.relative_to(_ROOT).with_suffix('').parts
+  return parts[0]
+
+
+def _imports(tree: ast.AST) -> list[tuple[int, str]]:
+  """Line and dotted name of every import, also of those inside functions."""
+  found = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found += [(node.lineno, alias.name) for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'line {node.lineno}: use absolute imports'
+      found += [
+          (node.lineno, f'{node.module}.{alias.name}') for alias in node.names
+      ]
+  return found
+
+
+def _parse(path: pathlib.Path) -> ast.Module:
+  return ast.parse(path.read_text(encoding='utf-8'), str(path))
+
+
+def _wrong_imports(path: pathlib.Path, tree: ast.Module) -> list[str]:
+  part = _part(path)
+  if part not in _ALLOWED:
+    return [f'{_relative(path)}: {part!r} has no place in {__name__}']
+  wrong = []
+  for line, name in _imports(tree):
+    names = name.split('.')
+    if names[0] == 'realm_jax' and len(names) > 1:
+      other = names[1]
+      if other in _ALLOWED and other not in _ALLOWED[part] | {part}:
+        wrong.append(f'{_relative(path)}:{line}: {part} imports {other}')
+    if part == 'data' and names[0] in _DEVICE_LIBRARIES:
+      wrong.append(f'{_relative(path)}:{line}: data imports {names[0]}')
+  return wrong
+
+
+def test_import_direction():
+  wrong = [w for path in _FILES for w in _wrong_imports(path, _parse(path))]
+  assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize(
+    'file, source',
+    [
+        ('models/bert.py', 'from realm_jax.data import corpus'),
+        ('models/bert.py', 'from realm_jax import data'),
+        ('models/reader.py', 'from realm_jax.index import mips'),
+        ('data/corpus.py', 'from realm_jax.models import bert'),
+        ('data/corpus.py', 'def f():\n  import jax.numpy as jnp'),
+        ('runtime/mesh.py', 'import realm_jax.training.loop'),
+        ('config.py', 'from realm_jax.runtime import mesh'),
+        ('index/mips.py', 'from realm_jax.evaluation import retrieval'),
+        ('novelty/thing.py', ''),
+    ],
+)
+def test_a_wrong_import_is_found(file, source):
+  assert _wrong_imports(_ROOT / file, ast.parse(source))
+
+
+def test_data_loads_no_device_library_through_others():
+  """Workers of the input pipeline import `data`; they must stay light."""
+  reached, todo = set(), [p for p in _FILES if _part(p) == 'data']
+  while todo:
+    path = todo.pop()
+    if path in reached:
+      continue
+    reached.add(path)
+    for line, name in _imports(_parse(path)):
+      names = name.split('.')
+      assert names[0] not in _DEVICE_LIBRARIES, (
+          f'{_relative(path)}:{line}: data reaches {name}'
+      )
+      if names[0] == 'realm_jax':
+        for depth in (1, 2, 3):
+          base = _ROOT.joinpath(*names[1:depth])
+          candidates = (base.with_suffix('.py'), base / '__init__.py')
+          todo += [c for c in candidates if c in _FILES and depth > 1]
+  assert len(reached) > 3
+
+
+def test_no_file_is_too_long():
+  lengths = {
+      _relative(path): len(path.read_text(encoding='utf-8').splitlines())
+      for path in _FILES
+  }
+  too_long = {name: n for name, n in lengths.items() if n >= _MAX_LINES}
+  assert not too_long
+
+
+def test_every_module_says_what_it_is_for():
+  silent = [
+      _relative(path)
+      for path in _FILES
+      if path.read_text(encoding='utf-8').strip()
+      and not ast.get_docstring(_parse(path))
+  ]
+  assert not silent
+
+
+def _legend() -> set[str]:
+  assert realm_jax.__doc__ is not None
+  entries = re.findall(r'(?:^|\s\s)([A-Z]) [a-z]', realm_jax.__doc__, re.M)
+  aside = re.findall(r'^`([A-Z])` is', realm_jax.__doc__, re.M)
+  return {*entries, *aside}
+
+
+def test_every_shape_letter_is_in_the_legend():
+  legend = _legend()
+  assert {'B', 'K', 'Q', 'S', 'T', 'M', 'V', 'D', 'F', 'E', 'N'} <= legend
+  unknown, seen = [], set()
+  for path in _FILES:
+    for node in ast.walk(_parse(path)):
+      if isinstance(node, ast.Name):
+        name = node.id
+      elif isinstance(node, ast.arg):
+        name = node.arg
+      else:
+        continue
+      shaped = _SHAPED_NAME.match(name)
+      if shaped:
+        letters = set(re.sub(r'[0-9x]', '', shaped.group(1)))
+        seen |= letters
+        if letters - legend:
+          unknown.append(f'{_relative(path)}:{node.lineno}: {name}')
+  assert not unknown, '\n'.join(unknown)
+  assert {'B', 'D'} <= seen  # Else the search itself is broken.

@@ -1,0 +1,175 @@
+"""BERT, the embedder and the reader: what may and may not matter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.models import components
+from realm_jax.models import realm
+
+CONFIG = config_lib.resolve(
+    config_lib.Config(
+        model=config_lib.ModelConfig(
+            preset='tiny', width=16, num_heads=2, vocab_size=50,
+            embedding_width=8, max_positions=32, init_stddev=0.5,
+        )
+    )
+).model
+
+
+def _ids(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(5, 50, size=shape).astype(np.int32)
+
+
+def _embed(config, method='embed_document', ids=None, types=None, key=None):
+  embedder = components.make('embedder', config)
+  args = (ids,) if method == 'embed_query' else (ids, types)
+  return embedder.apply(embedder.init(0), method, *args, key)
+
+
+def test_padding_does_not_matter():
+  ids = _ids(3, 7)
+  types = np.zeros_like(ids)
+  padded = np.pad(ids, ((0, 0), (0, 5)))
+  np.testing.assert_allclose(
+      _embed(CONFIG, ids=ids, types=types),
+      _embed(CONFIG, ids=padded, types=np.pad(types, ((0, 0), (0, 5)))),
+      atol=1e-5,
+  )
+
+
+def test_padding_gets_no_gradient():
+  embedder = components.make('embedder', CONFIG)
+  params = embedder.init(0)
+  ids = np.pad(_ids(2, 6), ((0, 0), (0, 4)))
+
+  def loss(params):
+    return embedder.apply(params, 'embed_query', ids).sum()
+
+  grads = jax.grad(loss)(params)
+  assert not np.any(grads['encoder.bert.word_embed.embedding'][0])
+  assert not np.any(grads['encoder.bert.position_embed.embedding'][6:])
+  assert np.any(grads['encoder.bert.position_embed.embedding'][:6])
+
+
+@pytest.mark.parametrize('name', ['word', 'position', 'segment'])
+def test_everything_else_matters(name):
+  ids, types = _ids(1, 8), np.zeros((1, 8), np.int32)
+  before = _embed(CONFIG, ids=ids, types=types)
+  if name == 'word':
+    ids = ids.copy()
+    ids[0, 5] = 5 + (ids[0, 5] - 4) % 45
+  elif name == 'position':
+    ids = np.concatenate([ids[:, :1], ids[:, :0:-1]], axis=1)
+  else:
+    types = np.array([[0] * 4 + [1] * 4], np.int32)
+  assert np.abs(before - _embed(CONFIG, ids=ids, types=types)).max() > 1e-3
+
+
+def test_the_last_layer_at_some_positions_is_the_last_layer_there():
+  reader = components.make('reader', CONFIG)
+  params = reader.init(0)
+  ids, types = _ids(2, 9), np.zeros((2, 9), np.int32)
+  everywhere = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
+  some = np.array([[4, 0], [8, 4]], np.int32)
+  all_logits = reader.apply(params, 'mlm_logits', ids, types, everywhere)
+  logits = reader.apply(params, 'mlm_logits', ids, types, some)
+  np.testing.assert_allclose(
+      logits,
+      np.take_along_axis(np.asarray(all_logits), some[..., None], axis=1),
+      atol=2e-5,
+  )
+
+
+def test_token_logp_is_a_log_probability():
+  reader = components.make('reader', CONFIG)
+  params = reader.init(0)
+  ids, types = _ids(1, 6), np.zeros((1, 6), np.int32)
+  positions = np.full((1, 50), 2, np.int32)
+  logp = reader.apply(
+      params, 'token_logp', ids, types, positions,
+      np.arange(50, dtype=np.int32)[None],
+  )
+  np.testing.assert_allclose(np.exp(logp).sum(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('towers', 'same', 'more'),
+    [('shared', True, 0), ('shared_bert', False, 4), ('separate', False, 43)],
+)
+def test_towers_share_what_they_say(towers, same, more):
+  config = dataclasses.replace(CONFIG, towers=towers)
+  shared = components.make('embedder', CONFIG).abstract
+  assert len(components.make('embedder', config).abstract) == len(shared) + more
+  ids = _ids(2, 6)
+  query = _embed(config, 'embed_query', ids)
+  document = _embed(config, ids=ids, types=np.zeros_like(ids))
+  assert np.allclose(query, document) == same
+
+
+def test_embedding_scale_init_bounds_the_scores():
+  config = dataclasses.replace(CONFIG, embedding_scale_init=8**-0.25)
+  query = _embed(config, 'embed_query', _ids(4, 6))
+  np.testing.assert_allclose(
+      np.square(query).sum(1), np.sqrt(8), rtol=1e-3
+  )
+
+
+def test_dropout_needs_a_key_and_follows_it():
+  ids, types = _ids(2, 6), np.zeros((2, 6), np.int32)
+
+  def embed(key):
+    return np.asarray(_embed(CONFIG, ids=ids, types=types, key=key))
+
+  first = embed(jax.random.key(0))
+  np.testing.assert_array_equal(first, embed(jax.random.key(0)))
+  assert np.abs(first - embed(jax.random.key(1))).max() > 1e-3
+  np.testing.assert_array_equal(embed(None), embed(None))
+
+
+def test_candidate_scores_embed_documents_without_dropout():
+  embedder = components.make('embedder', CONFIG)
+  params = embedder.init(0)
+  docs, types = _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32)
+  null = (1, 2, 2)
+  score = realm.candidate_scores(
+      embedder, params, _ids(2, 6), docs, types, null
+  )
+  query = embedder.apply(params, 'embed_query', _ids(2, 6))
+  doc = embedder.apply(
+      params, 'embed_document', docs.reshape(6, 8), types.reshape(6, 8)
+  ).reshape(2, 3, 8)
+  null_emb = embedder.apply(
+      params, 'embed_document', np.array([null]), np.array([[0, 0, 1]])
+  )
+  np.testing.assert_allclose(score[:, 0], query @ null_emb[0], rtol=1e-4)
+  np.testing.assert_allclose(
+      score[:, 1:], jnp.einsum('be,bke->bk', query, doc), rtol=1e-4
+  )
+
+
+def test_components_draw_from_streams_of_their_own():
+  embedder = components.make('embedder', CONFIG).init(0)
+  reader = components.make('reader', CONFIG).init(0)
+  assert not np.allclose(
+      embedder['encoder.bert.word_embed.embedding'],
+      reader['bert.word_embed.embedding'],
+  )
+  again = components.make('reader', CONFIG).init(0)
+  for name, value in reader.items():
+    np.testing.assert_array_equal(value, again[name])
+
+
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
+  config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
+  ids, types = _ids(2, 6), np.zeros((2, 6), np.int32)
+  half = _embed(config, ids=ids, types=types)
+  full = _embed(CONFIG, ids=ids, types=types)
+  assert half.dtype == jnp.float32
+  assert not np.array_equal(half, full)
+  np.testing.assert_allclose(half, full, atol=0.15)
