@@ -25,6 +25,7 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
   config.num_candidates = 5
   config.log_interval = 10
   config.model.preset = 'tiny'
+  config.model.init_stddev = 0.05  # Width 128 learns faster so than with 0.02.
   config.model.dropout = 0.0  # Too few steps to overfit.
   config.model.embedding_scale_init = 128**-0.25
   config.lengths.query = 18

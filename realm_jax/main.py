@@ -83,7 +83,7 @@ def _prepare(argv: Sequence[str]) -> None:
   manifest = prepare.prepare(
       _list(FLAGS.source),
       FLAGS.output,
-      pretraining_sources=_list(FLAGS.pretraining_source) or None,
+      pretraining_sources=_list(FLAGS.pretraining_source),
       vocab=FLAGS.vocab,
       vocab_size=FLAGS.vocab_size,
       max_wordpieces=FLAGS.max_wordpieces,

@@ -144,7 +144,7 @@ def test_every_module_says_what_it_is_for():
 
 def _legend() -> set[str]:
   assert realm_jax.__doc__ is not None
-  entries = re.findall(r'(?:^|\s\s)([A-Z]) [a-z]', realm_jax.__doc__, re.M)
+  entries = re.findall(r'\b([A-Z]) [a-z]{3,}', realm_jax.__doc__)
   aside = re.findall(r'^`([A-Z])` is', realm_jax.__doc__, re.M)
   return {*entries, *aside}
 

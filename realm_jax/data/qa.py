@@ -12,13 +12,13 @@ import json
 import lzma
 import os
 import pathlib
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 import zlib
 
 _EXPECTED = (
-  'a line holds {"question": text, "answers": [text, ...], '
-  '"match"?: "string" or "regex", "passage_id"?: text, "title"?: text, '
-  '"held_out"?: true or false}')
+    'a line holds {"question": text, "answers": [text, ...], '
+    '"match"?: "string" or "regex", "passage_id"?: text, "title"?: text, '
+    '"held_out"?: true or false}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(
-      f'no question file at {path}; expected JSON Lines (.jsonl, .jsonl.gz or '
-      '.jsonl.xz)')
+        f'no question file at {path}; expected JSON Lines: .jsonl, .jsonl.gz '
+        'or .jsonl.xz')
   questions = []
   for number, line in _numbered_lines(path):
     try:
@@ -74,45 +74,46 @@ def _numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
         yield number, line
   except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
     raise ValueError(
-      f'{path} cannot be decompressed after line {number}: {error}; is it '
-      'complete, and does its name end in what it was compressed with?'
+        f'{path} cannot be decompressed after line {number}: {error}; is it '
+        'complete, and does its name end in what it was compressed with?'
     ) from error
 
 
 def _open(path: pathlib.Path) -> IO[bytes]:
   match path.suffix:
     case '.gz':
-      return gzip.open(path, 'rb')
+      return cast(IO[bytes], gzip.open(path, 'rb'))
     case '.xz':
-      return lzma.open(path, 'rb')
+      return cast(IO[bytes], lzma.open(path, 'rb'))
     case _:
       return path.open('rb')
 
 
 def _parse(line: bytes) -> Question:
   """Reads one line; the message of a ValueError says what is wrong with it."""
+  if not line.strip():
+    raise ValueError('an empty line')
   try:
-    record = json.loads(line.decode('utf-8'))
+    record = json.loads(line.decode('utf-8-sig'))  # Windows tools add a mark.
   except UnicodeDecodeError as error:
     raise ValueError(f'not UTF-8 at byte {error.start} of the line') from error
-  except json.JSONDecodeError as error:
-    if not line.strip():
-      raise ValueError('an empty line') from error
-    raise ValueError(
-      f'not JSON: {error.msg} at character {error.pos + 1}') from error
+  except RecursionError as error:
+    raise ValueError('not JSON: nested too deeply') from error
+  except ValueError as error:  # Also numbers of too many digits.
+    raise ValueError(f'not JSON: {error}') from error
   if not isinstance(record, dict):
     raise ValueError(f'{_described(record)} instead of an object')
   for field in ('question', 'answers'):
     if field not in record:
       raise ValueError(
-        f'no field "{field}" among {sorted(record) or "no fields"}')
+          f'no field "{field}" among {sorted(record) or "no fields"}')
   question, answers = record['question'], record['answers']
-  if not isinstance(question, str) or not question.strip():
+  if not _is_text(question):
     raise ValueError(f'"question" is {_described(question)}')
   if not isinstance(answers, list) or not answers:
     raise ValueError(f'"answers" is {_described(answers)}')
   for answer in answers:
-    if not isinstance(answer, str) or not answer.strip():
+    if not _is_text(answer):
       raise ValueError(f'"answers" contains {_described(answer)}')
   match _optional(record, 'match', str):
     case None | 'string':
@@ -122,10 +123,10 @@ def _parse(line: bytes) -> Question:
     case other:
       raise ValueError(f'"match" is {_described(other)}')
   return Question(
-    question=question, answers=tuple(answers), match=match,
-    passage_id=_optional(record, 'passage_id', str),
-    held_out=_optional(record, 'held_out', bool),
-    title=_optional(record, 'title', str))
+      question=question, answers=tuple(answers), match=match,
+      passage_id=_optional(record, 'passage_id', str),
+      held_out=_optional(record, 'held_out', bool),
+      title=_optional(record, 'title', str))
 
 
 def _optional(record: dict[str, Any], field: str, kind: type) -> Any:
@@ -136,7 +137,15 @@ def _optional(record: dict[str, Any], field: str, kind: type) -> Any:
   return value
 
 
+def _is_text(value: object) -> bool:
+  """Whether it is a string that says something and can be encoded."""
+  if not isinstance(value, str) or not value.strip():
+    return False
+  # JSON can escape half of a surrogate pair, which is no character.
+  return not any('\ud800' <= c <= '\udfff' for c in value)
+
+
 def _described(value: object) -> str:
   """The value as JSON, cut where it is long."""
-  text = json.dumps(value, ensure_ascii=False)
+  text = json.dumps(value)
   return text if len(text) <= 80 else f'{text[:77]}...'

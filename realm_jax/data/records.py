@@ -17,7 +17,7 @@ import json
 import lzma
 import os
 import pathlib
-from typing import Any, BinaryIO
+from typing import IO, Any
 import zlib
 
 import numpy as np
@@ -214,17 +214,17 @@ class _SeenHashes:
     return False
 
 
-def _read_lines(path: pathlib.Path) -> Iterable[bytes]:
-  opened: Any
+def _open(path: pathlib.Path) -> IO[bytes]:
   if path.suffix == '.gz':
-    opened = gzip.open(path, 'rb')
-  elif path.suffix == '.xz':
-    opened = lzma.open(path, 'rb')
-  else:
-    opened = open(path, 'rb')
-  file: BinaryIO
+    return gzip.open(path, 'rb')  # type: ignore[return-value]
+  if path.suffix == '.xz':
+    return lzma.open(path, 'rb')
+  return open(path, 'rb')
+
+
+def _read_lines(path: pathlib.Path) -> Iterable[bytes]:
   read = 0
-  with opened as file:
+  with _open(path) as file:
     try:
       for line in file:
         if not read:
@@ -304,8 +304,8 @@ def _string(
     value.encode('utf-8')
   except UnicodeEncodeError:
     raise ValueError(
-        f'the field `{name}` has half of a surrogate pair, which is no '
-        'character'
+        f'the field `{name}` has half of a surrogate pair, which is no'
+        ' character'
     ) from None
   return value
 

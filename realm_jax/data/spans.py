@@ -51,8 +51,7 @@ _UPPER = _character_class(
 
 # Words that begin a sentence, or a quotation, with a capital letter and name
 # nothing. They are cut from the front of a name: 'The Beatles' -> 'Beatles'.
-_FUNCTION_WORDS = frozenset(
-    """
+_FUNCTION_WORDS = frozenset("""
     a about above according accordingly across actually additionally after
     afterwards again against albeit all almost along already also although
     altogether always am amid among amongst an and another any anyone anything
@@ -80,8 +79,7 @@ _FUNCTION_WORDS = frozenset(
     unfortunately unlike until up upon us usually various very via was we were
     what whatever when whenever where whereas wherever whether which while who
     whoever whole whom whose why will with within without would yes yet you your
-    """.split()
-)
+    """.split())
 
 _MONTH = (
     r'(?:January|February|March|April|May|June|July|August|September|October'
@@ -99,7 +97,7 @@ _DATE = '|'.join([
     rf'{_MONTH},? {_YEAR}',  # May 1990
     rf'{_MONTH} {_DAYS}(?![\d,.]*\d)',  # May 12
     rf'\d{{1,2}}(?:st|nd|rd|th)[ -]century(?: {_ERA})?',  # 5th century BC
-    rf'(?:AD|A\.D\.) \d{{1,4}}',  # AD 79
+    r'(?:AD|A\.D\.) \d{1,4}',  # AD 79
     rf'\d{{1,4}}(?:\s?[-–—]\s?\d{{1,4}})? {_ERA}(?!\w)',  # 44 BC
     rf'{_YEARS}(?![\d,.%°]*[\d%°])(?!\w)',  # 1990, the 1990s, 1914-18
 ])
@@ -122,8 +120,8 @@ _QUANTITY = '|'.join([
     rf'{_NUMBER}(?:[ -]{_SCALE})?[ -]?{_UNIT}(?!\w)',
     rf'{_NUMBER}[ -]{_SCALE}(?!\w)',  # 3.5 million
     # Of bare numbers those that say something: from two digits on.
-    r'(?:\d{1,3}(?:,\d{3})+|\d{2,})(?:\.\d+)?(?!\w)',
-    r'\d\.\d+(?!\w)',
+    r'(?:\d{1,3}(?:,\d{3})+|\d{2,})(?:\.\d+)?(?!\w|\.\d)',
+    r'\d\.\d+(?!\w|\.\d)',
 ])
 
 _TITLE = (
@@ -136,7 +134,8 @@ _WORD = (
     rf'{_CORE})*'
 )
 # 'J. R. R. Tolkien', 'U.S.', 'St. Louis', 'Jean-Paul', 'AT&T', "O'Brien".
-_PART = rf'(?:{_TITLE}|{_UPPER}(?:\.{_UPPER})+\.?|{_UPPER}\.(?=\s?{_UPPER})|{_WORD})'
+_INITIALS = rf'{_UPPER}(?:\.{_UPPER})+\.?|{_UPPER}\.(?=\s?{_UPPER})'
+_PART = rf'(?:{_TITLE}|{_INITIALS}|{_WORD})'
 _LINK = (
     r'(?:of the|of|the|de la|de las|de los|de|del|della|di|da|das|dos|do|du|des'
     r'|der|van der|van den|van de|van|von der|von|zu|bin|ibn|y|upon|&)'
@@ -144,7 +143,7 @@ _LINK = (
 _NAME = rf'{_PART}(?: ?(?<=\.){_PART}| (?:{_LINK} )?{_PART})*'
 
 _SPAN = re.compile(
-    rf'(?<![\w.])(?:(?P<date>{_DATE})|(?P<number>(?<![-‐‑–−]){_QUANTITY})'
+    rf'(?<![\w.])(?:(?P<date>{_DATE})|(?P<number>(?<![-‐‑–−])(?:{_QUANTITY}))'
     rf'|(?P<name>{_NAME}))'
 )
 _SINGLE_WORD = re.compile(_CORE)

@@ -1,7 +1,8 @@
 """WordPiece with the conventions of BERT (uncased), and byte offsets.
 
-Public: `Tokenizer`, `byte_positions`. The work is done by the `tokenizers` library; what is added
-here are checks of the vocabulary, a digest, and offsets in UTF-8 bytes.
+Public: `Tokenizer`, `byte_positions`. The work is done by the `tokenizers`
+library; what is added here are checks of the vocabulary, a digest, training
+that gives the same result every time, and offsets in UTF-8 bytes.
 """
 
 import collections
@@ -258,7 +259,7 @@ class Tokenizer:
   def encode_arrays(
       self, texts: Sequence[str]
   ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Returns (ids, starts, limits) of each text: int64, UTF-8 bytes."""
+    """Returns (uint32 ids, int64 starts, limits in bytes) of each text."""
     arrays = []
     for text, encoding in zip(
         texts, self._tokenizer.encode_batch(list(texts)), strict=True
@@ -266,7 +267,7 @@ class Tokenizer:
       offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
       if not text.isascii():
         offsets = byte_positions(text)[offsets]
-      ids = np.array(encoding.ids, np.int64)
+      ids = np.array(encoding.ids, np.uint32)
       arrays.append((ids, offsets[:, 0], offsets[:, 1]))
     return arrays
 

@@ -1,7 +1,7 @@
 """A generated, invented world: a mini-encyclopedia that training can learn.
 
-Public: `generate` and its `World`, `RELATIONS` and `Relation` (what can be
-said about whom, and in which words), `MAX_ENTITIES`.
+Public: `generate` and its `World`, `RELATIONS` (what can be said about whom,
+and in which words), `MIN_ENTITIES`, `MAX_ENTITIES`.
 
 The embedded default corpus, free of third-party text. It is built so that each
 stage of training has something of its own to learn: the knowledge corpus and
@@ -14,17 +14,14 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 import operator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 import zlib
 
 import numpy as np
 
 _T = TypeVar('_T')
 
-# Up to here names stay unique, and few of the possible ones are taken.
-MAX_ENTITIES = 100_000
-MIN_ENTITIES = 20
-
+MIN_ENTITIES, MAX_ENTITIES = 20, 100_000  # What pools and names are made for.
 # Kind of entity -> its share of the world; people take what is left.
 _SHARES = {'person': 0.5, 'company': 0.18, 'town': 0.18, 'river': 0.14}
 _HELD_OUT = 0.1  # Of the facts.
@@ -46,9 +43,9 @@ def _table(text: str) -> dict[str, list[str]]:
   return table
 
 
-# What names are made of. None of the syllables is a word that the texts use,
-# and none is left ending in `s`, for the sake of possessives. Four carry an
-# accent: byte offsets must not be mistaken for characters.
+# What names are made of. No syllable is a word that the texts use, no name ends
+# in `s`, for the sake of possessives, and four syllables carry an accent: byte
+# offsets must not be mistaken for characters.
 _SYLLABLES = _table("""
 start: bal brel cor drav el fjor gar hal ith jor kel lam mor nar ost pel quil
   rav sel tam ul ven wex yar zan ald ber cal dol eg fal gron hem ing jask kor
@@ -77,32 +74,32 @@ _MIDDLE_NAME = 0.4  # Of the people have one.
 # of entity, so a value is in one passage of its entity only. A further pool is
 # `region`, of invented names.
 _WORDS = _table("""
-trade: baker barber brewer butcher carpenter chemist clerk cook cooper dentist
+trade: baker barber brewer butcher chemist clerk cobbler cook cooper dentist
   diver doctor engraver farrier gardener gilder glazier hatter hunter jeweller
-  judge mason miller miner nurse painter plumber poet porter potter printer
+  joiner judge miller miner nurse painter plumber poet porter potter printer
   roofer saddler sailor shepherd smith soldier tailor tanner teacher weaver
-instrument: accordion bagpipe bassoon bugle cello clarinet cornet drum fiddle
-  fife flute gong guitar harp horn lute lyre mandolin oboe organ piano piccolo
-  recorder saxophone trombone trumpet viola violin
-pet: badger bat beaver camel cat crow dog donkey falcon ferret fox frog gecko
-  goat goose hare hedgehog jackdaw lizard magpie mole monkey mouse newt otter
-  parrot pony rabbit raven
-colour: amber beige black blue brown crimson cream green grey indigo ivory
+instrument: accordion bagpipe banjo bassoon bugle cello clarinet cornet drum
+  fiddle fife flute gong guitar horn lute lyre mandolin oboe organ piano
+  piccolo recorder saxophone trombone trumpet viola violin
+pet: badger beagle beaver camel cat crow dog donkey falcon ferret fox frog
+  gecko goat goose hare hedgehog jackdaw lizard magpie mole monkey mouse newt
+  otter parrot pony rabbit raven
+colour: amber beige blue brown cream crimson green grey indigo ivory khaki
   lilac maroon mauve olive orange pink purple red scarlet turquoise violet
   white yellow
 dish: almonds apples bacon bread broth cabbage cake celery cheese cherries
   curry custard dumplings figs garlic gravy honey jam leeks lentils mushrooms
   noodles omelettes onions pancakes pears pickles plums porridge pudding
   radishes rice salad sausages spinach stew toffee venison
-product: anvils baskets bells bottles boots brushes buttons candles carpets
+product: anvils baskets bells boots bottles brushes buttons candles carpets
   chairs clocks combs dolls gloves knives ladders lamps locks mirrors nails
-  needles pens pipes ropes
+  needles pipes pots ropes
 material: bamboo basalt brick cedar chalk concrete flint granite limestone
   marble oak pine sandstone slate timber tufa
 emblem: anchor arrow castle comet crescent crown dragon eagle feather griffin
-  hammer helmet key leaf lion moon rose star sword unicorn
-crop: barley beans beets carrots clover corn cotton flax grapes hay hemp hops
-  lavender maize mustard oats peas potatoes rye wheat
+  hammer helmet key leaf lion moon rose star sword wolf
+crop: barley beans beets carrots clover corn cotton cress flax grapes hazel
+  hops lavender maize mustard oats peas potatoes rye spelt
 landmark: abbey aqueduct arena bakery bathhouse cathedral circus college fort
   fountain garden harbour library lighthouse market museum obelisk palace
   theatre windmill
@@ -112,11 +109,11 @@ birds: cranes curlews ducks gulls herons lapwings owls pelicans plovers snipes
   storks swallows swans terns wagtails warblers
 """)
 _NUMBERS = {
-  'death year': range(1840, 1880),
-  'founding year': range(1770, 1790),
-  'population': range(2100, 4100, 100),
-  'fire year': range(1625, 1645),
-  'ice year': range(1696, 1712),
+    'death year': range(1840, 1880),
+    'founding year': range(1770, 1790),
+    'population': range(2100, 4100, 100),
+    'fire year': range(1625, 1645),
+    'ice year': range(1696, 1712),
 }
 
 
@@ -135,127 +132,147 @@ class Relation:
   pretraining: tuple[str, ...]
 
 
-# Sentences are short, and `{v}` opens one only where it is written the same
-# there: 16 wordpieces with [CLS] and [SEP] hold nearly all of them.
+# Sentences are short: 16 wordpieces with [CLS] and [SEP] hold each where the
+# vocabulary has the words whole, and 28 a passage. `{v}` opens a sentence only
+# where a capital changes nothing.
 RELATIONS = (
-  Relation('person', 'region', 'Which land was {n} a native of?',
-    ('{s} was born in {v}.', '{s} was born and bred in {v}.'),
-    ('{v} was the birthplace of {n}.', '{n} was a native of {v}.',
-     'The native land of {n} was {v}.')),
-  Relation('person', 'trade', 'Which trade was learned by {n}?',
-    ('{s} worked as {a} {v}.', '{s} worked for years as {a} {v}.'),
-    ('By trade {n} was {a} {v}.', '{n} learned the trade of {a} {v}.',
-     'The trade of {n} was that of {a} {v}.')),
-  Relation('person', 'instrument', 'Which instrument was chosen by {n}?',
-    ('{s} played the {v}.', '{s} often played the {v}.'),
-    ('The instrument of {n} was the {v}.',
-     'The {v} was the instrument chosen by {n}.',
-     '{n} made music with the {v}.')),
-  Relation('person', 'pet', 'Which pet was owned by {n}?',
-    ('{s} kept a tame {v}.', '{s} once kept a tame {v}.'),
-    ('The pet of {n} was {a} {v}.', '{n} owned {a} {v} as a pet.',
-     'One {v} was the pet that {n} owned.')),
-  Relation('person', 'death year', 'In which year was the death of {n}?',
-    ('{s} died in {v}.', '{s} died of a fever in {v}.'),
-    ('The death of {n} was in the year {v}.',
-     '{v} was the year of the death of {n}.', 'Death came to {n} in {v}.')),
-  Relation('person', 'colour', 'Which colour were the clothes of {n}?',
-    ('{s} dressed in {v}.', '{s} always dressed in {v}.'),
-    ('The clothes of {n} were {v}.', '{n} wore {v} clothes.',
-     'The colour that {n} wore was {v}.')),
-  Relation('person', 'dish', 'Which dish was the favourite of {n}?',
-    ('{s} ate {v} every day.', '{s} ate {v} with every meal.'),
-    ('The favourite dish of {n} was {v}.', '{n} loved {v} as a dish.',
-     'A plate of {v} was the favourite of {n}.')),
-  Relation('company', 'product', 'What main product is turned out by {n}?',
-    ('{s} makes {v}.', '{s} makes and repairs {v}.'),
-    ('The main product of {n} is {v}.', '{n} has {v} as its main product.',
-     'The product turned out by {n} is {v}.')),
-  Relation('company', 'founding year', 'In which year was {n} established?',
-    ('{s} was founded in {v}.', '{s} was founded by cousins in {v}.'),
-    ('{n} was established in {v}.', '{n} was opened in the year {v}.',
-     '{v} was the year that established {n}.')),
-  Relation('company', 'material',
-    'Of which material are the headquarters of {n}?',
-    ('{p} hall is built of {v}.', '{s} built its hall of {v}.'),
-    ('The headquarters of {n} are of {v}.', '{n} has headquarters of {v}.',
-     'The material of the headquarters of {n} is {v}.')),
-  Relation('company', 'emblem', 'What does {n} have for an emblem?',
-    ('{p} seal shows {a} {v}.', '{s} uses {a} {v} as its seal.'),
-    ('The emblem of {n} is {a} {v}.', '{n} has {a} {v} for an emblem.',
-     'One {v} is the emblem of {n}.')),
-  Relation('company', 'region', 'Where are the chief customers of {n}?',
-    ('{s} sells mostly in {v}.', '{s} sells to buyers in {v}.'),
-    ('The chief customers of {n} are in {v}.', 'Exports of {n} go to {v}.',
-     '{v} has the chief customers of {n}.')),
-  Relation('town', 'region', 'In which province is {n} located?',
-    ('{s} lies in {v}.', '{s} lies among the hills of {v}.'),
-    ('{n} is located in {v}.', '{n} belongs to the province of {v}.',
-     'The province of {n} is {v}.')),
-  Relation('town', 'crop', 'Which harvest do the fields of {n} yield?',
-    ('{p} farmers grow {v}.', 'Farmers near {s} grow {v}.'),
-    ('The main harvest of {n} is {v}.', 'The fields of {n} yield {v}.',
-     'The fields of {n} have a harvest of {v}.')),
-  Relation('town', 'landmark', 'For which landmark is {n} famous?',
-    ('{s} is proud of its {v}.', '{s} is very proud of its {v}.'),
-    ('The landmark of {n} is its {v}.', '{n} is famous for its {v}.',
-     'The famous landmark of {n} is the {v}.')),
-  Relation('town', 'population', 'How many inhabitants are there in {n}?',
-    ('{s} counts {v} souls.', '{v} souls live in {s}.'),
-    ('The population of {n} is {v}.', '{n} has {v} inhabitants.',
-     'There are {v} inhabitants in {n}.')),
-  Relation('town', 'fire year', 'In which year was {n} destroyed by fire?',
-    ('{s} burned down in {v}.', '{s} burned to the ground in {v}.'),
-    ('A fire destroyed {n} in {v}.', '{n} was destroyed by fire in {v}.',
-     'The year of the fire of {n} was {v}.')),
-  Relation('river', 'region', 'In which country does {n} have its source?',
-    ('{s} rises in {v}.', '{s} rises among rocks in {v}.'),
-    ('The source of {n} is in {v}.', '{n} has its source in {v}.',
-     '{v} is the country with the source of {n}.')),
-  Relation('river', 'fish', 'Which fish abounds in {n}?',
-    ('Anglers catch {v} in {s}.', 'Anglers often catch {v} in {s}.'),
-    ('{n} abounds in {v}.', 'The fish of {n} are {v}.',
-     'The fish that abounds in {n} is {v}.')),
-  Relation('river', 'colour', 'What hue is {n} known for?',
-    ('{p} pools look {v}.', '{s} looks {v} after rain.'),
-    ('The hue of {n} is {v}.', '{n} is known for {a} {v} hue.',
-     'The hue that {n} is known for is {v}.')),
-  Relation('river', 'birds', 'Which birds do the banks of {n} attract?',
-    ('Many {v} nest beside {s}.', 'Some {v} nest beside {s}.'),
-    ('The banks of {n} attract {v}.', 'The birds of {n} are {v}.',
-     'The birds on the banks of {n} are {v}.')),
-  Relation('river', 'ice year', 'In which year was {n} covered by ice?',
-    ('{s} froze over in {v}.', '{s} froze solid in {v}.'),
-    ('Ice covered {n} in {v}.', '{n} was covered by ice in {v}.',
-     'The year of the ice on {n} was {v}.')),
+    Relation('person', 'region', 'Which land was {n} a native of?',
+      ('{s} was born in {v}.', '{s} was born and bred in {v}.',
+       'A midwife from {v} delivered {s}.'),
+      ('{v} was the birthplace of {n}.', '{n} was a native of {v}.',
+       'The native land of {n} was {v}.')),
+    Relation('person', 'trade', 'Which trade was learned by {n}?',
+      ('{s} worked as {a} {v}.', '{s} worked hard as {a} {v}.',
+       'A master {v} hired {s} for life.'),
+      ('By trade {n} was {a} {v}.', '{n} learned the trade of {a} {v}.',
+       'The trade of {n} was that of {a} {v}.')),
+    Relation('person', 'instrument', 'Which instrument was chosen by {n}?',
+      ('{s} played the {v}.', '{s} often played the {v}.',
+       'Guests heard the {v} played by {s}.'),
+      ('The instrument of {n} was the {v}.',
+       'The {v} was the instrument chosen by {n}.',
+       '{n} made music with the {v}.')),
+    Relation('person', 'pet', 'Which pet was owned by {n}?',
+      ('{s} kept a tame {v}.', '{s} once kept a tame {v}.',
+       'A tame {v} was kept by {s}.'),
+      ('The pet of {n} was {a} {v}.', '{n} owned {a} {v} as a pet.',
+       'The only pet {n} owned was {a} {v}.')),
+    Relation('person', 'death year', 'In which year was the death of {n}?',
+      ('{s} died in {v}.', '{s} died of a fever in {v}.',
+       'In {v} a fever killed {s}.'),
+      ('The death of {n} was in the year {v}.',
+       '{v} was the year of the death of {n}.', 'Death came to {n} in {v}.')),
+    Relation('person', 'colour', 'Which colour were the clothes of {n}?',
+      ('{s} dressed in {v}.', '{s} always dressed in {v}.',
+       'Dressed in {v} is how people met {s}.'),
+      ('The clothes of {n} were {v}.', '{n} wore {v} clothes.',
+       'The colour that {n} wore was {v}.')),
+    Relation('person', 'dish', 'Which dish was the favourite of {n}?',
+      ('{s} ate {v} every day.', '{s} ate {v} with every meal.',
+       'Meals of {v} were cooked for {s}.'),
+      ('The favourite dish of {n} was {v}.', '{n} loved {v} as a dish.',
+       'A plate of {v} was the favourite of {n}.')),
+    Relation('company', 'product', 'What main product is turned out by {n}?',
+      ('{s} makes {v}.', '{s} makes and repairs {v}.',
+       'Shops stock the {v} that {s} makes.'),
+      ('The main product of {n} is {v}.', '{n} has {v} as its main product.',
+       'The product turned out by {n} is {v}.')),
+    Relation('company', 'founding year', 'In which year was {n} established?',
+      ('{s} was founded in {v}.', '{s} was founded by cousins in {v}.',
+       'In {v} two cousins founded {s}.'),
+      ('{n} was established in {v}.', '{n} was opened in the year {v}.',
+       '{v} was the year when {n} was established.')),
+    Relation('company', 'material',
+      'Of which material are the headquarters of {n}?',
+      ('{p} hall is built of {v}.', '{s} built its hall of {v}.',
+       'Masons built a hall of {v} for {s}.'),
+      ('The headquarters of {n} are of {v}.', '{n} has headquarters of {v}.',
+       'The material of the headquarters of {n} is {v}.')),
+    Relation('company', 'emblem', 'What does {n} have for an emblem?',
+      ('{p} seal shows {a} {v}.', '{s} uses {a} {v} as its seal.',
+       'The seal with the {v} is used by {s}.'),
+      ('The emblem of {n} is {a} {v}.', '{n} has {a} {v} for an emblem.',
+       'The emblem chosen by {n} is {a} {v}.')),
+    Relation('company', 'region', 'Where are the chief customers of {n}?',
+      ('{s} sells mostly in {v}.', '{s} sells to buyers in {v}.',
+       'Buyers in {v} order from {s}.'),
+      ('The chief customers of {n} are in {v}.', 'Exports of {n} go to {v}.',
+       'The chief customers of {n} come from {v}.')),
+    Relation('town', 'region', 'In which province is {n} located?',
+      ('{s} lies in {v}.', '{s} lies among the hills of {v}.',
+       'Among the hills of {v} lies {s}.'),
+      ('{n} is located in {v}.', '{n} belongs to the province of {v}.',
+       'The province of {n} is {v}.')),
+    Relation('town', 'crop', 'Which harvest do the fields of {n} yield?',
+      ('{p} farmers grow {v}.', 'Farmers near {s} grow {v}.',
+       'Much {v} grows near {s}.'),
+      ('The main harvest of {n} is {v}.', 'The fields of {n} yield {v}.',
+       'The fields of {n} have a harvest of {v}.')),
+    Relation('town', 'landmark', 'For which landmark is {n} famous?',
+      ('{s} is proud of its {v}.', '{s} is very proud of its {v}.',
+       'A proud old {v} stands in {s}.'),
+      ('The landmark of {n} is its {v}.', '{n} is famous for its {v}.',
+       'The famous landmark of {n} is the {v}.')),
+    Relation('town', 'population', 'How many inhabitants are there in {n}?',
+      ('{s} counts {v} souls.', '{v} souls live in {s}.'),
+      ('The population of {n} is {v}.', '{n} has {v} inhabitants.',
+       'There are {v} inhabitants in {n}.')),
+    Relation('town', 'fire year', 'In which year was {n} destroyed by fire?',
+      ('{s} burned down in {v}.', '{s} burned to the ground in {v}.',
+       'In {v} a spark burned down {s}.'),
+      ('A fire destroyed {n} in {v}.', '{n} was destroyed by fire in {v}.',
+       'The year of the fire of {n} was {v}.')),
+    Relation('river', 'region', 'In which country does {n} have its source?',
+      ('{s} rises in {v}.', '{s} rises among rocks in {v}.',
+       'Among rocks in {v} rises {s}.'),
+      ('The source of {n} is in {v}.', '{n} has its source in {v}.',
+       '{v} is the country with the source of {n}.')),
+    Relation('river', 'fish', 'Which fish abounds in {n}?',
+      ('{s} feeds anglers with {v}.', 'Anglers often catch {v} in {s}.'),
+      ('{n} abounds in {v}.', 'The fish of {n} are {v}.',
+       'The fish that abounds in {n} is {v}.')),
+    Relation('river', 'colour', 'What hue is {n} known for?',
+      ('{p} pools look {v}.', '{s} looks {v} after rain.',
+       'Rain paints {v} the pools of {s}.'),
+      ('The hue of {n} is {v}.', '{n} is known for {a} {v} hue.',
+       'The hue that {n} is known for is {v}.')),
+    Relation('river', 'birds', 'Which birds do the banks of {n} attract?',
+      ('{p} reeds hide nests of {v}.', 'Many {v} nest beside {s}.'),
+      ('The banks of {n} attract {v}.', 'The birds of {n} are {v}.',
+       'The birds on the banks of {n} are {v}.')),
+    Relation('river', 'ice year', 'In which year was {n} covered by ice?',
+      ('{s} froze over in {v}.', '{s} froze solid in {v}.',
+       'In {v} hard weather froze {s}.'),
+      ('Ice covered {n} in {v}.', '{n} was covered by ice in {v}.',
+       'The year of the ice on {n} was {v}.')),
 )
 
 # Sentences of the knowledge corpus that state no fact. `{o}`: him, her, it.
 FILLERS = {
-  'person': (
-    'Few letters by {o} survive.', '{p} portrait is lost.',
-    'Later writers rarely mention {o}.', '{p} handwriting is hard to read.',
-    'Nobody remembers {p} voice.', '{s} rarely travelled.'),
-  'company': (
-    '{p} ledgers are incomplete.', 'Its clerks are polite.',
-    'The entrance is at the back.', 'Few rivals remember {o}.',
-    '{s} pays its bills on time.', 'Its first owners quarrelled.'),
-  'town': (
-    'Visitors rarely stay long.', 'Its streets are narrow and steep.',
-    'The inn closes early.', 'Old maps misspell its name.',
-    'On Sundays it is quiet.', 'The road there is poor.'),
-  'river': (
-    '{s} is pleasant in spring.', 'Old maps misspell its name.',
-    'Children swim there in summer.', 'It is shallow in places.',
-    'Few boats use {o}.', 'A footpath follows {o}.'),
+    'person': (
+        'Few letters by {o} survive.', '{p} portrait is lost.',
+        'Later writers rarely mention {o}.', '{p} handwriting is hard to read.',
+        'Nobody remembers {p} voice.', '{s} rarely travelled.'),
+    'company': (
+        '{p} ledgers are incomplete.', 'Its clerks are polite.',
+        'The entrance is at the back.', 'Few rivals remember {o}.',
+        '{s} pays its bills on time.', 'Its first owners quarrelled.'),
+    'town': (
+        'Visitors rarely stay long.', 'Its streets are narrow and steep.',
+        'The inn closes early.', 'Old maps misspell its name.',
+        'On Sundays it is quiet.', 'The road there is poor.'),
+    'river': (
+        '{s} is pleasant in spring.', 'Old maps misspell its name.',
+        'Children swim there in summer.', 'It is shallow in places.',
+        'Few boats use {o}.', 'A footpath follows {o}.'),
 }
 _FILLERS_FOR_ALL = (
-  'Little more is said about {o}.', 'Some stories about {o} are doubtful.')
+    'Little more is said about {o}.', 'Some stories about {o} are doubtful.')
 
 _PRONOUNS = {  # Subject, possessive, object.
-  'he': ('He', 'His', 'him'),
-  'she': ('She', 'Her', 'her'),
-  'it': ('It', 'Its', 'it'),
+    'he': ('He', 'His', 'him'),
+    'she': ('She', 'Her', 'her'),
+    'it': ('It', 'Its', 'it'),
 }
 
 
@@ -279,13 +296,13 @@ class World:
 def generate(seed: int, entities: int = 1000) -> World:
   """Makes the world of a seed.
 
-  The same seed and size give the same world with any version of Python and
-  numpy: only uniform doubles are drawn, one stream for each purpose.
+  A seed and a size mean the same world with any version of Python and numpy:
+  only uniform doubles are drawn, in a stream for each purpose.
 
   Args:
     seed: not negative.
-    entities: people, companies, towns and rivers together, about six facts and
-      4.5 passages each; from 20 to `MAX_ENTITIES`.
+    entities: people, companies, towns and rivers together, with six facts and
+      4.5 passages each on average; from `MIN_ENTITIES` to `MAX_ENTITIES`.
 
   Raises:
     ValueError: for a seed or a size outside these bounds.
@@ -295,8 +312,8 @@ def generate(seed: int, entities: int = 1000) -> World:
     raise ValueError(f'world seed is {seed}; it must be 0 or more')
   if not MIN_ENTITIES <= entities <= MAX_ENTITIES:
     raise ValueError(
-      f'a world of {entities} entities is out of bounds; it must have '
-      f'{MIN_ENTITIES} to {MAX_ENTITIES} of them')
+        f'a world of {entities} entities is out of bounds; it must have '
+        f'{MIN_ENTITIES} to {MAX_ENTITIES} of them')
   all_pools = _pools(_Stream(seed, 'regions'))
   counts = {kind: int(entities * share) for kind, share in _SHARES.items()}
   counts['person'] += entities - sum(counts.values())
@@ -309,35 +326,33 @@ def generate(seed: int, entities: int = 1000) -> World:
     values = _Stream(seed, f'{kind} values')
     numbered = range(count * len(relations))  # The facts.
     held_out = set(_Stream(seed, f'{kind} held out').shuffled(numbered)[
-      :round(_HELD_OUT * len(numbered))])
+        :round(_HELD_OUT * len(numbered))])
     width = max(4, len(str(count - 1)))
     for number in range(count):
       name, pronoun = names.draw(kind)
       entity = _Entity(f'{kind}-{number:0{width}d}', kind, name, pronoun)
       facts = [
-        _Fact(relation, values.pick(all_pools[relation.pool]), i in held_out)
-        for i, relation in enumerate(relations, number * len(relations))]
+          _Fact(relation, values.pick(all_pools[relation.pool]), i in held_out)
+          for i, relation in enumerate(relations, number * len(relations))]
       passages, gold = _passages(entity, facts, stream)
       world.knowledge.extend(passages)
       world.pretraining.extend(_sentences(entity, facts, stream))
       world.questions.extend(
-        {'question': fact.relation.question.format(n=name),
-         'answers': [fact.value], 'match': 'string',
-         'passage_id': passage_id, 'held_out': fact.held_out}
-        for fact, passage_id in zip(facts, gold, strict=True))
+          {'question': fact.relation.question.format(n=name),
+           'answers': [fact.value], 'match': 'string',
+           'passage_id': passage_id, 'held_out': fact.held_out}
+          for fact, passage_id in zip(facts, gold, strict=True))
   return world
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entity:
+class _Entity(NamedTuple):
   id: str
   kind: str
   name: str
   pronoun: str
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fact:
+class _Fact(NamedTuple):
   relation: Relation
   value: str
   held_out: bool
@@ -369,8 +384,8 @@ class _Stream:
 def _pools(stream: _Stream) -> dict[str, list[str]]:
   """The values of every pool, by its name."""
   regions = [
-    (start + stream.pick(_SYLLABLES['region'])).capitalize()
-    for start in stream.shuffled(_SYLLABLES['start'])[:40]]
+      (start + stream.pick(_SYLLABLES['region'])).capitalize()
+      for start in stream.shuffled(_SYLLABLES['start'])[:40]]
   numbers = {pool: [str(n) for n in ns] for pool, ns in _NUMBERS.items()}
   return {**_WORDS, **numbers, 'region': regions}
 
@@ -392,8 +407,8 @@ class _Names:
     self._places = self._words('place', max(40, size // 2))
     self._streams = self._words('stream', max(40, size // 2))
     self._given = [
-      (word, pronoun) for pronoun in ('she', 'he')
-      for word in self._words(pronoun, max(40, size // 4))]
+        (word, pronoun) for pronoun in ('she', 'he')
+        for word in self._words(pronoun, max(40, size // 4))]
 
   def _words(self, ends: str, size: int) -> list[str]:
     """So many different words."""
@@ -401,11 +416,11 @@ class _Names:
     while len(words) < size:
       # The ends of given names start with a vowel, middles end in one.
       long = ends not in _PRONOUNS and (
-        self._stream.uniform() < _THREE_SYLLABLES)
+          self._stream.uniform() < _THREE_SYLLABLES)
       words[''.join([
-        self._stream.pick(_SYLLABLES['start']),
-        self._stream.pick(_SYLLABLES['middle']) if long else '',
-        self._stream.pick(_SYLLABLES[ends])]).capitalize()] = None
+          self._stream.pick(_SYLLABLES['start']),
+          self._stream.pick(_SYLLABLES['middle']) if long else '',
+          self._stream.pick(_SYLLABLES[ends])]).capitalize()] = None
     return list(words)
 
   def draw(self, kind: str) -> tuple[str, str]:
@@ -446,8 +461,8 @@ def _passages(
     for place, i in enumerate(indices):
       gold[i] = passage_id
       parts.append(_sentence(
-        stream.pick(facts[i].relation.knowledge), entity, facts[i].value,
-        by_pronoun=stream.uniform() < _PRONOUN[place]))
+          stream.pick(facts[i].relation.knowledge), entity, facts[i].value,
+          by_pronoun=stream.uniform() < _PRONOUN[place]))
     if stream.uniform() < _FILLER:
       filler = stream.pick(FILLERS[entity.kind] + _FILLERS_FOR_ALL)
       text, _ = _sentence(filler, entity, '', by_pronoun=True)
@@ -460,8 +475,8 @@ def _passages(
         spans.append([len(text.encode()) + offset for offset in span])
       text += sentence
     records.append({
-      'id': passage_id, 'title': entity.name, 'article': entity.id,
-      'text': text, 'spans': spans})
+        'id': passage_id, 'title': entity.name, 'article': entity.id,
+        'text': text, 'spans': spans})
   return records, gold
 
 
@@ -475,8 +490,8 @@ def _sentences(
     for wording in wordings[:2 + (stream.uniform() < 0.5)]:
       text, span = _sentence(wording, entity, fact.value, by_pronoun=False)
       record = {
-        'id': f'{entity.id}/{number}', 'title': '', 'text': text,
-        'spans': [span]}
+          'id': f'{entity.id}/{number}', 'title': '', 'text': text,
+          'spans': [span]}
       if fact.held_out:
         record['split'] = 'validation'
       number += 1
@@ -493,8 +508,8 @@ def _sentence(
   if not by_pronoun:
     subject, possessive = entity.name, f"{entity.name}'s"
   slots = {
-    'n': entity.name, 's': subject, 'p': possessive, 'o': object_,
-    'a': 'an' if value[:1] in tuple('aeiou') else 'a'}
+      'n': entity.name, 's': subject, 'p': possessive, 'o': object_,
+      'a': 'an' if value[:1] in tuple('aeiou') else 'a'}
   before, _, after = wording.partition('{v}')
   before = before.format(**slots)
   start = len(before.encode())

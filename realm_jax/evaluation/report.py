@@ -130,7 +130,7 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
       axis.set_title(title, fontsize=10)
       axis.set_xlabel('training step')
       axis.grid(alpha=0.3)
-      if any(label for label in curves):
+      if any(curves):
         axis.legend(fontsize=8)
     for axis in axes[len(panels) :]:
       axis.set_axis_off()
@@ -140,10 +140,13 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
   return drawn
 
 
-def write(workdir: pathlib.Path | str) -> list[pathlib.Path]:
-  """Writes report.md and the plots from all results; returns the files.
+def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
+  """Writes report.md and the plots, from all results that are saved.
 
   Without matplotlib there are no plots, and a warning says how to get it.
+
+  Returns:
+    The table of `results`, and which files were written, to be printed.
   """
   path = pathlib.Path(workdir) / FOLDER / 'report.md'
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,11 +156,12 @@ def write(workdir: pathlib.Path | str) -> list[pathlib.Path]:
     log.warning('%s', error)
     plots = []
   pictures = ''.join(f'\n![{p.stem}]({p.name})\n' for p in plots)
-  text = f'# Evaluation of {pathlib.Path(workdir).name}\n\n'
+  title = f'# Evaluation of {pathlib.Path(workdir).resolve().name}\n\n'
   path.write_text(
-      text + table(load_all(workdir)) + pictures, encoding='utf-8'
+      title + table(load_all(workdir)) + pictures, encoding='utf-8'
   )
-  return [path, *plots]
+  files = '\n'.join(str(p) for p in (path, *plots))
+  return f'{table(results)}\nWritten:\n{files}'
 
 
 Panels = dict[str, dict[str, list[tuple[int, float]]]]
@@ -191,7 +195,12 @@ def _training_panels(lines: list[dict[str, Any]]) -> Panels:
   panels: Panels = {}
   for title, names in _PANELS:
     for name in names:
-      points = [(line['step'], line[name]) for line in lines if name in line]
+      points = [
+          (line['step'], line[name])
+          for line in lines
+          # A loss that is not finite is a string there.
+          if isinstance(line.get(name), (int, float))
+      ]
       if points:
         label = name if len(names) > 1 else ''
         panels.setdefault(title, {})[label] = points

@@ -25,14 +25,17 @@ from realm_jax.index import mips
 
 log = logging.getLogger(__name__)
 
+_MAX_SENTENCES = 2000  # Masked; more would take long and say little more.
+_QUESTIONS = 'questions.jsonl'  # In the folder of a generated corpus.
+
 
 def evaluate(
     workdir: pathlib.Path | str,
-    questions: Sequence[qa.Question] = (),
+    questions: pathlib.Path | str | Sequence[qa.Question] | None = None,
     steps: str | int = 'latest',
     *,
     corpus: pathlib.Path | str | None = None,
-    max_sentences: int = 2000,
+    limit: int | None = None,
     num_candidates: int | None = None,
 ) -> list[report.Result]:
   """Measures a workdir and writes evaluation/<step>.json for each step.
@@ -47,12 +50,14 @@ def evaluate(
 
   Args:
     workdir: of `train`.
-    questions: may be empty; then only masked sentences are measured.
+    questions: a file of them, or themselves; None: those that came with the
+      corpus, if any did. Empty: only masked sentences are measured.
     steps: 'latest' checkpoint, 'all' that can be loaded, checkpoints and
-      retriever snapshots (of which only the retrieval can be measured), or one
-      step.
+      retriever snapshots (of which only the retrieval can be measured), or the
+      number of one.
     corpus: searched instead of the one trained on; same tokenizer.
-    max_sentences: how many masked sentences at most; 0: none.
+    limit: use the first so many questions and masked sentences; None: all
+      questions, and 2,000 sentences.
     num_candidates: K, counting the null document; None: as in training.
 
   Returns:
@@ -63,29 +68,46 @@ def evaluate(
     ValueError: nothing to measure, or the corpus does not fit.
   """
   trained = trained_lib.Trained.open(workdir, corpus)
-  has_masks = 'reader' in trained.components and max_sentences > 0
-  has_masks = has_masks and 'validation' in trained.corpus.sentences
-  if 'embedder' not in trained.components and not has_masks:
+  if limit is not None and limit < 1:
+    raise ValueError(f'limit={limit}: must be at least 1.')
+  questions = _questions(trained.corpus, questions)[:limit]
+  max_sentences = _MAX_SENTENCES if limit is None else limit
+  can_ask = bool(questions) and 'embedder' in trained.components
+  can_mask = (
+      'reader' in trained.components
+      and 'validation' in trained.corpus.sentences
+  )
+  if not (can_ask or can_mask):
     raise ValueError(
-        f'{workdir} has no retriever (objective'
-        f' {trained.config.objective!r}), and there are no masked sentences to'
-        ' measure its reader on.'
+        f'There is nothing to measure {workdir} with: its components are'
+        f' {sorted(trained.components)}, {len(questions)} questions were given,'
+        f' and the splits of {trained.corpus.directory} are'
+        f' {sorted(trained.corpus.sentences)}. A retriever needs questions, a'
+        ' reader the split `validation`.'
     )
-  if not questions and not has_masks:
-    raise ValueError(
-        f'Nothing to measure: no questions, and {workdir} with its corpus gives'
-        ' no masked sentences. Give a question file.'
-    )
-  asked = _Asked.of(trained, questions) if questions else None
+  wanted = _steps(trained, steps, snapshots_too=can_ask)
+  asked = _Asked.of(trained, questions) if can_ask else None
   results = []
-  for step in _steps(trained, steps):
+  for step in wanted:
     result = _evaluate_step(
-        trained, step, asked, max_sentences if has_masks else 0, num_candidates
+        trained, step, asked, max_sentences if can_mask else 0, num_candidates
     )
     report.save(workdir, result)
     log.info('Evaluated %s, step %d.', workdir, step)
     results.append(result)
   return results
+
+
+def _questions(
+    corpus: corpus_lib.Corpus,
+    questions: pathlib.Path | str | Sequence[qa.Question] | None,
+) -> Sequence[qa.Question]:
+  if questions is None:
+    path = corpus.directory / _QUESTIONS
+    return qa.read_questions(path) if path.is_file() else []
+  if isinstance(questions, (str, pathlib.Path)):
+    return qa.read_questions(questions)
+  return questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,16 +188,22 @@ def _parts(
   return answering or parts
 
 
-def _steps(trained: trained_lib.Trained, steps: str | int) -> list[int]:
+def _steps(
+    trained: trained_lib.Trained, steps: str | int, snapshots_too: bool
+) -> list[int]:
   checkpoints, snapshots = trained_lib.steps_available(trained.workdir)
+  if not snapshots_too:
+    snapshots = []
   if steps == 'latest':
     return checkpoints[-1:]
   if steps == 'all':
     return sorted({*checkpoints, *snapshots})
   if isinstance(steps, str):
-    raise ValueError(
-        f"steps={steps!r}: must be 'latest', 'all' or a number of steps."
-    )
+    if not steps.isdigit():
+      raise ValueError(
+          f"steps={steps!r}: must be 'latest', 'all' or the number of a step."
+      )
+    steps = int(steps)
   if steps not in (*checkpoints, *snapshots):
     raise FileNotFoundError(
         f'{trained.workdir} has nothing of step {steps}: checkpoints'

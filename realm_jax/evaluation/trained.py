@@ -1,10 +1,9 @@
 """A trained workdir opened for use: its parameters, its search, its readings.
 
-Public: `Trained`, `steps_available`, `pad_rows`. What is evaluated, inspected or asked
+Public: `Trained`, `steps_available`, `pad_rows`. What is evaluated or inspected
 comes through here; nothing in a workdir is changed.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from realm_jax import config as config_lib
 from realm_jax.data import batches
@@ -23,6 +23,7 @@ from realm_jax.index import mips
 from realm_jax.models import components as components_lib
 from realm_jax.models import realm
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import mesh as mesh_lib
 
 Params = dict[str, components_lib.Params]
 
@@ -56,6 +57,9 @@ class Trained:
     workdir = pathlib.Path(workdir)
     config = config_lib.resolve(config_lib.read(workdir))
     opened = corpus_lib.Corpus.open(corpus or config.corpus)
+    config.model.vocab_size = (
+        config.model.vocab_size or opened.tokenizer.vocab_size
+    )
     saved = checkpoint.saved_about(workdir, _newest(workdir))
     _compare('tokenizer_digest', saved, opened.tokenizer.digest, opened)
     if corpus is None:
@@ -88,17 +92,60 @@ class Trained:
         f' {checkpoints}, retriever snapshots {snapshots}.'
     )
 
-  def published(self, params: Params) -> int | None:
-    """The generation made from these parameters over this corpus, if any."""
+  def generation(self, params: Params) -> int | None:
+    """The index generation made from just these parameters and this corpus."""
     digest = checkpoint.params_digest(params['embedder'])
-    for step in generation_lib.steps(self.workdir):
-      about = generation_lib.read_manifest(self.workdir, step)
+    folder = self.workdir / generation_lib.DIRECTORY
+    for step in checkpoint.steps_in(folder):
+      try:
+        about = generation_lib.read_manifest(folder / str(step))
+      except FileNotFoundError:  # A builder at work just took it away.
+        continue
       if (
           about['params_digest'] == digest
           and about['corpus_fingerprint'] == self.corpus.fingerprint
       ):
         return step
     return None
+
+  def search(self, params: Params) -> tuple[mips.Search, int | None]:
+    """An exact search with fresh embeddings.
+
+    Returns:
+      The search, and the step of the generation that served for it; None if
+      the corpus had to be embedded here.
+    """
+    step = self.generation(params)
+    if step is None:
+      with tqdm.tqdm(
+          total=len(self.corpus.passages),
+          desc='embedding the corpus',
+          unit='passage',
+          disable=None,
+      ) as bar:
+        embeddings_NE = self._embed_passages(
+            params['embedder'], progress=bar.update
+        )
+      return mips.ExactSearch(embeddings_NE), None
+    return self.published_search(step), step
+
+  def published_search(self, step: int) -> mips.Search:
+    """An exact search of a published generation, made from any parameters.
+
+    Raises:
+      FileNotFoundError: there is no such generation.
+      ValueError: it is damaged, or of another corpus.
+    """
+    lineage = generation_lib.Lineage(
+        step=step,
+        params_digest=None,
+        tokenizer_digest=self.corpus.tokenizer.digest,
+        corpus_fingerprint=self.corpus.fingerprint,
+        num_rows=len(self.corpus.passages),
+        width=self.config.model.embedding_width,
+    )
+    path = self.workdir / generation_lib.DIRECTORY / str(step)
+    return mips.ExactSearch(generation_lib.load(path, lineage).embeddings)
 
   def embed_queries(
       self, params: Params, query_ids_BQ: np.ndarray
@@ -134,6 +181,16 @@ class Trained:
     return {name: np.asarray(value) for name, value in found.items()}
 
   @functools.cached_property
+  def _embed_passages(self) -> builder.PassageEmbedder:
+    return builder.PassageEmbedder(
+        self.components['embedder'],
+        self.corpus.passages,
+        self.corpus.tokenizer,
+        self.config.lengths.document,
+        mesh_lib.make_mesh(config_lib.MeshConfig()),
+    )
+
+  @functools.cached_property
   def _embed_query(self) -> Any:
     embedder = self.components['embedder']
     return jax.jit(
@@ -142,17 +199,21 @@ class Trained:
 
   @functools.cached_property
   def _read(self) -> Any:
-    embedder, reader = self.components['embedder'], self.components['reader']
+    embedder = self.components.get('embedder')
+    reader = self.components['reader']
 
     def read(params: Params, batch: dict[str, jax.Array]) -> dict[str, Any]:
-      score_BK = realm.candidate_scores(
-          embedder,
-          params['embedder'],
-          batch['query_ids_BQ'],
-          batch['doc_ids_BJS'],
-          batch['doc_types_BJS'],
-          self.null_ids,
-      )
+      if embedder is None:  # There is just the null document.
+        score_BK = jnp.zeros(batch['joint_ids_BKT'].shape[:2])
+      else:
+        score_BK = realm.candidate_scores(
+            embedder,
+            params['embedder'],
+            batch['query_ids_BQ'],
+            batch['doc_ids_BJS'],
+            batch['doc_types_BJS'],
+            self.null_ids,
+        )
       logits_BKMV = realm.read(
           reader,
           params['reader'],
@@ -219,4 +280,5 @@ def _compare(
 
 def pad_rows(array: np.ndarray, size: int) -> np.ndarray:
   """Repeats the last row, so that batches of one shape compile once."""
-  return np.pad(array, [(0, size - len(array)), (0, 0)], mode='edge')
+  widths = [(0, size - len(array)), *[(0, 0)] * (array.ndim - 1)]
+  return np.pad(array, widths, mode='edge')

@@ -1,8 +1,9 @@
 """A generation of the index on disk: embeddings, ScaNN assets, lineage.
 
-Public: `Lineage`, `Writer`, `publish`, `load`, `Generation`, `Table`, `remove`,
-`remove_leftovers`. A generation is written beside its final name, its manifest
-last, and then renamed: what can be listed under its step is whole.
+Public: `Lineage`, `Writer`, `publish`, `load`, `read_manifest`, `Generation`,
+`Table`, `remove`, `remove_leftovers`, `mark_in_use`, `in_use`, `Damaged`. A
+generation is written beside its final name, its manifest last, and then
+renamed: what can be listed under its step is whole.
 """
 
 import dataclasses
@@ -21,18 +22,24 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.index import mips
+from realm_jax.runtime import checkpoint
 
 FORMAT_VERSION = 1
 DIRECTORY = 'index'  # In a workdir.
 ROWS_PER_SHARD = 2**16
 _MANIFEST = 'manifest.json'
 _SCANN = 'scann'
+_IN_USE = 'in_use.json'
 _TEMPORARY = '.tmp-'
 # The recall of an approximate backend is measured on as many documents in the
 # place of queries, and on the paper's number of candidates.
 _RECALL_QUERIES, _RECALL_K = 256, 8
 
 Path = pathlib.Path | str
+
+
+class Damaged(ValueError):
+  """Bytes on disk are not those that were written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +138,7 @@ class Writer:
         f'{_TEMPORARY}{lineage.step}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
     )
     self._files: list[dict[str, Any]] = []
+    self._about: dict[str, Any] = {}
     self._started = time.time()
 
   def __enter__(self) -> 'Writer':
@@ -139,6 +147,12 @@ class Writer:
 
   def __exit__(self, *exc: object) -> None:
     shutil.rmtree(self._temporary, ignore_errors=True)
+
+  @property
+  def recall(self) -> float | None:
+    """Of the backend against exact search; None where it is exact itself."""
+    measured = self._about.get('recall')
+    return measured['value'] if measured else None
 
   def add(self, embeddings_NE: np.ndarray) -> None:
     """Writes the next rows as a shard.
@@ -169,15 +183,12 @@ class Writer:
       os.fsync(file.fileno())
     self._files.append({**_facts(self._temporary, name), 'rows': len(array)})
 
-  def publish(
+  def add_backend(
       self,
       config: config_lib.MipsConfig,
       mesh: jax.sharding.Mesh | None = None,
-  ) -> pathlib.Path:
-    """Builds the backend, measures it, and gives the generation its name.
-
-    Returns:
-      The path of the generation. One of the same step is replaced.
+  ) -> None:
+    """Builds what the backend needs over all rows, and measures its recall.
 
     Raises:
       ValueError: if rows are missing, or a setting of the backend is wrong.
@@ -189,27 +200,39 @@ class Writer:
           f'{rows} embeddings were written; the lineage says '
           f'{self._lineage.num_rows}.'
       )
-    shards = list(self._files)
-    table = _open_table(self._temporary, shards, self._dtype)
-    recall = None
-    if config.backend != 'exact':
-      search = mips.make_search(config, table, mesh)
-      recall = _measure(search, table, mesh)
-      if isinstance(search, mips.ScannSearch):
-        (self._temporary / _SCANN).mkdir()
-        search.save(self._temporary / _SCANN)
-        self._files += [
-            _facts(self._temporary, f'{_SCANN}/{name}')
-            for name in sorted(os.listdir(self._temporary / _SCANN))
-        ]
+    self._about = {
+        'dtype': self._dtype,
+        'mips': _settings(config, rows),
+        'num_shards': len(self._files),
+        'recall': None,  # By definition 1 where the search is exact.
+    }
+    if config.backend == 'exact':
+      return
+    table = _open_table(self._temporary, self._files, self._dtype)
+    search = mips.make_search(config, table, mesh)
+    self._about['recall'] = _measure(search, table, mesh)
+    if isinstance(search, mips.ScannSearch):
+      (self._temporary / _SCANN).mkdir()
+      search.save(self._temporary / _SCANN)
+      self._files += [
+          _facts(self._temporary, f'{_SCANN}/{name}')
+          for name in sorted(os.listdir(self._temporary / _SCANN))
+      ]
+
+  def publish(self) -> pathlib.Path:
+    """Writes the manifest and gives the generation its name.
+
+    Returns:
+      The path of the generation. One of the same step is replaced.
+
+    Raises:
+      OSError: if the disk is full.
+    """
     now = time.time()
     manifest = {
         'format_version': FORMAT_VERSION,
         **dataclasses.asdict(self._lineage),
-        'dtype': self._dtype,
-        'mips': _settings(config, rows),
-        'recall': recall,
-        'num_shards': len(shards),
+        **self._about,
         'files': self._files,
         'seconds': now - self._started,
         'created': now,
@@ -241,7 +264,8 @@ def publish(
   with Writer(directory, lineage, config.dtype) as writer:
     for start in range(0, len(embeddings_NE), ROWS_PER_SHARD):
       writer.add(embeddings_NE[start : start + ROWS_PER_SHARD])
-    return writer.publish(config, mesh)
+    writer.add_backend(config, mesh)
+    return writer.publish()
 
 
 def load(path: Path, expected: Lineage | None = None) -> Generation:
@@ -252,9 +276,10 @@ def load(path: Path, expected: Lineage | None = None) -> Generation:
     expected: what the running job needs it to be made from.
 
   Raises:
-    FileNotFoundError: if it, or a file of it, is not there.
-    ValueError: if it is of a newer format, damaged, or made from something
-      else; the message names both sides.
+    FileNotFoundError: if there is none.
+    Damaged: if a file is missing or not what was written.
+    ValueError: if it is of a newer format or made from something else; the
+      message names both sides.
   """
   path = pathlib.Path(path)
   manifest = read_manifest(path)
@@ -271,14 +296,14 @@ def load(path: Path, expected: Lineage | None = None) -> Generation:
   for facts in manifest['files']:
     file = path / facts['name']
     if not file.is_file():
-      raise FileNotFoundError(
+      raise Damaged(
           f'The index generation {path} lacks the file {facts["name"]}. '
           + _remedy(path)
       )
     found = _facts(path, facts['name'])
     for what in ('bytes', 'sha256'):
       if found[what] != facts[what]:
-        raise ValueError(
+        raise Damaged(
             f'The index generation {path} is damaged: {facts["name"]} has '
             f'{what} {found[what]}, its manifest says {facts[what]}. '
             + _remedy(path)
@@ -287,7 +312,7 @@ def load(path: Path, expected: Lineage | None = None) -> Generation:
       path, manifest['files'][: manifest['num_shards']], manifest['dtype']
   )
   if embeddings.shape != (lineage.num_rows, lineage.width):
-    raise ValueError(
+    raise Damaged(
         f'The index generation {path} has embeddings of shape '
         f'{embeddings.shape}, its manifest says '
         f'{(lineage.num_rows, lineage.width)}. ' + _remedy(path)
@@ -300,7 +325,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: if there is no such generation.
-    ValueError: if it is damaged or of a newer format.
+    Damaged: if it is not what was written.
+    ValueError: if it is of a newer format.
   """
   path = pathlib.Path(path)
   try:
@@ -313,9 +339,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads(text)
     version, digest = manifest['format_version'], manifest['manifest_sha256']
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path}/{_MANIFEST} is damaged. ' + _remedy(path)) from (
-        error
-    )
+    raise Damaged(f'{path}/{_MANIFEST} is damaged. ' + _remedy(path)) from error
   if isinstance(version, int) and version > FORMAT_VERSION:
     raise ValueError(
         f'{path} has index format {version}, from a newer realm_jax; this one '
@@ -324,7 +348,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     )
   found = _manifest_digest(manifest)
   if found != digest:
-    raise ValueError(
+    raise Damaged(
         f'{path}/{_MANIFEST} is damaged: its SHA-256 is {found}, it says '
         f'{digest}. ' + _remedy(path)
     )
@@ -352,6 +376,19 @@ def remove_leftovers(directory: Path) -> list[str]:
   for name in names:
     shutil.rmtree(directory / name, ignore_errors=True)
   return names
+
+
+def mark_in_use(directory: Path, steps: list[int]) -> None:
+  """Asks the builder, which deletes old generations, to keep these."""
+  checkpoint.write_json(pathlib.Path(directory) / _IN_USE, {'steps': steps})
+
+
+def in_use(directory: Path) -> set[int]:
+  """The generations that the trainer asked to keep."""
+  try:
+    return set(checkpoint.read_json(pathlib.Path(directory) / _IN_USE)['steps'])
+  except FileNotFoundError:
+    return set()
 
 
 def _settings(config: config_lib.MipsConfig, num_rows: int) -> dict[str, Any]:
@@ -386,7 +423,8 @@ def _open_table(
 ) -> Table:
   shards = []
   for facts in files:
-    shard = np.load(directory / facts['name'], mmap_mode='r', allow_pickle=False)
+    path = directory / facts['name']
+    shard = np.load(path, mmap_mode='r', allow_pickle=False)
     if dtype == 'bfloat16':
       shard = shard.view(jnp.bfloat16)
     shards.append(shard)

@@ -16,6 +16,8 @@ ALIGN = 128
 _MAX_SCORES = 2**24
 _MAX_CHUNK = 2**16
 
+Ranked = tuple[jax.Array, jax.Array]  # Scores and rows, or rows and a flag.
+
 
 @functools.partial(
     jax.jit, static_argnames=('mesh', 'k', 'num_rows', 'recall_target')
@@ -33,7 +35,9 @@ def top_rows(
   """Returns rows BK and whether every one of them is allowed."""
   axes = mesh.axis_names
 
-  def local(table_NE, query_emb_BE, exclude_BR2):
+  def local(
+      table_NE: jax.Array, query_emb_BE: jax.Array, exclude_BR2: jax.Array
+  ) -> Ranked:
     rows_here = table_NE.shape[0]
     size = query_emb_BE.shape[0]
     chunk = max(_MAX_SCORES // max(size, 1) // ALIGN, 1) * ALIGN
@@ -42,7 +46,7 @@ def top_rows(
     keep = k if recall_target is None else 2 * k + 8
     keep = min(keep, chunk)
 
-    def visit(i, best):
+    def visit(i: jax.Array, best: Ranked) -> Ranked:
       # The last chunk begins earlier to be whole; what it repeats is hidden.
       start = jnp.minimum(i * chunk, rows_here - chunk)
       part_NE = jax.lax.dynamic_slice_in_dim(table_NE, start, chunk)
@@ -105,11 +109,7 @@ def _score(
   return jnp.where(score == 0, 0.0, score)
 
 
-def _best(
-    a: tuple[jax.Array, jax.Array] | None,
-    b: tuple[jax.Array, jax.Array],
-    k: int,
-) -> tuple[jax.Array, jax.Array]:
+def _best(a: Ranked | None, b: Ranked, k: int) -> Ranked:
   """Returns the k best of (scores, rows): high scores first, then low rows."""
   if a is not None:
     b = (jnp.concatenate([a[0], b[0]], 1), jnp.concatenate([a[1], b[1]], 1))

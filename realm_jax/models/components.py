@@ -44,13 +44,16 @@ class Component:
     module = _MODULES[self.name](self.config, rngs=nnx.Rngs(key))
     return _flatten(nnx.state(module, nnx.Param))
 
-  def apply(self, params: Params, method: str, *args, **kwargs) -> Any:
-    """Calls `method` of the module that holds `params`."""
+  def module(self, params: Params) -> Any:
+    """Returns the module that holds `params`."""
     state = nnx.from_flat_state(
         [(_path(name), nnx.Param(value)) for name, value in params.items()]
     )
-    module = nnx.merge(self.graphdef, state)
-    return getattr(module, method)(*args, **kwargs)
+    return nnx.merge(self.graphdef, state)
+
+  def apply(self, params: Params, method: str, *args, **kwargs) -> Any:
+    """Calls `method` of the module that holds `params`."""
+    return getattr(self.module(params), method)(*args, **kwargs)
 
 
 def make(name: str, config: config_lib.ModelConfig) -> Component:

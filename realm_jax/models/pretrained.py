@@ -1,7 +1,7 @@
 """Names and tensors of published checkpoints, into our parameters and back.
 
-Public: `load`, `Loaded`, `tensors_of`, `model_config`, `foreign_config`,
-`KINDS`. Known are BERT and the five REALM classes of transformers 4.40.2. Each
+Public: `load`, `Loaded`, `components_in`, `tensors_of`, `tower_tensors`,
+`foreign_tensor`, `model_config`, `foreign_config`, `KINDS`. Known are BERT and the five REALM classes of transformers 4.40.2. Each
 tensor of a checkpoint is a parameter of ours, a copy of another tensor, or one
 that the class holds and never uses; any other, or a missing one, is an error.
 """
@@ -18,7 +18,7 @@ from realm_jax.models import tensor_files
 
 # Our name of each kind of checkpoint, and what transformers calls the class.
 KINDS = {
-    'bert': 'BertForPreTraining',
+    'bert': 'BertForMaskedLM',
     'embedder': 'RealmEmbedder',
     'scorer': 'RealmScorer',
     'encoder': 'RealmKnowledgeAugEncoder',
@@ -86,6 +86,7 @@ class Loaded:
   params: of each component, float32 numpy arrays.
   sources: for each tensor that became a parameter, its name in the file and
     'component/name' of ours.
+  copies: for each tensor in the file that is a copy, the name of the other.
   unused: what the class never uses, still in its file.
   fresh: 'component/name' of what the checkpoint does not have, at its random
     initial value.
@@ -96,6 +97,7 @@ class Loaded:
   config: config_lib.ModelConfig
   params: dict[str, components.Params]
   sources: dict[str, str]
+  copies: dict[str, str]
   unused: dict[str, tensor_files.FileTensor]
   fresh: list[str]
   block_emb: tensor_files.FileTensor | None
@@ -279,7 +281,16 @@ def _bert(
   return _Layout(entries, copies, unused)
 
 
+def _masked_lm(config: config_lib.ModelConfig) -> _Layout:
+  """The reader as a BERT that every version of transformers knows."""
+  head = 'cls.predictions.'
+  layout = _bert(config, [f'{head}bias'], 'bert.')
+  entries = [e for e in layout.entries if e.ours.startswith('reader/')]
+  return _Layout(entries, layout.copies, {})
+
+
 _LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], _Layout]] = {
+    'bert': _masked_lm,
     'embedder': lambda config: _embedder('', config),
     'scorer': _scorer,
     'encoder': _encoder,
@@ -412,6 +423,25 @@ def _modern(name: str) -> str:
   return name
 
 
+def components_in(
+    tensors: Mapping[str, tensor_files.FileTensor],
+) -> list[str]:
+  """Names of the components that a checkpoint gives.
+
+  Raises:
+    ValueError: if it is neither BERT nor REALM.
+  """
+  kind, _ = _kind(map(_modern, tensors))
+  return {
+      'bert': ['embedder', 'reader'],
+      'embedder': ['embedder'],
+      'scorer': ['embedder'],
+      'encoder': ['reader'],
+      'reader': ['span_reader'],
+      'openqa': ['embedder', 'span_reader'],
+  }[kind]
+
+
 def load(
     tensors: Mapping[str, tensor_files.FileTensor],
     values: Mapping[str, Any],
@@ -464,7 +494,14 @@ def load(
       params[name] |= {key: np.asarray(initial[key]) for key in missing}
       fresh += [f'{name}/{key}' for key in sorted(missing)]
   unused = {n: named[n] for n in layout.unused if n in named}
-  return Loaded(kind, config, params, sources, unused, fresh, block_emb)
+  copies = {
+      tensor.name: named[layout.copies[name]].name
+      for name, tensor in named.items()
+      if name in layout.copies
+  }
+  return Loaded(
+      kind, config, params, sources, copies, unused, fresh, block_emb
+  )
 
 
 def _differ(named: Mapping[str, tensor_files.FileTensor]) -> bool:
@@ -573,7 +610,7 @@ def tensors_of(
   """Returns every tensor that transformers has in a class, by name.
 
   Args:
-    kind: one of `KINDS` but 'bert'.
+    kind: one of `KINDS`; 'bert' is the reader.
     config: resolved.
     params: of the components that the class consists of.
     unused: values of those that the class never uses; the others are 0, and 1
@@ -586,12 +623,13 @@ def tensors_of(
   Raises:
     ValueError: if a component is missing, or the class cannot hold the towers.
   """
-  if kind != 'scorer' and config.towers != 'shared' and 'embedder' in params:
+  layout = _LAYOUTS[kind](config)
+  needs_tower = any(e.ours.startswith('embedder/') for e in layout.entries)
+  if needs_tower and kind != 'scorer' and config.towers != 'shared':
     raise ValueError(
         f'The retriever has config.model.towers={config.towers!r}; of the '
         "classes of transformers only 'scorer' has a tower for queries."
     )
-  layout = _LAYOUTS[kind](config)
   found: dict[str, Tensor] = {}
   for entry in layout.entries:
     found[entry.theirs] = foreign_tensor(entry.ours, params)
@@ -607,6 +645,25 @@ def tensors_of(
   for name, target in layout.copies.items():
     found[name] = found[target]
   return found
+
+
+def tower_tensors(
+    config: config_lib.ModelConfig, params: components.Params, encoder: str
+) -> dict[str, np.ndarray]:
+  """Returns one tower of an embedder as a BertModel, with its pooler.
+
+  Args:
+    config: resolved.
+    params: of the embedder.
+    encoder: 'encoder' or 'query_encoder'.
+  """
+  ours = f'embedder/{encoder}'
+  entries = _body('', f'{ours}.bert', config.num_layers)
+  entries += _dense('pooler.dense', f'{ours}.pooler')
+  return {
+      entry.theirs: foreign_tensor(entry.ours, {'embedder': params})
+      for entry in entries
+  }
 
 
 def foreign_tensor(

@@ -1,8 +1,8 @@
 """Tensors in safetensors and PyTorch files, read and written without PyTorch.
 
-Public: `FileTensor`, `open_folder`, `open_file`, `write_safetensors`. Opening
-reads only the table of contents; each tensor is read when asked for, so that
-memory holds no more than one of them at a time.
+Public: `FileTensor`, `open_folder`, `open_file`, `write_safetensors`,
+`Chunked`, `dtype_of`, `WEIGHT_FILES`. Opening reads only the table of contents;
+each tensor is read when asked for, so that memory holds one of them at a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import struct
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 import zipfile
 import zlib
 
@@ -46,7 +46,7 @@ _TORCH_STORAGES = {
     'BoolStorage': 'BOOL',
 }
 # In the order of preference: what is in several formats is the same.
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     'model.safetensors',
     'model.safetensors.index.json',
     'pytorch_model.bin',
@@ -55,6 +55,21 @@ _WEIGHT_FILES = (
 _MAX_HEADER = 100 << 20  # As the safetensors library has it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _WRITE_BYTES = 1 << 26
+
+
+class Chunked(Protocol):
+  """A tensor that comes in pieces: consecutive rows."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> np.dtype: ...
+
+  @property
+  def nbytes(self) -> int: ...
+
+  def chunks(self) -> Iterator[np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +139,16 @@ class FileTensor:
     )
     return view.copy()
 
+  def mapped(self) -> np.ndarray:
+    """Returns it as a memory-mapped array, unchecked.
+
+    Raises:
+      ValueError: if the file ends within it, or it is not all of its storage.
+    """
+    if not self.is_whole:
+      raise ValueError(f'{self.path}: {self.name} is part of a storage.')
+    return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
+
   def chunks(self, max_bytes: int = _WRITE_BYTES) -> Iterator[np.ndarray]:
     """Yields consecutive rows, a bounded number of bytes at a time."""
     if not self.is_whole:
@@ -152,6 +177,11 @@ class FileTensor:
         yield part.reshape(-1, *self.shape[1:]) if self.shape else part
 
 
+def dtype_of(name: str) -> np.dtype:
+  """Returns the type that `str(dtype)` gave the name of, also 'bfloat16'."""
+  return next(d for d in _SAFETENSORS_DTYPES.values() if str(d) == name)
+
+
 def open_folder(
     folder: str | os.PathLike[str],
 ) -> dict[str, FileTensor]:
@@ -168,12 +198,12 @@ def open_folder(
   folder = pathlib.Path(folder)
   if folder.is_file():
     return open_file(folder)
-  for name in _WEIGHT_FILES:
+  for name in WEIGHT_FILES:
     path = folder / name
     if path.is_file():
       return _open_index(path) if name.endswith('.json') else open_file(path)
   raise FileNotFoundError(
-      f'{folder} has no weights: expected one of {", ".join(_WEIGHT_FILES)}.'
+      f'{folder} has no weights: expected one of {", ".join(WEIGHT_FILES)}.'
   )
 
 
@@ -417,13 +447,13 @@ def _open_legacy(path: pathlib.Path) -> dict[str, FileTensor]:
 
 def write_safetensors(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray | FileTensor],
+    tensors: Mapping[str, np.ndarray | Chunked],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Writes a safetensors file, one tensor after the other.
 
-  Tensors that are still in a file are copied a piece at a time. The file
-  appears under its name when it is complete.
+  What comes in pieces, such as a tensor that is still in a file, is never in
+  memory as a whole. The file appears under its name when it is complete.
   """
   path = pathlib.Path(path)
   names = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
@@ -445,9 +475,8 @@ def write_safetensors(
   with open(partial, 'wb') as file:
     file.write(struct.pack('<Q', len(text)) + text)
     for tensor in tensors.values():
-      parts = (
-          tensor.chunks() if isinstance(tensor, FileTensor) else [tensor]
-      )
+      whole = isinstance(tensor, np.ndarray)
+      parts = [tensor] if whole else tensor.chunks()
       for part in parts:
         file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
   os.replace(partial, path)

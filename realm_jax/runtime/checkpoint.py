@@ -2,8 +2,8 @@
 
 Public: `Checkpoints` (params, train state and data iterator by step),
 `save_snapshot` / `load_snapshot` (the embedder alone, for the index builder),
-`load_params`, `saved_about`, `referenced_generations`, `params_digest`, `steps_in`,
-`write_json` and `read_json`. Orbax writes beside the final name and renames, so
+`save_params`, `load_params`, `frugal`, `saved_about`, `params_digest`,
+`referenced_generations`, `steps_in`, `write_json` and `read_json`. Orbax writes beside the final name and renames, so
 a number that can be listed is a checkpoint that can be read.
 """
 
@@ -129,6 +129,33 @@ class Checkpoints:
 
   def close(self) -> None:
     self._checkpointer.close()
+
+
+def frugal() -> ocp.Context:
+  """A context in which saving neither copies nor compresses the arrays.
+
+  For arrays of the size of the memory that do not change meanwhile.
+  """
+  context = ocp.Context()
+  context.array.saving.use_compression = False
+  context.memory.deepcopy_host_arrays = False
+  return context
+
+
+def save_params(
+    workdir: Path, step: int, params: dict[str, Any], about: Any
+) -> None:
+  """Saves a checkpoint of parameters alone, to start from but not to resume.
+
+  Args:
+    workdir: of a training job, or one made by an import.
+    step: that the parameters are of.
+    params: {component: {name: array}}.
+    about: small and JSON.
+  """
+  path = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
+  with frugal():
+    ocp.save_checkpointables(path, {'params': params}, custom_metadata=about)
 
 
 def load_params(
@@ -278,9 +305,7 @@ def _on_one_device(abstract: Any) -> Any:
 
 
 def _structure(path: pathlib.Path, item: str) -> Any:
-  with ocp.Context():
-    tree = ocp.metadata(path / item).metadata
-  return tree
+  return ocp.checkpointables_metadata(path).metadata[item]
 
 
 def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:

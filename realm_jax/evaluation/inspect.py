@@ -1,0 +1,324 @@
+"""One sentence, looked at closely: what is retrieved, and what it changes.
+
+Public: `inspect` and its `Inspection`, `as_text`, `as_html`.
+"""
+
+import dataclasses
+import html
+import io
+import math
+import pathlib
+
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+from realm_jax.data import batches
+from realm_jax.evaluation import trained as trained_lib
+from realm_jax.index import generation as generation_lib
+from realm_jax.runtime import checkpoint
+
+MASK = '[MASK]'
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """What fills the blanks, a text for each run of masks, and how surely."""
+
+  fillings: tuple[str, ...]
+  probability: float  # Product over the masked wordpieces.
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """A retrieved passage, or the null document (row -1, without texts)."""
+
+  row: int
+  id: str
+  title: str
+  text: str
+  probability: float  # p(z|x), among the candidates.
+  score: float  # Inner product.
+  prediction: Prediction  # With this document alone.
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+  """All there is to show about one sentence."""
+
+  text: str
+  workdir: str
+  step: int  # Of the checkpoint.
+  index_step: int  # Of the snapshot that the index was made from.
+  documents: tuple[Document, ...]  # Best first, without the null document.
+  null: Document
+  marginal: Prediction  # sum_z p(y_j|z,x) p(z|x)
+
+
+def inspect(
+    workdir: pathlib.Path | str, text: str, k: int | None = None
+) -> Inspection:
+  """Fills the blanks of a sentence with the newest checkpoint and index.
+
+  Args:
+    workdir: of a job with the objective `realm`.
+    text: a sentence; each `[MASK]` stands for one wordpiece.
+    k: candidates, counting the null document; None: as in training.
+
+  Raises:
+    FileNotFoundError: no such workdir, or no index yet.
+    ValueError: no `[MASK]`, too long a sentence, no reader, or a k that does
+      not fit the corpus.
+  """
+  trained = trained_lib.Trained.open(workdir)
+  missing = {'embedder', 'reader'} - set(trained.components)
+  if missing:
+    raise ValueError(
+        f'{workdir} has no {" and no ".join(sorted(missing))}: its objective is'
+        f' {trained.config.objective!r}. Inspect a workdir of `realm`.'
+    )
+  size = trained.config.num_candidates if k is None else k
+  if size < 2:
+    raise ValueError(f'k={size}: must be at least 2; the null document counts.')
+  query = _query(trained, text)
+  step = trained_lib.steps_available(workdir)[0][-1]
+  params = trained.load(step)
+  index_step = _index_step(trained)
+  search = trained.published_search(index_step)
+  retrieved_BJ = search.search(
+      trained.embed_queries(params, query['query_ids_BQ']), size - 1
+  )
+  batch = batches.with_candidates(
+      query, retrieved_BJ, trained.corpus, trained.config.lengths
+  )
+  read = trained.read(params, batch)
+  runs = _runs(query['positions_BM'][0])
+
+  def prediction(best_M: np.ndarray, logp_M: np.ndarray) -> Prediction:
+    decode = trained.corpus.tokenizer.decode
+    return Prediction(
+        tuple(decode(best_M[run].tolist()) for run in runs),
+        math.exp(float(logp_M.sum())),
+    )
+
+  documents = []
+  for i, row in enumerate([batches.NULL_DOCUMENT, *retrieved_BJ[0].tolist()]):
+    record = {'id': '', 'title': '', 'text': ''}
+    if row != batches.NULL_DOCUMENT:
+      record = trained.corpus.passage_text(row)
+    documents.append(
+        Document(
+            row=row,
+            id=record['id'],
+            title=record['title'],
+            text=record['text'],
+            probability=math.exp(float(read['logp_BK'][0, i])),
+            score=float(read['score_BK'][0, i]),
+            prediction=prediction(
+                read['best_BKM'][0, i], read['best_logp_BKM'][0, i]
+            ),
+        )
+    )
+  null, *rest = documents
+  return Inspection(
+      text=text,
+      workdir=str(workdir),
+      step=step,
+      index_step=index_step,
+      # The index may be older than the scores, so its order is not theirs.
+      documents=tuple(sorted(rest, key=lambda d: -d.score)),
+      null=null,
+      marginal=prediction(
+          read['marginal_best_BM'][0], read['marginal_logp_BM'][0]
+      ),
+  )
+
+
+def as_text(found: Inspection, width: int = 100) -> str:
+  """Lays an inspection out for a terminal of `width` columns."""
+  table = rich.table.Table(show_lines=True, expand=True)
+  table.add_column('p(z|x)', justify='right', no_wrap=True)
+  table.add_column('passage', ratio=1)
+  table.add_column('prediction', overflow='fold')
+  table.add_column('p(y|z,x)', justify='right', no_wrap=True)
+  for line in _lines(found):
+    passage = '\n'.join(part for part in (line.title, line.text) if part)
+    # As Text, so that nothing in a passage is taken for markup.
+    table.add_row(
+        *map(
+            rich.text.Text,
+            (line.probability, passage, line.prediction, line.likelihood),
+        )
+    )
+  console = rich.console.Console(
+      width=width, file=io.StringIO(), record=True, color_system=None
+  )
+  console.print(rich.text.Text(found.text))
+  console.print(rich.text.Text(_about(found)))
+  console.print(table)
+  return console.export_text()
+
+
+def as_html(found: Inspection) -> str:
+  """Returns a page of its own, without scripts or outside resources."""
+  return _PAGE.format(
+      title=html.escape(found.text),
+      sentence=html.escape(found.text).replace(MASK, f'<mark>{MASK}</mark>'),
+      answer=html.escape(_joined(found.marginal)),
+      about=html.escape(_about(found)),
+      rows='\n'.join(_html_row(line) for line in _lines(found)),
+  )
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; color: #222;
+  margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; font-weight: 600; }}
+mark {{ background: #ffe58a; padding: 0 .2em; border-radius: .2em; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: left; vertical-align: top; padding: .5rem .6rem;
+  border-bottom: 1px solid #ddd; }}
+td.number, th.number {{ text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }}
+.bar {{ height: .3rem; background: #4a7dbd; border-radius: .15rem; }}
+.about, .id, .null td {{ color: #666; }}
+.id {{ font-size: .85rem; }}
+.marginal td {{ font-weight: 600; border-top: 2px solid #222; }}
+</style>
+</head>
+<body>
+<h1>{sentence}</h1>
+<p>Filled in: <strong>{answer}</strong></p>
+<p class="about">{about}</p>
+<table>
+<thead><tr><th class="number">p(z|x)</th><th>passage</th><th>prediction</th>
+<th class="number">p(y|z,x)</th></tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</body>
+</html>
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+  """A line of either table."""
+
+  kind: str  # 'document', 'null' or 'marginal'.
+  probability: str
+  title: str
+  text: str
+  id: str
+  prediction: str
+  likelihood: str
+
+
+def _lines(found: Inspection) -> list[_Line]:
+  lines = []
+  for document in (*found.documents, found.null):
+    is_null = document is found.null
+    lines.append(
+        _Line(
+            'null' if is_null else 'document',
+            f'{document.probability:.3f}',
+            'No passage (the null document)' if is_null else document.title,
+            document.text,
+            document.id,
+            _joined(document.prediction),
+            f'{document.prediction.probability:.3f}',
+        )
+    )
+  marginal = found.marginal
+  lines.append(
+      _Line(
+          'marginal',
+          '',
+          'Marginalised over all of the above',
+          '',
+          '',
+          _joined(marginal),
+          f'{marginal.probability:.3f}',
+      )
+  )
+  return lines
+
+
+def _html_row(line: _Line) -> str:
+  cells = {
+      name: html.escape(value)
+      for name, value in dataclasses.asdict(line).items()
+  }
+  bar = ''
+  if cells['probability']:
+    width = f'{float(line.probability):.1%}'
+    bar = f'<div class="bar" style="width: {width}"></div>'
+  return (
+      f'<tr class="{cells["kind"]}">'
+      f'<td class="number">{cells["probability"]}{bar}</td>'
+      f'<td><strong>{cells["title"]}</strong> <span class="id">{cells["id"]}'
+      f'</span><br>{cells["text"]}</td>'
+      f'<td>{cells["prediction"]}</td>'
+      f'<td class="number">{cells["likelihood"]}</td></tr>'
+  )
+
+
+def _about(found: Inspection) -> str:
+  return (
+      f'{found.workdir}: checkpoint of step {found.step}, index of step'
+      f' {found.index_step}'
+  )
+
+
+def _joined(prediction: Prediction) -> str:
+  return ' | '.join(prediction.fillings)
+
+
+def _query(trained: trained_lib.Trained, text: str) -> batches.Batch:
+  """The sentence as a `realm` batch of one; Raises as `inspect` does."""
+  if MASK not in text:
+    raise ValueError(
+        f'{text!r} has no {MASK}: put one in the place of each wordpiece to be'
+        ' filled in.'
+    )
+  tokenizer, length = trained.corpus.tokenizer, trained.config.lengths.query
+  pieces = tokenizer.encode(text, masks=True)
+  if len(pieces) + 2 > length:
+    raise ValueError(
+        f'The sentence has {len(pieces)} wordpieces; with [CLS] and [SEP] at'
+        f' most {length} fit (config.lengths.query).'
+    )
+  ids = np.zeros((1, length), np.int32)
+  ids[0, : len(pieces) + 2] = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
+  positions_BM = np.flatnonzero(ids[0] == tokenizer.mask_id)[None]
+  return {
+      'query_ids_BQ': ids,
+      'query_lengths_B': np.array([len(pieces) + 2], np.int32),
+      'positions_BM': positions_BM.astype(np.int32),
+      'targets_BM': np.zeros(positions_BM.shape, np.int32),
+      'mask_BM': np.ones(positions_BM.shape, bool),
+  }
+
+
+def _runs(positions_M: np.ndarray) -> list[np.ndarray]:
+  """Masks that stand side by side are one blank: their indices, by blank."""
+  breaks = np.flatnonzero(np.diff(positions_M) > 1) + 1
+  return np.split(np.arange(len(positions_M)), breaks)
+
+
+def _index_step(trained: trained_lib.Trained) -> int:
+  steps = checkpoint.steps_in(trained.workdir / generation_lib.DIRECTORY)
+  if not steps:
+    raise FileNotFoundError(
+        f'{trained.workdir} has no index yet; build one with `realm-jax index'
+        f' --workdir={trained.workdir}`.'
+    )
+  return steps[-1]

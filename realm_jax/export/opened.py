@@ -1,0 +1,150 @@
+"""A workdir opened for export and for inference.
+
+Public: `Workdir`, `open_workdir`, `atomic_folder`.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+from typing import Any
+import uuid
+
+from realm_jax import config as config_lib
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import tokenizer as tokenizer_lib
+from realm_jax.export import importing
+from realm_jax.index import generation as generation_lib
+from realm_jax.models import components as components_lib
+from realm_jax.runtime import checkpoint
+
+Path = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """Parameters of one step, and what belongs to them.
+
+  path: of the workdir.
+  config: resolved.
+  step: of the parameters.
+  params: of every component that the checkpoint has.
+  components: the same, without parameters.
+  tokenizer: that it was trained with.
+  about: what was saved with the checkpoint.
+  imported: the checkpoints that it is from, if no step was trained since.
+  """
+
+  path: pathlib.Path
+  config: config_lib.Config
+  step: int
+  params: dict[str, components_lib.Params]
+  components: dict[str, components_lib.Component]
+  tokenizer: tokenizer_lib.Tokenizer
+  about: dict[str, Any]
+  imported: list[importing.Imported]
+
+  @functools.cached_property
+  def corpus(self) -> corpus_lib.Corpus | None:
+    """The corpus; None if the config names none."""
+    if not self.config.corpus:
+      return None
+    return corpus_lib.Corpus.open(self.config.corpus)
+
+  def generation(self) -> generation_lib.Generation:
+    """The index generation made from just these parameters.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is damaged, or of another corpus.
+    """
+    folder = self.path / generation_lib.DIRECTORY
+    digest = checkpoint.params_digest(self.params['embedder'])
+    found = []
+    for step in checkpoint.steps_in(folder):
+      about = generation_lib.read_manifest(folder / str(step))
+      if about['params_digest'] == digest:
+        found.append(step)
+    if not found:
+      raise FileNotFoundError(
+          f'{self.path} has no index of the retriever of step {self.step}. Build'
+          f' it: `realm-jax index --workdir={self.path}`'
+          + ('.' if self.config.corpus else ', with a corpus in its config.')
+      )
+    lineage = generation_lib.Lineage(
+        step=found[-1],
+        params_digest=digest,
+        tokenizer_digest=self.tokenizer.digest,
+        corpus_fingerprint=self.corpus.fingerprint if self.corpus else None,
+        num_rows=len(self.corpus.passages) if self.corpus else None,
+        width=self.config.model.embedding_width,
+    )
+    return generation_lib.load(folder / str(found[-1]), lineage)
+
+
+def open_workdir(path: Path, step: int | None = None) -> Workdir:
+  """Opens a workdir that was trained or imported.
+
+  Args:
+    path: of the workdir.
+    step: of a checkpoint, or of a snapshot of the retriever; None: the newest
+      checkpoint.
+
+  Raises:
+    FileNotFoundError: if there is no such workdir or step.
+    ValueError: if it is damaged.
+  """
+  path = pathlib.Path(path)
+  config = config_lib.resolve(config_lib.read(path))
+  if (path / 'vocab.txt').is_file():
+    tokenizer = tokenizer_lib.Tokenizer.from_source(str(path))
+  else:
+    tokenizer = corpus_lib.Corpus.open(config.corpus).tokenizer
+  config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
+  steps = checkpoint.steps_in(path / checkpoint.CHECKPOINTS)
+  if step is None or step in steps or not steps:
+    names = checkpoint.components_in(path, step)
+    parts = {n: components_lib.make(n, config.model) for n in names}
+    params, step = checkpoint.load_params(
+        path, {name: part.abstract for name, part in parts.items()}, step
+    )
+    about = checkpoint.saved_about(path, step)
+  else:
+    snapshots = checkpoint.snapshot_steps(path)
+    if step not in snapshots:
+      raise FileNotFoundError(
+          f'{path} has nothing of step {step}: checkpoints {steps}, snapshots '
+          f'of the retriever {snapshots}.'
+      )
+    parts = {'embedder': components_lib.make('embedder', config.model)}
+    loaded, _ = checkpoint.load_snapshot(path, step, parts['embedder'].abstract)
+    params = {'embedder': loaded}
+    about = checkpoint.saved_about(path, steps[-1])
+  imported = importing.read_imported(path) if step == 0 else []
+  return Workdir(
+      path, config, step, params, parts, tokenizer, about, imported
+  )
+
+
+@contextlib.contextmanager
+def atomic_folder(output: Path) -> Iterator[pathlib.Path]:
+  """A folder to write in, which gets its name when all went well.
+
+  Raises:
+    FileExistsError: if `output` is there and not an empty folder.
+  """
+  output = pathlib.Path(output).absolute()
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise FileExistsError(
+        f'{output} exists and is not empty; give another --output.'
+    )
+  temporary = output.with_name(f'.{output.name}-{uuid.uuid4().hex[:8]}')
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+    os.replace(temporary, output)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)

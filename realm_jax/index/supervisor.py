@@ -1,0 +1,157 @@
+"""The index builder as a child of the trainer: `train --with_index_builder`.
+
+Public: `IndexBuilderProcess`.
+"""
+
+from collections.abc import Sequence
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from realm_jax.index import generation
+from realm_jax.index import presence
+from realm_jax.runtime import checkpoint
+
+log = logging.getLogger(__name__)
+
+LOG = 'index_builder.log'
+_MAX_FAILURES = 3  # In a row, without a generation published in between.
+_FIRST_BACKOFF_SECONDS = 1.0
+_TAIL_LINES = 20
+# The last generation, from the last snapshot, once training is done.
+_FINISH_SECONDS = 600.0
+
+
+class IndexBuilderProcess:
+  """Runs `realm-jax index --follow` until the context is left.
+
+  Left without an error, it gives the builder time for its last generation.
+  """
+
+  def __init__(
+      self,
+      workdir: pathlib.Path | str,
+      argv: Sequence[str] = (),
+      backoff_seconds: float = _FIRST_BACKOFF_SECONDS,
+  ):
+    """Plans the command; `argv` are further flags of `realm-jax index`."""
+    self._workdir = pathlib.Path(workdir)
+    self._log = self._workdir / LOG
+    self._command = [
+        sys.executable,
+        '-m',
+        'realm_jax',
+        'index',
+        f'--workdir={workdir}',
+        '--follow',
+        f'--parent_pid={os.getpid()}',
+        *argv,
+    ]
+    self._backoff_seconds = backoff_seconds
+    self._process: subprocess.Popen[bytes] | None = None
+    self._failures = 0
+    self._published: set[int] = set()
+    self._start_at = 0.0
+
+  def __enter__(self) -> 'IndexBuilderProcess':
+    self._start()
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+    if kind is None:
+      self._finish()
+    self.stop()
+
+  @property
+  def pid(self) -> int | None:
+    """Of the child, None while there is none."""
+    return None if self._process is None else self._process.pid
+
+  def health(self) -> None:
+    """Restarts the builder if it died; to be called now and then.
+
+    Raises:
+      RuntimeError: if it died three times without publishing anything in
+        between; the message ends with what it said last.
+    """
+    if self._process is None:
+      if time.monotonic() >= self._start_at:
+        self._start()
+      return
+    code = self._process.poll()
+    if code is None:
+      return
+    self._process = None
+    published = self._generations()
+    if published - self._published:
+      self._failures = 0
+    self._failures += 1
+    what = f'signal {-code}' if code < 0 else f'exit code {code}'
+    if self._failures >= _MAX_FAILURES:
+      raise RuntimeError(
+          f'The index builder of {self._workdir} ended {self._failures} times '
+          f'without publishing anything, the last time with {what}. '
+          f'From {self._log}:\n{self._tail()}'
+      )
+    wait = self._backoff_seconds * 2 ** (self._failures - 1)
+    log.warning(
+        'The index builder ended with %s; it is started again in %.0f s. See '
+        '%s.', what, wait, self._log,
+    )
+    self._start_at = time.monotonic() + wait
+
+  def stop(self) -> None:
+    """Ends the builder: asks, waits, then insists."""
+    if self._process is None:
+      return
+    if self._process.poll() is None:
+      self._process.terminate()
+      try:
+        self._process.wait(presence.GRACE_SECONDS)
+      except subprocess.TimeoutExpired:
+        log.warning('The index builder does not leave; it is killed.')
+        self._process.kill()
+        self._process.wait()
+    self._process = None
+
+  def _start(self) -> None:
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    self._published = self._generations()
+    # Trainer and builder may share one accelerator: take memory as needed.
+    environment = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', **os.environ}
+    with open(self._log, 'ab') as file:
+      self._process = subprocess.Popen(
+          self._command,
+          stdin=subprocess.DEVNULL,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+          env=environment,
+      )
+
+  def _finish(self) -> None:
+    """Waits until the newest snapshot has its generation."""
+    deadline = time.monotonic() + _FINISH_SECONDS
+    while time.monotonic() < deadline:
+      snapshots = checkpoint.snapshot_steps(self._workdir)
+      if not snapshots or snapshots[-1] in self._generations():
+        return
+      try:
+        self.health()
+      except RuntimeError as error:
+        log.error('Training is done, but its last index is missing: %s', error)
+        return
+      time.sleep(0.1)
+    log.error('Training is done, but its last index was not built in time.')
+
+  def _generations(self) -> set[int]:
+    return set(checkpoint.steps_in(self._workdir / generation.DIRECTORY))
+
+  def _tail(self) -> str:
+    try:
+      text = self._log.read_text(encoding='utf-8', errors='replace')
+    except FileNotFoundError:
+      return '(no log)'
+    return '\n'.join(text.splitlines()[-_TAIL_LINES:])

@@ -1,0 +1,395 @@
+"""The index builder: right embeddings, newest snapshot, one builder, clean end.
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.data import batches
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import prepare
+from realm_jax.index import builder
+from realm_jax.index import generation
+from realm_jax.index import presence
+from realm_jax.models import components
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import mesh as mesh_lib
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('corpus') / 'world'
+  prepare.prepare(['world:3:20'], str(directory))
+  return corpus_lib.Corpus.open(directory)
+
+
+@pytest.fixture(scope='module')
+def config(corpus):
+  config = config_lib.Config(
+      corpus=str(corpus.directory),
+      model=config_lib.ModelConfig(
+          preset='tiny', num_layers=1, width=32, embedding_width=16
+      ),
+      lengths=config_lib.LengthsConfig(query=16, document=40),
+      refresh=config_lib.RefreshConfig(keep=2),
+  )
+  config = config_lib.resolve(config)
+  config.model.vocab_size = corpus.tokenizer.vocab_size
+  return config
+
+
+@pytest.fixture(scope='module')
+def component(config):
+  return components.make('embedder', config.model)
+
+
+@pytest.fixture
+def workdir(tmp_path, config):
+  checkpoint.write_json(tmp_path / 'config.json', config_lib.to_dict(config))
+  return tmp_path
+
+
+@pytest.fixture
+def mesh():
+  return mesh_lib.make_mesh(config_lib.MeshConfig(data=4, model=2))
+
+
+@pytest.fixture(scope='module')
+def check_some(corpus, component):
+  """Compares some passages with themselves alone and without padding."""
+  embed = jax.jit(
+      lambda params, ids, types: component.apply(
+          params, 'embed_document', ids, types
+      )
+  )
+
+  def check(emb_NE, params, length):
+    lengths = np.minimum(corpus.passages.lengths, length)
+    assert emb_NE.shape == (len(lengths), 16)
+    order = np.argsort(lengths)
+    for row in order[[0, len(order) // 3, len(order) // 2, -1]]:
+      ids, types = batches.assemble_documents(
+          corpus.passages, np.array([row]), lengths[row], corpus.tokenizer
+      )
+      assert (ids != 0).all()
+      np.testing.assert_allclose(
+          emb_NE[row], embed(params, ids, types)[0], atol=2e-5
+      )
+
+  return check
+
+
+@pytest.mark.parametrize('widths', [[24], [8, 12, 16, 24]])
+def test_buckets_and_devices_change_no_embedding(
+    corpus, component, check_some, mesh, monkeypatch, widths
+):
+  assert corpus.passages.lengths.max() > 24  # Some are cut.
+  monkeypatch.setattr(builder, '_widths', lambda lengths, most: widths)
+  embedder = builder.PassageEmbedder(
+      component, corpus.passages, corpus.tokenizer, 24, mesh, batch_tokens=700
+  )
+  params = component.init(seed=0)
+  seen = []
+  found = embedder(params, progress=seen.append)
+  check_some(found, params, 24)
+  assert sum(seen) == len(corpus.passages)
+  assert embedder.compilations <= len(widths)
+  # A part is that part of the whole; parameters are not baked in.
+  part = embedder(params, range(11, 40))
+  np.testing.assert_allclose(part, found[11:40], atol=2e-6)
+  other = embedder(component.init(seed=1))
+  assert np.abs(other - found).max() > 0.1
+  assert embedder.compilations <= len(widths)
+
+
+def test_widths_are_few_and_pay_for_themselves():
+  def widths(lengths, most):
+    return builder._widths(np.array(lengths), most)
+
+  assert widths([20] * 100, 288) == [24]
+  assert widths([20, 70] * 100, 288) == [96]
+  assert widths([20, 70] * 100_000, 288) == [24, 96]
+  assert widths([20, 288] * 100_000, 288) == [24, 288]
+  assert widths([5], 7) == [7]
+  even = np.arange(8, 289).repeat(10_000)
+  assert 8 <= len(widths(even, 288)) <= 16
+  assert widths(even, 300)[-1] == 288
+
+
+def test_batches_are_static_and_mostly_full(corpus, component, mesh):
+  embedder = builder.PassageEmbedder(
+      component, corpus.passages, corpus.tokenizer, 40, mesh, 2**14
+  )
+  rows = len(corpus.passages)
+  for size in embedder._batch_rows:
+    assert size % mesh.size == 0
+    assert -(-rows // size) * size <= rows + 64  # At most 8 per device more.
+
+
+def _snapshot(workdir, component, step, seed=None):
+  params = component.init(seed=step if seed is None else seed)
+  return params, checkpoint.save_snapshot(workdir, step, params)
+
+
+def test_build_makes_the_generation_of_a_snapshot(
+    workdir, corpus, config, component, check_some
+):
+  _snapshot(workdir, component, 5)
+  params, digest = _snapshot(workdir, component, 10)
+  path = builder.build(workdir)
+  assert path == workdir / 'index' / '10'
+  loaded = generation.load(
+      path,
+      generation.Lineage(
+          step=10,
+          params_digest=digest,
+          tokenizer_digest=corpus.tokenizer.digest,
+          corpus_fingerprint=corpus.fingerprint,
+          num_rows=len(corpus.passages),
+          width=16,
+      ),
+  )
+  check_some(loaded.embeddings[:], params, config.lengths.document)
+  assert builder.build(workdir, step=5) == workdir / 'index' / '5'
+  assert checkpoint.steps_in(workdir / 'index') == [5, 10]
+  with pytest.raises(FileNotFoundError, match=r'\[5, 10\], not of 7'):
+    builder.build(workdir, step=7)
+
+
+def test_build_needs_a_job_and_a_snapshot(tmp_path, workdir):
+  with pytest.raises(FileNotFoundError, match='not of any'):
+    builder.build(workdir)
+  with pytest.raises(FileNotFoundError):
+    builder.build(tmp_path / 'nowhere')
+  assert not (tmp_path / 'nowhere').exists()
+
+
+class _Follower(threading.Thread):
+  """`follow` in a thread; `join` returns what it raised."""
+
+  def __init__(self, workdir, **kwargs):
+    super().__init__(daemon=True)
+    self._call = lambda: builder.follow(workdir, **kwargs)
+    self.error = None
+    self.start()
+
+  def run(self):
+    try:
+      self._call()
+    except Exception as error:  # Whatever it is, the test looks at it.
+      self.error = error
+
+  def end(self):
+    self.join(60)
+    assert not self.is_alive()
+    if self.error is not None:
+      raise self.error
+
+
+def _until(condition, seconds=60):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, 'it did not come about'
+    time.sleep(0.02)
+
+
+def test_follow_builds_the_newest_and_leaves_when_training_is_done(
+    tmp_path, config, component
+):
+  workdir = tmp_path / 'later'
+  index = workdir / 'index'
+  follower = _Follower(workdir, start_timeout=60)
+  _until((index / 'heartbeat.json').exists)
+  assert presence.read_heartbeat(index)['state'] in (
+      'starting', 'waiting for the trainer'
+  )
+  for step in (0, 10, 20):  # A backlog: only the newest is of use.
+    _snapshot(workdir, component, step)
+  (index / '.tmp-20-1-dead').mkdir()
+  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  _until((index / '20').exists)
+  assert checkpoint.steps_in(index) == [20]
+  _, digest = _snapshot(workdir, component, 30)
+  checkpoint.write_json(workdir / 'summary.json', {})
+  follower.end()  # Not before the generation of the last snapshot.
+  assert checkpoint.steps_in(index) == [20, 30]
+  assert generation.read_manifest(index / '30')['params_digest'] == digest
+  heartbeat = presence.read_heartbeat(index)
+  assert heartbeat['state'] == 'gone' and heartbeat['pid'] == os.getpid()
+
+
+def test_a_builder_removes_what_a_killed_one_left(workdir, component):
+  _snapshot(workdir, component, 0)
+  left = workdir / 'index' / '.tmp-0-4711-dead'
+  left.mkdir(parents=True)
+  (left / 'shard-00000.npy').write_bytes(b'half')
+  checkpoint.write_json(workdir / 'summary.json', {})
+  builder.follow(workdir)
+  assert not left.exists()
+  assert checkpoint.steps_in(workdir / 'index') == [0]
+
+
+def test_retention(workdir, component):
+  """The two newest, those of checkpoints, the one in use; nothing else."""
+  index = workdir / 'index'
+  for step in range(0, 60, 10):
+    (index / str(step)).mkdir(parents=True)
+  saved = workdir / 'checkpoints' / '25'
+  saved.mkdir(parents=True)
+  (saved / '_CHECKPOINT_METADATA').write_text(
+      json.dumps({'custom_metadata': {'index_generation': 10}})
+  )
+  generation.mark_in_use(index, [30])
+  _snapshot(workdir, component, 60)
+  builder.build(workdir)
+  assert checkpoint.steps_in(index) == [10, 30, 50, 60]
+
+
+def test_keep_zero_keeps_all(workdir, config, component):
+  config = config_lib.from_dict(config_lib.to_dict(config))
+  config.refresh.keep = 0
+  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  for step in range(0, 60, 10):
+    (workdir / 'index' / str(step)).mkdir(parents=True)
+  _snapshot(workdir, component, 60)
+  builder.build(workdir)
+  assert len(checkpoint.steps_in(workdir / 'index')) == 7
+
+
+def test_a_generation_of_an_earlier_run_or_a_damaged_one_is_built_anew(
+    workdir, component
+):
+  index = workdir / 'index'
+  _snapshot(workdir, component, 0, seed=1)
+  builder.build(workdir)
+  checkpoint.write_json(workdir / 'summary.json', {})
+  before = (index / '0' / 'manifest.json').read_bytes()
+  builder.follow(workdir)
+  assert (index / '0' / 'manifest.json').read_bytes() == before  # As it was.
+  _, digest = _snapshot(workdir, component, 0, seed=2)
+  builder.follow(workdir)
+  assert generation.read_manifest(index / '0')['params_digest'] == digest
+  (index / '0' / 'manifest.json').write_bytes(before[: len(before) // 2])
+  builder.follow(workdir)
+  assert generation.read_manifest(index / '0')['params_digest'] == digest
+
+
+def test_a_snapshot_taken_back_is_not_published(
+    workdir, component, monkeypatch
+):
+  _snapshot(workdir, component, 0, seed=1)
+  add = generation.Writer.add_backend
+
+  def resumed_meanwhile(writer, *args):
+    _snapshot(workdir, component, 0, seed=2)
+    return add(writer, *args)
+
+  monkeypatch.setattr(generation.Writer, 'add_backend', resumed_meanwhile)
+  with pytest.raises(FileNotFoundError, match='replaced'):
+    builder.build(workdir)
+  assert [n for n in os.listdir(workdir / 'index') if n[0] != '.'] == [
+      'heartbeat.json'
+  ]
+
+
+def test_leaves_nothing_behind_when_stopped_while_building(
+    workdir, component, monkeypatch
+):
+  _snapshot(workdir, component, 0)
+  seen = []
+
+  def stopped(writer, *args):
+    seen.extend(n for n in os.listdir(workdir / 'index') if '.tmp' in n)
+    raise presence.Stopped('SIGTERM')
+
+  monkeypatch.setattr(generation.Writer, 'add_backend', stopped)
+  builder.follow(workdir)  # Leaves without an error.
+  assert len(seen) == 1
+  names = os.listdir(workdir / 'index')
+  assert sorted(names) == ['.builder.lock', 'heartbeat.json']
+
+
+def test_a_second_builder_names_the_first(workdir, component):
+  _snapshot(workdir, component, 0)
+  with presence.Lock(workdir / 'index'):
+    for start in (builder.build, builder.follow):
+      with pytest.raises(RuntimeError, match=f'process {os.getpid()} on '):
+        start(workdir)
+  builder.build(workdir)  # The lock is free again.
+
+
+def test_the_lock_is_waited_for_if_asked(tmp_path):
+  first = presence.Lock(tmp_path)
+  first.__enter__()
+  timer = threading.Timer(0.3, first.__exit__)
+  timer.start()
+  start = time.monotonic()
+  with presence.Lock(tmp_path, patience=30):
+    assert 0.2 < time.monotonic() - start < 20
+  timer.join()
+
+
+def test_waits_no_longer_than_told(tmp_path, workdir, monkeypatch):
+  with pytest.raises(TimeoutError, match='no config.json after 0 s'):
+    builder.follow(tmp_path / 'new', start_timeout=0.1)
+  with pytest.raises(TimeoutError, match='no first snapshot'):
+    builder.follow(workdir, start_timeout=0.1)
+  checkpoint.write_json(workdir / 'summary.json', {})
+  with pytest.raises(ValueError, match='took no snapshot'):
+    builder.follow(workdir)
+
+
+def test_a_snapshot_of_another_model_is_refused(workdir, config, component):
+  other = config_lib.from_dict(config_lib.to_dict(config))
+  other.model.embedding_width = 24
+  _snapshot(workdir, components.make('embedder', other.model), 0)
+  with pytest.raises(ValueError, match='another model'):
+    builder.follow(workdir)
+
+
+def _command(workdir, *argv):
+  return [
+      sys.executable, '-m', 'realm_jax', 'index', f'--workdir={workdir}', *argv
+  ]
+
+
+def test_as_a_process_it_leaves_on_sigterm_and_with_its_parent(
+    tmp_path, workdir, component
+):
+  _snapshot(workdir, component, 0)
+  with open(tmp_path / 'log', 'wb') as log:
+    process = subprocess.Popen(_command(workdir, '--follow'), stderr=log)
+  # A shell that starts one and dies: its child must not live on.
+  orphaned = tmp_path / 'orphaned'
+  line = ' '.join(_command(orphaned, '--follow', '--parent_pid=$$'))
+  with open(tmp_path / 'log2', 'wb') as log:
+    shell = subprocess.Popen(
+        ['/bin/sh', '-c', f'{line} & wait'], stderr=log, stdout=log
+    )
+  try:
+    _until((workdir / 'index' / '0').exists)
+    assert (workdir / 'index' / '.builder.lock').read_text().startswith(
+        f'process {process.pid} on '
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert 'leaves: SIGTERM' in (tmp_path / 'log').read_text()
+    _until((orphaned / 'index' / 'heartbeat.json').exists)
+    child = presence.read_heartbeat(orphaned / 'index')['pid']
+    os.kill(child, 0)  # It is there.
+    shell.kill()
+    shell.wait()
+    _until(
+        lambda: presence.read_heartbeat(orphaned / 'index')['state'] == 'gone'
+    )
+  finally:
+    process.kill()
+    shell.kill()

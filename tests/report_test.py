@@ -1,0 +1,117 @@
+"""Files for people: JSON, Markdown, plots, and what happens without them."""
+
+import builtins
+import json
+
+import pytest
+
+from realm_jax.evaluation import report
+
+
+def _result(step, recall=0.25, masked=True):
+  group = {
+      'questions': 8,
+      'with_gold_passage': 8,
+      'gold': {'recall_at_1': recall, 'recall_at_5': 0.5, 'mrr': 0.4},
+      'answer': {'recall_at_1': 0.3, 'mrr': 0.45},
+  }
+  result = {'step': step, 'questions': {'all': group, 'held_out': group}}
+  if masked:
+    result['masked'] = {
+        'sentences': 12,
+        'accuracy_with_retrieval': 0.75,
+        'accuracy_without_retrieval': 0.02,
+        'retrieval_utility': 3.25,
+        'null_share': 0.01,
+    }
+  return result
+
+
+def _metrics(workdir):
+  lines = [
+      {
+          'step': step,
+          'train/loss': 9.0 / step if step < 40 else 'nan',
+          'train/null_share': 0.1,
+          'train/retrieval_utility': 0.5,
+          'refresh/age_steps': step % 20,
+      }
+      for step in range(10, 50, 10)
+  ]
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  (workdir / 'metrics.jsonl').write_text(text)
+
+
+def test_results_are_read_back_in_order(tmp_path):
+  for step in (100, 20, 3):
+    report.save(tmp_path, _result(step))
+  (tmp_path / 'evaluation' / 'notes.json').write_text('{}')
+  assert [r['step'] for r in report.load_all(tmp_path)] == [3, 20, 100]
+  assert report.load_all(tmp_path)[2] == _result(100)
+  assert report.load_all(tmp_path / 'nowhere') == []
+
+
+def test_table():
+  text = report.table([_result(0, masked=False), _result(50, 0.875)])
+  rows = [
+      [cell.strip() for cell in line.strip('|').split('|')]
+      for line in text.splitlines()
+      if line.startswith('|')
+  ]
+  retrieval = [row for row in rows if len(row) == 13]
+  assert retrieval[0][:4] == ['step', 'facts', 'questions', 'recall@1']
+  assert retrieval[2][:5] == ['0', 'all', '8', '25.0', '50.0']
+  assert retrieval[5][:5] == ['50', 'held_out', '8', '87.5', '50.0']
+  assert retrieval[2][5] == ''  # recall@20 was not measured.
+  masked = [row for row in rows if len(row) == 6]
+  assert masked[2] == ['50', '12', '0.750', '0.020', '3.250', '0.010']
+  assert len(masked) == 3
+  assert report.table([]) == ''
+
+
+def test_write_draws_what_there_is(tmp_path):
+  pytest.importorskip('matplotlib')
+  _metrics(tmp_path)
+  for step in (0, 50):
+    report.save(tmp_path, _result(step, step / 100))
+  printed = report.write(tmp_path, [_result(50)])
+  folder = tmp_path / 'evaluation'
+  for name in ('recall.png', 'training.png'):
+    assert (folder / name).read_bytes().startswith(b'\x89PNG')
+    assert name in printed
+  text = (folder / 'report.md').read_text()
+  assert '![recall](recall.png)' in text
+  assert '| 0 | all |' in text and '| 50 | all |' in text
+  assert '| 0 | all |' not in printed and '| 50 | all |' in printed
+
+
+def test_curves_hold_the_figures(tmp_path):
+  panels = report._recall_panels([_result(0, 0.1), _result(50, 0.6)])
+  assert panels['gold passage, held_out questions']['recall@1'] == [
+      (0, 0.1), (50, 0.6),
+  ]
+  assert panels['masked spans filled in']['without'] == [(0, 0.02), (50, 0.02)]
+  _metrics(tmp_path)
+  lines = [json.loads(x) for x in (tmp_path / 'metrics.jsonl').open()]
+  training = report._training_panels(lines)
+  assert training['loss'][''] == [(10, 0.9), (20, 0.45), (30, 0.3)]
+  assert training['age of the index in steps'][''][1] == (20, 0)
+
+
+def test_without_matplotlib_the_table_is_still_written(
+    tmp_path, monkeypatch, caplog
+):
+  real_import = builtins.__import__
+
+  def no_matplotlib(name, *args, **kwargs):
+    if name.split('.')[0] == 'matplotlib':
+      raise ImportError('no such package')
+    return real_import(name, *args, **kwargs)
+
+  monkeypatch.setattr(builtins, '__import__', no_matplotlib)
+  report.save(tmp_path, _result(5))
+  with pytest.raises(ImportError, match=r'pip install .*\[plot\]'):
+    report.plot(tmp_path)
+  report.write(tmp_path, [_result(5)])
+  assert '| 5 | all |' in (tmp_path / 'evaluation' / 'report.md').read_text()
+  assert 'pip install' in caplog.text

@@ -1,0 +1,513 @@
+"""`evaluate` and `inspect` on workdirs of untrained models."""
+
+import dataclasses
+import html.parser
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.data import batches
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import qa
+from realm_jax.evaluation import inspect
+from realm_jax.evaluation import retrieval
+from realm_jax.evaluation import trained as trained_lib
+from realm_jax.index import generation
+from realm_jax.models import components as components_lib
+from realm_jax.models import objectives
+from realm_jax.runtime import checkpoint
+
+
+def _config(corpus, objective='realm'):
+  config = config_lib.Config(objective=objective, corpus=str(corpus.directory))
+  config.batch_size, config.num_candidates = 16, 4
+  config.model.preset, config.model.num_layers = 'tiny', 1
+  config.model.width, config.model.num_heads = 32, 2
+  config.model.embedding_width = 16
+  config.model.max_positions = 96
+  config.model.vocab_size = corpus.tokenizer.vocab_size
+  config.lengths.query, config.lengths.document = 24, 48
+  config.lengths.masks = 4
+  return config_lib.resolve(config)
+
+
+def _params(config, seed=0, sharpen=4.0):
+  """Fresh parameters, with embeddings that tell passages apart."""
+  params = {}
+  for name, component in components_lib.make_all(config).items():
+    params[name] = {
+        key: np.asarray(value) * (sharpen if key.endswith('kernel') else 1)
+        for key, value in component.init(seed).items()
+    }
+  return params
+
+
+def _make_workdir(path, corpus, config, saved):
+  """A workdir as `train` leaves it, with {step: params}."""
+  checkpoint.write_json(path / 'config.json', config_lib.to_dict(config))
+  checkpoints = checkpoint.Checkpoints(path, keep=0)
+  for step, params in saved.items():
+    checkpoints.save(
+        step,
+        jax.tree.map(jnp.asarray, params),
+        {'step': jnp.int32(step)},
+        batches.training_batches(corpus, config),
+        {
+            'config_digest': config_lib.digest(config),
+            'corpus_fingerprint': corpus.fingerprint,
+            'tokenizer_digest': corpus.tokenizer.digest,
+            'index_generation': None,
+        },
+    )
+  checkpoints.wait()
+  checkpoints.close()
+  return path
+
+
+@pytest.fixture(scope='module')
+def corpus(world):
+  return corpus_lib.Corpus.open(world)
+
+
+@pytest.fixture(scope='module')
+def config(corpus):
+  return _config(corpus)
+
+
+@pytest.fixture(scope='module')
+def saved(config):
+  return {0: _params(config, 0), 30: _params(config, 1)}
+
+
+@pytest.fixture(scope='module')
+def questions(world):
+  return qa.read_questions(world / 'questions.jsonl')
+
+
+@pytest.fixture
+def workdir(tmp_path, corpus, config, saved):
+  return _make_workdir(tmp_path / 'job', corpus, config, saved)
+
+
+def _all_embeddings(config, params, corpus):
+  """Without buckets, batches or the code under test."""
+  component = components_lib.make_all(config)['embedder']
+  rows = np.arange(len(corpus.passages))
+  ids, types = batches.assemble_documents(
+      corpus.passages, rows, config.lengths.document, corpus.tokenizer
+  )
+  emb_NE = component.apply(params['embedder'], 'embed_document', ids, types)
+  return np.asarray(emb_NE)
+
+
+def _publish(workdir, config, corpus, params, step, embeddings=None):
+  if embeddings is None:
+    embeddings = _all_embeddings(config, params, corpus)
+  lineage = generation.Lineage(
+      step=step,
+      params_digest=checkpoint.params_digest(params['embedder']),
+      tokenizer_digest=corpus.tokenizer.digest,
+      corpus_fingerprint=corpus.fingerprint,
+      num_rows=len(corpus.passages),
+      width=config.model.embedding_width,
+  )
+  generation.publish(workdir / 'index', lineage, embeddings, config.mips)
+
+
+def test_question_metrics_equal_those_by_hand(
+    workdir, config, corpus, saved, questions
+):
+  (result,) = retrieval.evaluate(workdir, questions)
+  assert result['step'] == 30
+  assert result['passages'] == len(corpus.passages)
+  assert result['index_generation'] is None
+  params = saved[30]
+  component = components_lib.make_all(config)['embedder']
+  query_emb = component.apply(
+      params['embedder'],
+      'embed_query',
+      batches.encode_queries(
+          [q.question for q in questions],
+          config.lengths.query,
+          corpus.tokenizer,
+      ),
+  )
+  scores = np.asarray(query_emb) @ _all_embeddings(config, params, corpus).T
+  order = np.argsort(-scores, axis=1, kind='stable')
+  texts = [corpus.passage_text(i) for i in range(len(corpus.passages))]
+  ranks = {'gold': [], 'answer': []}
+  for question, rows in zip(questions, order, strict=True):
+    found = [texts[row] for row in rows]
+    ranks['gold'].append(
+        1 + [text['id'] for text in found].index(question.passage_id)
+    )
+    ranks['answer'].append(
+        1 + next(
+            i for i, text in enumerate(found)
+            if re.search(
+                rf"\b({'|'.join(question.answers)})\b", text['text']
+            )
+        )
+    )
+  held_out = np.array([q.held_out for q in questions])
+  assert 0 < held_out.sum() < len(questions)
+  for name, members in (
+      ('all', slice(None)), ('held_out', held_out), ('seen', ~held_out)
+  ):
+    group = result['questions'][name]
+    for kind in ('gold', 'answer'):
+      by_hand = np.array(ranks[kind])[members]
+      assert group['questions'] == len(by_hand)
+      for k in (1, 5, 20):
+        assert group[kind][f'recall_at_{k}'] == pytest.approx(
+            np.mean(by_hand <= k)
+        )
+      depth = min(100, len(texts))
+      assert group[kind]['mrr'] == pytest.approx(
+          np.mean(np.where(by_hand <= depth, 1 / by_hand, 0))
+      )
+
+
+def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
+  (result,) = retrieval.evaluate(workdir, [], limit=21)
+  assert 'questions' not in result
+  masked = result['masked']
+  assert masked['sentences'] == 21
+  params, parts = saved[30], components_lib.make_all(config)
+  emb_NE = _all_embeddings(config, params, corpus)
+  sums: dict[str, float] = {}
+  # Other batches than those under test.
+  odd = dataclasses.replace(config, batch_size=5)
+  for batch in batches.evaluation_batches(corpus, odd, 'validation', 21):
+    query_emb = parts['embedder'].apply(
+        params['embedder'], 'embed_query', batch['query_ids_BQ']
+    )
+    scores = np.asarray(query_emb) @ emb_NE.T
+    retrieved = np.argsort(-scores, axis=1, kind='stable')[:, :3]
+    null_emb = parts['embedder'].apply(
+        params['embedder'],
+        'embed_document',
+        *batches.assemble_documents(
+            corpus.passages, np.array([-1]), 8, corpus.tokenizer
+        ),
+    )
+    score_BK = np.concatenate(
+        [
+            np.asarray(query_emb @ null_emb.T),
+            np.take_along_axis(scores, retrieved, 1),
+        ],
+        1,
+    )
+    full = batches.with_candidates(batch, retrieved, corpus, config.lengths)
+    b, k, t = full['joint_ids_BKT'].shape
+    logits = parts['reader'].apply(
+        params['reader'],
+        'mlm_logits',
+        full['joint_ids_BKT'].reshape(b * k, t),
+        full['joint_types_BKT'].reshape(b * k, t),
+        np.repeat(batch['positions_BM'], k, axis=0),
+    )
+    p_BKMV = np.asarray(jax.nn.softmax(logits)).reshape(b, k, *logits.shape[1:])
+    p_BK = np.asarray(jax.nn.softmax(score_BK))
+    marginal_BMV = np.einsum('BK,BKMV->BMV', p_BK, p_BKMV)
+    index = np.broadcast_to(
+        batch['targets_BM'][:, None, :, None], (*p_BKMV.shape[:3], 1)
+    )
+    logp_BKM = np.log(np.take_along_axis(p_BKMV, index, 3)[..., 0])
+    mask_BM = batch['mask_BM']
+    right = (marginal_BMV.argmax(-1) == batch['targets_BM']) | ~mask_BM
+    without = (p_BKMV[:, 0].argmax(-1) == batch['targets_BM']) | ~mask_BM
+    _, aux = objectives.marginal_mlm(score_BK, logp_BKM, mask_BM)
+    logged = objectives.retrieval_metrics(aux, mask_BM.any(-1))
+    for name, value in (
+        ('accuracy_with_retrieval', right.all(1).sum()),
+        ('accuracy_without_retrieval', without.all(1).sum()),
+        ('retrieval_utility', b * logged['retrieval_utility']),
+        ('null_share', b * logged['null_share']),
+    ):
+      sums[name] = sums.get(name, 0.0) + float(value)
+  for name, value in sums.items():
+    assert masked[name] == pytest.approx(value / 21, rel=1e-3, abs=1e-5), name
+
+
+def test_a_span_counts_only_if_every_wordpiece_is_right(
+    tmp_path, config, corpus, saved
+):
+  """A reader that always says one word is right where that is the answer."""
+  sentences = [
+      tuple(batch['targets_BM'][i][batch['mask_BM'][i]].tolist())
+      for batch in batches.evaluation_batches(corpus, config)
+      for i in range(len(batch['mask_BM']))
+  ]
+  alone = [s[0] for s in sentences if len(s) == 1]
+  word = max(alone, key=alone.count)
+  params = {name: dict(tree) for name, tree in saved[0].items()}
+  bias = np.array(params['reader']['output_bias'])
+  bias[word] = 1e4
+  params['reader']['output_bias'] = bias
+  workdir = _make_workdir(tmp_path / 'job', corpus, config, {0: params})
+  masked = retrieval.evaluate(workdir, [])[0]['masked']
+  expected = sum(set(s) == {word} for s in sentences) / len(sentences)
+  assert masked['sentences'] == len(sentences)
+  assert 0 < expected < 1
+  assert masked['accuracy_with_retrieval'] == pytest.approx(expected)
+  assert masked['accuracy_without_retrieval'] == pytest.approx(expected)
+
+
+def test_a_fresh_generation_is_used_and_a_stale_one_is_not(
+    workdir, config, corpus, saved, questions
+):
+  (before,) = retrieval.evaluate(workdir, questions, limit=40)
+  _publish(workdir, config, corpus, saved[30], 25)
+  (same,) = retrieval.evaluate(workdir, questions, limit=40)
+  assert (before['index_generation'], same['index_generation']) == (None, 25)
+  assert same['questions'] == before['questions']
+  (old,) = retrieval.evaluate(workdir, questions, steps='0', limit=40)
+  assert old['index_generation'] is None  # That of step 25 has other params.
+  # It is read, not just found: nonsense in it is seen.
+  nonsense = np.random.default_rng(0).normal(
+      size=(len(corpus.passages), config.model.embedding_width)
+  )
+  _publish(workdir, config, corpus, saved[30], 25, nonsense.astype(np.float32))
+  (other,) = retrieval.evaluate(workdir, questions, limit=40)
+  assert other['questions'] != before['questions']
+
+
+def test_all_steps_are_checkpoints_and_snapshots(workdir, saved, questions):
+  checkpoint.save_snapshot(workdir, 10, saved[30]['embedder'])
+  results = retrieval.evaluate(workdir, questions, 'all', limit=20)
+  assert [r['step'] for r in results] == [0, 10, 30]
+  assert ['masked' in r for r in results] == [True, False, True]
+  assert results[1]['questions'] == results[2]['questions']
+  assert results[0]['questions'] != results[2]['questions']
+  for result in results:
+    path = workdir / 'evaluation' / f'{result["step"]}.json'
+    assert json.loads(path.read_text()) == result
+
+
+def test_questions_come_with_the_corpus_or_from_a_file(
+    workdir, world, tmp_path
+):
+  (own,) = retrieval.evaluate(workdir, limit=10)
+  (given,) = retrieval.evaluate(workdir, world / 'questions.jsonl', limit=10)
+  assert own['questions'] == given['questions']
+  assert own['questions']['all']['questions'] == 10
+  bare = tmp_path / 'bare.jsonl'
+  bare.write_text('{"question": "Who?", "answers": ["Nobody at all"]}\n')
+  (result,) = retrieval.evaluate(workdir, bare, limit=5)
+  assert set(result['questions']) == {'all'}
+  group = result['questions']['all']
+  assert group['with_gold_passage'] == 0 and 'gold' not in group
+  assert group['answer']['recall_at_100'] == 0.0
+
+
+def test_gold_passage_that_was_divided():
+  """`prepare` divides a long record; the part with the answer is gold."""
+
+  class Divided:
+    passages = range(5)
+    ids = ['a', 'b#0', 'b#1', 'b#2', 'c#0']
+
+    def passage_rows_by_id(self, names):
+      where = {'a': 0, 'b': 1, 'c': 4}
+      return np.array([where.get(name, -1) for name in names])
+
+    def passage_text(self, row):
+      return {'id': self.ids[row], 'text': f'row {row}, R{row % 2}'}
+
+  def gold(passage_id, *answers):
+    question = qa.Question('?', answers, passage_id=passage_id)
+    return retrieval._gold_rows(Divided(), [question])[0]
+
+  assert gold('a', 'zz') == [0]
+  assert gold('b', 'row 2') == [2]
+  assert gold('b', 'R1') == [1, 3]
+  assert gold('b', 'zz') == [1, 2, 3]
+  assert gold('c', 'zz') == [4]
+  assert gold('x', 'zz') == []
+  assert gold(None, 'zz') == []
+
+
+@pytest.mark.parametrize(
+    'objective, parts', [('ict', 'questions'), ('mlm', 'masked')]
+)
+def test_a_workdir_with_one_component_is_measured_by_it(
+    tmp_path, corpus, questions, objective, parts
+):
+  config = _config(corpus, objective)
+  workdir = _make_workdir(
+      tmp_path / 'job', corpus, config, {7: _params(config)}
+  )
+  (result,) = retrieval.evaluate(workdir, questions, limit=12)
+  assert [n for n in ('questions', 'masked') if n in result] == [parts]
+  if objective == 'mlm':
+    assert set(result['masked']) == {
+        'sentences', 'num_candidates', 'accuracy_without_retrieval',
+    }
+  else:
+    with pytest.raises(ValueError, match='nothing to measure'):
+      retrieval.evaluate(workdir, [])
+
+
+def test_clear_errors(workdir, questions, tmp_path, corpus, config):
+  with pytest.raises(FileNotFoundError, match=r'step 7.*\[0, 30\]'):
+    retrieval.evaluate(workdir, questions, steps=7)
+  with pytest.raises(ValueError, match="'latest', 'all' or"):
+    retrieval.evaluate(workdir, questions, steps='newest')
+  with pytest.raises(ValueError, match='limit=0'):
+    retrieval.evaluate(workdir, questions, limit=0)
+  with pytest.raises(FileNotFoundError):
+    retrieval.evaluate(tmp_path / 'nowhere', questions)
+  empty = tmp_path / 'empty'
+  checkpoint.write_json(empty / 'config.json', config_lib.to_dict(config))
+  with pytest.raises(FileNotFoundError, match='no checkpoint'):
+    retrieval.evaluate(empty, questions)
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(workdir, tmp_path, corpus):
+  from realm_jax.data import prepare
+
+  other = tmp_path / 'other'
+  prepare.prepare(['world:5:20'], str(other), workers=1, progress=False)
+  with pytest.raises(ValueError, match='tokenizer_digest'):
+    retrieval.evaluate(workdir, corpus=other)
+  shared = tmp_path / 'shared'
+  prepare.prepare(
+      ['world:5:20'],
+      str(shared),
+      vocab=str(corpus.directory / 'vocab.txt'),
+      workers=1,
+      progress=False,
+  )
+  (result,) = retrieval.evaluate(workdir, corpus=shared, limit=5)
+  assert result['corpus_fingerprint'] != corpus.fingerprint
+  # Not by mistake, though.
+  edited = config_lib.to_dict(trained_lib.Trained.open(workdir).config)
+  checkpoint.write_json(
+      workdir / 'config.json', {**edited, 'corpus': str(shared)}
+  )
+  with pytest.raises(ValueError, match='corpus_fingerprint'):
+    retrieval.evaluate(workdir, limit=5)
+
+
+# inspect
+
+
+class _Page(html.parser.HTMLParser):
+  """What a browser would show, and the tags that are open at the end."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.words, self.open, self.tags = [], [], set()
+    self.feed(page)
+    self.close()
+    self.text = ' '.join(' '.join(self.words).split())
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.add(tag)
+    if tag not in ('meta', 'br'):
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.words.append(data)
+
+
+_SENTENCE = 'Someone was born in [MASK] [MASK] and lived in [MASK].'
+
+
+def test_inspect_shows_candidates_with_current_scores(
+    workdir, config, corpus, saved
+):
+  _publish(workdir, config, corpus, saved[0], 20)  # Stale.
+  found = inspect.inspect(workdir, _SENTENCE, k=6)
+  assert (found.step, found.index_step) == (30, 20)
+  assert len(found.documents) == 5
+  rows = [document.row for document in found.documents]
+  assert len(set(rows)) == 5 and min(rows) >= 0
+  scores = [document.score for document in found.documents]
+  assert scores == sorted(scores, reverse=True)
+  shares = [d.probability for d in (*found.documents, found.null)]
+  assert sum(shares) == pytest.approx(1, abs=1e-5)
+  assert shares[1] / shares[0] == pytest.approx(
+      math.exp(scores[1] - scores[0]), rel=1e-4
+  )
+  for document in found.documents:
+    assert dataclasses.asdict(document)['text'] == (
+        corpus.passage_text(document.row)['text']
+    )
+    assert len(document.prediction.fillings) == 2  # Two blanks, three masks.
+    assert 0 < document.prediction.probability <= 1
+  # The stale index chose them, the checkpoint scored them.
+  embedder = components_lib.make_all(config)['embedder']
+  ids = np.zeros((1, config.lengths.query), np.int32)
+  pieces = corpus.tokenizer.encode(_SENTENCE, masks=True)
+  special = corpus.tokenizer
+  ids[0, : len(pieces) + 2] = [special.cls_id, *pieces, special.sep_id]
+
+  def query(params):
+    emb = embedder.apply(params['embedder'], 'embed_query', ids)
+    return np.asarray(emb)[0]
+
+  stale = _all_embeddings(config, saved[0], corpus) @ query(saved[30])
+  assert set(rows) == set(np.argsort(-stale)[:5].tolist())
+  fresh = _all_embeddings(config, saved[30], corpus) @ query(saved[30])
+  np.testing.assert_allclose(scores, fresh[rows], rtol=1e-3, atol=1e-3)
+
+
+def test_inspect_renders_what_it_found(workdir, config, corpus, saved):
+  _publish(workdir, config, corpus, saved[30], 30)
+  found = inspect.inspect(workdir, _SENTENCE)
+  hostile = dataclasses.replace(
+      found.documents[0],
+      title='<b>Bold</b> & "co" [red]',
+      text='<script>alert(1)</script> [/nope] \u00e9',
+  )
+  found = dataclasses.replace(
+      found, documents=(hostile, *found.documents[1:])
+  )
+  text = inspect.as_text(found)
+  page = _Page(inspect.as_html(found))
+  assert not page.open
+  assert not page.tags & {'script', 'b', 'link', 'img'}
+  squeezed = ' '.join(re.sub('[│┃]', ' ', text).split())
+  for shown in (squeezed, page.text):
+    assert '<b>Bold</b> & "co" [red]' in shown
+    assert '<script>alert(1)</script> [/nope] \u00e9' in shown
+    assert 'null document' in shown
+    assert f'{found.null.probability:.3f}' in shown
+    assert found.marginal.fillings[0] in shown
+    for document in found.documents[1:]:
+      assert document.title in shown
+  assert _SENTENCE in text and _SENTENCE in page.text
+  assert max(map(len, text.splitlines())) <= 100
+
+
+def test_inspect_refuses_what_it_cannot_show(
+    workdir, tmp_path, config, corpus, saved
+):
+  with pytest.raises(FileNotFoundError, match='no index yet'):
+    inspect.inspect(workdir, _SENTENCE)
+  _publish(workdir, config, corpus, saved[30], 30)
+  with pytest.raises(ValueError, match=r'has no \[MASK\]'):
+    inspect.inspect(workdir, 'Nothing to fill in.')
+  with pytest.raises(ValueError, match='at most 24 fit'):
+    inspect.inspect(workdir, 'long ' * 40 + '[MASK]')
+  with pytest.raises(ValueError, match='k=1'):
+    inspect.inspect(workdir, _SENTENCE, k=1)
+  with pytest.raises(ValueError, match='documents were asked for'):
+    inspect.inspect(workdir, _SENTENCE, k=10_000)
+  ict = _config(corpus, 'ict')
+  retriever = _make_workdir(
+      tmp_path / 'ict', corpus, ict, {0: _params(ict)}
+  )
+  with pytest.raises(ValueError, match="no reader: its objective is 'ict'"):
+    inspect.inspect(retriever, _SENTENCE)
