@@ -49,22 +49,24 @@ setuptools.setup(
         'array-record>=0.8.1',
         'flax>=0.12.8',
         'grain>=0.2.18',
+        'huggingface_hub>=0.30',
         # 0.10.2 is the last release for Python 3.11; newer Pythons get newer.
         'jax>=0.10.2',
         'ml-collections>=1.1.0',
+        'ml-dtypes>=0.5',
         'numpy>=2.0',
+        # Divides text into sentences; another version may do it differently.
+        'nupunkt~=0.8.0',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12.8',
         'regex>=2024.4.16',
         'rich>=13.7',
-        'safetensors>=0.4.5',
         # 1.4 is the first release that works without TensorFlow. It is made
         # for Linux and up to Python 3.13; elsewhere, use the other backends.
         'scann>=1.4.2; sys_platform == "linux" and python_version < "3.14"',
         'tensorflow-datasets>=4.9.9',
         'tokenizers>=0.21',
         'tqdm>=4.66',
-        'transformers>=4.57',
     ],
     extras_require={
         'plot': _PLOT,

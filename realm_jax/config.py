@@ -77,10 +77,11 @@ class LengthsConfig:
 
 @dataclasses.dataclass
 class MlmConfig:
-  """Reader warm-up: fill a masked span with the sentence's own passage."""
+  """Reader warm-up: stands in for a pretrained BERT where there is none."""
 
-  # Share of the examples that see their own passage; the others see the null
-  # document, so that the reader also learns to do without.
+  # Share of the batches in which a sentence of the knowledge corpus sees its
+  # own passage: the reader learns to look there. The other batches are of the
+  # sentences that REALM will mask, with the null document: it learns to read.
   own_passage_rate: float = 0.8
 
 
@@ -162,7 +163,7 @@ class Config:
   steps: int = 200_000
   batch_size: int = 512  # Of all devices together.
   num_candidates: int = 8  # K; counts the null document.
-  # Which sentences to learn from: `pretraining` (the corpus X of the paper),
+  # Which sentences to mask: `pretraining` (the corpus X of the paper),
   # `knowledge` (the sentences of the passages), `auto` (X if there is one).
   sentences: Literal['auto', 'pretraining', 'knowledge'] = 'auto'
   masking: Literal['salient', 'random_span', 'random_token'] = 'salient'

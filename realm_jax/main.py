@@ -165,7 +165,7 @@ def _index(argv: Sequence[str]) -> None:
         parent_pid=FLAGS.parent_pid or None,
     )
   else:
-    builder.build_newest(FLAGS.workdir)
+    print(builder.build(FLAGS.workdir))
 
 
 def _evaluate_flags() -> None:

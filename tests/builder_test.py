@@ -1,4 +1,4 @@
-"""The index builder: right embeddings, newest snapshot, one builder, clean end.
+"""The index builder: right embeddings, newest snapshot, alone, clean end."""
 
 import json
 import os

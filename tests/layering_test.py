@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -31,6 +32,12 @@ _ALLOWED['__main__'] = {'main'}
 _ALLOWED['__init__'] = {'api'}  # The public names, loaded when first used.
 
 _DEVICE_LIBRARIES = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
+
+# Packages whose modules have another name, and those that only tests run.
+_IMPORTED_AS = {
+    'absl_py': 'absl', 'faiss_cpu': 'faiss', 'orbax_checkpoint': 'orbax'
+}
+_TOOLS = {'hypothesis', 'mypy', 'pytest', 'ruff'}
 
 # An array's name ends in its shape: letters, digits for fixed sizes.
 _SHAPED_NAME = re.compile(r'^[a-z][a-z0-9_]*_([A-Z][A-Z0-9x]*)$')
@@ -121,6 +128,25 @@ def test_data_loads_no_device_library_through_others():
           candidates = (base.with_suffix('.py'), base / '__init__.py')
           todo += [c for c in candidates if c in _FILES and depth > 1]
   assert len(reached) > 3
+
+
+def test_what_is_imported_is_what_is_installed():
+  """Every package in use is required, and none is required for nothing."""
+  setup = ast.parse((_ROOT.parent / 'setup.py').read_text(encoding='utf-8'))
+  required = set()
+  for node in ast.walk(setup):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+      requirement = re.match(r'([\w-]+)[>~]=[\d.]+', node.value)
+      if requirement:
+        name = requirement.group(1).replace('-', '_')
+        required.add(_IMPORTED_AS.get(name, name))
+  imported = {
+      name.split('.')[0]
+      for path in _FILES
+      for _, name in _imports(_parse(path))
+  }
+  imported -= {*sys.stdlib_module_names, 'realm_jax'}
+  assert imported == required - _TOOLS
 
 
 def test_no_file_is_too_long():

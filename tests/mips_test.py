@@ -93,9 +93,9 @@ def test_all_rows_in_order_and_no_padding():
 
 
 def test_minus_zero_does_not_break_a_tie():
-  table = np.zeros((4, 2), np.float32)
-  table[0] = [-0.0, 0.0]
-  queries = np.array([[1, 0], [-1, -1]], np.float32)
+  # Of width 1, or the sum would begin with a zero and lose the sign.
+  table = np.array([[-0.0], [0.0], [-0.0], [0.0]], np.float32)
+  queries = np.array([[1], [-1]], np.float32)
   for backend in ('exact', 'approx', 'scann'):
     search = mips.make_search(config_lib.MipsConfig(backend=backend), table)
     found = search.search(queries, 4)

@@ -9,6 +9,7 @@ depend on the number of workers, and an iterator's state is its position.
 from collections.abc import Iterator
 import dataclasses
 from typing import Any
+import zlib
 
 import grain
 import numpy as np
@@ -49,16 +50,35 @@ def training_batches(
   Raises:
     ValueError: if the corpus has nothing to learn from.
   """
-  examples = _examples(corpus, config, sentences_of(corpus, config))
+  def stream(name: str, split: str, **how) -> grain.MapDataset:
+    examples = _examples(corpus, config, split, **how)
+    return (
+        grain.MapDataset.source(examples)
+        .seed(zlib.crc32(f'{name} {config.seed}'.encode()))
+        .shuffle()
+        .repeat()
+        .random_map(examples.sample)[process::processes]
+        .batch(config.batch_size // processes, drop_remainder=True)
+        .map(examples.assemble)
+    )
+
+  match config.objective:
+    case 'ict':
+      batches = stream('cloze', 'knowledge')
+    case 'realm':
+      batches = stream('masked', sentences_of(corpus, config))
+    case 'mlm':
+      share = config.mlm.own_passage_rate
+      streams = {}
+      if share > 0:
+        streams['own'] = (stream('own', 'knowledge', own_passage=True), share)
+      if share < 1:
+        alone = stream('alone', sentences_of(corpus, config))
+        streams['alone'] = (alone, 1 - share)
+      datasets, weights = zip(*streams.values(), strict=True)
+      batches = grain.MapDataset.mix(datasets, weights)
   return iter(
-      grain.MapDataset.source(examples)
-      .seed(config.seed)
-      .shuffle()
-      .repeat()
-      .random_map(examples.sample)[process::processes]
-      .batch(config.batch_size // processes, drop_remainder=True)
-      .map(examples.assemble)
-      .to_iter_dataset(
+      batches.to_iter_dataset(
           grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
       )
   )
@@ -86,14 +106,11 @@ def evaluation_batches(
 
 
 def sentences_of(corpus: corpus_lib.Corpus, config: config_lib.Config) -> str:
-  """Which split of the corpus' sentences the objective learns from.
+  """Which split of the corpus' sentences are masked; `auto` prefers X.
 
-  Warm-up and ICT pair a sentence with its passage, so they always use
-  `knowledge`. REALM uses what the config says; `auto` prefers the separate
-  pretraining corpus.
+  Those that are paired with their passage, in ICT and in most of the warm-up,
+  are of `knowledge` in any case.
   """
-  if config.objective != 'realm':
-    return 'knowledge'
   if config.sentences != 'auto':
     return config.sentences
   return 'pretraining' if 'pretraining' in corpus.sentences else 'knowledge'
@@ -120,7 +137,6 @@ def assemble_documents(
   """
   title, body = _title_and_body(passages, rows.reshape(-1), cut)
   return _join(
-      passages.tokens,
       [tokenizer.cls_id, title, tokenizer.sep_id, body, tokenizer.sep_id],
       length,
       first_segment=3,
@@ -149,23 +165,17 @@ def assemble_joint(
   Returns:
     ids and types (0 for the sentence, 1 for the body), int32 [B, K, T].
   """
+  num_queries, width = query_ids.shape
+  starts = np.arange(num_queries) * width
+  query = _Pieces(
+      query_ids.reshape(-1),
+      np.repeat(starts, rows.shape[1]),
+      np.repeat(query_lengths, rows.shape[1]),
+  )
   _, body = _title_and_body(passages, rows.reshape(-1), None)
-  ids, types = _join(
-      passages.tokens,
-      [_Pieces(body.starts, np.repeat(query_lengths, rows.shape[1])), body,
-       tokenizer.sep_id],
-      length,
-      first_segment=1,
-      shape=rows.shape,
+  return _join(
+      [query, body, tokenizer.sep_id], length, first_segment=1, shape=rows.shape
   )
-  # The first piece only kept the place for the query.
-  width = min(query_ids.shape[1], length)
-  column = np.arange(width)
-  is_query = column[None] < query_lengths[:, None]
-  ids[..., :width] = np.where(
-      is_query[:, None], query_ids[:, None, :width], ids[..., :width]
-  )
-  return ids, types
 
 
 def with_candidates(
@@ -222,6 +232,7 @@ class _Pieces:
   With a gap, `gap_sizes` wordpieces are skipped after the first `gap_starts`.
   """
 
+  tokens: np.ndarray
   starts: np.ndarray
   lengths: np.ndarray
   gap_starts: np.ndarray | None = None
@@ -237,16 +248,17 @@ def _title_and_body(
   starts, limits = passages.offsets[safe], passages.offsets[safe + 1]
   titles = np.where(real, passages.title_lengths[safe], 0)
   bodies = np.where(real, limits - starts, 0) - titles
-  title, body = _Pieces(starts, titles), _Pieces(starts + titles, bodies)
+  tokens = passages.tokens
+  title = _Pieces(tokens, starts, titles)
+  body = _Pieces(tokens, starts + titles, bodies)
   if cut is not None:
     gap_starts, gap_limits = cut
     sizes = gap_limits - gap_starts
-    body = _Pieces(body.starts, bodies - sizes, gap_starts, sizes)
+    body = _Pieces(tokens, body.starts, bodies - sizes, gap_starts, sizes)
   return title, body
 
 
 def _join(
-    tokens: np.ndarray,
     parts: list[_Pieces | int],
     length: int,
     first_segment: int,
@@ -277,7 +289,7 @@ def _join(
         after = inside >= part.gap_starts[:, None]
         inside = inside + np.where(after, part.gap_sizes[:, None], 0)
       flat = np.where(here, part.starts[:, None] + inside, 0)
-      values = tokens[flat]
+      values = part.tokens[flat]
     ids = np.where(here, values, ids)
     if i >= first_segment:
       types = np.where(here, 1, types)
@@ -289,15 +301,19 @@ def _join(
 
 
 def _examples(
-    corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
+    corpus: corpus_lib.Corpus,
+    config: config_lib.Config,
+    split: str,
+    own_passage: bool = False,
 ) -> '_Examples':
   if split not in corpus.sentences:
     raise ValueError(
         f'The corpus {corpus.directory} has no sentences of the split'
         f' {split!r}; it has {sorted(corpus.sentences)}.'
     )
-  kind = _ClozeExamples if config.objective == 'ict' else _MaskedExamples
-  return kind(corpus, config, split)
+  if config.objective == 'ict':
+    return _ClozeExamples(corpus, config, split)
+  return _MaskedExamples(corpus, config, split, own_passage)
 
 
 class _Examples:
@@ -334,9 +350,9 @@ class _Examples:
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`[CLS] x [SEP]`: ids [B, Q], lengths [B], and what the masks hide."""
     length, tokenizer = self._config.lengths.query, self._corpus.tokenizer
-    pieces = _Pieces(self._table.starts[rows], self._table.lengths[rows])
+    table = self._table
+    pieces = _Pieces(table.tokens, table.starts[rows], table.lengths[rows])
     ids, _ = _join(
-        self._table.tokens,
         [tokenizer.cls_id, pieces, tokenizer.sep_id],
         length,
         first_segment=3,
@@ -354,12 +370,20 @@ class _Examples:
 
 
 class _MaskedExamples(_Examples):
-  """A sentence with some wordpieces masked: objectives `mlm` and `realm`."""
+  """A sentence with some wordpieces masked: objectives `mlm` and `realm`.
+
+  In `mlm` it sees its own passage, or the null document.
+  """
 
   def __init__(
-      self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
+      self,
+      corpus: corpus_lib.Corpus,
+      config: config_lib.Config,
+      split: str,
+      own_passage: bool,
   ):
     super().__init__(corpus, config, split)
+    self._own_passage = own_passage
     # A span is used only if every wordpiece of it can be predicted: nothing is
     # masked without being a target.
     spans = np.asarray(self._table.spans)
@@ -400,11 +424,9 @@ class _MaskedExamples(_Examples):
         'sentence_B': np.int64(row),
         'positions_BM': positions,
         'mask_BM': np.arange(len(positions)) < len(chosen),
-        'own': np.bool_(rng.random() < self._config.mlm.own_passage_rate),
     }
 
   def assemble(self, batch: Batch) -> Batch:
-    own = batch.pop('own')
     rows, positions = batch['sentence_B'], batch['positions_BM']
     query_ids, query_lengths, targets = self._queries(
         rows, (positions, batch['mask_BM'])
@@ -413,10 +435,11 @@ class _MaskedExamples(_Examples):
     batch['positions_BM'] = positions.astype(np.int32)
     passages = np.asarray(self._table.passages[rows])
     if self._config.objective == 'mlm':
-      seen = np.where(own, passages, NULL_DOCUMENT)[:, None]
+      if not self._own_passage:
+        passages = np.full_like(passages, NULL_DOCUMENT)
       ids, types = assemble_joint(
           self._corpus.passages,
-          seen,
+          passages[:, None],
           query_ids,
           query_lengths,
           self._config.lengths.joint,

@@ -188,6 +188,9 @@ def _check_settings(
 
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
   """Refuses what must not be replaced; `--overwrite` is for corpora only."""
+  for leftover in _leftovers(output):
+    with _locked(leftover, output):
+      pass
   if not output.exists():
     return
   if not overwrite:
@@ -411,7 +414,7 @@ def _atomic_directory(
   """
   parent, name = output.parent, output.name
   parent.mkdir(parents=True, exist_ok=True)
-  for leftover in sorted(parent.glob(f'.{glob.escape(name)}.tmp-*')):
+  for leftover in _leftovers(output):
     with _locked(leftover, output):
       shutil.rmtree(leftover)
   aside = parent / f'.{name}.old'
@@ -442,6 +445,11 @@ def _atomic_directory(
     ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _leftovers(output: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the temporary folders of runs that are going on or were killed."""
+  return sorted(output.parent.glob(f'.{glob.escape(output.name)}.tmp-*'))
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from realm_jax.index import mips
 log = logging.getLogger(__name__)
 
 _MAX_SENTENCES = 2000  # Masked; more would take long and say little more.
+_SEARCH_BATCH = 1024  # Questions searched for at once.
 _QUESTIONS = 'questions.jsonl'  # In the folder of a generated corpus.
 
 
@@ -36,7 +37,6 @@ def evaluate(
     *,
     corpus: pathlib.Path | str | None = None,
     limit: int | None = None,
-    num_candidates: int | None = None,
 ) -> list[report.Result]:
   """Measures a workdir and writes evaluation/<step>.json for each step.
 
@@ -58,7 +58,6 @@ def evaluate(
     corpus: searched instead of the one trained on; same tokenizer.
     limit: use the first so many questions and masked sentences; None: all
       questions, and 2,000 sentences.
-    num_candidates: K, counting the null document; None: as in training.
 
   Returns:
     The results, plain JSON, by step.
@@ -90,7 +89,7 @@ def evaluate(
   results = []
   for step in wanted:
     result = _evaluate_step(
-        trained, step, asked, max_sentences if can_mask else 0, num_candidates
+        trained, step, asked, max_sentences if can_mask else 0
     )
     report.save(workdir, result)
     log.info('Evaluated %s, step %d.', workdir, step)
@@ -217,7 +216,6 @@ def _evaluate_step(
     step: int,
     asked: _Asked | None,
     max_sentences: int,
-    num_candidates: int | None,
 ) -> report.Result:
   start = time.perf_counter()
   params = trained.load(step)
@@ -233,9 +231,7 @@ def _evaluate_step(
   if asked is not None and search is not None:
     result['questions'] = _question_metrics(trained, params, search, asked)
   if max_sentences and 'reader' in params:
-    result['masked'] = _masked_metrics(
-        trained, params, search, max_sentences, num_candidates
-    )
+    result['masked'] = _masked_metrics(trained, params, search, max_sentences)
   result['seconds'] = round(time.perf_counter() - start, 3)
   return result
 
@@ -248,7 +244,10 @@ def _question_metrics(
 ) -> dict[str, Any]:
   depth = min(ranking.CUTOFFS[-1], search.num_documents)
   query_emb_BE = trained.embed_queries(params, asked.query_ids_BQ)
-  doc_ids_BK = search.search(query_emb_BE, depth)
+  doc_ids_BK = np.concatenate([
+      search.search(query_emb_BE[start : start + _SEARCH_BATCH], depth)
+      for start in range(0, len(query_emb_BE), _SEARCH_BATCH)
+  ])
   by_gold = ranking.gold_ranks(doc_ids_BK, asked.gold_rows)
   by_answer = ranking.answer_ranks(
       doc_ids_BK,
@@ -286,11 +285,9 @@ def _masked_metrics(
     params: trained_lib.Params,
     search: mips.Search | None,
     max_sentences: int,
-    num_candidates: int | None,
 ) -> dict[str, Any]:
   """Without a search, as after reader warm-up, the null document is all."""
-  size = num_candidates or trained.config.num_candidates
-  size = size if search is not None else 1
+  size = trained.config.num_candidates if search is not None else 1
   config = dataclasses.replace(
       trained.config,
       objective='realm',

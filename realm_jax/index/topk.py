@@ -104,9 +104,7 @@ def _score(
       precision=precision,
   )
   lowest = jnp.finfo(jnp.float32).min
-  score = jnp.where(score >= lowest, score, lowest)
-  # top_k takes -0 for less than 0, which would break a tie the wrong way.
-  return jnp.where(score == 0, 0.0, score)
+  return jnp.where(score >= lowest, score, lowest)
 
 
 def _best(a: Ranked | None, b: Ranked, k: int) -> Ranked:

@@ -472,11 +472,14 @@ def write_safetensors(
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)  # So that the data is aligned.
   partial = path.with_name(path.name + '.partial')
-  with open(partial, 'wb') as file:
-    file.write(struct.pack('<Q', len(text)) + text)
-    for tensor in tensors.values():
-      whole = isinstance(tensor, np.ndarray)
-      parts = [tensor] if whole else tensor.chunks()
-      for part in parts:
-        file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-  os.replace(partial, path)
+  try:
+    with open(partial, 'wb') as file:
+      file.write(struct.pack('<Q', len(text)) + text)
+      for tensor in tensors.values():
+        whole = isinstance(tensor, np.ndarray)
+        for part in [tensor] if whole else tensor.chunks():
+          flat = np.ascontiguousarray(part).reshape(-1)
+          file.write(flat.view(np.uint8).data)
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)

@@ -57,6 +57,8 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
         f' of {config.corpus} has {vocab_size} wordpieces; 0 takes it over.'
     )
   config.model.vocab_size = vocab_size
+  # The index builder and `evaluate` may run in another folder.
+  config.corpus = str(corpus.directory.absolute())
   if config.objective == 'realm':
     _check_corpus_size(config, corpus)
   lineage = {

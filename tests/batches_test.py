@@ -1,0 +1,304 @@
+"""From tables to batches: layouts, masks, order, and what must not leak."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.data import batches
+from realm_jax.data import corpus as corpus_lib
+
+
+@pytest.fixture(scope='module')
+def corpus(world):
+  return corpus_lib.Corpus.open(world)
+
+
+def _config(corpus, objective, **values):
+  config = config_lib.Config(objective=objective, corpus=str(corpus.directory))
+  config.batch_size = 16
+  config.lengths = config_lib.LengthsConfig(query=24, document=40, masks=4)
+  return dataclasses.replace(config_lib.resolve(config), **values)
+
+
+def _take(corpus, config, count, **parts):
+  stream = batches.training_batches(corpus, config, **parts)
+  return [next(stream) for _ in range(count)]
+
+
+def _toy():
+  """Two passages: title [10 11] body [20 21 22], and body [30] alone."""
+  return corpus_lib.PassageTable(
+      tokens=np.array([10, 11, 20, 21, 22, 30], np.uint16),
+      offsets=np.array([0, 5, 6]),
+      title_lengths=np.array([2, 0], np.int32),
+      articles=np.array([0, 1], np.int32),
+  )
+
+
+class _Special:
+  cls_id, sep_id, mask_id, pad_id = 1, 2, 3, 0
+
+
+def test_documents_by_hand():
+  ids, types = batches.assemble_documents(
+      _toy(), np.array([[0, 1, -1]]), 10, _Special
+  )
+  np.testing.assert_array_equal(
+      ids,
+      [[
+          [1, 10, 11, 2, 20, 21, 22, 2, 0, 0],
+          [1, 2, 30, 2, 0, 0, 0, 0, 0, 0],
+          [1, 2, 2, 0, 0, 0, 0, 0, 0, 0],
+      ]],
+  )
+  np.testing.assert_array_equal(
+      types,
+      [[
+          [0, 0, 0, 0, 1, 1, 1, 1, 0, 0],
+          [0, 0, 1, 1, 0, 0, 0, 0, 0, 0],
+          [0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+      ]],
+  )
+
+
+def test_a_document_too_long_loses_body_and_keeps_its_end():
+  ids, _ = batches.assemble_documents(_toy(), np.array([0]), 7, _Special)
+  np.testing.assert_array_equal(ids, [[1, 10, 11, 2, 20, 21, 2]])
+  ids, _ = batches.assemble_documents(_toy(), np.array([0]), 4, _Special)
+  np.testing.assert_array_equal(ids, [[1, 10, 2, 2]])
+
+
+def test_a_cut_leaves_out_a_piece_of_the_body():
+  ids, _ = batches.assemble_documents(
+      _toy(), np.array([0, 0]), 8, _Special,
+      cut=(np.array([1, 0]), np.array([2, 0])),
+  )
+  np.testing.assert_array_equal(
+      ids, [[1, 10, 11, 2, 20, 22, 2, 0], [1, 10, 11, 2, 20, 21, 22, 2]]
+  )
+
+
+def test_joint_by_hand():
+  query = np.array([[1, 7, 8, 2, 0], [1, 9, 2, 0, 0]])
+  ids, types = batches.assemble_joint(
+      _toy(), np.array([[-1, 0], [1, 0]]), query, np.array([4, 3]), 8, _Special
+  )
+  np.testing.assert_array_equal(
+      ids,
+      [
+          [[1, 7, 8, 2, 2, 0, 0, 0], [1, 7, 8, 2, 20, 21, 22, 2]],
+          [[1, 9, 2, 30, 2, 0, 0, 0], [1, 9, 2, 20, 21, 22, 2, 0]],
+      ],
+  )
+  np.testing.assert_array_equal(
+      types,
+      [
+          [[0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]],
+          [[0, 0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0]],
+      ],
+  )
+
+
+@pytest.mark.parametrize('masking', ['salient', 'random_span', 'random_token'])
+def test_what_is_masked_is_what_is_asked_for(corpus, masking):
+  config = _config(corpus, 'realm', masking=masking)
+  table = corpus.sentences['pretraining']
+  mask_id = corpus.tokenizer.mask_id
+  salient = 0
+  for batch in _take(corpus, config, 6):
+    for i, row in enumerate(batch['sentence_B']):
+      used = batch['mask_BM'][i]
+      positions = batch['positions_BM'][i][used]
+      query = batch['query_ids_BQ'][i].copy()
+      # No orphan: a mask is a target, a target is a mask.
+      assert sorted(positions) == np.flatnonzero(query == mask_id).tolist()
+      query[positions] = batch['targets_BM'][i][used]
+      length = batch['query_lengths_B'][i]
+      np.testing.assert_array_equal(query[1 : length - 1], table.ids(row))
+      assert not query[length:].any()
+      spans = [list(range(a + 1, b + 1)) for a, b in table.spans_of(row)]
+      salient += sorted(positions) in spans
+  if masking == 'salient':
+    assert salient == 6 * 16
+  else:
+    assert salient < 6 * 16
+
+
+def test_streams_repeat_and_do_not_depend_on_how_they_are_divided(corpus):
+  config = _config(corpus, 'realm')
+  whole = _take(corpus, config, 4)
+  again = _take(corpus, config, 4)
+  for a, b in zip(whole, again, strict=True):
+    np.testing.assert_equal(a, b)
+  halves = [
+      _take(corpus, config, 4, process=i, processes=2) for i in range(2)
+  ]
+  for step, batch in enumerate(whole):
+    for half in range(2):
+      part = halves[half][step]
+      for name, values in part.items():
+        np.testing.assert_array_equal(values, batch[name][half::2])
+
+
+@pytest.mark.parametrize('objective', ['mlm', 'ict', 'realm'])
+def test_a_stream_resumes_where_it_was(corpus, objective):
+  config = _config(corpus, objective)
+  stream = batches.training_batches(corpus, config)
+  for _ in range(3):
+    next(stream)
+  state = stream.get_state()
+  expected = [next(stream) for _ in range(3)]
+  other = batches.training_batches(corpus, config)
+  other.set_state(state)
+  for batch in expected:
+    np.testing.assert_equal(next(other), batch)
+
+
+def test_each_epoch_has_its_own_order_and_its_own_choices(corpus):
+  config = _config(corpus, 'ict', batch_size=1)
+  size = len(batches._examples(corpus, config, 'knowledge'))
+  seen = _take(corpus, config, 2 * size)
+  orders = [
+      [int(batch['sentence_B'][0]) for batch in seen[start : start + size]]
+      for start in (0, size)
+  ]
+  assert sorted(orders[0]) == sorted(orders[1])  # Each sentence once.
+  assert orders[0] != orders[1]
+  documents = [
+      {int(b['sentence_B'][0]): b['doc_ids_BS'].tobytes() for b in half}
+      for half in (seen[:size], seen[size:])
+  ]
+  differing = sum(
+      documents[0][row] != documents[1][row] for row in documents[0]
+  )
+  # Cut in one epoch and whole in the other: 2 * 0.9 * 0.1 of them.
+  assert 0.05 * size < differing < 0.4 * size
+
+
+def test_ict_cuts_the_sentence_nine_times_in_ten(corpus):
+  config = _config(corpus, 'ict')
+  table = corpus.sentences['knowledge']
+  kept = total = 0
+  for batch in _take(corpus, config, 40):
+    for i, row in enumerate(batch['sentence_B']):
+      sentence = table.ids(row).tolist()
+      document = batch['doc_ids_BS'][i].tolist()
+      runs = [
+          document[j : j + len(sentence)]
+          for j in range(len(document) - len(sentence) + 1)
+      ]
+      kept += sentence in runs
+      total += 1
+      query = batch['query_ids_BQ'][i]
+      assert query[1 : len(sentence) + 1].tolist() == sentence
+      assert document.count(corpus.tokenizer.sep_id) == 2
+  assert 0.05 < kept / total < 0.16
+
+
+def test_warm_up_shows_the_own_passage_as_often_as_asked(corpus):
+  config = _config(corpus, 'mlm', mlm=config_lib.MlmConfig(0.75))
+  knowledge = corpus.sentences['knowledge']
+  own = 0
+  for batch in _take(corpus, config, 40):
+    bodies = batch['joint_types_BT'].sum(1)
+    alone = (bodies == 1).all()  # The last [SEP] only.
+    assert alone or (bodies > 1).all()
+    own += not alone
+    if not alone:
+      for i, row in enumerate(batch['sentence_B']):
+        _, body = corpus.passages.title_and_body(int(knowledge.passages[row]))
+        found = batch['joint_ids_BT'][i][batch['joint_types_BT'][i] == 1][:-1]
+        np.testing.assert_array_equal(found, body[: len(found)])
+        assert len(found) == len(body)
+  assert own == 30
+
+
+def test_exclusions_follow_the_config(corpus):
+  table = corpus.sentences['knowledge']
+  for trivial in ('passage', 'article', 'none'):
+    config = _config(
+        corpus, 'realm', sentences='knowledge', trivial=trivial
+    )
+    batch = _take(corpus, config, 1)[0]
+    own = table.passages[batch['sentence_B']]
+    lo, hi = batch['exclude_BR2'][:, 0].T
+    if trivial == 'none':
+      assert not lo.any() and not hi.any()
+      continue
+    assert ((lo <= own) & (own < hi)).all()
+    for a, b in zip(lo, hi, strict=True):
+      articles = set(corpus.passages.articles[a:b].tolist())
+      assert len(articles) == 1
+      if trivial == 'passage':
+        assert b - a == 1
+      else:
+        whole = corpus.passages.articles == articles.pop()
+        assert whole.sum() == b - a
+  config = _config(corpus, 'realm', sentences='pretraining')
+  assert not _take(corpus, config, 1)[0]['exclude_BR2'].any()
+
+
+def test_held_out_sentences_are_never_trained_on(corpus):
+  config = _config(corpus, 'realm')
+  trained = {
+      ids.tobytes()
+      for ids in map(
+          corpus.sentences['pretraining'].ids,
+          range(len(corpus.sentences['pretraining'])),
+      )
+  }
+  held_out = corpus.sentences['validation']
+  assert len(held_out)
+  for row in range(len(held_out)):
+    assert held_out.ids(row).tobytes() not in trained
+  assert batches.sentences_of(corpus, config) == 'pretraining'
+
+
+def test_evaluation_is_one_pass_in_a_fixed_order(corpus):
+  config = _config(corpus, 'realm')
+  first = list(batches.evaluation_batches(corpus, config))
+  second = list(batches.evaluation_batches(corpus, config))
+  np.testing.assert_equal(first, second)
+  rows = np.concatenate([batch['sentence_B'] for batch in first])
+  assert len(set(rows.tolist())) == len(rows)
+  limited = list(batches.evaluation_batches(corpus, config, limit=5))
+  np.testing.assert_array_equal(limited[0]['sentence_B'], rows[:5])
+
+
+def test_queries_are_cut_to_length(corpus):
+  tokenizer = corpus.tokenizer
+  ids = batches.encode_queries(['The pet of', 'The pet'], 4, tokenizer)
+  pieces = tokenizer.encode('The pet')
+  assert ids[0].tolist() == [tokenizer.cls_id, *pieces[:2], tokenizer.sep_id]
+  assert ids.shape == (2, 4)
+
+
+def test_nothing_to_mask_is_said_with_the_limits(corpus):
+  config = _config(corpus, 'realm')
+  config.lengths = dataclasses.replace(config.lengths, query=2)
+  with pytest.raises(ValueError, match=r'no salient span.*query - 2 = 0'):
+    batches.training_batches(corpus, config)
+  with pytest.raises(ValueError, match="split 'news'.*'knowledge'"):
+    list(batches.evaluation_batches(corpus, _config(corpus, 'realm'), 'news'))
+
+
+def test_training_never_tokenises(corpus, monkeypatch):
+  """The tables hold wordpieces; no step may go back to the text."""
+
+  def fail(*args, **kwargs):
+    raise AssertionError('a training step tokenised something')
+
+  for name in ('encode', 'encode_batch', 'encode_with_offsets'):
+    monkeypatch.setattr(type(corpus.tokenizer), name, fail)
+  monkeypatch.setattr(corpus_lib.Corpus, 'passage_text', fail)
+  for objective in ('mlm', 'ict', 'realm'):
+    config = _config(corpus, objective)
+    batch = _take(corpus, config, 1)[0]
+    if objective == 'realm':
+      batches.with_candidates(
+          batch, np.zeros((16, 3), int), corpus, config.lengths
+      )
+  assert pathlib.Path(corpus.directory).exists()

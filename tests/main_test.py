@@ -1,0 +1,116 @@
+"""The command line, as a user has it: processes, exit codes, messages."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_STAGE = f'{_ROOT}/experiments/quickstart.py'
+# A job of seconds: one narrow layer, few steps.
+_SMALL = (
+    '--config.steps=8 --config.batch_size=8 --config.num_candidates=3'
+    ' --config.model.num_layers=1 --config.model.width=32'
+    ' --config.model.mlp_width=64 --config.optimizer.warmup_steps=2'
+    ' --config.refresh.interval=4 --config.refresh.lag=2'
+    ' --config.checkpoint.interval=4 --config.log_interval=1'
+).split()
+
+
+def _run(*arguments, timeout=300):
+  # One device, as on a user's machine, and not the eight of the tests.
+  return subprocess.run(
+      [sys.executable, '-m', 'realm_jax', *map(str, arguments)],
+      cwd=_ROOT,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+  )
+
+
+def _works(*arguments):
+  done = _run(*arguments)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def _fails(*arguments):
+  done = _run(*arguments)
+  assert done.returncode in (1, 2), done.stderr
+  assert 'Traceback' not in done.stderr
+  return done.stderr
+
+
+def test_all_of_it_with_a_separate_index_builder(tmp_path):
+  corpus = tmp_path / 'corpus'
+  counts = json.loads(
+      _works('prepare', '--source=world:5:20', f'--output={corpus}')
+  )
+  assert counts['passages'] > 50
+  for stage in ('mlm', 'ict'):
+    summary = json.loads(
+        _works('train', f'--config={_STAGE}:{stage}', *_SMALL,
+               f'--workdir={tmp_path}/{stage}', f'--config.corpus={corpus}')
+    )
+    assert summary['step'] == 8
+  realm = tmp_path / 'realm'
+  summary = json.loads(
+      _works('train', f'--config={_STAGE}:realm', *_SMALL,
+             f'--workdir={realm}', f'--config.corpus={corpus}',
+             f'--config.init_from={tmp_path}/mlm,{tmp_path}/ict',
+             '--with_index_builder')
+  )
+  assert summary['index_generation'] == 4
+  assert (realm / 'index_builder.log').read_text().count('Published') >= 2
+  table = _works('evaluate', f'--workdir={realm}', '--steps=all', '--limit=50')
+  assert 'recall@5' in table and 'accuracy with retrieval' in table
+  for name in ('0.json', '8.json', 'report.md', 'recall.png', 'training.png'):
+    assert (realm / 'evaluation' / name).stat().st_size > 0
+  page = tmp_path / 'page.html'
+  shown = _works('inspect', f'--workdir={realm}', f'--html={page}',
+                 'The pet of Falik was a [MASK].')
+  assert 'p(z|x)' in shown
+  assert 'Falik' in page.read_text()
+  # Fresh indexes can also be made afterwards, and evaluate takes them.
+  assert str(realm / 'index') in _works('index', f'--workdir={realm}')
+
+
+def test_help_lists_commands_and_flags():
+  usage = _works('--help')
+  for command in ('prepare', 'train', 'index', 'evaluate', 'inspect'):
+    assert command in usage
+    assert 'usage: realm-jax ' + command in _works(command, '--help')
+  assert '--pretraining_source' in _works('prepare', '--help')
+  assert '--with_index_builder' in _works('train', '--help')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['trian'], "No command 'trian'. Did you mean `train`?"),
+        (['index', '--wrokdir=x'], "Did you mean: workdir"),
+        (['index'], 'workdir'),
+        (['index', '--workdir=/nowhere/at/all'], 'is not a workdir'),
+        (['evaluate', '--workdir=/nowhere/at/all'], '/nowhere/at/all'),
+        (['inspect', '--workdir=x'], 'Give one sentence with a [MASK]'),
+        (['index', '--workdir=x', 'extra'], "what is 'extra'"),
+        (['prepare', '--source=/no/such.jsonl', '--output=/tmp/never'],
+         '/no/such.jsonl'),
+        (['train', f'--config={_STAGE}:ict', '--workdir=x'],
+         'give the folder that `prepare` wrote'),
+        (['train', f'--config={_STAGE}:ict', '--workdir=x',
+          '--config.corpus=/no/corpus'], 'There is no corpus /no/corpus'),
+        (['train', f'--config={_STAGE}:ict', '--workdir=x',
+          '--config.batchsize=3'], 'batchsize'),
+        (['train', f'--config={_STAGE}:ict', '--workdir=x',
+          '--config.batch_size=many'], 'many'),
+        (['train', f'--config={_STAGE}:ict2', '--workdir=x'],
+         "No stage 'ict2'; there are mlm, ict, realm"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said_in_a_line(arguments, message):
+  assert message in _fails(*arguments)

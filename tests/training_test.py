@@ -1,0 +1,458 @@
+"""Training as a whole: it learns, it resumes bit by bit, it spreads.
+
+The index builder works in the trainer's own process here, inside the health
+check that waiting calls; tests/main_test.py has it as a process of its own.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.data import batches
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.index import builder
+from realm_jax.models import components as components_lib
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.training import loop
+from realm_jax.training import optimizer
+from realm_jax.training import steps as steps_lib
+
+_STEPS = 12
+
+
+def make_config(corpus: pathlib.Path, objective: str, **values):
+  """A job of a few seconds; `section__field=value` overrides."""
+  config = config_lib.Config(objective=objective, corpus=str(corpus))
+  config.steps, config.batch_size, config.num_candidates = _STEPS, 8, 3
+  config.log_interval = 1
+  config.model = config_lib.ModelConfig(
+      preset='tiny', num_layers=1, width=32, num_heads=2, mlp_width=64,
+      embedding_width=16, max_positions=64, init_stddev=0.1,
+  )
+  config.lengths.query, config.lengths.document = 24, 40
+  config.lengths.masks = 4
+  config.optimizer.learning_rate = 1e-2
+  config.optimizer.warmup_steps = 2
+  config.refresh.interval, config.refresh.lag = 4, 2
+  config.refresh.timeout = 120.0
+  config.checkpoint.interval = 5
+  for name, value in values.items():
+    *sections, field = name.split('__')
+    owner = config
+    for section in sections:
+      owner = getattr(owner, section)
+    setattr(owner, field, value)
+  return config
+
+
+def run(config, workdir):
+  """Trains with the index builder in this process."""
+
+  def build_what_is_missing():
+    steps = checkpoint.snapshot_steps(workdir)
+    if steps and not (workdir / 'index' / str(steps[-1])).exists():
+      builder.build(workdir)
+
+  return loop.train(config, workdir, health=build_what_is_missing)
+
+
+JOBS = {
+    'mlm': ('mlm', {}),
+    'ict': ('ict', {'model__dropout': 0.1}),
+    'sync': ('realm', {'refresh__policy': 'sync'}),
+    'scheduled': ('realm', {'refresh__policy': 'scheduled'}),
+}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(world, tmp_path_factory):
+  """Summaries and workdirs of the jobs, each run once without a break."""
+  done = {}
+
+  def get(name):
+    if name not in done:
+      objective, values = JOBS[name]
+      workdir = tmp_path_factory.mktemp(name)
+      done[name] = run(make_config(world, objective, **values), workdir), workdir
+    return done[name]
+
+  return get
+
+
+@pytest.mark.parametrize('name', JOBS)
+def test_a_job_leaves_what_it_should(undisturbed, name):
+  summary, workdir = undisturbed(name)
+  assert summary['step'] == _STEPS
+  assert summary['compilations'] == 1
+  assert json.loads((workdir / 'summary.json').read_text()) == summary
+  lines = metrics_lib.read_metrics(workdir)
+  assert [line['step'] for line in lines] == list(range(1, _STEPS + 1))
+  losses = [line['train/loss'] for line in lines]
+  assert np.mean(losses[-3:]) < np.mean(losses[:3])
+  if name in ('sync', 'scheduled'):
+    generations = [line['refresh/generation'] for line in lines]
+    # Line s + 1 is of the step that began at s.
+    expected = {
+        'sync': [0] * 4 + [4] * 4 + [8] * 4,
+        'scheduled': [0] * 6 + [4] * 4 + [8] * 2,
+    }[name]
+    assert generations == expected
+    assert summary['index_generation'] == 8
+  else:
+    assert summary['index_generation'] is None
+
+
+# Runs a job in a process of its own, which dies by SIGKILL when it is about to
+# begin a given step; -1: never.
+_DRIVER = """
+import os, pathlib, signal, sys
+sys.path.insert(0, {tests!r})
+import conftest
+import training_test
+from realm_jax.training import loop
+
+kill_at = int(sys.argv[1])
+original = loop._Loop._refresh
+
+def refresh(self, step):
+  if step == kill_at:
+    os.kill(os.getpid(), signal.SIGKILL)
+  original(self, step)
+
+loop._Loop._refresh = refresh
+objective, values = training_test.JOBS[sys.argv[2]]
+config = training_test.make_config(pathlib.Path(sys.argv[3]), objective, **values)
+training_test.run(config, pathlib.Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize('name', JOBS)
+def test_killed_and_resumed_is_the_same_bit_for_bit(
+    undisturbed, name, world, tmp_path
+):
+  expected, _ = undisturbed(name)
+  code = _DRIVER.format(tests=str(pathlib.Path(__file__).parent))
+  killed = subprocess.run(
+      [sys.executable, '-c', code, '9', name, world, tmp_path],
+      capture_output=True,
+      text=True,
+  )
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert not (tmp_path / 'summary.json').exists()
+  saved = checkpoint.steps_in(tmp_path / 'checkpoints')
+  assert saved in ([], [5])  # SIGKILL may come before the save was done.
+  objective, values = JOBS[name]
+  resumed = run(make_config(world, objective, **values), tmp_path)
+  assert resumed['params_sha256'] == expected['params_sha256']
+  assert resumed['index_generation'] == expected['index_generation']
+  # Every step is in the record once.
+  lines = metrics_lib.read_metrics(tmp_path)
+  assert [line['step'] for line in lines] == list(range(1, _STEPS + 1))
+
+
+def test_resuming_really_continues(world, tmp_path, undisturbed):
+  """From the checkpoint of step 5, and not from the start."""
+  expected, _ = undisturbed('mlm')
+  config = make_config(world, 'mlm')
+  seen = []
+  original = loop._Loop._refresh
+
+  def stop_at_7(self, step):
+    seen.append(step)
+    if step == 7:
+      raise KeyboardInterrupt
+    original(self, step)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop._Loop, '_refresh', stop_at_7)
+    with pytest.raises(KeyboardInterrupt):
+      run(config, tmp_path)
+    assert seen == list(range(8))
+    seen.clear()
+    patch.setattr(
+        loop._Loop, '_refresh', lambda self, step: seen.append(step)
+    )
+    summary = run(config, tmp_path)
+  assert seen == list(range(5, _STEPS))
+  assert summary['params_sha256'] == expected['params_sha256']
+
+
+def test_sigterm_saves_and_says_so(world, tmp_path, undisturbed):
+  expected, _ = undisturbed('ict')
+  objective, values = JOBS['ict']
+  config = make_config(world, objective, **values)
+  original = loop._Loop._refresh
+
+  def terminate_at_7(self, step):
+    if step == 7:
+      os.kill(os.getpid(), signal.SIGTERM)
+    original(self, step)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop._Loop, '_refresh', terminate_at_7)
+    with pytest.raises(loop.Interrupted, match='step 7 is saved'):
+      run(config, tmp_path)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints')[-1] == 7
+  summary = run(config, tmp_path)
+  assert summary['params_sha256'] == expected['params_sha256']
+
+
+def test_a_finished_job_is_not_trained_further(undisturbed, world):
+  summary, workdir = undisturbed('mlm')
+  again = run(make_config(world, 'mlm'), workdir)
+  assert again['params_sha256'] == summary['params_sha256']
+  assert again['compilations'] == 0
+
+
+def test_another_seed_is_another_result(undisturbed, world, tmp_path):
+  summary, _ = undisturbed('mlm')
+  other = run(make_config(world, 'mlm', seed=1), tmp_path)
+  assert other['params_sha256'] != summary['params_sha256']
+
+
+def test_frozen_means_frozen(undisturbed, world, tmp_path):
+  _, start = undisturbed('ict')
+  _, reader = undisturbed('mlm')
+  config = make_config(
+      world, 'realm', optimizer__frozen=('embedder',),
+      init_from=f'{start},{reader}', refresh__policy='none',
+  )
+  run(config, tmp_path)
+  abstract = {
+      name: component.abstract
+      for name, component in components_lib.make_all(
+          config_lib.read(tmp_path)
+      ).items()
+  }
+  after, _ = checkpoint.load_params(tmp_path, abstract)
+  before, _ = checkpoint.load_params(start, {'embedder': abstract['embedder']})
+  assert checkpoint.params_digest(after['embedder']) == (
+      checkpoint.params_digest(before['embedder'])
+  )
+  warm, _ = checkpoint.load_params(reader, {'reader': abstract['reader']})
+  assert checkpoint.params_digest(after['reader']) != (
+      checkpoint.params_digest(warm['reader'])
+  )
+  lines = metrics_lib.read_metrics(tmp_path)
+  assert {line['refresh/generation'] for line in lines} == {0.0}
+
+
+def test_a_delayed_retriever_starts_when_it_should(world):
+  config = config_lib.resolve(
+      make_config(
+          world, 'realm', optimizer__retriever_delay=5,
+          optimizer__retriever_learning_rate=3e-3,
+      )
+  )
+  rate = optimizer.learning_rate(config, 'embedder')
+  assert [float(rate(s)) > 0 for s in range(8)] == [False] * 5 + [True] * 3
+  assert float(optimizer.learning_rate(config, 'reader')(2)) == pytest.approx(
+      1e-2
+  )
+  tx = optimizer.make_optimizer(config, ('embedder', 'reader'))
+  params = {
+      'embedder': {'kernel': jnp.ones(3)}, 'reader': {'kernel': jnp.ones(3)}
+  }
+  state = tx.init(params)
+  for step in range(7):
+    updates, state = tx.update(params, state, params)
+    moved = bool(np.any(updates['embedder']['kernel']))
+    assert moved == (step >= 5)
+    params = optax.apply_updates(params, updates)
+
+
+def test_only_weights_decay(world):
+  config = config_lib.resolve(make_config(world, 'mlm'))
+  config.optimizer.warmup_steps = 0
+  tx = optimizer.make_optimizer(config, ('reader',))
+  params = {'reader': {'a.kernel': jnp.ones(2), 'a.bias': jnp.ones(2),
+                       'norm.scale': jnp.ones(2), 'e.embedding': jnp.ones(2)}}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  decayed = {name for name, u in updates['reader'].items() if np.any(u)}
+  assert decayed == {'a.kernel', 'e.embedding'}
+
+
+@pytest.mark.parametrize('objective', ['mlm', 'ict', 'realm'])
+@pytest.mark.parametrize('shape', [(8, 1), (4, 2)])
+def test_eight_devices_give_the_result_of_one(world, objective, shape):
+  corpus = corpus_lib.Corpus.open(world)
+  config = make_config(world, objective, optimizer__learning_rate=1e-4)
+  config = config_lib.resolve(config)
+  config.model.vocab_size = corpus.tokenizer.vocab_size
+  components = components_lib.make_all(config)
+  tx = optimizer.make_optimizer(config, tuple(components))
+  batch = next(batches.training_batches(corpus, config))
+  if objective == 'realm':
+    retrieved = np.arange(16).reshape(8, 2)
+    batch = batches.with_candidates(batch, retrieved, corpus, config.lengths)
+  arrays = {name: batch[name] for name in steps_lib.INPUTS[objective].split()}
+
+  def step_on(devices, shape):
+    mesh = jax.sharding.Mesh(
+        np.array(devices).reshape(shape), (mesh_lib.DATA, mesh_lib.MODEL)
+    )
+    step = steps_lib.make_train_step(config, components, tx, (2, 3, 3), mesh)
+    params = {name: c.init(0) for name, c in components.items()}
+    state = jax.device_put(
+        steps_lib.TrainState(
+            jnp.int32(0), params, tx.init(params), jax.random.key(0)
+        ),
+        mesh_lib.replicated(mesh),
+    )
+    for _ in range(3):
+      state, metrics = step(state, mesh_lib.to_devices(mesh, arrays))
+    return jax.device_get((state.params, metrics))
+
+  one, expected = step_on(jax.devices()[:1], (1, 1))
+  many, metrics = step_on(jax.devices(), shape)
+  for name in ('loss', 'grad_norm', 'update_norm'):
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    world, tmp_path
+):
+  config = make_config(world, 'ict')
+  original = batches._ClozeExamples.assemble
+
+  def poisoned(self, batch):
+    batch = original(self, batch)
+    poisoned.calls += 1
+    if poisoned.calls > 7:
+      batch['doc_types_BS'] = np.full_like(batch['doc_types_BS'], 99)
+    return batch
+
+  poisoned.calls = 0
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(batches._ClozeExamples, 'assemble', poisoned)
+    # Out of range in an embedding is nan in JAX.
+    with pytest.raises(FloatingPointError, match=r'nan.*Sentences.*step 5'):
+      run(config, tmp_path)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [5]
+
+
+def test_a_workdir_of_another_config_is_refused(undisturbed, world):
+  _, workdir = undisturbed('mlm')
+  with pytest.raises(ValueError, match=r'config\.steps: 12 there, 13 here'):
+    run(make_config(world, 'mlm', steps=13), workdir)
+  # What does not change the result may change.
+  run(make_config(world, 'mlm', log_interval=7, checkpoint__keep=1), workdir)
+
+
+def test_a_workdir_of_another_corpus_is_refused(
+    undisturbed, world, tmp_path
+):
+  from realm_jax.data import prepare
+
+  _, workdir = undisturbed('mlm')
+  prepare.prepare(['world:4:20'], tmp_path / 'other', workers=1, progress=False,
+                  vocab=str(world))
+  with pytest.raises(ValueError, match='trained on another corpus'):
+    run(make_config(tmp_path / 'other', 'mlm'), workdir)
+
+
+def test_initial_parameters_of_another_shape_are_refused(
+    undisturbed, world, tmp_path
+):
+  _, start = undisturbed('mlm')
+  config = make_config(world, 'mlm', init_from=str(start), model__width=64)
+  with pytest.raises(ValueError, match=r'(?s)another model.*32.*expected.*64'):
+    run(config, tmp_path)
+
+
+def test_a_corpus_smaller_than_k_is_refused(world, tmp_path):
+  rows = len(corpus_lib.Corpus.open(world).passages)
+  config = make_config(world, 'realm', num_candidates=rows + 1)
+  with pytest.raises(ValueError, match=f'num_candidates={rows + 1}'):
+    run(config, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_trivial_candidate_is_never_read(world, tmp_path):
+  """Under `passage` the own passage is not among the candidates; else it is."""
+
+  def own_share(trivial):
+    config = make_config(
+        world, 'realm', sentences='knowledge', trivial=trivial, steps=3,
+        num_candidates=20, refresh__policy='none',
+    )
+    found = []
+    original = batches.with_candidates
+
+    def spy(batch, retrieved, corpus, lengths):
+      own = corpus.sentences['knowledge'].passages[batch['sentence_B']]
+      found.append((retrieved == own[:, None]).any(1).mean())
+      if trivial == 'article':
+        lo, hi = corpus.passages.article_rows(own).T
+        inside = (retrieved >= lo[:, None]) & (retrieved < hi[:, None])
+        assert not inside.any()
+      return original(batch, retrieved, corpus, lengths)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(batches, 'with_candidates', spy)
+      run(config, tmp_path / trivial)
+    return np.mean(found)
+
+  assert own_share('passage') == 0
+  assert own_share('article') == 0
+  assert own_share('none') > 0
+
+
+def test_scores_come_from_current_parameters_not_from_the_index(world):
+  """The same stale candidates, other parameters: other scores."""
+  corpus = corpus_lib.Corpus.open(world)
+  config = config_lib.resolve(make_config(world, 'realm'))
+  config.model.vocab_size = corpus.tokenizer.vocab_size
+  components = components_lib.make_all(config)
+  batch = batches.with_candidates(
+      next(batches.training_batches(corpus, config)),
+      np.arange(16).reshape(8, 2), corpus, config.lengths,
+  )
+  loss = jax.jit(steps_lib.loss_function(config, components, (2, 3, 3)))
+  arrays = {name: batch[name] for name in steps_lib.INPUTS['realm'].split()}
+  reader = components['reader'].init(0)
+  shares = [
+      loss({'embedder': components['embedder'].init(seed), 'reader': reader},
+           arrays, jax.random.key(0))[1]['null_share']
+      for seed in (0, 1)
+  ]
+  assert abs(shares[0] - shares[1]) > 1e-4
+
+
+def test_documents_are_embedded_without_dropout(world):
+  corpus = corpus_lib.Corpus.open(world)
+  config = config_lib.resolve(make_config(world, 'ict', model__dropout=0.5))
+  config.model.vocab_size = corpus.tokenizer.vocab_size
+  components = components_lib.make_all(config)
+  batch = next(batches.training_batches(corpus, config))
+  loss = jax.jit(steps_lib.loss_function(config, components, (2, 3, 3)))
+  params = {'embedder': components['embedder'].init(0)}
+  arrays = {name: batch[name] for name in steps_lib.INPUTS['ict'].split()}
+  first, second = (
+      loss(params, arrays, jax.random.key(seed))[0] for seed in (0, 1)
+  )
+  assert first != second  # The query has dropout.
+  same = dataclasses.replace(config.model, dropout=0.0)
+  still = components_lib.make('embedder', same)
+  documents = [
+      component.apply(params['embedder'], 'embed_document',
+                      batch['doc_ids_BS'], batch['doc_types_BS'])
+      for component in (components['embedder'], still)
+  ]
+  np.testing.assert_array_equal(*documents)
