@@ -41,8 +41,8 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
   config.model.init_stddev = 0.05  # Width 128 learns faster so than with 0.02.
   config.model.dropout = 0.0  # Too few steps to overfit.
   config.model.embedding_scale_init = 128**-0.25
-  config.lengths.query = 18
-  config.lengths.document = 32
+  config.lengths.query = 16
+  config.lengths.document = 34
   config.lengths.masks = 3
   config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 30
@@ -161,7 +161,8 @@ def _table(report: dict[str, Any]) -> str:
   """The report for people: Markdown, and readable as it is."""
 
   def row(name: str, values: dict[str, float]) -> str:
-    return f'| {name} | ' + ' | '.join(f'{v:.3f}' for v in values.values()) + ' |'
+    cells = [name, *(f'{value:.3f}' for value in values.values())]
+    return f'| {" | ".join(cells)} |'
 
   return '\n'.join([
       '| questions, gold passage found | ICT | REALM |',

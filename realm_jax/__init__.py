@@ -9,8 +9,22 @@ Array names end in their shape, one capital letter per dimension:
   F width of its MLP         H attention heads
   C size of one head         E width of the retrieval embedding
   N documents in the corpus  R row ranges excluded from a search
+  P answer spans             A gold answers
 
 `L` is any sequence length (Q, S or T) where the code serves all of them.
+
+Public: `Retriever`, loaded when first used.
 """
 
+import importlib
+from typing import Any
+
 __version__ = '0.1.0'
+
+
+def __getattr__(name: str) -> Any:
+  if name == 'Retriever':
+    # Not an import statement: workers of the input pipeline import this module
+    # and must stay light.
+    return importlib.import_module('realm_jax.api.retriever').Retriever
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,7 +1,8 @@
 """The configuration of every job: one typed tree, its presets and its checks.
 
-Public: `Config` and its sections, `PRESETS`, `resolve`, `validate`, `to_dict`,
-`from_dict`, `read`, `identity`, `digest`, `differences`. `experiments/*.py` build a `Config` and assign only what
+Public: `Config` and its sections, `PRESETS`, `COMPONENTS`, `resolve`,
+`validate`, `to_dict`, `from_dict`, `read`, `identity`, `digest`, `differences`.
+`experiments/*.py` build a `Config` and assign only what
 differs from the defaults here; `--config.section.field=value` overrides both.
 The defaults are the paper's (Guu et al. 2020, section 4 and appendix A).
 """
@@ -81,7 +82,8 @@ class MlmConfig:
 
   # Share of the batches in which a sentence of the knowledge corpus sees its
   # own passage: the reader learns to look there. The other batches are of the
-  # sentences that REALM will mask, with the null document: it learns to read.
+  # sentences that REALM will mask, with a passage at random or the null
+  # document: it learns to read, and that most passages are of no use.
   own_passage_rate: float = 0.8
 
 

@@ -18,9 +18,10 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 
-# Exit codes beside 0 and 1: of a wrong command line, and of a job that SIGTERM
-# stopped after it saved a checkpoint (128 + 15, as a shell would report).
-USAGE, TERMINATED = 2, 143
+# Exit codes beside 0 and 1: of a wrong command line, of Ctrl-C, and of a job
+# that SIGTERM stopped after it saved a checkpoint (128 + 2 and 128 + 15, as a
+# shell reports signals).
+USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
 
 FLAGS = flags.FLAGS
 
@@ -143,6 +144,9 @@ def _index_flags() -> None:
       'Stay until training is done, and build a generation from the newest'
       ' snapshot each time there is one. Else build one and leave.',
   )
+  flags.DEFINE_integer(
+      'step', None, 'Build that of this snapshot; default: of the newest.'
+  )
   flags.DEFINE_float(
       'start_timeout',
       600.0,
@@ -165,7 +169,7 @@ def _index(argv: Sequence[str]) -> None:
         parent_pid=FLAGS.parent_pid or None,
     )
   else:
-    print(builder.build(FLAGS.workdir))
+    print(builder.build(FLAGS.workdir, FLAGS.step))
 
 
 def _evaluate_flags() -> None:
@@ -223,6 +227,103 @@ def _inspect(argv: Sequence[str]) -> None:
     print(f'Written to {FLAGS.html}.')
 
 
+def _import_flags() -> None:
+  flags.DEFINE_string(
+      'source',
+      None,
+      'Checkpoints of BERT or REALM: folders or Hugging Face hub ids,'
+      ' comma-separated, which together make one job.',
+      required=True,
+  )
+  _workdir_flag()
+  flags.DEFINE_string(
+      'components',
+      None,
+      'Which to take, of embedder, reader, span_reader; default: all there are.',
+  )
+  flags.DEFINE_string(
+      'corpus',
+      None,
+      'A corpus prepared with the vocabulary of the checkpoint, for `index` and'
+      ' `evaluate`. An open-QA checkpoint brings its own.',
+  )
+  flags.DEFINE_string(
+      'vocab', None, "Vocabulary to take instead of the checkpoint's."
+  )
+  flags.DEFINE_string(
+      'blocks',
+      None,
+      'block_records.npy of an open-QA checkpoint that has none beside it.',
+  )
+  flags.DEFINE_integer(
+      'workers', None, 'Processes that make a corpus; default: one for each core.'
+  )
+  flags.DEFINE_integer(
+      'seed', 0, 'For parameters that a checkpoint does not have.'
+  )
+
+
+def _import(argv: Sequence[str]) -> None:
+  del argv
+  _quiet_jax()
+  from realm_jax.export import importing
+
+  summary = importing.run(
+      _list(FLAGS.source),
+      FLAGS.workdir,
+      components=_list(FLAGS.components) or None,
+      corpus=FLAGS.corpus,
+      vocab=FLAGS.vocab,
+      blocks=FLAGS.blocks,
+      workers=FLAGS.workers,
+      seed=FLAGS.seed,
+  )
+  print(json.dumps(summary, indent=2))
+
+
+def _export_flags() -> None:
+  _workdir_flag()
+  flags.DEFINE_enum(
+      'format',
+      None,
+      ['huggingface', 'sentence-transformers', 'index'],
+      'What to write.',
+      required=True,
+  )
+  flags.DEFINE_string('output', None, 'Folder to write.', required=True)
+  flags.DEFINE_integer(
+      'step',
+      None,
+      'Of a checkpoint or of a snapshot of the retriever; default: the newest'
+      ' checkpoint.',
+  )
+  flags.DEFINE_string(
+      'classes',
+      None,
+      'Of huggingface: some of embedder, scorer, encoder, reader, openqa, bert,'
+      ' comma-separated; default: what the workdir has.',
+  )
+  flags.DEFINE_enum(
+      'dtype', 'float32', ['float32', 'float16'], 'Of the embeddings of index.'
+  )
+
+
+def _export(argv: Sequence[str]) -> None:
+  del argv
+  _quiet_jax()
+  from realm_jax.export import exporting
+
+  folders = exporting.run(
+      FLAGS.workdir,
+      FLAGS.format,
+      FLAGS.output,
+      step=FLAGS.step,
+      classes=_list(FLAGS.classes) or None,
+      dtype=FLAGS.dtype,
+  )
+  print('\n'.join(map(str, folders)))
+
+
 COMMANDS = {
     'prepare': Command(
         'Turns text into a corpus: passages, sentences, salient spans.',
@@ -231,7 +332,7 @@ COMMANDS = {
         _prepare,
     ),
     'train': Command(
-        'Trains: reader warm-up (mlm), inverse cloze task (ict), REALM (realm).',
+        'Trains: reader warm-up (mlm), inverse cloze task (ict), or realm.',
         'realm-jax train --config=experiments/quickstart.py:ict'
         ' --workdir=runs/ict --config.corpus=corpus',
         _train_flags,
@@ -255,6 +356,19 @@ COMMANDS = {
         _inspect_flags,
         _inspect,
         positional='SENTENCE',
+    ),
+    'import': Command(
+        'Makes a workdir of published checkpoints of BERT or REALM.',
+        'realm-jax import --source=bert-base-uncased --workdir=runs/bert',
+        _import_flags,
+        _import,
+    ),
+    'export': Command(
+        'Writes what transformers, sentence-transformers or FAISS read.',
+        'realm-jax export --workdir=runs/realm --format=huggingface'
+        ' --output=model',
+        _export_flags,
+        _export,
     ),
 }
 
@@ -296,6 +410,9 @@ def run() -> None:
         raise
       print(f'realm-jax {name}: {error}', file=sys.stderr)
       sys.exit(1)
+    except KeyboardInterrupt:
+      print(f'realm-jax {name}: interrupted.', file=sys.stderr)
+      sys.exit(INTERRUPTED)
 
   app.run(main, argv=[f'realm-jax {name}', *sys.argv[2:]])
 
@@ -311,7 +428,7 @@ def _help(name: str, command: Command) -> str:
   before = set(FLAGS)
   command.define_flags()
   lines = [
-      f'usage: realm-jax {name} [--flag=value ...] {command.positional}'.strip(),
+      f'usage: realm-jax {name} [--flag=value ...] {command.positional}',
       '',
       command.summary,
       f'For example: {command.example}',

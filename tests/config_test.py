@@ -33,7 +33,7 @@ def test_the_defaults_are_valid_but_for_the_corpus():
     [
         ({'batch_size': 0}, r'config\.batch_size=0: must be at least 1'),
         ({'batch_size': '8'}, r"config\.batch_size='8': must be of type int"),
-        ({'batch_size': True}, r'config\.batch_size=True: must be of type int'),
+        ({'batch_size': True}, r'batch_size=True: must be of type int'),
         ({'seed': -1}, r'config\.seed=-1'),
         ({'objective': 'bert'}, r"config\.objective='bert': must be one of"),
         ({'num_candidates': 1}, r'counts the null document'),

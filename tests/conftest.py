@@ -1,5 +1,8 @@
 """Set-up of all tests: eight CPU devices, absl flags; a small world to use.
 
+What was compiled is kept in .cache, for the next test and the next run: most
+of the time of these tests is XLA's.
+
 The environment variables are inherited by the processes that tests start;
 those see one device unless they ask for more.
 """
@@ -10,8 +13,17 @@ import pathlib
 # Before jax is imported. Results must not depend on an accelerator that
 # happens to be there.
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault(
+    'JAX_COMPILATION_CACHE_DIR',
+    str(pathlib.Path(__file__).resolve().parent.parent / '.cache' / 'jax'),
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# Threads of XLA's pool. With fewer than there are devices, collectives that
+# overlap can each hold threads that the other waits for.
+os.environ.setdefault('NPROC', '16')
 
 from absl import flags
 import jax

@@ -92,7 +92,7 @@ def test_help_lists_commands_and_flags():
     ('arguments', 'message'),
     [
         (['trian'], "No command 'trian'. Did you mean `train`?"),
-        (['index', '--wrokdir=x'], "Did you mean: workdir"),
+        (['index', '--wrokdir=x'], 'Did you mean: workdir'),
         (['index'], 'workdir'),
         (['index', '--workdir=/nowhere/at/all'], 'is not a workdir'),
         (['evaluate', '--workdir=/nowhere/at/all'], '/nowhere/at/all'),

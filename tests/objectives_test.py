@@ -103,7 +103,8 @@ def test_an_unused_slot_never_leaks(granularity, bad):
   np.testing.assert_array_equal(clean[0], dirty[0])
   np.testing.assert_array_equal(clean[1], dirty[1])
   grad = jax.grad(loss, argnums=1)(jnp.asarray(score), jnp.asarray(poisoned))
-  assert not np.any(np.asarray(grad)[~np.broadcast_to(mask[:, None], grad.shape)])
+  unused = ~np.broadcast_to(mask[:, None], grad.shape)
+  assert not np.any(np.asarray(grad)[unused])
 
 
 def test_utility_of_the_null_document_is_zero():

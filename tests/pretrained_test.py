@@ -73,7 +73,8 @@ def _assert_close(ours, theirs, tolerance, what=''):
 def test_pretraining_forward_loss_and_gradients(expected, activation):
   """Scorer and encoder as one model: the embedder's and reader's classes."""
   want = _part(expected, f'pretraining/{activation}')
-  retriever, reader = _load('embedder', activation), _load('encoder', activation)
+  retriever = _load('embedder', activation)
+  reader = _load('encoder', activation)
   embedder = components.make('embedder', retriever.config)
   reads = components.make('reader', reader.config)
 

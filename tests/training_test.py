@@ -86,7 +86,8 @@ def undisturbed(world, tmp_path_factory):
     if name not in done:
       objective, values = JOBS[name]
       workdir = tmp_path_factory.mktemp(name)
-      done[name] = run(make_config(world, objective, **values), workdir), workdir
+      config = make_config(world, objective, **values)
+      done[name] = run(config, workdir), workdir
     return done[name]
 
   return get
@@ -134,8 +135,9 @@ def refresh(self, step):
 
 loop._Loop._refresh = refresh
 objective, values = training_test.JOBS[sys.argv[2]]
-config = training_test.make_config(pathlib.Path(sys.argv[3]), objective, **values)
-training_test.run(config, pathlib.Path(sys.argv[4]))
+world, workdir = map(pathlib.Path, sys.argv[3:5])
+config = training_test.make_config(world, objective, **values)
+training_test.run(config, workdir)
 """
 
 

@@ -6,7 +6,7 @@ Public: `Retriever`, `Hits`.
 from collections.abc import Callable, Sequence
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ class Retriever:
     """Embeds `[CLS] text [SEP]`: float32 [B, E]."""
     t = self.tokenizer
     body = self.lengths.query - 2
-    pairs = [
+    pairs: list[tuple[list[int], list[int]]] = [
         ([t.cls_id, *ids[:body], t.sep_id], [])
         for ids in t.encode_batch(_checked(texts))
     ]
@@ -183,7 +183,8 @@ class Retriever:
     Args:
       passages: pairs of title and body; a title may be empty.
     """
-    if any(isinstance(p, str) or len(p) != 2 for p in passages):
+    given: Sequence[Any] = passages
+    if any(isinstance(p, str) or len(p) != 2 for p in given):
       raise ValueError('Each passage must be a pair (title, body).')
     t = self.tokenizer
     titles = t.encode_batch(_checked([title for title, _ in passages]))
@@ -192,7 +193,7 @@ class Retriever:
     pairs = []
     for title, body in zip(titles, bodies, strict=True):
       # The title has priority, as in training.
-      first = [t.cls_id, *title, t.sep_id][: length - 1]
+      first = [t.cls_id, *title[: length - 3], t.sep_id]
       pairs.append((first, [*body[: length - 1 - len(first)], t.sep_id]))
     return self._embed(self._embed_document, pairs, length)
 

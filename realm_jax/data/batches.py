@@ -372,7 +372,7 @@ class _Examples:
 class _MaskedExamples(_Examples):
   """A sentence with some wordpieces masked: objectives `mlm` and `realm`.
 
-  In `mlm` it sees its own passage, or the null document.
+  In `mlm` it sees its own passage, or one at random or the null document.
   """
 
   def __init__(
@@ -420,11 +420,24 @@ class _MaskedExamples(_Examples):
       chosen = np.sort(rng.choice(room, count, replace=False))
     positions = np.zeros(self._config.lengths.masks, np.int64)
     positions[: len(chosen)] = chosen + 1  # After [CLS].
-    return {
+    example = {
         'sentence_B': np.int64(row),
         'positions_BM': positions,
         'mask_BM': np.arange(len(positions)) < len(chosen),
     }
+    if self._config.objective == 'mlm':
+      example['view'] = np.int64(self._view(row, rng))
+    return example
+
+  def _view(self, row: int, rng: np.random.Generator) -> int:
+    """The passage that a sentence of the warm-up sees."""
+    if self._own_passage:
+      return int(self._table.passages[row])
+    # Of no use or none at all, as often: else the reader would trust any
+    # passage, and the null document would beat all that are not gold.
+    if rng.random() < 0.5:
+      return NULL_DOCUMENT
+    return int(rng.integers(len(self._corpus.passages)))
 
   def assemble(self, batch: Batch) -> Batch:
     rows, positions = batch['sentence_B'], batch['positions_BM']
@@ -435,11 +448,9 @@ class _MaskedExamples(_Examples):
     batch['positions_BM'] = positions.astype(np.int32)
     passages = np.asarray(self._table.passages[rows])
     if self._config.objective == 'mlm':
-      if not self._own_passage:
-        passages = np.full_like(passages, NULL_DOCUMENT)
       ids, types = assemble_joint(
           self._corpus.passages,
-          passages[:, None],
+          batch.pop('view')[:, None],
           query_ids,
           query_lengths,
           self._config.lengths.joint,
@@ -478,8 +489,8 @@ class _ClozeExamples(_Examples):
     if not len(self._rows):
       raise ValueError(
           f'The corpus {corpus.directory} has no passage with a title or a'
-          ' second sentence, which ICT needs: it finds a passage from a sentence'
-          ' cut out of it.'
+          ' second sentence, which ICT needs: it finds a passage from a'
+          ' sentence cut out of it.'
       )
 
   def sample(self, row: int, rng: np.random.Generator) -> Batch:

@@ -84,7 +84,7 @@ def prepare(
     OSError: if the disk is full. Then, as after any error, nothing is left.
   """
   output = pathlib.Path(output).absolute()
-  workers = workers or len(os.sched_getaffinity(0))
+  workers = workers or _num_cores()
   settings = _check_settings(
       max_wordpieces,
       min_sentence,
@@ -130,7 +130,7 @@ def prepare(
         for chunk in _map(tasks, tokenizer, settings, directory, workers):
           writer.add(chunk, passages, limited=fraction > 0)
           bar.update(chunk.num_records)
-          bar.set_postfix(wordpieces=f'{writer.counts["wordpieces"]:,}')
+          bar.set_postfix(passages=writer.num_passages)
     if questions is not None:
       (directory / 'questions.jsonl').write_text(
           ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions),
@@ -149,6 +149,13 @@ def prepare(
     )
   _warn(manifest['counts'])
   return manifest
+
+
+def _num_cores() -> int:
+  """Returns how many cores this process may use."""
+  if hasattr(os, 'sched_getaffinity'):  # Not on every system.
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _check_settings(

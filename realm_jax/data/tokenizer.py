@@ -324,7 +324,9 @@ def _download(name: str) -> pathlib.Path:
 
   try:
     return pathlib.Path(
-        huggingface_hub.snapshot_download(name, allow_patterns=_FOLDER_FILES)
+        huggingface_hub.snapshot_download(
+            name, allow_patterns=list(_FOLDER_FILES)
+        )
     )
   except (errors.HfHubHTTPError, OSError, ValueError) as error:
     reason = str(error).strip().splitlines() or [type(error).__name__]

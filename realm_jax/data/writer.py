@@ -291,7 +291,7 @@ class CorpusWriter:
         )
     }
     self._columns['passage_offsets'].append(np.zeros(1, np.int64))
-    self._num_passages = 0
+    self.num_passages = 0
     self._tokens: dict[str, _TokenWriter] = {}
     self._splits: dict[str, _SentenceWriter] = {}
     # Sentences of the passages need no second copy of their wordpieces; those
@@ -310,7 +310,7 @@ class CorpusWriter:
     prefix = '' if passages else 'pretraining_'
     for name, value in chunk.counts.items():
       self.counts[prefix + name] += value
-    base_row = self._num_passages
+    base_row = self.num_passages
     source = 'knowledge' if passages else 'pretraining'
     base = self._token_file(self._files[source]).append(chunk.tokens)
     if passages:
@@ -318,7 +318,7 @@ class CorpusWriter:
       self._columns['title_lengths'].append(chunk.title_lengths)
       self._columns['articles'].append(chunk.articles)
       self._columns['passage_ids'].append(chunk.ids)
-      self._num_passages += len(chunk.lengths)
+      self.num_passages += len(chunk.lengths)
       for record in chunk.passage_records:
         self._passages.append('train', record)
     aside = chunk.sentence_validation
@@ -365,7 +365,7 @@ class CorpusWriter:
       self, settings: dict[str, Any], skipped: dict[str, Any]
   ) -> dict[str, Any]:
     """Finishes all files, and the manifest as the last."""
-    if not self._num_passages:
+    if not self.num_passages:
       raise ValueError('The texts have no wordpiece, so there is no passage.')
     splits = {n: self._splits[n].close() for n in sorted(self._splits)}
     prefix = 'pretraining_' if self._pretraining else ''
@@ -420,7 +420,7 @@ class CorpusWriter:
             ).hexdigest()
         ),
         'counts': {
-            'passages': self._num_passages,
+            'passages': self.num_passages,
             **{name: self.counts[name] for name in sorted(self.counts)},
         },
         'splits': splits,

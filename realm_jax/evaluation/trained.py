@@ -27,7 +27,7 @@ from realm_jax.runtime import mesh as mesh_lib
 
 Params = dict[str, components_lib.Params]
 
-_QUERY_BATCH = 256
+_QUERY_BATCHES = (1, 4, 16, 64, 256)  # Sizes that are compiled, as needed.
 # Scores of the vocabulary at once, [B, K, M, V]: 256 MiB of float32.
 _MAX_LOGITS = 2**26
 
@@ -151,10 +151,11 @@ class Trained:
       self, params: Params, query_ids_BQ: np.ndarray
   ) -> np.ndarray:
     """Embeds `[CLS] x [SEP]`, any number of them: float32 [B, E], in numpy."""
-    parts = []
-    for start in range(0, len(query_ids_BQ), _QUERY_BATCH):
-      part = query_ids_BQ[start : start + _QUERY_BATCH]
-      padded = pad_rows(part, _QUERY_BATCH if start else len(part))
+    parts, largest = [], _QUERY_BATCHES[-1]
+    for start in range(0, len(query_ids_BQ), largest):
+      part = query_ids_BQ[start : start + largest]
+      size = next(size for size in _QUERY_BATCHES if size >= len(part))
+      padded = pad_rows(part, size)
       emb_BE = self._embed_query(params['embedder'], padded)
       parts.append(np.asarray(emb_BE)[: len(part)])
     return np.concatenate(parts)

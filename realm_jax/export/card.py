@@ -51,7 +51,7 @@ def model_card(
       'retrieval embedding': f'{model.embedding_width}, inner product',
       'towers': model.towers,
       **{
-          f'parameters of the {name}': f'{checkpoint.params_digest(params)[:16]}'
+          f'parameters of the {name}': checkpoint.params_digest(params)[:16]
           for name, params in sorted(workdir.params.items())
       },
       **_metrics(workdir),

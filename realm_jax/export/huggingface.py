@@ -19,12 +19,13 @@ from realm_jax.export import importing
 from realm_jax.export import opened
 from realm_jax.export import sources
 from realm_jax.index import generation as generation_lib
+from realm_jax.models import layouts
 from realm_jax.models import pickled
 from realm_jax.models import pretrained
 from realm_jax.models import tensor_files
 
 _SUMMARIES = {
-    'bert': 'The reader of REALM as a BERT with its masked-language-model head.',
+    'bert': 'The reader of REALM as a BERT with its masked-LM head.',
     'embedder': 'The retriever of REALM: text to a vector.',
     'scorer': 'The two towers of the retriever of REALM.',
     'encoder': 'The knowledge-augmented encoder (reader) of REALM.',
@@ -35,8 +36,8 @@ _INPUTS = {
     'bert': 'The input is `[CLS] sentence with [MASK] [SEP] document [SEP]`.',
     'embedder': (
         'A query is `[CLS] text [SEP]`, a document `[CLS] title [SEP] body'
-        ' [SEP]` with segments 0 and 1. Relevance is the inner product; there is'
-        ' no L2 norm.'
+        ' [SEP]` with segments 0 and 1. Relevance is the inner product; there'
+        ' is no L2 norm.'
     ),
     'scorer': (
         'A query is `[CLS] text [SEP]`, a document `[CLS] title [SEP] body'
@@ -116,7 +117,7 @@ def export(
   Args:
     workdir: opened.
     output: folder to write; it appears, complete, at the very end.
-    kinds: of `pretrained.KINDS`; None: `default_kinds`.
+    kinds: of `layouts.KINDS`; None: `default_kinds`.
 
   Returns:
     The folders.
@@ -128,9 +129,9 @@ def export(
   """
   kinds = default_kinds(workdir) if kinds is None else list(kinds)
   for kind in kinds:
-    if kind not in pretrained.KINDS:
+    if kind not in layouts.KINDS:
       raise ValueError(
-          f'{kind!r} is no class; there are {", ".join(pretrained.KINDS)}.'
+          f'{kind!r} is no class; there are {", ".join(layouts.KINDS)}.'
       )
   folders = []
   with opened.atomic_folder(output) as temporary:
@@ -196,7 +197,7 @@ def _write(
   (folder / 'README.md').write_text(
       card.model_card(
           workdir,
-          pretrained.KINDS[kind],
+          layouts.KINDS[kind],
           'transformers',
           f'{_SUMMARIES[kind]} {_INPUTS[kind]}',
           _usage(kind, subfolder),
@@ -228,7 +229,7 @@ def _blocks(corpus: corpus_lib.Corpus, blanks: set[int]) -> Iterator[bytes]:
 
 
 def _usage(kind: str, subfolder: str) -> str:
-  name = pretrained.KINDS[kind]
+  name = layouts.KINDS[kind]
   inside = f", subfolder='{subfolder}'" if subfolder else ''
   if kind == 'bert':
     version, imports = 'any version', 'AutoTokenizer, BertForMaskedLM'

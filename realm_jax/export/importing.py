@@ -43,7 +43,7 @@ _BLANK = '[UNK]'  # In the place of a block without text.
 class Imported:
   """What is remembered of a checkpoint that was imported.
 
-  kind: one of `pretrained.KINDS`.
+  kind: one of `layouts.KINDS`.
   name: of the source.
   config: its config.json.
   tensors: their names to 'component/name' of ours.
@@ -201,7 +201,8 @@ def _choose(
     opened: Sequence[sources.Source], components: Sequence[str] | None
 ) -> list[list[str]]:
   """Which components come from which source."""
-  chosen, owners = [], {}
+  chosen: list[list[str]] = []
+  owners: dict[str, str] = {}
   for source in opened:
     mine = [
         name

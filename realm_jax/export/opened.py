@@ -70,8 +70,8 @@ class Workdir:
         found.append(step)
     if not found:
       raise FileNotFoundError(
-          f'{self.path} has no index of the retriever of step {self.step}. Build'
-          f' it: `realm-jax index --workdir={self.path}`'
+          f'{self.path} has no index of the retriever of step {self.step}.'
+          f' Build it: `realm-jax index --workdir={self.path}`'
           + ('.' if self.config.corpus else ', with a corpus in its config.')
       )
     lineage = generation_lib.Lineage(

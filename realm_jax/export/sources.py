@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from realm_jax.data import tokenizer as tokenizer_lib
+from realm_jax.models import layouts
 from realm_jax.models import pretrained
 from realm_jax.models import tensor_files
 
@@ -155,10 +156,11 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
     if found is None:
       continue
     if file.endswith('.json'):
-      for shard in sorted(set(json.loads(found.read_bytes())['weight_map'].values())):
+      files = json.loads(found.read_bytes())['weight_map']
+      for shard in sorted(set(files.values())):
         get(shard)
     break
   architecture = json.loads(config.read_bytes()).get('architectures') or []
-  if blocks and pretrained.KINDS['openqa'] in architecture:
+  if blocks and layouts.KINDS['openqa'] in architecture:
     get(BLOCK_RECORDS)
   return config.parent

@@ -7,8 +7,8 @@ them for each call, inside jit, at no cost.
 """
 
 import dataclasses
-import zlib
 from typing import Any
+import zlib
 
 from flax import nnx
 import jax

@@ -41,7 +41,7 @@ class PooledBert(nnx.Module):
 
 
 class Embedder(nnx.Module):
-  """Queries and documents into one space; `config.towers` says what they share."""
+  """Queries and documents in one space; `config.towers`: what they share."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.encoder = PooledBert(config, rngs=rngs)

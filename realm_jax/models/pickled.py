@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import os
 import pathlib
 import struct
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class _Machine:
 
   def __init__(
       self,
-      file: BinaryIO,
+      file: IO[bytes],
       name: str,
       functions: Mapping[str, Any],
       persistent: Callable[[Any], Any] | None = None,
@@ -349,7 +349,7 @@ _INSTRUCTIONS = {
 
 
 def read(
-    file: BinaryIO,
+    file: IO[bytes],
     name: str,
     functions: Mapping[str, Any],
     persistent: Callable[[Any], Any] | None = None,
@@ -399,7 +399,7 @@ def byte_records(path: str | os.PathLike[str]) -> tuple[int, Iterator[bytes]]:
 
 
 def _npy_header(
-    file: BinaryIO, path: pathlib.Path
+    file: IO[bytes], path: pathlib.Path
 ) -> tuple[tuple[int, ...], np.dtype]:
   try:
     version = np.lib.format.read_magic(file)
@@ -428,7 +428,8 @@ def _stream(path: pathlib.Path, start: int, number: int) -> Iterator[bytes]:
       yield item
   if found != number:
     raise ValueError(
-        f'{path} is damaged: it holds {found} records, its header says {number}.'
+        f'{path} is damaged: it holds {found} records, its header says'
+        f' {number}.'
     )
 
 
@@ -461,7 +462,9 @@ def byte_records_writer(
       written += 1
     file.write(b'etb.' if written else b'tb.')
   if written != number:
-    raise ValueError(f'{path}: {written} records came, {number} were announced.')
+    raise ValueError(
+        f'{path}: {written} records came, {number} were announced.'
+    )
 
 
 def _int4(number: int) -> bytes:

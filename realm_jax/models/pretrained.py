@@ -1,34 +1,26 @@
-"""Names and tensors of published checkpoints, into our parameters and back.
+"""Weights of published checkpoints, into our parameters and back.
 
 Public: `load`, `Loaded`, `components_in`, `tensors_of`, `tower_tensors`,
-`foreign_tensor`, `model_config`, `foreign_config`, `KINDS`. Known are BERT and the five REALM classes of transformers 4.40.2. Each
-tensor of a checkpoint is a parameter of ours, a copy of another tensor, or one
-that the class holds and never uses; any other, or a missing one, is an error.
+`foreign_tensor`, `model_config`, `foreign_config`. Known are BERT and the five
+REALM classes of transformers 4.40.2; `layouts` has their names. Each tensor of
+a checkpoint is a parameter of ours, a copy of another tensor, or one that the
+class holds and never uses; any other, or a missing one, is an error.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.models import components
+from realm_jax.models import layouts
 from realm_jax.models import tensor_files
 
-# Our name of each kind of checkpoint, and what transformers calls the class.
-KINDS = {
-    'bert': 'BertForMaskedLM',
-    'embedder': 'RealmEmbedder',
-    'scorer': 'RealmScorer',
-    'encoder': 'RealmKnowledgeAugEncoder',
-    'reader': 'RealmReader',
-    'openqa': 'RealmForOpenQA',
-}
-_WORD_EMBED = 'embeddings.word_embeddings.weight'
 _BLOCK_EMB = 'block_emb'
 # 'gelu_pytorch_tanh' is the same function as 'gelu_new'.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Any, Literal['gelu', 'gelu_new']] = {
     'gelu': 'gelu',
     'gelu_new': 'gelu_new',
     'gelu_pytorch_tanh': 'gelu_new',
@@ -55,33 +47,10 @@ Tensor = np.ndarray | tensor_files.FileTensor
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-  """One tensor of theirs and the parameter that it is."""
-
-  theirs: str
-  ours: str  # 'component/dotted.name'
-  transposed: bool = False  # PyTorch's Linear has [out, in].
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """What a checkpoint of one kind holds.
-
-  entries: what becomes a parameter.
-  copies: a name and the one that it must equal; either may be left out.
-  unused: shapes of what the class holds and never computes with.
-  """
-
-  entries: list[_Entry]
-  copies: dict[str, str]
-  unused: dict[str, tuple[int, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Loaded:
   """A checkpoint, as our parameters.
 
-  kind: one of `KINDS`.
+  kind: one of `layouts.KINDS`.
   config: sizes of the model; its `towers` are as found.
   params: of each component, float32 numpy arrays.
   sources: for each tensor that became a parameter, its name in the file and
@@ -101,202 +70,6 @@ class Loaded:
   unused: dict[str, tensor_files.FileTensor]
   fresh: list[str]
   block_emb: tensor_files.FileTensor | None
-
-
-# The maps.
-
-
-def _dense(theirs: str, ours: str) -> list[_Entry]:
-  return [
-      _Entry(f'{theirs}.weight', f'{ours}.kernel', True),
-      _Entry(f'{theirs}.bias', f'{ours}.bias'),
-  ]
-
-
-def _norm(theirs: str, ours: str) -> list[_Entry]:
-  return [
-      _Entry(f'{theirs}.weight', f'{ours}.scale'),
-      _Entry(f'{theirs}.bias', f'{ours}.bias'),
-  ]
-
-
-def _body(theirs: str, ours: str, num_layers: int) -> list[_Entry]:
-  entries = [
-      _Entry(
-          f'{theirs}embeddings.{kind}_embeddings.weight',
-          f'{ours}.{name}_embed.embedding',
-      )
-      for kind, name in (
-          ('word', 'word'),
-          ('position', 'position'),
-          ('token_type', 'type'),
-      )
-  ]
-  entries += _norm(f'{theirs}embeddings.LayerNorm', f'{ours}.embed_norm')
-  for i in range(num_layers):
-    layer, own = f'{theirs}encoder.layer.{i}', f'{ours}.layers.{i}'
-    for name in ('query', 'key', 'value'):
-      entries += _dense(f'{layer}.attention.self.{name}', f'{own}.{name}')
-    entries += [
-        *_dense(f'{layer}.attention.output.dense', f'{own}.attention_output'),
-        *_norm(f'{layer}.attention.output.LayerNorm', f'{own}.attention_norm'),
-        *_dense(f'{layer}.intermediate.dense', f'{own}.mlp_in'),
-        *_dense(f'{layer}.output.dense', f'{own}.mlp_out'),
-        *_norm(f'{layer}.output.LayerNorm', f'{own}.mlp_norm'),
-    ]
-  return entries
-
-
-def _mlm_head(theirs: str, ours: str) -> list[_Entry]:
-  return [
-      _Entry(f'{theirs}bias', f'{ours}output_bias'),
-      *_dense(f'{theirs}transform.dense', f'{ours}transform'),
-      *_norm(f'{theirs}transform.LayerNorm', f'{ours}transform_norm'),
-  ]
-
-
-def _mlm_shapes(
-    prefix: str, config: config_lib.ModelConfig
-) -> dict[str, tuple[int, ...]]:
-  v, d = config.vocab_size, config.width
-  return {
-      f'{prefix}bias': (v,),
-      f'{prefix}transform.dense.weight': (d, d),
-      f'{prefix}transform.dense.bias': (d,),
-      f'{prefix}transform.LayerNorm.weight': (d,),
-      f'{prefix}transform.LayerNorm.bias': (d,),
-      f'{prefix}decoder.weight': (v, d),
-      f'{prefix}decoder.bias': (v,),
-  }
-
-
-def _pooler_shapes(
-    prefix: str, config: config_lib.ModelConfig
-) -> dict[str, tuple[int, ...]]:
-  d = config.width
-  return {
-      f'{prefix}pooler.dense.weight': (d, d),
-      f'{prefix}pooler.dense.bias': (d,),
-  }
-
-
-def _embedder(
-    prefix: str,
-    config: config_lib.ModelConfig,
-    encoder: str = 'encoder',
-    projection: str = 'projection',
-) -> _Layout:
-  ours = 'embedder/'
-  return _Layout(
-      [
-          *_body(
-              f'{prefix}realm.', f'{ours}{encoder}.bert', config.num_layers
-          ),
-          *_dense(f'{prefix}realm.pooler.dense', f'{ours}{encoder}.pooler'),
-          *_dense(f'{prefix}cls.dense', f'{ours}{projection}.dense'),
-          *_norm(f'{prefix}cls.LayerNorm', f'{ours}{projection}.norm'),
-      ],
-      {},
-      _mlm_shapes(f'{prefix}cls.predictions.', config),
-  )
-
-
-def _scorer(config: config_lib.ModelConfig) -> _Layout:
-  doc = _embedder('embedder.', config)
-  query = 'query_embedder.'
-  if config.towers == 'shared':
-    names = [e.theirs for e in doc.entries] + [*doc.unused]
-    copies = {
-        query + name.removeprefix('embedder.'): name for name in names
-    }
-    return _Layout(doc.entries, copies, doc.unused)
-  encoder = 'query_encoder' if config.towers == 'separate' else 'encoder'
-  other = _embedder(query, config, encoder, 'query_projection')
-  return _Layout(doc.entries + other.entries, {}, doc.unused | other.unused)
-
-
-def _encoder(config: config_lib.ModelConfig) -> _Layout:
-  head = 'cls.predictions.'
-  return _Layout(
-      [
-          *_body('realm.', 'reader/bert', config.num_layers),
-          *_mlm_head(head, 'reader/'),
-      ],
-      {
-          f'{head}decoder.weight': f'realm.{_WORD_EMBED}',
-          f'{head}decoder.bias': f'{head}bias',
-      },
-      _pooler_shapes('realm.', config),
-  )
-
-
-def _reader(prefix: str, config: config_lib.ModelConfig) -> _Layout:
-  head, ours = f'{prefix}qa_outputs.', 'span_reader/'
-  return _Layout(
-      [
-          *_body(f'{prefix}realm.', f'{ours}bert', config.num_layers),
-          *_dense(f'{head}dense_intermediate', f'{ours}intermediate'),
-          *_dense(f'{head}dense_output', f'{ours}output'),
-          *_norm(f'{head}layer_normalization', f'{ours}norm'),
-      ],
-      {},
-      _pooler_shapes(f'{prefix}realm.', config)
-      | _mlm_shapes(f'{prefix}cls.predictions.', config),
-  )
-
-
-def _open_qa(config: config_lib.ModelConfig) -> _Layout:
-  embedder, reader = _embedder('embedder.', config), _reader('reader.', config)
-  return _Layout(
-      embedder.entries + reader.entries, {}, embedder.unused | reader.unused
-  )
-
-
-def _bert(
-    config: config_lib.ModelConfig, names: Iterable[str], prefix: str
-) -> _Layout:
-  """BERT becomes an embedder, as far as it goes, and a reader.
-
-  A name may occur in two entries: both components start from it.
-  """
-  names = set(names)
-  head = 'cls.predictions.'
-  d = config.width
-  entries = [
-      *_body(prefix, 'reader/bert', config.num_layers),
-      *_body(prefix, 'embedder/encoder.bert', config.num_layers),
-  ]
-  if any(name.startswith(f'{prefix}pooler.') for name in names):
-    entries += _dense(f'{prefix}pooler.dense', 'embedder/encoder.pooler')
-  if any(name.startswith(head) for name in names):
-    entries += _mlm_head(head, 'reader/')
-  copies = {
-      f'{head}decoder.weight': f'{prefix}{_WORD_EMBED}',
-      f'{head}decoder.bias': f'{head}bias',
-  }
-  unused = {  # Next-sentence prediction.
-      'cls.seq_relationship.weight': (2, d),
-      'cls.seq_relationship.bias': (2,),
-  }
-  return _Layout(entries, copies, unused)
-
-
-def _masked_lm(config: config_lib.ModelConfig) -> _Layout:
-  """The reader as a BERT that every version of transformers knows."""
-  head = 'cls.predictions.'
-  layout = _bert(config, [f'{head}bias'], 'bert.')
-  entries = [e for e in layout.entries if e.ours.startswith('reader/')]
-  return _Layout(entries, layout.copies, {})
-
-
-_LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], _Layout]] = {
-    'bert': _masked_lm,
-    'embedder': lambda config: _embedder('', config),
-    'scorer': _scorer,
-    'encoder': _encoder,
-    'reader': lambda config: _reader('', config),
-    'openqa': _open_qa,
-}
 
 
 # Configurations.
@@ -333,7 +106,8 @@ def model_config(values: Mapping[str, Any]) -> config_lib.ModelConfig:
       raise ValueError(
           f'config.json has {key}={values[key]!r}; only {only!r} can be read.'
       )
-  config = config_lib.ModelConfig(activation=_ACTIVATIONS[act])
+  config = config_lib.ModelConfig()
+  config.activation = _ACTIVATIONS[act]
   for field, key, default in _SIZES:
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -355,13 +129,13 @@ def foreign_config(
   """Returns the contents of config.json for a model of ours.
 
   Args:
-    kind: one of `KINDS`.
+    kind: one of `layouts.KINDS`.
     config: resolved.
     base: further keys, such as those of the checkpoint that was imported.
   """
   values = dict(base or {})
   values |= {
-      'architectures': [KINDS[kind]],
+      'architectures': [layouts.KINDS[kind]],
       'model_type': 'bert' if kind == 'bert' else 'realm',
       'hidden_act': config.activation,
       'attention_probs_dropout_prob': config.dropout,
@@ -382,47 +156,6 @@ def foreign_config(
 # Reading.
 
 
-def _kind(names: Iterable[str]) -> tuple[str, str]:
-  """Returns the kind of a checkpoint, and the prefix of a BERT's body."""
-  names = set(names)
-  prefixes = {
-      name.removesuffix(_WORD_EMBED)
-      for name in names
-      if name.endswith(_WORD_EMBED)
-  }
-  match sorted(prefixes):
-    case ['embedder.realm.', 'reader.realm.']:
-      return 'openqa', ''
-    case ['embedder.realm.'] | ['embedder.realm.', 'query_embedder.realm.']:
-      return 'scorer', ''
-    case ['realm.']:
-      for kind, mark in (
-          ('reader', 'qa_outputs.dense_output.weight'),
-          ('embedder', 'cls.dense.weight'),
-          ('encoder', 'cls.predictions.bias'),
-      ):
-        if mark in names:
-          return kind, ''
-      return 'bert', 'realm.'
-    case ['bert.']:
-      return 'bert', 'bert.'
-    case ['']:
-      return 'bert', ''
-  shown = ', '.join(sorted(names)[:5])
-  raise ValueError(
-      'The checkpoint is neither BERT nor REALM: it has word embeddings at '
-      f'{sorted(prefixes)}, and tensors such as {shown}.'
-  )
-
-
-def _modern(name: str) -> str:
-  """The name since 2019, when LayerNorm's had still been TensorFlow's."""
-  for old, new in (('gamma', 'weight'), ('beta', 'bias')):
-    if name.endswith(f'LayerNorm.{old}'):
-      return name.removesuffix(old) + new
-  return name
-
-
 def components_in(
     tensors: Mapping[str, tensor_files.FileTensor],
 ) -> list[str]:
@@ -431,7 +164,7 @@ def components_in(
   Raises:
     ValueError: if it is neither BERT nor REALM.
   """
-  kind, _ = _kind(map(_modern, tensors))
+  kind, _ = layouts.kind_of(map(layouts.modern_name, tensors))
   return {
       'bert': ['embedder', 'reader'],
       'embedder': ['embedder'],
@@ -463,17 +196,17 @@ def load(
   """
   config = model_config(values)
   named = {
-      _modern(name): tensor
+      layouts.modern_name(name): tensor
       for name, tensor in tensors.items()
       if not name.endswith('embeddings.position_ids')
   }
-  kind, prefix = _kind(named)
+  kind, prefix = layouts.kind_of(named)
   if kind == 'scorer' and _differ(named):
     config.towers = 'separate'
   layout = (
-      _bert(config, named, prefix)
+      layouts.bert_layout(config, named, prefix)
       if kind == 'bert'
-      else _LAYOUTS[kind](config)
+      else layouts.layout_of(kind, config)
   )
   there = sorted({e.ours.partition('/')[0] for e in layout.entries})
   names = there if wanted is None else list(wanted)
@@ -525,7 +258,7 @@ def _equal(
 def _check(
     kind: str,
     config: config_lib.ModelConfig,
-    layout: _Layout,
+    layout: layouts.Layout,
     parts: Mapping[str, components.Component],
     named: Mapping[str, tensor_files.FileTensor],
     block_emb: tensor_files.FileTensor | None,
@@ -555,23 +288,26 @@ def _check(
       problems.append(f'of type {tensor.dtype}, expected floats: {name}')
   if kind == 'openqa':
     width = config.embedding_width
-    shape = block_emb.shape if block_emb is not None else None
-    if shape is None or len(shape) != 2 or shape[1] != width:
+    if block_emb is None:
+      problems.append(f'missing: {_BLOCK_EMB} (documents, {width})')
+    elif block_emb.shape[1:] != (width,):
       problems.append(
-          f'of shape {shape}, expected (documents, {width}): {_BLOCK_EMB}'
+          f'of shape {block_emb.shape}, expected (documents, {width}): '
+          + _BLOCK_EMB
       )
   if problems:
     problems = list(dict.fromkeys(problems))  # BERT's appear twice.
     more = len(problems) - _MAX_LISTED
     raise ValueError(
-        f'The checkpoint does not fit its config.json as a {KINDS[kind]}:\n  '
+        'The checkpoint does not fit its config.json as a'
+        f' {layouts.KINDS[kind]}:\n  '
         + '\n  '.join(problems[:_MAX_LISTED])
         + (f'\n  and {more} more' if more > 0 else '')
     )
 
 
 def _read(
-    layout: _Layout,
+    layout: layouts.Layout,
     named: Mapping[str, tensor_files.FileTensor],
     wanted: Iterable[str],
 ) -> tuple[dict[str, components.Params], dict[str, str]]:
@@ -610,7 +346,7 @@ def tensors_of(
   """Returns every tensor that transformers has in a class, by name.
 
   Args:
-    kind: one of `KINDS`; 'bert' is the reader.
+    kind: one of `layouts.KINDS`; 'bert' is the reader.
     config: resolved.
     params: of the components that the class consists of.
     unused: values of those that the class never uses; the others are 0, and 1
@@ -623,7 +359,7 @@ def tensors_of(
   Raises:
     ValueError: if a component is missing, or the class cannot hold the towers.
   """
-  layout = _LAYOUTS[kind](config)
+  layout = layouts.layout_of(kind, config)
   needs_tower = any(e.ours.startswith('embedder/') for e in layout.entries)
   if needs_tower and kind != 'scorer' and config.towers != 'shared':
     raise ValueError(
@@ -657,12 +393,9 @@ def tower_tensors(
     params: of the embedder.
     encoder: 'encoder' or 'query_encoder'.
   """
-  ours = f'embedder/{encoder}'
-  entries = _body('', f'{ours}.bert', config.num_layers)
-  entries += _dense('pooler.dense', f'{ours}.pooler')
   return {
       entry.theirs: foreign_tensor(entry.ours, {'embedder': params})
-      for entry in entries
+      for entry in layouts.tower(config, encoder)
   }
 
 

@@ -5,14 +5,14 @@ Public: `FileTensor`, `open_folder`, `open_file`, `write_safetensors`,
 each tensor is read when asked for, so that memory holds one of them at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import struct
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 import zipfile
 import zlib
 
@@ -163,12 +163,12 @@ class FileTensor:
       for start in range(0, rows, step):
         count = min(step, rows - start) * width
         part = np.empty(count, self.dtype)
-        if file.readinto(part.view(np.uint8)) != part.nbytes:
+        if file.readinto(part.view(np.uint8).data) != part.nbytes:
           raise ValueError(
               f'{self.path} is truncated: it ends within {self.name}.'
           )
         if self.crc is not None:
-          crc = zlib.crc32(part.view(np.uint8), crc)
+          crc = zlib.crc32(part.view(np.uint8).data, crc)
         if self.crc is not None and start + step >= rows and crc != self.crc:
           raise ValueError(
               f'{self.path} is corrupted: {self.name} has the checksum '
@@ -337,7 +337,7 @@ _FUNCTIONS: dict[str, Any] = {
 
 
 def _read_contents(
-    file: BinaryIO, path: pathlib.Path
+    file: IO[bytes], path: pathlib.Path
 ) -> tuple[Any, dict[str, _Storage]]:
   storages: dict[str, _Storage] = {}
 
@@ -476,8 +476,10 @@ def write_safetensors(
     with open(partial, 'wb') as file:
       file.write(struct.pack('<Q', len(text)) + text)
       for tensor in tensors.values():
-        whole = isinstance(tensor, np.ndarray)
-        for part in [tensor] if whole else tensor.chunks():
+        parts: Iterable[np.ndarray] = (
+            [tensor] if isinstance(tensor, np.ndarray) else tensor.chunks()
+        )
+        for part in parts:
           flat = np.ascontiguousarray(part).reshape(-1)
           file.write(flat.view(np.uint8).data)
     os.replace(partial, path)

@@ -3,14 +3,17 @@
 Public: `Checkpoints` (params, train state and data iterator by step),
 `save_snapshot` / `load_snapshot` (the embedder alone, for the index builder),
 `save_params`, `load_params`, `frugal`, `saved_about`, `params_digest`,
-`referenced_generations`, `steps_in`, `write_json` and `read_json`. Orbax writes beside the final name and renames, so
-a number that can be listed is a checkpoint that can be read.
+`referenced_generations`, `steps_in`, `write_json` and `read_json`. Orbax
+writes beside the final name and renames, so a number that can be listed is a
+checkpoint that can be read.
 """
 
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import shutil
 from typing import Any
 import uuid
 
@@ -244,6 +247,13 @@ def snapshot_steps(workdir: Path) -> list[int]:
   return steps_in(pathlib.Path(workdir) / SNAPSHOTS)
 
 
+def prune_snapshots(workdir: Path, keep: int, before: int) -> None:
+  """Deletes snapshots older than step `before`, except the newest `keep`."""
+  for step in snapshot_steps(workdir)[:-keep]:
+    if step < before:
+      shutil.rmtree(pathlib.Path(workdir) / SNAPSHOTS / str(step))
+
+
 def snapshot_digest(workdir: Path, step: int) -> str:
   """The digest that `save_snapshot` returned for this step."""
   path = pathlib.Path(workdir).absolute() / SNAPSHOTS / str(step)
@@ -305,7 +315,15 @@ def _on_one_device(abstract: Any) -> Any:
 
 
 def _structure(path: pathlib.Path, item: str) -> Any:
-  return ocp.checkpointables_metadata(path).metadata[item]
+  # Orbax looks at everything, and warns that the data iterator, being an object
+  # with a state of its own, has no metadata. It cannot have any.
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    return ocp.checkpointables_metadata(path).metadata[item]
+  finally:
+    logger.setLevel(level)
 
 
 def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:

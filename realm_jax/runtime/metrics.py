@@ -4,12 +4,13 @@ Public: `MetricsWriter`, `Clock`, `read_metrics`. One flat namespace,
 `train/loss`, `refresh/age_steps`, ...; a line is one step.
 """
 
+from collections.abc import Iterator
 import contextlib
 import json
 import os
 import pathlib
 import time
-from typing import Any, Iterator
+from typing import Any
 
 
 class MetricsWriter:
@@ -33,7 +34,7 @@ class MetricsWriter:
     self._board: Any = None
     if tensorboard:
       try:
-        from tensorboardX import SummaryWriter  # noqa: PLC0415
+        from tensorboardX import SummaryWriter
       except ImportError as error:
         raise ImportError(
             'config.tensorboard needs a package that is not installed:'

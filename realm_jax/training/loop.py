@@ -102,8 +102,10 @@ class _Loop:
         job, self._checkpoints, tx, self._data
     )
     self._step = int(self.state.step)
+    # How often the training step was compiled; 1, whatever the batches.
+    self.compilations = 0
     self._train_step = steps_lib.make_train_step(
-        config, job.components, tx, null_ids, job.mesh
+        config, job.components, tx, null_ids, job.mesh, self._count_trace
     )
     self._refresher: refresh_lib.Refresher | None = None
     if config.objective == 'realm':
@@ -120,6 +122,8 @@ class _Loop:
           health=health,
       )
       stack.callback(self._refresher.close)
+    # Queries on which two generations are compared: the first to be searched.
+    self._probe: np.ndarray | None = None
     self._snapshots = stack.enter_context(
         concurrent.futures.ThreadPoolExecutor(1, 'snapshot')
     )
@@ -149,10 +153,8 @@ class _Loop:
     """The index generation in use, None where there is no index."""
     return self._refresher.generation_step if self._refresher else None
 
-  @property
-  def compilations(self) -> int:
-    """How often the training step was compiled; 1, whatever the batches."""
-    return self._train_step._cache_size()
+  def _count_trace(self) -> None:
+    self.compilations += 1
 
   def run(self) -> None:
     config = self._job.config
@@ -205,18 +207,29 @@ class _Loop:
     if first:
       self._take_snapshot(step)
       self._wait_for_snapshot()
-    self._refresher.adopt(step)
+    if self._refresher.adopt(step) and self._probe is not None:
+      self._refresher.probe_overlap(
+          self._embed(self._probe), self._job.config.num_candidates - 1
+      )
     if due and not first:
       self._take_snapshot(step)
 
   def _take_snapshot(self, step: int) -> None:
     """Publishes the embedder for the index builder, in the background."""
     self._wait_for_snapshot()
+    assert self._refresher is not None
     # Copied now: the next training step takes over the buffers.
     params = jax.device_get(self.state.params['embedder'])
-    self._snapshot = self._snapshots.submit(
-        checkpoint.save_snapshot, self._job.workdir, step, params
-    )
+    keep = self._job.config.refresh.keep
+    in_use = self._refresher.generation_step
+
+    def save_and_prune() -> None:
+      checkpoint.save_snapshot(self._job.workdir, step, params)
+      if keep:
+        # What is newer than the index in use may still become one.
+        checkpoint.prune_snapshots(self._job.workdir, keep, in_use or 0)
+
+    self._snapshot = self._snapshots.submit(save_and_prune)
 
   def _wait_for_snapshot(self) -> None:
     if self._snapshot is not None:
@@ -226,19 +239,26 @@ class _Loop:
   def _retrieve(self, batch: batches.Batch) -> batches.Batch:
     config, refresher = self._job.config, self._refresher
     assert refresher is not None
-    queries = mesh_lib.to_devices(
-        self._job.mesh, {'query_ids_BQ': batch['query_ids_BQ']}
-    )
-    query_emb_BE = self._embed_queries(
-        self.state.params['embedder'], queries['query_ids_BQ']
-    )
+    if self._probe is None:
+      self._probe = batch['query_ids_BQ']
     retrieved_BJ = refresher.search.search(
-        jax.device_get(query_emb_BE),
+        self._embed(batch['query_ids_BQ']),
         config.num_candidates - 1,
         batch['exclude_BR2'],
     )
     return batches.with_candidates(
         batch, retrieved_BJ, self._job.corpus, config.lengths
+    )
+
+  def _embed(self, query_ids_BQ: np.ndarray) -> np.ndarray:
+    """Embeds queries with the current parameters."""
+    arrays = mesh_lib.to_devices(
+        self._job.mesh, {'query_ids_BQ': query_ids_BQ}
+    )
+    return jax.device_get(
+        self._embed_queries(
+            self.state.params['embedder'], arrays['query_ids_BQ']
+        )
     )
 
   def _save(self, step: int) -> None:
@@ -275,8 +295,8 @@ class _Loop:
       raise FloatingPointError(
           f'The loss of step {step} is {loss}, its gradient norm'
           f' {values["train/grad_norm"]}. Sentences of the batch:'
-          f' {sentences.tolist()}. The last checkpoint, from before it, is kept:'
-          f' step {self._checkpoints.latest}.'
+          f' {sentences.tolist()}. The last checkpoint, from before it, is'
+          f' kept: step {self._checkpoints.latest}.'
       )
     if step % self._job.config.log_interval:
       return
@@ -313,7 +333,9 @@ def _on_sigterm():
   """Yields a list that is no longer empty once SIGTERM has come."""
   came: list[int] = []
   try:
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    before = signal.signal(
+        signal.SIGTERM, lambda number, _: came.append(number)
+    )
   except ValueError:  # Not the main thread: whoever owns it handles signals.
     yield came
     return

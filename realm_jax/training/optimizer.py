@@ -6,6 +6,7 @@ Adam's bias correction is on, and the decay starts where the warm-up ends.
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from realm_jax import config as config_lib
@@ -21,19 +22,19 @@ def learning_rate(config: config_lib.Config, component: str) -> optax.Schedule:
   peak = c.retriever_learning_rate if component == 'embedder' else (
       c.learning_rate
   )
-  warm = optax.schedules.warmup_constant_schedule(0.0, peak, c.warmup_steps)
   decay = optax.schedules.linear_schedule(
       peak,
       peak * c.final_fraction,
       max(config.steps - c.warmup_steps, 1),
       c.warmup_steps,
   )
-  delay = c.retriever_delay if component == 'embedder' else 0
+  # The warm-up is counted from the delay: a retriever that starts at its full
+  # rate forgets in twenty steps what ICT taught it.
+  start = c.retriever_delay if component == 'embedder' else 0
 
   def schedule(step):
-    value = warm(step) if c.warmup_steps else peak
-    value = value * decay(step) / peak if peak else value
-    return value * (step >= delay)
+    warm = (step - start + 1) / max(c.warmup_steps, 1)
+    return decay(step) * jnp.clip(warm, 0.0, 1.0) * (step >= start)
 
   return schedule
 

@@ -67,6 +67,7 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
       'tokenizer_digest': corpus.tokenizer.digest,
   }
   _check_same_job(workdir, config, lineage)
+  _warn_of_cuts(config, corpus)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   for source in _sources(config):
     config_lib.read(source)  # Raises if there is none.
@@ -147,10 +148,27 @@ def _initial_params(job: Job) -> dict[str, components_lib.Params]:
           f' {checkpoint.components_in(source)}, the objective'
           f' {job.config.objective!r} trains {sorted(job.components)}.'
       )
+    _check_same_model(job.config.model, config_lib.read(source).model, source)
     params, step = checkpoint.load_params(source, wanted)
     log.info('%s from %s, step %d.', ', '.join(sorted(params)), source, step)
     found.update(params)
   return found
+
+
+def _check_same_model(
+    ours: config_lib.ModelConfig, theirs: config_lib.ModelConfig, source: str
+) -> None:
+  """Compares what changes the function but not the shapes."""
+  differing = [
+      f'{name}: {getattr(theirs, name)!r} there, {getattr(ours, name)!r} here'
+      for name in ('activation', 'num_heads', 'layer_norm_eps')
+      if getattr(theirs, name) != getattr(ours, name)
+  ]
+  if differing:
+    raise ValueError(
+        f'config.init_from: {source} holds parameters of another model;'
+        f' config.model.{", ".join(differing)}.'
+    )
 
 
 def _sources(config: config_lib.Config) -> list[str]:
@@ -172,6 +190,22 @@ def _check_corpus_size(
         f'The corpus {corpus.directory} has {rows - excluded} {what};'
         f' config.num_candidates={config.num_candidates} (null document'
         f' included) needs {needed}. Use a larger corpus or fewer candidates.'
+    )
+
+
+def _warn_of_cuts(
+    config: config_lib.Config, corpus: corpus_lib.Corpus
+) -> None:
+  length = config.lengths.document
+  too_long = int((corpus.passages.lengths > length).sum())
+  if too_long:
+    log.warning(
+        '%d of the %d passages have more than config.lengths.document=%d'
+        ' wordpieces, up to %d; what is beyond is not seen.',
+        too_long,
+        len(corpus.passages),
+        length,
+        corpus.passages.lengths.max(),
     )
 
 

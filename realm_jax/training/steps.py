@@ -114,11 +114,16 @@ def make_train_step(
     tx: optax.GradientTransformation,
     null_ids: tuple[int, int, int],
     mesh: jax.sharding.Mesh,
+    on_trace: Callable[[], None] = lambda: None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-  """Returns the jitted step; it takes over (donates) the state given to it."""
+  """Returns the jitted step; it takes over (donates) the state given to it.
+
+  `on_trace` is called each time the step is traced, that is, compiled.
+  """
   loss_fn = loss_function(config, components, null_ids)
 
   def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
+    on_trace()
     key = jax.random.fold_in(stream(state.rng, 'dropout'), state.step)
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         state.params, batch, key
