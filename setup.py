@@ -79,6 +79,9 @@ setuptools.setup(
             'mypy~=2.4.1',
             'pytest>=8.3',
             'ruff~=0.17.6',
+            # Other implementations of the same formats, to compare with.
+            'safetensors>=0.4.5',
+            'transformers>=4.57',
         ],
     },
     entry_points={'console_scripts': ['realm-jax = realm_jax.main:run']},

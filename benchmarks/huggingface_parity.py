@@ -12,6 +12,7 @@ largest value; then import and export, and what transformers says to the result.
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -324,9 +325,14 @@ def main() -> int:
   result = {
       **figures,
       'seconds': time.time() - started,
-      'command': ' '.join(['python', *sys.argv]),
+      # Where the other Python lies is of no interest elsewhere.
+      'command': ' '.join(
+          ['python benchmarks/huggingface_parity.py']
+          + ['--torch_python=hf/bin/python']
+          + [a for a in sys.argv[1:] if not a.startswith('--torch_python')]
+      ),
       'sizes': ' '.join(sizes),
-      'hardware': f'{platform.processor() or platform.machine()}, '
+      'hardware': f'{os.cpu_count()} x {platform.machine()}, '
       + ', '.join(map(str, jax.devices())),
       'versions': {
           'python': platform.python_version(),

@@ -57,10 +57,10 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
   else:
     config.steps = 600
     config.batch_size = 32
-    config.optimizer.retriever_learning_rate = 5e-4
-    config.optimizer.retriever_delay = 200
-    config.refresh.interval = 50
-    config.refresh.lag = 25
+    config.optimizer.retriever_learning_rate = 4e-4
+    config.optimizer.retriever_delay = 150
+    config.refresh.interval = 25
+    config.refresh.lag = 10
     config.refresh.keep = 0  # All, for the curve of recall over training.
   return config
 

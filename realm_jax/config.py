@@ -8,6 +8,7 @@ The defaults are the paper's (Guu et al. 2020, section 4 and appendix A).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -217,10 +218,7 @@ def validate(config: Config) -> None:
 
   def require(ok: bool, field: str, what: str) -> None:
     if not ok:
-      value = config
-      for part in field.split('.'):
-        value = getattr(value, part)
-      problems.append(f'config.{field}={value!r}: {what}')
+      problems.append(f'config.{field}={_at(config, field)!r}: {what}')
 
   c = config
   require(bool(c.corpus), 'corpus', 'give the folder that `prepare` wrote')
@@ -228,10 +226,7 @@ def validate(config: Config) -> None:
       'steps batch_size log_interval checkpoint.interval refresh.interval'
       ' model.embedding_width lengths.masks'
   ).split():
-    value = c
-    for part in field.split('.'):
-      value = getattr(value, part)
-    require(value >= 1, field, 'must be at least 1')
+    require(_at(c, field) >= 1, field, 'must be at least 1')
   require(
       c.num_candidates >= 2,
       'num_candidates',
@@ -256,9 +251,7 @@ def validate(config: Config) -> None:
       f'must divide the width, {model.width}',
   )
   for field in ('mlm.own_passage_rate', 'ict.remove_rate', 'model.dropout'):
-    section, name = field.split('.')
-    rate = getattr(getattr(c, section), name)
-    require(0 <= rate <= 1, field, 'must be between 0 and 1')
+    require(0 <= _at(c, field) <= 1, field, 'must be between 0 and 1')
   require(
       c.optimizer.learning_rate >= 0,
       'optimizer.learning_rate',
@@ -376,6 +369,10 @@ def _from_dict(cls: type, values: Any, path: str) -> Any:
       value = tuple(value)  # JSON knows no tuples.
     made[name] = value
   return cls(**made)
+
+
+def _at(config: Config, field: str) -> Any:
+  return functools.reduce(getattr, field.split('.'), config)
 
 
 def _type_problems(config: Any, path: str = 'config') -> list[str]:

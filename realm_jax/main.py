@@ -239,7 +239,7 @@ def _import_flags() -> None:
   flags.DEFINE_string(
       'components',
       None,
-      'Which to take, of embedder, reader, span_reader; default: all there are.',
+      'Which to take, of embedder, reader, span_reader; default: all of them.',
   )
   flags.DEFINE_string(
       'corpus',
@@ -256,7 +256,7 @@ def _import_flags() -> None:
       'block_records.npy of an open-QA checkpoint that has none beside it.',
   )
   flags.DEFINE_integer(
-      'workers', None, 'Processes that make a corpus; default: one for each core.'
+      'workers', None, 'Processes for a corpus; default: one for each core.'
   )
   flags.DEFINE_integer(
       'seed', 0, 'For parameters that a checkpoint does not have.'

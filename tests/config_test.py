@@ -69,7 +69,7 @@ def test_json_round_trip():
 @pytest.mark.parametrize(
     ('values', 'message'),
     [
-        ({'batchsize': 3}, 'config has no field batchsize; it has .*batch_size'),
+        ({'batchsize': 3}, 'has no field batchsize; it has .*batch_size'),
         ({'refresh': {'lags': 3}}, r'config\.refresh has no field lags'),
         ({'refresh': 3}, r'config\.refresh must be an object of fields, not 3'),
     ],

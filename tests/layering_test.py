@@ -1,6 +1,7 @@
 """The shape of the code: who imports whom, how long a file may be, letters."""
 
 import ast
+from collections.abc import Iterable
 import pathlib
 import re
 import sys
@@ -37,7 +38,7 @@ _DEVICE_LIBRARIES = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 _IMPORTED_AS = {
     'absl_py': 'absl', 'faiss_cpu': 'faiss', 'orbax_checkpoint': 'orbax'
 }
-_TOOLS = {'hypothesis', 'mypy', 'pytest', 'ruff'}
+_TOOLS = {'hypothesis', 'mypy', 'pytest', 'ruff', 'safetensors', 'transformers'}
 
 # An array's name ends in its shape: letters, digits for fixed sizes.
 _SHAPED_NAME = re.compile(r'^[a-z][a-z0-9_]*_([A-Z][A-Z0-9x]*)$')
@@ -140,13 +141,16 @@ def test_what_is_imported_is_what_is_installed():
       if requirement:
         name = requirement.group(1).replace('-', '_')
         required.add(_IMPORTED_AS.get(name, name))
-  imported = {
-      name.split('.')[0]
-      for path in _FILES
-      for _, name in _imports(_parse(path))
-  }
-  imported -= {*sys.stdlib_module_names, 'realm_jax'}
-  assert imported == required - _TOOLS
+
+  def imported(files: Iterable[pathlib.Path]) -> set[str]:
+    names = [name for path in files for _, name in _imports(_parse(path))]
+    roots = {name.split('.')[0] for name in names}
+    return roots - {*sys.stdlib_module_names, 'realm_jax'}
+
+  assert imported(_FILES) == required - _TOOLS
+  tests = pathlib.Path(__file__).parent
+  own = {path.stem for path in tests.glob('*.py')}
+  assert imported(tests.glob('*_test.py')) <= required | own
 
 
 def test_no_file_is_too_long():

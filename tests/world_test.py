@@ -55,7 +55,7 @@ def test_a_seed_is_one_world_for_ever():
       [generated.knowledge, generated.pretraining, generated.questions]
   )
   assert hashlib.sha256(text.encode()).hexdigest() == (
-      '45f6da93e83fb0f965a120ab4978e6c2be7e229a6b143faace5722a83e7c42da'
+      '0abbe505f3fedb965666ef7fc2000492def46a6c9b46634d0b172302ba6562f9'
   )
 
 

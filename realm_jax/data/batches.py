@@ -19,6 +19,7 @@ from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import tokenizer as tokenizer_lib
 
 Batch = dict[str, np.ndarray]
+Example = dict[str, Any]  # One row of a batch.
 
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
 
@@ -50,8 +51,10 @@ def training_batches(
   Raises:
     ValueError: if the corpus has nothing to learn from.
   """
-  def stream(name: str, split: str, **how) -> grain.MapDataset:
-    examples = _examples(corpus, config, split, **how)
+  def stream(
+      name: str, split: str, own_passage: bool = False
+  ) -> grain.MapDataset:
+    examples = _examples(corpus, config, split, own_passage)
     return (
         grain.MapDataset.source(examples)
         .seed(zlib.crc32(f'{name} {config.seed}'.encode()))
@@ -333,13 +336,13 @@ class _Examples:
   def __len__(self) -> int:
     return len(self._rows)
 
-  def __getitem__(self, index) -> int:
+  def __getitem__(self, index: int) -> int:
     return int(self._rows[index])
 
   def __repr__(self) -> str:  # Part of what Grain saves.
     return f'sentences({self._split}, {len(self)})'
 
-  def sample(self, row: int, rng: np.random.Generator) -> Batch:
+  def sample(self, row: int, rng: np.random.Generator) -> Example:
     raise NotImplementedError
 
   def assemble(self, batch: Batch) -> Batch:
@@ -403,7 +406,7 @@ class _MaskedExamples(_Examples):
           f' lengths.masks = {config.lengths.masks}.'
       )
 
-  def sample(self, row: int, rng: np.random.Generator) -> Batch:
+  def sample(self, row: int, rng: np.random.Generator) -> Example:
     start, limit = rng.choice(
         self._spans[self._span_offsets[row] : self._span_offsets[row + 1]]
     )
@@ -420,7 +423,7 @@ class _MaskedExamples(_Examples):
       chosen = np.sort(rng.choice(room, count, replace=False))
     positions = np.zeros(self._config.lengths.masks, np.int64)
     positions[: len(chosen)] = chosen + 1  # After [CLS].
-    example = {
+    example: Example = {
         'sentence_B': np.int64(row),
         'positions_BM': positions,
         'mask_BM': np.arange(len(positions)) < len(chosen),
@@ -493,7 +496,7 @@ class _ClozeExamples(_Examples):
           ' sentence cut out of it.'
       )
 
-  def sample(self, row: int, rng: np.random.Generator) -> Batch:
+  def sample(self, row: int, rng: np.random.Generator) -> Example:
     removed = rng.random() < self._config.ict.remove_rate
     return {'sentence_B': np.int64(row), 'removed': np.bool_(removed)}
 

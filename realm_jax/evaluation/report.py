@@ -37,15 +37,15 @@ _MASKED_COLUMNS = (
     ('retrieval utility', 'retrieval_utility'),
     ('null-document share', 'null_share'),
 )
-# Panels of training.png: heading, and the metrics that may be in them.
+# Panels of training.png: heading, and the metric.
 _PANELS = (
-    ('loss', ('train/loss',)),
-    ('probability of the null document', ('train/null_share',)),
+    ('loss', 'train/loss'),
+    ('probability of the null document', 'train/null_share'),
     (
         'retrieval utility, log p(y|z,x) - log p(y|null,x)',
-        ('train/retrieval_utility',),
+        'train/retrieval_utility',
     ),
-    ('age of the index in steps', ('refresh/age_steps',)),
+    ('age of the index in steps', 'refresh/age_steps'),
 )
 
 
@@ -130,7 +130,7 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
       axis.set_title(title, fontsize=10)
       axis.set_xlabel('training step')
       axis.grid(alpha=0.3)
-      if any(curves):
+      if any(curves):  # A single curve needs no name.
         axis.legend(fontsize=8)
     for axis in axes[len(panels) :]:
       axis.set_axis_off()
@@ -193,17 +193,15 @@ def _recall_panels(results: list[Result]) -> Panels:
 
 def _training_panels(lines: list[dict[str, Any]]) -> Panels:
   panels: Panels = {}
-  for title, names in _PANELS:
-    for name in names:
-      points = [
-          (line['step'], line[name])
-          for line in lines
-          # A loss that is not finite is a string there.
-          if isinstance(line.get(name), (int, float))
-      ]
-      if points:
-        label = name if len(names) > 1 else ''
-        panels.setdefault(title, {})[label] = points
+  for title, name in _PANELS:
+    points = [
+        (line['step'], line[name])
+        for line in lines
+        # A loss that is not finite is a string there.
+        if isinstance(line.get(name), (int, float))
+    ]
+    if points:
+      panels[title] = {'': points}
   return panels
 
 

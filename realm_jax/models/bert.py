@@ -57,7 +57,9 @@ def layer_norm(
   )
 
 
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None, site: int):
+def _dropout(
+    x: jax.Array, rate: float, key: jax.Array | None, site: int
+) -> jax.Array:
   if key is None or rate == 0:
     return x
   keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape)
@@ -102,7 +104,7 @@ class Layer(nnx.Module):
     target = target_BMD.reshape(b * m, d)  # (B*M) D
     source = hidden_BLD.reshape(b * length, d)  # (B*L) D
 
-    def heads(x):
+    def heads(x: jax.Array) -> jax.Array:
       return x.reshape(b, x.shape[0] // b, self.num_heads, -1)
 
     query_BMHC = heads(self.query(target))
@@ -130,7 +132,7 @@ class Bert(nnx.Module):
   """Embeddings and layers; heads belong to the embedder and the reader."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    def embed(rows):
+    def embed(rows: int) -> nnx.Embed:
       return nnx.Embed(
           rows,
           config.width,

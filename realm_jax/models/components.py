@@ -51,7 +51,9 @@ class Component:
     )
     return nnx.merge(self.graphdef, state)
 
-  def apply(self, params: Params, method: str, *args, **kwargs) -> Any:
+  def apply(
+      self, params: Params, method: str, *args: Any, **kwargs: Any
+  ) -> Any:
     """Calls `method` of the module that holds `params`."""
     return getattr(self.module(params), method)(*args, **kwargs)
 

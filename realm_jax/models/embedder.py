@@ -34,7 +34,12 @@ class PooledBert(nnx.Module):
     self.bert = bert.Bert(config, rngs=rngs)
     self.pooler = bert.linear(config, config.width, config.width, rngs)
 
-  def __call__(self, ids_BL, types_BL, key=None) -> jax.Array:
+  def __call__(
+      self,
+      ids_BL: jax.Array,
+      types_BL: jax.Array,
+      key: jax.Array | None = None,
+  ) -> jax.Array:
     cls_B1 = jnp.zeros((ids_BL.shape[0], 1), jnp.int32)
     cls_B1D = self.bert(ids_BL, types_BL, cls_B1, key)
     return jnp.tanh(self.pooler(cls_B1D[:, 0]))

@@ -76,7 +76,7 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
 class Clock:
   """Splits the wall time of a loop into named parts."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._seconds: dict[str, float] = {}
 
   @contextlib.contextmanager

@@ -5,14 +5,14 @@ adopt an index generation, snapshot the retriever, save, draw the batch,
 retrieve, step, log the step before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import concurrent.futures
 import contextlib
 import logging
 import pathlib
 import signal
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -76,6 +76,15 @@ def train(
     }
   checkpoint.write_json(job.workdir / SUMMARY, summary)
   return summary
+
+
+class _Pending(NamedTuple):
+  """What a step left to be logged, once the device is done with it."""
+
+  step: int  # Updates done with it.
+  sentences: np.ndarray
+  metrics: steps_lib.Metrics
+  staleness: dict[str, float]  # Of the index that it searched.
 
 
 class _Loop:
@@ -143,7 +152,7 @@ class _Loop:
             mininterval=0.5,
         )
     )
-    self._pending: tuple[int, np.ndarray, Any] | None = None
+    self._pending: _Pending | None = None
     self._logged = (self._step, time.perf_counter())
     self._said = time.perf_counter()
     self._stop = stack.enter_context(_on_sigterm())
@@ -183,7 +192,10 @@ class _Loop:
         self.state, metrics = self._train_step(self.state, arrays)
         # Of the step before: by now it is done, and nobody waits for it.
         self._log_pending()
-      self._pending = (step + 1, batch['sentence_B'], metrics)
+      staleness = self._refresher.metrics(step) if self._refresher else {}
+      self._pending = _Pending(
+          step + 1, batch['sentence_B'], metrics, staleness
+      )
       self._step += 1
       self._bar.update()
     self._log_pending()
@@ -264,6 +276,8 @@ class _Loop:
   def _save(self, step: int) -> None:
     with self._clock.measure('checkpoint'):
       self._log_pending()  # Raises if the parameters are not worth saving.
+      if step == self._checkpoints.latest:
+        return  # Resumed here, and nothing has changed.
       # A checkpoint must find the snapshots that came before it.
       self._wait_for_snapshot()
       rest = {
@@ -283,11 +297,11 @@ class _Loop:
     """Fetches, checks and records the metrics of the last step."""
     if self._pending is None:
       return
-    step, sentences, metrics = self._pending
-    self._pending = None
+    pending, self._pending = self._pending, None
+    step = pending.step
     values = {
         f'train/{name}': float(value)
-        for name, value in jax.device_get(metrics).items()
+        for name, value in jax.device_get(pending.metrics).items()
     }
     loss = values['train/loss']
     if not np.isfinite(loss) or not np.isfinite(values['train/grad_norm']):
@@ -295,7 +309,7 @@ class _Loop:
       raise FloatingPointError(
           f'The loss of step {step} is {loss}, its gradient norm'
           f' {values["train/grad_norm"]}. Sentences of the batch:'
-          f' {sentences.tolist()}. The last checkpoint, from before it, is'
+          f' {pending.sentences.tolist()}. The last checkpoint, from before it, is'
           f' kept: step {self._checkpoints.latest}.'
       )
     if step % self._job.config.log_interval:
@@ -307,8 +321,7 @@ class _Loop:
     values['time/examples_per_second'] = rate * self._job.config.batch_size
     for part, seconds in self._clock.take().items():
       values[f'time/{part}_seconds'] = seconds
-    if self._refresher is not None:
-      values.update(self._refresher.metrics(step))
+    values.update(pending.staleness)
     self._writer.write(step, values)
     shown = {
         'loss': f'{loss:.3f}',
@@ -329,7 +342,7 @@ def _inputs(objective: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _on_sigterm():
+def _on_sigterm() -> Iterator[list[int]]:
   """Yields a list that is no longer empty once SIGTERM has come."""
   came: list[int] = []
   try:

@@ -6,6 +6,7 @@ Adam's bias correction is on, and the decay starts where the warm-up ends.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -32,7 +33,7 @@ def learning_rate(config: config_lib.Config, component: str) -> optax.Schedule:
   # rate forgets in twenty steps what ICT taught it.
   start = c.retriever_delay if component == 'embedder' else 0
 
-  def schedule(step):
+  def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     warm = (step - start + 1) / max(c.warmup_steps, 1)
     return decay(step) * jnp.clip(warm, 0.0, 1.0) * (step >= start)
 

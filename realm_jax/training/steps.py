@@ -24,6 +24,7 @@ from realm_jax.training import optimizer
 
 Components = dict[str, components_lib.Component]
 Metrics = dict[str, jax.Array]
+LossAndMetrics = tuple[jax.Array, Metrics]
 # What a step of an objective reads; the rest of a batch stays on the host.
 INPUTS = {
     'mlm': 'joint_ids_BT joint_types_BT positions_BM targets_BM mask_BM',
@@ -50,10 +51,10 @@ def loss_function(
     config: config_lib.Config,
     components: Components,
     null_ids: tuple[int, int, int],
-) -> Callable[..., tuple[jax.Array, Metrics]]:
+) -> Callable[..., LossAndMetrics]:
   """Returns loss(params, batch, key) -> (loss, metrics) of the objective."""
 
-  def mlm(params, batch, key):
+  def mlm(params: Any, batch: Any, key: jax.Array) -> LossAndMetrics:
     token_logp_BM = components['reader'].apply(
         params['reader'],
         'token_logp',
@@ -66,7 +67,7 @@ def loss_function(
     loss, _ = objectives.masked_mlm(token_logp_BM, batch['mask_BM'])
     return loss, {}
 
-  def ict(params, batch, key):
+  def ict(params: Any, batch: Any, key: jax.Array) -> LossAndMetrics:
     embedder = components['embedder']
     query_emb_BE = embedder.apply(
         params['embedder'], 'embed_query', batch['query_ids_BQ'], key
@@ -79,7 +80,7 @@ def loss_function(
     )
     return objectives.in_batch_softmax(query_emb_BE, doc_emb_BE)
 
-  def marginal(params, batch, key):
+  def marginal(params: Any, batch: Any, key: jax.Array) -> LossAndMetrics:
     query_key, reader_key = jax.random.split(key)
     score_BK = realm.candidate_scores(
         components['embedder'],
@@ -122,7 +123,9 @@ def make_train_step(
   """
   loss_fn = loss_function(config, components, null_ids)
 
-  def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
+  def train_step(
+      state: TrainState, batch: Any
+  ) -> tuple[TrainState, Metrics]:
     on_trace()
     key = jax.random.fold_in(stream(state.rng, 'dropout'), state.step)
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -133,9 +136,9 @@ def make_train_step(
     metrics = {
         'loss': loss,
         **metrics,
-        'grad_norm': optax.global_norm(grads),
-        'update_norm': optax.global_norm(updates),
-        'param_norm': optax.global_norm(params),
+        'grad_norm': optax.tree.norm(grads),
+        'update_norm': optax.tree.norm(updates),
+        'param_norm': optax.tree.norm(params),
     }
     for name in components:
       metrics[f'learning_rate_{name}'] = jnp.asarray(
@@ -159,7 +162,9 @@ def make_query_embedder(
 ) -> Callable[[components_lib.Params, Any], jax.Array]:
   """Returns the jitted embed(params, query_ids_BQ) -> query_emb_BE."""
 
-  def embed_query(params, query_ids_BQ):
+  def embed_query(
+      params: components_lib.Params, query_ids_BQ: jax.Array
+  ) -> jax.Array:
     return embedder.apply(params, 'embed_query', query_ids_BQ)
 
   return jax.jit(
