@@ -35,22 +35,22 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
   config.lengths.document = 160
   config.lengths.masks = 6
   config.optimizer.learning_rate = 1e-3
-  config.optimizer.warmup_steps = 100
+  config.optimizer.warmup_steps = 50
   config.optimizer.final_fraction = 0.1
   config.optimizer.b2 = 0.98
   config.checkpoint.interval = 200
   config.checkpoint.keep = 1
   if stage == 'mlm':
-    config.steps, config.batch_size = 1000, 32
+    config.steps, config.batch_size = 300, 32
     config.mlm.own_passage_rate = 0.5
   elif stage == 'ict':
-    config.steps, config.batch_size = 1000, 64
+    config.steps, config.batch_size = 600, 64
   else:
-    config.steps, config.batch_size = 400, 16
+    config.steps, config.batch_size = 250, 16
     config.num_candidates = 5
     config.optimizer.learning_rate = 5e-4
     config.optimizer.retriever_learning_rate = 1e-4
-    config.optimizer.retriever_delay = 100
+    config.optimizer.retriever_delay = 50
     config.refresh.interval = 50
     config.refresh.lag = 50
     config.refresh.keep = 0

@@ -181,6 +181,11 @@ def _evaluate_flags() -> None:
       " corpus' questions.jsonl if it has one.",
   )
   flags.DEFINE_string(
+      'corpus',
+      None,
+      'Search this corpus instead of the one trained on; same tokenizer.',
+  )
+  flags.DEFINE_string(
       'steps',
       'latest',
       'Which steps: `latest`, `all` (every snapshot and checkpoint still'
@@ -198,7 +203,11 @@ def _evaluate(argv: Sequence[str]) -> None:
   from realm_jax.evaluation import retrieval
 
   results = retrieval.evaluate(
-      FLAGS.workdir, FLAGS.questions, steps=FLAGS.steps, limit=FLAGS.limit
+      FLAGS.workdir,
+      FLAGS.questions,
+      steps=FLAGS.steps,
+      corpus=FLAGS.corpus,
+      limit=FLAGS.limit,
   )
   print(report.write(FLAGS.workdir, results))
 

@@ -9,6 +9,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +44,7 @@ class _Special:
 
 
 def test_documents_by_hand():
-  ids, types = batches.assemble_documents(
+  ids, types = inputs.assemble_documents(
       _toy(), np.array([[0, 1, -1]]), 10, _Special
   )
   np.testing.assert_array_equal(
@@ -65,14 +66,14 @@ def test_documents_by_hand():
 
 
 def test_a_document_too_long_loses_body_and_keeps_its_end():
-  ids, _ = batches.assemble_documents(_toy(), np.array([0]), 7, _Special)
+  ids, _ = inputs.assemble_documents(_toy(), np.array([0]), 7, _Special)
   np.testing.assert_array_equal(ids, [[1, 10, 11, 2, 20, 21, 2]])
-  ids, _ = batches.assemble_documents(_toy(), np.array([0]), 4, _Special)
+  ids, _ = inputs.assemble_documents(_toy(), np.array([0]), 4, _Special)
   np.testing.assert_array_equal(ids, [[1, 10, 2, 2]])
 
 
 def test_a_cut_leaves_out_a_piece_of_the_body():
-  ids, _ = batches.assemble_documents(
+  ids, _ = inputs.assemble_documents(
       _toy(), np.array([0, 0]), 8, _Special,
       cut=(np.array([1, 0]), np.array([2, 0])),
   )
@@ -83,7 +84,7 @@ def test_a_cut_leaves_out_a_piece_of_the_body():
 
 def test_joint_by_hand():
   query = np.array([[1, 7, 8, 2, 0], [1, 9, 2, 0, 0]])
-  ids, types = batches.assemble_joint(
+  ids, types = inputs.assemble_joint(
       _toy(), np.array([[-1, 0], [1, 0]]), query, np.array([4, 3]), 8, _Special
   )
   np.testing.assert_array_equal(
@@ -201,19 +202,30 @@ def test_ict_cuts_the_sentence_nine_times_in_ten(corpus):
 def test_warm_up_shows_the_own_passage_as_often_as_asked(corpus):
   config = _config(corpus, 'mlm', mlm=config_lib.MlmConfig(0.75))
   knowledge = corpus.sentences['knowledge']
-  own = 0
+  bodies = {
+      corpus.passages.title_and_body(row)[1].tobytes()
+      for row in range(len(corpus.passages))
+  }
+  own, alone, random = 0, 0, 0
   for batch in _take(corpus, config, 40):
-    bodies = batch['joint_types_BT'].sum(1)
-    alone = (bodies == 1).all()  # The last [SEP] only.
-    assert alone or (bodies > 1).all()
-    own += not alone
-    if not alone:
-      for i, row in enumerate(batch['sentence_B']):
-        _, body = corpus.passages.title_and_body(int(knowledge.passages[row]))
-        found = batch['joint_ids_BT'][i][batch['joint_types_BT'][i] == 1][:-1]
-        np.testing.assert_array_equal(found, body[: len(found)])
-        assert len(found) == len(body)
+    seen = [
+        ids[types == 1][:-1].astype(np.uint16)
+        for ids, types in zip(
+            batch['joint_ids_BT'], batch['joint_types_BT'], strict=True
+        )
+    ]
+    passages = knowledge.passages[batch['sentence_B'] % len(knowledge)]
+    if all(
+        np.array_equal(body, corpus.passages.title_and_body(row)[1])
+        for body, row in zip(seen, passages, strict=True)
+    ):
+      own += 1
+      continue
+    alone += sum(len(body) == 0 for body in seen)
+    random += sum(body.tobytes() in bodies for body in seen)
   assert own == 30
+  assert alone + random == 10 * 16
+  assert 50 < alone < 110  # About half of them.
 
 
 def test_exclusions_follow_the_config(corpus):
@@ -270,7 +282,7 @@ def test_evaluation_is_one_pass_in_a_fixed_order(corpus):
 
 def test_queries_are_cut_to_length(corpus):
   tokenizer = corpus.tokenizer
-  ids = batches.encode_queries(['The pet of', 'The pet'], 4, tokenizer)
+  ids = inputs.encode_queries(['The pet of', 'The pet'], 4, tokenizer)
   pieces = tokenizer.encode('The pet')
   assert ids[0].tolist() == [tokenizer.cls_id, *pieces[:2], tokenizer.sep_id]
   assert ids.shape == (2, 4)
@@ -298,7 +310,7 @@ def test_training_never_tokenises(corpus, monkeypatch):
     config = _config(corpus, objective)
     batch = _take(corpus, config, 1)[0]
     if objective == 'realm':
-      batches.with_candidates(
+      inputs.with_candidates(
           batch, np.zeros((16, 3), int), corpus, config.lengths
       )
   assert pathlib.Path(corpus.directory).exists()

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
 from realm_jax.data import prepare
 from realm_jax.index import builder
 from realm_jax.index import generation
@@ -76,7 +76,7 @@ def check_some(corpus, component):
     assert emb_NE.shape == (len(lengths), 16)
     order = np.argsort(lengths)
     for row in order[[0, len(order) // 3, len(order) // 2, -1]]:
-      ids, types = batches.assemble_documents(
+      ids, types = inputs.assemble_documents(
           corpus.passages, np.array([row]), lengths[row], corpus.tokenizer
       )
       assert (ids != 0).all()

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,8 +13,8 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.api import retriever as retriever_lib
-from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
 from realm_jax.data import prepare
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.export import exporting
@@ -133,6 +135,23 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   # Step 0 is still what it was.
   exporting.run(workdir, 'huggingface', tmp_path / 'first', step=0)
   _assert_same_tensors(tmp_path / 'first', _FIXTURES / 'embedder')
+
+
+def test_a_part_of_an_open_qa_checkpoint(tmp_path):
+  importing.run(
+      [str(_FIXTURES / 'open_qa')],
+      tmp_path / 'workdir',
+      components=['embedder'],
+      workers=1,
+  )
+  exporting.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
+  config = json.loads((tmp_path / 'out/config.json').read_bytes())
+  assert config['architectures'] == ['RealmEmbedder']
+  there = tensor_files.open_folder(_FIXTURES / 'open_qa')
+  for name, tensor in tensor_files.open_folder(tmp_path / 'out').items():
+    if 'cls.predictions' not in name:
+      want = there[f'embedder.{name}']
+      assert tensor.read().tobytes() == want.read().tobytes()
 
 
 def test_half_precision_comes_back_in_half_precision(tmp_path):
@@ -267,7 +286,7 @@ def test_the_retriever_embeds_as_training_does(workdirs):
       workdirs / 'embedder', query_length=8, passage_length=12
   )
   texts = ['the cat', '', 'red ' * 30, 'who']
-  ids = batches.encode_queries(texts, 8, tokenizer)
+  ids = inputs.encode_queries(texts, 8, tokenizer)
   workdir = opened.open_workdir(workdirs / 'embedder')
   component, params = workdir.components['embedder'], workdir.params['embedder']
   want = component.apply(params, 'embed_query', ids)
@@ -287,7 +306,7 @@ def test_the_retriever_embeds_as_training_does(workdirs):
       np.array(titles, np.int32),
       np.arange(4, dtype=np.int32),
   )
-  ids, types = batches.assemble_documents(table, np.arange(4), 12, tokenizer)
+  ids, types = inputs.assemble_documents(table, np.arange(4), 12, tokenizer)
   want = component.apply(params, 'embed_document', ids, types)
   np.testing.assert_allclose(
       found.embed_passages(pairs), want, rtol=1e-4, atol=1e-5
@@ -494,6 +513,78 @@ def test_documents_that_do_not_fit_their_embeddings(tmp_path):
       workers=1,
   )
   assert (tmp_path / 'elsewhere/index/0').is_dir()
+
+
+def test_a_hub_id(tmp_path, monkeypatch):
+  """Only what is needed is fetched; what the hub lacks is no error."""
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  fetched = []
+
+  def download(name, file):
+    assert name == 'someone/scorer'
+    path = _FIXTURES / 'scorer' / file
+    if not path.is_file():
+      raise errors.LocalEntryNotFoundError(f'no {file}')
+    fetched.append(file)
+    return str(path)
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
+  summary = importing.run(['someone/scorer'], tmp_path / 'workdir')
+  assert summary['sources']['someone/scorer']['kind'] == 'scorer'
+  assert sorted(fetched) == [
+      'config.json',
+      'model-00001-of-00002.safetensors',
+      'model-00002-of-00002.safetensors',
+      'model.safetensors.index.json',
+      'tokenizer_config.json',
+      'vocab.txt',
+  ]
+
+  def offline(name, file):
+    raise errors.LocalEntryNotFoundError('offline')
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', offline)
+  with pytest.raises(FileNotFoundError, match='hub cannot be reached'):
+    importing.run(['someone/else'], tmp_path / 'other')
+  with pytest.raises(FileNotFoundError, match='There is no folder'):
+    importing.run([str(tmp_path / 'nothing')], tmp_path / 'other')
+
+
+def test_command_line(tmp_path):
+  def realm_jax(*arguments):
+    done = subprocess.run(
+        [sys.executable, '-m', 'realm_jax', *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=_FIXTURES.parent.parent,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+  code, said, _ = realm_jax(
+      'import',
+      f'--source={_FIXTURES / "bert"}',
+      '--components=reader',
+      f'--workdir={tmp_path / "workdir"}',
+  )
+  assert code == 0
+  assert json.loads(said)['parameters'] > 10_000
+  code, said, _ = realm_jax(
+      'export',
+      f'--workdir={tmp_path / "workdir"}',
+      '--format=huggingface',
+      '--classes=encoder,bert',
+      f'--output={tmp_path / "out"}',
+  )
+  assert code == 0
+  assert said.split() == [str(tmp_path / 'out'), str(tmp_path / 'out/bert')]
+  code, said, error = realm_jax(
+      'import', '--source=/no/where', f'--workdir={tmp_path / "new"}'
+  )
+  assert (code, said) == (1, '')
+  assert error.endswith('realm-jax import: There is no folder /no/where.\n')
 
 
 def test_what_cannot_be_exported(workdirs, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
 from realm_jax.data import qa
 from realm_jax.evaluation import inspect
 from realm_jax.evaluation import retrieval
@@ -114,7 +115,7 @@ def _all_embeddings(config, params, corpus):
   """Without buckets, batches or the code under test."""
   component = components_lib.make_all(config)['embedder']
   rows = np.arange(len(corpus.passages))
-  ids, types = batches.assemble_documents(
+  ids, types = inputs.assemble_documents(
       corpus.passages, rows, config.lengths.document, corpus.tokenizer
   )
   return _apply(component, params, 'embed_document', ids, types)
@@ -147,7 +148,7 @@ def test_question_metrics_equal_those_by_hand(
       component,
       params,
       'embed_query',
-      batches.encode_queries(
+      inputs.encode_queries(
           [q.question for q in questions],
           config.lengths.query,
           corpus.tokenizer,
@@ -209,7 +210,7 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
         parts['embedder'],
         params,
         'embed_document',
-        *batches.assemble_documents(
+        *inputs.assemble_documents(
             corpus.passages, np.array([-1]), 8, corpus.tokenizer
         ),
     )
@@ -220,7 +221,7 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
         ],
         1,
     )
-    full = batches.with_candidates(batch, retrieved, corpus, config.lengths)
+    full = inputs.with_candidates(batch, retrieved, corpus, config.lengths)
     b, k, t = full['joint_ids_BKT'].shape
     logits = _apply(
         parts['reader'],

@@ -21,6 +21,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
 from realm_jax.index import builder
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
@@ -308,7 +309,7 @@ def test_eight_devices_give_the_result_of_one(world, objective, shape):
   batch = next(batches.training_batches(corpus, config))
   if objective == 'realm':
     retrieved = np.arange(16).reshape(8, 2)
-    batch = batches.with_candidates(batch, retrieved, corpus, config.lengths)
+    batch = inputs.with_candidates(batch, retrieved, corpus, config.lengths)
   arrays = {name: batch[name] for name in steps_lib.INPUTS[objective].split()}
 
   def step_on(devices, shape):
@@ -403,7 +404,7 @@ def test_a_trivial_candidate_is_never_read(world, tmp_path):
         num_candidates=20, refresh__policy='none',
     )
     found = []
-    original = batches.with_candidates
+    original = inputs.with_candidates
 
     def spy(batch, retrieved, corpus, lengths):
       own = corpus.sentences['knowledge'].passages[batch['sentence_B']]
@@ -415,7 +416,7 @@ def test_a_trivial_candidate_is_never_read(world, tmp_path):
       return original(batch, retrieved, corpus, lengths)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(batches, 'with_candidates', spy)
+      patch.setattr(inputs, 'with_candidates', spy)
       run(config, tmp_path / trivial)
     return np.mean(found)
 
@@ -430,7 +431,7 @@ def test_scores_come_from_current_parameters_not_from_the_index(world):
   config = config_lib.resolve(make_config(world, 'realm'))
   config.model.vocab_size = corpus.tokenizer.vocab_size
   components = components_lib.make_all(config)
-  batch = batches.with_candidates(
+  batch = inputs.with_candidates(
       next(batches.training_batches(corpus, config)),
       np.arange(16).reshape(8, 2), corpus, config.lengths,
   )

@@ -1,13 +1,11 @@
 """From the corpus' tables to batches of wordpieces, in numpy and Grain.
 
-Public: `training_batches`, `evaluation_batches`, `assemble_documents`,
-`assemble_joint`, `with_candidates`, `encode_queries`, `Lengths`. Every random
+Public: `training_batches`, `evaluation_batches`, `sentences_of`. Every random
 choice is a function of (seed, position in the stream) alone: the batches do not
 depend on the number of workers, and an iterator's state is its position.
 """
 
 from collections.abc import Iterator
-import dataclasses
 from typing import Any
 import zlib
 
@@ -16,12 +14,9 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import tokenizer as tokenizer_lib
+from realm_jax.data import inputs
 
-Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # One row of a batch.
-
-NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
 
 
 def training_batches(
@@ -92,7 +87,7 @@ def evaluation_batches(
     config: config_lib.Config,
     split: str = 'validation',
     limit: int | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[inputs.Batch]:
   """One pass over a split in a fixed order with fixed masks.
 
   The last batch is smaller; `limit` is a number of sentences.
@@ -117,190 +112,6 @@ def sentences_of(corpus: corpus_lib.Corpus, config: config_lib.Config) -> str:
   if config.sentences != 'auto':
     return config.sentences
   return 'pretraining' if 'pretraining' in corpus.sentences else 'knowledge'
-
-
-def assemble_documents(
-    passages: corpus_lib.PassageTable,
-    rows: np.ndarray,
-    length: int,
-    tokenizer: tokenizer_lib.Tokenizer,
-    cut: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `[CLS] title [SEP] body [SEP]` of passages, padded.
-
-  Args:
-    passages: the table.
-    rows: passage numbers, any shape; NULL_DOCUMENT for the null document.
-    length: S; the title has priority, the body gets what remains.
-    tokenizer: for the special ids.
-    cut: for each row, a range (start, limit) of body wordpieces to leave out.
-
-  Returns:
-    ids and types (segments 0 up to the first [SEP], 1 after), int32 [..., S].
-  """
-  title, body = _title_and_body(passages, rows.reshape(-1), cut)
-  return _join(
-      [tokenizer.cls_id, title, tokenizer.sep_id, body, tokenizer.sep_id],
-      length,
-      first_segment=3,
-      shape=rows.shape,
-  )
-
-
-def assemble_joint(
-    passages: corpus_lib.PassageTable,
-    rows: np.ndarray,
-    query_ids: np.ndarray,
-    query_lengths: np.ndarray,
-    length: int,
-    tokenizer: tokenizer_lib.Tokenizer,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `[CLS] x [SEP] body [SEP]`, the reader's input, padded.
-
-  Args:
-    passages: the table.
-    rows: passage numbers [B, K]; NULL_DOCUMENT for the null document.
-    query_ids: `[CLS] x [SEP]`, padded, [B, Q].
-    query_lengths: wordpieces of each, with the specials, [B].
-    length: T.
-    tokenizer: for the special ids.
-
-  Returns:
-    ids and types (0 for the sentence, 1 for the body), int32 [B, K, T].
-  """
-  num_queries, width = query_ids.shape
-  starts = np.arange(num_queries) * width
-  query = _Pieces(
-      query_ids.reshape(-1),
-      np.repeat(starts, rows.shape[1]),
-      np.repeat(query_lengths, rows.shape[1]),
-  )
-  _, body = _title_and_body(passages, rows.reshape(-1), None)
-  return _join(
-      [query, body, tokenizer.sep_id], length, first_segment=1, shape=rows.shape
-  )
-
-
-def with_candidates(
-    batch: Batch,
-    retrieved: np.ndarray,
-    corpus: corpus_lib.Corpus,
-    lengths: config_lib.LengthsConfig,
-) -> Batch:
-  """Adds the candidates' texts to a `realm` batch.
-
-  Args:
-    batch: of `training_batches`.
-    retrieved: passage rows from the search, [B, J].
-    corpus: the opened corpus.
-    lengths: static shapes.
-
-  Returns:
-    The batch with doc_ids_BJS and doc_types_BJS of the retrieved documents,
-    joint_ids_BKT and joint_types_BKT of all candidates (candidate 0 is the null
-    document), without exclude_BR2.
-  """
-  null = np.full((len(retrieved), 1), NULL_DOCUMENT, np.int64)
-  candidates = np.concatenate([null, retrieved], axis=1)
-  batch = {name: x for name, x in batch.items() if name != 'exclude_BR2'}
-  batch['doc_ids_BJS'], batch['doc_types_BJS'] = assemble_documents(
-      corpus.passages, retrieved, lengths.document, corpus.tokenizer
-  )
-  batch['joint_ids_BKT'], batch['joint_types_BKT'] = assemble_joint(
-      corpus.passages,
-      candidates,
-      batch['query_ids_BQ'],
-      batch['query_lengths_B'],
-      lengths.joint,
-      corpus.tokenizer,
-  )
-  return batch
-
-
-def encode_queries(
-    texts: list[str], length: int, tokenizer: tokenizer_lib.Tokenizer
-) -> np.ndarray:
-  """Returns `[CLS] text [SEP]` of questions, cut to `length`, int32 [B, Q]."""
-  ids = np.full((len(texts), length), tokenizer.pad_id, np.int32)
-  for row, pieces in zip(ids, tokenizer.encode_batch(texts), strict=True):
-    pieces = pieces[: length - 2]
-    row[: len(pieces) + 2] = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
-  return ids
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pieces:
-  """For each row, a run of wordpieces: where it begins and how long it is.
-
-  With a gap, `gap_sizes` wordpieces are skipped after the first `gap_starts`.
-  """
-
-  tokens: np.ndarray
-  starts: np.ndarray
-  lengths: np.ndarray
-  gap_starts: np.ndarray | None = None
-  gap_sizes: np.ndarray | None = None
-
-
-def _title_and_body(
-    passages: corpus_lib.PassageTable,
-    rows: np.ndarray,
-    cut: tuple[np.ndarray, np.ndarray] | None,
-) -> tuple[_Pieces, _Pieces]:
-  real, safe = rows >= 0, np.maximum(rows, 0)
-  starts, limits = passages.offsets[safe], passages.offsets[safe + 1]
-  titles = np.where(real, passages.title_lengths[safe], 0)
-  bodies = np.where(real, limits - starts, 0) - titles
-  tokens = passages.tokens
-  title = _Pieces(tokens, starts, titles)
-  body = _Pieces(tokens, starts + titles, bodies)
-  if cut is not None:
-    gap_starts, gap_limits = cut
-    sizes = gap_limits - gap_starts
-    body = _Pieces(tokens, body.starts, bodies - sizes, gap_starts, sizes)
-  return title, body
-
-
-def _join(
-    parts: list[_Pieces | int],
-    length: int,
-    first_segment: int,
-    shape: tuple[int, ...],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Concatenates runs of wordpieces and single ids in each row.
-
-  A run is cut so that what follows it still fits. Parts from `first_segment`
-  on are of segment 1.
-  """
-  num_rows = next(len(p.lengths) for p in parts if isinstance(p, _Pieces))
-  column = np.arange(length)[None]
-  ids = np.zeros((num_rows, length), np.int32)
-  types = np.zeros((num_rows, length), np.int32)
-  filled = np.zeros(num_rows, np.int64)
-  for i, part in enumerate(parts):
-    if isinstance(part, int):
-      size = np.ones(num_rows, np.int64)
-    else:
-      singles = sum(isinstance(later, int) for later in parts[i + 1 :])
-      size = np.minimum(part.lengths, length - singles - filled)
-    inside = column - filled[:, None]
-    here = (inside >= 0) & (inside < size[:, None])
-    if isinstance(part, int):
-      values: Any = part
-    else:
-      if part.gap_starts is not None and part.gap_sizes is not None:
-        after = inside >= part.gap_starts[:, None]
-        inside = inside + np.where(after, part.gap_sizes[:, None], 0)
-      flat = np.where(here, part.starts[:, None] + inside, 0)
-      values = part.tokens[flat]
-    ids = np.where(here, values, ids)
-    if i >= first_segment:
-      types = np.where(here, 1, types)
-    filled = filled + size
-  return (
-      ids.astype(np.int32).reshape(*shape, length),
-      types.astype(np.int32).reshape(*shape, length),
-  )
 
 
 def _examples(
@@ -345,23 +156,17 @@ class _Examples:
   def sample(self, row: int, rng: np.random.Generator) -> Example:
     raise NotImplementedError
 
-  def assemble(self, batch: Batch) -> Batch:
+  def assemble(self, batch: inputs.Batch) -> inputs.Batch:
     raise NotImplementedError
 
   def _queries(
       self, rows: np.ndarray, masks: tuple[np.ndarray, np.ndarray] | None
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`[CLS] x [SEP]`: ids [B, Q], lengths [B], and what the masks hide."""
-    length, tokenizer = self._config.lengths.query, self._corpus.tokenizer
-    table = self._table
-    pieces = _Pieces(table.tokens, table.starts[rows], table.lengths[rows])
-    ids, _ = _join(
-        [tokenizer.cls_id, pieces, tokenizer.sep_id],
-        length,
-        first_segment=3,
-        shape=rows.shape,
+    tokenizer = self._corpus.tokenizer
+    ids, sizes = inputs.assemble_queries(
+        self._table, rows, self._config.lengths.query, tokenizer
     )
-    sizes = np.minimum(pieces.lengths + 2, length).astype(np.int32)
     targets = np.zeros((len(rows), 0), np.int32)
     if masks is not None:
       positions, is_mask = masks
@@ -439,10 +244,10 @@ class _MaskedExamples(_Examples):
     # Of no use or none at all, as often: else the reader would trust any
     # passage, and the null document would beat all that are not gold.
     if rng.random() < 0.5:
-      return NULL_DOCUMENT
+      return inputs.NULL_DOCUMENT
     return int(rng.integers(len(self._corpus.passages)))
 
-  def assemble(self, batch: Batch) -> Batch:
+  def assemble(self, batch: inputs.Batch) -> inputs.Batch:
     rows, positions = batch['sentence_B'], batch['positions_BM']
     query_ids, query_lengths, targets = self._queries(
         rows, (positions, batch['mask_BM'])
@@ -451,7 +256,7 @@ class _MaskedExamples(_Examples):
     batch['positions_BM'] = positions.astype(np.int32)
     passages = np.asarray(self._table.passages[rows])
     if self._config.objective == 'mlm':
-      ids, types = assemble_joint(
+      ids, types = inputs.assemble_joint(
           self._corpus.passages,
           batch.pop('view')[:, None],
           query_ids,
@@ -500,14 +305,14 @@ class _ClozeExamples(_Examples):
     removed = rng.random() < self._config.ict.remove_rate
     return {'sentence_B': np.int64(row), 'removed': np.bool_(removed)}
 
-  def assemble(self, batch: Batch) -> Batch:
+  def assemble(self, batch: inputs.Batch) -> inputs.Batch:
     rows, table = batch['sentence_B'], self._corpus.passages
     passages = np.asarray(self._table.passages[rows])
     batch['query_ids_BQ'], _, _ = self._queries(rows, None)
     body = table.offsets[passages] + table.title_lengths[passages]
     start = self._table.starts[rows] - body
     size = np.where(batch.pop('removed'), self._table.lengths[rows], 0)
-    batch['doc_ids_BS'], batch['doc_types_BS'] = assemble_documents(
+    batch['doc_ids_BS'], batch['doc_types_BS'] = inputs.assemble_documents(
         table,
         passages,
         self._config.lengths.document,

@@ -14,7 +14,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from realm_jax.data import batches
+from realm_jax.data import inputs
 from realm_jax.evaluation import trained as trained_lib
 from realm_jax.index import generation as generation_lib
 from realm_jax.runtime import checkpoint
@@ -89,7 +89,7 @@ def inspect(
   retrieved_BJ = search.search(
       trained.embed_queries(params, query['query_ids_BQ']), size - 1
   )
-  batch = batches.with_candidates(
+  batch = inputs.with_candidates(
       query, retrieved_BJ, trained.corpus, trained.config.lengths
   )
   read = trained.read(params, batch)
@@ -103,9 +103,9 @@ def inspect(
     )
 
   documents = []
-  for i, row in enumerate([batches.NULL_DOCUMENT, *retrieved_BJ[0].tolist()]):
+  for i, row in enumerate([inputs.NULL_DOCUMENT, *retrieved_BJ[0].tolist()]):
     record = {'id': '', 'title': '', 'text': ''}
-    if row != batches.NULL_DOCUMENT:
+    if row != inputs.NULL_DOCUMENT:
       record = trained.corpus.passage_text(row)
     documents.append(
         Document(
@@ -282,7 +282,7 @@ def _joined(prediction: Prediction) -> str:
   return ' | '.join(prediction.fillings)
 
 
-def _query(trained: trained_lib.Trained, text: str) -> batches.Batch:
+def _query(trained: trained_lib.Trained, text: str) -> inputs.Batch:
   """The sentence as a `realm` batch of one; Raises as `inspect` does."""
   if MASK not in text:
     raise ValueError(

@@ -16,6 +16,7 @@ import numpy as np
 
 from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
 from realm_jax.data import qa
 from realm_jax.evaluation import open_qa
 from realm_jax.evaluation import ranking
@@ -125,7 +126,7 @@ class _Asked:
     texts = _Texts(trained.corpus)
     return cls(
         questions,
-        batches.encode_queries(
+        inputs.encode_queries(
             [question.question for question in questions],
             trained.config.lengths.query,
             trained.corpus.tokenizer,
@@ -318,7 +319,7 @@ def _read_batch(
     search: mips.Search | None,
     num_candidates: int,
     batch_size: int,
-    batch: batches.Batch,
+    batch: inputs.Batch,
 ) -> dict[str, np.ndarray]:
   """Returns each metric for each sentence of the batch."""
   count = len(batch['mask_BM'])
@@ -333,7 +334,7 @@ def _read_batch(
         num_candidates - 1,
         batch['exclude_BR2'],
     )
-  batch = batches.with_candidates(
+  batch = inputs.with_candidates(
       batch, retrieved_BJ, trained.corpus, trained.config.lengths
   )
   read = trained.read(params, batch)

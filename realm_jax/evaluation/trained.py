@@ -15,8 +15,8 @@ import numpy as np
 import tqdm
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
 from realm_jax.index import builder
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import mips
@@ -165,7 +165,7 @@ class Trained:
     each = num_candidates * num_masks * self.config.model.vocab_size
     return max(1, min(self.config.batch_size, _MAX_LOGITS // each))
 
-  def read(self, params: Params, batch: batches.Batch) -> batches.Batch:
+  def read(self, params: Params, batch: inputs.Batch) -> inputs.Batch:
     """Scores and reads the candidates of a batch of `with_candidates`.
 
     Returns, as numpy arrays:

@@ -85,17 +85,11 @@ def default_kinds(workdir: opened.Workdir) -> list[str]:
 
   An import as what it was; else the retriever, then the reader.
   """
-  if workdir.imported:
-    return [
-        # Its documents may not have come with it.
-        kind
-        for one in workdir.imported
-        for kind in (
-            [one.kind]
-            if one.kind != 'openqa' or workdir.corpus
-            else ['embedder', 'reader']
-        )
-    ]
+  # An open-QA model can come without its documents, or in part.
+  whole = workdir.corpus is not None and 'span_reader' in workdir.params
+  kinds = [one.kind for one in workdir.imported]
+  if kinds and ('openqa' not in kinds or whole):
+    return kinds
   shared = workdir.config.model.towers == 'shared'
   kinds = []
   if 'embedder' in workdir.params:
@@ -174,8 +168,9 @@ def _write(
     rows = _Rows(generation.embeddings)
     values['num_block_records'] = rows.shape[0]
     tensors = {'block_emb': rows, **tensors}
-  if source is not None:
+  if source is not None and source.dtypes:
     tensors |= _as_it_was(tensors, source)
+    values['torch_dtype'] = source.config.get('torch_dtype', 'float16')
   (folder / 'config.json').write_text(
       json.dumps(values, indent=2, sort_keys=True) + '\n', 'utf-8'
   )

@@ -16,8 +16,8 @@ import numpy as np
 import tqdm
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.index import generation
 from realm_jax.index import presence
@@ -139,9 +139,9 @@ class PassageEmbedder:
       members = np.flatnonzero(buckets == bucket)
       for first in range(0, len(members), size):
         mine = members[first : first + size]
-        numbers = np.full(size, batches.NULL_DOCUMENT, np.int64)
+        numbers = np.full(size, inputs.NULL_DOCUMENT, np.int64)
         numbers[: len(mine)] = mine + rows.start
-        ids_BS, types_BS = batches.assemble_documents(
+        ids_BS, types_BS = inputs.assemble_documents(
             self._passages, numbers, width, self._tokenizer
         )
         ids_BS, types_BS = jax.device_put((ids_BS, types_BS), self._over_rows)

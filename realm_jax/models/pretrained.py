@@ -138,7 +138,6 @@ def foreign_config(
       'architectures': [layouts.KINDS[kind]],
       'model_type': 'bert' if kind == 'bert' else 'realm',
       'hidden_act': config.activation,
-      'attention_probs_dropout_prob': config.dropout,
       'type_vocab_size': 2,
       'torch_dtype': 'float32',
       **{key: getattr(config, field) for field, key, _ in _SIZES},
@@ -146,6 +145,7 @@ def foreign_config(
   # [PAD]; the default of REALM's class is another row, which it then does not
   # train.
   values.setdefault('pad_token_id', 0)
+  values.setdefault('attention_probs_dropout_prob', config.dropout)
   if kind == 'bert':
     for field in ('embedding_width', 'span_width', 'max_span_width'):
       values.pop(next(key for name, key, _ in _SIZES if name == field))

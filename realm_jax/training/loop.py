@@ -20,6 +20,7 @@ import tqdm
 
 from realm_jax import config as config_lib
 from realm_jax.data import batches
+from realm_jax.data import inputs
 from realm_jax.index import refresh as refresh_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
@@ -248,7 +249,7 @@ class _Loop:
       self._snapshot.result()
       self._snapshot = None
 
-  def _retrieve(self, batch: batches.Batch) -> batches.Batch:
+  def _retrieve(self, batch: inputs.Batch) -> inputs.Batch:
     config, refresher = self._job.config, self._refresher
     assert refresher is not None
     if self._probe is None:
@@ -258,7 +259,7 @@ class _Loop:
         config.num_candidates - 1,
         batch['exclude_BR2'],
     )
-    return batches.with_candidates(
+    return inputs.with_candidates(
         batch, retrieved_BJ, self._job.corpus, config.lengths
     )
 
@@ -309,8 +310,8 @@ class _Loop:
       raise FloatingPointError(
           f'The loss of step {step} is {loss}, its gradient norm'
           f' {values["train/grad_norm"]}. Sentences of the batch:'
-          f' {pending.sentences.tolist()}. The last checkpoint, from before it, is'
-          f' kept: step {self._checkpoints.latest}.'
+          f' {pending.sentences.tolist()}. The last checkpoint, from before it,'
+          f' is kept: step {self._checkpoints.latest}.'
       )
     if step % self._job.config.log_interval:
       return

@@ -1,0 +1,185 @@
+"""ICT and REALM on real text: what it costs, and whether retrieval improves.
+
+  python benchmarks/real_text.py --corpus=CORPUS --questions=DEV.jsonl.xz \
+      --workdir=runs/real_text --output=benchmarks/results/real_text.json
+
+CORPUS is made by `realm-jax prepare`; the recorded run has the 18,896
+paragraphs of SQuAD 1.1 train as passages, the sentences of 26,651 articles of
+the English Wikipedia to learn from, and the questions of every 22nd article,
+none of which training sees. The stages are those of
+experiments/small_corpus.py, each by the command line; `--small` shortens them
+to a check of the script.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import flax
+import jax
+
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.evaluation import report
+from realm_jax.index import generation
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import metrics as metrics_lib
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_EXPERIMENT = _ROOT / 'experiments' / 'small_corpus.py'
+STAGES = ('mlm', 'ict', 'realm')
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Trains the three stages, evaluates them, and returns flat figures."""
+  commands: list[str] = []
+  figures: dict[str, Any] = {}
+
+  def realm_jax(*words: str) -> None:
+    commands.append(shlex.join(['realm-jax', *words]))
+    print(f'$ {commands[-1]}', flush=True)
+    subprocess.run([sys.executable, '-m', 'realm_jax', *words], check=True)
+
+  for stage in STAGES:
+    more = [f'--config.steps={20}', '--config.refresh.interval=10',
+            '--config.refresh.lag=10'] if arguments.small else []
+    if stage == 'realm':
+      earlier = ','.join(str(arguments.workdir / s) for s in ('mlm', 'ict'))
+      more += [f'--config.init_from={earlier}', '--with_index_builder']
+    before, cpu = time.perf_counter(), _cpu_seconds()
+    realm_jax(
+        'train',
+        f'--config={_EXPERIMENT.relative_to(_ROOT)}:{stage}',
+        f'--workdir={arguments.workdir / stage}',
+        f'--config.corpus={arguments.corpus}',
+        *more,
+    )
+    figures[f'{stage}_seconds'] = round(time.perf_counter() - before, 1)
+    figures[f'{stage}_cpu_minutes'] = round((_cpu_seconds() - cpu) / 60, 2)
+  for stage, steps in (('ict', 'latest'), ('realm', 'all')):
+    realm_jax(
+        'evaluate',
+        f'--workdir={arguments.workdir / stage}',
+        f'--questions={arguments.questions}',
+        f'--steps={steps}',
+    )
+  return {
+      'command': shlex.join(['python', *sys.argv]),
+      'commands': commands,
+      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(),
+          'jax': jax.__version__,
+          'flax': flax.__version__,
+      },
+      **_corpus_figures(arguments.corpus),
+      **figures,
+      **_training_figures(arguments.workdir),
+      **_retrieval_figures(arguments.workdir),
+  }
+
+
+def _cpu_seconds() -> float:
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
+
+
+def _corpus_figures(directory: pathlib.Path) -> dict[str, Any]:
+  corpus = corpus_lib.Corpus.open(directory)
+  return {
+      'passages': len(corpus.passages),
+      'passage_wordpieces': int(corpus.passages.lengths.sum()),
+      **{
+          f'{name}_sentences': len(table)
+          for name, table in corpus.sentences.items()
+      },
+  }
+
+
+def _training_figures(workdir: pathlib.Path) -> dict[str, Any]:
+  figures: dict[str, Any] = {}
+  for stage in STAGES:
+    config = checkpoint.read_json(workdir / stage / 'config.json')
+    lengths, k = config['lengths'], config['num_candidates']
+    query, document = lengths['query'], lengths['document']
+    # Of the static shapes that one example takes, padding included.
+    wordpieces = {
+        'mlm': query + document,
+        'ict': query + document,
+        'realm': query + (k - 1) * document + k * (query + document),
+    }[stage]
+    lines = metrics_lib.read_metrics(workdir / stage)
+    rate = statistics.median(x['time/examples_per_second'] for x in lines)
+    figures |= {
+        f'{stage}_steps': lines[-1]['step'],
+        f'{stage}_examples_per_second': round(rate, 2),
+        f'{stage}_wordpieces_per_second': round(rate * wordpieces),
+        f'{stage}_first_loss': _mean_loss(lines[:5]),
+        f'{stage}_last_loss': _mean_loss(lines[-5:]),
+    }
+  lines = metrics_lib.read_metrics(workdir / 'realm')
+  manifests = [
+      generation.read_manifest(workdir / 'realm' / 'index' / str(step))
+      for step in checkpoint.steps_in(workdir / 'realm' / 'index')
+  ]
+  rates = [m['num_rows'] / m['seconds'] for m in manifests]
+  return figures | {
+      'refreshes': int(lines[-1]['refresh/adopted']) - 1,
+      'max_staleness_steps': int(max(x['refresh/age_steps'] for x in lines)),
+      'max_staleness_seconds': max(x['refresh/age_seconds'] for x in lines),
+      'builder_passages_per_second': round(statistics.median(rates), 1),
+      'trainer_waited_seconds': lines[-1]['refresh/wait_seconds'],
+  }
+
+
+def _mean_loss(lines: list[dict[str, Any]]) -> float:
+  return round(statistics.mean(line['train/loss'] for line in lines), 4)
+
+
+def _retrieval_figures(workdir: pathlib.Path) -> dict[str, Any]:
+  before, *curve = report.load_all(workdir / 'realm')
+  figures: dict[str, Any] = {
+      'curve_steps': [r['step'] for r in (before, *curve)],
+      'questions': before['questions']['all']['questions'],
+  }
+  for name in ('recall_at_1', 'recall_at_5', 'recall_at_20', 'recall_at_100'):
+    values = [
+        round(r['questions']['all']['gold'][name], 4) for r in (before, *curve)
+    ]
+    figures |= {
+        f'{name}_ict': values[0],
+        f'{name}_realm': values[-1],
+        f'{name}_curve': values,
+    }
+  masked = curve[-1]['masked']
+  for name in ('accuracy_with_retrieval', 'accuracy_without_retrieval',
+               'retrieval_utility', 'null_share'):
+    figures[f'masked_{name}'] = round(masked[name], 4)
+  return figures
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser.add_argument('--corpus', type=pathlib.Path, required=True)
+  parser.add_argument('--questions', type=pathlib.Path, required=True)
+  parser.add_argument(
+      '--workdir', type=pathlib.Path, default=pathlib.Path('runs/real_text')
+  )
+  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser.add_argument('--small', action='store_true')
+  arguments = parser.parse_args()
+  figures = run(arguments)
+  checkpoint.write_json(arguments.output, figures)
+  print(json.dumps(figures, indent=2))
+
+
+if __name__ == '__main__':
+  main()
