@@ -423,7 +423,20 @@ def run() -> None:
       print(f'realm-jax {name}: interrupted.', file=sys.stderr)
       sys.exit(INTERRUPTED)
 
-  app.run(main, argv=[f'realm-jax {name}', *sys.argv[2:]])
+  def parse(argv: Sequence[str]) -> list[str]:
+    try:
+      return FLAGS(argv)
+    except (flags.Error, KeyError, AttributeError, ValueError) as error:
+      # A config file that fails comes with its traceback; the last line of it
+      # says what is wrong.
+      text = str(error.args[0] if error.args else error).strip()
+      reason = text.splitlines()[-1]
+      print(f'realm-jax {name}: {reason}', file=sys.stderr)
+      sys.exit(USAGE)
+
+  app.run(
+      main, argv=[f'realm-jax {name}', *sys.argv[2:]], flags_parser=parse
+  )
 
 
 def _usage() -> str:

@@ -307,6 +307,7 @@ class _Loop:
     loss = values['train/loss']
     if not np.isfinite(loss) or not np.isfinite(values['train/grad_norm']):
       self._writer.write(step, {'train/loss': str(loss)})
+      self._checkpoints.wait()  # For the one that may still be on its way.
       raise FloatingPointError(
           f'The loss of step {step} is {loss}, its gradient norm'
           f' {values["train/grad_norm"]}. Sentences of the batch:'
