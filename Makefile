@@ -58,5 +58,5 @@ $(STAMP): setup.py pyproject.toml
 	  '$(PYTHON)' -m venv --clear $(VENV); \
 	fi
 	@echo 'Installing realm_jax into $(VENV); this takes some minutes.'
-	$(BIN)/python -m pip install --quiet -e '.[dev,plot]'
+	$(BIN)/python -m pip install --quiet --use-pep517 -e '.[dev,plot]'
 	@touch $(STAMP)

@@ -18,6 +18,7 @@ import pathlib
 import platform
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -178,6 +179,10 @@ def main() -> None:
   arguments = parser.parse_args()
   figures = run(arguments)
   checkpoint.write_json(arguments.output, figures)
+  shutil.copy(
+      arguments.workdir / 'realm' / report.FOLDER / 'recall.png',
+      arguments.output.with_suffix('.png'),
+  )
   print(json.dumps(figures, indent=2))
 
 

@@ -13,7 +13,7 @@ CPU, `mini` or `small` (--config.model.preset=mini) on one GPU.
       --workdir=runs/realm --config.corpus=corpus \
       --config.init_from=runs/mlm,runs/ict --with_index_builder
 
-Recorded: benchmarks/results/real_text.md. Without a pretrained BERT the reader
+Recorded: benchmarks/results/real_text.json. Without a pretrained BERT the reader
 stays weak on real text, so expect ICT to do most of the work here.
 """
 
