@@ -1,7 +1,7 @@
 """REALM from scratch on a corpus of your own, at a size that a CPU can train.
 
 Guu et al. 2020, section 3, with the lengths and steps of a first look: 18,896
-paragraphs of Wikipedia take about an hour on two CPU cores. Use `tiny` on a
+paragraphs of Wikipedia take half an hour on two CPU cores. Use `tiny` on a
 CPU, `mini` or `small` (--config.model.preset=mini) on one GPU.
 
   realm-jax prepare --source=passages.jsonl --output=corpus
@@ -13,8 +13,7 @@ CPU, `mini` or `small` (--config.model.preset=mini) on one GPU.
       --workdir=runs/realm --config.corpus=corpus \
       --config.init_from=runs/mlm,runs/ict --with_index_builder
 
-Recorded: benchmarks/results/real_text.json. Without a pretrained BERT the reader
-stays weak on real text, so expect ICT to do most of the work here.
+Recorded: benchmarks/results/real_text.json.
 """
 
 from realm_jax import config as config_lib

@@ -152,7 +152,10 @@ def _pools(stream: _Stream) -> dict[str, list[str]]:
   regions = [
       (start + stream.pick(world_text.SYLLABLES['region'])).capitalize()
       for start in stream.shuffled(world_text.SYLLABLES['start'])[:40]]
-  numbers = {pool: [str(n) for n in ns] for pool, ns in world_text.NUMBERS.items()}
+  numbers = {
+      pool: [str(number) for number in numbers]
+      for pool, numbers in world_text.NUMBERS.items()
+  }
   return {**world_text.WORDS, **numbers, 'region': regions}
 
 
@@ -200,7 +203,11 @@ class _Names:
           middle = self._stream.uniform() < _MIDDLE_NAME
           words = [given, *([pick(self._families)] if middle else []), family]
         case 'company':
-          words = [family, pick(self._families), pick(world_text.GENERICS[kind])]
+          words = [
+              family,
+              pick(self._families),
+              pick(world_text.GENERICS[kind]),
+          ]
         case 'town':
           words = [pick(self._places), family]
         case _:
@@ -230,7 +237,9 @@ def _passages(
           stream.pick(facts[i].relation.knowledge), entity, facts[i].value,
           by_pronoun=stream.uniform() < _PRONOUN[place]))
     if stream.uniform() < _FILLER:
-      filler = stream.pick(world_text.FILLERS[entity.kind] + world_text.FILLERS_FOR_ALL)
+      filler = stream.pick(
+          world_text.FILLERS[entity.kind] + world_text.FILLERS_FOR_ALL
+      )
       text, _ = _sentence(filler, entity, '', by_pronoun=True)
       # Never first: a pronoun there had nothing but the title to refer to.
       parts.insert(stream.pick(range(1, len(parts) + 1)), (text, []))

@@ -1,8 +1,8 @@
 """The words of the invented world: syllables, values, wordings, fillers.
 
 Public: `RELATIONS` and `Relation` (what can be said about whom, and how),
-`FILLERS`, `FILLERS_FOR_ALL`, and what names and values are made of: `SYLLABLES`,
-`GENERICS`, `WORDS`, `NUMBERS`.
+`FILLERS`, `FILLERS_FOR_ALL`, and what names and values are made of:
+`SYLLABLES`, `GENERICS`, `WORDS`, `NUMBERS`.
 """
 
 import dataclasses

@@ -116,6 +116,12 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
   ):
     if not panels:
       continue
+    # A single point is no curve; draw it only where there is nothing else.
+    panels = {
+        title: curves
+        for title, curves in panels.items()
+        if any(len(points) > 1 for points in curves.values())
+    } or panels
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     # Not pyplot: it would keep the figure, and choose a window system.

@@ -81,11 +81,11 @@ class PassageEmbedder:
     counts = np.bincount(buckets, minlength=len(self._widths))
     multiple = mesh.size * _ROW_MULTIPLE
     self._batch_rows = []
-    for width, count in zip(self._widths, counts, strict=True):
+    for width, count in zip(self._widths, counts.tolist(), strict=True):
       most = max(batch_tokens // width // multiple, 1)
       # Equal batches, so that the last one is not mostly padding.
-      count = min(int(count), generation.ROWS_PER_SHARD)
-      needed = max(-(-count // multiple), 1)
+      rows = min(count, generation.ROWS_PER_SHARD)
+      needed = max(-(-rows // multiple), 1)
       self._batch_rows.append(-(-needed // -(-needed // most)) * multiple)
     self._replicated = mesh_lib.replicated(mesh)
     self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
