@@ -120,8 +120,13 @@ class IndexBuilderProcess:
   def _start(self) -> None:
     self._workdir.mkdir(parents=True, exist_ok=True)
     self._published = self._generations()
-    # Trainer and builder may share one accelerator: take memory as needed.
-    environment = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', **os.environ}
+    environment = {
+        # Trainer and builder may share one accelerator: take memory as needed.
+        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+        # Else what it printed comes after the error that ended it.
+        'PYTHONUNBUFFERED': '1',
+        **os.environ,
+    }
     with open(self._log, 'ab') as file:
       self._process = subprocess.Popen(
           self._command,
