@@ -413,9 +413,15 @@ def run() -> None:
       )
     try:
       command.run(argv)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-      # What the user can act on; anything else is our bug and shows its trace.
-      if os.environ.get('REALM_JAX_TRACEBACK'):
+    except (
+        ValueError, OSError, ImportError, FloatingPointError, RuntimeError
+    ) as error:
+      # What the user can act on; anything else is our bug and shows its trace,
+      # and so do the many kinds of RuntimeError that are JAX's.
+      theirs = (
+          isinstance(error, RuntimeError) and type(error) is not RuntimeError
+      )
+      if theirs or os.environ.get('REALM_JAX_TRACEBACK'):
         raise
       print(f'realm-jax {name}: {error}', file=sys.stderr)
       sys.exit(1)
