@@ -221,6 +221,19 @@ def test_sigterm_saves_and_says_so(world, tmp_path, undisturbed):
   assert summary['params_sha256'] == expected['params_sha256']
 
 
+def test_sigterm_ends_a_wait_for_the_index_builder(world, tmp_path):
+  config = make_config(world, 'realm')
+  with pytest.MonkeyPatch.context() as patch:
+    # Nobody builds the generation that step 0 waits for.
+    patch.setattr(
+        builder, 'build', lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(loop.Interrupted, match='step 0 is saved'):
+      run(config, tmp_path)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [0]
+  assert run(config, tmp_path)['step'] == _STEPS
+
+
 def test_a_finished_job_is_not_trained_further(undisturbed, world):
   summary, workdir = undisturbed('mlm')
   again = run(make_config(world, 'mlm'), workdir)

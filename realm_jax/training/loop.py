@@ -79,6 +79,10 @@ def train(
   return summary
 
 
+class _Stopping(Exception):
+  """SIGTERM came while the next index generation was waited for."""
+
+
 class _Pending(NamedTuple):
   """What a step left to be logged, once the device is done with it."""
 
@@ -117,6 +121,13 @@ class _Loop:
     self._train_step = steps_lib.make_train_step(
         config, job.components, tx, null_ids, job.mesh, self._count_trace
     )
+    self._stop = stack.enter_context(_on_sigterm())
+
+    def check() -> None:
+      if self._stop:  # Do not wait for an index that nobody will search.
+        raise _Stopping
+      health()
+
     self._refresher: refresh_lib.Refresher | None = None
     if config.objective == 'realm':
       self._embed_queries = steps_lib.make_query_embedder(
@@ -129,7 +140,7 @@ class _Loop:
           mesh=job.mesh,
           step=self._step,
           generation=generation,
-          health=health,
+          health=check,
       )
       stack.callback(self._refresher.close)
     # Queries on which two generations are compared: the first to be searched.
@@ -156,7 +167,6 @@ class _Loop:
     self._pending: _Pending | None = None
     self._logged = (self._step, time.perf_counter())
     self._said = time.perf_counter()
-    self._stop = stack.enter_context(_on_sigterm())
 
   @property
   def generation(self) -> int | None:
@@ -171,7 +181,7 @@ class _Loop:
     first = self._step
     while self._step < config.steps:
       step = self._step
-      with self._clock.measure('refresh'):
+      with self._clock.measure('refresh'), contextlib.suppress(_Stopping):
         self._refresh(step)
       if self._stop:
         self._save(step)
