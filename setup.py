@@ -59,6 +59,7 @@ setuptools.setup(
         'nupunkt~=0.8.0',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12.8',
+        'pyfarmhash>=0.4',
         'regex>=2024.4.16',
         'rich>=13.7',
         # 1.4 is the first release that works without TensorFlow. It is made

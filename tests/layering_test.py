@@ -28,6 +28,7 @@ _ALLOWED = {
     'api': _BELOW_INDEX | {'index', 'evaluation', 'export'},
     'training': _BELOW_INDEX | {'index', 'evaluation'},
 }
+_ALLOWED['cli'] = {*_ALLOWED}
 _ALLOWED['main'] = {*_ALLOWED}
 _ALLOWED['__main__'] = {'main'}
 _ALLOWED['__init__'] = {'api'}  # The public names, loaded when first used.
@@ -36,7 +37,10 @@ _DEVICE_LIBRARIES = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 
 # Packages whose modules have another name, and those that only tests run.
 _IMPORTED_AS = {
-    'absl_py': 'absl', 'faiss_cpu': 'faiss', 'orbax_checkpoint': 'orbax'
+    'absl_py': 'absl',
+    'faiss_cpu': 'faiss',
+    'orbax_checkpoint': 'orbax',
+    'pyfarmhash': 'farmhash',
 }
 _TOOLS = {'hypothesis', 'mypy', 'pytest', 'ruff', 'safetensors', 'transformers'}
 

@@ -1,8 +1,9 @@
 """Question files: JSON Lines, plain or compressed (.gz, .xz).
 
-Public: `Question` and `read_questions`. A line is an object with `question`
-and `answers`; `match`, `passage_id`, `title` and `held_out` may be left out,
-and other fields are ignored, so that published files can be read as they are.
+Public: `Question`, `read_questions`, `parse`, `numbered_lines`. A line is an
+object with `question` and `answers` (or `answer`, as in NQ-open); `match`,
+`passage_id`, `title` and `held_out` may be left out, and other fields are
+ignored. Other published formats: `question_sets`.
 """
 
 from collections.abc import Iterator
@@ -55,9 +56,9 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         f'no question file at {path}; expected JSON Lines: .jsonl, .jsonl.gz '
         'or .jsonl.xz')
   questions = []
-  for number, line in _numbered_lines(path):
+  for number, line in numbered_lines(path):
     try:
-      questions.append(_parse(line))
+      questions.append(parse(_record(line)))
     except ValueError as error:
       raise ValueError(f'{path}:{number}: {error}; {_EXPECTED}') from error
   if not questions:
@@ -65,8 +66,15 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
   return questions
 
 
-def _numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  """Yields the lines as bytes: a wrong encoding is an error of its line."""
+def numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+  """Yields number and bytes of each line of a file, which may be compressed.
+
+  Bytes, so that a wrong encoding is an error of its line.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it cannot be decompressed.
+  """
   number = 0
   try:
     with _open(path) as file:
@@ -89,7 +97,7 @@ def _open(path: pathlib.Path) -> IO[bytes]:
       return path.open('rb')
 
 
-def _parse(line: bytes) -> Question:
+def _record(line: bytes) -> dict[str, Any]:
   """Reads one line; the message of a ValueError says what is wrong with it."""
   if not line.strip():
     raise ValueError('an empty line')
@@ -103,6 +111,17 @@ def _parse(line: bytes) -> Question:
     raise ValueError(f'not JSON: {error}') from error
   if not isinstance(record, dict):
     raise ValueError(f'{_described(record)} instead of an object')
+  return record
+
+
+def parse(record: dict[str, Any]) -> Question:
+  """Makes a question of a record.
+
+  Raises:
+    ValueError: a field is missing or wrong; the message names the field.
+  """
+  if 'answers' not in record and isinstance(record.get('answer'), list):
+    record = {**record, 'answers': record['answer']}  # NQ-open.
   for field in ('question', 'answers'):
     if field not in record:
       raise ValueError(

@@ -18,6 +18,7 @@ from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
 from realm_jax.data import qa
+from realm_jax.data import question_sets
 from realm_jax.evaluation import open_qa
 from realm_jax.evaluation import ranking
 from realm_jax.evaluation import report
@@ -106,7 +107,7 @@ def _questions(
     path = corpus.directory / _QUESTIONS
     return qa.read_questions(path) if path.is_file() else []
   if isinstance(questions, (str, pathlib.Path)):
-    return qa.read_questions(questions)
+    return question_sets.read(questions)
   return questions
 
 

@@ -1,0 +1,82 @@
+"""Commands of the corpus: `prepare`.
+
+Public: `COMMANDS`.
+"""
+
+from collections.abc import Sequence
+import json
+
+from absl import flags
+
+from realm_jax.cli import command
+
+FLAGS = flags.FLAGS
+
+
+def _prepare_flags() -> None:
+  flags.DEFINE_string(
+      'source',
+      None,
+      'Articles or passages: JSON Lines files (.gz, .xz too), folders or globs,'
+      ' comma-separated; or world:SEED[:ENTITIES] for an invented world.',
+      required=True,
+  )
+  flags.DEFINE_string(
+      'pretraining_source',
+      None,
+      'A separate corpus to take the masked sentences from; default: the source'
+      ' itself.',
+  )
+  flags.DEFINE_string('output', None, 'Folder to write.', required=True)
+  flags.DEFINE_string(
+      'vocab',
+      None,
+      'vocab.txt, tokenizer folder or hub id; default: trained on the source.',
+  )
+  flags.DEFINE_integer(
+      'vocab_size', 30522, 'Wordpieces of a vocabulary trained here.'
+  )
+  flags.DEFINE_integer(
+      'max_wordpieces', 288, 'Longest passage, with title and specials.'
+  )
+  flags.DEFINE_float(
+      'validation_fraction',
+      0.01,
+      'Share of the articles whose sentences are set aside for evaluation.',
+  )
+  flags.DEFINE_integer(
+      'workers', None, 'Processes; default: one for each core.'
+  )
+  flags.DEFINE_boolean(
+      'skip_bad_records', False, 'Count and list malformed lines, do not stop.'
+  )
+  flags.DEFINE_boolean('overwrite', False, 'Replace the output folder.')
+
+
+def _prepare(argv: Sequence[str]) -> None:
+  del argv
+  from realm_jax.data import prepare
+
+  manifest = prepare.prepare(
+      command.split_list(FLAGS.source),
+      FLAGS.output,
+      pretraining_sources=command.split_list(FLAGS.pretraining_source),
+      vocab=FLAGS.vocab,
+      vocab_size=FLAGS.vocab_size,
+      max_wordpieces=FLAGS.max_wordpieces,
+      validation_fraction=FLAGS.validation_fraction,
+      workers=FLAGS.workers,
+      skip_bad_records=FLAGS.skip_bad_records,
+      overwrite=FLAGS.overwrite,
+  )
+  print(json.dumps(manifest['counts'], indent=2))
+
+
+COMMANDS = {
+    'prepare': command.Command(
+        'Turns text into a corpus: passages, sentences, salient spans.',
+        'realm-jax prepare --source=articles/*.jsonl --output=corpus',
+        _prepare_flags,
+        _prepare,
+    ),
+}
