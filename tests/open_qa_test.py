@@ -189,6 +189,48 @@ def test_a_quoted_answer_is_found(before, answer, after):
   assert open_qa.has_answer(text, [answer.upper()])
 
 
+@pytest.mark.parametrize(
+    'text, answers, match, expected',
+    [
+        ('Zo\u00eb Saldana, the actress', ['zo\u00eb saldana'], 'string',
+         ['Zo\u00eb Saldana']),
+        ('In Bart the art of The Art', ['art'], 'string', ['art', 'Art']),
+        ('the U.S. Army', ['US Army', 'us'], 'string', ['U.S', 'U.S. Army']),
+        ('The King of the Hill', ['king of hill'], 'string',
+         ['King of the Hill']),
+        ('rock-n-roll', ['rock', 'rocknroll', 'rock n roll'], 'string',
+         ['rock', 'rock-n-roll']),
+        ('New\nYork, new  york', ['New York'], 'string',
+         ['New\nYork', 'new  york']),
+        ('caf\u00e9 2 \u20ac', ['2 \u20ac'], 'string', ['2 \u20ac']),
+        ('\u00e9t\u00e9 in Sept, September', ['Sept(ember)?'], 'regex',
+         ['Sept', 'September']),
+        ('anything', ['', '?', 'the'], 'string', []),
+        ('anything', ['x*'], 'regex', []),
+    ],
+)
+def test_answer_spans(text, answers, match, expected):
+  data = text.encode()
+  spans = open_qa.answer_spans(text, answers, match)
+  assert [data[start:limit].decode() for start, limit in spans] == expected
+
+
+# Without marks: officially, the `a` after a mark is an article.
+_UNMARKED = st.text(
+    alphabet='aAnthe .,-\'"$_5\t\n\u2019\u00a0\u6771', max_size=24
+)
+
+
+@given(_UNMARKED, _UNMARKED)
+def test_spans_are_found_just_where_there_is_an_answer(text, answer):
+  spans = open_qa.answer_spans(text, [answer])
+  assert bool(spans) == open_qa.has_answer(text, [answer])
+  for start, limit in spans:
+    found = text.encode()[start:limit].decode()
+    if open_qa.normalize_answer(answer):
+      assert open_qa.exact_match(found, [answer])
+
+
 def test_one_string_is_not_a_list_of_answers():
   for function in (open_qa.exact_match, open_qa.f1, open_qa.has_answer):
     with pytest.raises(ValueError, match='list of strings'):

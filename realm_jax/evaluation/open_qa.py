@@ -1,9 +1,9 @@
 """Is an answer right? The one matcher of labels, training and evaluation.
 
-Public: `normalize_answer`, `exact_match`, `f1`, `has_answer`. A data set
-states how its answers are to be compared: `string` is the official
-normalisation of SQuAD and open-domain QA, `regex` that of CuratedTREC, whose
-answers are regular expressions.
+Public: `normalize_answer`, `exact_match`, `f1`, `has_answer`, `answer_spans`,
+`find_answer`, `lower_with_origins`. A data set states how its answers are to be
+compared: `string` is the official normalisation of SQuAD and open-domain QA,
+`regex` that of CuratedTREC, whose answers are regular expressions.
 """
 
 import collections
@@ -23,9 +23,12 @@ Match = Literal['string', 'regex']
 _REGEX_SECONDS = 1.0
 _DELETE_PUNCTUATION = str.maketrans('', '', string.punctuation)
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
-# Words and single marks. The official normalisation leaves the combining
-# marks of NFD in place; they belong to the word.
-_TOKEN = regex.compile(r'[\p{L}\p{N}\p{M}]+|\S')
+# The official normalisation leaves the combining marks of NFD in place; they
+# belong to the word.
+_LETTER = r'[\p{L}\p{N}\p{M}]'
+_TOKEN = regex.compile(rf'{_LETTER}+|\S')  # Words and single marks.
+_PUNCTUATION = regex.escape(string.punctuation, special_only=False)
+_SPACE = r'\s\x1c-\x1f'  # What `str.split` divides at.
 
 
 def normalize_answer(text: str) -> str:
@@ -115,50 +118,107 @@ def _word_f1(ours: list[str], theirs: list[str]) -> float:
 _normalized = functools.lru_cache(maxsize=2**14)(normalize_answer)
 
 
+def answer_spans(
+    text: str, answers: Sequence[str], match: Match = 'string'
+) -> list[tuple[int, int]]:
+  """Finds the parts of a passage that are an answer, by `has_answer`'s rules.
+
+  Returns:
+    Half-open ranges of UTF-8 bytes of the text, in order, without doubles.
+    Those of one answer do not overlap.
+
+  Raises:
+    ValueError: `answers` is one string, or `match` is unknown.
+  """
+  _check(answers, match)
+  if match == 'regex':
+    found = {
+        span for answer in answers for span in _regex_spans(answer, text)
+    }
+    origins: Sequence[int] = range(len(text) + 1)
+  else:
+    lowered, origins = lower_with_origins(text)
+    found = {
+        span for answer in answers for span in _spans_of(answer, lowered)
+    }
+  characters = sorted(
+      (origins[start], origins[limit]) for start, limit in found
+  )
+  if text.isascii():
+    return characters
+  sizes = [0]
+  for character in text:
+    sizes.append(sizes[-1] + len(character.encode('utf-8', 'surrogatepass')))
+  return [(sizes[start], sizes[limit]) for start, limit in characters]
+
+
 def _contains(text: str, answer: str) -> bool:
-  normalized, wanted = _normalized(text), _normalized(answer)
-  if not wanted:
-    # Nothing is left of `The The` or `?`: compare what was written.
-    raw = _tokens(answer)
-    return bool(raw) and any(
-        words == raw for words in _windows(_tokens(text), len(raw))
-    )
-  if f' {wanted} ' in f' {normalized} ':
+  wanted = _normalized(answer)
+  if wanted and f' {wanted} ' in f' {_normalized(text)} ':
     return True
-  squeezed = wanted.replace(' ', '')
-  if squeezed not in normalized.replace(' ', ''):
-    return False  # The usual case; what follows is slow.
-  return _some_span_is(text, wanted, squeezed)
+  return find_answer(lower_with_origins(text)[0], answer) is not None
 
 
-def _some_span_is(text: str, wanted: str, squeezed: str) -> bool:
-  """Whether a run of tokens of the text normalises to `wanted`."""
-  text = unicodedata.normalize('NFD', text).lower()
-  tokens = [(t.start(), t.end(), t.group()) for t in _TOKEN.finditer(text)]
-  for first, (begin, _, word) in enumerate(tokens):
-    # A span need not begin or end with what is deleted from it anyway.
-    if word in string.punctuation or not squeezed.startswith(word):
-      continue
-    seen = 0
-    for _, end, word in tokens[first:]:
-      if word in string.punctuation:
-        continue
-      if word not in ('a', 'an', 'the'):
-        seen += len(word)
-      if seen > len(squeezed):
-        break
-      if normalize_answer(text[begin:end]) == wanted:
-        return True
-  return False
+def find_answer(
+    lowered: str, answer: str, start: int = 0
+) -> tuple[int, int] | None:
+  """Returns where an answer first stands in a text of `lower_with_origins`.
+
+  By the rule `string`; None if nowhere from `start` on.
+  """
+  if not _tokens(answer):
+    return None
+  wanted = _normalized(answer)
+  for found in _answer_pattern(answer).finditer(lowered, start):
+    # The pattern is generous; the official normalisation decides.
+    if not wanted or normalize_answer(found.group()) == wanted:
+      return found.span()
+  return None
+
+
+def lower_with_origins(text: str) -> tuple[str, Sequence[int]]:
+  """NFD and lower case, and from which character each one came."""
+  if text.isascii():
+    return text.lower(), range(len(text) + 1)
+  parts, origins = [], []
+  for i, character in enumerate(text):
+    part = unicodedata.normalize('NFD', character).lower()
+    parts.append(part)
+    origins += [i] * len(part)
+  return ''.join(parts), [*origins, len(text)]
+
+
+def _spans_of(answer: str, lowered: str) -> Iterator[tuple[int, int]]:
+  span = find_answer(lowered, answer)
+  while span is not None:
+    yield span
+    span = find_answer(lowered, answer, span[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _answer_pattern(answer: str) -> Any:
+  """Finds runs of whole words that may normalise to the answer."""
+  words = _normalized(answer).split()
+  if words:
+    inside = f'[{_PUNCTUATION}]*'
+    article = '|'.join(map(inside.join, ('a', 'an', 'the')))
+    article = rf'(?<!{_LETTER})(?:{article})(?!{_LETTER})'
+    between = rf'(?:[{_PUNCTUATION}{_SPACE}]|{article})+'
+    pattern = between.join(
+        inside.join(map(regex.escape, word)) for word in words
+    )
+  else:
+    # Nothing is left of `The The` or `?`: look for what was written.
+    words = _tokens(answer)
+    pattern = rf'[{_SPACE}]*'.join(map(regex.escape, words))
+  # A word is whole, a mark always is.
+  before = f'(?<!{_LETTER})' if regex.match(_LETTER, words[0]) else ''
+  after = f'(?!{_LETTER})' if regex.match(_LETTER, words[-1][-1]) else ''
+  return regex.compile(f'{before}(?:{pattern}){after}')
 
 
 def _tokens(text: str) -> list[str]:
   return _TOKEN.findall(unicodedata.normalize('NFD', text).lower())
-
-
-def _windows(words: list[str], size: int) -> Iterator[list[str]]:
-  for begin in range(len(words) - size + 1):
-    yield words[begin : begin + size]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -177,6 +237,22 @@ def _compiled(pattern: str) -> Any:
     return None
 
 
+def _regex_spans(pattern: str, text: str) -> list[tuple[int, int]]:
+  """Where a pattern is found in a text; nowhere if it takes too long."""
+  compiled = _compiled(pattern)
+  if compiled is None:
+    return []
+  try:
+    return [
+        found.span()
+        for found in compiled.finditer(text, timeout=_REGEX_SECONDS)
+        if found.group()
+    ]
+  except TimeoutError:
+    _warn_of_time(pattern, text)
+    return []
+
+
 def _regex_matches(
     how: Literal['match', 'search'], pattern: str, text: str
 ) -> bool:
@@ -186,9 +262,13 @@ def _regex_matches(
   try:
     return bool(getattr(compiled, how)(text, timeout=_REGEX_SECONDS))
   except TimeoutError:
-    warnings.warn(
-        f'The answer pattern {pattern!r} took longer than {_REGEX_SECONDS} s '
-        f'on a text of {len(text)} characters; it counts as not matched.',
-        stacklevel=2,
-    )
+    _warn_of_time(pattern, text)
     return False
+
+
+def _warn_of_time(pattern: str, text: str) -> None:
+  warnings.warn(
+      f'The answer pattern {pattern!r} took longer than {_REGEX_SECONDS} s on a'
+      f' text of {len(text)} characters; it counts as not matched.',
+      stacklevel=3,
+  )

@@ -1,0 +1,206 @@
+"""A retriever's results in the formats of other tools, and side by side.
+
+Public: `Run`, `write_trec`, `write_beir`, `write_questions`,
+`read_questions`, `compare`. A TREC run file is what trec_eval, ir-measures and
+pyserini score; a BEIR folder is a collection that any retriever can be run on.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+from typing import IO, Any
+
+import numpy as np
+
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import qa
+from realm_jax.evaluation import statistics
+
+Path = str | os.PathLike[str]
+# Figures of a question that two runs are compared in.
+_FIGURES = ('reciprocal_rank', 'recall_at_1', 'recall_at_5', 'recall_at_20')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What was retrieved for each question, best first."""
+
+  questions: Sequence[qa.Question]
+  doc_ids_BK: np.ndarray  # Passage rows.
+  score_BK: np.ndarray  # Inner products.
+  gold_rank_B: np.ndarray  # From 1; 0: not retrieved, or not known.
+  answer_rank_B: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.questions)
+
+
+def write_trec(
+    path: Path, run: Run, corpus: corpus_lib.Corpus, name: str = 'realm_jax'
+) -> None:
+  """Writes `query Q0 passage rank score name` lines.
+
+  Queries are named by their number in the question file, from 1. Equal scores
+  are kept in order by their ranks.
+  """
+  names = _passage_names(corpus, run.doc_ids_BK)
+  with _replacing(path) as file:
+    for number, (rows, scores) in enumerate(
+        zip(run.doc_ids_BK.tolist(), run.score_BK.tolist(), strict=True), 1
+    ):
+      for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
+        file.write(f'{number} Q0 {names[row]} {rank} {score:.6f} {name}\n')
+
+
+def write_beir(
+    folder: Path,
+    questions: Sequence[qa.Question],
+    corpus: corpus_lib.Corpus,
+) -> None:
+  """Writes corpus.jsonl, queries.jsonl and qrels/test.tsv.
+
+  Only questions with a gold passage have a line in qrels.
+  """
+  folder = pathlib.Path(folder)
+  (folder / 'qrels').mkdir(parents=True, exist_ok=True)
+  with _replacing(folder / 'corpus.jsonl') as file:
+    for row in range(len(corpus.passages)):
+      passage = corpus.passage_text(row)
+      _line(
+          file, _id=_word(passage['id']), title=passage['title'],
+          text=passage['text'],
+      )
+  with _replacing(folder / 'queries.jsonl') as file:
+    for number, question in enumerate(questions, 1):
+      _line(file, _id=str(number), text=question.question)
+  with _replacing(folder / 'qrels' / 'test.tsv') as file:
+    table = csv.writer(file, delimiter='\t', lineterminator='\n')
+    table.writerow(('query-id', 'corpus-id', 'score'))
+    for number, question in enumerate(questions, 1):
+      if question.passage_id is not None:
+        table.writerow((number, _word(question.passage_id), 1))
+
+
+def write_questions(
+    path: Path, run: Run, corpus: corpus_lib.Corpus, depth: int = 20
+) -> None:
+  """Writes one JSON line per question: ranks, and the best passages."""
+  names = _passage_names(corpus, run.doc_ids_BK[:, :depth])
+  with _replacing(path) as file:
+    for i, question in enumerate(run.questions):
+      rows = run.doc_ids_BK[i, :depth].tolist()
+      scores = run.score_BK[i, :depth].tolist()
+      _line(
+          file,
+          question=question.question,
+          answers=list(question.answers),
+          match=question.match,
+          passage_id=question.passage_id,
+          gold_rank=int(run.gold_rank_B[i]),
+          answer_rank=int(run.answer_rank_B[i]),
+          retrieved=[
+              {'id': names[row], 'score': round(score, 6)}
+              for row, score in zip(rows, scores, strict=True)
+          ],
+      )
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+  """Reads what `write_questions` wrote.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a line is not of such a file; names it.
+  """
+  records = []
+  for number, line in qa.numbered_lines(pathlib.Path(path)):
+    try:
+      record = json.loads(line)
+      record['question'], record['answer_rank'], record['gold_rank']
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+          f'{path}:{number}: not a line of `realm-jax evaluate'
+          f' --per_question`: {error}'
+      ) from error
+    records.append(record)
+  return records
+
+
+def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
+  """Compares two files of `write_questions` question by question.
+
+  Args:
+    ours: of the run that is hoped to be better.
+    theirs: of the run that it is compared with.
+
+  Returns:
+    For each figure, by answer, what `statistics.paired_test` says, and the two
+    means as `ours` and `theirs`.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: they are not of the same questions in the same order.
+  """
+  a, b = read_questions(ours), read_questions(theirs)
+  if len(a) != len(b):
+    raise ValueError(
+        f'{ours} has {len(a)} questions, {theirs} {len(b)}: only runs over the'
+        ' same questions can be compared.'
+    )
+  for number, (one, other) in enumerate(zip(a, b, strict=True), 1):
+    if one['question'] != other['question']:
+      raise ValueError(
+          f'Line {number} is {one["question"]!r} in {ours} and'
+          f' {other["question"]!r} in {theirs}: only runs over the same'
+          ' questions, in the same order, can be compared.'
+      )
+  figures = {}
+  for name in _FIGURES:
+    values = [_figure(name, records) for records in (a, b)]
+    figures[name] = {
+        'ours': float(values[0].mean()),
+        'theirs': float(values[1].mean()),
+        **statistics.paired_test(*values),
+    }
+  return figures
+
+
+def _figure(name: str, records: list[dict[str, Any]]) -> np.ndarray:
+  ranks = np.array([record['answer_rank'] for record in records])
+  if name == 'reciprocal_rank':
+    return np.where(ranks > 0, 1 / np.maximum(ranks, 1), 0.0)
+  cutoff = int(name.rpartition('_')[2])
+  return ((ranks > 0) & (ranks <= cutoff)).astype(float)
+
+
+def _passage_names(
+    corpus: corpus_lib.Corpus, doc_ids_BK: np.ndarray
+) -> dict[int, str]:
+  return {
+      row: _word(corpus.passage_text(row)['id'])
+      for row in np.unique(doc_ids_BK).tolist()
+  }
+
+
+def _word(name: str) -> str:
+  """A run file is divided at blanks, so a name must not have any."""
+  return '_'.join(name.split())
+
+
+def _line(file: IO[str], **values: Any) -> None:
+  file.write(json.dumps(values, ensure_ascii=False) + '\n')
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+  """A text file that takes its name only when it is whole."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.tmp-{path.name}')
+  with temporary.open('w', encoding='utf-8') as file:
+    yield file
+  os.replace(temporary, path)

@@ -1,0 +1,116 @@
+"""Statistics over questions, and results in other tools' formats."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from realm_jax.data import qa
+from realm_jax.evaluation import runs
+from realm_jax.evaluation import statistics
+
+
+def test_the_interval_is_that_of_theory():
+  rng = np.random.default_rng(1)
+  values = (rng.random(400) < 0.3).astype(float)
+  low, high = statistics.interval(values)
+  mean = values.mean()
+  width = 1.96 * np.sqrt(mean * (1 - mean) / 400)
+  assert low == pytest.approx(mean - width, abs=0.006)
+  assert high == pytest.approx(mean + width, abs=0.006)
+  assert statistics.interval(values) == (low, high)
+  assert statistics.interval(np.ones(3)) == (1, 1)
+  with pytest.raises(ValueError, match='no question'):
+    statistics.interval(np.zeros(0))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+  rng = np.random.default_rng(2)
+  covered = 0
+  for _ in range(100):
+    low, high = statistics.interval(rng.normal(size=60))
+    covered += low <= 0 <= high
+  assert 88 <= covered <= 99
+
+
+def test_a_paired_test_sees_what_differs_only():
+  theirs = np.array([0, 1] * 100)
+  same = statistics.paired_test(theirs, theirs)
+  assert same['p_value'] == 1 and same['difference'] == 0
+  ours = theirs.copy()
+  ours[:20:2] = 1  # Ten questions better, none worse: p = 2 / 2**10.
+  better = statistics.paired_test(ours, theirs)
+  assert better['better'] == 10 and better['worse'] == 0
+  assert better['difference'] == pytest.approx(0.05)
+  assert better['low'] > 0
+  assert better['p_value'] == pytest.approx(2 / 2**10, abs=0.001)
+  assert statistics.paired_test(theirs, ours)['p_value'] == better['p_value']
+  with pytest.raises(ValueError, match='2 questions in one run, 3'):
+    statistics.paired_test(np.zeros(2), np.zeros(3))
+
+
+class _Corpus:
+  """Three passages, one with a blank in its name."""
+
+  passages = range(3)
+
+  def passage_text(self, row):
+    return {'id': ['A', 'B 1', 'C'][row], 'title': 'T', 'text': f'text {row}'}
+
+
+_RUN = runs.Run(
+    questions=[
+        qa.Question('one', ('x',), passage_id='B 1'),
+        qa.Question('two', ('y',)),
+    ],
+    doc_ids_BK=np.array([[1, 0], [2, 1]]),
+    score_BK=np.array([[2.5, 0.25], [1.0, 1.0]]),
+    gold_rank_B=np.array([1, 0]),
+    answer_rank_B=np.array([1, 2]),
+)
+
+
+def test_a_trec_run_has_six_columns(tmp_path):
+  runs.write_trec(tmp_path / 'run.txt', _RUN, _Corpus())
+  assert (tmp_path / 'run.txt').read_text().splitlines() == [
+      '1 Q0 B_1 1 2.500000 realm_jax',
+      '1 Q0 A 2 0.250000 realm_jax',
+      '2 Q0 C 1 1.000000 realm_jax',
+      '2 Q0 B_1 2 1.000000 realm_jax',
+  ]
+
+
+def test_a_beir_folder_goes_with_the_run(tmp_path):
+  runs.write_beir(tmp_path, _RUN.questions, _Corpus())
+  corpus = (tmp_path / 'corpus.jsonl').read_text().splitlines()
+  assert [json.loads(line)['_id'] for line in corpus] == ['A', 'B_1', 'C']
+  queries = (tmp_path / 'queries.jsonl').read_text().splitlines()
+  assert json.loads(queries[1]) == {'_id': '2', 'text': 'two'}
+  assert (tmp_path / 'qrels' / 'test.tsv').read_text() == (
+      'query-id\tcorpus-id\tscore\n1\tB_1\t1\n'
+  )
+
+
+def test_two_runs_are_compared_question_by_question(tmp_path):
+  ours, theirs = tmp_path / 'ours.jsonl', tmp_path / 'theirs.jsonl'
+  runs.write_questions(ours, _RUN, _Corpus())
+  worse = dataclasses.replace(_RUN, answer_rank_B=np.array([0, 2]))
+  runs.write_questions(theirs, worse, _Corpus())
+  figures = runs.compare(ours, theirs)
+  assert figures['recall_at_1']['ours'] == 0.5
+  assert figures['recall_at_1']['theirs'] == 0
+  assert figures['recall_at_5']['better'] == 1
+  assert figures['reciprocal_rank']['difference'] == pytest.approx(0.5)
+  record = runs.read_questions(ours)[0]
+  assert record['retrieved'][0] == {'id': 'B_1', 'score': 2.5}
+
+  short = dataclasses.replace(
+      _RUN, questions=_RUN.questions[:1], doc_ids_BK=_RUN.doc_ids_BK[:1]
+  )
+  runs.write_questions(theirs, short, _Corpus())
+  with pytest.raises(ValueError, match='has 2 questions, .* 1: only runs'):
+    runs.compare(ours, theirs)
+  theirs.write_text('{"question": "one"}\n')
+  with pytest.raises(ValueError, match='theirs.jsonl:1: not a line'):
+    runs.compare(ours, theirs)
