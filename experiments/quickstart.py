@@ -26,7 +26,7 @@ from realm_jax import config as config_lib
 from realm_jax.evaluation import report as report_lib
 from realm_jax.runtime import metrics as metrics_lib
 
-STAGES = ('mlm', 'ict', 'realm')
+STAGES = ('mlm', 'ict', 'realm', 'open_qa')
 
 
 def get_config(stage: str = 'realm') -> config_lib.Config:
@@ -54,6 +54,11 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
     config.mlm.own_passage_rate = 0.7
   elif stage == 'ict':
     config.steps = 200
+  elif stage == 'open_qa':
+    config.steps = 300
+    config.batch_size = 32
+    config.open_qa.retrieved = 100
+    config.refresh.policy = 'none'
   else:
     config.steps = 600
     config.batch_size = 32

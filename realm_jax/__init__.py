@@ -13,7 +13,7 @@ Array names end in their shape, one capital letter per dimension:
 
 `L` is any sequence length (Q, S or T) where the code serves all of them.
 
-Public: `Retriever`, loaded when first used.
+Public: `Retriever`, `OpenQA`, loaded when first used.
 """
 
 import importlib
@@ -22,9 +22,15 @@ from typing import Any
 __version__ = '0.1.0'
 
 
+# Where each is. Not imported here: workers of the input pipeline import this
+# module and must stay light.
+_PUBLIC = {
+    'OpenQA': 'realm_jax.api.open_qa',
+    'Retriever': 'realm_jax.api.retriever',
+}
+
+
 def __getattr__(name: str) -> Any:
-  if name == 'Retriever':
-    # Not an import statement: workers of the input pipeline import this module
-    # and must stay light.
-    return importlib.import_module('realm_jax.api.retriever').Retriever
+  if name in _PUBLIC:
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -30,7 +30,10 @@ COMPONENTS = {
     'mlm': ('reader',),
     'ict': ('embedder',),
     'realm': ('embedder', 'reader'),
+    'open_qa': ('embedder', 'span_reader'),
 }
+# Objectives that search an index while they train.
+SEARCHING = ('realm', 'open_qa')
 
 
 @dataclasses.dataclass
@@ -93,6 +96,32 @@ class IctConfig:
   """The inverse cloze task (Lee et al. 2019, section 4)."""
 
   remove_rate: float = 0.9  # How often the sentence is cut from its passage.
+  # Questions with the passage that answers them, in the place of sentences:
+  # files, comma-separated (Karpukhin et al. 2020, in-batch negatives).
+  questions: str = ''
+
+
+@dataclasses.dataclass
+class OpenQaConfig:
+  """Fine-tuning on questions (Lee et al. 2019, section 5.2)."""
+
+  # Files of questions, comma-separated; see `realm-jax questions --help`.
+  questions: str = ''
+  retrieved: int = 5000  # Passages that the retriever's loss is taken over.
+  read: int = 5  # The best of them, which the reader reads.
+  title: bool = False  # Whether the reader sees a passage's title.
+  # Over all spans of all passages read (as released), or p(z|x) p(y|z,x).
+  normalization: Literal['global', 'passage'] = 'global'
+  # frozen: the index is that of the initial retriever, and the question is
+  # what learns (as published). trained: the passages that are read are embedded
+  # anew and learn too; the index may be refreshed.
+  documents: Literal['frozen', 'trained'] = 'frozen'
+  # So many of the best are put in order anew by the current retriever before
+  # the reader gets its share; 0: the order of the index.
+  rerank: int = 0
+  # Whether a batch of which no question has an answer is a step all the same,
+  # of weight decay and of old momentum.
+  update_unanswered: bool = False
 
 
 @dataclasses.dataclass
@@ -119,9 +148,18 @@ class RefreshConfig:
   # none: the index of step 0 for ever. sync: wait for each generation.
   # scheduled: adopt the generation of snapshot s exactly at step s + lag, and
   # wait only if the builder is late. eager: adopt as soon as it is ready.
-  policy: Literal['none', 'sync', 'scheduled', 'eager'] = 'scheduled'
+  # adaptive: as scheduled, but take a snapshot only if the index is too stale.
+  policy: Literal['none', 'sync', 'scheduled', 'eager', 'adaptive'] = (
+      'scheduled'
+  )
   interval: int = 500  # Steps between two snapshots of the retriever.
-  lag: int = 500  # Steps from snapshot to adoption, `scheduled` only.
+  lag: int = 500  # Steps from snapshot to adoption: `scheduled`, `adaptive`.
+  # `adaptive`: a snapshot is taken when the share of the probe queries' top k
+  # that is still right falls below.
+  overlap_bound: float = 0.8
+  # A builder that ended so often in a row, with nothing published in between,
+  # ends the training that supervises it; 0: it is started again for ever.
+  max_builder_failures: int = 3
   timeout: float = 3600.0  # Seconds to wait for a generation before giving up.
   keep: int = 3  # Newest snapshots and generations kept; 0: all of them.
 
@@ -157,7 +195,7 @@ class CheckpointConfig:
 class Config:
   """One training job. Index building and evaluation read it back."""
 
-  objective: Literal['mlm', 'ict', 'realm'] = 'realm'
+  objective: Literal['mlm', 'ict', 'realm', 'open_qa'] = 'realm'
   corpus: str = ''  # Folder written by `realm-jax prepare`.
   # Workdirs to start from, comma-separated; each gives the components it has
   # (`mlm` a reader, `ict` an embedder, `realm` both), later ones win.
@@ -178,10 +216,13 @@ class Config:
   granularity: Literal['span', 'token'] = 'span'
   log_interval: int = 10  # Steps between two lines of metrics.jsonl.
   tensorboard: bool = False  # Needs the extra [tensorboard].
+  # TFLOP/s of one device at best, for the metric time/mfu; 0: unknown.
+  peak_tflops: float = 0.0
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   lengths: LengthsConfig = dataclasses.field(default_factory=LengthsConfig)
   mlm: MlmConfig = dataclasses.field(default_factory=MlmConfig)
   ict: IctConfig = dataclasses.field(default_factory=IctConfig)
+  open_qa: OpenQaConfig = dataclasses.field(default_factory=OpenQaConfig)
   optimizer: OptimizerConfig = dataclasses.field(
       default_factory=OptimizerConfig
   )
@@ -224,7 +265,7 @@ def validate(config: Config) -> None:
   require(bool(c.corpus), 'corpus', 'give the folder that `prepare` wrote')
   for field in (
       'steps batch_size log_interval checkpoint.interval refresh.interval'
-      ' model.embedding_width lengths.masks'
+      ' model.embedding_width lengths.masks open_qa.retrieved open_qa.read'
   ).split():
     require(_at(c, field) >= 1, field, 'must be at least 1')
   require(
@@ -250,13 +291,37 @@ def validate(config: Config) -> None:
       'model.num_heads',
       f'must divide the width, {model.width}',
   )
-  for field in ('mlm.own_passage_rate', 'ict.remove_rate', 'model.dropout'):
+  require(
+      c.refresh.max_builder_failures >= 0,
+      'refresh.max_builder_failures',
+      'must not be negative; 0 is without a limit',
+  )
+  for field in (
+      'mlm.own_passage_rate ict.remove_rate model.dropout refresh.overlap_bound'
+  ).split():
     require(0 <= _at(c, field) <= 1, field, 'must be between 0 and 1')
   require(
       c.optimizer.learning_rate >= 0,
       'optimizer.learning_rate',
       'must not be negative',
   )
+  if c.objective == 'open_qa':
+    require(
+        bool(c.open_qa.questions),
+        'open_qa.questions',
+        'give the file of the questions to train on',
+    )
+    for field in ('open_qa.read', 'open_qa.rerank'):
+      require(
+          0 <= _at(c, field) <= c.open_qa.retrieved,
+          field,
+          f'must be between 0 and open_qa.retrieved ({c.open_qa.retrieved})',
+      )
+    require(
+        c.open_qa.documents == 'trained' or c.refresh.policy == 'none',
+        'refresh.policy',
+        "must be 'none' where open_qa.documents is 'frozen'",
+    )
   for name in c.optimizer.frozen:
     require(
         name in COMPONENTS[c.objective],
@@ -266,7 +331,7 @@ def validate(config: Config) -> None:
     )
   require(
       1 <= c.refresh.lag <= c.refresh.interval
-      or c.refresh.policy != 'scheduled',
+      or c.refresh.policy not in ('scheduled', 'adaptive'),
       'refresh.lag',
       'must be between 1 and refresh.interval'
       f' ({c.refresh.interval}), so that one generation is built at a time',
@@ -313,18 +378,21 @@ def read(workdir: pathlib.Path | str) -> Config:
 def identity(config: Config) -> dict[str, Any]:
   """What determines the result of a run, as {'section.field': value}.
 
-  Left out is what may differ between two runs of one result: where the corpus
-  lies (its fingerprint is checked instead), how often to log and to save, how
-  long to wait, and over how many devices to spread the work. `steps` is part
-  of it, since the learning rate depends on it.
+  Left out is what may differ between two runs of one result: where corpus and
+  questions lie (their digests are checked instead), how often to log and to
+  save, how long to wait, and over how many devices to spread the work. `steps`
+  is part of it, since the learning rate depends on it.
   """
   values = to_dict(resolve(config))
   for name in (
-      'corpus init_from log_interval tensorboard mesh checkpoint'
+      'corpus init_from log_interval tensorboard peak_tflops mesh checkpoint'
   ).split():
     del values[name]
-  for name in ('timeout', 'keep'):
+  for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]
+  for section in ('ict', 'open_qa'):
+    # Not which they are, but whether there are any.
+    values[section]['questions'] = bool(values[section]['questions'])
   flat = {}
   for name, value in values.items():
     if isinstance(value, dict):

@@ -16,10 +16,13 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 
+from realm_jax.cli import ask
 from realm_jax.cli import command as command_lib
 from realm_jax.cli import convert
+from realm_jax.cli import documents
 from realm_jax.cli import evaluate
 from realm_jax.cli import index
+from realm_jax.cli import plan
 from realm_jax.cli import prepare
 from realm_jax.cli import questions
 from realm_jax.cli import train
@@ -30,11 +33,14 @@ FLAGS = flags.FLAGS
 # flags of its own, apart from those of its first word.
 COMMANDS = {
     **prepare.COMMANDS,
+    **plan.COMMANDS,
     **train.COMMANDS,
     **index.COMMANDS,
+    **documents.COMMANDS,
     **evaluate.COMMANDS,
     **convert.COMMANDS,
     **questions.COMMANDS,
+    **ask.COMMANDS,
 }
 
 

@@ -17,8 +17,10 @@ from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
 from realm_jax.data import prepare
 from realm_jax.index import builder
+from realm_jax.index import embedding
 from realm_jax.index import generation
 from realm_jax.index import presence
+from realm_jax.index import status
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
@@ -92,8 +94,8 @@ def test_buckets_and_devices_change_no_embedding(
     corpus, component, check_some, mesh, monkeypatch, widths
 ):
   assert corpus.passages.lengths.max() > 24  # Some are cut.
-  monkeypatch.setattr(builder, '_widths', lambda lengths, most: widths)
-  embedder = builder.PassageEmbedder(
+  monkeypatch.setattr(embedding, '_widths', lambda *_: widths)
+  embedder = embedding.PassageEmbedder(
       component, corpus.passages, corpus.tokenizer, 24, mesh, batch_tokens=700
   )
   params = component.init(seed=0)
@@ -112,26 +114,47 @@ def test_buckets_and_devices_change_no_embedding(
 
 def test_widths_are_few_and_pay_for_themselves():
   def widths(lengths, most):
-    return builder._widths(np.array(lengths), most)
+    return embedding._widths(np.array(lengths), most, 2**16)
 
   assert widths([20] * 100, 288) == [24]
-  assert widths([20, 70] * 100, 288) == [96]
-  assert widths([20, 70] * 100_000, 288) == [24, 96]
+  assert widths([20, 70] * 100, 288) == [72]
+  assert widths([20, 70] * 100_000, 288) == [24, 72]
   assert widths([20, 288] * 100_000, 288) == [24, 288]
   assert widths([5], 7) == [7]
-  even = np.arange(8, 289).repeat(10_000)
-  assert 8 <= len(widths(even, 288)) <= 16
+  even = np.arange(8, 289).repeat(1_000)
+  assert 8 <= len(widths(even, 288)) <= 20
   assert widths(even, 300)[-1] == 288
 
 
 def test_batches_are_static_and_mostly_full(corpus, component, mesh):
-  embedder = builder.PassageEmbedder(
+  embedder = embedding.PassageEmbedder(
       component, corpus.passages, corpus.tokenizer, 40, mesh, 2**14
   )
-  rows = len(corpus.passages)
-  for size in embedder._batch_rows:
-    assert size % mesh.size == 0
-    assert -(-rows // size) * size <= rows + 64  # At most 8 per device more.
+  lengths = np.minimum(corpus.passages.lengths, 40)
+  sizes = dict(zip(embedder._widths, embedder._batch_rows, strict=True))
+  for rows in (np.arange(len(lengths)), np.arange(7, 60), np.array([3])):
+    seen = []
+    for mine, width, size in embedder._batches(rows):
+      assert size == sizes[width] and size % mesh.size == 0
+      assert 0 < len(mine) <= size
+      assert (lengths[rows[mine]] <= width).all()
+      seen.extend(mine)
+    assert sorted(seen) == [*range(len(rows))]  # Each once.
+
+
+def test_rests_join_the_next_width(corpus, component, mesh, monkeypatch):
+  monkeypatch.setattr(embedding, '_widths', lambda *_: [10, 20, 40])
+  embedder = embedding.PassageEmbedder(
+      component, corpus.passages, corpus.tokenizer, 40, mesh, 1
+  )
+  embedder._batch_rows = [8, 8, 8]
+  lengths = [5] * 9 + [15] * 7 + [35]
+  embedder._lengths = np.array(lengths)
+  batches = [
+      ([lengths[i] for i in mine], width)
+      for mine, width, _ in embedder._batches(np.arange(len(lengths)))
+  ]
+  assert batches == [([5] * 8, 10), ([5] + [15] * 7, 20), ([35], 40)]
 
 
 def _snapshot(workdir, component, step, seed=None):
@@ -214,6 +237,7 @@ def test_follow_builds_the_newest_and_leaves_when_training_is_done(
   for step in (0, 10, 20):  # A backlog: only the newest is of use.
     _snapshot(workdir, component, step)
   (index / '.tmp-20-1-dead').mkdir()
+  (index / '.building-10').mkdir()
   checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
   _until((index / '20').exists)
   assert checkpoint.steps_in(index) == [20]
@@ -300,21 +324,114 @@ def test_a_snapshot_taken_back_is_not_published(
   ]
 
 
-def test_leaves_nothing_behind_when_stopped_while_building(
-    workdir, component, monkeypatch
-):
-  _snapshot(workdir, component, 0)
-  seen = []
+@pytest.fixture
+def small_shards(monkeypatch):
+  monkeypatch.setattr(builder, '_SHARD_ROWS', {'cpu': 16})
 
-  def stopped(writer, *args):
-    seen.extend(n for n in os.listdir(workdir / 'index') if '.tmp' in n)
+
+def _stop_in_shard(monkeypatch, number):
+  """Ends a builder in a shard, or with -1 in the backend; as SIGTERM would."""
+  add, patch = generation.Writer.add, monkeypatch.context()
+
+  def stopping(writer, rows, shard=None):
+    if shard == number:
+      raise presence.Stopped('SIGTERM')
+    add(writer, rows, shard)
+
+  def stopped(*_):
     raise presence.Stopped('SIGTERM')
 
-  monkeypatch.setattr(generation.Writer, 'add_backend', stopped)
-  builder.follow(workdir)  # Leaves without an error.
-  assert len(seen) == 1
-  names = os.listdir(workdir / 'index')
-  assert sorted(names) == ['.builder.lock', 'heartbeat.json']
+  context = patch.__enter__()
+  if number < 0:
+    context.setattr(generation.Writer, 'add_backend', stopped)
+  else:
+    context.setattr(generation.Writer, 'add', stopping)
+  return lambda: patch.__exit__(None, None, None)
+
+
+def _files(path):
+  return {
+      file.name: file.read_bytes()
+      for file in path.iterdir()
+      if file.name != 'manifest.json'
+  }
+
+
+def test_a_build_is_gone_on_with_where_it_was_interrupted(
+    workdir, component, monkeypatch, small_shards
+):
+  index = workdir / 'index'
+  _snapshot(workdir, component, 0)
+  path = builder.build(workdir)
+  expected = _files(path)
+  assert len(expected) > 5
+  rows = generation.read_manifest(path)['num_rows']
+  generation.remove(path)
+  embedded = []
+  add = generation.Writer.add
+  for number in (3, 5, -1):
+    again = _stop_in_shard(monkeypatch, number)
+    builder.follow(workdir)  # Leaves without an error.
+    again()
+    assert status.partial_builds(index)[0]['done'] == (
+        min(16 * number, rows) if number > 0 else rows
+    )
+    assert checkpoint.steps_in(index) == []
+  # Damaged in the meantime: a bit, an end, a record, a file of no use.
+  left = index / '.building-0'
+  (left / 'shard-00001.npy').write_bytes(expected['shard-00001.npy'][:-1])
+  torn = bytearray(expected['shard-00002.npy'])
+  torn[-1] ^= 1
+  (left / 'shard-00002.npy').write_bytes(torn)
+  (left / 'records' / '00003.json').write_text('{')
+  (left / 'records' / '00004.json').unlink()
+  (left / 'scann').mkdir()
+
+  def counted(writer, rows, shard=None):
+    embedded.append(shard)
+    add(writer, rows, shard)
+
+  monkeypatch.setattr(generation.Writer, 'add', counted)
+  path = builder.build(workdir)
+  assert embedded == [1, 2, 3, 4]
+  assert _files(path) == expected
+  generation.load(path)
+  assert not left.exists()
+
+
+@pytest.mark.parametrize('change', ['params', 'length', 'dtype', 'newer'])
+def test_what_was_begun_for_something_else_is_thrown_away(
+    workdir, config, component, monkeypatch, small_shards, change
+):
+  _snapshot(workdir, component, 0)
+  again = _stop_in_shard(monkeypatch, 3)
+  builder.follow(workdir)
+  again()
+  config = config_lib.from_dict(config_lib.to_dict(config))
+  step = 0
+  match change:
+    case 'params':
+      _snapshot(workdir, component, 0, seed=5)
+    case 'length':
+      config.lengths.document = 24
+    case 'dtype':
+      config.mips.dtype = 'bfloat16'
+    case 'newer':
+      step = 10
+      _snapshot(workdir, component, 10)
+  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  embedded = []
+  add = generation.Writer.add
+
+  def counted(writer, rows, shard=None):
+    embedded.append(shard)
+    add(writer, rows, shard)
+
+  monkeypatch.setattr(generation.Writer, 'add', counted)
+  path = builder.build(workdir)
+  assert path.name == str(step)
+  assert embedded == [*range(len(_files(path)))]
+  assert status.partial_builds(workdir / 'index') == {}
 
 
 def test_a_second_builder_names_the_first(workdir, component):

@@ -22,6 +22,7 @@ from realm_jax.export import importing
 from realm_jax.export import opened
 from realm_jax.export import sources
 from realm_jax.index import builder
+from realm_jax.index import embedding
 from realm_jax.models import components as components_lib
 from realm_jax.models import pretrained
 from realm_jax.models import tensor_files
@@ -615,14 +616,14 @@ def test_what_cannot_be_exported(workdirs, tmp_path):
 def test_a_built_index_is_of_the_embeddings(workdirs, tmp_path):
   """The builder's embeddings of the blocks are those of the checkpoint."""
   workdir = opened.open_workdir(workdirs / 'open_qa')
-  built = builder.embed_passages(
+  embedder = embedding.PassageEmbedder(
       workdir.components['embedder'],
-      workdir.params['embedder'],
       workdir.corpus.passages,
       workdir.tokenizer,
       40,
       mesh_lib.make_mesh(config_lib.MeshConfig()),
   )
+  built = embedder(workdir.params['embedder'])
   table = tensor_files.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
   rows = [0, 1, 3, 4, 5, 6]  # 2 has no text; its passage is [UNK].
   np.testing.assert_allclose(

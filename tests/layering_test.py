@@ -27,6 +27,7 @@ _ALLOWED = {
     'export': _BELOW_INDEX | {'index', 'evaluation'},
     'api': _BELOW_INDEX | {'index', 'evaluation', 'export'},
     'training': _BELOW_INDEX | {'index', 'evaluation'},
+    'recipes': {'config'},  # For experiments only.
 }
 _ALLOWED['cli'] = {*_ALLOWED}
 _ALLOWED['main'] = {*_ALLOWED}

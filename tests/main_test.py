@@ -77,13 +77,22 @@ def test_all_of_it_with_a_separate_index_builder(tmp_path):
   assert 'Falik' in page.read_text()
   # Fresh indexes can also be made afterwards, and evaluate takes them.
   assert str(realm / 'index') in _works('index', f'--workdir={realm}')
+  found = json.loads(_works('index', 'info', f'--workdir={realm}', '--json'))
+  assert [one['step'] for one in found['generations']][-1] == 8
+  assert found['generations'][-2]['checkpoints'] == [8]
+  shard = realm / 'index' / '8' / 'shard-00000.npy'
+  shard.write_bytes(shard.read_bytes()[:-1])
+  done = _run('index', 'verify', f'--workdir={realm}')
+  assert done.returncode == 1 and done.stdout.count('sound') >= 1
+  assert f'{realm}/index/8: 1 PROBLEM(S)' in done.stdout
 
 
 def test_help_lists_commands_and_flags():
   usage = _works('--help')
-  for command in ('prepare', 'train', 'index', 'evaluate', 'inspect'):
+  for command in ('prepare', 'train', 'index', 'index verify', 'inspect'):
     assert command in usage
-    assert 'usage: realm-jax ' + command in _works(command, '--help')
+    assert f'usage: realm-jax {command}' in _works(*command.split(), '--help')
+  assert '  index info: ' in _works('index', '--help')
   assert '--pretraining_source' in _works('prepare', '--help')
   assert '--with_index_builder' in _works('train', '--help')
 
@@ -98,6 +107,9 @@ def test_help_lists_commands_and_flags():
         (['evaluate', '--workdir=/nowhere/at/all'], '/nowhere/at/all'),
         (['inspect', '--workdir=x'], 'Give one sentence with a [MASK]'),
         (['index', '--workdir=x', 'extra'], "what is 'extra'"),
+        (['index', '--workdir=x', 'info'], 'Put it first: `realm-jax index'),
+        (['index', 'verfiy', '--workdir=x'], 'Did you mean `index verify`?'),
+        (['index', 'verify', '--follow'], "Unknown command line flag 'follow'"),
         (['prepare', '--source=/no/such.jsonl', '--output=/tmp/never'],
          '/no/such.jsonl'),
         (['train', f'--config={_STAGE}:ict', '--workdir=x'],

@@ -124,7 +124,7 @@ def test_real_numbers_float32_and_bfloat16():
   assert (expected != found).any()  # The rounding matters to some.
   for given in (table, rounded):
     half = mips.ExactSearch(given, _mesh(4, 2), 'bfloat16')
-    assert half._table_NE.dtype == jnp.bfloat16
+    assert half._part.table_NE.dtype == jnp.bfloat16
     # Scores are in float32, queries unrounded.
     np.testing.assert_array_equal(half.search(queries, 10), expected)
 

@@ -1,21 +1,26 @@
 """Which generation is searched at which step, whatever the builder does."""
 
 import dataclasses
+import gc
 import json
 import logging
 import shutil
 import threading
 import time
 import types
+import weakref
 
+import jax
 import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.index import generation
+from realm_jax.index import loading
 from realm_jax.index import mips
 from realm_jax.index import presence
 from realm_jax.index import refresh
+from realm_jax.index import topk
 from realm_jax.runtime import checkpoint
 
 _ROWS, _WIDTH, _INTERVAL = 60, 4, 4
@@ -71,24 +76,27 @@ def _refresher(workdir, policy='sync', *, lag=4, **kwargs):
 
 def _begin_step(refresher, workdir, policy, step, publish):
   """The order of the training loop: see training/loop.py."""
-  due = step % _INTERVAL == 0 and (policy != 'none' or step == 0)
-  first = due and (policy == 'sync' or step == 0)
+  first = step == 0 or (policy == 'sync' and step % _INTERVAL == 0)
   if first:
     _snapshot(workdir, step)
     publish(step)
   refresher.adopt(step)
-  if due and not first:
+  if not first and refresher.snapshot_due(step, lambda: _STILL_RIGHT[step]):
     _snapshot(workdir, step)
     publish(step)
 
 
-def _run(workdir, policy, steps, publish, start=0, current=None, lag=4):
-  used = []
+def _run(workdir, policy, steps, publish, start=0, saved=None, lag=4):
+  """Returns the generation of each step, and what a checkpoint would hold."""
+  used, about = [], {}
   refresher = _refresher(
-      workdir, policy, lag=lag, step=start, generation=current
+      workdir, policy, lag=lag, step=start, **(saved or {})
   )
   for step in range(start, steps):
     _begin_step(refresher, workdir, policy, step, publish)
+    about[step] = {
+        'generation': refresher.generation_step, 'pending': refresher.pending
+    }
     # What is searched is that generation indeed.
     number = refresher.generation_step
     found = refresher.search.search(_embeddings(number)[:5] * 100, 3)
@@ -98,11 +106,17 @@ def _run(workdir, policy, steps, publish, start=0, current=None, lag=4):
     np.testing.assert_array_equal(found, expected)
     used.append(number)
   refresher.close()
-  return used
+  return used, about
 
 
+# What the probe would say at the steps at which `adaptive` asks; the bound is
+# 0.8.
+_STILL_RIGHT = {4: 0.9, 8: 0.79, 12: 0.5}
 _EXPECTED = {
     ('none', 4): [0] * 14,
+    ('adaptive', 4): [0] * 12 + [8] * 2,
+    ('adaptive', 2): [0] * 10 + [8] * 4,
+    ('adaptive', 1): [0] * 9 + [8] * 4 + [12],
     ('sync', 4): [0] * 4 + [4] * 4 + [8] * 4 + [12] * 2,
     ('scheduled', 4): [0] * 8 + [4] * 4 + [8] * 2,
     ('scheduled', 2): [0] * 6 + [4] * 4 + [8] * 4,
@@ -122,7 +136,7 @@ def test_the_generation_is_a_function_of_the_step(tmp_path, policy, lag, speed):
     if speed == 'at once':
       threads[-1].join()
 
-  used = _run(tmp_path, policy, 14, publish, lag=lag)
+  used, _ = _run(tmp_path, policy, 14, publish, lag=lag)
   assert used == _EXPECTED[policy, lag]
   for thread in threads:
     thread.join()
@@ -138,12 +152,9 @@ def test_resumed_anywhere_the_sequence_is_the_same(tmp_path, policy, lag):
       _publish(workdir, step)
 
     # It ran on for a while after its last checkpoint.
-    _run(workdir, policy, min(killed + 3, 14), publish, lag=lag)
-    if killed:
-      current = expected[killed]
-    else:
-      current = None  # There is no checkpoint yet.
-    used = _run(workdir, policy, 14, publish, killed, current, lag)
+    _, about = _run(workdir, policy, min(killed + 3, 14), publish, lag=lag)
+    saved = about[killed] if killed else None  # There is no checkpoint yet.
+    used, _ = _run(workdir, policy, 14, publish, killed, saved, lag)
     assert used == expected[killed:], killed
 
 
@@ -184,8 +195,15 @@ def test_scheduled_is_loaded_before_it_is_due(tmp_path, monkeypatch):
   assert not refresher.adopt(6)
   assert refresher.adopt(7)
   assert refresher.generation_step == 4
-  assert generation.in_use(tmp_path / 'index') == {4}
+  _until(lambda: generation.in_use(tmp_path / 'index') == {4})
   refresher.close()
+
+
+def _until(condition):
+  deadline = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < deadline, 'it did not come about'
+    time.sleep(0.01)
 
 
 def _eager(workdir, monkeypatch, **kwargs):
@@ -355,7 +373,7 @@ def test_waiting_ends(tmp_path, monkeypatch):
     heartbeat.beat('embedding', done=7, total=60, at_once=True)
     with pytest.raises(TimeoutError, match=r'index/0.*embedding 7 of 60'):
       refresher.adopt(0)
-  monkeypatch.setattr(refresh, '_SNAPSHOT_SECONDS', 0.1)
+  monkeypatch.setattr(loading, '_SNAPSHOT_SECONDS', 0.1)
   config.refresh.timeout = 20.0
   shutil.rmtree(tmp_path / 'retriever')
   with pytest.raises(FileNotFoundError, match='its snapshot.*is gone'):
@@ -385,8 +403,8 @@ def test_the_builders_health_is_looked_at(tmp_path):
 
 
 def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(refresh, '_STALE_SECONDS', 0.1)
-  monkeypatch.setattr(refresh, '_SAY_SECONDS', 0.3)
+  monkeypatch.setattr(loading, '_STALE_SECONDS', 0.1)
+  monkeypatch.setattr(loading, '_SAY_SECONDS', 0.3)
   refresher = _refresher(tmp_path)
   _snapshot(tmp_path, 0)
   timer = threading.Timer(1.5, _publish, (tmp_path, 0))
@@ -410,7 +428,7 @@ def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
   thread.start()
   timer = threading.Timer(1.0, _publish, (tmp_path, 4))
   timer.start()
-  monkeypatch.setattr(refresh, '_STALE_SECONDS', 0.7)
+  monkeypatch.setattr(loading, '_STALE_SECONDS', 0.7)
   with caplog.at_level(logging.WARNING):
     refresher.adopt(4)
   done.set()
@@ -475,6 +493,87 @@ def test_staleness_is_measured(tmp_path):
   refresher.close()
 
 
+def test_what_the_trainer_stands_still_for_is_counted(tmp_path):
+  refresher = _refresher(tmp_path)
+  expected = []
+  for step in range(0, 9):
+    with refresher.standing_still():
+      time.sleep(0.02)
+      if step % _INTERVAL == 0:
+        _snapshot(tmp_path, step)
+        _publish(tmp_path, step)
+        expected.append(step)
+      refresher.adopt(step)
+    values = refresher.metrics(step)
+    assert values['refresh/stall_seconds'] >= 0.02 * (step + 1)
+  # Of the last refresh: all from the step after the adoption before it.
+  last = values['refresh/last_stall_seconds']
+  assert 4 * 0.02 <= last < values['refresh/stall_seconds'] - 4 * 0.02
+  assert 0 < values['refresh/swap_seconds'] < last
+  assert 0 < values['refresh/load_seconds'] < last
+  refresher.close()
+
+
+def test_adaptive_says_what_it_decided(tmp_path):
+  refresher = _refresher(tmp_path, 'adaptive', lag=2)
+  asked = []
+
+  def still_right():
+    asked.append(0)
+    return 0.6
+
+  _snapshot(tmp_path, 0)
+  _publish(tmp_path, 0)
+  assert refresher.snapshot_due(0, still_right)
+  refresher.adopt(0)
+  for step in range(1, 4):
+    refresher.adopt(step)
+    assert not refresher.snapshot_due(step, still_right)
+  assert not asked
+  assert 'refresh/fresh_overlap' not in refresher.metrics(3)
+  refresher.adopt(4)
+  assert refresher.snapshot_due(4, still_right)
+  assert refresher.snapshot_due(4, still_right)  # Decided is decided.
+  assert len(asked) == 1
+  values = refresher.metrics(4)
+  assert values['refresh/fresh_overlap'] == 0.6
+  assert values['refresh/snapshot_due'] == 1.0
+  assert values['refresh/probe_seconds'] > 0
+  refresher.close()
+
+
+def _live(shape):
+  return sum(x.shape == shape for x in jax.live_arrays())
+
+
+def test_the_old_generation_is_freed(tmp_path, monkeypatch):
+  """Neither its search nor its table outlives the swap and its probe."""
+  monkeypatch.setattr(loading, '_SAMPLE_ROWS', 7)
+  refresher = _refresher(tmp_path, 'scheduled', lag=4)
+  searches, most = [], 0
+  # Of the table on the device, padded; nothing else has this shape.
+  shape = (topk.ALIGN, _WIDTH)
+  before = _live(shape)
+  for step in range(24):
+    first = step == 0
+    if first:
+      _snapshot(tmp_path, 0)
+      _publish(tmp_path, 0)
+    if refresher.adopt(step):
+      searches.append(weakref.ref(refresher.search))
+      most = max(most, _live(shape) - before)
+      refresher.probe_overlap(_embeddings(100)[:20], 5)
+    if not first and refresher.snapshot_due(step, lambda: 0.0):
+      _snapshot(tmp_path, step)
+      _publish(tmp_path, step)
+    gc.collect()
+    alive = [ref for ref in searches if ref() is not None]
+    assert alive == searches[-1:], step
+  assert len(searches) == 5
+  assert most == 2  # The old one and the new one, at the moment of the swap.
+  refresher.close()
+
+
 def test_the_old_table_is_let_go_without_a_probe(tmp_path):
   refresher = _refresher(tmp_path)
   for step in (0, 4):
@@ -485,3 +584,140 @@ def test_the_old_table_is_let_go_without_a_probe(tmp_path):
   refresher.adopt(5)
   assert refresher._previous is None
   refresher.close()
+
+
+def test_a_failing_builder_is_spoken_of_with_the_age_of_the_index(
+    tmp_path, monkeypatch, caplog
+):
+  failures = [0]
+  refresher = _eager(tmp_path, monkeypatch, health=lambda: failures[0])
+  with caplog.at_level(logging.WARNING):
+    for step in range(1, 12):
+      if step in (5, 7):
+        failures[0] += 1
+      assert not refresher.adopt(step)  # It goes on, and does not wait.
+  said = [record.message for record in caplog.records]
+  assert len(said) == 2
+  assert 'failed 1 times' in said[0] and 'of step 0, 5 steps and' in said[0]
+  assert 'failed 2 times' in said[1] and 'of step 0, 7 steps and' in said[1]
+  assert refresher.metrics(11)['refresh/builder_failures'] == 2
+  assert refresher.waited_seconds < 10
+
+  def give_up():
+    raise RuntimeError('too often')
+
+  refresher._health = give_up
+  with pytest.raises(RuntimeError, match='too often'):
+    refresher.adopt(12)
+  refresher.close()
+
+
+def test_scheduled_waits_for_a_failing_builder_at_the_due_step_only(tmp_path):
+  failures = [0]
+  refresher = _refresher(
+      tmp_path, 'scheduled', lag=3, health=lambda: failures[0]
+  )
+  _snapshot(tmp_path, 0)
+  _publish(tmp_path, 0)
+  refresher.adopt(0)
+  waited = refresher.waited_seconds
+  for step in range(1, 7):
+    failures[0] = step
+    assert not refresher.adopt(step)
+    if step == 4:
+      _snapshot(tmp_path, 4)
+  assert refresher.waited_seconds == waited
+  timer = threading.Timer(0.3, _publish, (tmp_path, 4))
+  timer.start()
+  assert refresher.adopt(7)
+  timer.join()
+  assert refresher.waited_seconds - waited > 0.2
+  refresher.close()
+
+
+def test_without_refresh_nobody_looks_after_the_builder(tmp_path):
+  def give_up():
+    raise RuntimeError('too often')
+
+  refresher = _refresher(tmp_path, 'none')
+  _snapshot(tmp_path, 0)
+  _publish(tmp_path, 0)
+  refresher.adopt(0)
+  refresher._health = give_up
+  assert not refresher.adopt(1)
+  refresher.close()
+
+
+class _Processes:
+  """Threads in the place of processes: what `runtime.distributed` offers."""
+
+  def __init__(self, count):
+    self._rank = threading.local()
+    self._barrier = threading.Barrier(count, timeout=20)
+    self._values = [None] * count
+
+  def join_in(self, rank):
+    self._rank.value = rank
+
+  def is_main(self):
+    return getattr(self._rank, 'value', 0) == 0
+
+  def gather(self, value):
+    self._barrier.wait()
+    self._values[self._rank.value] = value
+    self._barrier.wait()
+    return list(self._values)
+
+  def any(self, flag):
+    return True in self.gather(bool(flag))
+
+  def broadcast(self, value):
+    return self.gather(value if self.is_main() else None)[0]
+
+
+@pytest.mark.parametrize('slow', [0, 1])
+def test_all_processes_adopt_the_same_at_the_same_step(
+    tmp_path, monkeypatch, slow
+):
+  """Under `eager`, however long one of them takes to load."""
+  processes = _Processes(2)
+  monkeypatch.setattr(refresh, 'distributed', processes)
+  monkeypatch.setattr(
+      refresh, 'jax', types.SimpleNamespace(process_count=lambda: 2)
+  )
+  monkeypatch.setattr(refresh, '_LOOK_SECONDS', 0.0)
+  monkeypatch.setattr(refresh, '_LOOK_STEPS', 2)
+  _snapshot(tmp_path, 0)
+  _publish(tmp_path, 0)
+  used = [[], []]
+  damaged = threading.Event()
+
+  def run(rank):
+    processes.join_in(rank)
+
+    def make_search(made):
+      if rank == slow:
+        time.sleep(0.2)
+        if made.lineage.step == 12 and not damaged.is_set():
+          damaged.set()
+          raise generation.Damaged('it was seen so by one process')
+      return made.make_search(config_lib.MipsConfig(), None)
+
+    refresher = _refresher(tmp_path, 'eager', make_search=make_search)
+    for step in range(36):
+      if rank == 0 and step in (4, 12, 20):
+        _snapshot(tmp_path, step)
+        _publish(tmp_path, step)
+      refresher.adopt(step)
+      used[rank].append(refresher.generation_step)
+      time.sleep(0.05)
+    refresher.close()
+
+  threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(used[0]) == len(used[1]) == 36
+  assert used[0] == used[1]
+  assert set(used[0]) == {0, 4, 20}  # 12 was refused by both.

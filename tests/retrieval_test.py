@@ -59,7 +59,6 @@ def _make_workdir(path, corpus, config, saved):
         step,
         jax.tree.map(jnp.asarray, params),
         {'step': jnp.int32(step)},
-        batches.training_batches(corpus, config),
         {
             'config_digest': config_lib.digest(config),
             'corpus_fingerprint': corpus.fingerprint,

@@ -15,8 +15,13 @@ from realm_jax.index import supervisor
 class _Child(supervisor.IndexBuilderProcess):
   """Runs a line of Python in the place of the builder."""
 
-  def __init__(self, workdir, program, backoff_seconds=0.01):
-    super().__init__(workdir, ['--start_timeout=5'], backoff_seconds)
+  def __init__(self, workdir, program, backoff_seconds=0.01, **kwargs):
+    super().__init__(
+        workdir,
+        ['--start_timeout=5'],
+        backoff_seconds=backoff_seconds,
+        **kwargs,
+    )
     assert self._command[1:5] == [
         '-m', 'realm_jax', 'index', f'--workdir={workdir}'
     ]
@@ -44,11 +49,12 @@ sys.exit(1)
 def test_a_dead_builder_is_started_again(tmp_path):
   with _Child(tmp_path, _SLEEP) as child:
     first = child.pid
-    child.health()
+    assert child.health() == 0
     assert child.pid == first
     os.kill(first, signal.SIGKILL)
-    _until(lambda: child.health() or child.pid not in (first, None))
+    _until(lambda: child.health() and child.pid not in (first, None))
     os.kill(child.pid, 0)
+    assert child.health() == 1
 
 
 def test_three_failures_in_a_row_end_it_with_its_own_words(tmp_path):
@@ -63,7 +69,7 @@ raise SystemExit('ValueError: the corpus is gone')
       pytest.raises(RuntimeError) as error,
       _Child(tmp_path, program, backoff) as child,
   ):
-    _until(child.health)  # None: it goes on until it raises.
+    _until(lambda: child.health() < 0)  # It goes on until it raises.
   message = str(error.value)
   assert 'ended 3 times' in message and 'exit code 1' in message
   assert message.endswith('ValueError: the corpus is gone')
@@ -76,7 +82,18 @@ def test_failures_with_progress_in_between_do_not_add_up(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with _Child(tmp_path, _PUBLISH_AND_DIE) as child:
     index = tmp_path / 'index'
-    _until(lambda: child.health() or len(list(index.glob('*'))) >= 5)
+    _until(lambda: child.health() and len(list(index.glob('*'))) >= 5)
+
+
+def test_how_many_failures_are_too_many_is_a_setting(tmp_path):
+  program = "raise SystemExit('no')"
+  with (
+      pytest.raises(RuntimeError, match='ended 1 times'),
+      _Child(tmp_path, program, max_failures=1) as child,
+  ):
+    _until(lambda: child.health() < 0)
+  with _Child(tmp_path, program, max_failures=0) as child:
+    _until(lambda: child.health() >= 4)
 
 
 def test_left_without_an_error_it_waits_for_the_last_generation(tmp_path):

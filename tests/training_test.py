@@ -83,6 +83,15 @@ JOBS = {
     'ict': ('ict', {'model__dropout': 0.1}),
     'sync': ('realm', {'refresh__policy': 'sync'}),
     'scheduled': ('realm', {'refresh__policy': 'scheduled'}),
+    # It asks at steps 4 and 8, and learns that 0.88 and 0.95 are still right.
+    'adaptive': (
+        'realm',
+        {
+            'refresh__policy': 'adaptive',
+            'refresh__overlap_bound': 0.92,
+            'optimizer__retriever_learning_rate': 1e-4,
+        },
+    ),
 }
 
 
@@ -112,15 +121,16 @@ def test_a_job_leaves_what_it_should(undisturbed, name):
   assert [line['step'] for line in lines] == list(range(1, _STEPS + 1))
   losses = [line['train/loss'] for line in lines]
   assert np.mean(losses[-3:]) < np.mean(losses[:3])
-  if name in ('sync', 'scheduled'):
+  if name in ('sync', 'scheduled', 'adaptive'):
     generations = [line['refresh/generation'] for line in lines]
     # Line s + 1 is of the step that began at s.
     expected = {
         'sync': [0] * 4 + [4] * 4 + [8] * 4,
         'scheduled': [0] * 6 + [4] * 4 + [8] * 2,
+        'adaptive': [0] * 6 + [4] * 6,
     }[name]
     assert generations == expected
-    assert summary['index_generation'] == 8
+    assert summary['index_generation'] == expected[-1]
   else:
     assert summary['index_generation'] is None
 

@@ -102,9 +102,8 @@ class Retriever:
       )
 
     def open_search() -> tuple[mips.Search, mips.Rows]:
-      generation = workdir.generation()
-      search = generation.make_search(workdir.config.mips, None)
-      return search, generation.embeddings
+      index = workdir.index()
+      return index.make_search(workdir.config.mips), index.table
 
     return cls(
         workdir.components['embedder'],

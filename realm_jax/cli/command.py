@@ -1,11 +1,13 @@
 """What a command of `realm-jax` is made of.
 
-Public: `Command`, `workdir_flag`, `split_list`, `quiet_jax`, the exit codes.
+Public: `Command`, `workdir_flag`, `process_flags`, `processes`, `split_list`,
+`quiet_jax`, the exit codes.
 A module beside this one has a group of commands in a table `COMMANDS`, by the
 words after `realm-jax`; `main.py` puts the tables together.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import logging
 
@@ -36,6 +38,46 @@ def workdir_flag() -> None:
       'Folder of the job: config, checkpoints, index, metrics.',
       required=True,
   )
+
+
+def process_flags() -> None:
+  """Defines how the processes of a job find each other."""
+  flags.DEFINE_string(
+      'coordinator',
+      None,
+      'HOST:PORT of process 0, where a job has several, one on each host.',
+  )
+  flags.DEFINE_integer('num_processes', None, 'How many the job has.')
+  flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0 on.')
+  flags.DEFINE_boolean(
+      'distributed',
+      False,
+      'Find out these three from SLURM, Kubernetes, Open MPI or the TPU slice.',
+  )
+  flags.DEFINE_float(
+      'coordinator_timeout', 300.0, 'Seconds to wait for the other processes.'
+  )
+
+
+def processes() -> contextlib.AbstractContextManager[None]:
+  """Joins the other processes of the job that the flags speak of, if any.
+
+  Raises:
+    ValueError: if the flags do not fit together.
+    TimeoutError: if the others did not come; see `distributed.job`.
+  """
+  values = flags.FLAGS
+  given = (values.coordinator, values.num_processes, values.process_id)
+  if not values.distributed and given == (None, None, None):
+    return contextlib.nullcontext()
+  if values.distributed and given != (None, None, None):
+    raise ValueError(
+        '--distributed finds out by itself what --coordinator, --num_processes'
+        ' and --process_id say: give it alone, or these three.'
+    )
+  from realm_jax.runtime import distributed
+
+  return distributed.job(*given, timeout=values.coordinator_timeout)
 
 
 def split_list(text: str | None) -> list[str]:

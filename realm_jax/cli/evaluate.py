@@ -37,6 +37,20 @@ def _evaluate_flags() -> None:
   flags.DEFINE_integer(
       'limit', None, 'Evaluate the first questions and sentences only.'
   )
+  flags.DEFINE_integer(
+      'read',
+      None,
+      'Passages that are read for a question; default: as many as in training.',
+  )
+  flags.DEFINE_string(
+      'run_file',
+      None,
+      'Also write what was retrieved to this file, for trec_eval, ir-measures'
+      ' or pyserini.',
+  )
+  flags.DEFINE_string(
+      'beir', None, 'Also write corpus and questions to this folder, as BEIR.'
+  )
 
 
 def _evaluate(argv: Sequence[str]) -> None:
@@ -51,8 +65,22 @@ def _evaluate(argv: Sequence[str]) -> None:
       steps=FLAGS.steps,
       corpus=FLAGS.corpus,
       limit=FLAGS.limit,
+      read=FLAGS.read,
+      run_file=FLAGS.run_file,
+      beir=FLAGS.beir,
   )
   print(report.write(FLAGS.workdir, results))
+
+
+def _compare(argv: Sequence[str]) -> None:
+  if len(argv) != 3:
+    raise app.UsageError(
+        'Give two files evaluation/STEP.questions.jsonl, that of the run hoped'
+        f' to be better first; got {len(argv) - 1} arguments.'
+    )
+  from realm_jax.evaluation import runs
+
+  print(runs.as_text(runs.compare(argv[1], argv[2])))
 
 
 def _inspect_flags() -> None:
@@ -85,6 +113,14 @@ COMMANDS = {
         'realm-jax evaluate --workdir=runs/realm --questions=dev.jsonl',
         _evaluate_flags,
         _evaluate,
+    ),
+    'compare': command.Command(
+        'Compares two evaluations question by question, with a paired test.',
+        'realm-jax compare runs/a/evaluation/600.questions.jsonl'
+        ' runs/b/evaluation/600.questions.jsonl',
+        lambda: None,
+        _compare,
+        positional='OURS THEIRS',
     ),
     'inspect': command.Command(
         'Shows what is retrieved for one sentence, and what it changes.',

@@ -1,9 +1,11 @@
-"""Commands of the index of a job: `index`.
+"""Commands of the index of a job: `index`, `index verify`, `index info`.
 
 Public: `COMMANDS`.
 """
 
 from collections.abc import Sequence
+import json
+import sys
 
 from absl import flags
 
@@ -14,6 +16,7 @@ FLAGS = flags.FLAGS
 
 def _index_flags() -> None:
   command.workdir_flag()
+  command.process_flags()
   flags.DEFINE_boolean(
       'follow',
       False,
@@ -37,15 +40,54 @@ def _index(argv: Sequence[str]) -> None:
   del argv
   command.quiet_jax()
   from realm_jax.index import builder
+  from realm_jax.runtime import distributed
 
-  if FLAGS.follow:
-    builder.follow(
-        FLAGS.workdir,
-        start_timeout=FLAGS.start_timeout,
-        parent_pid=FLAGS.parent_pid or None,
-    )
-  else:
-    print(builder.build(FLAGS.workdir, FLAGS.step))
+  with command.processes():
+    if FLAGS.follow:
+      builder.follow(
+          FLAGS.workdir,
+          start_timeout=FLAGS.start_timeout,
+          parent_pid=FLAGS.parent_pid or None,
+      )
+    else:
+      path = builder.build(FLAGS.workdir, FLAGS.step)
+      if distributed.is_main():
+        print(path)
+
+
+def _verify_flags() -> None:
+  command.workdir_flag()
+  flags.DEFINE_integer(
+      'step', None, 'Look at this generation alone; default: at all of them.'
+  )
+
+
+def _verify(argv: Sequence[str]) -> None:
+  del argv
+  from realm_jax.index import status
+
+  bad = 0
+  for found in status.verify(FLAGS.workdir, FLAGS.step):
+    bad += bool(found.problems)
+    verdict = f'{len(found.problems)} PROBLEM(S)' if found.problems else 'sound'
+    print(': '.join(filter(None, [str(found.path), verdict, found.about])))
+    for problem in found.problems:
+      print('  ' + problem.replace('\n', '\n  '))
+  if bad:
+    sys.exit(1)
+
+
+def _info_flags() -> None:
+  command.workdir_flag()
+  flags.DEFINE_boolean('json', False, 'As JSON instead of a table.')
+
+
+def _info(argv: Sequence[str]) -> None:
+  del argv
+  from realm_jax.index import status
+
+  found = status.info(FLAGS.workdir)
+  print(json.dumps(found, indent=2) if FLAGS.json else status.as_text(found))
 
 
 COMMANDS = {
@@ -54,5 +96,17 @@ COMMANDS = {
         'realm-jax index --workdir=runs/realm --follow',
         _index_flags,
         _index,
+    ),
+    'index verify': command.Command(
+        'Checks every byte of the index, and what it was made from.',
+        'realm-jax index verify --workdir=runs/realm',
+        _verify_flags,
+        _verify,
+    ),
+    'index info': command.Command(
+        'Lists the generations, who uses them, and what the builder does.',
+        'realm-jax index info --workdir=runs/realm --json',
+        _info_flags,
+        _info,
     ),
 }

@@ -6,6 +6,7 @@ Public: `COMMANDS`.
 from collections.abc import Sequence
 import json
 import sys
+from typing import Literal
 
 from absl import flags
 
@@ -17,6 +18,8 @@ FLAGS = flags.FLAGS
 def _train_flags() -> None:
   from ml_collections import config_flags
 
+  # A choice among strings, which config.validate checks.
+  config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
   config_flags.DEFINE_config_file(
       'config',
       None,
@@ -26,6 +29,12 @@ def _train_flags() -> None:
   )
   flags.mark_flag_as_required('config')
   command.workdir_flag()
+  command.process_flags()
+  flags.DEFINE_string(
+      'profile',
+      None,
+      'Steps to trace, for example 10-15, to WORKDIR/profile.',
+  )
   flags.DEFINE_boolean(
       'with_index_builder',
       False,
@@ -37,26 +46,43 @@ def _train_flags() -> None:
 def _train(argv: Sequence[str]) -> None:
   del argv
   command.quiet_jax()
+  from realm_jax import config as config_lib
+  from realm_jax.runtime import distributed
+  from realm_jax.runtime import profile as profile_lib
   from realm_jax.training import loop
 
   config = FLAGS.config
-  try:
-    if FLAGS.with_index_builder and config.objective == 'realm':
-      from realm_jax.index import supervisor
+  profile = profile_lib.parse_steps(FLAGS.profile) if FLAGS.profile else None
+  with command.processes():
+    try:
+      supervise = (
+          FLAGS.with_index_builder
+          and config.objective in config_lib.SEARCHING
+      )
+      if supervise and distributed.is_main():
+        from realm_jax.index import supervisor
 
-      with supervisor.IndexBuilderProcess(FLAGS.workdir) as builder:
-        summary = loop.train(config, FLAGS.workdir, health=builder.health)
-    else:
-      summary = loop.train(config, FLAGS.workdir)
-  except loop.Interrupted as error:
-    print(error, file=sys.stderr)
+        with supervisor.IndexBuilderProcess(
+            FLAGS.workdir, max_failures=config.refresh.max_builder_failures
+        ) as builder:
+          summary = loop.train(
+              config, FLAGS.workdir, health=builder.health, profile=profile
+          )
+      else:
+        summary = loop.train(config, FLAGS.workdir, profile=profile)
+    except loop.Interrupted as error:  # In all processes.
+      print(error, file=sys.stderr)
+      summary = None
+    main = distributed.is_main()
+  if summary is None:
     sys.exit(command.TERMINATED)
-  print(json.dumps(summary, indent=2))
+  if main:
+    print(json.dumps(summary, indent=2))
 
 
 COMMANDS = {
     'train': command.Command(
-        'Trains: reader warm-up (mlm), inverse cloze task (ict), or realm.',
+        'Trains one objective: mlm, ict, realm or open_qa.',
         'realm-jax train --config=experiments/quickstart.py:ict'
         ' --workdir=runs/ict --config.corpus=corpus',
         _train_flags,

@@ -2,7 +2,7 @@
 
 Public: `training_batches`, `evaluation_batches`, `sentences_of`. Every random
 choice is a function of (seed, position in the stream) alone: the batches do not
-depend on the number of workers, and an iterator's state is its position.
+depend on the number of workers or of processes, and to resume is to say where.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
+from realm_jax.data import questions as questions_lib
 
 Example = dict[str, Any]  # One row of a batch.
 
@@ -22,26 +23,30 @@ Example = dict[str, Any]  # One row of a batch.
 def training_batches(
     corpus: corpus_lib.Corpus,
     config: config_lib.Config,
-    process: int = 0,
-    processes: int = 1,
+    start: int = 0,
+    rows: np.ndarray | None = None,
+    questions: questions_lib.QuestionTable | None = None,
 ) -> grain.DatasetIterator:
-  """The endless, checkpointable stream of batches of the config's objective.
+  """The endless stream of batches of the config's objective.
 
   Each epoch has an order of its own, and each visit of a sentence masks anew.
 
   Args:
     corpus: opened corpus.
     config: resolved config.
-    process: which part of each global batch is wanted.
-    processes: number of parts.
+    start: the batch to begin with: how many a job has had that goes on.
+    rows: which rows of each batch are wanted, ascending; None: all of them.
+    questions: in the place of sentences, of `open_qa` and `ict`.
 
   Returns:
-    Iterator over batches of batch_size / processes rows:
+    Iterator over batches of these rows:
       realm: query_ids_BQ, query_lengths_B, positions_BM, targets_BM, mask_BM,
         exclude_BR2 (row ranges a search must not return).
       mlm: joint_ids_BT, joint_types_BT, positions_BM, targets_BM, mask_BM.
       ict: query_ids_BQ, doc_ids_BS, doc_types_BS.
-    All have sentence_B: rows of the sentence table.
+      open_qa: query_ids_BQ, query_lengths_B.
+    All have sentence_B, rows of the sentence table, or question_B, of the
+    questions.
 
   Raises:
     ValueError: if the corpus has nothing to learn from.
@@ -49,22 +54,32 @@ def training_batches(
   def stream(
       name: str, split: str, own_passage: bool = False
   ) -> grain.MapDataset:
-    examples = _examples(corpus, config, split, own_passage)
-    return (
+    if questions is not None and config.objective == 'ict':
+      examples: Any = _PairExamples(questions, corpus, config)
+    elif questions is not None:
+      examples = _QuestionExamples(questions)
+    else:
+      examples = _examples(corpus, config, split, own_passage)
+    sampled = (
         grain.MapDataset.source(examples)
         .seed(zlib.crc32(f'{name} {config.seed}'.encode()))
         .shuffle()
         .repeat()
-        .random_map(examples.sample)[process::processes]
-        .batch(config.batch_size // processes, drop_remainder=True)
-        .map(examples.assemble)
+        .random_map(examples.sample)
     )
+    size = config.batch_size
+    if rows is not None:
+      sampled = grain.MapDataset.source(_Rows(sampled, size, rows))
+      size = len(rows)
+    return sampled.batch(size, drop_remainder=True).map(examples.assemble)
 
   match config.objective:
     case 'ict':
       batches = stream('cloze', 'knowledge')
     case 'realm':
       batches = stream('masked', sentences_of(corpus, config))
+    case 'open_qa':
+      batches = stream('asked', 'questions')
     case 'mlm':
       share = config.mlm.own_passage_rate
       streams = {}
@@ -76,7 +91,7 @@ def training_batches(
       datasets, weights = zip(*streams.values(), strict=True)
       batches = grain.MapDataset.mix(datasets, weights)
   return iter(
-      batches.to_iter_dataset(
+      batches[start:].to_iter_dataset(
           grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
       )
   )
@@ -128,6 +143,25 @@ def _examples(
   if config.objective == 'ict':
     return _ClozeExamples(corpus, config, split)
   return _MaskedExamples(corpus, config, split, own_passage)
+
+
+class _Rows:
+  """Of a stream that is cut into batches, some rows of each batch."""
+
+  def __init__(
+      self, examples: grain.MapDataset, batch_size: int, rows: np.ndarray
+  ):
+    self._examples, self._batch_size, self._rows = examples, batch_size, rows
+
+  def __len__(self) -> int:
+    return len(self._examples) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int) -> Example:
+    batch, place = divmod(index, len(self._rows))
+    return self._examples[batch * self._batch_size + int(self._rows[place])]
+
+  def __repr__(self) -> str:
+    return f'rows({len(self._rows)} of {self._batch_size})'
 
 
 class _Examples:
@@ -318,5 +352,72 @@ class _ClozeExamples(_Examples):
         self._config.lengths.document,
         self._corpus.tokenizer,
         cut=(start, start + size),
+    )
+    return batch
+
+
+class _QuestionExamples:
+  """Questions in the place of sentences: objective `open_qa`."""
+
+  def __init__(self, questions: questions_lib.QuestionTable):
+    self._questions = questions
+
+  def __len__(self) -> int:
+    return len(self._questions)
+
+  def __getitem__(self, index: int) -> int:
+    return index
+
+  def __repr__(self) -> str:
+    return f'questions({len(self)})'
+
+  def sample(self, row: int, rng: np.random.Generator) -> Example:
+    del rng
+    return {'question_B': np.int64(row)}
+
+  def assemble(self, batch: inputs.Batch) -> inputs.Batch:
+    rows = batch['question_B']
+    batch['query_ids_BQ'] = self._questions.query_ids_NQ[rows]
+    batch['query_lengths_B'] = self._questions.query_lengths_N[rows]
+    return batch
+
+
+class _PairExamples(_QuestionExamples):
+  """Questions with the passage that answers them: `ict` without sentences."""
+
+  def __init__(
+      self,
+      questions: questions_lib.QuestionTable,
+      corpus: corpus_lib.Corpus,
+      config: config_lib.Config,
+  ):
+    super().__init__(questions)
+    names = [question.passage_id for question in questions.questions]
+    known = sorted({name for name in names if name is not None})
+    found = dict(
+        zip(known, corpus.passage_rows_by_id(known).tolist(), strict=True)
+    )
+    self._passages = np.array([found.get(name, -1) for name in names])
+    self._rows = np.flatnonzero(self._passages >= 0)
+    if not len(self._rows):
+      raise ValueError(
+          f'None of the {len(questions)} questions of config.ict.questions has'
+          f' a passage_id that is in the corpus {corpus.directory}.'
+      )
+    self._corpus, self._length = corpus, config.lengths.document
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> int:
+    return int(self._rows[index])
+
+  def assemble(self, batch: inputs.Batch) -> inputs.Batch:
+    batch = super().assemble(batch)
+    batch['doc_ids_BS'], batch['doc_types_BS'] = inputs.assemble_documents(
+        self._corpus.passages,
+        self._passages[batch['question_B']],
+        self._length,
+        self._corpus.tokenizer,
     )
     return batch

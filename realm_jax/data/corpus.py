@@ -6,7 +6,7 @@ once and no training step ever tokenises a passage. A passage's number is its
 row.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -17,11 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax.data import chained
 from realm_jax.data import tokenizer as tokenizer_lib
 
 # Of the files and their meaning; a reader refuses any other.
 FORMAT_VERSION = 1
 _NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
+_IDS_AT_ONCE = 2**20  # Hashes of ids that are looked through.
+
+# Wordpieces: of one file, or of a corpus and of what was added to it.
+Tokens = np.ndarray | chained.Chained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,7 @@ class PassageTable:
   articles: int32 [N]: number of its article; never decreases.
   """
 
-  tokens: np.ndarray
+  tokens: Tokens
   offsets: np.ndarray
   title_lengths: np.ndarray
   articles: np.ndarray
@@ -108,6 +113,9 @@ class SentenceTable:
 
 class Corpus:
   """An open corpus; `Corpus.open(directory)` makes one."""
+
+  # Rows, in order, that no search may return: see `overlay.Overlay`.
+  removed: np.ndarray = np.zeros(0, np.int64)
 
   def __init__(self, directory: pathlib.Path, manifest: dict[str, Any]):
     self.directory = directory
@@ -224,32 +232,44 @@ class Corpus:
         name: record[name].decode('utf-8') for name in ('id', 'title', 'text')
     }
 
+  @property
+  def num_live(self) -> int:
+    """How many passages can be found."""
+    return len(self.passages) - len(self.removed)
+
   def passage_rows_by_id(self, ids: Iterable[str]) -> np.ndarray:
     """Returns the rows of passages by their ids, int64; -1 where unknown.
 
-    A record that was too long for one passage has the ids ID#0, ID#1 and so on;
-    its own id then gives the first of them.
+    The id of a record that was too long for one passage gives its first.
     """
-    order, hashes = self._ids_in_order
-    rows = []
-    for wanted in ids:
-      rows.append(-1)
-      for name in (wanted, f'{wanted}#0'):
-        hashed = np.uint64(id_hash(name))
-        at = int(np.searchsorted(hashes, hashed))
-        while at < len(hashes) and hashes[at] == hashed:
-          if self.passage_text(int(order[at]))['id'] == name:
-            rows[-1] = int(order[at])
-          at += 1
-        if rows[-1] >= 0:
-          break
-    return np.array(rows, np.int64)
+    found = self.record_rows(list(ids))
+    return np.array([rows[0] if len(rows) else -1 for rows in found], np.int64)
 
-  @functools.cached_property
-  def _ids_in_order(self) -> tuple[np.ndarray, np.ndarray]:
+  def record_rows(self, ids: Sequence[str]) -> list[np.ndarray]:
+    """Returns for each id the rows of all its passages, int64; none: unknown.
+
+    It is that of a passage, or of a record that was too long for one passage:
+    then its passages have the ids ID#0, ID#1 and so on, in a row. All ids are
+    looked up together, in one reading of the hashes, 8 bytes for each passage.
+    """
+    names = [name for one in ids for name in (one, f'{one}#0')]
     hashes = self._load('passage_ids.npy')
-    order = np.argsort(hashes, kind='stable')
-    return order, hashes[order]
+    candidates = _find(hashes, [id_hash(name) for name in names])
+    found = []
+    for one in ids:
+      rows = np.zeros(0, np.int64)
+      for name in (one, f'{one}#0'):
+        for row in candidates.get(id_hash(name), ()):
+          if not len(rows) and self.passage_text(row)['id'] == name:
+            limit = row + 1
+            if name != one:
+              while limit < len(hashes) and hashes[limit] == id_hash(
+                  f'{one}#{limit - row}'
+              ):
+                limit += 1
+            rows = np.arange(row, limit)
+      found.append(rows)
+    return found
 
   @functools.cached_property
   def _passage_records(self) -> Any:
@@ -266,6 +286,20 @@ class Corpus:
 
   def _map_tokens(self, name: str, dtype: np.dtype) -> np.ndarray:
     return np.memmap(self.directory / 'tables' / name, dtype, mode='r')
+
+
+def _find(hashes: np.ndarray, wanted: Sequence[int]) -> dict[int, list[int]]:
+  """Returns the rows where hashes occur; far cheaper than to sort them all."""
+  targets = np.unique(np.array(wanted, np.uint64))
+  found: dict[int, list[int]] = {}
+  if not len(targets):
+    return found
+  for start in range(0, len(hashes), _IDS_AT_ONCE):
+    part = hashes[start : start + _IDS_AT_ONCE]
+    at = np.minimum(np.searchsorted(targets, part), len(targets) - 1)
+    for row in np.flatnonzero(targets[at] == part):
+      found.setdefault(int(part[row]), []).append(start + int(row))
+  return found
 
 
 def id_hash(name: str) -> int:

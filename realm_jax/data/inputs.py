@@ -1,8 +1,9 @@
 """What the models read: rows of wordpieces with [CLS] and [SEP], in numpy.
 
-Public: `assemble_documents`, `assemble_joint`, `assemble_queries`,
-`with_candidates`, `encode_queries`, `NULL_DOCUMENT`, `Batch`. Whole batches at
-a time, from the tables of a corpus and from nowhere else.
+Public: `assemble_documents`, `assemble_joint`, `body_bounds`,
+`assemble_queries`, `with_candidates`, `encode_queries`, `NULL_DOCUMENT`,
+`Batch`. Whole batches at a time, from the tables of a corpus and from nowhere
+else.
 """
 
 import dataclasses
@@ -54,6 +55,7 @@ def assemble_joint(
     query_lengths: np.ndarray,
     length: int,
     tokenizer: tokenizer_lib.Tokenizer,
+    titles: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns `[CLS] x [SEP] body [SEP]`, the reader's input, padded.
 
@@ -64,9 +66,10 @@ def assemble_joint(
     query_lengths: wordpieces of each, with the specials, [B].
     length: T.
     tokenizer: for the special ids.
+    titles: whether to put `title [SEP]` in front of the body.
 
   Returns:
-    ids and types (0 for the sentence, 1 for the body), int32 [B, K, T].
+    ids and types (0 for the sentence, 1 for the rest), int32 [B, K, T].
   """
   num_queries, width = query_ids.shape
   starts = np.arange(num_queries) * width
@@ -75,10 +78,33 @@ def assemble_joint(
       np.repeat(starts, rows.shape[1]),
       np.repeat(query_lengths, rows.shape[1]),
   )
-  _, body = _title_and_body(passages, rows.reshape(-1), None)
+  title, body = _title_and_body(passages, rows.reshape(-1), None)
+  before: list[_Pieces | int] = [title, tokenizer.sep_id] if titles else []
   return _join(
-      [query, body, tokenizer.sep_id], length, first_segment=1, shape=rows.shape
+      [query, *before, body, tokenizer.sep_id],
+      length,
+      first_segment=1,
+      shape=rows.shape,
   )
+
+
+def body_bounds(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    query_lengths: np.ndarray,
+    length: int,
+    titles: bool = False,
+) -> np.ndarray:
+  """Where the body lies in the rows of `assemble_joint`: int32 [B, K, 2].
+
+  The arguments are those of `assemble_joint`; the ranges are half-open.
+  """
+  title, body = _title_and_body(passages, rows.reshape(-1), None)
+  starts = np.repeat(query_lengths, rows.shape[1]).astype(np.int64)
+  if titles:
+    starts = starts + np.minimum(title.lengths, length - 2 - starts) + 1
+  limits = np.minimum(starts + body.lengths, length - 1)
+  return np.stack([starts, limits], -1).astype(np.int32).reshape(*rows.shape, 2)
 
 
 def assemble_queries(
@@ -162,7 +188,7 @@ class _Pieces:
   With a gap, `gap_sizes` wordpieces are skipped after the first `gap_starts`.
   """
 
-  tokens: np.ndarray
+  tokens: corpus_lib.Tokens
   starts: np.ndarray
   lengths: np.ndarray
   gap_starts: np.ndarray | None = None

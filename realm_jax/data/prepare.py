@@ -9,16 +9,12 @@ any number of processes. Only `writer` writes a corpus.
 import collections
 from collections.abc import Iterator, Sequence
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
-import glob
 import json
 import multiprocessing
 from multiprocessing import connection
 import os
 import pathlib
-import shutil
 import signal
 import threading
 from typing import Any
@@ -27,6 +23,8 @@ from absl import logging
 import nupunkt
 import tqdm
 
+from realm_jax.data import atomic
+from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import packing
 from realm_jax.data import records as records_lib
 from realm_jax.data import tokenizer as tokenizer_lib
@@ -111,26 +109,22 @@ def prepare(
     )
   if any(source.marked for source in inputs):
     validation_fraction = 0.0
-  with _atomic_directory(output, overwrite) as directory:
+  with atomic.atomic_directory(output, overwrite) as directory:
     tokenizer.save(directory)
     writer = writer_lib.CorpusWriter(
         directory, tokenizer, pretraining is not None
     )
     for source in inputs:
-      passages = source is knowledge
-      # Of the texts that training learns from.
+      # Only the texts that training learns from are divided.
       fraction = validation_fraction if source is inputs[-1] else 0.0
-      tasks = _tasks(source, passages, fraction)
-      with tqdm.tqdm(
-          total=source.count,
-          desc='passages' if passages else 'pretraining',
-          unit=' records',
-          disable=not progress,
-      ) as bar:
-        for chunk in _map(tasks, tokenizer, settings, directory, workers):
-          writer.add(chunk, passages, limited=fraction > 0)
-          bar.update(chunk.num_records)
-          bar.set_postfix(passages=writer.num_passages)
+      _write(
+          writer,
+          source,
+          source is knowledge,
+          fraction,
+          (tokenizer, settings, directory, workers),
+          progress,
+      )
     if questions is not None:
       (directory / 'questions.jsonl').write_text(
           ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions),
@@ -142,13 +136,85 @@ def prepare(
             'validation_fraction': validation_fraction,
             'sentence_splitter': f'nupunkt {nupunkt.__version__}',
         },
-        {
-            'count': sum(source.skipped for source in inputs),
-            'first': [p for source in inputs for p in source.skipped_list][:20],
-        },
+        _skipped(inputs),
     )
   _warn(manifest['counts'])
   return manifest
+
+
+def prepare_more(
+    base: corpus_lib.Corpus,
+    source: records_lib.Records,
+    output: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+  """Writes further documents as a corpus of their own, made like another.
+
+  Args:
+    base: whose vocabulary and settings are taken.
+    source: the documents, already checked.
+    output: folder to write. It appears, complete, at the very end. Unlike a
+      corpus to train on, it need not have a salient span.
+    workers, progress: as of `prepare`.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    ValueError: if no record has a wordpiece.
+    OSError: if the disk is full. Then, as after any error, nothing is left.
+  """
+  output = pathlib.Path(output).absolute()
+  about = base.manifest['settings']
+  fields = dataclasses.fields(packing.Settings)
+  settings = packing.Settings(**{f.name: about[f.name] for f in fields})
+  fraction = 0.0 if source.marked else about['validation_fraction']
+  with atomic.atomic_directory(output, overwrite=False) as directory:
+    base.tokenizer.save(directory)
+    writer = writer_lib.CorpusWriter(directory, base.tokenizer, False)
+    work = (base.tokenizer, settings, directory, workers or _num_cores())
+    _write(writer, source, True, fraction, work, progress)
+    manifest = writer.close(
+        {
+            **dataclasses.asdict(settings),
+            'validation_fraction': fraction,
+            'sentence_splitter': f'nupunkt {nupunkt.__version__}',
+        },
+        _skipped([source]),
+        need_sentences=False,
+    )
+  _warn(manifest['counts'])
+  return manifest
+
+
+def _write(
+    writer: writer_lib.CorpusWriter,
+    source: records_lib.Records,
+    passages: bool,
+    fraction: float,
+    work: tuple[tokenizer_lib.Tokenizer, packing.Settings, pathlib.Path, int],
+    progress: bool,
+) -> None:
+  """Packs and writes all records of a source; `work` is that of `_map`."""
+  with tqdm.tqdm(
+      total=source.count,
+      desc='passages' if passages else 'pretraining',
+      unit=' records',
+      disable=not progress,
+  ) as bar:
+    for chunk in _map(_tasks(source, passages, fraction), *work):
+      writer.add(chunk, passages, limited=fraction > 0)
+      bar.update(chunk.num_records)
+      bar.set_postfix(passages=writer.num_passages)
+
+
+def _skipped(inputs: Sequence[records_lib.Records]) -> dict[str, Any]:
+  return {
+      'count': sum(source.skipped for source in inputs),
+      'first': [p for source in inputs for p in source.skipped_list][:20],
+  }
 
 
 def _num_cores() -> int:
@@ -195,8 +261,8 @@ def _check_settings(
 
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
   """Refuses what must not be replaced; `--overwrite` is for corpora only."""
-  for leftover in _leftovers(output):
-    with _locked(leftover, output):
+  for leftover in atomic.leftovers(output):
+    with atomic.locked(leftover, output):
       pass
   if not output.exists():
     return
@@ -405,72 +471,3 @@ def _warn(counts: dict[str, int]) -> None:
         'these texts.',
         100 * unknown / counts['wordpieces'],
     )
-
-
-@contextlib.contextmanager
-def _atomic_directory(
-    output: pathlib.Path, overwrite: bool
-) -> Iterator[pathlib.Path]:
-  """Gives a temporary folder that becomes `output` if all goes well.
-
-  What earlier, killed runs left behind is removed first.
-
-  Raises:
-    FileExistsError: if the output exists and is not to be overwritten, or
-      another process is writing it.
-  """
-  parent, name = output.parent, output.name
-  parent.mkdir(parents=True, exist_ok=True)
-  for leftover in _leftovers(output):
-    with _locked(leftover, output):
-      shutil.rmtree(leftover)
-  aside = parent / f'.{name}.old'
-  if aside.exists():  # Killed between the two renames below, or after them.
-    if output.exists():
-      shutil.rmtree(aside)
-    else:
-      os.rename(aside, output)
-  if output.exists() and not overwrite:
-    raise FileExistsError(
-        f'The output {output} exists; give --overwrite to replace it.'
-    )
-  temporary = parent / f'.{name}.tmp-{os.getpid()}'
-  temporary.mkdir()
-  try:
-    with _locked(temporary, output):
-      yield temporary
-      if output.exists():
-        os.rename(output, aside)
-      os.rename(temporary, output)
-      if aside.exists():
-        shutil.rmtree(aside)
-  except OSError as error:
-    if isinstance(error, (FileExistsError, FileNotFoundError)):
-      raise
-    raise OSError(
-        f'Writing {output} failed, so that nothing is there now: {error}'
-    ) from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _leftovers(output: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the temporary folders of runs that are going on or were killed."""
-  return sorted(output.parent.glob(f'.{glob.escape(output.name)}.tmp-*'))
-
-
-@contextlib.contextmanager
-def _locked(directory: pathlib.Path, output: pathlib.Path) -> Iterator[None]:
-  """Holds a lock that ends with this process, however it ends."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise FileExistsError(
-          f'Another process is writing {output} (in {directory}); wait for it '
-          'or end it.'
-      ) from None
-    yield
-  finally:
-    os.close(descriptor)

@@ -1,7 +1,7 @@
 """Input records of `prepare`: which files, and what each line says.
 
 Public: `Record`, `Records` (a source that can be read several times),
-`find_files`, `is_validation`. A record is a line of JSON, UTF-8:
+`find_files`, `read_ids`, `is_validation`. A record is a line of JSON, UTF-8:
 
   {"id": "12", "title": "Anarchism", "text": "...", "article": "12",
    "spans": [[0, 9]], "split": "validation"}
@@ -108,9 +108,10 @@ class Records:
       items: Sequence[dict[str, Any]] = (),
       name: str = '',
       skip_bad: bool = False,
+      need_ids: bool = False,
   ):
     self._files, self._items, self._name = list(files), items, name
-    self._skip_bad = skip_bad
+    self._skip_bad, self._need_ids = skip_bad, need_ids
     self._bad: set[int] = set()  # Numbers of lines over all files.
     self.count = 0
     self.marked = False
@@ -127,7 +128,7 @@ class Records:
     seen = _SeenHashes()
     for number, place, line in self._lines():
       try:
-        record = _parse(line, number)
+        record = _parse(line, None if self._need_ids else number)
         if seen.add(corpus.id_hash(record.id)):
           first = self._place_of(record.id, before=number)
           if first is not None:
@@ -187,6 +188,36 @@ class Records:
     return None  # Two ids with the same hash.
 
 
+def read_ids(path: pathlib.Path) -> list[str]:
+  """Returns the ids that a file names, each once.
+
+  JSON Lines of objects with an `id`, by the file's name; else text, an id a
+  line. Both can be compressed.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: naming file and line of what is wrong; if there is no id.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f'There is no file {str(path)!r}.')
+  ids: dict[str, None] = {}
+  for i, line in enumerate(_read_lines(path), start=1):
+    try:
+      if path.name.endswith(_ENDINGS):
+        name = _string(_fields(line), 'id', or_number=True)
+        if not name:
+          raise ValueError('no field `id`, by which a document is known')
+      else:
+        name = _decoded(line).strip()
+    except ValueError as error:
+      raise ValueError(f'{path}:{i}: {error}.') from None
+    if name:
+      ids[name] = None
+  if not ids:
+    raise ValueError(f'{path} names no id.')
+  return list(ids)
+
+
 def is_validation(key: str, fraction: float) -> bool:
   """Whether an article is among a pseudo-random fraction of all articles."""
   return corpus.id_hash(f'validation {key}') < fraction * 2**64
@@ -238,29 +269,12 @@ def _read_lines(path: pathlib.Path) -> Iterable[bytes]:
       ) from None
 
 
-def _parse(line: bytes | dict[str, Any], number: int) -> Record:
-  """Returns the record of a line; ValueError says what is wrong with it."""
-  if isinstance(line, dict):
-    fields: Any = line
-  else:
-    if not line.strip():
-      raise ValueError('an empty line; each line must be a JSON object')
-    try:
-      fields = json.loads(line.decode('utf-8'))
-    except UnicodeDecodeError as error:
-      raise ValueError(
-          f'not UTF-8: byte {error.start} of the line is '
-          f'0x{line[error.start]:02x}'
-      ) from None
-    except RecursionError:
-      raise ValueError('malformed JSON: nested too deeply') from None
-    except ValueError as error:  # Also numbers of too many digits.
-      raise ValueError(f'malformed JSON: {error}') from None
-    if not isinstance(fields, dict):
-      raise ValueError(
-          f'a JSON {type(fields).__name__}; each line must be an object with '
-          'the field `text`'
-      )
+def _parse(line: bytes | dict[str, Any], number: int | None) -> Record:
+  """Returns the record of a line; ValueError says what is wrong with it.
+
+  Without an `id`, it is the number; without that, too, an error.
+  """
+  fields = line if isinstance(line, dict) else _fields(line)
   text = _string(fields, 'text')
   if text is None:
     raise ValueError(
@@ -271,6 +285,8 @@ def _parse(line: bytes | dict[str, Any], number: int) -> Record:
   name = _string(fields, 'id', or_number=True)
   if name == '':
     raise ValueError('the field `id` is empty; leave it out instead')
+  if name is None and number is None:
+    raise ValueError('no field `id`, by which a document is known')
   title = (_string(fields, 'title') or '').strip()
   split = _string(fields, 'split')
   if split not in (None, 'train', 'validation'):
@@ -285,6 +301,34 @@ def _parse(line: bytes | dict[str, Any], number: int) -> Record:
       _spans(fields, text),
       split == 'validation',
   )
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+  """Returns the object that a line of JSON is."""
+  if not line.strip():
+    raise ValueError('an empty line; each line must be a JSON object')
+  text = _decoded(line)
+  try:
+    fields = json.loads(text)
+  except RecursionError:
+    raise ValueError('malformed JSON: nested too deeply') from None
+  except ValueError as error:  # Also numbers of too many digits.
+    raise ValueError(f'malformed JSON: {error}') from None
+  if not isinstance(fields, dict):
+    raise ValueError(
+        f'a JSON {type(fields).__name__}; each line must be an object'
+    )
+  return fields
+
+
+def _decoded(line: bytes) -> str:
+  try:
+    return line.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(
+        f'not UTF-8: byte {error.start} of the line is '
+        f'0x{line[error.start]:02x}'
+    ) from None
 
 
 def _string(

@@ -127,6 +127,8 @@ class _DatasetWriter:
 
   def close(self) -> dict[str, str]:
     """Finishes the dataset and returns the SHA-256 of each split's records."""
+    if not self._splits:
+      return {}
     infos = [split.close() for _, split in sorted(self._splits.items())]
     tfds.folder_dataset.write_metadata(
         data_dir=self._directory,
@@ -362,14 +364,21 @@ class CorpusWriter:
         )
 
   def close(
-      self, settings: dict[str, Any], skipped: dict[str, Any]
+      self,
+      settings: dict[str, Any],
+      skipped: dict[str, Any],
+      need_sentences: bool = True,
   ) -> dict[str, Any]:
-    """Finishes all files, and the manifest as the last."""
+    """Finishes all files, and the manifest as the last.
+
+    Without `need_sentences` there may be none: nobody will train on this.
+    """
     if not self.num_passages:
       raise ValueError('The texts have no wordpiece, so there is no passage.')
     splits = {n: self._splits[n].close() for n in sorted(self._splits)}
     prefix = 'pretraining_' if self._pretraining else ''
-    if (prefix.rstrip('_') or 'knowledge') not in splits:
+    source = prefix.rstrip('_') or 'knowledge'
+    if need_sentences and source not in splits:
       raise ValueError(
           'The texts to learn from have no sentence with a salient span (of '
           f'{self.counts[prefix + "sentences"]} sentences in '

@@ -16,8 +16,6 @@ import rich.text
 
 from realm_jax.data import inputs
 from realm_jax.evaluation import trained as trained_lib
-from realm_jax.index import generation as generation_lib
-from realm_jax.runtime import checkpoint
 
 MASK = '[MASK]'
 
@@ -84,8 +82,7 @@ def inspect(
   query = _query(trained, text)
   step = trained_lib.steps_available(workdir)[0][-1]
   params = trained.load(step)
-  index_step = _index_step(trained)
-  search = trained.published_search(index_step)
+  search, index_step = trained.published_search()
   retrieved_BJ = search.search(
       trained.embed_queries(params, query['query_ids_BQ']), size - 1
   )
@@ -312,13 +309,3 @@ def _runs(positions_M: np.ndarray) -> list[np.ndarray]:
   """Masks that stand side by side are one blank: their indices, by blank."""
   breaks = np.flatnonzero(np.diff(positions_M) > 1) + 1
   return np.split(np.arange(len(positions_M)), breaks)
-
-
-def _index_step(trained: trained_lib.Trained) -> int:
-  steps = checkpoint.steps_in(trained.workdir / generation_lib.DIRECTORY)
-  if not steps:
-    raise FileNotFoundError(
-        f'{trained.workdir} has no index yet; build one with `realm-jax index'
-        f' --workdir={trained.workdir}`.'
-    )
-  return steps[-1]

@@ -27,7 +27,7 @@ _ARTICLES = re.compile(r'\b(a|an|the)\b')
 # belong to the word.
 _LETTER = r'[\p{L}\p{N}\p{M}]'
 _TOKEN = regex.compile(rf'{_LETTER}+|\S')  # Words and single marks.
-_PUNCTUATION = regex.escape(string.punctuation, special_only=False)
+_PUNCTUATION = r'!-/:-@\[-`{-~'  # As ranges: that of ASCII.
 _SPACE = r'\s\x1c-\x1f'  # What `str.split` divides at.
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from realm_jax.evaluation import open_qa
 
 # Recall is reported at these depths, and nothing deeper is looked at.
-CUTOFFS = (1, 5, 20, 100)
+CUTOFFS = (1, 5, 20, 50, 100)
 
 
 def gold_ranks(

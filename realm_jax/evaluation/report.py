@@ -1,12 +1,15 @@
 """What was measured, for people: JSON, a Markdown table, plots over training.
 
-Public: `save`, `load_all`, `table`, `plot`, `write`. Everything lies in
-`workdir`/evaluation; `save` writes what the rest is made from.
+Public: `save`, `load_all`, `table`, `plot`, `write`, `FOLDER`, `QUESTIONS`.
+Everything lies in `workdir`/evaluation; `save` writes what the rest is made of.
 """
 
+import json
 import logging
 import pathlib
 from typing import Any
+
+import numpy as np
 
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import metrics as metrics_lib
@@ -14,6 +17,7 @@ from realm_jax.runtime import metrics as metrics_lib
 log = logging.getLogger(__name__)
 
 FOLDER = 'evaluation'
+QUESTIONS = '.questions.jsonl'  # After the step: a line for each question.
 
 Result = dict[str, Any]  # Of `retrieval.evaluate`; plain JSON.
 
@@ -22,11 +26,13 @@ _QUESTION_COLUMNS = (
     ('recall@1', ('gold', 'recall_at_1')),
     ('recall@5', ('gold', 'recall_at_5')),
     ('recall@20', ('gold', 'recall_at_20')),
+    ('recall@50', ('gold', 'recall_at_50')),
     ('recall@100', ('gold', 'recall_at_100')),
     ('MRR', ('gold', 'mrr')),
     ('answer@1', ('answer', 'recall_at_1')),
     ('answer@5', ('answer', 'recall_at_5')),
     ('answer@20', ('answer', 'recall_at_20')),
+    ('answer@50', ('answer', 'recall_at_50')),
     ('answer@100', ('answer', 'recall_at_100')),
     ('answer MRR', ('answer', 'mrr')),
 )
@@ -36,6 +42,16 @@ _MASKED_COLUMNS = (
     ('without', 'accuracy_without_retrieval'),
     ('retrieval utility', 'retrieval_utility'),
     ('null-document share', 'null_share'),
+)
+_ANSWER_COLUMNS = (
+    ('exact match', 'exact_match'),
+    ('F1', 'f1'),
+    ('reader oracle', 'reader_oracle'),
+    ('no answer', 'no_answer'),
+    ('exact match from random passages', 'exact_match_random_passages'),
+    ('not retrieved', 'not_retrieved'),
+    ('not read', 'not_read'),
+    ('misread', 'misread'),
 )
 # Panels of training.png: heading, and the metric.
 _PANELS = (
@@ -82,6 +98,21 @@ def table(results: list[Result]) -> str:
     parts.append('Passages retrieved for questions, in per cent\n')
     parts.append(_markdown(heads, rows))
   rows = [
+      [str(result['step']), name, str(group['questions'])]
+      + [
+          _percent(group['open_qa'].get(figure))
+          + _interval(group['open_qa'].get(f'{figure}_interval'))
+          for _, figure in _ANSWER_COLUMNS
+      ]
+      for result in results
+      for name, group in result.get('questions', {}).items()
+      if 'open_qa' in group
+  ]
+  if rows:
+    heads = ['step', 'facts', 'questions', *(h for h, _ in _ANSWER_COLUMNS)]
+    parts.append('\nQuestions answered, in per cent (95 % interval)\n')
+    parts.append(_markdown(heads, rows))
+  rows = [
       [str(result['step'])]
       + [_number(result['masked'].get(name)) for _, name in _MASKED_COLUMNS]
       for result in results
@@ -95,7 +126,7 @@ def table(results: list[Result]) -> str:
 
 
 def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
-  """Draws recall.png and training.png, as far as there are figures for them.
+  """Draws recall.png, answers.png and training.png, if there are figures.
 
   Raises:
     ImportError: without matplotlib; the message is the command to install it.
@@ -110,8 +141,9 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
   folder = pathlib.Path(workdir) / FOLDER
   folder.mkdir(parents=True, exist_ok=True)
   drawn = []
+  results = load_all(workdir)
   for name, panels in (
-      ('recall.png', _recall_panels(load_all(workdir))),
+      ('recall.png', _recall_panels(results)),
       ('training.png', _training_panels(metrics_lib.read_metrics(workdir))),
   ):
     if not panels:
@@ -143,7 +175,56 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
     path = folder / name
     figure.savefig(path, dpi=120)
     drawn.append(path)
+  answers = folder / f'{results[-1]["step"]}{QUESTIONS}' if results else None
+  if answers is not None and answers.is_file():
+    figure = figure_lib.Figure(figsize=(12, 3.6), layout='constrained')
+    if _draw_answers(figure, results[-1], answers):
+      drawn.append(folder / 'answers.png')
+      figure.savefig(drawn[-1], dpi=120)
   return drawn
+
+
+def _draw_answers(figure: Any, result: Result, path: pathlib.Path) -> bool:
+  """Recall by depth, calibration, and where it fails; False: nothing read."""
+  records = [
+      json.loads(line) for line in path.read_text('utf-8').splitlines()
+  ]
+  if not all('exact_match' in record for record in records):
+    return False
+  recall, calibration, failures = figure.subplots(1, 3)
+  ranks = np.array([record['answer_rank'] for record in records])
+  depths = np.arange(1, max(int(ranks.max()), 1) + 1)
+  found = (ranks[:, None] > 0) & (ranks[:, None] <= depths)
+  recall.plot(depths, found.mean(axis=0))
+  recall.set(
+      title='an answer among the first k passages', xlabel='k', ylim=(0, 1)
+  )
+  recall.set_xscale('log')
+  p = np.array([record['probability'] for record in records])
+  right = np.array([record['exact_match'] for record in records])
+  bins = np.minimum((p * 10).astype(int), 9)
+  used = [b for b in range(10) if (bins == b).any()]
+  calibration.plot([0, 1], [0, 1], color='grey', linewidth=0.8)
+  calibration.plot(
+      [p[bins == b].mean() for b in used],
+      [right[bins == b].mean() for b in used],
+      marker='o',
+  )
+  calibration.set(
+      title='calibration', xlabel='probability given to the answer',
+      ylabel='exact match', xlim=(0, 1), ylim=(0, 1),
+  )
+  shares = result['questions']['all']['open_qa']
+  names = ('exact_match', 'misread', 'not_read', 'not_retrieved')
+  failures.barh(
+      [name.replace('_', ' ') for name in names],
+      [shares[name] for name in names],
+  )
+  failures.invert_yaxis()
+  failures.set(title='where it fails: share of the questions', xlim=(0, 1))
+  for axis in (recall, calibration, failures):
+    axis.grid(alpha=0.3)
+  return True
 
 
 def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
@@ -218,6 +299,10 @@ def _markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 def _percent(value: float | None) -> str:
   return '' if value is None else f'{100 * value:.1f}'
+
+
+def _interval(bounds: list[float] | None) -> str:
+  return f' ({_percent(bounds[0])} to {_percent(bounds[1])})' if bounds else ''
 
 
 def _number(value: float | None) -> str:

@@ -19,9 +19,12 @@ from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
 from realm_jax.data import qa
 from realm_jax.data import question_sets
+from realm_jax.data import questions as questions_lib
+from realm_jax.evaluation import answering
 from realm_jax.evaluation import open_qa
 from realm_jax.evaluation import ranking
 from realm_jax.evaluation import report
+from realm_jax.evaluation import runs
 from realm_jax.evaluation import trained as trained_lib
 from realm_jax.index import mips
 
@@ -39,10 +42,13 @@ def evaluate(
     *,
     corpus: pathlib.Path | str | None = None,
     limit: int | None = None,
+    read: int | None = None,
+    run_file: pathlib.Path | str | None = None,
+    beir: pathlib.Path | str | None = None,
 ) -> list[report.Result]:
   """Measures a workdir and writes evaluation/<step>.json for each step.
 
-  For questions: recall@{1,5,20,100} and MRR by gold passage and by answer
+  For questions: recall@{1,5,20,50,100} and MRR by gold passage and by answer
   string, for all of them and, where they say so, apart for `held_out` and
   `seen` facts. For a workdir with a reader: the share of masked spans of the
   corpus' `validation` sentences that are filled in with every wordpiece right,
@@ -60,6 +66,11 @@ def evaluate(
     corpus: searched instead of the one trained on; same tokenizer.
     limit: use the first so many questions and masked sentences; None: all
       questions, and 2,000 sentences.
+    read: passages that a reader of answers reads for a question; None: as many
+      as in training.
+    run_file: also write what was retrieved, in the format of TREC; of the last
+      step, if there are several.
+    beir: also write corpus and questions to this folder, in that of BEIR.
 
   Returns:
     The results, plain JSON, by step.
@@ -88,11 +99,22 @@ def evaluate(
     )
   wanted = _steps(trained, steps, snapshots_too=can_ask)
   asked = _Asked.of(trained, questions) if can_ask else None
+  if (run_file or beir) and asked is None:
+    raise ValueError('There are no questions to write a run of.')
+  if beir is not None:
+    runs.write_beir(beir, questions, trained.corpus)
   results = []
   for step in wanted:
-    result = _evaluate_step(
-        trained, step, asked, max_sentences if can_mask else 0
+    result, run = _evaluate_step(
+        trained, step, asked, max_sentences if can_mask else 0, read
     )
+    if run is not None:
+      folder = pathlib.Path(workdir) / report.FOLDER
+      runs.write_questions(
+          folder / f'{step}{report.QUESTIONS}', run, trained.corpus
+      )
+      if run_file is not None:
+        runs.write_trec(run_file, run, trained.corpus)
     report.save(workdir, result)
     log.info('Evaluated %s, step %d.', workdir, step)
     results.append(result)
@@ -115,8 +137,7 @@ def _questions(
 class _Asked:
   """Questions, made ready for all steps."""
 
-  questions: Sequence[qa.Question]
-  query_ids_BQ: np.ndarray
+  table: questions_lib.QuestionTable
   gold_rows: list[list[int]]  # Empty where the gold passage is not known.
   texts: '_Texts'
 
@@ -125,16 +146,10 @@ class _Asked:
       cls, trained: trained_lib.Trained, questions: Sequence[qa.Question]
   ) -> '_Asked':
     texts = _Texts(trained.corpus)
-    return cls(
-        questions,
-        inputs.encode_queries(
-            [question.question for question in questions],
-            trained.config.lengths.query,
-            trained.corpus.tokenizer,
-        ),
-        _gold_rows(trained.corpus, questions),
-        texts,
+    table = questions_lib.QuestionTable.of(
+        list(questions), trained.config.lengths.query, trained.corpus.tokenizer
     )
+    return cls(table, _gold_rows(trained.corpus, questions), texts)
 
 
 class _Texts:
@@ -218,53 +233,86 @@ def _evaluate_step(
     step: int,
     asked: _Asked | None,
     max_sentences: int,
-) -> report.Result:
+    read: int | None,
+) -> tuple[report.Result, runs.Run | None]:
   start = time.perf_counter()
   params = trained.load(step)
   result: report.Result = {
       'step': step,
       'objective': trained.config.objective,
-      'passages': len(trained.corpus.passages),
+      'passages': trained.corpus.num_live,
       'corpus_fingerprint': trained.corpus.fingerprint,
   }
-  search = None
+  changes = trained.documents.about()
+  if changes is not None:
+    result['documents'] = changes
+  index, run = None, None
   if 'embedder' in params:
-    search, result['index_generation'] = trained.search(params)
-  if asked is not None and search is not None:
-    result['questions'] = _question_metrics(trained, params, search, asked)
+    index = trained.index(params, step)
+    result['index_generation'] = index.generation
+  if asked is not None and index is not None:
+    run = _retrieve(trained, params, index, asked)
+    if 'span_reader' in params:
+      answerer = answering.Answerer(trained, step, params, index)
+      figures, answers = answering.measure(
+          answerer, asked.table, run.doc_ids_BK, read
+      )
+      run = dataclasses.replace(run, figures=figures, answers=answers)
+    result['questions'] = _question_metrics(trained, run, asked)
   if max_sentences and 'reader' in params:
+    search = None if index is None else index.search
     result['masked'] = _masked_metrics(trained, params, search, max_sentences)
   result['seconds'] = round(time.perf_counter() - start, 3)
-  return result
+  return result, run
+
+
+def _retrieve(
+    trained: trained_lib.Trained,
+    params: trained_lib.Params,
+    index: trained_lib.Index,
+    asked: _Asked,
+) -> runs.Run:
+  depth = min(ranking.CUTOFFS[-1], trained.corpus.num_live)
+  query_emb_BE = trained.embed_queries(params, asked.table.query_ids_NQ)
+  doc_ids, scores = [], []
+  for start in range(0, len(query_emb_BE), _SEARCH_BATCH):
+    some_BE = query_emb_BE[start : start + _SEARCH_BATCH]
+    rows_BK = index.search.search(some_BE, depth)
+    doc_emb = index.table[rows_BK.reshape(-1)].astype(np.float32)
+    doc_ids.append(rows_BK)
+    scores.append(
+        np.einsum(
+            'BE,BKE->BK', some_BE, doc_emb.reshape(*rows_BK.shape, -1)
+        )
+    )
+  doc_ids_BK = np.concatenate(doc_ids)
+  questions = asked.table.questions
+  return runs.Run(
+      questions,
+      doc_ids_BK,
+      np.concatenate(scores),
+      ranking.gold_ranks(doc_ids_BK, asked.gold_rows),
+      ranking.answer_ranks(
+          doc_ids_BK,
+          [question.answers for question in questions],
+          [question.match for question in questions],
+          asked.texts,
+      ),
+  )
 
 
 def _question_metrics(
-    trained: trained_lib.Trained,
-    params: trained_lib.Params,
-    search: mips.Search,
-    asked: _Asked,
+    trained: trained_lib.Trained, run: runs.Run, asked: _Asked
 ) -> dict[str, Any]:
-  depth = min(ranking.CUTOFFS[-1], search.num_documents)
-  query_emb_BE = trained.embed_queries(params, asked.query_ids_BQ)
-  doc_ids_BK = np.concatenate([
-      search.search(query_emb_BE[start : start + _SEARCH_BATCH], depth)
-      for start in range(0, len(query_emb_BE), _SEARCH_BATCH)
-  ])
-  by_gold = ranking.gold_ranks(doc_ids_BK, asked.gold_rows)
-  by_answer = ranking.answer_ranks(
-      doc_ids_BK,
-      [question.answers for question in asked.questions],
-      [question.match for question in asked.questions],
-      asked.texts,
-  )
+  num_live, depth = trained.corpus.num_live, run.doc_ids_BK.shape[1]
   has_gold = np.array([bool(rows) for rows in asked.gold_rows])
   held_out = np.array([
       -1 if question.held_out is None else int(question.held_out)
-      for question in asked.questions
+      for question in run.questions
   ])
   groups = {'all': np.ones(len(held_out), bool)}
   groups |= {'held_out': held_out == 1, 'seen': held_out == 0}
-  metrics = {}
+  metrics: dict[str, Any] = {}
   for name, members in groups.items():
     if not members.any():
       continue
@@ -272,12 +320,25 @@ def _question_metrics(
         'questions': int(members.sum()),
         'with_gold_passage': int((members & has_gold).sum()),
         'answer': ranking.summarize(
-            by_answer[members], depth, search.num_documents
+            run.answer_rank_B[members], depth, num_live
         ),
     }
     if (members & has_gold).any():
       metrics[name]['gold'] = ranking.summarize(
-          by_gold[members & has_gold], depth, search.num_documents
+          run.gold_rank_B[members & has_gold], depth, num_live
+      )
+    if run.figures:
+      found = run.answer_rank_B > 0
+      figures = {
+          **run.figures,
+          'not_retrieved': (~found & (run.figures['exact_match'] == 0)),
+          'not_read': found & (run.figures['reader_oracle'] == 0)
+          & (run.figures['exact_match'] == 0),
+          'misread': found & (run.figures['reader_oracle'] == 1)
+          & (run.figures['exact_match'] == 0),
+      }
+      metrics[name]['open_qa'] = answering.summarize(
+          {what: values[members] for what, values in figures.items()}
       )
   return metrics
 

@@ -1,7 +1,7 @@
 """A retriever's results in the formats of other tools, and side by side.
 
-Public: `Run`, `write_trec`, `write_beir`, `write_questions`,
-`read_questions`, `compare`. A TREC run file is what trec_eval, ir-measures and
+Public: `Run`, `write_trec`, `write_beir`, `write_questions`, `read_questions`,
+`compare`, `as_text`. A TREC run file is what trec_eval, ir-measures and
 pyserini score; a BEIR folder is a collection that any retriever can be run on.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import qa
+from realm_jax.evaluation import answering
 from realm_jax.evaluation import statistics
 
 Path = str | os.PathLike[str]
@@ -34,6 +35,9 @@ class Run:
   score_BK: np.ndarray  # Inner products.
   gold_rank_B: np.ndarray  # From 1; 0: not retrieved, or not known.
   answer_rank_B: np.ndarray
+  # Of a reader, if there was one: see `answering.measure`.
+  figures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  answers: Sequence[answering.Answer] = ()
 
   def __len__(self) -> int:
     return len(self.questions)
@@ -102,6 +106,7 @@ def write_questions(
           passage_id=question.passage_id,
           gold_rank=int(run.gold_rank_B[i]),
           answer_rank=int(run.answer_rank_B[i]),
+          **_read(run, i),
           retrieved=[
               {'id': names[row], 'score': round(score, 6)}
               for row, score in zip(rows, scores, strict=True)
@@ -159,7 +164,10 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
           ' questions, in the same order, can be compared.'
       )
   figures = {}
-  for name in _FIGURES:
+  names: Sequence[str] = _FIGURES
+  if all('exact_match' in record for record in (*a, *b)):
+    names = ('exact_match', *names)
+  for name in names:
     values = [_figure(name, records) for records in (a, b)]
     figures[name] = {
         'ours': float(values[0].mean()),
@@ -169,7 +177,42 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
   return figures
 
 
+def as_text(figures: dict[str, dict[str, float]]) -> str:
+  """Returns `compare`'s figures as a table in Markdown."""
+  lines = [
+      '| | ours | theirs | difference (95 % interval) | p | better | worse |',
+      '|---|---|---|---|---|---|---|',
+  ]
+  for name, figure in figures.items():
+    interval = f'{figure["low"]:+.3f} to {figure["high"]:+.3f}'
+    lines.append(
+        f'| {name.replace("_", " ")} | {figure["ours"]:.3f} |'
+        f' {figure["theirs"]:.3f} | {figure["difference"]:+.3f} ({interval}) |'
+        f' {figure["p_value"]:.4f} | {figure["better"]:.0f} |'
+        f' {figure["worse"]:.0f} |'
+    )
+  return '\n'.join(lines)
+
+
+def _read(run: Run, i: int) -> dict[str, Any]:
+  """What the reader made of question i."""
+  if not run.answers:
+    return {}
+  answer = run.answers[i]
+  return {
+      'prediction': answer.text,
+      'probability': round(answer.probability, 6),
+      'from': None
+      if answer.best is None
+      else _word(answer.passages[answer.best].id),
+      'exact_match': int(run.figures['exact_match'][i]),
+      'reader_oracle': int(run.figures['reader_oracle'][i]),
+  }
+
+
 def _figure(name: str, records: list[dict[str, Any]]) -> np.ndarray:
+  if name == 'exact_match':
+    return np.array([record[name] for record in records], float)
   ranks = np.array([record['answer_rank'] for record in records])
   if name == 'reciprocal_rank':
     return np.where(ranks > 0, 1 / np.maximum(ranks, 1), 0.0)

@@ -1,9 +1,10 @@
 """A trained workdir opened for use: its parameters, its search, its readings.
 
-Public: `Trained`, `steps_available`, `pad_rows`. What is evaluated or inspected
-comes through here; nothing in a workdir is changed.
+Public: `Trained`, `Index`, `steps_available`, `pad_rows`. What is evaluated or
+inspected comes through here; nothing in a workdir is changed.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
@@ -17,8 +18,8 @@ import tqdm
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
-from realm_jax.index import builder
-from realm_jax.index import generation as generation_lib
+from realm_jax.index import documents as documents_lib
+from realm_jax.index import embedding
 from realm_jax.index import mips
 from realm_jax.models import components as components_lib
 from realm_jax.models import realm
@@ -33,12 +34,26 @@ _MAX_LOGITS = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
+class Index:
+  """Embeddings of all documents.
+
+  search: exact, over those that were not removed.
+  table: of all of them, by row.
+  generation: that served for it; None if the corpus had to be embedded here.
+  """
+
+  search: mips.Search
+  table: mips.Rows
+  generation: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Trained:
   """What is fixed about a trained model; parameters are loaded by step."""
 
   workdir: pathlib.Path
   config: config_lib.Config  # Resolved.
-  corpus: corpus_lib.Corpus
+  documents: documents_lib.Documents
   components: dict[str, components_lib.Component]
 
   @classmethod
@@ -47,7 +62,10 @@ class Trained:
       workdir: pathlib.Path | str,
       corpus: pathlib.Path | str | None = None,
   ) -> 'Trained':
-    """Opens a workdir over the corpus it was trained on, or over another.
+    """Opens a workdir over its documents, or over another corpus.
+
+    Its documents are the corpus that it was trained on, with what was added to
+    it and removed from it since.
 
     Raises:
       FileNotFoundError: no such workdir, checkpoint or corpus.
@@ -56,15 +74,20 @@ class Trained:
     """
     workdir = pathlib.Path(workdir)
     config = config_lib.resolve(config_lib.read(workdir))
-    opened = corpus_lib.Corpus.open(corpus or config.corpus)
-    config.model.vocab_size = (
-        config.model.vocab_size or opened.tokenizer.vocab_size
-    )
+    documents = documents_lib.Documents.open(workdir, config, corpus)
+    opened = documents.corpus
     saved = checkpoint.saved_about(workdir, _newest(workdir))
     _compare('tokenizer_digest', saved, opened.tokenizer.digest, opened)
     if corpus is None:
-      _compare('corpus_fingerprint', saved, opened.fingerprint, opened)
-    return cls(workdir, config, opened, components_lib.make_all(config))
+      origin = documents.edition.origin
+      _compare('corpus_fingerprint', saved, origin, opened)
+    config = documents.config
+    return cls(workdir, config, documents, components_lib.make_all(config))
+
+  @property
+  def corpus(self) -> corpus_lib.Corpus:
+    """All documents."""
+    return self.documents.corpus
 
   @property
   def null_ids(self) -> tuple[int, int, int]:
@@ -92,60 +115,63 @@ class Trained:
         f' {checkpoints}, retriever snapshots {snapshots}.'
     )
 
-  def generation(self, params: Params) -> int | None:
-    """The index generation made from just these parameters and this corpus."""
-    digest = checkpoint.params_digest(params['embedder'])
-    folder = self.workdir / generation_lib.DIRECTORY
-    for step in checkpoint.steps_in(folder):
-      try:
-        about = generation_lib.read_manifest(folder / str(step))
-      except FileNotFoundError:  # A builder at work just took it away.
-        continue
-      if (
-          about['params_digest'] == digest
-          and about['corpus_fingerprint'] == self.corpus.fingerprint
-      ):
-        return step
-    return None
+  def index(self, params: Params, step: int | None = None) -> 'Index':
+    """The documents' embeddings by these parameters, searched exactly.
 
-  def search(self, params: Params) -> tuple[mips.Search, int | None]:
-    """An exact search with fresh embeddings.
+    Where documents were frozen while questions were trained on, those that were
+    trained with instead.
 
-    Returns:
-      The search, and the step of the generation that served for it; None if
-      the corpus had to be embedded here.
-    """
-    step = self.generation(params)
-    if step is None:
-      with tqdm.tqdm(
-          total=len(self.corpus.passages),
-          desc='embedding the corpus',
-          unit='passage',
-          disable=None,
-      ) as bar:
-        embeddings_NE = self._embed_passages(
-            params['embedder'], progress=bar.update
-        )
-      return mips.ExactSearch(embeddings_NE), None
-    return self.published_search(step), step
-
-  def published_search(self, step: int) -> mips.Search:
-    """An exact search of a published generation, made from any parameters.
+    Args:
+      params: with an embedder.
+      step: of the checkpoint that they are from, if they are from one.
 
     Raises:
-      FileNotFoundError: there is no such generation.
+      FileNotFoundError: the index that was trained with is gone.
+      ValueError: it is damaged.
+    """
+    config, removed = self.config, self.corpus.removed
+    given: Callable[[], components_lib.Params] | None = None
+    if (
+        step is not None
+        and config.objective == 'open_qa'
+        and config.open_qa.documents == 'frozen'
+    ):
+      about = checkpoint.saved_about(self.workdir, step)
+      generation = about['index_generation']
+    else:
+      given = functools.partial(params.__getitem__, 'embedder')
+      generation = self.documents.find(
+          checkpoint.params_digest(params['embedder'])
+      )
+    if generation is not None:
+      found = self.documents.index(generation, given)
+      search = mips.ExactSearch(found.table, removed=found.removed)
+      return Index(search, found.table, generation)
+    with tqdm.tqdm(
+        total=len(self.corpus.passages),
+        desc='embedding the corpus',
+        unit='passage',
+        disable=None,
+    ) as bar:
+      embeddings_NE = self._embed_passages(
+          params['embedder'], progress=bar.update
+      )
+    search = mips.ExactSearch(embeddings_NE, removed=removed)
+    return Index(search, embeddings_NE, None)
+
+  def published_search(self) -> tuple[mips.Search, int]:
+    """An exact search of the newest generation, made from any parameters.
+
+    Returns:
+      The search, and the step of the generation.
+
+    Raises:
+      FileNotFoundError: there is no generation.
       ValueError: it is damaged, or of another corpus.
     """
-    lineage = generation_lib.Lineage(
-        step=step,
-        params_digest=None,
-        tokenizer_digest=self.corpus.tokenizer.digest,
-        corpus_fingerprint=self.corpus.fingerprint,
-        num_rows=len(self.corpus.passages),
-        width=self.config.model.embedding_width,
-    )
-    path = self.workdir / generation_lib.DIRECTORY / str(step)
-    return mips.ExactSearch(generation_lib.load(path, lineage).embeddings)
+    step = documents_lib.newest_generation(self.documents)['step']
+    index = self.documents.index(step)
+    return mips.ExactSearch(index.table, removed=index.removed), step
 
   def embed_queries(
       self, params: Params, query_ids_BQ: np.ndarray
@@ -182,8 +208,8 @@ class Trained:
     return {name: np.asarray(value) for name, value in found.items()}
 
   @functools.cached_property
-  def _embed_passages(self) -> builder.PassageEmbedder:
-    return builder.PassageEmbedder(
+  def _embed_passages(self) -> embedding.PassageEmbedder:
+    return embedding.PassageEmbedder(
         self.components['embedder'],
         self.corpus.passages,
         self.corpus.tokenizer,

@@ -13,12 +13,12 @@ import pathlib
 
 import numpy as np
 
+from realm_jax.data import chained
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.export import card
 from realm_jax.export import importing
 from realm_jax.export import opened
 from realm_jax.export import sources
-from realm_jax.index import generation as generation_lib
 from realm_jax.models import layouts
 from realm_jax.models import pickled
 from realm_jax.models import pretrained
@@ -58,13 +58,14 @@ _TABLE_BYTES = 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  """The embeddings of an index generation as one float32 tensor."""
+  """Some embeddings of a table as one float32 tensor."""
 
-  table: generation_lib.Table
+  table: chained.Rows
+  rows: np.ndarray
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.table.shape
+    return len(self.rows), self.table.shape[1]
 
   @property
   def dtype(self) -> np.dtype:
@@ -77,7 +78,7 @@ class _Rows:
   def chunks(self) -> Iterator[np.ndarray]:
     step = max(1, _TABLE_BYTES // (self.shape[1] * 4))
     for start in range(0, self.shape[0], step):
-      yield self.table[start : start + step].astype(np.float32)
+      yield self.table[self.rows[start : start + step]].astype(np.float32)
 
 
 def default_kinds(workdir: opened.Workdir) -> list[str]:
@@ -164,8 +165,9 @@ def _write(
         )
     )
   if kind == 'openqa':
-    generation = workdir.generation()
-    rows = _Rows(generation.embeddings)
+    index = workdir.index()
+    live = index.live_rows
+    rows = _Rows(index.table, live)
     values['num_block_records'] = rows.shape[0]
     tensors = {'block_emb': rows, **tensors}
   if source is not None and source.dtypes:
@@ -184,7 +186,7 @@ def _write(
     pickled.byte_records_writer(
         folder / sources.BLOCK_RECORDS,
         values['num_block_records'],
-        _blocks(workdir.corpus, set(blanks)),
+        _blocks(workdir.corpus, live, set(blanks)),
     )
   card.tokenizer_files(
       folder, workdir, 'BertTokenizer' if kind == 'bert' else 'RealmTokenizer'
@@ -214,8 +216,10 @@ def _as_it_was(
   return found
 
 
-def _blocks(corpus: corpus_lib.Corpus, blanks: set[int]) -> Iterator[bytes]:
-  for row in range(len(corpus.passages)):
+def _blocks(
+    corpus: corpus_lib.Corpus, rows: np.ndarray, blanks: set[int]
+) -> Iterator[bytes]:
+  for row in rows.tolist():
     yield (
         b''
         if row in blanks

@@ -18,7 +18,7 @@ _ROWS = 2**16
 def export(
     workdir: opened.Workdir, output: opened.Path, dtype: str = 'float32'
 ) -> pathlib.Path:
-  """Writes the index generation of the workdir's parameters.
+  """Writes the embeddings of all documents by the workdir's parameters.
 
   Args:
     workdir: opened; its generation must have been built.
@@ -33,21 +33,28 @@ def export(
   """
   if dtype not in ('float32', 'float16'):
     raise ValueError(f"--dtype={dtype}: can be 'float32' or 'float16'.")
-  if 'embedder' not in workdir.params or workdir.corpus is None:
+  if (
+      'embedder' not in workdir.params
+      or workdir.documents is None
+      or workdir.corpus is None
+  ):
     raise ValueError(f'{workdir.path} has no retriever over a corpus.')
-  generation = workdir.generation()
-  table = generation.embeddings
+  index = workdir.index()
+  table, live = index.table, index.live_rows
   with opened.atomic_folder(output) as folder:
     rows = np.lib.format.open_memmap(
-        folder / 'embeddings.npy', 'w+', np.dtype(dtype), table.shape
+        folder / 'embeddings.npy',
+        'w+',
+        np.dtype(dtype),
+        (len(live), table.shape[1]),
     )
     flat = None
     if importlib.util.find_spec('faiss') is not None:
       import faiss
 
       flat = faiss.IndexFlatIP(table.shape[1])
-    for start in range(0, len(table), _ROWS):
-      part_NE = table[start : start + _ROWS].astype(np.float32)
+    for start in range(0, len(live), _ROWS):
+      part_NE = table[live[start : start + _ROWS]].astype(np.float32)
       # Its largest number is 65,504.
       if dtype == 'float16' and np.abs(part_NE).max() > np.finfo(dtype).max:
         raise ValueError(
@@ -60,17 +67,19 @@ def export(
     if flat is not None:
       faiss.write_index(flat, str(folder / 'index.faiss'))
     with open(folder / 'ids.jsonl', 'w', encoding='utf-8') as file:
-      for row in range(len(table)):
+      for row in live.tolist():
         file.write(json.dumps(workdir.corpus.passage_text(row)['id']) + '\n')
+    lineage = index.generation.lineage
     about = {
-        'rows': len(table),
+        'rows': len(live),
         'width': table.shape[1],
         'dtype': dtype,
         'relevance': 'inner product',
         'step': workdir.step,
-        'params_digest': generation.lineage.params_digest,
-        'tokenizer_digest': generation.lineage.tokenizer_digest,
-        'corpus_fingerprint': generation.lineage.corpus_fingerprint,
+        'params_digest': lineage.params_digest,
+        'tokenizer_digest': lineage.tokenizer_digest,
+        'corpus_fingerprint': lineage.corpus_fingerprint,
+        'documents': workdir.documents.about(),
         'faiss': 'index.faiss' if flat is not None else None,
     }
     (folder / 'index.json').write_text(json.dumps(about, indent=2) + '\n')

@@ -17,7 +17,7 @@ from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.export import importing
-from realm_jax.index import generation as generation_lib
+from realm_jax.index import documents as documents_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 
@@ -48,41 +48,39 @@ class Workdir:
   imported: list[importing.Imported]
 
   @functools.cached_property
-  def corpus(self) -> corpus_lib.Corpus | None:
-    """The corpus; None if the config names none."""
+  def documents(self) -> documents_lib.Documents | None:
+    """What can be retrieved; None if the config names no corpus."""
     if not self.config.corpus:
       return None
-    return corpus_lib.Corpus.open(self.config.corpus)
+    return documents_lib.Documents.open(self.path, self.config)
 
-  def generation(self) -> generation_lib.Generation:
-    """The index generation made from just these parameters.
+  @property
+  def corpus(self) -> corpus_lib.Corpus | None:
+    """The documents as one corpus; None if the config names none."""
+    return self.documents.corpus if self.documents is not None else None
+
+  def index(self) -> documents_lib.Index:
+    """The embeddings of all documents by just these parameters.
 
     Raises:
-      FileNotFoundError: if there is none.
+      FileNotFoundError: if there is no generation of them.
       ValueError: if it is damaged, or of another corpus.
     """
-    folder = self.path / generation_lib.DIRECTORY
-    digest = checkpoint.params_digest(self.params['embedder'])
-    found = []
-    for step in checkpoint.steps_in(folder):
-      about = generation_lib.read_manifest(folder / str(step))
-      if about['params_digest'] == digest:
-        found.append(step)
-    if not found:
+    documents, embedder = self.documents, self.params['embedder']
+    step = None
+    if documents is not None:
+      step = documents.find(checkpoint.params_digest(embedder))
+    if documents is None or step is None:
+      build, condition = 'index', '.'
+      if documents is None:
+        condition = ', with a corpus in its config.'
+      elif documents.is_compacted:
+        build, condition = 'index compact', ', after `realm-jax index`.'
       raise FileNotFoundError(
           f'{self.path} has no index of the retriever of step {self.step}.'
-          f' Build it: `realm-jax index --workdir={self.path}`'
-          + ('.' if self.config.corpus else ', with a corpus in its config.')
+          f' Build it: `realm-jax {build} --workdir={self.path}`{condition}'
       )
-    lineage = generation_lib.Lineage(
-        step=found[-1],
-        params_digest=digest,
-        tokenizer_digest=self.tokenizer.digest,
-        corpus_fingerprint=self.corpus.fingerprint if self.corpus else None,
-        num_rows=len(self.corpus.passages) if self.corpus else None,
-        width=self.config.model.embedding_width,
-    )
-    return generation_lib.load(folder / str(found[-1]), lineage)
+    return documents.index(step, lambda: embedder)
 
 
 def open_workdir(path: Path, step: int | None = None) -> Workdir:

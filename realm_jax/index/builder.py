@@ -1,172 +1,51 @@
 """The index builder: snapshots of the retriever in, index generations out.
 
-Public: `follow` (the process beside the trainer), `build` (one generation),
-`PassageEmbedder` and `embed_passages`. It shares nothing with the trainer but
-the workdir, and works on the newest snapshot only.
+Public: `follow` (the process beside the trainer), `build` (one generation). It
+shares nothing with the trainer but the workdir, and begins with the newest
+snapshot only. What it was killed in, it goes on with, shard by shard. As a job
+of several processes, each embeds its part of the shards; process 0 does the
+rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import logging
 import pathlib
 import time
+from typing import TypeVar
 
 import jax
 import numpy as np
-import tqdm
 
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
-from realm_jax.data import tokenizer as tokenizer_lib
+from realm_jax.index import embedding
 from realm_jax.index import generation
 from realm_jax.index import presence
+from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 
 log = logging.getLogger(__name__)
 
-# Bucket widths to choose from, besides the longest.
-_WIDTHS = (*range(8, 64, 8), *range(64, 512, 32))
-# Of a further width, in wordpieces that could be embedded meanwhile. Low, as a
-# builder compiles once and embeds many times.
-_COMPILE_COST = 2**15
-# Of one batch on one device. Larger is slower where the cache is small.
-_BATCH_TOKENS = {'cpu': 2**12}
-_BATCH_TOKENS_ELSEWHERE = 2**16
-_ROW_MULTIPLE = 8  # Rows of a batch on a device.
+# Rows of a shard, which is lost if the builder is killed in it: fewer where
+# embedding takes long. There are at most so many shards, as all are opened, and
+# of a large corpus so many for each process, as all should be done at once.
+_SHARD_ROWS = {'cpu': 2**11}
+_SHARD_ROWS_ELSEWHERE = 2**16
+_LEAST_SHARD_ROWS = 2**11
+_MOST_SHARDS = 256
+_ROUNDS = 8
 _LOW_RECALL = 0.9  # Of an approximate backend; below, that is said aloud.
 _POLL_SECONDS = 0.25
 _SAY_SECONDS = 30.0
+_ROOM_SECONDS = 30.0  # Until it is looked whether the disk has room again.
 
 Path = pathlib.Path | str
-
-
-class PassageEmbedder:
-  """Embeds passages with given parameters; compiles once for each width.
-
-  Passages are sorted into a few widths by their length, so that short ones are
-  not padded to the longest. No dropout.
-  """
-
-  def __init__(
-      self,
-      component: components.Component,
-      passages: corpus_lib.PassageTable,
-      tokenizer: tokenizer_lib.Tokenizer,
-      max_length: int,
-      mesh: jax.sharding.Mesh,
-      batch_tokens: int | None = None,
-  ):
-    """Plans the batches.
-
-    Args:
-      component: the embedder.
-      passages: the corpus' token table.
-      tokenizer: for the special ids.
-      max_length: S, at which a longer passage is cut.
-      mesh: a batch is divided over all its devices.
-      batch_tokens: wordpieces of a batch, of all devices together.
-    """
-    self._passages, self._tokenizer = passages, tokenizer
-    self._lengths = np.minimum(passages.lengths, max_length)
-    self._widths = _widths(self._lengths, max_length)
-    if batch_tokens is None:
-      platform = mesh.devices.flat[0].platform
-      batch_tokens = mesh.size * _BATCH_TOKENS.get(
-          platform, _BATCH_TOKENS_ELSEWHERE
-      )
-    buckets = np.searchsorted(self._widths, self._lengths)
-    counts = np.bincount(buckets, minlength=len(self._widths))
-    multiple = mesh.size * _ROW_MULTIPLE
-    self._batch_rows = []
-    for width, count in zip(self._widths, counts.tolist(), strict=True):
-      most = max(batch_tokens // width // multiple, 1)
-      # Equal batches, so that the last one is not mostly padding.
-      rows = min(count, generation.ROWS_PER_SHARD)
-      needed = max(-(-rows // multiple), 1)
-      self._batch_rows.append(-(-needed // -(-needed // most)) * multiple)
-    self._replicated = mesh_lib.replicated(mesh)
-    self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-    self._embed = jax.jit(
-        lambda params, ids_BS, types_BS: component.apply(
-            params, 'embed_document', ids_BS, types_BS
-        ),
-        out_shardings=self._over_rows,
-    )
-
-  @property
-  def compilations(self) -> int:
-    """How often the embedder was compiled: at most once for each width."""
-    return self._embed._cache_size()
-
-  def __call__(
-      self,
-      params: components.Params,
-      rows: range | None = None,
-      progress: Callable[[int], object] | None = None,
-  ) -> np.ndarray:
-    """Returns float32 [rows, E] of a range of passages, by default all.
-
-    Args:
-      params: of the embedder.
-      rows: passage numbers, consecutive.
-      progress: called with the number of passages that were just embedded.
-    """
-    rows = range(len(self._passages)) if rows is None else rows
-    params = jax.device_put(params, self._replicated)
-    buckets = np.searchsorted(
-        self._widths, self._lengths[rows.start : rows.stop]
-    )
-    emb_NE: np.ndarray | None = None
-    # The next batch is put together while the devices work on this one.
-    running: list[tuple[np.ndarray, jax.Array]] = []
-
-    def collect() -> None:
-      nonlocal emb_NE
-      mine, result = running.pop(0)
-      part_NE = np.asarray(jax.device_get(result), np.float32)
-      if emb_NE is None:
-        emb_NE = np.zeros((len(rows), part_NE.shape[1]), np.float32)
-      emb_NE[mine] = part_NE[: len(mine)]
-      if progress is not None:
-        progress(len(mine))
-
-    for bucket, (width, size) in enumerate(
-        zip(self._widths, self._batch_rows, strict=True)
-    ):
-      members = np.flatnonzero(buckets == bucket)
-      for first in range(0, len(members), size):
-        mine = members[first : first + size]
-        numbers = np.full(size, inputs.NULL_DOCUMENT, np.int64)
-        numbers[: len(mine)] = mine + rows.start
-        ids_BS, types_BS = inputs.assemble_documents(
-            self._passages, numbers, width, self._tokenizer
-        )
-        ids_BS, types_BS = jax.device_put((ids_BS, types_BS), self._over_rows)
-        running.append((mine, self._embed(params, ids_BS, types_BS)))
-        if len(running) > 1:
-          collect()
-    while running:
-      collect()
-    if emb_NE is None:
-      raise ValueError('There are no passages to embed.')
-    return emb_NE
-
-
-def embed_passages(
-    component: components.Component,
-    params: components.Params,
-    passages: corpus_lib.PassageTable,
-    tokenizer: tokenizer_lib.Tokenizer,
-    max_length: int,
-    mesh: jax.sharding.Mesh,
-    progress: Callable[[int], object] | None = None,
-) -> np.ndarray:
-  """Returns float32 [N, E]; to do so again, make a `PassageEmbedder`."""
-  embedder = PassageEmbedder(component, passages, tokenizer, max_length, mesh)
-  return embedder(params, progress=progress)
+T = TypeVar('T')
 
 
 def build(workdir: Path, step: int | None = None) -> pathlib.Path:
@@ -179,6 +58,7 @@ def build(workdir: Path, step: int | None = None) -> pathlib.Path:
     FileNotFoundError: if there is no config or no such snapshot.
     ValueError: if corpus, config and snapshot do not fit together.
     RuntimeError: if an index builder is at work on this workdir.
+    OSError: if the disk is full; the next call goes on from there.
   """
   workdir = pathlib.Path(workdir)
   config = config_lib.read(workdir)
@@ -189,15 +69,10 @@ def build(workdir: Path, step: int | None = None) -> pathlib.Path:
         f'not of {"any" if step is None else step}; `realm-jax train` writes '
         'them.'
     )
-  directory = workdir / generation.DIRECTORY
-  with (
-      presence.Lock(directory),
-      presence.Heartbeat(directory) as heartbeat,
-      presence.stop_signals(),
-  ):
-    generation.remove_leftovers(directory)
+  with presence.stop_signals(), _alone(workdir) as heartbeat:
     job = _Job.open(workdir, config, heartbeat)
-    path = job.build(steps[-1] if step is None else step)
+    step = distributed.broadcast(steps[-1] if step is None else step)
+    path = job.build(step)
   if path is None:
     raise FileNotFoundError(
         f'The snapshot of step {step} was replaced while it was being read.'
@@ -215,7 +90,7 @@ def follow(
 
   Returns when training is done (summary.json is there and the newest snapshot
   has its generation) or on SIGTERM. With `parent_pid`, that process decides
-  when it is time to leave.
+  when it is time to leave. While the disk is full it waits for room.
 
   Args:
     workdir: of the training job; it need not exist yet.
@@ -227,26 +102,36 @@ def follow(
     RuntimeError: if another index builder is at work on this workdir.
     TimeoutError: if the job does not start.
     ValueError, FileNotFoundError: if corpus, config and snapshot do not fit.
-    OSError: if the disk is full; nothing half-written remains.
   """
   workdir = pathlib.Path(workdir)
-  directory = workdir / generation.DIRECTORY
-  directory.mkdir(parents=True, exist_ok=True)
   # The builder of a trainer that was just killed may still be leaving.
   patience = presence.GRACE_SECONDS + 5 if parent_pid else 0.0
   try:
     with (
         presence.stop_signals(parent_pid),
-        presence.Lock(directory, patience),
-        presence.Heartbeat(directory) as heartbeat,
+        _alone(workdir, patience) as heartbeat,
     ):
-      for name in generation.remove_leftovers(directory):
-        log.info('Removed %s/%s, left by a killed builder.', directory, name)
-      _wait_for_start(workdir, heartbeat, start_timeout)
+      if distributed.is_main():
+        _wait_for_start(workdir, heartbeat, start_timeout)
+      distributed.barrier('the job to follow has started')
       config = config_lib.read(workdir)
       _Job.open(workdir, config, heartbeat).follow(supervised=bool(parent_pid))
   except presence.Stopped as stopped:
     log.info('The index builder leaves: %s.', stopped)
+
+
+@contextlib.contextmanager
+def _alone(
+    workdir: pathlib.Path, patience: float = 0.0
+) -> Iterator[presence.Heartbeat]:
+  """Keeps other builders away; process 0 stands for all of this one."""
+  directory = workdir / generation.DIRECTORY
+  heartbeat = presence.Heartbeat(directory, silent=not distributed.is_main())
+  if not distributed.is_main():
+    yield heartbeat
+    return
+  with presence.Lock(directory, patience), heartbeat:
+    yield heartbeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +143,7 @@ class _Job:
   corpus: corpus_lib.Corpus
   mesh: jax.sharding.Mesh
   component: components.Component
-  embedder: PassageEmbedder
+  embedder: embedding.PassageEmbedder
   heartbeat: presence.Heartbeat
 
   @classmethod
@@ -273,10 +158,11 @@ class _Job:
     config.model.vocab_size = (
         config.model.vocab_size or corpus.tokenizer.vocab_size
     )
-    # All devices of this process, whatever the trainer has.
-    mesh = mesh_lib.make_mesh(config_lib.MeshConfig())
+    # All devices of this process, whatever the trainer and the others have.
+    devices = np.array(jax.local_devices()).reshape(-1, 1)
+    mesh = jax.sharding.Mesh(devices, (mesh_lib.DATA, mesh_lib.MODEL))
     component = components.make('embedder', config.model)
-    embedder = PassageEmbedder(
+    embedder = embedding.PassageEmbedder(
         component,
         corpus.passages,
         corpus.tokenizer,
@@ -290,18 +176,42 @@ class _Job:
     return self.workdir / generation.DIRECTORY
 
   def follow(self, supervised: bool) -> None:
+    waiting = None  # For room on the disk, since then.
     while True:
-      # Looked for first: a snapshot written after it can then not be missed.
-      done = (self.workdir / 'summary.json').exists()
-      steps = checkpoint.snapshot_steps(self.workdir)
-      if steps and self._is_missing(steps[-1]):
-        self.build(steps[-1])
-        continue
-      if done and not supervised:
+      step, leave = distributed.broadcast(
+          self._look(supervised) if distributed.is_main() else None
+      )
+      if leave:
+        generation.remove_leftovers(self.directory)
         log.info('Training is done and its newest snapshot has an index.')
         return
-      self.heartbeat.beat('waiting', step=steps[-1] if steps else None)
-      time.sleep(_POLL_SECONDS)
+      if step is None:
+        time.sleep(_POLL_SECONDS)
+        continue
+      try:
+        self.build(step)
+        waiting = None
+      except shards.NoRoom as error:
+        if waiting is None:
+          log.error(
+              '%s The index stays as it is; trying again every %.0f s.',
+              error, _ROOM_SECONDS,
+          )
+        waiting = waiting or time.monotonic()
+        self.heartbeat.beat('waiting for room on the disk', step, at_once=True)
+        time.sleep(_ROOM_SECONDS)
+
+  def _look(self, supervised: bool) -> tuple[int | None, bool]:
+    """Returns which snapshot to build from, if any, and whether to leave."""
+    # Looked for first: a snapshot written after it can then not be missed.
+    done = (self.workdir / 'summary.json').exists()
+    steps = checkpoint.snapshot_steps(self.workdir)
+    if steps and self._is_missing(steps[-1]):
+      return steps[-1], False
+    if done and not supervised:
+      return None, True
+    self.heartbeat.beat('waiting', steps[-1] if steps else None)
+    return None, False
 
   def _is_missing(self, step: int) -> bool:
     """Whether the snapshot has no generation made from these parameters."""
@@ -319,17 +229,16 @@ class _Job:
 
   def build(self, step: int) -> pathlib.Path | None:
     """Returns the path, or None if the snapshot went away meanwhile."""
-    self.heartbeat.beat('loading', step=step, at_once=True)
+    self.heartbeat.beat('loading', step, at_once=True)
     started = time.perf_counter()
-    try:
-      params, digest = checkpoint.load_snapshot(
-          self.workdir, step, self.component.abstract
-      )
-    except (ValueError, OSError) as error:
-      if step in checkpoint.snapshot_steps(self.workdir):
-        raise
-      log.info('The snapshot of step %d is gone: %s', step, error)
+    if distributed.is_main():
+      # A newer snapshot makes what was begun for an older one worthless.
+      for name in generation.remove_leftovers(self.directory, resume=step):
+        log.info('Removed %s/%s, left unfinished.', self.directory, name)
+    loaded = self._load(step)
+    if loaded is None:
       return None
+    params, digest = loaded
     rows = len(self.corpus.passages)
     lineage = generation.Lineage(
         step=step,
@@ -339,30 +248,93 @@ class _Job:
         num_rows=rows,
         width=self.config.model.embedding_width,
     )
-    with (
-        generation.Writer(
-            self.directory, lineage, self.config.mips.dtype
-        ) as writer,
-        # On a terminal only; a log file gets the line below.
-        tqdm.tqdm(
-            total=rows, desc=f'step {step}', unit='passage', disable=None
-        ) as bar,
-    ):
+    writer = generation.Writer(
+        self.directory,
+        lineage,
+        self.config.mips.dtype,
+        shard_rows=_shard_rows(rows, self.mesh),
+        resume={
+            'length': self.config.lengths.document,
+            'compute_dtype': self.config.model.compute_dtype,
+        },
+        main=distributed.is_main(),
+    )
+    missing = _together(writer.begin)[0]
+    todo = sum(len(writer.rows(shard)) for shard in missing)
+    if todo < rows:
+      log.info(
+          'Going on with the generation of step %d: %d of its %d passages are '
+          'embedded.',
+          step, rows - todo, rows,
+      )
+    embedding_started = time.perf_counter()
+    with presence.Progress(
+        self.heartbeat, step, rows - todo, rows, jax.process_count()
+    ) as progress:
+      mine = missing[jax.process_index() :: jax.process_count()]
+      whole = _together(
+          lambda: self._embed(writer, mine, params, digest, progress)
+      )
+    seconds = time.perf_counter() - embedding_started
+    path = None
+    if all(whole):
+      path = _together(lambda: self._finish(writer, digest))[0]
+    if path is None:
+      log.info('The snapshot of step %d was taken back; not published.', step)
+      writer.discard()
+      return None
+    if distributed.is_main():
+      log.info(
+          'Published %s: %d passages, %d of them embedded in %.1f s (%.0f/s), '
+          'in all %.1f s.',
+          path, rows, todo, seconds, todo / seconds,
+          time.perf_counter() - started,
+      )
+    return pathlib.Path(path)
 
-      def progress(count: int) -> None:
-        bar.update(count)
-        self.heartbeat.beat('embedding', step=step, done=bar.n, total=rows)
+  def _load(self, step: int) -> tuple[components.Params, str] | None:
+    """Loads a snapshot, the same one in all processes; None if it is gone."""
+    found = None
+    try:
+      found = checkpoint.load_snapshot(
+          self.workdir, step, self.component.abstract
+      )
+    except (ValueError, OSError) as error:
+      if step in checkpoint.snapshot_steps(self.workdir):
+        raise
+      log.info('The snapshot of step %d is gone: %s', step, error)
+    digests = set(distributed.gather(found and found[1]))
+    return None if len(digests) > 1 else found
 
-      for start in range(0, rows, generation.ROWS_PER_SHARD):
-        shard = range(start, min(start + generation.ROWS_PER_SHARD, rows))
-        writer.add(self.embedder(params, shard, progress))
-      embedded = time.perf_counter() - started
-      self.heartbeat.beat('indexing', step=step, done=rows, total=rows)
-      writer.add_backend(self.config.mips, self.mesh)
-      if not self._is_still(step, digest):
-        log.info('The snapshot of step %d was taken back; not published.', step)
-        return None
-      path = writer.publish()
+  def _embed(
+      self,
+      writer: generation.Writer,
+      numbers: list[int],
+      params: components.Params,
+      digest: str,
+      progress: presence.Progress,
+  ) -> bool:
+    """Writes shards; False if the snapshot was taken back meanwhile.
+
+    A newer snapshot is no reason to stop: a builder that is slower than the
+    interval would then never publish anything.
+    """
+    for number in numbers:
+      if not self._is_still(writer.step, digest):
+        return False
+      rows = writer.rows(number)
+      writer.add(self.embedder(params, rows, progress), number)
+    return True
+
+  def _finish(self, writer: generation.Writer, digest: str) -> str | None:
+    """Publishes what is embedded; None if the snapshot was taken back."""
+    if not distributed.is_main():
+      return None
+    self.heartbeat.beat('indexing', writer.step, at_once=True)
+    writer.add_backend(self.config.mips, self.mesh)
+    if not self._is_still(writer.step, digest):
+      return None
+    path = writer.publish()
     recall = writer.recall
     if recall is not None:
       say = log.warning if recall < _LOW_RECALL else log.info
@@ -370,12 +342,8 @@ class _Job:
           'The backend %s finds %.1f %% of what exact search finds.',
           self.config.mips.backend, 100 * recall,
       )
-    log.info(
-        'Published %s: %d passages in %.1f s (%.0f/s), in all %.1f s.',
-        path, rows, embedded, rows / embedded, time.perf_counter() - started,
-    )
-    self._prune(step)
-    return path
+    self._prune(writer.step)
+    return str(path)
 
   def _is_still(self, step: int, digest: str) -> bool:
     """A trainer that resumed takes back the snapshots after its checkpoint."""
@@ -392,30 +360,43 @@ class _Job:
     # At least two: a checkpoint that is being written may refer to the one
     # before the newest, which the trainer holds until it adopts this one.
     wanted = {newest, *steps[-max(keep, 2) :]}
-    wanted |= checkpoint.referenced_generations(self.workdir)
-    wanted |= generation.in_use(self.directory)
+    try:
+      wanted |= checkpoint.referenced_generations(self.workdir)
+      wanted |= generation.in_use(self.directory)
+    except ValueError as error:  # A damaged file: who knows what it wants.
+      log.warning('No old generation is deleted: %s', error)
+      return
     for step in set(steps) - wanted:
       generation.remove(self.directory / str(step))
 
 
-def _widths(lengths: np.ndarray, max_length: int) -> list[int]:
-  """Returns the bucket widths for which the least is padded and compiled."""
-  widths = [*(w for w in _WIDTHS if w < max_length), max_length]
-  fitting = [0, *(int((lengths <= width).sum()) for width in widths)]
-  # best[i]: cost, and the widths chosen, for the passages of the first i.
-  best: list[tuple[int, list[int]]] = [(0, [])]
-  for i, width in enumerate(widths, start=1):
-    best.append(
-        min(
-            (
-                cost + (fitting[i] - fitting[j]) * width + _COMPILE_COST,
-                [*chosen, width],
-            )
-            for j, (cost, chosen) in enumerate(best)
-        )
-    )
-  # The longest passages need no more than the first width that fits them all.
-  return best[fitting.index(fitting[-1])][1]
+def _shard_rows(num_rows: int, mesh: jax.sharding.Mesh) -> int:
+  platform = mesh.devices.flat[0].platform
+  rows = _SHARD_ROWS.get(platform, _SHARD_ROWS_ELSEWHERE)
+  least = min(rows, _LEAST_SHARD_ROWS)
+  while rows > least and rows * _ROUNDS * jax.process_count() > num_rows:
+    rows //= 2
+  while rows * _MOST_SHARDS < num_rows:
+    rows *= 2
+  return rows
+
+
+def _together(work: Callable[[], T]) -> list[T]:
+  """Calls `work` in all processes; a full disk in one is an error in all.
+
+  Returns:
+    What it returned in each: small, and JSON.
+  """
+  result, failure = None, None
+  try:
+    result = work()
+  except shards.NoRoom as error:
+    failure = [error.errno, error.strerror]
+  found = distributed.gather([result, failure])
+  for _, failed in found:
+    if failed is not None:
+      raise shards.NoRoom(*failed)
+  return [each for each, _ in found]
 
 
 def _wait_for_start(

@@ -1,12 +1,14 @@
 """A generation of the index on disk: embeddings, ScaNN assets, lineage.
 
-Public: `Lineage`, `Writer`, `publish`, `load`, `read_manifest`, `Generation`,
-`Table`, `remove`, `remove_leftovers`, `mark_in_use`, `in_use`, `Damaged`. A
-generation is written beside its final name, its manifest last, and then
-renamed: what can be listed under its step is whole.
+Public: `Lineage`, `Writer`, `publish`, `load`, `Generation`, `read_manifest`,
+`lineage_of`, `problems`, `remove`, `remove_leftovers`, `mark_in_use`, `in_use`,
+`Damaged`. A generation is written beside its final name, its manifest last, and
+then renamed: what can be listed under its step is whole.
 """
 
+from collections.abc import Iterator
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -17,19 +19,20 @@ from typing import Any
 import uuid
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.index import mips
+from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
 
 FORMAT_VERSION = 1
 DIRECTORY = 'index'  # In a workdir.
 ROWS_PER_SHARD = 2**16
-_MANIFEST = 'manifest.json'
+MANIFEST = 'manifest.json'
 _SCANN = 'scann'
 _IN_USE = 'in_use.json'
+BUILDING = '.building-'  # And the step: what may be gone on with.
 _TEMPORARY = '.tmp-'
 # The recall of an approximate backend is measured on as many documents in the
 # place of queries, and on the paper's number of candidates.
@@ -64,42 +67,6 @@ class Lineage:
     ]
 
 
-class Table:
-  """The rows of several memory-mapped shards as one matrix, read on demand."""
-
-  def __init__(self, shards: list[np.ndarray]):
-    self._shards = shards
-    self._starts = np.cumsum([0] + [len(shard) for shard in shards])
-    self.shape = (int(self._starts[-1]), shards[0].shape[1])
-    self.dtype = shards[0].dtype
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    """Returns a range of rows (of step 1), or those in an array of numbers."""
-    if isinstance(rows, slice):
-      start, limit, step = rows.indices(len(self))
-      if step != 1:
-        raise ValueError(f'{rows}: a table gives ranges of step 1 only.')
-      parts = [
-          shard[max(start - first, 0) : max(limit - first, 0)]
-          for first, shard in zip(self._starts, self._shards, strict=False)
-          if first < limit and first + len(shard) > start
-      ]
-      if len(parts) == 1:
-        return parts[0]
-      empty = np.empty((0, self.shape[1]), self.dtype)
-      return np.concatenate(parts or [empty])
-    rows = np.asarray(rows)
-    found = np.empty((len(rows), self.shape[1]), self.dtype)
-    owners = np.searchsorted(self._starts, rows, side='right') - 1
-    for owner in np.unique(owners):
-      mine = owners == owner
-      found[mine] = self._shards[owner][rows[mine] - self._starts[owner]]
-    return found
-
-
 @dataclasses.dataclass(frozen=True)
 class Generation:
   """A generation that was found whole and as expected."""
@@ -107,14 +74,18 @@ class Generation:
   path: pathlib.Path
   lineage: Lineage
   manifest: dict[str, Any]
-  embeddings: Table
+  embeddings: shards.Table
 
   def make_search(
-      self, config: config_lib.MipsConfig, mesh: jax.sharding.Mesh | None
+      self,
+      config: config_lib.MipsConfig,
+      mesh: jax.sharding.Mesh | None,
+      removed: np.ndarray | None = None,
   ) -> mips.Search:
     """Returns the backend of `config` over this generation.
 
     A saved ScaNN index serves if it has the same settings; else one is built.
+    Rows in `removed`, sorted int64, are never found.
     """
     saved = self.path / _SCANN
     same = self.manifest['mips'] == _settings(config, len(self.embeddings))
@@ -123,30 +94,82 @@ class Generation:
         self.embeddings,
         mesh,
         saved if same and saved.is_dir() else None,
+        removed,
     )
 
 
 class Writer:
   """Writes one generation; a context that leaves nothing half-done behind."""
 
-  def __init__(self, directory: Path, lineage: Lineage, dtype: str = 'float32'):
-    """Prepares to write `directory`/<step>; `dtype` is that of the table."""
+  def __init__(
+      self,
+      directory: Path,
+      lineage: Lineage,
+      dtype: str = 'float32',
+      *,
+      shard_rows: int | None = None,
+      resume: dict[str, Any] | None = None,
+      main: bool = True,
+  ):
+    """Prepares to write `directory`/<step>.
+
+    Args:
+      directory: `index` of a workdir.
+      lineage: what it is made from.
+      dtype: of the table.
+      shard_rows: of each shard but the last; default: ROWS_PER_SHARD.
+      resume: (JSON) what its shards depend on besides. If it is interrupted,
+        what was written stays, and is gone on with by the next one of the same
+        lineage and kind; only who holds the builder's lock may ask for that.
+        None: then nothing is left of it.
+      main: whether this process begins and publishes it; others add shards.
+    """
+    assert lineage.step is not None and lineage.num_rows is not None
     self._directory = pathlib.Path(directory)
-    self._lineage = lineage
-    self._dtype = dtype
-    self._temporary = self._directory / (
-        f'{_TEMPORARY}{lineage.step}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
-    )
-    self._files: list[dict[str, Any]] = []
+    self.step, self._num_rows = lineage.step, lineage.num_rows
+    self._lineage, self._dtype = lineage, dtype
+    self._shard_rows = shard_rows or ROWS_PER_SHARD
+    self._resume, self._main = resume, main
+    name = f'{BUILDING}{self.step}'
+    if resume is None:
+      name = (
+          f'{_TEMPORARY}{self.step}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
+      )
+    self._folder = shards.ShardFolder(self._directory / name, dtype)
     self._about: dict[str, Any] = {}
-    self._started = time.time()
+    self._started = 0.0
 
   def __enter__(self) -> 'Writer':
-    self._temporary.mkdir(parents=True)
+    self.begin()
     return self
 
   def __exit__(self, *exc: object) -> None:
-    shutil.rmtree(self._temporary, ignore_errors=True)
+    if self._resume is None:
+      self.discard()
+
+  def begin(self) -> list[int]:
+    """Makes the folder, or takes over the one that was left.
+
+    Returns:
+      Numbers of the shards that are still to be written. [] in a process that
+      is not the main one.
+
+    Raises:
+      shards.NoRoom: if the disk is full.
+    """
+    if not self._main:
+      return []
+    self._started = self._folder.begin(
+        {
+            'format_version': FORMAT_VERSION,
+            **dataclasses.asdict(self._lineage),
+            'dtype': self._dtype,
+            'shard_rows': self._shard_rows,
+            'resume': self._resume,
+        }
+    )
+    count = -(-self._num_rows // self._shard_rows)
+    return sorted({*range(count)} - {*self._folder.records()})
 
   @property
   def recall(self) -> float | None:
@@ -154,34 +177,33 @@ class Writer:
     measured = self._about.get('recall')
     return measured['value'] if measured else None
 
-  def add(self, embeddings_NE: np.ndarray) -> None:
-    """Writes the next rows as a shard.
+  def rows(self, shard: int) -> range:
+    """The rows of a shard."""
+    start = shard * self._shard_rows
+    return range(start, min(start + self._shard_rows, self._num_rows))
+
+  def add(self, embeddings_NE: np.ndarray, shard: int | None = None) -> None:
+    """Writes rows as a shard, by default as that after the last.
 
     Raises:
       ValueError: if they are not finite or of another width.
-      OSError: if the disk is full.
+      shards.NoRoom: if the disk is full.
     """
     if embeddings_NE.shape[1] != self._lineage.width:
       raise ValueError(
           f'Embeddings of width {embeddings_NE.shape[1]}; the lineage says '
           f'{self._lineage.width}.'
       )
+    if shard is None:
+      shard = len(self._folder.records())
     finite = np.isfinite(embeddings_NE).all(axis=1)
     if not finite.all():
-      row = sum(file['rows'] for file in self._files) + int(np.argmin(finite))
+      row = shard * self._shard_rows + int(np.argmin(finite))
       raise ValueError(
           f'The embedding of document {row} by the snapshot of step '
-          f'{self._lineage.step} is not finite.'
+          f'{self.step} is not finite.'
       )
-    name = f'shard-{len(self._files):05d}.npy'
-    array = embeddings_NE.astype(jnp.dtype(self._dtype))
-    if self._dtype == 'bfloat16':  # Unknown to the .npy format.
-      array = array.view(np.uint16)
-    with open(self._temporary / name, 'xb') as file:
-      np.save(file, array, allow_pickle=False)
-      file.flush()
-      os.fsync(file.fileno())
-    self._files.append({**_facts(self._temporary, name), 'rows': len(array)})
+    self._folder.write(shard, embeddings_NE)
 
   def add_backend(
       self,
@@ -192,32 +214,46 @@ class Writer:
 
     Raises:
       ValueError: if rows are missing, or a setting of the backend is wrong.
-      OSError: if the disk is full.
+      shards.NoRoom: if the disk is full.
     """
-    rows = sum(file['rows'] for file in self._files)
-    if rows != self._lineage.num_rows:
+    path = self._folder.path
+    files = [*self._folder.records().values()]
+    table = shards.open_table(path, files, self._dtype) if files else None
+    rows = 0 if table is None else len(table)
+    if table is None or rows != self._num_rows:
       raise ValueError(
           f'{rows} embeddings were written; the lineage says '
-          f'{self._lineage.num_rows}.'
+          f'{self._num_rows}.'
       )
     self._about = {
         'dtype': self._dtype,
         'mips': _settings(config, rows),
-        'num_shards': len(self._files),
+        'num_shards': len(files),
         'recall': None,  # By definition 1 where the search is exact.
+        'files': files,
     }
     if config.backend == 'exact':
       return
-    table = _open_table(self._temporary, self._files, self._dtype)
     search = mips.make_search(config, table, mesh)
     self._about['recall'] = _measure(search, table, mesh)
     if isinstance(search, mips.ScannSearch):
-      (self._temporary / _SCANN).mkdir()
-      search.save(self._temporary / _SCANN)
-      self._files += [
-          _facts(self._temporary, f'{_SCANN}/{name}')
-          for name in sorted(os.listdir(self._temporary / _SCANN))
+      files += self._save(search)
+
+  def _save(self, search: mips.ScannSearch) -> list[dict[str, Any]]:
+    path = self._folder.path
+    with shards.writing(path / _SCANN):
+      (path / _SCANN).mkdir()
+      try:
+        search.save(path / _SCANN)
+      except RuntimeError as error:  # What ScaNN says of a full disk.
+        raise OSError(errno.ENOSPC, str(error)) from error
+      files = [
+          shards.facts(path, f'{_SCANN}/{name}')
+          for name in sorted(os.listdir(path / _SCANN))
       ]
+      if not all(file['bytes'] for file in files):  # It does not always say so.
+        raise OSError(errno.ENOSPC, f'ScaNN wrote an empty file: {files}')
+    return files
 
   def publish(self) -> pathlib.Path:
     """Writes the manifest and gives the generation its name.
@@ -226,31 +262,34 @@ class Writer:
       The path of the generation. One of the same step is replaced.
 
     Raises:
-      OSError: if the disk is full.
+      shards.NoRoom: if the disk is full.
     """
     now = time.time()
     manifest = {
         'format_version': FORMAT_VERSION,
         **dataclasses.asdict(self._lineage),
         **self._about,
-        'files': self._files,
         'seconds': now - self._started,
         'created': now,
     }
     manifest['manifest_sha256'] = _manifest_digest(manifest)
-    with open(self._temporary / _MANIFEST, 'x', encoding='utf-8') as file:
-      json.dump(manifest, file, indent=1)
-      file.flush()
-      os.fsync(file.fileno())
-    path = self._directory / str(self._lineage.step)
+    with shards.writing(self._folder.path / MANIFEST):
+      checkpoint.write_json(self._folder.path / MANIFEST, manifest)
+    path = self._directory / str(self.step)
     remove(path)
-    os.rename(self._temporary, path)
+    os.rename(self._folder.path, path)
     descriptor = os.open(self._directory, os.O_RDONLY)
     try:
       os.fsync(descriptor)  # The rename itself.
     finally:
       os.close(descriptor)
+    shutil.rmtree(path / shards.RECORDS, ignore_errors=True)
     return path
+
+  def discard(self) -> None:
+    """Deletes what was written, unless it is published."""
+    if self._main:
+      shutil.rmtree(self._folder.path, ignore_errors=True)
 
 
 def publish(
@@ -283,41 +322,42 @@ def load(path: Path, expected: Lineage | None = None) -> Generation:
   """
   path = pathlib.Path(path)
   manifest = read_manifest(path)
-  lineage = Lineage(
-      *(manifest[field.name] for field in dataclasses.fields(Lineage))
-  )
+  made_from = lineage_of(manifest)
   if expected is not None:
-    differences = lineage.differences(expected)
+    differences = made_from.differences(expected)
     if differences:
       raise ValueError(
           f'The index generation {path} does not belong to this job:\n  '
           + '\n  '.join(differences)
       )
-  for facts in manifest['files']:
-    file = path / facts['name']
-    if not file.is_file():
-      raise Damaged(
-          f'The index generation {path} lacks the file {facts["name"]}. '
-          + _remedy(path)
-      )
-    found = _facts(path, facts['name'])
-    for what in ('bytes', 'sha256'):
-      if found[what] != facts[what]:
-        raise Damaged(
-            f'The index generation {path} is damaged: {facts["name"]} has '
-            f'{what} {found[what]}, its manifest says {facts[what]}. '
-            + _remedy(path)
-        )
-  embeddings = _open_table(
-      path, manifest['files'][: manifest['num_shards']], manifest['dtype']
-  )
-  if embeddings.shape != (lineage.num_rows, lineage.width):
+  for problem in problems(path, manifest):
     raise Damaged(
-        f'The index generation {path} has embeddings of shape '
-        f'{embeddings.shape}, its manifest says '
-        f'{(lineage.num_rows, lineage.width)}. ' + _remedy(path)
+        f'The index generation {path} is damaged: {problem}. ' + _remedy(path)
     )
-  return Generation(path, lineage, manifest, embeddings)
+  return Generation(path, made_from, manifest, _table(path, manifest))
+
+
+def lineage_of(manifest: dict[str, Any]) -> Lineage:
+  """What a manifest says that its generation was made from."""
+  return Lineage(
+      *(manifest[field.name] for field in dataclasses.fields(Lineage))
+  )
+
+
+def problems(
+    path: pathlib.Path, manifest: dict[str, Any]
+) -> Iterator[str]:
+  """Yields how the files of a generation differ from its manifest."""
+  found = False
+  for problem in shards.problems(path, manifest['files']):
+    found = True
+    yield problem
+  if found:
+    return
+  shape = _table(path, manifest).shape
+  expected = (manifest['num_rows'], manifest['width'])
+  if shape != expected:
+    yield f'its embeddings are {shape}, its manifest says {expected}'
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -330,7 +370,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
   """
   path = pathlib.Path(path)
   try:
-    text = (path / _MANIFEST).read_text(encoding='utf-8', errors='replace')
+    text = (path / MANIFEST).read_text(encoding='utf-8', errors='replace')
   except FileNotFoundError as error:
     raise FileNotFoundError(
         f'There is no index generation {path}. ' + _remedy(path)
@@ -339,7 +379,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads(text)
     version, digest = manifest['format_version'], manifest['manifest_sha256']
   except (ValueError, KeyError, TypeError) as error:
-    raise Damaged(f'{path}/{_MANIFEST} is damaged. ' + _remedy(path)) from error
+    raise Damaged(f'{path}/{MANIFEST} is damaged. ' + _remedy(path)) from error
   if isinstance(version, int) and version > FORMAT_VERSION:
     raise ValueError(
         f'{path} has index format {version}, from a newer realm_jax; this one '
@@ -349,7 +389,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
   found = _manifest_digest(manifest)
   if found != digest:
     raise Damaged(
-        f'{path}/{_MANIFEST} is damaged: its SHA-256 is {found}, it says '
+        f'{path}/{MANIFEST} is damaged: its SHA-256 is {found}, it says '
         f'{digest}. ' + _remedy(path)
     )
   return manifest
@@ -366,13 +406,22 @@ def remove(path: Path) -> None:
   shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_leftovers(directory: Path) -> list[str]:
+def remove_leftovers(directory: Path, resume: int | None = None) -> list[str]:
   """Deletes what builders that were killed left behind; returns the names.
 
   Only the holder of the builder's lock may call this.
+
+  Args:
+    directory: `index` of a workdir.
+    resume: the step whose partial build is kept, to be gone on with.
   """
   directory = pathlib.Path(directory)
-  names = [n for n in os.listdir(directory) if n.startswith(_TEMPORARY)]
+  names = [
+      name
+      for name in os.listdir(directory)
+      if name.startswith((_TEMPORARY, BUILDING))
+      and name != f'{BUILDING}{resume}'
+  ]
   for name in names:
     shutil.rmtree(directory / name, ignore_errors=True)
   return names
@@ -407,7 +456,7 @@ def _settings(config: config_lib.MipsConfig, num_rows: int) -> dict[str, Any]:
 
 
 def _measure(
-    search: mips.Search, table: Table, mesh: jax.sharding.Mesh | None
+    search: mips.Search, table: shards.Table, mesh: jax.sharding.Mesh | None
 ) -> dict[str, Any]:
   count = min(_RECALL_QUERIES, len(table))
   rows = np.linspace(0, len(table) - 1, count).astype(np.int64)
@@ -418,23 +467,9 @@ def _measure(
   return {'value': value, 'k': k, 'queries': count}
 
 
-def _open_table(
-    directory: pathlib.Path, files: list[dict[str, Any]], dtype: str
-) -> Table:
-  shards = []
-  for facts in files:
-    path = directory / facts['name']
-    shard = np.load(path, mmap_mode='r', allow_pickle=False)
-    if dtype == 'bfloat16':
-      shard = shard.view(jnp.bfloat16)
-    shards.append(shard)
-  return Table(shards)
-
-
-def _facts(directory: pathlib.Path, name: str) -> dict[str, Any]:
-  with open(directory / name, 'rb') as file:
-    digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    return {'name': name, 'bytes': file.tell(), 'sha256': digest}
+def _table(path: pathlib.Path, manifest: dict[str, Any]) -> shards.Table:
+  files = manifest['files'][: manifest['num_shards']]
+  return shards.open_table(path, files, manifest['dtype'])
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:

@@ -1,37 +1,34 @@
 """Maximum inner product search over the document embeddings.
 
 Public: `Search` (what every backend offers), `ExactSearch`, `ApproxSearch`,
-`ScannSearch`, `make_search`, `recall`, `overlap`, `exact_rows`. A search
-returns the k best rows that are not excluded, best first by inner product in
-float32, ties by lower row.
+`StreamedSearch`, `ScannSearch`, `make_search`, `recall`, `overlap`,
+`exact_rows`. A search returns the k best rows that are neither removed nor
+excluded, best first by inner product in float32, ties by lower row.
 """
 
-import functools
+from collections.abc import Iterator
+import concurrent.futures
 import math
 import os
-import pathlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
+from realm_jax.index import scann_tree
 from realm_jax.index import topk
 
 # Below so many rows ScaNN compares with every row: a tree gains nothing.
 SCANN_BRUTE_FORCE = 20_000
 _PART_ROWS = 2**18  # Of a table that is visited part by part.
-_RERANK_QUERIES = 64  # At once, to bound the gathered candidates.
+# ScaNN's k-means sees so many rows for each leaf.
+_SAMPLE_PER_LEAF = 40
+_MAX_CANDIDATES = 2**22  # Of all queries that are searched at once.
+_RERANK_ROWS = 2**12  # Scored at once: 2 MiB of width 128 stay in the cache.
 
 
-class Rows(Protocol):
-  """A table of rows: a numpy array, or the shards of a generation."""
-
-  @property
-  def shape(self) -> tuple[int, ...]: ...
-
-  def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+Rows = topk.Rows
 
 
 class Search(Protocol):
@@ -74,6 +71,7 @@ class ExactSearch:
       embeddings_NE: Rows,
       mesh: jax.sharding.Mesh | None = None,
       dtype: str = 'float32',
+      removed: np.ndarray | None = None,
   ):
     """Puts the table on the devices of `mesh` (default: the first device).
 
@@ -81,34 +79,16 @@ class ExactSearch:
       embeddings_NE: read slice by slice, so it may be memory-mapped.
       mesh: the rows are split over all its axes.
       dtype: of the table on the devices; scores are float32 in any case.
+      removed: sorted int64 rows that are never returned.
 
     Raises:
       ValueError: if the table is empty, not a matrix, or not finite.
     """
     self.num_documents, self._width = _table_shape(embeddings_NE)
-    self._mesh = mesh or jax.sharding.Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1), ('data', 'model')
-    )
-    rows_here = -(-self.num_documents // self._mesh.size)
-    rows_here = -(-rows_here // topk.ALIGN) * topk.ALIGN
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-      start, limit, _ = index[0].indices(rows_here * self._mesh.size)
-      part = np.zeros((limit - start, self._width), jnp.dtype(dtype))
-      known = max(0, min(limit, self.num_documents) - start)
-      part[:known] = embeddings_NE[start : start + known]
-      finite = np.isfinite(part.astype(np.float32)).all(axis=1)
-      if not finite.all():
-        raise ValueError(
-            f'The embedding of row {start + int(np.argmin(finite))} is not '
-            f'finite as {dtype}.'
-        )
-      return part
-
-    self._table_NE = jax.make_array_from_callback(
-        (rows_here * self._mesh.size, self._width),
-        jax.NamedSharding(self._mesh, jax.P(self._mesh.axis_names)),
-        read,
+    self._mesh, self._removed = mesh or topk.one_device(), removed
+    rows = topk.aligned(self.num_documents, self._mesh)
+    self._part = topk.place(
+        embeddings_NE, removed, (0, rows), self._mesh, dtype, check=True
     )
 
   def search(
@@ -119,26 +99,20 @@ class ExactSearch:
   ) -> np.ndarray:
     """As `Search.search`."""
     exclude_BR2, _ = _check(
-        query_emb_BE, k, exclude_BR2, self.num_documents, self._width
+        query_emb_BE, k, exclude_BR2, self.num_documents, self._width,
+        self._removed,
     )
-    replicated = jax.NamedSharding(self._mesh, jax.P())
-    query_emb_BE, exclude_BR2 = jax.device_put(
-        (query_emb_BE, exclude_BR2), replicated
-    )
-    run = functools.partial(
-        topk.top_rows,
-        self._table_NE,
-        query_emb_BE,
-        exclude_BR2,
-        mesh=self._mesh,
-        k=k,
-        num_rows=self.num_documents,
-    )
-    rows_BK, complete = jax.device_get(run(recall_target=self._recall_target))
-    if not complete:
+
+    def run(recall_target: float | None) -> tuple[np.ndarray, np.ndarray]:
+      return topk.search(
+          self._part, query_emb_BE, exclude_BR2, self._mesh, k, recall_target
+      )
+
+    score_BK, row_BK = run(self._recall_target)
+    if np.isneginf(score_BK).any():
       # approx_max_k dropped allowed rows where hardly more than k were left.
-      rows_BK, _ = jax.device_get(run(recall_target=None))
-    return rows_BK
+      _, row_BK = run(None)
+    return row_BK
 
 
 class ApproxSearch(ExactSearch):
@@ -155,77 +129,30 @@ class ApproxSearch(ExactSearch):
       mesh: jax.sharding.Mesh | None = None,
       dtype: str = 'float32',
       recall_target: float = 0.95,
+      removed: np.ndarray | None = None,
   ):
-    super().__init__(embeddings_NE, mesh, dtype)
+    super().__init__(embeddings_NE, mesh, dtype, removed)
     self._recall_target = recall_target
 
 
-class ScannSearch:
-  """ScaNN on the CPU (Guo et al. 2020): tree, asymmetric hashing, re-rank.
+class StreamedSearch:
+  """As `ExactSearch` for a table that the devices cannot hold.
 
-  Settings left at 0 in the config follow from the number of rows N:
-    below 20,000 rows: every row is compared, exactly;
-    num_leaves: 2 sqrt(N), so that a leaf has sqrt(N) / 2 rows;
-    leaves_to_search: 4 sqrt(num_leaves), the larger share the fewer there are;
-    reorder: 100 candidates re-ranked, at least 4 k, and what is excluded.
-  On 100,000 clustered rows of width 128 that is 99 % recall of the best 8. The
-  recall on the rows at hand is measured whenever an index is published.
-  The re-rank reads the rows of the generation's own table, so ScaNN neither
-  holds nor writes a second float32 copy of it. Building is not reproducible
-  bit by bit: ScaNN draws its own random numbers.
+  Every search reads the table, which may be memory-mapped, part by part: the
+  next while the devices are at work on one. It is not checked to be finite.
   """
 
   def __init__(
       self,
       embeddings_NE: Rows,
-      config: config_lib.MipsConfig,
-      directory: str | os.PathLike[str] | None = None,
+      mesh: jax.sharding.Mesh | None = None,
+      dtype: str = 'float32',
+      removed: np.ndarray | None = None,
   ):
-    """Builds the index, or loads what `save` wrote to `directory`.
-
-    Raises:
-      FileNotFoundError: if `directory` has no ScaNN index.
-      ValueError: if the table is empty or not a matrix, or the folder holds a
-        pickle.
-      ImportError: if ScaNN is not installed.
-    """
-    # Imported late: it takes long to load, and only this backend needs it.
-    from scann.scann_ops.py import scann_ops_pybind
-
+    """As `ExactSearch`."""
     self.num_documents, self._width = _table_shape(embeddings_NE)
-    self._table_NE = embeddings_NE
-    self._leaves, self._leaves_to_search, self._reorder = scann_settings(
-        config, self.num_documents
-    )
-    if directory is None:
-      table_NE = np.asarray(embeddings_NE[:], np.float32)
-      if not np.isfinite(table_NE).all():
-        raise ValueError('An embedding is not finite.')
-      builder = scann_ops_pybind.builder(table_NE, 10, 'dot_product')
-      if self._leaves:
-        builder = builder.tree(
-            num_leaves=self._leaves,
-            num_leaves_to_search=self._leaves_to_search,
-            # k-means on at most 100 rows for each leaf.
-            training_sample_size=min(self.num_documents, 100 * self._leaves),
-        ).score_ah(2, anisotropic_quantization_threshold=0.2)
-      else:
-        builder = builder.score_brute_force()
-      self._searcher = builder.build()
-      return
-    directory = pathlib.Path(directory)
-    if not (directory / 'scann_assets.pbtxt').is_file():
-      raise FileNotFoundError(f'{directory} holds no ScaNN index.')
-    if (directory / 'scann_docids.pkl').exists():
-      raise ValueError(
-          f'{directory}/scann_docids.pkl is a pickle, which could run any '
-          'code; realm_jax writes none.'
-      )
-    self._searcher = scann_ops_pybind.load_searcher(str(directory))
-
-  def save(self, directory: str | os.PathLike[str]) -> None:
-    """Writes the index to an existing, empty folder, which may be moved."""
-    self._searcher.serialize(str(directory), relative_path=True)
+    self._table_NE, self._removed = embeddings_NE, removed
+    self._mesh, self._dtype = mesh or topk.one_device(), dtype
 
   def search(
       self,
@@ -234,24 +161,127 @@ class ScannSearch:
       exclude_BR2: np.ndarray | None = None,
   ) -> np.ndarray:
     """As `Search.search`."""
-    exclude_BR2, excluded_B = _check(
-        query_emb_BE, k, exclude_BR2, self.num_documents, self._width
+    exclude_BR2, _ = _check(
+        query_emb_BE, k, exclude_BR2, self.num_documents, self._width,
+        self._removed,
+    )
+    found = [
+        topk.search(
+            part, query_emb_BE, exclude_BR2, self._mesh, min(k, part.num_rows)
+        )
+        for part in self._parts()
+    ]
+    score_BN = np.concatenate([score_BK for score_BK, _ in found], axis=1)
+    row_BN = np.concatenate([row_BK for _, row_BK in found], axis=1)
+    order = np.lexsort((row_BN, -score_BN), axis=1)[:, :k]
+    return np.take_along_axis(row_BN, order, 1)
+
+  def _parts(self) -> Iterator[topk.Part]:
+    rows = topk.aligned(min(_PART_ROWS, self.num_documents), self._mesh)
+
+    def place(start: int) -> topk.Part:
+      return topk.place(
+          self._table_NE, self._removed, (start, start + rows), self._mesh,
+          self._dtype, check=False,
+      )
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+      part = thread.submit(place, 0)
+      for start in range(rows, self.num_documents, rows):
+        ready, part = part.result(), thread.submit(place, start)
+        yield ready
+      yield part.result()
+
+
+class ScannSearch:
+  """ScaNN on the CPU (Guo et al. 2020): tree, asymmetric hashing, re-rank.
+
+  ScaNN finds candidates by the codes of the rows; these are scored exactly with
+  the rows of the generation's own table, so ScaNN neither holds nor writes a
+  vector. `scann_settings` has the rule of its settings. What it returns depends
+  on the saved index alone; building one is not reproducible bit by bit, since
+  ScaNN trains on several threads.
+  """
+
+  def __init__(
+      self,
+      embeddings_NE: Rows,
+      config: config_lib.MipsConfig,
+      directory: str | os.PathLike[str] | None = None,
+      removed: np.ndarray | None = None,
+  ):
+    """Builds the index, or loads what `save` wrote to `directory`.
+
+    Args:
+      embeddings_NE: it stays in use; it may be memory-mapped.
+      config: its settings.
+      directory: of a saved index of the same rows, removed ones included.
+      removed: sorted int64 rows that are never returned.
+
+    Raises:
+      FileNotFoundError: if `directory` has no ScaNN index.
+      ValueError: if the table is empty, not a matrix, or not finite, or the
+        folder holds another table's index or a pickle.
+      ImportError: if ScaNN is not installed.
+    """
+    self.num_documents, self._width = _table_shape(embeddings_NE)
+    self._table_NE, self._removed = embeddings_NE, removed
+    self._leaves, self._leaves_to_search, self._reorder = scann_settings(
+        config, self.num_documents
+    )
+    # The number of rows stands for candidates that are none.
+    self._hidden_N = np.zeros(self.num_documents + 1, bool)
+    self._hidden_N[-1] = True
+    if removed is not None:
+      self._hidden_N[removed] = True
+    if directory is None:
+      self._tree = scann_tree.Tree.build(
+          embeddings_NE, self._leaves, _SAMPLE_PER_LEAF * self._leaves
+      )
+    else:
+      self._tree = scann_tree.Tree.load(directory, self.num_documents)
+
+  def save(self, directory: str | os.PathLike[str]) -> None:
+    """Writes the index to an existing, empty folder, which may be moved."""
+    self._tree.save(directory)
+
+  def search(
+      self,
+      query_emb_BE: np.ndarray | jax.Array,
+      k: int,
+      exclude_BR2: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """As `Search.search`."""
+    exclude_BR2, allowed_B = _check(
+        query_emb_BE, k, exclude_BR2, self.num_documents, self._width,
+        self._removed,
     )
     query_emb_BE = np.asarray(jax.device_get(query_emb_BE), np.float32)
     rows_BK = np.zeros((len(query_emb_BE), k), np.int32)
-    for start in range(0, len(query_emb_BE), _RERANK_QUERIES):
-      some = np.arange(start, min(start + _RERANK_QUERIES, len(query_emb_BE)))
-      fetch = max(self._reorder, 4 * k) + int(excluded_B[some].max())
-      leaves = self._leaves_to_search
-      while some.size:
-        fetch = min(fetch, self.num_documents)
-        found, complete = self._attempt(
-            query_emb_BE[some], k, exclude_BR2[some], fetch, leaves
+    # So many are ranked exactly for each query, if it may have as many.
+    wanted = max(self._reorder, 4 * k)
+    live = int(np.count_nonzero(~self._hidden_N))
+    excluded = int((live - allowed_B).max(initial=0))
+    fetch = (wanted + min(excluded, wanted)) * self.num_documents // live
+    leaves = self._leaves_to_search
+    todo = np.arange(len(query_emb_BE))
+    while todo.size and (not self._leaves or 4 * fetch <= self.num_documents):
+      fetch = min(fetch, self.num_documents)
+      again = []
+      step = max(_MAX_CANDIDATES // fetch, 1)
+      for start in range(0, len(todo), step):
+        some = todo[start : start + step]
+        rows_BK[some], enough_B = self._attempt(
+            query_emb_BE[some], k, exclude_BR2[some], fetch, leaves,
+            np.minimum(wanted, allowed_B[some]),
         )
-        rows_BK[some[complete]] = found[complete]
-        some = some[~complete]
-        # In the end all leaves and all rows, which cannot fail.
-        fetch, leaves = 4 * fetch, min(4 * leaves, self._leaves)
+        again.append(some[~enough_B])
+      todo = np.concatenate(again)
+      fetch, leaves = 4 * fetch, min(4 * leaves, self._leaves)
+    if todo.size:
+      # Nearly all rows that are like the query are hidden.
+      exact = StreamedSearch(self._table_NE, removed=self._removed)
+      rows_BK[todo] = exact.search(query_emb_BE[todo], k, exclude_BR2[todo])
     return rows_BK
 
   def _attempt(
@@ -261,32 +291,43 @@ class ScannSearch:
       exclude_BR2: np.ndarray,
       fetch: int,
       leaves: int,
+      wanted_B: np.ndarray,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows [B, k] and which queries [B] found k allowed ones."""
-    found, distance = self._searcher.search_batched_parallel(
-        query_emb_BE,
-        final_num_neighbors=fetch,
-        pre_reorder_num_neighbors=fetch,
-        leaves_to_search=leaves or None,
-    )
-    found_BN = np.asarray(found, np.int32)
-    # ScaNN fills what it did not find with row 0 at distance nan.
-    allowed_BN = ~np.isnan(distance)
+    """Returns rows [B, k] and which queries [B] had enough candidates."""
+    found_BN = self._tree.search(query_emb_BE, fetch, leaves)
+    found_BN.sort(axis=1)  # Ties go to the lower row; pages are read in order.
+    allowed_BN = ~self._hidden_N[found_BN]
     for r in range(exclude_BR2.shape[1]):
       first, limit = exclude_BR2[:, r, :1], exclude_BR2[:, r, 1:]
       allowed_BN &= (found_BN < first) | (found_BN >= limit)
-    candidate_emb = self._table_NE[found_BN.reshape(-1)].astype(np.float32)
-    candidate_emb = candidate_emb.reshape(*found_BN.shape, self._width)
-    # Not matmul: its last bit may depend on where a row stands.
-    score_BN = np.einsum('BE,BNE->BN', query_emb_BE, candidate_emb)
-    score_BN = np.where(allowed_BN, np.nan_to_num(score_BN) + 0.0, -np.inf)
-    order = np.lexsort((found_BN, -score_BN), axis=1)[:, :k]
-    if order.shape[1] < k:
-      return np.zeros((len(order), k), np.int32), np.zeros(len(order), bool)
-    return (
-        np.take_along_axis(found_BN, order, 1),
-        allowed_BN.sum(axis=1) >= k,
+    count_B = allowed_BN.sum(axis=1)
+    # The leaves had no more rows: enough, if there are k.
+    exhausted_B = found_BN[:, -1] == self.num_documents
+    enough_B = (count_B >= wanted_B) | (exhausted_B & (count_B >= k))
+    score_BN = np.where(
+        allowed_BN, self._scores(query_emb_BE, found_BN), -np.inf
     )
+    order = np.argsort(-score_BN, axis=1, kind='stable')[:, :k]
+    rows_BK = np.zeros((len(order), k), np.int32)
+    rows_BK[:, : order.shape[1]] = np.take_along_axis(found_BN, order, 1)
+    return rows_BK, enough_B
+
+  def _scores(
+      self, query_emb_BE: np.ndarray, found_BN: np.ndarray
+  ) -> np.ndarray:
+    """Inner products, anything where there is no row."""
+    row_C = np.minimum(found_BN, self.num_documents - 1).reshape(-1)
+    order_C = np.argsort(row_C)
+    score_C = np.empty(len(row_C), np.float32)
+    for start in range(0, len(order_C), _RERANK_ROWS):
+      some = order_C[start : start + _RERANK_ROWS]
+      score_C[some] = np.einsum(
+          'CE,CE->C',
+          query_emb_BE[some // found_BN.shape[1]],
+          self._table_NE[row_C[some]].astype(np.float32, copy=False),
+      )
+    # Queries that are not finite still get rows; -0 is no less than 0.
+    return np.nan_to_num(score_C).reshape(found_BN.shape) + 0.0
 
 
 def scann_settings(
@@ -313,6 +354,7 @@ def make_search(
     embeddings_NE: Rows,
     mesh: jax.sharding.Mesh | None = None,
     scann_directory: str | os.PathLike[str] | None = None,
+    removed: np.ndarray | None = None,
 ) -> Search:
   """Returns the backend that the config names over a table of embeddings.
 
@@ -321,19 +363,20 @@ def make_search(
     embeddings_NE: an array, or the table of a generation.
     mesh: where `exact` and `approx` keep the table; None: the first device.
     scann_directory: a saved ScaNN index of the same rows; None: build one.
+    removed: sorted int64 rows that are never returned.
 
   Raises:
     ValueError: if the table or a setting does not fit.
   """
   match config.backend:
     case 'exact':
-      return ExactSearch(embeddings_NE, mesh, config.dtype)
+      return ExactSearch(embeddings_NE, mesh, config.dtype, removed)
     case 'approx':
       return ApproxSearch(
-          embeddings_NE, mesh, config.dtype, config.recall_target
+          embeddings_NE, mesh, config.dtype, config.recall_target, removed
       )
     case 'scann':
-      return ScannSearch(embeddings_NE, config, scann_directory)
+      return ScannSearch(embeddings_NE, config, scann_directory, removed)
     case _:
       raise ValueError(
           f'config.mips.backend={config.backend!r}: must be one of exact, '
@@ -357,24 +400,9 @@ def exact_rows(
     k: int,
     mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
-  """As `ExactSearch.search`, for a table too large for the devices.
-
-  Visits a memory-mapped table part by part, so it is slow and small.
-  """
-  _check(query_emb_BE, k, None, *_table_shape(embeddings_NE))
-  query_emb_BE = np.asarray(query_emb_BE, np.float32)
-  best_rows, best_scores = [], []
-  for start in range(0, embeddings_NE.shape[0], _PART_ROWS):
-    part_NE = np.asarray(embeddings_NE[start : start + _PART_ROWS], np.float32)
-    rows_BK = ExactSearch(part_NE, mesh).search(
-        query_emb_BE, min(k, len(part_NE))
-    )
-    best_scores.append(np.einsum('BE,BKE->BK', query_emb_BE, part_NE[rows_BK]))
-    best_rows.append(rows_BK + start)
-  rows_BN = np.concatenate(best_rows, axis=1)
-  score_BN = np.concatenate(best_scores, axis=1)
-  order = np.lexsort((rows_BN, -score_BN), axis=1)[:, :k]
-  return np.take_along_axis(rows_BN, order, 1)
+  """As `StreamedSearch`, once."""
+  search = StreamedSearch(embeddings_NE, mesh)
+  return search.search(np.asarray(query_emb_BE, np.float32), k)
 
 
 def overlap(rows_BK: np.ndarray, other_BK: np.ndarray) -> float:
@@ -400,8 +428,9 @@ def _check(
     exclude_BR2: np.ndarray | None,
     num_rows: int,
     width: int,
+    removed: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the ranges as int32, and how many rows they hide."""
+  """Returns the ranges as int32, and how many rows each query may have."""
   if query_emb_BE.ndim != 2 or query_emb_BE.shape[1] != width:
     raise ValueError(
         f'Queries of shape {query_emb_BE.shape} against documents of width '
@@ -417,21 +446,26 @@ def _check(
         f'must be [{size}, R, 2].'
     )
   exclude_BR2 = np.clip(exclude_BR2, 0, num_rows).astype(np.int32)
+  removed = np.zeros(0, np.int64) if removed is None else removed
   # The size of their union: in order of where they start, count of each only
-  # what lies beyond the furthest limit so far.
+  # what lies beyond the furthest limit so far and is not removed anyway.
   order = np.argsort(exclude_BR2[..., 0], axis=1, kind='stable')
   ranges = np.take_along_axis(exclude_BR2, order[..., None], axis=1)
   start, limit = ranges[..., 0], ranges[..., 1]
   reach = np.maximum.accumulate(limit, axis=1)
   reach = np.pad(reach, ((0, 0), (1, 0)))[:, :-1]
-  excluded_B = np.maximum(limit - np.maximum(start, reach), 0).sum(axis=1)
+  start = np.maximum(start, reach)
+  excluded_B = np.maximum(limit - start, 0).sum(axis=1)
+  gone_BR = np.searchsorted(removed, [limit, start])
+  excluded_B = excluded_B - np.maximum(gone_BR[0] - gone_BR[1], 0).sum(axis=1)
+  allowed_B = num_rows - len(removed) - excluded_B
   if k < 1:
     raise ValueError(f'k={k}: must be at least 1.')
-  if size and k > num_rows - excluded_B.max():
-    worst = int(excluded_B.argmax())
+  if size and k > allowed_B.min():
+    worst = int(allowed_B.argmin())
     raise ValueError(
         f'k={k} documents were asked for, but query {worst} may have only '
-        f'{num_rows - excluded_B[worst]}: {num_rows} rows less '
+        f'{allowed_B[worst]}: {num_rows} rows less {len(removed)} removed and '
         f'{excluded_B[worst]} excluded.'
     )
-  return exclude_BR2, excluded_B
+  return exclude_BR2, allowed_B

@@ -1,10 +1,12 @@
 """One builder at a time, seen to be alive, and leaving when told to.
 
-Public: `Lock`, `Heartbeat`, `stop_signals`, `Stopped`, `GRACE_SECONDS`.
+Public: `Lock`, `Heartbeat`, `read_heartbeat`, `Progress`, `stop_signals`,
+`Stopped`, `GRACE_SECONDS`.
 """
 
 from collections.abc import Iterator
 import contextlib
+import datetime
 import fcntl
 import json
 import logging
@@ -16,14 +18,17 @@ import threading
 import time
 from typing import Any
 
+import tqdm
+
 from realm_jax.runtime import checkpoint
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT = 'heartbeat.json'
 GRACE_SECONDS = 10.0  # Between being told to leave and being ended.
-_LOCK = '.builder.lock'
-_BEAT_SECONDS = 1.0
+_BEAT_SECONDS = 1.0  # At the least between two.
+_REPEAT_SECONDS = 5.0  # At the most.
+_SAY_SECONDS = 30.0
 
 
 class Stopped(BaseException):
@@ -33,10 +38,15 @@ class Stopped(BaseException):
 class Lock:
   """Keeps a second index builder away from a workdir, as a context."""
 
-  def __init__(self, directory: pathlib.Path, patience: float = 0.0):
+  def __init__(
+      self,
+      directory: pathlib.Path,
+      patience: float = 0.0,
+      what: str = 'index builder',
+  ):
     """Will lock `directory`; waits at most `patience` seconds for it."""
-    self._path = directory / _LOCK
-    self._patience = patience
+    self._path = directory / f'.{what.split()[-1]}.lock'
+    self._patience, self._what = patience, what
 
   def __enter__(self) -> 'Lock':
     """Takes the lock; the system frees it when the process dies.
@@ -59,7 +69,7 @@ class Lock:
         holder = self._file.read().strip() or 'unknown'
         self._file.close()
         raise RuntimeError(
-            f'Another index builder is at work on {self._path.parent}: '
+            f'Another {self._what} is at work on {self._path.parent}: '
             f'{holder}. One is enough; this one leaves.'
         ) from None
     self._file.seek(0)
@@ -74,42 +84,77 @@ class Lock:
 
 
 class Heartbeat:
-  """Says in index/heartbeat.json what the builder is doing, as a context."""
+  """Says in index/heartbeat.json what the builder is doing, as a context.
 
-  def __init__(self, directory: pathlib.Path):
+  It is said again every few seconds, since loading, compiling and indexing may
+  keep the main thread for minutes.
+  """
+
+  def __init__(self, directory: pathlib.Path, silent: bool = False):
+    """Will write `directory`/heartbeat.json, unless `silent`."""
     self._path = directory / HEARTBEAT
+    self._silent = silent
+    self._said: dict[str, Any] = {}
     self._last = 0.0
     self._failed = False
+    self._lock = threading.Lock()
+    self._left = threading.Event()
 
   def __enter__(self) -> 'Heartbeat':
     self.beat('starting', at_once=True)
+    threading.Thread(target=self._repeat, daemon=True).start()
     return self
 
   def __exit__(self, *exc: object) -> None:
+    self._left.set()
     self.beat('gone', at_once=True)
 
   def beat(
       self,
       state: str,
-      *,
       step: int | None = None,
+      *,
       done: int = 0,
       total: int = 0,
+      rate: float = 0.0,
       at_once: bool = False,
   ) -> None:
-    """Writes the file, at most once a second unless `at_once`."""
-    now = time.monotonic()
-    if now - self._last < _BEAT_SECONDS and not at_once:
+    """Writes the file, at most once a second unless `at_once`.
+
+    Args:
+      state: what the builder is doing, in a word or some.
+      step: of the snapshot that it works on.
+      done: how many passages are embedded.
+      total: how many there are.
+      rate: passages/s.
+      at_once: write it in any case.
+    """
+    with self._lock:
+      self._said = {
+          'state': state,
+          'step': step,
+          'done': done,
+          'total': total,
+          'rate': round(rate, 1),
+      }
+      if at_once or time.monotonic() - self._last >= _BEAT_SECONDS:
+        self._write()
+
+  def _repeat(self) -> None:
+    while not self._left.wait(_REPEAT_SECONDS):
+      with self._lock:
+        if not self._left.is_set():
+          self._write()
+
+  def _write(self) -> None:
+    self._last = time.monotonic()
+    if self._silent:
       return
-    self._last = now
     values = {
         'time': time.time(),
         'pid': os.getpid(),
         'host': socket.gethostname(),
-        'state': state,
-        'step': step,
-        'done': done,
-        'total': total,
+        **self._said,
     }
     try:
       checkpoint.write_json(self._path, values)
@@ -118,6 +163,72 @@ class Heartbeat:
       if not self._failed:
         log.warning('No heartbeat: %s', error)
       self._failed = True
+
+
+class Progress:
+  """Says how far the passages of a generation are embedded, as a context.
+
+  A bar on a terminal, else a line now and then; and the heartbeat.
+  """
+
+  def __init__(
+      self,
+      heartbeat: Heartbeat,
+      step: int,
+      done: int,
+      total: int,
+      processes: int = 1,
+  ):
+    """Begins with `done` of `total` passages.
+
+    Args:
+      heartbeat: to be told.
+      step: of the snapshot.
+      done: how many were embedded before.
+      total: how many there are.
+      processes: each of which embeds as many as this one.
+    """
+    self._heartbeat, self._step, self._processes = heartbeat, step, processes
+    self._total = total
+    self._done = self._first = done
+    self._started = self._said = time.monotonic()
+    self._bar = tqdm.tqdm(
+        total=total,
+        initial=done,
+        desc=f'index of step {step}',
+        unit='passage',
+        disable=None,  # Not on a terminal: lines instead of a bar.
+    )
+
+  def __enter__(self) -> 'Progress':
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._bar.close()
+
+  def __call__(self, count: int) -> None:
+    """So many more passages were embedded."""
+    count = min(count * self._processes, self._total - self._done)
+    self._done += count
+    self._bar.update(count)
+    now = time.monotonic()
+    rate = (self._done - self._first) / max(now - self._started, 1e-6)
+    self._heartbeat.beat(
+        'embedding',
+        self._step,
+        done=self._done,
+        total=self._total,
+        rate=rate,
+    )
+    if self._bar.disable and now - self._said > _SAY_SECONDS:
+      self._said = now
+      left = datetime.timedelta(
+          seconds=round((self._total - self._done) / max(rate, 1e-6))
+      )
+      log.info(
+          'Index of step %d: %d of %d passages, %.0f/s, %s left.',
+          self._step, self._done, self._total, rate, left,
+      )
 
 
 def read_heartbeat(directory: pathlib.Path) -> dict[str, Any] | None:

@@ -5,15 +5,17 @@ Public: `Refresher`, `drop_future`. Policies (config.refresh.policy):
   none       generation 0, for ever
   sync       at step s that of the newest snapshot up to s; waits for each
   scheduled  that of snapshot s from step s + lag on, exactly; waits if late
+  adaptive   as scheduled, but a snapshot is taken only if the index, compared
+             with the parameters of the moment, has become too stale
   eager      the newest there is, as soon as it is loaded; waits for the first
 
-With the first three, the search is a function of the step, so a run can be
-repeated and resumed bit by bit, however fast the index builder is.
+With all but `eager`, the search is a function of the step and the parameters,
+so a run can be repeated and resumed bit by bit, however fast the index builder
+is. With several processes, all search the same generation at the same step.
 """
 
-from collections.abc import Callable
-import concurrent.futures
-import dataclasses
+from collections.abc import Callable, Iterator
+import contextlib
 import logging
 import pathlib
 import shutil
@@ -26,31 +28,17 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.index import generation as generation_lib
+from realm_jax.index import loading
 from realm_jax.index import mips
-from realm_jax.index import presence
+from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_ROWS = 1024  # For the drift of the embeddings.
 _LOOK_SECONDS = 0.2  # Between two looks at the folder while training goes on.
-_POLL_SECONDS = (0.05, 0.5)  # While waiting: at first, and at most.
-_SAY_SECONDS = 30.0
-_STALE_SECONDS = 15.0  # Without a new heartbeat no builder seems to run.
-_SNAPSHOT_SECONDS = 60.0  # A snapshot that is being written appears by then.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loaded:
-  """A generation ready to be searched."""
-
-  step: int
-  path: pathlib.Path
-  search: mips.Search
-  digest: str
-  born: float  # When its snapshot was read, in seconds of the epoch.
-  sample: np.ndarray  # Embeddings of the same documents each time.
-  seconds: float  # It took to load.
+# The same under `eager` with several processes, which look together.
+_LOOK_STEPS = 8
 
 
 class Refresher:
@@ -65,10 +53,10 @@ class Refresher:
       mesh: jax.sharding.Mesh | None = None,
       step: int = 0,
       generation: int | None = None,
-      health: Callable[[], None] = lambda: None,
-      make_search: (
-          Callable[[generation_lib.Generation], mips.Search] | None
-      ) = None,
+      pending: int | None = None,
+      health: Callable[[], int | None] = lambda: None,
+      interrupt: Callable[[], None] = lambda: None,
+      make_search: loading.MakeSearch | None = None,
   ):
     """Starts, or goes on, at a step.
 
@@ -80,8 +68,11 @@ class Refresher:
       step: the first step to come.
       generation: the one that the checkpoint of this step was using; None at
         the start of a job.
-      health: called at every step, and while waiting; raises if there is no
-        use in going on.
+      pending: `pending` as it was then.
+      health: called at every step, and while waiting; returns how often the
+        builder has failed so far, raises if there is no use in going on.
+      interrupt: called while waiting, in all processes equally often; raises
+        in all of them to end the wait.
       make_search: by default the backend of config.mips.
 
     Raises:
@@ -92,11 +83,8 @@ class Refresher:
     self._workdir = pathlib.Path(workdir)
     self._directory = self._workdir / generation_lib.DIRECTORY
     self._config = config.refresh
-    self._health = health
-    self._make_search = make_search or (
-        lambda loaded: loaded.make_search(config.mips, mesh)
-    )
-    self._expected = generation_lib.Lineage(
+    self._health, self._interrupt = health, interrupt
+    expected = generation_lib.Lineage(
         step=None,
         params_digest=None,
         tokenizer_digest=corpus.tokenizer.digest,
@@ -104,21 +92,28 @@ class Refresher:
         num_rows=len(corpus.passages),
         width=config.model.embedding_width,
     )
-    self._current: _Loaded | None = None
+    self._loader = loading.Loader(
+        self._workdir,
+        expected,
+        make_search or (lambda loaded: loaded.make_search(config.mips, mesh)),
+    )
+    self._current: loading.Loaded | None = None
     self._previous: mips.Search | None = None
-    self._threads = concurrent.futures.ThreadPoolExecutor(1, 'index')
-    self._loading: tuple[int, concurrent.futures.Future[_Loaded]] | None = None
+    self._pending = pending
     self._looked = 0.0
     self._refused: set[int] = set()  # Said once, and not tried again.
     self.num_adopted = 0
     self.waited_seconds = 0.0
     self._last_wait = 0.0
-    self._drift: float | None = None
-    self._overlap: float | None = None
+    self._stood_seconds = self._stood_since_swap = self._last_stand = 0.0
+    # Metrics that are there from some moment on.
+    self._measured: dict[str, float] = {}
+    self._failures = 0
+    self._loading = False  # In this step.
     drop_future(self._workdir, step)
+    distributed.barrier('what is of later steps is removed')
     if generation is not None:
-      self._mark(generation)
-      self._current = self._load(generation)
+      self._current = self._loader.load(generation)
       log.info('The index is that of step %d, as before.', generation)
 
   @property
@@ -127,6 +122,13 @@ class Refresher:
     if self._current is None:
       raise RuntimeError('There is no index before the first adopt().')
     return self._current.search
+
+  @property
+  def embeddings(self) -> shards.Table:
+    """The documents' embeddings that `search` searches."""
+    if self._current is None:
+      raise RuntimeError('There is no index before the first adopt().')
+    return self._current.embeddings
 
   @property
   def generation_step(self) -> int | None:
@@ -138,9 +140,48 @@ class Refresher:
     """Digest of the parameters that the generation in use was made from."""
     return None if self._current is None else self._current.digest
 
+  @property
+  def pending(self) -> int | None:
+    """The snapshot that `adaptive` has taken and not yet adopted."""
+    return self._pending
+
   def age_steps(self, step: int) -> int:
     """How many steps older than `step` the generation in use is."""
     return step - (self.generation_step or 0)
+
+  def snapshot_due(self, step: int, still_right: Callable[[], float]) -> bool:
+    """Whether to take a snapshot of this step; to be asked after `adopt`.
+
+    Args:
+      step: about to begin.
+      still_right: the share of the top k by the index in use that is also
+        among the top k by the parameters of the moment, 0 to 1; the same in
+        all processes. Only `adaptive` asks, once an interval.
+    """
+    if step == 0:
+      return True
+    if self._config.policy == 'none' or step % self._config.interval:
+      return False
+    if self._config.policy != 'adaptive':
+      return True
+    if self._pending == step:
+      return True  # Decided before the checkpoint that this run began with.
+    start = time.perf_counter()
+    overlap = distributed.broadcast(still_right())
+    due = overlap < self._config.overlap_bound
+    if due:
+      self._pending = step
+    self._measured['refresh/fresh_overlap'] = overlap
+    self._measured['refresh/snapshot_due'] = float(due)
+    self._measured['refresh/probe_seconds'] = time.perf_counter() - start
+    log.info(
+        'Step %d: %.1f %% of what the index of step %s finds is still right, '
+        'the bound is %.1f %%: %s.',
+        step, 100 * overlap, self.generation_step,
+        100 * self._config.overlap_bound,
+        'a new one is ordered' if due else 'it stays',
+    )
+    return due
 
   def adopt(self, step: int) -> bool:
     """Swaps in the generation that the policy wants from this step on.
@@ -158,16 +199,21 @@ class Refresher:
         damaged again after it was built anew.
     """
     self._previous = None
-    self._health()
+    self._loading = self._loader.number is not None and not self._loader.done
+    if self._current is not None and self._config.policy == 'none':
+      return False  # Whatever becomes of the builder.
+    self._look_after_builder(step)
     if self._config.policy == 'eager' and self._current is not None:
       return self._adopt_newest(step)
     due = self._due(step)
     if self._current is not None and self._current.step >= due:
+      # Loaded before its time, so that the swap takes none.
       if self._config.policy == 'scheduled':
-        # Loaded before its time, so that the swap takes none.
         self._look(step // self._config.interval * self._config.interval)
+      elif self._config.policy == 'adaptive' and self._pending is not None:
+        self._look(self._pending)
       return False
-    self._swap(self._wait(due))
+    self._swap(self._wait(due, step), step)
     return True
 
   def probe_overlap(
@@ -178,36 +224,63 @@ class Refresher:
     To be called after `adopt` returned True; the old index is then let go.
     None if there was none before.
     """
-    if self._previous is None:
+    previous, self._previous = self._previous, None
+    # Also with nothing to compare: what it compiles, no later swap has to.
+    found_BK = self.search.search(query_emb_BE, k)
+    if previous is None:
       return None
-    self._overlap = mips.overlap(
-        self._previous.search(query_emb_BE, k),
-        self.search.search(query_emb_BE, k),
-    )
-    self._previous = None
-    return self._overlap
+    overlap = mips.overlap(previous.search(query_emb_BE, k), found_BK)
+    self._measured['refresh/probe_overlap'] = overlap
+    return overlap
+
+  @contextlib.contextmanager
+  def standing_still(self) -> Iterator[None]:
+    """Counts what is done inside as time in which training stood still."""
+    start, adopted = time.perf_counter(), self.num_adopted
+    try:
+      yield
+    finally:
+      seconds = time.perf_counter() - start
+      self._stood_seconds += seconds
+      self._stood_since_swap += seconds
+      if self.num_adopted != adopted:
+        self._last_stand, self._stood_since_swap = self._stood_since_swap, 0.0
 
   def metrics(self, step: int) -> dict[str, float]:
-    """How stale the index is, and what keeping it fresh costs."""
+    """How stale the index is, and what keeping it fresh costs.
+
+    See docs/refresh.md for what each of them says.
+    """
     if self._current is None:
       return {}
-    values = {
+    return {
         'refresh/generation': float(self._current.step),
         'refresh/age_steps': float(self.age_steps(step)),
         'refresh/age_seconds': time.time() - self._current.born,
         'refresh/adopted': float(self.num_adopted),
+        'refresh/loading': float(self._loading),
         'refresh/load_seconds': self._current.seconds,
         'refresh/wait_seconds': self.waited_seconds,
         'refresh/last_wait_seconds': self._last_wait,
+        'refresh/stall_seconds': self._stood_seconds,
+        'refresh/last_stall_seconds': self._last_stand,
+        'refresh/builder_failures': float(self._failures),
+        **self._measured,
     }
-    if self._drift is not None:
-      values['refresh/drift_cosine'] = self._drift
-    if self._overlap is not None:
-      values['refresh/probe_overlap'] = self._overlap
-    return values
 
   def close(self) -> None:
-    self._threads.shutdown(wait=False, cancel_futures=True)
+    self._loader.close()
+
+  def _look_after_builder(self, step: int) -> None:
+    failures = self._health() or 0
+    if failures > self._failures and self._current is not None:
+      log.warning(
+          'The index builder has failed %d times so far. Training goes on with '
+          'the index of step %d, %d steps and %.0f seconds old.',
+          failures, self._current.step, self.age_steps(step),
+          time.time() - self._current.born,
+      )
+    self._failures = failures
 
   def _due(self, step: int) -> int:
     """The generation that must be in use at a step, at the least."""
@@ -216,216 +289,142 @@ class Refresher:
         passed = step
       case 'scheduled':
         passed = max(step - self._config.lag, 0)
+      case 'adaptive' if (self._pending or 0) + self._config.lag <= step:
+        passed = self._pending or 0
       case _:
-        return 0
+        passed = 0
     return passed // self._config.interval * self._config.interval
 
   def _adopt_newest(self, step: int) -> bool:
-    if self._loading is not None:
-      number, future = self._loading
-      if not future.done():
-        return False
-      self._loading = None
-      try:
-        loaded = future.result()
-      except FileNotFoundError:
-        return False  # Replaced or pruned meanwhile.
-      except (ValueError, OSError) as error:
-        self._refused.add(number)
-        log.error(
-            'Training goes on with the index of step %s: %s',
-            self.generation_step,
-            error,
-        )
-        return False
-      if not loaded.path.exists():
-        return False  # A checkpoint could not refer to it.
-      self._swap(loaded)
-      return True
-    known = [
-        number
-        for number in checkpoint.steps_in(self._directory)
-        if (self.generation_step or 0) < number <= step
-        and number not in self._refused
-    ]
-    if known:
-      self._look(known[-1])
-    return False
+    """Process 0 chooses; the swap comes when all processes have loaded it."""
+    if jax.process_count() > 1 and step % _LOOK_STEPS:
+      return False
+    number = distributed.broadcast(
+        self._choose(step) if distributed.is_main() else None
+    )
+    if number is not None and number != self._loader.number:
+      self._begin(number)
+    if number is None or distributed.any(not self._loader.done):
+      return False
+    loaded: loading.Loaded | None = None
+    refused = False
+    try:
+      loaded = self._loader.take()
+    except FileNotFoundError:
+      pass  # Replaced or pruned meanwhile.
+    except (ValueError, OSError) as error:
+      refused = True
+      log.error(
+          'Training goes on with the index of step %s: %s',
+          self.generation_step,
+          error,
+      )
+    if distributed.any(refused):
+      self._refused.add(number)
+    # A checkpoint could not refer to one that is gone.
+    if distributed.any(loaded is None or not loaded.path.exists()):
+      return False
+    assert loaded is not None
+    self._swap(loaded, step)
+    return True
+
+  def _choose(self, step: int) -> int | None:
+    """The generation that `eager` is loading, or should begin to load."""
+    if self._loader.number is not None or not self._may_look():
+      return self._loader.number
+    for number in reversed(checkpoint.steps_in(self._directory)):
+      if (self.generation_step or 0) < number <= step:
+        if number not in self._refused and self._is_there(number):
+          return number
+    return None
 
   def _look(self, number: int) -> None:
     """Begins to load a generation if it is there, newer, and not begun."""
-    now = time.monotonic()
-    if self._loading is not None or now - self._looked < _LOOK_SECONDS:
+    if number <= (self.generation_step or 0) or self._loader.number is not None:
       return
-    self._looked = now
-    if number <= (self.generation_step or 0):
-      return
-    try:
-      published = self._is_published(number)
-    except generation_lib.Damaged:
-      return  # Dealt with when it is due.
-    if published:
+    if self._may_look() and self._is_there(number):
       self._begin(number)
 
-  def _begin(self, number: int) -> None:
-    self._mark(number)
-    self._loading = (number, self._threads.submit(self._load, number))
-
-  def _mark(self, *numbers: int) -> None:
-    """Asks the builder to keep these and the one in use."""
-    held = [] if self._current is None else [self._current.step]
-    generation_lib.mark_in_use(self._directory, [*held, *numbers])
-
-  def _is_published(self, number: int) -> bool:
-    """Whether a generation is there that was made from our own snapshot."""
-    try:
-      manifest = generation_lib.read_manifest(self._directory / str(number))
-    except FileNotFoundError:
+  def _may_look(self) -> bool:
+    now = time.monotonic()
+    if now - self._looked < _LOOK_SECONDS:
       return False
-    ours = self._digest(number)
-    theirs = manifest['params_digest']
-    if ours is None or ours == theirs:
-      return True
-    if number not in self._refused:
-      self._refused.add(number)
-      log.warning(
-          'The index generation %d was made from parameters %.16s, the '
-          'snapshot has %.16s: waiting for it to be built anew.',
-          number, theirs, ours,
-      )
-    return False
+    self._looked = now
+    return True
 
-  def _digest(self, number: int) -> str | None:
+  def _is_there(self, number: int) -> bool:
     try:
-      return checkpoint.snapshot_digest(self._workdir, number)
-    except FileNotFoundError:
-      return None  # Old snapshots are deleted before their generations.
+      return self._loader.is_published(number)
+    except ValueError:
+      # Under `eager`, loading it will say what is wrong, once; else waiting
+      # for it will, when it is due.
+      return self._config.policy == 'eager'
 
-  def _load(self, number: int) -> _Loaded:
+  def _begin(self, number: int) -> None:
+    self._loading = True
+    held = [] if self._current is None else [self._current.step]
+    self._loader.begin(number, held)
+
+  def _swap(self, loaded: loading.Loaded, step: int) -> None:
     start = time.perf_counter()
-    path = self._directory / str(number)
-    expected = dataclasses.replace(
-        self._expected, step=number, params_digest=self._digest(number)
-    )
-    loaded = generation_lib.load(path, expected)
-    size = len(loaded.embeddings)
-    rows = np.linspace(0, size - 1, min(size, _SAMPLE_ROWS)).astype(np.int64)
-    return _Loaded(
-        step=number,
-        path=path,
-        search=self._make_search(loaded),
-        digest=loaded.manifest['params_digest'],
-        born=loaded.manifest['created'] - loaded.manifest['seconds'],
-        sample=loaded.embeddings[rows].astype(np.float32),
-        seconds=time.perf_counter() - start,
-    )
-
-  def _swap(self, loaded: _Loaded) -> None:
     if self._current is not None:
       self._previous = self._current.search
-      self._drift = _mean_cosine(self._current.sample, loaded.sample)
+      self._measured['refresh/drift_cosine'] = _mean_cosine(
+          self._current.sample, loaded.sample
+      )
     self._current = loaded
-    self._mark()
+    if self._pending == loaded.step:
+      self._pending = None
+    self._loader.mark([loaded.step])
     self.num_adopted += 1
+    self._measured['refresh/swap_seconds'] = time.perf_counter() - start
     log.info(
-        'Index generation %d adopted, loaded in %.2f s.',
-        loaded.step, loaded.seconds,
+        'Step %d: index generation %d adopted, loaded in %.2f s; parameters '
+        '%s.',
+        step, loaded.step, loaded.seconds, loaded.digest,
     )
 
-  def _wait(self, number: int) -> _Loaded:
+  def _wait(self, number: int, step: int) -> loading.Loaded:
     """Returns a generation as soon as it is there and loaded."""
     start = time.perf_counter()
-    waiting = _Waiting(self._workdir, number, self._config.timeout)
+    patience = loading.Patience(self._workdir, number, self._config.timeout)
     damaged: generation_lib.Damaged | None = None
     path = self._directory / str(number)
-    while True:
+    loaded: loading.Loaded | None = None
+    while True:  # In step with the other processes.
+      self._interrupt()
       try:
-        if self._loading is not None and self._loading[0] != number:
-          if self._loading[1].done():
-            self._loading = None  # Of no use any more.
-        elif self._loading is None and self._is_published(number):
+        if self._loader.number == number:
+          loaded = self._loader.take(patience.pause())
+        elif loaded is not None:
+          time.sleep(patience.pause())  # Another process still loads it.
+        elif self._loader.number is not None:
+          if self._loader.done:
+            self._loader.drop()  # Of no use any more.
+          time.sleep(patience.pause())
+        elif self._loader.is_published(number):
           self._begin(number)
-        if self._loading is None or self._loading[0] != number:
-          time.sleep(waiting.pause())
         else:
-          loaded = self._loading[1].result(timeout=waiting.pause())
-          self._loading = None
-          break
-      except concurrent.futures.TimeoutError:
+          time.sleep(patience.pause())
+      except TimeoutError:
         pass  # Still loading.
       except FileNotFoundError:
-        self._loading = None  # Being replaced.
+        pass  # Being replaced.
       except generation_lib.Damaged as error:
-        self._loading = None
-        if damaged is not None:
-          raise
-        damaged = error
-        log.error('%s It is removed, to be built anew.', error)
-        generation_lib.remove(path)
-      except BaseException:
-        self._loading = None
-        raise
-      self._health()
-      waiting.check()
+        if distributed.is_main():  # The others wait for what it decides.
+          if damaged is not None:
+            raise
+          damaged = error
+          log.error('%s It is removed, to be built anew.', error)
+          generation_lib.remove(path)
+      self._look_after_builder(step)
+      if not distributed.any(loaded is None):
+        break
+      patience.check()
+    assert loaded is not None
     self._last_wait = time.perf_counter() - start
     self.waited_seconds += self._last_wait
     return loaded
-
-
-class _Waiting:
-  """Patience: how long to sleep, what to say, when to give up."""
-
-  def __init__(self, workdir: pathlib.Path, number: int, timeout: float):
-    self._workdir, self._number, self._timeout = workdir, number, timeout
-    self._start = self._said = self._changed = time.monotonic()
-    self._heartbeat: object = None
-    self._state = 'no index builder was seen'
-    self._pause = _POLL_SECONDS[0]
-
-  def pause(self) -> float:
-    self._pause = min(self._pause * 1.2, _POLL_SECONDS[1])
-    return self._pause
-
-  def check(self) -> None:
-    """Raises if there is no point in going on; logs now and then."""
-    now = time.monotonic()
-    directory = self._workdir / generation_lib.DIRECTORY
-    heartbeat = presence.read_heartbeat(directory)
-    if heartbeat is not None and heartbeat != self._heartbeat:
-      # Compared with itself, not with our clock: it may be another machine's.
-      if self._heartbeat is not None and heartbeat['state'] != 'gone':
-        self._changed = now
-      self._heartbeat = heartbeat
-      self._state = (
-          f'the index builder, process {heartbeat["pid"]} on '
-          f'{heartbeat["host"]}, was last {heartbeat["state"]}'
-      )
-      if heartbeat['total']:
-        self._state += f' {heartbeat["done"]} of {heartbeat["total"]}'
-    waited = now - self._start
-    what = f'{directory}/{self._number}'
-    if waited > self._timeout:
-      raise TimeoutError(
-          f'{what} did not come within config.refresh.timeout='
-          f'{self._timeout:.0f} seconds; {self._state}.'
-      )
-    if waited > _SNAPSHOT_SECONDS and not (
-        self._number in checkpoint.snapshot_steps(self._workdir)
-        or self._number in checkpoint.steps_in(directory)
-    ):
-      raise FileNotFoundError(
-          f'{what} can never come: its snapshot, '
-          f'{self._workdir / checkpoint.SNAPSHOTS}/{self._number}, is gone.'
-      )
-    stale = now - self._changed > _STALE_SECONDS
-    if stale and (now - self._said > _SAY_SECONDS or self._said == self._start):
-      self._said = now
-      log.warning(
-          'No index builder seems to run for %s: start `realm-jax index '
-          '--workdir=%s --follow` or pass --with_index_builder. Waiting for '
-          'generation %d since %.0f s; %s.',
-          self._workdir, self._workdir, self._number, waited, self._state,
-      )
 
 
 def drop_future(workdir: pathlib.Path | str, step: int) -> None:
@@ -434,7 +433,7 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
   That is: snapshots and generations of steps after `step`, and generations of
   other parameters than the snapshot of their step.
   """
-  if jax.process_index() != 0:
+  if not distributed.is_main():
     return
   workdir = pathlib.Path(workdir)
   snapshots = workdir / checkpoint.SNAPSHOTS

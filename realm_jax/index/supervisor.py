@@ -18,8 +18,8 @@ from realm_jax.runtime import checkpoint
 log = logging.getLogger(__name__)
 
 LOG = 'index_builder.log'
-_MAX_FAILURES = 3  # In a row, without a generation published in between.
 _FIRST_BACKOFF_SECONDS = 1.0
+_MAX_BACKOFF_SECONDS = 60.0
 _TAIL_LINES = 20
 # The last generation, from the last snapshot, once training is done.
 _FINISH_SECONDS = 600.0
@@ -35,9 +35,20 @@ class IndexBuilderProcess:
       self,
       workdir: pathlib.Path | str,
       argv: Sequence[str] = (),
+      *,
+      max_failures: int = 3,
       backoff_seconds: float = _FIRST_BACKOFF_SECONDS,
   ):
-    """Plans the command; `argv` are further flags of `realm-jax index`."""
+    """Plans the command.
+
+    Args:
+      workdir: of the job.
+      argv: further flags of `realm-jax index`.
+      max_failures: in a row, without a generation published in between; 0:
+        however many.
+      backoff_seconds: from the first failure to the new start; doubled with
+        each further failure in a row.
+    """
     self._workdir = pathlib.Path(workdir)
     self._log = self._workdir / LOG
     self._command = [
@@ -50,9 +61,11 @@ class IndexBuilderProcess:
         f'--parent_pid={os.getpid()}',
         *argv,
     ]
+    self._max_failures = max_failures
     self._backoff_seconds = backoff_seconds
     self._process: subprocess.Popen[bytes] | None = None
-    self._failures = 0
+    self._failures = 0  # In a row.
+    self._all_failures = 0
     self._published: set[int] = set()
     self._start_at = 0.0
 
@@ -70,38 +83,44 @@ class IndexBuilderProcess:
     """Of the child, None while there is none."""
     return None if self._process is None else self._process.pid
 
-  def health(self) -> None:
+  def health(self) -> int:
     """Restarts the builder if it died; to be called now and then.
 
+    Returns:
+      How often it has died so far.
+
     Raises:
-      RuntimeError: if it died three times without publishing anything in
+      RuntimeError: if it died too often without publishing anything in
         between; the message ends with what it said last.
     """
     if self._process is None:
       if time.monotonic() >= self._start_at:
         self._start()
-      return
+      return self._all_failures
     code = self._process.poll()
     if code is None:
-      return
+      return self._all_failures
     self._process = None
-    published = self._generations()
-    if published - self._published:
+    if self._generations() - self._published:
       self._failures = 0
     self._failures += 1
+    self._all_failures += 1
     what = f'signal {-code}' if code < 0 else f'exit code {code}'
-    if self._failures >= _MAX_FAILURES:
+    if self._max_failures and self._failures >= self._max_failures:
       raise RuntimeError(
           f'The index builder of {self._workdir} ended {self._failures} times '
           f'without publishing anything, the last time with {what}. '
           f'From {self._log}:\n{self._tail()}'
       )
-    wait = self._backoff_seconds * 2 ** (self._failures - 1)
+    wait = min(
+        self._backoff_seconds * 2 ** (self._failures - 1), _MAX_BACKOFF_SECONDS
+    )
     log.warning(
         'The index builder ended with %s; it is started again in %.0f s. See '
         '%s.', what, wait, self._log,
     )
     self._start_at = time.monotonic() + wait
+    return self._all_failures
 
   def stop(self) -> None:
     """Ends the builder: asks, waits, then insists."""

@@ -1,13 +1,17 @@
 """The device part of exact and approximate search: chunked, sharded top-k.
 
-Public: `top_rows`, `ALIGN`. Ties go to the lower row, as `lax.top_k` gives them
-within a chunk and the merges keep them.
+Public: `Rows`, `Part`, `place`, `search`, `top_rows`, `one_device`, `aligned`,
+`ALIGN`. Ties go to the lower row, as `lax.top_k` gives them within a chunk and
+the merges keep them.
 """
 
+import dataclasses
 import functools
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Rows of a shard are padded to a multiple, so that no row meets an edge of the
 # matmul, where the order of the sum (and so the last bit) may be another.
@@ -16,33 +20,163 @@ ALIGN = 128
 _MAX_SCORES = 2**24
 _MAX_CHUNK = 2**16
 
-Ranked = tuple[jax.Array, jax.Array]  # Scores and rows, or rows and a flag.
+Ranked = tuple[jax.Array, jax.Array]  # Scores and rows.
 
 
-@functools.partial(
-    jax.jit, static_argnames=('mesh', 'k', 'num_rows', 'recall_target')
-)
+class Rows(Protocol):
+  """A table of rows: a numpy array, or the shards of a generation."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Rows of a table on the devices, split over all axes of the mesh."""
+
+  table_NE: jax.Array
+  removed_N: jax.Array | None  # bool; None: no row is.
+  rows: tuple[int, int]  # The first row, and how many the whole table has.
+
+  @property
+  def num_rows(self) -> int:
+    """How many rows the part has, padding included."""
+    return self.table_NE.shape[0]
+
+
+def one_device() -> jax.sharding.Mesh:
+  """A mesh of the first device."""
+  return jax.sharding.Mesh(
+      np.array(jax.devices()[:1]).reshape(1, 1), ('data', 'model')
+  )
+
+
+def aligned(rows: int, mesh: jax.sharding.Mesh) -> int:
+  """How many rows a part of so many has, with padding."""
+  step = mesh.size * ALIGN
+  return -(-rows // step) * step
+
+
+def place(
+    embeddings_NE: Rows,
+    removed: np.ndarray | None,
+    rows: tuple[int, int],
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    check: bool,
+) -> Part:
+  """Puts a range of rows on the devices, with padding beyond the last row.
+
+  Args:
+    embeddings_NE: read slice by slice.
+    removed: sorted row numbers.
+    rows: the range; its length is a result of `aligned`.
+    mesh: the rows are split over all its axes.
+    dtype: of the table on the devices.
+    check: whether to refuse what is not finite. Without it a CPU device may use
+      the memory of the table itself.
+
+  Raises:
+    ValueError: if the check fails.
+  """
+  first, count = rows[0], rows[1] - rows[0]
+  total, width = embeddings_NE.shape
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    start, limit, _ = index[0].indices(count)
+    start, limit = first + start, first + limit
+    known = max(0, min(limit, total) - start)
+    given = embeddings_NE[start : start + known]
+    whole = known == limit - start and given.dtype == jnp.dtype(dtype)
+    if whole and not check:
+      return given
+    part = np.zeros((limit - start, width), jnp.dtype(dtype))
+    part[:known] = given
+    finite = np.isfinite(part.astype(np.float32, copy=False)).all(axis=1)
+    if check and not finite.all():
+      raise ValueError(
+          f'The embedding of row {start + int(np.argmin(finite))} is not '
+          f'finite as {dtype}.'
+      )
+    return part
+
+  sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+  table_NE = jax.make_array_from_callback((count, width), sharding, read)
+  if removed is None or not len(removed):
+    return Part(table_NE, None, (first, total))
+  here = slice(*np.searchsorted(removed, rows))
+  hidden_N = np.zeros(count, bool)
+  hidden_N[removed[here] - first] = True
+  removed_N = jax.make_array_from_callback(
+      (count,), sharding, lambda index: hidden_N[index]
+  )
+  return Part(table_NE, removed_N, (first, total))
+
+
+def search(
+    part: Part,
+    query_emb_BE: np.ndarray | jax.Array,
+    exclude_BR2: np.ndarray,
+    mesh: jax.sharding.Mesh,
+    k: int,
+    recall_target: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `top_rows` of a part, on the host."""
+  query_emb_BE, exclude_BR2, rows_2 = jax.device_put(
+      (query_emb_BE, exclude_BR2, np.array(part.rows, np.int32)),
+      jax.NamedSharding(mesh, jax.P()),
+  )
+  return jax.device_get(
+      top_rows(
+          part.table_NE, query_emb_BE, exclude_BR2, part.removed_N, rows_2,
+          mesh=mesh, k=k, recall_target=recall_target,
+      )
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('mesh', 'k', 'recall_target'))
 def top_rows(
     table_NE: jax.Array,
     query_emb_BE: jax.Array,
     exclude_BR2: jax.Array,
+    removed_N: jax.Array | None,
+    rows_2: jax.Array,
     *,
     mesh: jax.sharding.Mesh,
     k: int,
-    num_rows: int,
-    recall_target: float | None,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns rows BK and whether every one of them is allowed."""
+    recall_target: float | None = None,
+) -> Ranked:
+  """Returns the best scores and rows, float32 and int32 [B, k].
+
+  Args:
+    table_NE: a part of all rows, split over all axes of the mesh.
+    query_emb_BE: on every device, as all that follow but `removed_N`.
+    exclude_BR2: ranges of rows per query.
+    removed_N: bool, of the part: rows hidden from all queries.
+    rows_2: the row that the part begins with, and how many rows there are in
+      all: what comes after is padding.
+    mesh: of the table.
+    k: at most the rows of the part.
+    recall_target: of `lax.approx_max_k`; None: exact.
+
+  Where fewer than k rows of the part may be returned the score is -inf.
+  """
   axes = mesh.axis_names
 
   def local(
-      table_NE: jax.Array, query_emb_BE: jax.Array, exclude_BR2: jax.Array
+      table_NE: jax.Array,
+      query_emb_BE: jax.Array,
+      exclude_BR2: jax.Array,
+      removed_N: jax.Array | None,
+      rows_2: jax.Array,
   ) -> Ranked:
     rows_here = table_NE.shape[0]
     size = query_emb_BE.shape[0]
     chunk = max(_MAX_SCORES // max(size, 1) // ALIGN, 1) * ALIGN
     chunk = min(chunk, _MAX_CHUNK, rows_here)
-    first_row = jax.lax.axis_index(axes) * rows_here
+    first_row = rows_2[0] + jax.lax.axis_index(axes) * rows_here
     keep = k if recall_target is None else 2 * k + 8
     keep = min(keep, chunk)
 
@@ -55,11 +189,13 @@ def top_rows(
       hidden_BN = (
           (row_N >= exclude_BR2[..., :1]) & (row_N < exclude_BR2[..., 1:])
       ).any(axis=1)
-      hidden_BN |= (here_N < i * chunk) | (row_N >= num_rows)
+      hidden_BN |= (here_N < i * chunk) | (row_N >= rows_2[1])
+      if removed_N is not None:
+        hidden_BN |= jax.lax.dynamic_slice_in_dim(removed_N, start, chunk)
       if recall_target is None:
         score_BN = _score('BE,NE->BN', query_emb_BE, part_NE, 'highest')
         score_BN = jnp.where(hidden_BN, -jnp.inf, score_BN)
-        top_BK, at_BK = jax.lax.top_k(score_BN, keep)
+        top_BK, at_BK = _top(score_BN, keep)
       else:
         fast_BN = _score('BE,NE->BN', query_emb_BE, part_NE, 'default')
         fast_BN = jnp.where(hidden_BN, -jnp.inf, fast_BN)
@@ -75,22 +211,21 @@ def top_rows(
     held = min(k, rows_here)
     best = (
         jnp.full((size, held), -jnp.inf, jnp.float32),
-        jnp.full((size, held), num_rows, jnp.int32),
+        jnp.full((size, held), rows_2[1], jnp.int32),
     )
     best = jax.lax.fori_loop(0, -(-rows_here // chunk), visit, best)
     merged = jax.tree.map(
         lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), best
     )
-    top_BK, row_BK = _best(None, merged, k)
-    return row_BK, (top_BK > -jnp.inf).all()
+    return _best(None, merged, k)
 
   return jax.shard_map(
       local,
       mesh=mesh,
-      in_specs=(jax.P(axes), jax.P(), jax.P()),
+      in_specs=(jax.P(axes), jax.P(), jax.P(), jax.P(axes), jax.P()),
       out_specs=jax.P(),
       check_vma=False,
-  )(table_NE, query_emb_BE, exclude_BR2)
+  )(table_NE, query_emb_BE, exclude_BR2, removed_N, rows_2)
 
 
 def _score(
@@ -105,6 +240,24 @@ def _score(
   )
   lowest = jnp.finfo(jnp.float32).min
   return jnp.where(score >= lowest, score, lowest)
+
+
+def _top(score_BN: jax.Array, k: int) -> Ranked:
+  """As `lax.top_k`, looking closely only at the k groups with the best row.
+
+  A row in the top k is in one of them: otherwise each of the k has a row that
+  goes before it, by its score or, if equal, by its number.
+  """
+  size, count = score_BN.shape
+  if count % ALIGN or count // ALIGN <= 2 * k:
+    return jax.lax.top_k(score_BN, k)
+  score_BGM = score_BN.reshape(size, -1, ALIGN)
+  _, group_BK = jax.lax.top_k(score_BGM.max(axis=2), k)
+  group_BK = jnp.sort(group_BK, axis=1)  # So that equal scores stay in order.
+  close_BKM = jnp.take_along_axis(score_BGM, group_BK[..., None], axis=1)
+  top_BK, at_BK = jax.lax.top_k(close_BKM.reshape(size, -1), k)
+  group_BK = jnp.take_along_axis(group_BK, at_BK // ALIGN, axis=1)
+  return top_BK, group_BK * ALIGN + at_BK % ALIGN
 
 
 def _best(a: Ranked | None, b: Ranked, k: int) -> Ranked:

@@ -1,9 +1,9 @@
 """The reader of open-domain questions: BERT and a score for each answer span.
 
-Public: `SpanReader`, `spans`, `correct_spans`, `best_span`, `span_losses`
-(Lee et al. 2019, section 4.2; Guu et al. 2020, section 4.3). It reads
-`[CLS] question [SEP] passage [SEP]`; a span may only lie in the passage. P
-spans are numbered by width, then by start.
+Public: `SpanReader`, `spans`, `inside`, `correct_spans`, `joint_scores`,
+`best_span`, `span_losses` (Lee et al. 2019, section 4.2; Guu et al. 2020,
+section 4.3). It reads `[CLS] question [SEP] passage [SEP]`; a span may only lie
+in the passage. P spans are numbered by width, then by start.
 """
 
 from flax import nnx
@@ -79,6 +79,13 @@ class SpanReader(nnx.Module):
     return jnp.where(usable_BP, scores, _LOWEST)
 
 
+def inside(body_BK2: jax.Array, length: int) -> jax.Array:
+  """Marks the positions of half-open ranges, bool BKT, T = `length`."""
+  start_BK1, limit_BK1 = jnp.split(jnp.asarray(body_BK2), 2, axis=-1)
+  place_T = jnp.arange(length)
+  return (place_T >= start_BK1) & (place_T < limit_BK1)
+
+
 def correct_spans(
     gold_starts_BKA: jax.Array,
     gold_ends_BKA: jax.Array,
@@ -102,12 +109,39 @@ def correct_spans(
   )
 
 
+def joint_scores(
+    logits_BKP: jax.Array, score_BK: jax.Array, normalization: str = 'global'
+) -> jax.Array:
+  """Scores of passage and span together, of which a softmax is taken.
+
+    global:  logit(p, k) + score(k), as released
+    passage: log p(k|x) + log p(p|k, x), the paper's p(z|x) p(y|z, x)
+
+  Raises:
+    ValueError: for another normalization.
+  """
+  match normalization:
+    case 'global':
+      return logits_BKP + score_BK[..., None]
+    case 'passage':
+      span_logp_BKP = jax.nn.log_softmax(logits_BKP)
+      return span_logp_BKP + jax.nn.log_softmax(score_BK)[..., None]
+  raise ValueError(
+      f"normalization={normalization!r}: must be 'global' (as released) or"
+      " 'passage' (the paper)."
+  )
+
+
 def best_span(
-    logits_BKP: jax.Array, score_BK: jax.Array, length: int, max_width: int
+    logits_BKP: jax.Array,
+    score_BK: jax.Array,
+    length: int,
+    max_width: int,
+    normalization: str = 'global',
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the passage k, first and last wordpiece of the best span, int B."""
   starts_P, ends_P = spans(length, max_width)
-  total_BKP = logits_BKP + score_BK[..., None]
+  total_BKP = joint_scores(logits_BKP, score_BK, normalization)
   best_B = jnp.argmax(total_BKP.reshape(total_BKP.shape[0], -1), axis=-1)
   passage_B, span_B = jnp.divmod(best_B, total_BKP.shape[-1])
   return passage_B, jnp.asarray(starts_P)[span_B], jnp.asarray(ends_P)[span_B]
@@ -118,11 +152,12 @@ def span_losses(
     score_BN: jax.Array,
     correct_BKP: jax.Array,
     has_answer_BN: jax.Array,
+    normalization: str = 'global',
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Negative log-likelihood of retrieving and of reading an answer.
 
     retriever: - log sum_{n has an answer} softmax_n(score)
-    reader:    - log sum_{(k, p) correct} softmax_{k, p}(logit + score_k)
+    reader:    - log sum_{(k, p) correct} softmax_{k, p}(joint score)
 
   Each is 0, without a gradient, for a question that has nothing correct.
 
@@ -131,18 +166,28 @@ def span_losses(
     score_BN: relevance of N >= K retrieved passages, best first.
     correct_BKP: which spans are an answer.
     has_answer_BN: which passages hold one.
+    normalization: see `joint_scores`.
 
   Returns:
     Their sum, mean over the questions, and aux: `retriever_loss`,
-    `reader_loss` likewise.
+    `reader_loss` likewise; `retrieved`, `readable`: the share of the questions
+    with an answer among the N passages, and among the spans that are read;
+    `exact_match`: the share whose best span is an answer.
   """
   b, k, p = logits_BKP.shape
-  total_BKP = logits_BKP + score_BN[:, :k, None]
-  retriever_B = _marginal(score_BN, has_answer_BN)
-  reader_B = _marginal(
-      total_BKP.reshape(b, k * p), correct_BKP.reshape(b, k * p)
-  )
-  aux = {'retriever_loss': retriever_B.mean(), 'reader_loss': reader_B.mean()}
+  total_BKP = joint_scores(logits_BKP, score_BN[:, :k], normalization)
+  total = total_BKP.reshape(b, k * p)
+  correct = correct_BKP.reshape(b, k * p)
+  best_B1 = jnp.argmax(total, axis=1, keepdims=True)
+  aux = {
+      'retriever_loss': _marginal(score_BN, has_answer_BN).mean(),
+      'reader_loss': _marginal(total, correct).mean(),
+      'retrieved': has_answer_BN.any(1).mean(dtype=jnp.float32),
+      'readable': correct.any(1).mean(dtype=jnp.float32),
+      'exact_match': jnp.take_along_axis(correct, best_B1, axis=1).mean(
+          dtype=jnp.float32
+      ),
+  }
   return aux['retriever_loss'] + aux['reader_loss'], aux
 
 

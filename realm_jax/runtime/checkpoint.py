@@ -1,13 +1,18 @@
 """What a workdir holds, read and written whole or not at all.
 
-Public: `Checkpoints` (params, train state and data iterator by step),
-`save_snapshot` / `load_snapshot` (the embedder alone, for the index builder),
+Public: `Checkpoints` (params and train state by step),
+`Snapshots`, `save_snapshot`, `load_snapshot` (the embedder alone, for the index
+builder),
 `save_params`, `load_params`, `frugal`, `saved_about`, `params_digest`,
 `referenced_generations`, `steps_in`, `write_json` and `read_json`. Orbax
 writes beside the final name and renames, so a number that can be listed is a
-checkpoint that can be read.
+checkpoint that can be read. The processes of a job write a checkpoint
+together, to a folder that all of them see; everything else is read by each for
+itself, and written by process 0.
 """
 
+from collections.abc import Callable
+import concurrent.futures
 import hashlib
 import json
 import logging
@@ -20,6 +25,10 @@ import uuid
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from realm_jax.runtime import distributed
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS, SNAPSHOTS = 'checkpoints', 'retriever'
 
@@ -51,14 +60,18 @@ def read_json(path: Path) -> Any:
 
 
 def params_digest(params: Any) -> str:
-  """SHA-256 over names, shapes, types and bytes of all arrays, by name."""
+  """SHA-256 over names, shapes, types and bytes of all arrays, by name.
+
+  The same however they lie on devices. Where they are spread over those of
+  several processes, all of these must call.
+  """
   leaves = {
       '/'.join(str(getattr(key, 'key', key)) for key in path): leaf
       for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   hasher = hashlib.sha256()
   for name in sorted(leaves):
-    array = np.asarray(jax.device_get(leaves[name]))
+    array = distributed.fetch(leaves[name])
     hasher.update(f'{name} {array.dtype} {array.shape};'.encode())
     hasher.update(np.ascontiguousarray(array).data)
   return hasher.hexdigest()
@@ -90,6 +103,7 @@ class Checkpoints:
         ),
         cleanup_tmp_directories=True,
     )
+    self._saving: int | None = None
 
   @property
   def latest(self) -> int | None:
@@ -98,20 +112,36 @@ class Checkpoints:
     return steps[-1] if steps else None
 
   def save(
-      self, step: int, params: Any, train_state: Any, data: Any, about: Any
+      self, step: int, params: Any, train_state: Any, about: Any
   ) -> None:
-    """Saves in the background; `about` is small and JSON."""
+    """Saves in the background; `about` is small and JSON.
+
+    That the one before could not be saved, as on a full disk, is logged and no
+    more: the checkpoints before it are there, and the next may succeed. Only
+    `wait` and `close` raise what went wrong with the last.
+    """
+    try:
+      self._checkpointer.wait()
+    except (ValueError, OSError) as error:
+      if jax.process_count() > 1:  # The others wait for it.
+        raise
+      log.error(
+          'There is no checkpoint of step %s: %s. Training goes on; the newest '
+          'checkpoint is of step %s.', self._saving, error, self.latest,
+      )
+      _remove_unfinished(self._directory)
+    self._saving = step
     self._checkpointer.save_checkpointables_async(
         step,
-        {'params': params, 'train_state': train_state, 'data': data},
+        {'params': params, 'train_state': train_state},
         force=True,
         custom_metadata=about,
     )
 
   def restore(
-      self, step: int, params: Any, train_state: Any, data: Any
+      self, step: int, params: Any, train_state: Any
   ) -> tuple[Any, Any]:
-    """Restores onto the shapes and shardings given; `data` in place.
+    """Restores onto the shapes and shardings given.
 
     Returns:
       params and train_state.
@@ -122,7 +152,7 @@ class Checkpoints:
     path = self._directory / str(step)
     _check_structure(path, 'params', params)
     loaded = self._checkpointer.load_checkpointables(
-        step, {'params': params, 'train_state': train_state, 'data': data}
+        step, {'params': params, 'train_state': train_state}
     )
     return loaded['params'], loaded['train_state']
 
@@ -201,9 +231,10 @@ def load_params(
       }
       for component, leaves in found.items()
   }
-  loaded = ocp.load_checkpointables(
-      directory / str(step), {'params': _on_one_device(template)}
-  )
+  with _alone():
+    loaded = ocp.load_checkpointables(
+        directory / str(step), {'params': _on_one_device(template)}
+    )
   return {name: loaded['params'][name] for name in abstract}, step
 
 
@@ -224,6 +255,8 @@ def components_in(workdir: Path, step: int | None = None) -> list[str]:
 def save_snapshot(workdir: Path, step: int, params: Any) -> str:
   """Publishes the embedder's parameters for the index builder.
 
+  For one process; a running job uses `Snapshots`.
+
   Returns:
     Their digest, by which the trainer knows the generation made from them. A
     snapshot of this step and digest that is already there is kept.
@@ -231,27 +264,88 @@ def save_snapshot(workdir: Path, step: int, params: Any) -> str:
   path = pathlib.Path(workdir).absolute() / SNAPSHOTS / str(step)
   params = jax.device_get(params)
   digest = params_digest(params)
-  if path.exists() and snapshot_digest(workdir, step) == digest:
+  if _has_snapshot(workdir, step, digest):
     return digest
-  ocp.save(
-      path,
-      params,
-      overwrite=True,
-      custom_metadata={'step': step, 'params_digest': digest},
-  )
+  about = {'step': step, 'params_digest': digest}
+  ocp.save(path, params, overwrite=True, custom_metadata=about)
   return digest
+
+
+class Snapshots:
+  """The snapshots that a training job takes, saved while it goes on."""
+
+  def __init__(self, workdir: Path, keep: int, required: bool = True):
+    """Of the older snapshots the `keep` newest are kept; 0 keeps all.
+
+    Where none is `required`, that one could not be saved, as on a full disk, is
+    logged and no more.
+    """
+    self._workdir, self._keep = pathlib.Path(workdir), keep
+    self._required = required or jax.process_count() > 1
+    self._threads = concurrent.futures.ThreadPoolExecutor(1, 'snapshot')
+    self._saving: concurrent.futures.Future[None] | None = None
+
+  def save(self, step: int, params: Any, in_use: int) -> None:
+    """Publishes parameters as `save_snapshot`, in the background.
+
+    Args:
+      step: that the parameters are of.
+      params: of the embedder; the next training step may take them over.
+      in_use: the snapshots after this step are all kept: their generations may
+        still be adopted.
+    """
+    self.wait()
+    params = jax.tree.map(distributed.fetch, params)
+    finish = self._begin(step, params)
+
+    def save_and_prune() -> None:
+      finish()
+      if self._keep and distributed.is_main():
+        for old in snapshot_steps(self._workdir)[: -self._keep]:
+          if old < in_use:
+            shutil.rmtree(self._workdir / SNAPSHOTS / str(old))
+
+    self._saving = self._threads.submit(save_and_prune)
+
+  def _begin(self, step: int, params: Any) -> Callable[[], object]:
+    """Does what must be done at once, and returns what is left to do."""
+    if jax.process_count() == 1:
+      return lambda: save_snapshot(self._workdir, step, params)
+    # Orbax wants all processes, and that on their main threads.
+    digest = params_digest(params) if distributed.is_main() else ''
+    if distributed.any(
+        distributed.is_main() and _has_snapshot(self._workdir, step, digest)
+    ):
+      return lambda: None
+    return ocp.save_async(
+        self._workdir.absolute() / SNAPSHOTS / str(step),
+        params,
+        overwrite=True,
+        custom_metadata={'step': step, 'params_digest': digest},
+    ).result
+
+  def wait(self) -> None:
+    """Returns when the last one is on disk."""
+    saving, self._saving = self._saving, None
+    try:
+      if saving is not None:
+        saving.result()
+    except (ValueError, OSError) as error:
+      _remove_unfinished(self._workdir / SNAPSHOTS)
+      if self._required:
+        raise
+      log.error(
+          'A snapshot of the retriever was not saved: %s. Training goes on with '
+          'the index that there is.', error,
+      )
+
+  def close(self) -> None:
+    self._threads.shutdown()
 
 
 def snapshot_steps(workdir: Path) -> list[int]:
   """Steps of the snapshots that can be read."""
   return steps_in(pathlib.Path(workdir) / SNAPSHOTS)
-
-
-def prune_snapshots(workdir: Path, keep: int, before: int) -> None:
-  """Deletes snapshots older than step `before`, except the newest `keep`."""
-  for step in snapshot_steps(workdir)[:-keep]:
-    if step < before:
-      shutil.rmtree(pathlib.Path(workdir) / SNAPSHOTS / str(step))
 
 
 def snapshot_digest(workdir: Path, step: int) -> str:
@@ -274,7 +368,8 @@ def load_snapshot(
   """
   path = pathlib.Path(workdir).absolute() / SNAPSHOTS / str(step)
   _compare(_leaves(ocp.metadata(path).metadata), _leaves(abstract), path)
-  params = ocp.load(path, _on_one_device(abstract))
+  with _alone():
+    params = ocp.load(path, _on_one_device(abstract))
   digest, expected = params_digest(params), snapshot_digest(workdir, step)
   if digest != expected:
     raise ValueError(
@@ -300,10 +395,32 @@ def referenced_generations(workdir: Path) -> set[int]:
   return found
 
 
+def _remove_unfinished(directory: pathlib.Path) -> None:
+  """Deletes what Orbax leaves of a save that failed."""
+  for path in directory.glob('*.orbax-checkpoint-tmp'):
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _custom_metadata(path: pathlib.Path) -> dict[str, Any]:
   # The file is Orbax' own, public format; going through Orbax costs 100 times
   # as much, as it looks at every array.
   return read_json(path / '_CHECKPOINT_METADATA').get('custom_metadata') or {}
+
+
+def _alone() -> ocp.Context:
+  """A context in which Orbax does not wait for the other processes."""
+  context = ocp.Context()
+  if jax.process_count() > 1:
+    this = jax.process_index()
+    context.multiprocessing.primary_host = this
+    context.multiprocessing.active_processes = {this}
+    context.multiprocessing.barrier_sync_key_prefix = f'process{this}'
+  return context
+
+
+def _has_snapshot(workdir: Path, step: int, digest: str) -> bool:
+  path = pathlib.Path(workdir) / SNAPSHOTS / str(step)
+  return path.exists() and snapshot_digest(workdir, step) == digest
 
 
 def _on_one_device(abstract: Any) -> Any:
@@ -315,15 +432,7 @@ def _on_one_device(abstract: Any) -> Any:
 
 
 def _structure(path: pathlib.Path, item: str) -> Any:
-  # Orbax looks at everything, and warns that the data iterator, being an object
-  # with a state of its own, has no metadata. It cannot have any.
-  logger = logging.getLogger('absl')
-  level = logger.level
-  logger.setLevel(logging.ERROR)
-  try:
-    return ocp.checkpointables_metadata(path).metadata[item]
-  finally:
-    logger.setLevel(level)
+  return ocp.checkpointables_metadata(path).metadata[item]
 
 
 def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:

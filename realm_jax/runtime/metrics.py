@@ -10,11 +10,18 @@ import json
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, TextIO
+
+import jax
+
+from realm_jax.runtime import distributed
 
 
 class MetricsWriter:
-  """Appends to `workdir`/metrics.jsonl, and to tensorboard/ if asked to."""
+  """Appends to `workdir`/metrics.jsonl, and to tensorboard/ if asked to.
+
+  In process 0 of a job; in the others it does nothing.
+  """
 
   def __init__(
       self, workdir: pathlib.Path | str, step: int, tensorboard: bool = False
@@ -24,14 +31,17 @@ class MetricsWriter:
     Lines of steps after `step` are of a run that was killed; they are dropped,
     for they will be written again.
     """
-    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+    self._file: TextIO | None = None
+    self._board: Any = None
+    if not distributed.is_main():
+      return
+    path = pathlib.Path(workdir) / 'metrics.jsonl'
     kept = [line for line in read_metrics(workdir) if line['step'] <= step]
-    temporary = self._path.with_name('.metrics.jsonl')
+    temporary = path.with_name('.metrics.jsonl')
     with temporary.open('w', encoding='utf-8') as file:
       file.writelines(json.dumps(line) + '\n' for line in kept)
-    os.replace(temporary, self._path)
-    self._file = self._path.open('a', encoding='utf-8')
-    self._board: Any = None
+    os.replace(temporary, path)
+    self._file = path.open('a', encoding='utf-8')
     if tensorboard:
       try:
         from tensorboardX import SummaryWriter
@@ -46,6 +56,8 @@ class MetricsWriter:
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     """Records the values of one step."""
+    if self._file is None:
+      return
     values = {name: _plain(value) for name, value in values.items()}
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
@@ -54,7 +66,8 @@ class MetricsWriter:
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     if self._board is not None:
       self._board.close()
 
@@ -74,24 +87,38 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
 
 
 class Clock:
-  """Splits the wall time of a loop into named parts."""
+  """Splits the wall time of a loop into named parts, all of it.
+
+  What no part claims is 'other'. A part inside another interrupts it, so that
+  the parts always add up to the time that has passed. They are named in
+  profiles too.
+  """
 
   def __init__(self) -> None:
     self._seconds: dict[str, float] = {}
+    self._part, self._since = 'other', time.perf_counter()
 
   @contextlib.contextmanager
   def measure(self, part: str) -> Iterator[None]:
-    start = time.perf_counter()
+    outer = self._part
+    self._turn_to(part)
     try:
-      yield
+      with jax.profiler.TraceAnnotation(part):
+        yield
     finally:
-      taken = time.perf_counter() - start
-      self._seconds[part] = self._seconds.get(part, 0.0) + taken
+      self._turn_to(outer)
 
   def take(self) -> dict[str, float]:
     """Seconds of each part since the last call."""
+    self._turn_to(self._part)
     seconds, self._seconds = self._seconds, {}
     return seconds
+
+  def _turn_to(self, part: str) -> None:
+    now = time.perf_counter()
+    taken = now - self._since
+    self._seconds[self._part] = self._seconds.get(self._part, 0.0) + taken
+    self._part, self._since = part, now
 
 
 def _plain(value: Any) -> float | int | str:

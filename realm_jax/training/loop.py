@@ -6,7 +6,6 @@ retrieve, step, log the step before.
 """
 
 from collections.abc import Callable, Iterator
-import concurrent.futures
 import contextlib
 import logging
 import pathlib
@@ -20,12 +19,16 @@ import tqdm
 
 from realm_jax import config as config_lib
 from realm_jax.data import batches
-from realm_jax.data import inputs
 from realm_jax.index import refresh as refresh_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import profile as profile_lib
+from realm_jax.training import costs
 from realm_jax.training import optimizer
+from realm_jax.training import probe as probe_lib
+from realm_jax.training import reading
 from realm_jax.training import state as state_lib
 from realm_jax.training import steps as steps_lib
 
@@ -42,15 +45,17 @@ def train(
     config: config_lib.Config,
     workdir: pathlib.Path | str,
     *,
-    health: Callable[[], None] = lambda: None,
+    health: Callable[[], int | None] = lambda: None,
+    profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
   """Trains to config.steps, or goes on from where the workdir left off.
 
   Args:
     config: of the job; see `config.validate`.
     workdir: folder of the job; see the README, Layout.
-    health: called while waiting for the index builder; raises if there is no
-      use in waiting.
+    health: called at every step and while waiting for the index builder;
+      returns how often that has failed, raises if there is no use in going on.
+    profile: first and last step to trace, to `workdir`/profile.
 
   Returns:
     What is also written to `workdir`/summary.json: step, params_sha256,
@@ -64,9 +69,10 @@ def train(
   """
   start_time = time.perf_counter()
   job = state_lib.open_job(config, workdir)
-  (job.workdir / SUMMARY).unlink(missing_ok=True)
+  if distributed.is_main():
+    (job.workdir / SUMMARY).unlink(missing_ok=True)
   with contextlib.ExitStack() as stack:
-    loop = _Loop(job, health, stack)
+    loop = _Loop(job, health, profile, stack)
     loop.run()
     summary = {
         'step': int(loop.state.step),
@@ -75,7 +81,8 @@ def train(
         'seconds': round(time.perf_counter() - start_time, 3),
         'compilations': loop.compilations,
     }
-  checkpoint.write_json(job.workdir / SUMMARY, summary)
+  if distributed.is_main():
+    checkpoint.write_json(job.workdir / SUMMARY, summary)
   return summary
 
 
@@ -87,7 +94,7 @@ class _Pending(NamedTuple):
   """What a step left to be logged, once the device is done with it."""
 
   step: int  # Updates done with it.
-  sentences: np.ndarray
+  rows: np.ndarray  # Of the sentence table, or of the questions.
   metrics: steps_lib.Metrics
   staleness: dict[str, float]  # Of the index that it searched.
 
@@ -98,61 +105,68 @@ class _Loop:
   def __init__(
       self,
       job: state_lib.Job,
-      health: Callable[[], None],
+      health: Callable[[], int | None],
+      profile: tuple[int, int] | None,
       stack: contextlib.ExitStack,
   ):
     self._job, config = job, job.config
     tokenizer = job.corpus.tokenizer
     null_ids = (tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id)
     tx = optimizer.make_optimizer(config, tuple(job.components))
-    self._data = batches.training_batches(
-        job.corpus, config, jax.process_index(), jax.process_count()
-    )
     self._checkpoints = checkpoint.Checkpoints(
         job.workdir, config.checkpoint.keep
     )
     stack.callback(self._checkpoints.close)
-    self.state, generation = state_lib.start_or_resume(
-        job, self._checkpoints, tx, self._data
-    )
+    self.state, about = state_lib.start_or_resume(job, self._checkpoints, tx)
     self._step = int(self.state.step)
+    self._saved: int | None = self._step if about else None
+    # This process' rows of each batch, from the one that is next.
+    self._rows = mesh_lib.local_rows(job.mesh, config.batch_size)
+    self._data = batches.training_batches(
+        job.corpus, config, self._step, self._rows, job.questions
+    )
     # How often the training step was compiled; 1, whatever the batches.
     self.compilations = 0
     self._train_step = steps_lib.make_train_step(
         config, job.components, tx, null_ids, job.mesh, self._count_trace
     )
-    self._stop = stack.enter_context(_on_sigterm())
+    self._sigterm = stack.enter_context(_on_sigterm())
+    self._any_sigterm = distributed.LateAny(job.mesh)
 
-    def check() -> None:
-      if self._stop:  # Do not wait for an index that nobody will search.
+    def interrupt() -> None:  # Nobody will search what is waited for.
+      if distributed.any(bool(self._sigterm)):
         raise _Stopping
-      health()
 
     self._refresher: refresh_lib.Refresher | None = None
-    if config.objective == 'realm':
-      self._embed_queries = steps_lib.make_query_embedder(
-          job.components['embedder'], job.mesh
-      )
+    if config.objective in config_lib.SEARCHING:
       self._refresher = refresh_lib.Refresher(
           job.workdir,
           config,
           corpus=job.corpus,
           mesh=job.mesh,
           step=self._step,
-          generation=generation,
-          health=check,
+          generation=about.get('index_generation'),
+          pending=about.get('index_pending'),
+          health=health,
+          interrupt=interrupt,
       )
       stack.callback(self._refresher.close)
-    # Queries on which two generations are compared: the first to be searched.
-    self._probe: np.ndarray | None = None
-    self._snapshots = stack.enter_context(
-        concurrent.futures.ThreadPoolExecutor(1, 'snapshot')
+      self._retrieval = reading.Retrieval(job, self._refresher, self._rows)
+      self._probe = probe_lib.Probe(job)
+    self._snapshots = checkpoint.Snapshots(
+        job.workdir,
+        config.refresh.keep,
+        # Else resuming would need the generation of a snapshot that is not.
+        required=config.refresh.policy != 'eager',
     )
-    self._snapshot: concurrent.futures.Future | None = None
+    stack.callback(self._snapshots.close)
     self._writer = metrics_lib.MetricsWriter(
         job.workdir, self._step, config.tensorboard
     )
     stack.callback(self._writer.close)
+    self._profile = profile_lib.StepProfile(job.workdir, profile)
+    stack.callback(self._profile.close)
+    self._step_flop = costs.model_flop(config)
     self._clock = metrics_lib.Clock()
     self._bar = stack.enter_context(
         tqdm.tqdm(
@@ -160,7 +174,8 @@ class _Loop:
             initial=self._step,
             desc=config.objective,
             unit='step',
-            disable=None,  # Not on a terminal: lines instead of a bar.
+            # Not on a terminal: lines instead of a bar.
+            disable=None if distributed.is_main() else True,
             mininterval=0.5,
         )
     )
@@ -177,120 +192,92 @@ class _Loop:
     self.compilations += 1
 
   def run(self) -> None:
-    config = self._job.config
+    config, asked = self._job.config, self._job.questions
     first = self._step
     while self._step < config.steps:
       step = self._step
-      with self._clock.measure('refresh'), contextlib.suppress(_Stopping):
-        self._refresh(step)
-      if self._stop:
+      self._profile.before(step + 1, self.state)
+      try:
+        with self._clock.measure('refresh'):
+          self._refresh(step)
+        stop = self._any_sigterm(bool(self._sigterm))
+      except _Stopping:
+        stop = True
+      if stop:
         self._save(step)
         raise Interrupted(f'Stopped by SIGTERM; step {step} is saved.')
       if step > first and step % config.checkpoint.interval == 0:
         self._save(step)
-      # Drawn after saving, so that the saved iterator points at the next
-      # batch that nobody has seen.
       with self._clock.measure('data'):
         batch = next(self._data)
       if self._refresher is not None:
+        with self._clock.measure('compute'):
+          # The step before: the queries are embedded with what it learned.
+          jax.block_until_ready(self.state.params)
         with self._clock.measure('retrieve'):
-          batch = self._retrieve(batch)
+          batch = self._retrieval(batch, self.state.params['embedder'])
       with self._clock.measure('compute'):
         arrays = mesh_lib.to_devices(
             self._job.mesh,
-            {name: batch[name] for name in _inputs(config.objective)},
+            {name: batch[name] for name in steps_lib.input_names(config)},
         )
         self.state, metrics = self._train_step(self.state, arrays)
         # Of the step before: by now it is done, and nobody waits for it.
         self._log_pending()
       staleness = self._refresher.metrics(step) if self._refresher else {}
-      self._pending = _Pending(
-          step + 1, batch['sentence_B'], metrics, staleness
-      )
+      rows = batch['sentence_B' if asked is None else 'question_B']
+      self._pending = _Pending(step + 1, rows, metrics, staleness)
       self._step += 1
       self._bar.update()
     self._log_pending()
-    if config.objective == 'realm' and config.refresh.policy != 'none':
+    self._profile.close()
+    if self._refresher is not None and config.refresh.policy != 'none':
       self._take_snapshot(self._step)  # For a last, fresh generation.
     self._save(self._step)
 
   def _refresh(self, step: int) -> None:
     """Adopts the generation due at this step, and takes a snapshot if due."""
-    if self._refresher is None:
+    refresher, config = self._refresher, self._job.config
+    if refresher is None:
       return
-    config = self._job.config.refresh
-    if config.policy == 'none':
-      due = step == 0
-    else:
-      due = step % config.interval == 0
+    at_interval = step % config.refresh.interval == 0
+    if at_interval:
+      # The device may be at the step before; that is no standing still.
+      jax.block_until_ready(self.state.params)
     # The first generation, and every one of `sync`, is made from the snapshot
     # of this very step. Otherwise adopt first: the builder works on the newest
     # snapshot only, and must finish the one that this step waits for.
-    first = due and (config.policy == 'sync' or step == 0)
-    if first:
-      self._take_snapshot(step)
-      self._wait_for_snapshot()
-    if self._refresher.adopt(step) and self._probe is not None:
-      self._refresher.probe_overlap(
-          self._embed(self._probe), self._job.config.num_candidates - 1
-      )
-    if due and not first:
-      self._take_snapshot(step)
+    first = step == 0 or (at_interval and config.refresh.policy == 'sync')
+    with refresher.standing_still():
+      if first:
+        self._take_snapshot(step)
+        self._snapshots.wait()
+        distributed.barrier('a snapshot is there')
+      if refresher.adopt(step):
+        refresher.probe_overlap(
+            self._probe.embed(self.state.params['embedder']), self._probe.k
+        )
+      if not first and refresher.snapshot_due(
+          step,
+          lambda: self._probe.still_right(
+              self.state.params['embedder'], refresher.search
+          ),
+      ):
+        self._take_snapshot(step)
 
   def _take_snapshot(self, step: int) -> None:
     """Publishes the embedder for the index builder, in the background."""
-    self._wait_for_snapshot()
-    assert self._refresher is not None
-    # Copied now: the next training step takes over the buffers.
-    params = jax.device_get(self.state.params['embedder'])
-    keep = self._job.config.refresh.keep
-    in_use = self._refresher.generation_step
-
-    def save_and_prune() -> None:
-      checkpoint.save_snapshot(self._job.workdir, step, params)
-      if keep:
-        # What is newer than the index in use may still become one.
-        checkpoint.prune_snapshots(self._job.workdir, keep, in_use or 0)
-
-    self._snapshot = self._snapshots.submit(save_and_prune)
-
-  def _wait_for_snapshot(self) -> None:
-    if self._snapshot is not None:
-      self._snapshot.result()
-      self._snapshot = None
-
-  def _retrieve(self, batch: inputs.Batch) -> inputs.Batch:
-    config, refresher = self._job.config, self._refresher
-    assert refresher is not None
-    if self._probe is None:
-      self._probe = batch['query_ids_BQ']
-    retrieved_BJ = refresher.search.search(
-        self._embed(batch['query_ids_BQ']),
-        config.num_candidates - 1,
-        batch['exclude_BR2'],
-    )
-    return inputs.with_candidates(
-        batch, retrieved_BJ, self._job.corpus, config.lengths
-    )
-
-  def _embed(self, query_ids_BQ: np.ndarray) -> np.ndarray:
-    """Embeds queries with the current parameters."""
-    arrays = mesh_lib.to_devices(
-        self._job.mesh, {'query_ids_BQ': query_ids_BQ}
-    )
-    return jax.device_get(
-        self._embed_queries(
-            self.state.params['embedder'], arrays['query_ids_BQ']
-        )
+    self._snapshots.save(
+        step, self.state.params['embedder'], in_use=self.generation or 0
     )
 
   def _save(self, step: int) -> None:
     with self._clock.measure('checkpoint'):
       self._log_pending()  # Raises if the parameters are not worth saving.
-      if step == self._checkpoints.latest:
+      if step == self._saved:
         return  # Resumed here, and nothing has changed.
       # A checkpoint must find the snapshots that came before it.
-      self._wait_for_snapshot()
+      self._snapshots.wait()
       rest = {
           'step': self.state.step,
           'opt_state': self.state.opt_state,
@@ -300,8 +287,14 @@ class _Loop:
           step,
           self.state.params,
           rest,
-          self._data,
-          {**self._job.lineage, 'index_generation': self.generation},
+          {
+              **self._job.lineage,
+              'layout': self._job.layout,
+              'index_generation': self.generation,
+              'index_pending': (
+                  self._refresher.pending if self._refresher else None
+              ),
+          },
       )
 
   def _log_pending(self) -> None:
@@ -320,8 +313,8 @@ class _Loop:
       self._checkpoints.wait()  # For the one that may still be on its way.
       raise FloatingPointError(
           f'The loss of step {step} is {loss}, its gradient norm'
-          f' {values["train/grad_norm"]}. Sentences of the batch:'
-          f' {pending.sentences.tolist()}. The last checkpoint, from before it,'
+          f' {values["train/grad_norm"]}. Rows of the batch:'
+          f' {pending.rows.tolist()}. The last checkpoint, from before it,'
           f' is kept: step {self._checkpoints.latest}.'
       )
     if step % self._job.config.log_interval:
@@ -331,6 +324,11 @@ class _Loop:
     rate = (step - since_step) / (now - since_time)
     self._logged = (step, now)
     values['time/examples_per_second'] = rate * self._job.config.batch_size
+    flop_rate = rate * self._step_flop
+    values['time/model_tflops'] = flop_rate / 1e12
+    if self._job.config.peak_tflops:
+      peak = self._job.config.peak_tflops * 1e12 * self._job.mesh.size
+      values['time/mfu'] = flop_rate / peak
     for part, seconds in self._clock.take().items():
       values[f'time/{part}_seconds'] = seconds
     values.update(pending.staleness)
@@ -341,26 +339,32 @@ class _Loop:
     }
     if self._refresher is not None:
       shown['staleness'] = f'{values["refresh/age_steps"]:.0f}'
-      shown['null'] = f'{values["train/null_share"]:.2f}'
+      name = 'null_share' if self._job.questions is None else 'exact_match'
+      shown[name] = f'{values[f"train/{name}"]:.2f}'
     self._bar.set_postfix(shown, refresh=False)
+    if not distributed.is_main():
+      return
     if self._bar.disable and now - self._said > 10:
       self._said = now
       text = ' '.join(f'{name}={value}' for name, value in shown.items())
       log.info('step %d/%d %s', step, self._job.config.steps, text)
 
 
-def _inputs(objective: str) -> list[str]:
-  return steps_lib.INPUTS[objective].split()
-
-
 @contextlib.contextmanager
 def _on_sigterm() -> Iterator[list[int]]:
-  """Yields a list that is no longer empty once SIGTERM has come."""
+  """Yields a list that is no longer empty once SIGTERM has come.
+
+  A second one ends the process at once.
+  """
   came: list[int] = []
+
+  def note(number: int, frame: Any) -> None:
+    del frame
+    came.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
   try:
-    before = signal.signal(
-        signal.SIGTERM, lambda number, _: came.append(number)
-    )
+    before = signal.signal(signal.SIGTERM, note)
   except ValueError:  # Not the main thread: whoever owns it handles signals.
     yield came
     return

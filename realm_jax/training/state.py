@@ -6,6 +6,8 @@ Public: `Job`, `open_job`, `start_or_resume`.
 import dataclasses
 import logging
 import pathlib
+import socket
+import time
 from typing import Any
 
 import jax
@@ -15,12 +17,17 @@ import optax
 
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import questions as questions_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.training import steps
 
 log = logging.getLogger(__name__)
+
+_BODY = 'bert.'  # Parameters that a reader and a span reader have in common.
+_SHARED_SECONDS = 30.0  # Until a file of another host is seen.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,16 @@ class Job:
   mesh: jax.sharding.Mesh
   components: steps.Components
   lineage: dict[str, str]  # Saved with every checkpoint, compared on resume.
+  questions: questions_lib.QuestionTable | None = None  # That it learns from.
+
+  @property
+  def layout(self) -> str:
+    """On what it runs, in words: saved with every checkpoint, too."""
+    axes = ', '.join(f'{name} {n}' for name, n in self.mesh.shape.items())
+    return (
+        f'{jax.process_count()} process(es) x {jax.local_device_count()}'
+        f' device(s) ({axes})'
+    )
 
 
 def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
@@ -43,7 +60,8 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
 
   Raises:
     ValueError: a wrong config, a workdir of another config or corpus, a corpus
-      too small, a mesh that does not fit.
+      too small, a mesh that does not fit; processes that differ in any of it,
+      or do not see the same folder.
     FileNotFoundError: no corpus, or no workdir to start from.
   """
   workdir = pathlib.Path(workdir).absolute()
@@ -59,34 +77,46 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   config.model.vocab_size = vocab_size
   # The index builder and `evaluate` may run in another folder.
   config.corpus = str(corpus.directory.absolute())
-  if config.objective == 'realm':
-    _check_corpus_size(config, corpus)
+  _check_corpus_size(config, corpus)
   lineage = {
       'config_digest': config_lib.digest(config),
       'corpus_fingerprint': corpus.fingerprint,
       'tokenizer_digest': corpus.tokenizer.digest,
   }
+  questions = None
+  asked = config.open_qa.questions
+  if config.objective == 'ict':
+    asked = config.ict.questions
+  if config.objective in ('ict', 'open_qa') and asked:
+    questions = questions_lib.QuestionTable.read(
+        asked, config.lengths.query, corpus.tokenizer
+    )
+    lineage['questions_digest'] = questions.digest
+  _check_same_processes(config, lineage)
   _check_same_job(workdir, config, lineage)
   _warn_of_cuts(config, corpus)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   for source in _sources(config):
     config_lib.read(source)  # Raises if there is none.
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  if distributed.is_main():
+    checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  _check_shared(workdir)
   components = components_lib.make_all(config)
-  return Job(workdir, config, corpus, mesh, components, lineage)
+  return Job(
+      workdir, config, corpus, mesh, components, lineage, questions
+  )
 
 
 def start_or_resume(
     job: Job,
     checkpoints: checkpoint.Checkpoints,
     tx: optax.GradientTransformation,
-    data: Any,
-) -> tuple[steps.TrainState, int | None]:
-  """Returns the state to go on from, and the index generation it was using.
+) -> tuple[steps.TrainState, dict[str, Any]]:
+  """Returns the state to go on from, and what was saved about it.
 
   In this order:
-    1. the newest checkpoint of the workdir itself: all of it, and the data
-       iterator in place;
+    1. the newest checkpoint of the workdir itself, on whatever devices and
+       processes it was saved;
     2. parameters of the workdirs in config.init_from, each for the components
        that it has;
     3. from scratch, by config.seed.
@@ -96,7 +126,8 @@ def start_or_resume(
   """
   root = jax.random.key(job.config.seed)
   everywhere = mesh_lib.replicated(job.mesh)
-  latest = checkpoints.latest
+  # A shared folder may not show all of them the same at once.
+  latest = distributed.broadcast(checkpoints.latest)
   if latest is not None:
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
@@ -105,17 +136,23 @@ def start_or_resume(
     rest = {
         'step': state.step, 'opt_state': state.opt_state, 'rng': state.rng
     }
-    params, rest = checkpoints.restore(latest, state.params, rest, data)
+    params, rest = checkpoints.restore(latest, state.params, rest)
     log.info('Resuming %s at step %d.', job.workdir, latest)
-    generation = checkpoint.saved_about(job.workdir, latest).get(
-        'index_generation'
-    )
-    return steps.TrainState(params=params, **rest), generation
+    about = checkpoint.saved_about(job.workdir, latest)
+    before = about.get('layout', job.layout)
+    if before != job.layout:
+      log.info(
+          'It was on %s, now it is on %s. The batches stay the same, in the'
+          ' same order; sums over devices may differ in their last bits.',
+          before,
+          job.layout,
+      )
+    return steps.TrainState(params=params, **rest), about
   given = _initial_params(job)
   state = jax.jit(
       lambda given: _fresh(job, tx, root, given), out_shardings=everywhere
   )(given)
-  return state, None
+  return state, {}
 
 
 def _fresh(
@@ -125,10 +162,11 @@ def _fresh(
     given: dict[str, components_lib.Params] | None = None,
 ) -> steps.TrainState:
   given = given or {}
-  params = {
-      name: given.get(name) or component.init(job.config.seed)
-      for name, component in job.components.items()
-  }
+  params = {}
+  for name, component in job.components.items():
+    params[name] = given.get(name, {})
+    if params[name].keys() != component.abstract.keys():
+      params[name] = {**component.init(job.config.seed), **params[name]}
   return steps.TrainState(
       step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=root
   )
@@ -137,21 +175,35 @@ def _fresh(
 def _initial_params(job: Job) -> dict[str, components_lib.Params]:
   found: dict[str, components_lib.Params] = {}
   for source in _sources(job.config):
+    there = checkpoint.components_in(source)
     wanted = {
         name: job.components[name].abstract
-        for name in checkpoint.components_in(source)
+        for name in there
         if name in job.components
     }
+    body_only = 'span_reader' in job.components and not (
+        'span_reader' in there or 'reader' not in there
+    )
+    if body_only:
+      theirs = config_lib.read(source).model
+      wanted['reader'] = components_lib.make('reader', theirs).abstract
     if not wanted:
       raise ValueError(
           f'config.init_from: {source} has the components'
-          f' {checkpoint.components_in(source)}, the objective'
+          f' {there}, the objective'
           f' {job.config.objective!r} trains {sorted(job.components)}.'
       )
     _check_same_model(job.config.model, config_lib.read(source).model, source)
     params, step = checkpoint.load_params(source, wanted)
     log.info('%s from %s, step %d.', ', '.join(sorted(params)), source, step)
-    found.update(params)
+    if body_only:  # What reads answers begins with what reads masks.
+      params['span_reader'] = {
+          name: value
+          for name, value in params.pop('reader').items()
+          if name.startswith(_BODY)
+      }
+    # As numpy arrays, which belong to no process' devices.
+    found.update(jax.device_get(params))
   return found
 
 
@@ -178,7 +230,15 @@ def _sources(config: config_lib.Config) -> list[str]:
 def _check_corpus_size(
     config: config_lib.Config, corpus: corpus_lib.Corpus
 ) -> None:
-  needed, rows = config.num_candidates - 1, len(corpus.passages)
+  rows = len(corpus.passages)
+  if config.objective == 'open_qa' and rows < config.open_qa.read:
+    raise ValueError(
+        f'The corpus {corpus.directory} has {rows} passages;'
+        f' config.open_qa.read={config.open_qa.read} is more.'
+    )
+  if config.objective != 'realm':
+    return
+  needed = config.num_candidates - 1
   excluded, what = 0, 'passages'
   if config.trivial == 'passage':
     excluded, what = 1, 'passages besides the one a sentence is from'
@@ -209,6 +269,44 @@ def _warn_of_cuts(
     )
 
 
+def _check_same_processes(
+    config: config_lib.Config, lineage: dict[str, str]
+) -> None:
+  """All of them compute one thing, and save and wait at the same steps."""
+  values = {}
+  for name, value in config_lib.to_dict(config).items():
+    if isinstance(value, dict):
+      values.update({f'{name}.{field}': v for field, v in value.items()})
+    elif name != 'corpus':  # It may lie elsewhere on each host.
+      values[name] = value
+  distributed.same('config', values)
+  distributed.same(
+      'corpus',
+      {name: lineage[name] for name in lineage if name != 'config_digest'},
+  )
+  device = jax.local_devices()[0]
+  distributed.same(
+      'host',
+      {
+          'devices': jax.local_device_count(),
+          'device': device.device_kind,
+          'jax': jax.__version__,
+      },
+  )
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+  distributed.barrier('config.json is written')
+  deadline = time.monotonic() + _SHARED_SECONDS
+  while not (workdir / 'config.json').exists():
+    if time.monotonic() > deadline:
+      raise ValueError(
+          f'{workdir} on {socket.gethostname()} is not the folder that process'
+          ' 0 writes to: --workdir must be on storage that all hosts share.'
+      )
+    time.sleep(0.1)
+
+
 def _check_same_job(
     workdir: pathlib.Path, config: config_lib.Config, lineage: dict[str, str]
 ) -> None:
@@ -225,10 +323,13 @@ def _check_same_job(
   if not steps_saved:
     return
   saved = checkpoint.saved_about(workdir, steps_saved[-1])
-  for name in ('corpus_fingerprint', 'tokenizer_digest'):
-    if saved[name] != lineage[name]:
+  for name, digest in lineage.items():
+    if name != 'config_digest' and saved[name] != digest:
+      where = config.corpus
+      if name == 'questions_digest':
+        where = config.open_qa.questions or config.ict.questions
       raise ValueError(
-          f'{workdir} was trained on another corpus: {name}'
+          f'{workdir} was trained on something else: {name}'
           f' {saved[name][:16]} in its checkpoint {steps_saved[-1]},'
-          f' {lineage[name][:16]} in {config.corpus}.'
+          f' {digest[:16]} in {where}.'
       )

@@ -1,9 +1,10 @@
 """The training step of each objective: pure functions of state and batch.
 
-Public: `TrainState`, `make_train_step`, `make_query_embedder`, `loss_function`.
-What a step does for REALM in all: embed the masked sentences, search (on the
-host's side of things, in the loop), then here score the candidates anew, read
-them, marginalise, and update reader and retriever.
+Public: `TrainState`, `INPUTS`, `input_names`, `make_train_step`,
+`make_query_embedder`, `make_document_embedder`, `loss_function`. What a step
+does for REALM in all: embed the masked sentences, search (on the host's side
+of things, in the loop), then here score the candidates anew, read them,
+marginalise, and update reader and retriever.
 """
 
 from collections.abc import Callable
@@ -17,15 +18,17 @@ import optax
 
 from realm_jax import config as config_lib
 from realm_jax.models import components as components_lib
+from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
 from realm_jax.models import realm
+from realm_jax.models import span_reader
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.training import optimizer
 
 Components = dict[str, components_lib.Component]
 Metrics = dict[str, jax.Array]
 LossAndMetrics = tuple[jax.Array, Metrics]
-# What a step of an objective reads; the rest of a batch stays on the host.
+# What a step of an objective reads; see `input_names`.
 INPUTS = {
     'mlm': 'joint_ids_BT joint_types_BT positions_BM targets_BM mask_BM',
     'ict': 'query_ids_BQ doc_ids_BS doc_types_BS',
@@ -33,7 +36,12 @@ INPUTS = {
         'query_ids_BQ doc_ids_BJS doc_types_BJS joint_ids_BKT joint_types_BKT'
         ' positions_BM targets_BM mask_BM'
     ),
+    'open_qa': (
+        'query_ids_BQ doc_emb_BNE has_answer_BN joint_ids_BKT joint_types_BKT'
+        ' body_BK2 correct_BKP'
+    ),
 }
+_DOCUMENTS = ' doc_ids_BKS doc_types_BKS'  # Of open_qa, where they learn.
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +53,14 @@ class TrainState:
   params: dict[str, components_lib.Params]
   opt_state: Any
   rng: jax.Array  # Root key of the run; never changes.
+
+
+def input_names(config: config_lib.Config) -> list[str]:
+  """Which arrays of a batch a step reads; the rest stays on the host."""
+  names = INPUTS[config.objective]
+  if config.objective == 'open_qa' and config.open_qa.documents == 'trained':
+    names += _DOCUMENTS
+  return names.split()
 
 
 def loss_function(
@@ -106,7 +122,42 @@ def loss_function(
     )
     return loss, objectives.retrieval_metrics(aux, mask_BM.any(-1))
 
-  return {'mlm': mlm, 'ict': ict, 'realm': marginal}[config.objective]
+  def open_qa(params: Any, batch: Any, key: jax.Array) -> LossAndMetrics:
+    query_key, reader_key = jax.random.split(key)
+    embedder, reader = components['embedder'], components['span_reader']
+    query_emb_BE = embedder.apply(
+        params['embedder'], 'embed_query', batch['query_ids_BQ'], query_key
+    )
+    score_BN = embedder_lib.score(query_emb_BE, batch['doc_emb_BNE'])
+    b, k, t = batch['joint_ids_BKT'].shape
+    if config.open_qa.documents == 'trained':
+      emb = embedder.apply(
+          params['embedder'],
+          'embed_document',
+          batch['doc_ids_BKS'].reshape(b * k, -1),
+          batch['doc_types_BKS'].reshape(b * k, -1),
+      )
+      fresh_BK = embedder_lib.score(query_emb_BE, emb.reshape(b, k, -1))
+      score_BN = jnp.concatenate([fresh_BK, score_BN[:, k:]], axis=1)
+    logits = reader.apply(  # (B*K) P
+        params['span_reader'],
+        'span_logits',
+        batch['joint_ids_BKT'].reshape(b * k, t),
+        batch['joint_types_BKT'].reshape(b * k, t),
+        span_reader.inside(batch['body_BK2'], t).reshape(b * k, t),
+        reader_key,
+    )
+    return span_reader.span_losses(
+        logits.reshape(b, k, -1),
+        score_BN,
+        batch['correct_BKP'],
+        batch['has_answer_BN'],
+        config.open_qa.normalization,
+    )
+
+  return {'mlm': mlm, 'ict': ict, 'realm': marginal, 'open_qa': open_qa}[
+      config.objective
+  ]
 
 
 def make_train_step(
@@ -132,6 +183,15 @@ def make_train_step(
         state.params, batch, key
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    if config.objective == 'open_qa' and not config.open_qa.update_unanswered:
+      # Nothing was learned from: neither weight decay nor old momentum.
+      learned = (metrics['retrieved'] > 0) | (metrics['readable'] > 0)
+      updates = jax.tree.map(lambda x: jnp.where(learned, x, 0), updates)
+      opt_state = jax.tree.map(
+          lambda new, old: jnp.where(learned, new, old),
+          opt_state,
+          state.opt_state,
+      )
     params = optax.apply_updates(state.params, updates)
     metrics = {
         'loss': loss,
@@ -170,6 +230,31 @@ def make_query_embedder(
   return jax.jit(
       embed_query,
       in_shardings=(mesh_lib.replicated(mesh), mesh_lib.over_batch(mesh)),
+      out_shardings=mesh_lib.replicated(mesh),
+  )
+
+
+def make_document_embedder(
+    embedder: components_lib.Component, mesh: jax.sharding.Mesh
+) -> Callable[[components_lib.Params, Any, Any], jax.Array]:
+  """Returns the jitted embed(params, ids_BLS, types_BLS) -> emb_BLE."""
+
+  def embed_documents(
+      params: components_lib.Params, ids_BLS: jax.Array, types_BLS: jax.Array
+  ) -> jax.Array:
+    b, n, length = ids_BLS.shape
+    emb = embedder.apply(  # (B*L) E
+        params,
+        'embed_document',
+        ids_BLS.reshape(b * n, length),
+        types_BLS.reshape(b * n, length),
+    )
+    return emb.reshape(b, n, -1)
+
+  over_batch = mesh_lib.over_batch(mesh)
+  return jax.jit(
+      embed_documents,
+      in_shardings=(mesh_lib.replicated(mesh), over_batch, over_batch),
       out_shardings=mesh_lib.replicated(mesh),
   )
 

@@ -1,0 +1,393 @@
+"""A job whose builder and trainer are killed again and again.
+
+  python benchmarks/chaos.py --output=benchmarks/results/chaos.json \
+      [--builder_kills=50] [--trainer_kills=20] [--seed=0] [--small]
+
+`realm-jax train --with_index_builder` on a small invented world, twice: in
+peace, and with SIGKILL at random moments to the index builder, which its
+trainer starts again, and to the trainer, which this script starts again. The
+moments are drawn from the seed: a step of the run, and some seconds after it.
+Then it is checked that
+
+  * every generation that was ever adopted came at the step that `scheduled`
+    asks for, and was made from the very parameters that the run in peace took
+    a snapshot of at that step;
+  * all generations of both runs can be read, and hold the same bytes;
+  * training ended, with the parameters of the run in peace, bit for bit, and
+    the same loss at every step.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import flax
+import jax
+
+from realm_jax.data import prepare
+from realm_jax.index import generation
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import metrics as metrics_lib
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ADOPTED = re.compile(
+    r'(?P<time>\d\d:\d\d:\d\d\.\d+) .*Step (?P<step>\d+): index generation '
+    r'(?P<generation>\d+) adopted.* parameters (?P<digest>[0-9a-f]{64})'
+)
+# A kill comes up to so long after its step: long enough to meet a builder that
+# is still starting, or one that is to replace one killed just before.
+_DELAY_SECONDS = {'builder': 6.0, 'trainer': 3.0}
+_LAG = 10
+_POLL_SECONDS = 0.05
+_PATIENCE_SECONDS = 600.0  # Without any progress.
+
+
+@dataclasses.dataclass
+class _Kill:
+  """One SIGKILL: planned, and when it was done."""
+
+  victim: str  # 'builder' or 'trainer'
+  step: int  # That the trainer has to have reached.
+  delay: float  # Seconds from then on.
+  reached: float | None = None
+  seconds: float | None = None  # Since the start of the run.
+  at_step: int | None = None
+
+
+class _Run:
+  """A job in a workdir, with or without kills."""
+
+  def __init__(self, workdir: pathlib.Path, words: list[str]):
+    self.workdir = workdir
+    self._command = [
+        sys.executable, '-m', 'realm_jax', 'train', f'--workdir={workdir}',
+        '--with_index_builder', *words,
+    ]
+    self.log = workdir.with_suffix('.log')
+    self.progress: list[tuple[float, int]] = []
+    self.starts: list[float] = []
+    self._read, self._step = 0, 0
+
+  def run(self, kills: list[_Kill]) -> float:
+    """Runs to the end; returns the seconds."""
+    print('$ ' + shlex.join(['realm-jax', *self._command[3:]]), flush=True)
+    start = changed = time.monotonic()
+    trainer = self._start(0.0)
+    try:
+      while True:
+        time.sleep(_POLL_SECONDS)
+        now = time.monotonic() - start
+        step = self._current_step()
+        if not self.progress or step != self.progress[-1][1]:
+          self.progress.append((now, step))
+          changed = time.monotonic()
+        code = trainer.poll()
+        if code == 0:
+          return now
+        if code is not None and code != -signal.SIGKILL:
+          raise RuntimeError(f'The trainer ended with {code}; see {self.log}.')
+        if time.monotonic() - changed > _PATIENCE_SECONDS:
+          raise RuntimeError(f'Nothing goes on any more; see {self.log}.')
+        for kill in kills:
+          if kill.reached is None and step >= kill.step:
+            kill.reached = now
+          if (
+              kill.seconds is None
+              and kill.reached is not None
+              and now >= kill.reached + kill.delay
+          ):
+            victims = [trainer.pid]
+            if kill.victim == 'builder':
+              victims = _builders(trainer.pid)
+            if not victims:
+              continue  # It is yet to be started again.
+            os.kill(victims[0], signal.SIGKILL)
+            kill.seconds, kill.at_step = now, step
+            if kill.victim == 'trainer':
+              trainer.wait()
+              trainer = self._start(now)
+            break
+    finally:
+      if trainer.poll() is None:
+        trainer.terminate()
+        trainer.wait()
+
+  def _start(self, now: float) -> subprocess.Popen[bytes]:
+    self.starts.append(now)
+    with self.log.open('ab') as file:
+      return subprocess.Popen(
+          self._command, stdout=subprocess.DEVNULL, stderr=file
+      )
+
+  def _current_step(self) -> int:
+    """The last step in metrics.jsonl, of which only what is new is read."""
+    path = self.workdir / 'metrics.jsonl'
+    try:
+      size = path.stat().st_size
+      if size < self._read:  # Steps that are run again were dropped.
+        self._read = 0
+      with path.open('rb') as file:
+        file.seek(self._read)
+        data = file.read()
+    except FileNotFoundError:
+      return self._step
+    end = data.rfind(b'\n') + 1
+    if end:
+      self._read += end
+      self._step = json.loads(data[:end].splitlines()[-1])['step']
+    return self._step
+
+  def adoptions(self) -> list[dict[str, Any]]:
+    found = []
+    for line in self.log.read_text(errors='replace').splitlines():
+      match = _ADOPTED.search(line)
+      if match:
+        found.append({
+            'time': match['time'],
+            'step': int(match['step']),
+            'generation': int(match['generation']),
+            'digest': match['digest'],
+        })
+    return found
+
+
+def _builders(trainer: int) -> list[int]:
+  """The trainer's index builder, if there is one at the moment."""
+  found = []
+  for path in pathlib.Path('/proc').glob('[0-9]*'):
+    try:
+      parent = int((path / 'stat').read_text().rpartition(')')[2].split()[1])
+      if parent == trainer and b'--follow' in (path / 'cmdline').read_bytes():
+        found.append(int(path.name))
+    except (FileNotFoundError, ProcessLookupError):
+      continue
+  return found
+
+
+def _shards(workdir: pathlib.Path, step: int) -> list[str]:
+  """SHA-256 of the embeddings of a generation, after checking every byte."""
+  loaded = generation.load(workdir / generation.DIRECTORY / str(step))
+  return [facts['sha256'] for facts in loaded.manifest['files']]
+
+
+def _check(peace: _Run, chaos: _Run) -> dict[str, Any]:
+  """Returns what was found, each of which should be empty or true."""
+  wrong_digest, wrong_step = [], []
+  adoptions = chaos.adoptions()
+  for adoption in adoptions:
+    number = adoption['generation']
+    expected = checkpoint.snapshot_digest(peace.workdir, number)
+    if adoption['digest'] != expected:
+      wrong_digest.append(adoption)
+    if adoption['step'] != (number + _LAG if number else 0):
+      wrong_step.append(adoption)
+  directory = generation.DIRECTORY
+  steps = checkpoint.steps_in(peace.workdir / directory)
+  differing = [
+      step
+      for step in steps
+      if _shards(peace.workdir, step) != _shards(chaos.workdir, step)
+  ]
+  summaries = [
+      checkpoint.read_json(run.workdir / 'summary.json')
+      for run in (peace, chaos)
+  ]
+  curves = [
+      [(line['step'], line['train/loss'], line['refresh/generation'])
+       for line in metrics_lib.read_metrics(run.workdir)]
+      for run in (peace, chaos)
+  ]
+  text = chaos.log.read_text(errors='replace')
+  found = {
+      'adoptions': len(adoptions),
+      'adoptions_of_other_parameters': wrong_digest,
+      'adoptions_at_another_step': wrong_step,
+      'generations': len(steps),
+      'generations_missing': sorted(
+          set(steps) - set(checkpoint.steps_in(chaos.workdir / directory))
+      ),
+      'generations_with_other_bytes': differing,
+      'unreadable_generations_seen': text.count(' is damaged'),
+      'params_sha256_in_peace': summaries[0]['params_sha256'],
+      'params_sha256': summaries[1]['params_sha256'],
+      'same_parameters': (
+          summaries[0]['params_sha256'] == summaries[1]['params_sha256']
+      ),
+      'same_loss_and_generation_at_every_step': curves[0] == curves[1],
+  }
+  found['ok'] = (
+      found['same_parameters']
+      and found['same_loss_and_generation_at_every_step']
+      and not found['unreadable_generations_seen']
+      and not any(
+          found[name]
+          for name in (
+              'adoptions_of_other_parameters', 'adoptions_at_another_step',
+              'generations_missing', 'generations_with_other_bytes',
+          )
+      )
+  )
+  return found
+
+
+def _plot(
+    path: pathlib.Path,
+    chaos: _Run,
+    kills: list[_Kill],
+    adoptions: list[dict[str, Any]],
+    began: datetime.datetime,
+) -> None:
+  from matplotlib import pyplot
+
+  figure, axis = pyplot.subplots(figsize=(11, 5), layout='constrained')
+  axis.plot(*zip(*chaos.progress, strict=True), color='0.6', lw=1, label='step')
+  for victim, marker, color in (
+      ('trainer', 'X', 'tab:red'), ('builder', 'x', 'tab:orange')
+  ):
+    mine = [kill for kill in kills if kill.victim == victim]
+    axis.plot(
+        [kill.seconds for kill in mine],
+        [kill.at_step for kill in mine],
+        marker,
+        color=color,
+        label=f'{victim} killed',
+    )
+  axis.plot(
+      [_seconds_since(began, adoption['time']) for adoption in adoptions],
+      [adoption['step'] for adoption in adoptions],
+      '.',
+      color='tab:green',
+      label='generation adopted',
+  )
+  axis.set_xlabel('seconds')
+  axis.set_ylabel('training step')
+  axis.legend()
+  figure.savefig(path, dpi=110)
+
+
+def _seconds_since(began: datetime.datetime, clock: str) -> float:
+  time_of_day = datetime.datetime.strptime(clock, '%H:%M:%S.%f').time()
+  then = datetime.datetime.combine(began.date(), time_of_day)
+  return ((then - began).total_seconds() + 3600) % 86400 - 3600
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser.add_argument('--builder_kills', type=int, default=50)
+  parser.add_argument('--trainer_kills', type=int, default=20)
+  parser.add_argument('--steps', type=int, default=1500)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+      '--scratch', type=pathlib.Path, default=pathlib.Path('runs/chaos')
+  )
+  parser.add_argument('--small', action='store_true')
+  arguments = parser.parse_args()
+  if arguments.small:
+    arguments.builder_kills, arguments.trainer_kills = 3, 2
+    arguments.steps = 200
+  shutil.rmtree(arguments.scratch, ignore_errors=True)
+  corpus = arguments.scratch / 'corpus'
+  prepare.prepare(['world:0:100'], str(corpus), workers=1, progress=False)
+  # Starting again is most of the time; compiling anew each time is no use.
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
+      (arguments.scratch / 'cache').absolute()
+  )
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  settings = {
+      'corpus': corpus,
+      'steps': arguments.steps,
+      'batch_size': 8,
+      'log_interval': 1,
+      'model.dropout': 0.1,
+      'optimizer.retriever_delay': 0,
+      'refresh.interval': 25,
+      'refresh.lag': _LAG,
+      'refresh.keep': 0,
+      'refresh.max_builder_failures': 0,
+      'checkpoint.interval': 30,
+      'checkpoint.keep': 2,
+  }
+  words = [
+      f'--config={_ROOT / "experiments" / "quickstart.py"}:realm',
+      *(f'--config.{name}={value}' for name, value in settings.items()),
+  ]
+  rng = random.Random(arguments.seed)
+  kills = [
+      _Kill(
+          victim,
+          rng.randrange(arguments.steps - 25),
+          rng.uniform(0, _DELAY_SECONDS[victim]),
+      )
+      for victim, count in (
+          ('builder', arguments.builder_kills),
+          ('trainer', arguments.trainer_kills),
+      )
+      for _ in range(count)
+  ]
+  peace = _Run(arguments.scratch / 'peace', words)
+  peace_seconds = peace.run([])
+  chaos = _Run(arguments.scratch / 'chaos', words)
+  began = datetime.datetime.now()
+  chaos_seconds = chaos.run(kills)
+  found = _check(peace, chaos)
+  adoptions = chaos.adoptions()
+  text = chaos.log.read_text(errors='replace')
+  done = {
+      victim: sum(k.victim == victim and k.seconds is not None for k in kills)
+      for victim in _DELAY_SECONDS
+  }
+  figures = {
+      'builder_kills': done['builder'],
+      'trainer_kills': done['trainer'],
+      'all_kills_done': all(kill.seconds is not None for kill in kills),
+      **found,
+      'steps': arguments.steps,
+      # A generation adopted, lost with the trainer, and adopted once more.
+      'adopted_again': len(adoptions) - len({a['step'] for a in adoptions}),
+      'builder_restarts_by_the_trainer': text.count('it is started again in'),
+      'seconds_in_peace': round(peace_seconds, 1),
+      'seconds': round(chaos_seconds, 1),
+      'seed': arguments.seed,
+      'kills': [
+          {
+              'victim': kill.victim,
+              'seconds': round(kill.seconds, 2),
+              'at_step': kill.at_step,
+          }
+          for kill in sorted(kills, key=lambda kill: kill.seconds or 0.0)
+          if kill.seconds is not None
+      ],
+      'command': shlex.join(['python', *sys.argv]),
+      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(),
+          'jax': jax.__version__,
+          'flax': flax.__version__,
+      },
+  }
+  figures['ok'] = figures['ok'] and figures['all_kills_done']
+  checkpoint.write_json(arguments.output, figures)
+  _plot(arguments.output.with_suffix('.png'), chaos, kills, adoptions, began)
+  shown = {k: v for k, v in figures.items() if k != 'kills'}
+  print(json.dumps(shown, indent=2))
+  return 0 if figures['ok'] else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())

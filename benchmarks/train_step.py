@@ -1,0 +1,447 @@
+"""Our pretraining step next to that of transformers 4.40.2, and on a GPU.
+
+  python benchmarks/train_step.py --torch_python=hf/bin/python \
+      --output=FILE.json [--small] [--rounds=N] [--threads=2]
+
+Embedder and reader, forward, backward and AdamW; the same wordpieces, weights
+and candidates in both. On CPU, in float32: two processes that live as long as
+the benchmark are told in turn to do one step each, so that what else the
+machine does meets both. PyTorch runs as shipped and in the variants that
+benchmarks/train_step_torch.py lists. On a GPU, in bfloat16: the largest batch
+that fits, FLOP utilisation against the measured matmul peak, the search of
+13,353,718 rows and embedding; where there is none the figures say 'not
+measured', and --small runs the same code at toy sizes.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+_VARIANTS = ('shipped', 'masked_head', 'null_once', 'sdpa')
+_PARTS = ('embed_forward', 'embed', 'read_forward', 'read', 'optimizer')
+_SPECIAL = {'cls': 101, 'sep': 102, 'mask': 103}
+_NULL = (_SPECIAL['cls'], _SPECIAL['sep'], _SPECIAL['sep'])
+_NOT_MEASURED = 'not measured'
+_PAPER_ROWS = 13_353_718
+_GPU_FIGURES = (
+    'gpu_matmul_tflops gpu_batch gpu_step_seconds gpu_mfu gpu_torch_batch'
+    ' gpu_torch_step_seconds gpu_torch_mfu gpu_ratio_to_torch'
+    ' gpu_search_milliseconds gpu_search_share_of_step gpu_embed_mfu'
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Size:
+  """Shapes of a step, as both processes are given them."""
+
+  layers: int
+  width: int
+  heads: int
+  vocab_size: int = 30522
+  batch: int = 2
+  candidates: int = 4  # The null document is one of them.
+  query: int = 96
+  document: int = 288
+  masks: int = 4
+
+
+_SIZES = {
+    'base': _Size(12, 768, 12),
+    'small': _Size(4, 512, 8),
+}
+_SMALL_SIZES = {
+    'toy': _Size(2, 128, 2, vocab_size=8000, query=32, document=96),
+}
+
+
+def _inputs(size: _Size, seed: int = 0) -> dict[str, np.ndarray]:
+  """One batch: passages of full length, the null document as candidate 0."""
+  rng = np.random.default_rng(seed)
+  b, k, m = size.batch, size.candidates, size.masks
+  q, s = size.query, size.document
+  query = rng.integers(1000, size.vocab_size, (b, q))
+  query[:, 0], query[:, -1] = _SPECIAL['cls'], _SPECIAL['sep']
+  positions = np.stack(
+      [np.sort(rng.choice(np.arange(1, q - 1), m, False)) for _ in range(b)]
+  )
+  targets = np.take_along_axis(query, positions, 1)
+  np.put_along_axis(query, positions, _SPECIAL['mask'], 1)
+  docs = rng.integers(1000, size.vocab_size, (b, k, s))
+  docs[..., 0], docs[..., 6], docs[..., -1] = _NULL
+  docs[:, 0], docs[:, 0, :3] = 0, _NULL
+  doc_types = np.zeros_like(docs)
+  doc_types[..., 7:] = docs[..., 7:] != 0
+  doc_types[:, 0, 2] = 1
+  joint = np.zeros((b, k, q + s), query.dtype)
+  joint[..., :q] = query[:, None]
+  joint[:, 1:, q : q + s - 7] = docs[:, 1:, 7:]
+  joint[:, 0, q] = _SPECIAL['sep']
+  labels = np.full((b, q + s), -100)
+  np.put_along_axis(labels, positions, targets, 1)
+  joint_types = np.zeros_like(joint)
+  joint_types[..., q:] = joint[..., q:] != 0
+  return {
+      'query_ids': query,
+      'doc_ids': docs,
+      'doc_types': doc_types,
+      'joint_ids': joint,
+      'joint_types': joint_types,
+      'positions': positions,
+      'targets': targets,
+      'labels': labels,
+  }
+
+
+class _Side:
+  """Our models, optimizer and one batch, driven like the PyTorch side."""
+
+  def __init__(self, spec: dict[str, Any]):
+    import jax
+    import jax.numpy as jnp
+
+    from realm_jax import config as config_lib
+    from realm_jax.models import components
+    from realm_jax.models import realm
+    from realm_jax.runtime import mesh as mesh_lib
+    from realm_jax.training import optimizer
+    from realm_jax.training import steps
+
+    self._jax = jax
+    self.config = config = config_lib.resolve(_config(spec))
+    self.components = components.make_all(config)
+    tx = optimizer.make_optimizer(config, tuple(self.components))
+    mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+    self._step = steps.make_train_step(
+        config, self.components, tx, _NULL, mesh
+    )
+
+    def fresh() -> steps.TrainState:
+      params = {n: c.init(0) for n, c in self.components.items()}
+      return steps.TrainState(
+          step=jnp.int32(0),
+          params=params,
+          opt_state=tx.init(params),
+          rng=jax.random.key(0),
+      )
+
+    self.state = jax.jit(fresh, out_shardings=mesh_lib.replicated(mesh))()
+    with np.load(spec['inputs']) as file:
+      x = {name: file[name].astype(np.int32) for name in file.files}
+    self.batch = mesh_lib.to_devices(
+        mesh,
+        {
+            'query_ids_BQ': x['query_ids'],
+            'doc_ids_BJS': x['doc_ids'][:, 1:],
+            'doc_types_BJS': x['doc_types'][:, 1:],
+            'joint_ids_BKT': x['joint_ids'],
+            'joint_types_BKT': x['joint_types'],
+            'positions_BM': x['positions'],
+            'targets_BM': x['targets'],
+            'mask_BM': np.ones_like(x['targets'], bool),
+        },
+    )
+    embedder, reader = (self.components[n] for n in ('embedder', 'reader'))
+    self._loss = jax.jit(
+        lambda params, batch: steps.loss_function(
+            dataclasses.replace(
+                config, model=dataclasses.replace(config.model, dropout=0.0)
+            ),
+            components.make_all(
+                dataclasses.replace(
+                    config,
+                    model=dataclasses.replace(config.model, dropout=0.0),
+                )
+            ),
+            _NULL,
+        )(params, batch, jax.random.key(0))[0]
+    )
+
+    def embed(params: Any, batch: Any) -> jax.Array:
+      return realm.candidate_scores(
+          embedder,
+          params['embedder'],
+          batch['query_ids_BQ'],
+          batch['doc_ids_BJS'],
+          batch['doc_types_BJS'],
+          _NULL,
+          jax.random.key(0),
+      ).sum()
+
+    def read(params: Any, batch: Any) -> jax.Array:
+      return realm.read_targets(
+          reader,
+          params['reader'],
+          batch['joint_ids_BKT'],
+          batch['joint_types_BKT'],
+          batch['positions_BM'],
+          batch['targets_BM'],
+          jax.random.key(0),
+      ).mean()
+
+    def update(state: Any) -> Any:
+      updates, opt_state = tx.update(
+          state.params, state.opt_state, state.params
+      )
+      params = jax.tree.map(jnp.add, state.params, updates)
+      return dataclasses.replace(state, params=params, opt_state=opt_state)
+
+    self._parts = {
+        'embed_forward': jax.jit(embed),
+        'embed': jax.jit(jax.value_and_grad(embed)),
+        'read_forward': jax.jit(read),
+        'read': jax.jit(jax.value_and_grad(read)),
+    }
+    self._update = jax.jit(update, donate_argnums=0)
+
+  def save(self, folder: str) -> None:
+    """Writes the weights under the names that transformers has for them."""
+    from realm_jax.models import pretrained
+
+    params = self._jax.device_get(self.state.params)
+    for kind, name, component, prefix in (
+        ('embedder', 'scorer', 'embedder', 'embedder.'),
+        ('encoder', 'encoder', 'reader', ''),
+    ):
+      tensors = pretrained.tensors_of(
+          kind, self.config.model, {component: params[component]}
+      )
+      np.savez(
+          f'{folder}/{name}.npz',
+          **{prefix + key: value for key, value in tensors.items()},
+      )
+
+  def loss(self) -> float:
+    return float(self._loss(self.state.params, self.batch))
+
+  def time(self, part: str) -> float:
+    jax = self._jax
+    gc.collect()
+    start = time.perf_counter()
+    if part == 'step':
+      self.state, metrics = self._step(self.state, self.batch)
+      jax.block_until_ready((self.state, metrics))
+    elif part == 'optimizer':
+      self.state = jax.block_until_ready(self._update(self.state))
+    else:
+      jax.block_until_ready(self._parts[part](self.state.params, self.batch))
+    return time.perf_counter() - start
+
+
+def _config(spec: dict[str, Any]) -> Any:
+  from realm_jax import config as config_lib
+
+  config = config_lib.Config(objective='realm', corpus='none')
+  config.batch_size, config.num_candidates = spec['batch'], spec['candidates']
+  config.granularity = 'token'  # As released, and so as in transformers.
+  lengths, model = config.lengths, config.model
+  lengths.query, lengths.document = spec['query'], spec['document']
+  lengths.masks = spec['masks']
+  model.num_layers, model.width = spec['layers'], spec['width']
+  model.num_heads, model.vocab_size = spec['heads'], spec['vocab_size']
+  model.dropout = spec['dropout']
+  model.compute_dtype = spec['dtype']
+  config.optimizer.learning_rate = 1e-5
+  return config
+
+
+def _worker() -> None:
+  """Our side: JSON requests in, JSON answers out, a line each."""
+  side: Any = None
+  out = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)  # What libraries print is no answer.
+  for line in sys.stdin:
+    request = json.loads(line)
+    answer: dict[str, Any] = {}
+    match request['do']:
+      case 'open':
+        cores = sorted(os.sched_getaffinity(0))[: request['threads']]
+        os.sched_setaffinity(0, cores)
+        import jax
+
+        side = _Side(request)
+        answer = {'jax': jax.__version__}
+      case 'save':
+        side.save(request['folder'])
+      case 'loss':
+        answer['value'] = side.loss()
+      case 'time':
+        answer['seconds'] = side.time(request['part'])
+    print(json.dumps(answer), file=out, flush=True)
+
+
+class _Process:
+  """A side in a process of its own, that works only when told to."""
+
+  def __init__(self, command: list[str], threads: int):
+    self._process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            'NPROC': str(threads),
+            'OMP_NUM_THREADS': str(threads),
+        },
+    )
+
+  def ask(self, do: str, **request: Any) -> dict[str, Any]:
+    assert self._process.stdin and self._process.stdout
+    print(
+        json.dumps({'do': do, **request}), file=self._process.stdin, flush=True
+    )
+    line = self._process.stdout.readline()
+    if not line:
+      raise RuntimeError(
+          f'{" ".join(map(str, self._process.args))} ended, exit code'
+          f' {self._process.wait()}, asked for {do}.'
+      )
+    return json.loads(line)
+
+  def close(self) -> None:
+    assert self._process.stdin
+    self._process.stdin.close()
+    self._process.wait(60)
+
+
+def _flop(size: _Size, side: str) -> float:
+  """FLOP of the matmuls of a step; see realm_jax/training/costs.py."""
+  from realm_jax import config as config_lib
+  from realm_jax.training import costs
+
+  spec = {**dataclasses.asdict(size), 'dropout': 0.0, 'dtype': 'float32'}
+  config = config_lib.resolve(_config(spec))
+  if side == 'ours':
+    return costs.model_flop(config)
+  # Theirs: the last layer everywhere; the null document as long as any.
+  rows = size.batch * size.candidates
+  model, joint = config.model, size.query + size.document
+  flop = costs.encoder_flop(model, size.batch, size.query)
+  if side in ('shipped', 'masked_head'):
+    flop += costs.encoder_flop(model, rows, size.document)
+  else:
+    flop += costs.encoder_flop(model, 1, 3)
+    flop += costs.encoder_flop(model, rows - size.batch, size.document)
+  flop += costs.encoder_flop(model, rows, joint)
+  positions = joint if side == 'shipped' else size.masks
+  flop += costs.head_flop(model, rows * positions)
+  return 3 * flop
+
+
+def _compare(
+    name: str, size: _Size, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """Alternates the two sides; returns figures and versions."""
+  threads = arguments.threads
+  here = pathlib.Path(__file__).resolve()
+  with tempfile.TemporaryDirectory() as folder:
+    inputs = f'{folder}/inputs.npz'
+    np.savez(inputs, **_inputs(size))
+    spec = {
+        **dataclasses.asdict(size),
+        'dropout': arguments.dropout,
+        'dtype': 'float32',
+        'threads': threads,
+        'inputs': inputs,
+        'device': 'cpu',
+    }
+    ours = _Process([sys.executable, str(here), '--worker'], threads)
+    theirs = _Process(
+        [
+            arguments.torch_python,
+            str(here.with_name('train_step_torch.py')),
+        ],
+        threads,
+    )
+    versions = ours.ask('open', **spec) | theirs.ask('open', **spec)
+    ours.ask('save', folder=folder)
+    theirs.ask('load', folder=folder)
+    figures: dict[str, Any] = {}
+    loss = ours.ask('loss')['value']
+    for variant in _VARIANTS:
+      theirs.ask('use', variant=variant)
+      value = theirs.ask('loss')['value']
+      figures[f'{name}_loss_difference_{variant}'] = abs(value / loss - 1)
+    seconds: dict[str, list[float]] = {
+        side: [] for side in ('ours', *_VARIANTS)
+    }
+    for turn in range(arguments.rounds + 1):  # The first one warms up.
+      for side in seconds:
+        process = ours if side == 'ours' else theirs
+        if side != 'ours':
+          theirs.ask('use', variant=side)
+        taken = process.ask('time', part='step')['seconds']
+        if turn:
+          seconds[side].append(taken)
+          print(f'{name} {side} {taken:.2f} s', file=sys.stderr)
+    for side, times in seconds.items():
+      median = statistics.median(times)
+      flop = _flop(size, side)
+      figures[f'{name}_seconds_{side}'] = median
+      figures[f'{name}_seconds_{side}_all'] = times
+      figures[f'{name}_gflop_{side}'] = flop / 1e9
+      figures[f'{name}_gflops_{side}'] = flop / median / 1e9
+      if side != 'ours':
+        figures[f'{name}_ratio_{side}'] = statistics.median(
+            theirs_ / ours_
+            for theirs_, ours_ in zip(times, seconds['ours'], strict=True)
+        )
+    theirs.ask('use', variant='masked_head')
+    for part in _PARTS:
+      for side, process in (('ours', ours), ('masked_head', theirs)):
+        process.ask('time', part=part)
+        figures[f'{name}_{part}_seconds_{side}'] = min(
+            process.ask('time', part=part)['seconds'] for _ in range(2)
+        )
+    ours.close()
+    theirs.close()
+  return figures, versions
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+      '--torch_python',
+      default=sys.executable,
+      help='Python that has PyTorch and transformers 4.40.2.',
+  )
+  parser.add_argument('--output', type=pathlib.Path)
+  parser.add_argument('--small', action='store_true', help='toy sizes')
+  parser.add_argument('--sizes', default='base,small', help='which to run')
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--threads', type=int, default=2)
+  parser.add_argument('--dropout', type=float, default=0.1)
+  parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
+  if arguments.worker:
+    _worker()
+    return 0
+  sizes = _SMALL_SIZES if arguments.small else {
+      name: _SIZES[name] for name in arguments.sizes.split(',')
+  }
+  figures: dict[str, Any] = {}
+  for name, size in sizes.items():
+    found, versions = _compare(name, size, arguments)
+    figures |= found
+  for key, value in figures.items():
+    if not isinstance(value, list):
+      print(f'{key:44} {value:.4g}')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

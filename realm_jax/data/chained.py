@@ -1,0 +1,67 @@
+"""Several arrays in a row that read like one, without being copied.
+
+Public: `Chained`. For memory-mapped parts that together are larger than the
+memory: the wordpieces of a corpus and of what was added to it, say.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Rows(Protocol):
+  """What a part offers: a numpy array does, and so does `Chained` itself."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> Any: ...
+
+  def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
+class Chained:
+  """Parts of one type, joined along their first axis, read on demand."""
+
+  def __init__(self, parts: Sequence[Rows]):
+    """Joins at least one part.
+
+    Raises:
+      ValueError: if they are of several types or widths.
+    """
+    kinds = {(str(part.dtype), part.shape[1:]) for part in parts}
+    if len(kinds) != 1:
+      raise ValueError(f'Parts of one table are of several kinds: {kinds}.')
+    self._parts = list(parts)
+    self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
+    self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
+    self.dtype = parts[0].dtype
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+    """Returns a range of rows (of step 1), or those in an array of numbers."""
+    if isinstance(rows, slice):
+      start, limit, step = rows.indices(len(self))
+      if step != 1:
+        raise ValueError(f'{rows}: a table gives ranges of step 1 only.')
+      found = [
+          part[max(start - first, 0) : limit - first]
+          for first, part in zip(self._starts, self._parts, strict=False)
+          if first < limit and first + part.shape[0] > start
+      ]
+      if len(found) == 1:
+        return found[0]
+      return np.concatenate(
+          [*found, np.empty((0, *self.shape[1:]), self.dtype)]
+      )
+    rows = np.asarray(rows)
+    taken = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
+    owners = np.searchsorted(self._starts[1:], rows, side='right')
+    for owner in np.unique(owners):
+      mine = owners == owner
+      taken[mine] = self._parts[owner][rows[mine] - self._starts[owner]]
+    return taken

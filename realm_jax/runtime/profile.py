@@ -1,0 +1,81 @@
+"""A profiler trace of some steps, by JAX's own profiler.
+
+Public: `StepProfile`, `parse_steps`.
+"""
+
+import logging
+import pathlib
+
+import jax
+
+from realm_jax.runtime import distributed
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = 'profile'  # In a workdir.
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+  """Reads '10-15', or '10' for one step.
+
+  Raises:
+    ValueError: if it is no range of steps, from 1 on.
+  """
+  first, dash, last = text.partition('-')
+  try:
+    steps = int(first), int(last if dash else first)
+  except ValueError:
+    steps = 0, 0
+  if not 1 <= steps[0] <= steps[1]:
+    raise ValueError(
+        f'--profile={text}: give the steps to trace, as in --profile=10-15 or'
+        ' --profile=10.'
+    )
+  return steps
+
+
+class StepProfile:
+  """Traces a range of steps, numbered as in metrics.jsonl, in process 0."""
+
+  def __init__(
+      self, workdir: pathlib.Path | str, steps: tuple[int, int] | None
+  ):
+    """Will trace `steps`, first and last; None: nothing."""
+    self._directory = pathlib.Path(workdir) / DIRECTORY
+    self._steps = steps if distributed.is_main() else None
+    self._running = False
+
+  def before(self, step: int, *pending: object) -> None:
+    """To be called before each step, from 1 on, and before what follows it.
+
+    Args:
+      step: its number.
+      pending: arrays that are waited for where the trace begins and ends, so
+        that the devices' work is counted to the step that it belongs to.
+    """
+    if self._steps is None:
+      return
+    first, last = self._steps
+    if self._running and step > last:
+      jax.block_until_ready(pending)
+      self.close()
+    elif not self._running and first <= step <= last:
+      jax.block_until_ready(pending)
+      jax.profiler.start_trace(
+          str(self._directory), create_perfetto_trace=True
+      )
+      self._running = True
+
+  def close(self) -> None:
+    """Ends and writes the trace, if one is running."""
+    if not self._running:
+      return
+    self._running, self._steps = False, None
+    jax.profiler.stop_trace()
+    traces = sorted(self._directory.rglob('perfetto_trace.json.gz'))
+    log.info(
+        'A trace of the steps is written. Open %s at https://ui.perfetto.dev,'
+        ' or `pip install xprof` and `xprof --logdir=%s`.',
+        traces[-1] if traces else self._directory,
+        self._directory,
+    )

@@ -1,0 +1,349 @@
+"""Fine-tuning on questions: labels, what is frozen, resuming, answering."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training_test
+
+from realm_jax.api import open_qa as open_qa_api
+from realm_jax.data import batches
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import inputs
+from realm_jax.data import qa
+from realm_jax.data import question_sets
+from realm_jax.data import questions as questions_lib
+from realm_jax.evaluation import open_qa
+from realm_jax.evaluation import retrieval
+from realm_jax.evaluation import runs
+from realm_jax.models import components as components_lib
+from realm_jax.models import span_reader
+from realm_jax.runtime import checkpoint
+from realm_jax.training import loop
+from realm_jax.training import optimizer
+from realm_jax.training import reading
+from realm_jax.training import steps as steps_lib
+
+
+def make_config(world, **values):
+  values = {
+      'open_qa__questions': str(world / 'questions.jsonl'),
+      'open_qa__retrieved': 12,
+      'open_qa__read': 3,
+      'refresh__policy': 'none',
+      **values,
+  }
+  return training_test.make_config(world, 'open_qa', **values)
+
+
+@pytest.fixture(scope='module')
+def realm(world, tmp_path_factory):
+  """A workdir to begin with."""
+  workdir = tmp_path_factory.mktemp('realm')
+  training_test.run(
+      training_test.make_config(
+          world, 'realm', refresh__policy='none', steps=2
+      ),
+      workdir,
+  )
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def trained(world, realm, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('open_qa')
+  config = make_config(world, init_from=str(realm))
+  return training_test.run(config, workdir), workdir
+
+
+def test_the_reader_begins_with_that_of_masks(world, realm, tmp_path):
+  config = make_config(
+      world, init_from=str(realm), steps=1, optimizer__learning_rate=0.0
+  )
+  training_test.run(config, tmp_path)
+  model = config_of(tmp_path).model
+  ours, _ = checkpoint.load_params(
+      tmp_path,
+      {'span_reader': components_lib.make('span_reader', model).abstract},
+  )
+  theirs, _ = checkpoint.load_params(
+      realm, {'reader': components_lib.make('reader', model).abstract}
+  )
+  name = 'bert.layers.0.query.kernel'
+  np.testing.assert_array_equal(
+      ours['span_reader'][name], theirs['reader'][name]
+  )
+  assert 'output.kernel' in ours['span_reader']
+
+
+def config_of(workdir):
+  from realm_jax import config as config_lib
+
+  return config_lib.read(workdir)
+
+
+def test_frozen_documents_keep_the_index_they_were_trained_with(trained):
+  summary, workdir = trained
+  assert summary['step'] == training_test._STEPS
+  assert summary['index_generation'] == 0
+  assert checkpoint.steps_in(workdir / 'index') == [0]
+  # The question tower has moved on all the same.
+  about = checkpoint.saved_about(workdir, summary['step'])
+  manifest = json.loads((workdir / 'index/0/manifest.json').read_text())
+  params, _ = checkpoint.load_params(
+      workdir,
+      {
+          'embedder': components_lib.make(
+              'embedder', config_of(workdir).model
+          ).abstract
+      },
+  )
+  assert about['index_generation'] == 0
+  assert (
+      checkpoint.params_digest(params['embedder'])
+      != manifest['params_digest']
+  )
+
+
+def test_killed_and_resumed_is_the_same_bit_for_bit(
+    world, realm, trained, tmp_path, monkeypatch
+):
+  summary, _ = trained
+  config = make_config(world, init_from=str(realm))
+  original = loop._Loop._refresh
+
+  def refresh(self, step):
+    original(self, step)
+    if step == 7:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop._Loop, '_refresh', refresh)
+    with pytest.raises(KeyboardInterrupt):
+      training_test.run(config, tmp_path)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints')[-1] == 5
+  again = training_test.run(config, tmp_path)
+  assert again['params_sha256'] == summary['params_sha256']
+
+
+def test_documents_that_learn_are_refreshed(world, realm, tmp_path):
+  config = make_config(
+      world,
+      init_from=str(realm),
+      open_qa__documents='trained',
+      open_qa__rerank=6,
+      open_qa__title=True,
+      open_qa__normalization='passage',
+      refresh__policy='sync',
+  )
+  summary = training_test.run(config, tmp_path)
+  assert summary['index_generation'] == 8
+  assert summary['compilations'] == 1
+
+
+def test_held_out_questions_are_not_trained_on(world, caplog):
+  corpus = corpus_lib.Corpus.open(world)
+  table = questions_lib.QuestionTable.read(
+      str(world / 'questions.jsonl'), 24, corpus.tokenizer
+  )
+  everything = question_sets.read(world / 'questions.jsonl')
+  assert 0 < len(table) < len(everything)
+  assert not any(question.held_out for question in table.questions)
+
+
+def test_long_questions_are_cut_and_said_so(world, caplog):
+  tokenizer = corpus_lib.Corpus.open(world).tokenizer
+  table = questions_lib.QuestionTable.of(
+      [qa.Question('what ' * 9, ('x',)), qa.Question('who', ('x',))],
+      8,
+      tokenizer,
+  )
+  assert table.query_lengths_N.tolist()[0] == 8
+  assert table.query_ids_NQ[0, -1] == tokenizer.sep_id
+  assert '1 of the 2 questions have more than the 8' in caplog.text
+
+
+def _inputs(world, **values):
+  config = make_config(world, **values)
+  corpus = corpus_lib.Corpus.open(world)
+  config.model.vocab_size = corpus.tokenizer.vocab_size
+  table = questions_lib.QuestionTable.read(
+      config.open_qa.questions, config.lengths.query, corpus.tokenizer
+  )
+  batch = next(batches.training_batches(corpus, config, questions=table))
+  gold = corpus.passage_rows_by_id(
+      [table.questions[row].passage_id for row in batch['question_B']]
+  )
+  others = np.arange(11)[None] + np.zeros((len(gold), 1), int)
+  rows_BN = np.concatenate([gold[:, None], others], axis=1)
+  doc_emb_BNE = np.random.default_rng(0).normal(size=(*rows_BN.shape, 16))
+  made = reading.OpenQaInputs(config, corpus, table)(
+      batch, rows_BN, doc_emb_BNE
+  )
+  return config, corpus, table, rows_BN, made
+
+
+@pytest.mark.parametrize('titles', [False, True])
+def test_labels_are_spans_that_evaluate_as_right(world, titles):
+  config, corpus, table, rows_BN, batch = _inputs(
+      world, open_qa__title=titles
+  )
+  starts_P, ends_P = span_reader.spans(
+      config.lengths.joint, config.model.max_span_width
+  )
+  assert batch['has_answer_BN'][:, 0].all()
+  seen = 0
+  for b, k, p in np.argwhere(batch['correct_BKP']):
+    question = table.questions[batch['question_B'][b]]
+    ids = batch['joint_ids_BKT'][b, k, starts_P[p] : ends_P[p] + 1]
+    text = corpus.tokenizer.decode(ids.tolist())
+    # Wordpieces have lost accents and case.
+    wanted = [
+        corpus.tokenizer.decode(corpus.tokenizer.encode(answer))
+        for answer in question.answers
+    ]
+    assert open_qa.exact_match(text, wanted), (text, wanted)
+    seen += 1
+  assert seen >= len(rows_BN)
+  # The body alone may be answered from.
+  inside_BKT = span_reader.inside(batch['body_BK2'], config.lengths.joint)
+  for b, k in np.ndindex(batch['body_BK2'].shape[:2]):
+    _, body = corpus.passages.title_and_body(int(rows_BN[b, k]))
+    ids = batch['joint_ids_BKT'][b, k][np.asarray(inside_BKT[b, k])]
+    np.testing.assert_array_equal(ids, body[: len(ids)])
+    assert len(ids) == len(body)
+
+
+def test_nothing_retrieved_changes_nothing(world):
+  config, corpus, table, rows_BN, batch = _inputs(
+      world, optimizer__weight_decay=0.5
+  )
+  batch['has_answer_BN'] = np.zeros_like(batch['has_answer_BN'])
+  batch['correct_BKP'] = np.zeros_like(batch['correct_BKP'])
+
+  def step(config):
+    from realm_jax.runtime import mesh as mesh_lib
+
+    components = components_lib.make_all(config)
+    tx = optimizer.make_optimizer(config, tuple(components))
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1),
+        (mesh_lib.DATA, mesh_lib.MODEL),
+    )
+    params = {name: c.init(0) for name, c in components.items()}
+    state = steps_lib.TrainState(
+        step=jnp.int32(5),
+        params=params,
+        opt_state=tx.init(params),
+        rng=jax.random.key(0),
+    )
+    before = jax.device_get(params)
+    train_step = steps_lib.make_train_step(
+        config, components, tx, (2, 3, 3), mesh
+    )
+    state, metrics = train_step(
+        state, {name: batch[name] for name in steps_lib.input_names(config)}
+    )
+    same = jax.tree.map(
+        lambda a, b: bool((a == b).all()), before, jax.device_get(state.params)
+    )
+    return metrics, all(jax.tree.leaves(same))
+
+  from realm_jax import config as config_lib
+
+  metrics, unchanged = step(config_lib.resolve(config))
+  assert metrics['loss'] == 0 and metrics['retrieved'] == 0
+  assert unchanged
+  config.open_qa.update_unanswered = True
+  _, unchanged = step(config_lib.resolve(config))
+  assert not unchanged  # Weight decay went on.
+
+
+def test_an_answer_is_a_part_of_its_passage(trained, world):
+  _, workdir = trained
+  loaded = open_qa_api.OpenQA.load(workdir)
+  question = question_sets.read(world / 'questions.jsonl')[0].question
+  answer = loaded.answer(question, k=2)
+  assert answer.question == question
+  assert len(answer.passages) == 2
+  for passage in answer.passages:
+    part = passage.text.encode()[passage.start : passage.limit].decode()
+    assert part == passage.answer
+  assert answer.text == answer.passages[answer.best].answer
+  assert sum(p.probability for p in answer.passages) == pytest.approx(1)
+  assert [a.text for a in loaded.answer([question] * 3, k=2)] == [
+      answer.text
+  ] * 3
+  assert loaded.index_generation == 0
+  with pytest.raises(ValueError, match='k=0: must be between 1'):
+    loaded.answer(question, k=0)
+  with pytest.raises(ValueError, match='none that is empty'):
+    loaded.answer(' ')
+
+
+def test_evaluation_of_answers(trained, world, tmp_path):
+  _, workdir = trained
+  (result,) = retrieval.evaluate(
+      workdir, limit=40, run_file=tmp_path / 'run.txt', beir=tmp_path / 'beir'
+  )
+  figures = result['questions']['all']['open_qa']
+  assert 0 <= figures['exact_match'] <= figures['reader_oracle'] <= 1
+  low, high = figures['exact_match_interval']
+  assert low <= figures['exact_match'] <= high
+  shares = [
+      figures[name]
+      for name in ('exact_match', 'not_retrieved', 'not_read', 'misread')
+  ]
+  assert sum(shares) == pytest.approx(1)
+  path = workdir / 'evaluation' / f'{result["step"]}.questions.jsonl'
+  records = runs.read_questions(path)
+  assert np.mean([r['exact_match'] for r in records]) == pytest.approx(
+      figures['exact_match']
+  )
+  assert runs.compare(path, path)['exact_match']['p_value'] == 1
+  lines = (tmp_path / 'run.txt').read_text().splitlines()
+  assert len(lines) == 40 * min(100, result['passages'])
+  scores = [float(line.split()[4]) for line in lines[:20]]
+  assert scores == sorted(scores, reverse=True)
+
+
+def test_what_is_wrong_is_said_before_any_work(world, realm, tmp_path):
+  with pytest.raises(ValueError, match='open_qa.questions.*give the file'):
+    training_test.run(make_config(world, open_qa__questions=''), tmp_path)
+  with pytest.raises(ValueError, match="refresh.policy='sync'.*'frozen'"):
+    training_test.run(make_config(world, refresh__policy='sync'), tmp_path)
+  with pytest.raises(ValueError, match='open_qa.read=13.*retrieved \\(12\\)'):
+    training_test.run(make_config(world, open_qa__read=13), tmp_path)
+  with pytest.raises(ValueError, match='cannot answer questions'):
+    open_qa_api.OpenQA.load(realm)
+
+
+def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
+  config = training_test.make_config(
+      world, 'ict', ict__questions=str(world / 'questions.jsonl')
+  )
+  corpus = corpus_lib.Corpus.open(world)
+  table = questions_lib.QuestionTable.read(
+      config.ict.questions, config.lengths.query, corpus.tokenizer
+  )
+  batch = next(batches.training_batches(corpus, config, questions=table))
+  rows = corpus.passage_rows_by_id(
+      [table.questions[row].passage_id for row in batch['question_B']]
+  )
+  ids, _ = inputs.assemble_documents(
+      corpus.passages, rows, config.lengths.document, corpus.tokenizer
+  )
+  np.testing.assert_array_equal(batch['doc_ids_BS'], ids)
+  assert training_test.run(config, tmp_path)['step'] == training_test._STEPS
+  foreign = dataclasses.replace(
+      table,
+      questions=[
+          dataclasses.replace(question, passage_id='nowhere')
+          for question in table.questions
+      ],
+  )
+  with pytest.raises(ValueError, match='None of the .* questions'):
+    batches.training_batches(corpus, config, questions=foreign)

@@ -1,0 +1,70 @@
+"""Where the time of a step goes: the split, the utilisation, the trace."""
+
+import gzip
+import json
+import time
+
+import pytest
+
+from realm_jax.runtime import metrics
+from realm_jax.runtime import profile
+from realm_jax.training import costs
+from realm_jax.training import loop
+import training_test
+
+
+def test_parts_add_up_to_the_time_that_passed():
+  start = time.perf_counter()
+  clock = metrics.Clock()
+  with clock.measure('compute'):
+    time.sleep(0.02)
+    with clock.measure('checkpoint'):
+      time.sleep(0.03)
+    first = clock.take()  # While a part is being measured.
+  time.sleep(0.01)
+  second = clock.take()
+  passed = time.perf_counter() - start
+  assert sum(first.values()) + sum(second.values()) == pytest.approx(
+      passed, abs=1e-3
+  )
+  assert first['compute'] >= 0.02 and first['checkpoint'] >= 0.03
+  assert first['compute'] < 0.03  # Not what its inner part took.
+  assert second['other'] >= 0.01
+
+
+@pytest.mark.parametrize('text', ['', 'x', '0-3', '5-4', '3-', '-2', '1-2-3'])
+def test_wrong_steps_are_refused(text):
+  with pytest.raises(ValueError, match='--profile=10-15'):
+    profile.parse_steps(text)
+
+
+def test_a_job_splits_its_time_and_traces_the_steps_asked_for(
+    world, tmp_path
+):
+  assert profile.parse_steps('3-4') == (3, 4)
+  config = training_test.make_config(
+      world, 'ict', steps=6, log_interval=2, peak_tflops=0.5
+  )
+  started = time.time()
+  loop.train(config, tmp_path, profile=(3, 4))
+  lines = metrics.read_metrics(tmp_path)
+  assert [line['step'] for line in lines] == [2, 4, 6]
+  for line in lines:
+    wall = 2 * config.batch_size / line['time/examples_per_second']
+    parts = {
+        name: value
+        for name, value in line.items()
+        if name.startswith('time/') and name.endswith('_seconds')
+    }
+    assert sum(parts.values()) == pytest.approx(wall, rel=0.02, abs=2e-3)
+    assert {'time/data_seconds', 'time/compute_seconds'} <= {*parts}
+    flop = costs.model_flop(config) * 2 / wall
+    assert line['time/model_tflops'] == pytest.approx(flop / 1e12, rel=1e-3)
+    # Of eight devices.
+    assert line['time/mfu'] == pytest.approx(flop / 4e12, rel=1e-3)
+  (trace,) = tmp_path.glob('profile/plugins/profile/*/perfetto_trace.json.gz')
+  assert trace.stat().st_mtime >= started - 1
+  with gzip.open(trace) as file:
+    events = json.load(file)['traceEvents']
+  names = [event.get('name') for event in events]
+  assert names.count('data') == 2  # One in each step.
