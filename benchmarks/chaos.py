@@ -18,6 +18,7 @@ Then it is checked that
 """
 
 import argparse
+import collections
 import dataclasses
 import datetime
 import json
@@ -39,6 +40,7 @@ import jax
 
 from realm_jax.data import prepare
 from realm_jax.index import generation
+from realm_jax.index import presence
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import metrics as metrics_lib
 
@@ -65,6 +67,7 @@ class _Kill:
   reached: float | None = None
   seconds: float | None = None  # Since the start of the run.
   at_step: int | None = None
+  found: str = ''  # What the builder said that it was doing.
 
 
 class _Run:
@@ -113,7 +116,12 @@ class _Run:
             if kill.victim == 'builder':
               victims = _builders(trainer.pid)
             if not victims:
-              continue  # It is yet to be started again.
+              # It is yet to be started again. Not killed as soon as it is, but
+              # after a while, so that it is met in all that it does.
+              kill.reached = now
+              continue
+            if kill.victim == 'builder':
+              kill.found = self._doing(victims[0])
             os.kill(victims[0], signal.SIGKILL)
             kill.seconds, kill.at_step = now, step
             if kill.victim == 'trainer':
@@ -131,6 +139,12 @@ class _Run:
       return subprocess.Popen(
           self._command, stdout=subprocess.DEVNULL, stderr=file
       )
+
+  def _doing(self, pid: int) -> str:
+    heartbeat = presence.read_heartbeat(self.workdir / generation.DIRECTORY)
+    if heartbeat is None or heartbeat['pid'] != pid:
+      return 'starting'  # Python and JAX.
+    return heartbeat['state']
 
   def _current_step(self) -> int:
     """The last step in metrics.jsonl, of which only what is new is read."""
@@ -305,15 +319,18 @@ def main() -> int:
   corpus = arguments.scratch / 'corpus'
   prepare.prepare(['world:0:100'], str(corpus), workers=1, progress=False)
   # Starting again is most of the time; compiling anew each time is no use.
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
-      (arguments.scratch / 'cache').absolute()
+  os.environ.setdefault(
+      'JAX_COMPILATION_CACHE_DIR', str((arguments.scratch / 'cache').absolute())
   )
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
   settings = {
       'corpus': corpus,
       'steps': arguments.steps,
       'batch_size': 8,
       'log_interval': 1,
+      'model.num_layers': 1,
+      'model.width': 64,
+      'model.mlp_width': 128,
       'model.dropout': 0.1,
       'optimizer.retriever_delay': 0,
       'refresh.interval': 25,
@@ -360,6 +377,9 @@ def main() -> int:
       'steps': arguments.steps,
       # A generation adopted, lost with the trainer, and adopted once more.
       'adopted_again': len(adoptions) - len({a['step'] for a in adoptions}),
+      'builder_kills_found_it': dict(
+          collections.Counter(k.found for k in kills if k.found)
+      ),
       'builder_restarts_by_the_trainer': text.count('it is started again in'),
       'seconds_in_peace': round(peace_seconds, 1),
       'seconds': round(chaos_seconds, 1),
@@ -369,6 +389,7 @@ def main() -> int:
               'victim': kill.victim,
               'seconds': round(kill.seconds, 2),
               'at_step': kill.at_step,
+              'found': kill.found,
           }
           for kill in sorted(kills, key=lambda kill: kill.seconds or 0.0)
           if kill.seconds is not None

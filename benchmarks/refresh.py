@@ -250,7 +250,10 @@ def measure_embedding(
           )
       if number == 0:  # Go on with the faster of each kind.
         variants = [
-            min((v for v in variants if v.startswith(how)), key=times.__getitem__)
+            min(
+                (v for v in variants if v.startswith(how)),
+                key=times.__getitem__,
+            )
             for how in ('bucketed', 'padded')
             if variants
         ]
@@ -395,7 +398,7 @@ def measure_stall(
       'lengths.query': 32,
       'lengths.document': 96,
       'refresh.interval': interval,
-      'refresh.lag': interval,
+      'refresh.lag': 3 * interval // 4,
       'refresh.keep': 3,
       'refresh.policy': arguments.policy,
       'checkpoint.interval': 10 * steps,
@@ -453,15 +456,15 @@ def _stall_figures(
   loading = np.array([bool(x['refresh/loading']) for x in lines])
   adopted = np.array([x['refresh/adopted'] for x in lines])
   swapped = np.diff(adopted, prepend=adopted[0]) > 0
-  # A line is written while the next step runs, so its seconds reach into that;
-  # steps next to a snapshot or a swap are not of the quiet ones.
-  after = [
-      (x['step'] - 1) % interval in (0, 1, interval - 1) for x in lines
-  ]
-  quiet = ~(loading | swapped | np.array(after))
-  quiet[: interval // 2] = False  # Compiling, and the first index.
   busy = loading | swapped
-  busy[: interval // 2] = False
+  # A line is written in the middle of the next step, after that one's swap and
+  # snapshot: its seconds hold the end of the one step and the top of the next.
+  busy[:-1] |= busy[1:]
+  # Steps in which a snapshot is taken and written are neither.
+  near = [(x['step'] - 1) % interval in (0, 1, 2, interval - 1) for x in lines]
+  started = np.arange(len(lines)) >= interval  # Compiled, and an index there.
+  quiet = ~busy & ~np.array(near) & started
+  busy &= started
   step = float(np.median(seconds[quiet]))
   stalls = [
       x['refresh/last_stall_seconds']
@@ -552,7 +555,8 @@ def measure_steps(
           batch, rows_BJ % len(corpus.passages), corpus, config.lengths
       )
       arrays = mesh_lib.to_devices(
-          mesh, {name: batch[name] for name in steps_lib.INPUTS['realm'].split()}
+          mesh,
+          {name: batch[name] for name in steps_lib.INPUTS['realm'].split()},
       )
       state, _ = train_step(state, arrays)
       jax.block_until_ready(state)

@@ -34,7 +34,6 @@ _PARTS = ('embed_forward', 'embed', 'read_forward', 'read', 'optimizer')
 _SPECIAL = {'cls': 101, 'sep': 102, 'mask': 103}
 _NULL = (_SPECIAL['cls'], _SPECIAL['sep'], _SPECIAL['sep'])
 _NOT_MEASURED = 'not measured'
-_PAPER_ROWS = 13_353_718
 _GPU_FIGURES = (
     'gpu_matmul_tflops gpu_batch gpu_step_seconds gpu_mfu gpu_torch_batch'
     ' gpu_torch_step_seconds gpu_torch_mfu gpu_ratio_to_torch'
@@ -113,6 +112,7 @@ class _Side:
 
     from realm_jax import config as config_lib
     from realm_jax.models import components
+    from realm_jax.models import dropout
     from realm_jax.models import realm
     from realm_jax.runtime import mesh as mesh_lib
     from realm_jax.training import optimizer
@@ -176,7 +176,7 @@ class _Side:
           batch['doc_ids_BJS'],
           batch['doc_types_BJS'],
           _NULL,
-          jax.random.key(0),
+          dropout.noise(jax.random.key(0), config.batch_size),
       ).sum()
 
     def read(params: Any, batch: Any) -> jax.Array:
@@ -187,7 +187,7 @@ class _Side:
           batch['joint_types_BKT'],
           batch['positions_BM'],
           batch['targets_BM'],
-          jax.random.key(0),
+          dropout.noise(jax.random.key(0), config.batch_size),
       ).mean()
 
     def update(state: Any) -> Any:
@@ -316,6 +316,15 @@ class _Process:
     self._process.wait(60)
 
 
+def _processor() -> str:
+  try:
+    text = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8')
+  except OSError:
+    return platform.machine()
+  names = [x for x in text.splitlines() if x.startswith('model name')]
+  return names[0].partition(': ')[2] if names else platform.machine()
+
+
 def _flop(size: _Size, side: str) -> float:
   """FLOP of the matmuls of a step; see realm_jax/training/costs.py."""
   from realm_jax import config as config_lib
@@ -328,13 +337,15 @@ def _flop(size: _Size, side: str) -> float:
   # Theirs: the last layer everywhere; the null document as long as any.
   rows = size.batch * size.candidates
   model, joint = config.model, size.query + size.document
-  flop = costs.encoder_flop(model, size.batch, size.query)
+
+  def bert(rows: int, length: int) -> float:
+    return costs.pass_flop(model, rows, length, length)
+
+  flop = bert(size.batch, size.query) + bert(rows, joint)
   if side in ('shipped', 'masked_head'):
-    flop += costs.encoder_flop(model, rows, size.document)
+    flop += bert(rows, size.document)
   else:
-    flop += costs.encoder_flop(model, 1, 3)
-    flop += costs.encoder_flop(model, rows - size.batch, size.document)
-  flop += costs.encoder_flop(model, rows, joint)
+    flop += bert(1, 3) + bert(rows - size.batch, size.document)
   positions = joint if side == 'shipped' else size.masks
   flop += costs.head_flop(model, rows * positions)
   return 3 * flop
@@ -358,13 +369,7 @@ def _compare(
         'device': 'cpu',
     }
     ours = _Process([sys.executable, str(here), '--worker'], threads)
-    theirs = _Process(
-        [
-            arguments.torch_python,
-            str(here.with_name('train_step_torch.py')),
-        ],
-        threads,
-    )
+    theirs = _torch(arguments)
     versions = ours.ask('open', **spec) | theirs.ask('open', **spec)
     ours.ask('save', folder=folder)
     theirs.ask('load', folder=folder)
@@ -410,6 +415,84 @@ def _compare(
   return figures, versions
 
 
+def _on_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
+  """The figures of a GPU; all of them say so where there is none."""
+  here = pathlib.Path(__file__).resolve()
+  figures: dict[str, Any] = dict.fromkeys(_GPU_FIGURES, _NOT_MEASURED)
+  platform_ = subprocess.run(
+      [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
+      check=True,
+      capture_output=True,
+      text=True,
+  ).stdout.split()[-1]
+  if platform_ != 'gpu' and not arguments.small:
+    return figures
+  small = [] if platform_ == 'gpu' else ['--small']
+  found = subprocess.run(
+      [sys.executable, str(here.with_name('train_step_gpu.py')), *small],
+      check=True,
+      stdout=subprocess.PIPE,
+      text=True,
+      env={**os.environ, 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92'},
+  ).stdout.splitlines()[-1]
+  if small:  # That it runs is all that this shows.
+    return {**figures, 'gpu_part_at_toy_sizes_ran_on': platform_}
+  figures |= json.loads(found)
+  figures |= _torch_on_gpu(arguments, figures)
+  return figures
+
+
+def _torch_on_gpu(
+    arguments: argparse.Namespace, ours: dict[str, Any]
+) -> dict[str, Any]:
+  """PyTorch with SDPA and bfloat16 at the largest batch that fits it."""
+  size = _Size(12, 768, 12, batch=8, candidates=8, masks=10)
+  batch = best = 0
+  best_seconds = 0.0
+  while True:
+    size = dataclasses.replace(size, batch=max(8, 2 * batch))
+    with tempfile.TemporaryDirectory() as folder:
+      np.savez(f'{folder}/inputs.npz', **_inputs(size))
+      side = _torch(arguments)
+      answer = side.ask(
+          'open',
+          **dataclasses.asdict(size),
+          dropout=arguments.dropout,
+          inputs=f'{folder}/inputs.npz',
+          device='cuda',
+          threads=os.cpu_count(),
+      )
+      seconds = []
+      if 'out_of_memory' not in answer:
+        side.ask('use', variant='sdpa')
+        for _ in range(10):
+          answer = side.ask('time', part='step')
+          if 'out_of_memory' in answer:
+            break
+          seconds.append(answer['seconds'])
+      side.close()
+    if 'out_of_memory' in answer:
+      break
+    batch = best = size.batch
+    best_seconds = statistics.median(seconds[3:])
+  flop = _flop(dataclasses.replace(size, batch=best), 'sdpa')
+  ours_rate = ours['gpu_batch'] / ours['gpu_step_seconds']
+  return {
+      'gpu_torch_batch': best,
+      'gpu_torch_step_seconds': best_seconds,
+      'gpu_torch_mfu': flop / best_seconds / ours['gpu_matmul_tflops'] / 1e12,
+      'gpu_ratio_to_torch': ours_rate * best_seconds / best,
+  }
+
+
+def _torch(arguments: argparse.Namespace) -> _Process:
+  here = pathlib.Path(__file__).resolve()
+  return _Process(
+      [arguments.torch_python, str(here.with_name('train_step_torch.py'))],
+      arguments.threads,
+  )
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -437,9 +520,24 @@ def main() -> int:
   for name, size in sizes.items():
     found, versions = _compare(name, size, arguments)
     figures |= found
+  figures |= _on_gpu(arguments)
   for key, value in figures.items():
-    if not isinstance(value, list):
+    if isinstance(value, float):
       print(f'{key:44} {value:.4g}')
+    elif not isinstance(value, list):
+      print(f'{key:44} {value}')
+  result = {
+      **figures,
+      # Where the other Python lies is of no interest elsewhere.
+      'command': ' '.join(
+          ['python benchmarks/train_step.py --torch_python=hf/bin/python']
+          + [a for a in sys.argv[1:] if not a.startswith('--torch_python')]
+      ),
+      'hardware': f'{arguments.threads} of {os.cpu_count()} x {_processor()}',
+      'versions': {'python': platform.python_version(), **versions},
+  }
+  if arguments.output:
+    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
   return 0
 
 

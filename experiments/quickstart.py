@@ -8,7 +8,8 @@ Guu et al. 2020, sections 3.3 and 3.4, at preset `tiny` and from scratch.
       --config.corpus=runs/quickstart/corpus    # one stage
 
 Hardware: 2 CPU cores. Stages, in the order that matters (docs/learning.md):
-`mlm` warms the reader up, `ict` the retriever, `realm` trains both.
+`mlm` warms the reader up, `ict` the retriever, `realm` trains both, `open_qa`
+teaches them to answer questions.
 """
 
 import argparse
@@ -30,7 +31,7 @@ STAGES = ('mlm', 'ict', 'realm', 'open_qa')
 
 
 def get_config(stage: str = 'realm') -> config_lib.Config:
-  """Returns the config of a stage: 'mlm', 'ict' or 'realm'."""
+  """Returns the config of a stage: 'mlm', 'ict', 'realm' or 'open_qa'."""
   if stage not in STAGES:
     raise ValueError(f'No stage {stage!r}; there are {", ".join(STAGES)}.')
   config = config_lib.Config(objective=stage)
@@ -55,9 +56,9 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
   elif stage == 'ict':
     config.steps = 200
   elif stage == 'open_qa':
-    config.steps = 300
+    config.steps = 150
     config.batch_size = 32
-    config.open_qa.retrieved = 100
+    config.open_qa.retrieved = 100  # Of 4,500.
     config.refresh.policy = 'none'
   else:
     config.steps = 600
@@ -106,6 +107,12 @@ def run(workdir: pathlib.Path, seed: int, entities: int) -> dict[str, Any]:
       f'--config.init_from={jobs["mlm"]},{jobs["ict"]}',
       '--with_index_builder',
   )
+  train(
+      'open_qa',
+      f'--config.init_from={jobs["realm"]}',
+      f'--config.open_qa.questions={corpus / "questions.jsonl"}',
+      '--with_index_builder',
+  )
   realm_jax('evaluate', f'--workdir={jobs["ict"]}')
   realm_jax('evaluate', f'--workdir={jobs["realm"]}', '--steps=all')
   sentence = _example(corpus)
@@ -115,6 +122,8 @@ def run(workdir: pathlib.Path, seed: int, entities: int) -> dict[str, Any]:
       f'--html={workdir / "inspect.html"}',
       sentence,
   )
+  realm_jax('evaluate', f'--workdir={jobs["open_qa"]}', '--limit=1500')
+  realm_jax('ask', f'--workdir={jobs["open_qa"]}', _question(corpus))
   report = _report(jobs, time.perf_counter() - start)
   (workdir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
   return report
@@ -129,12 +138,21 @@ def _example(corpus: pathlib.Path) -> str:
   return (text[:start] + b'[MASK]' + text[limit:]).decode()
 
 
+def _question(corpus: pathlib.Path) -> str:
+  """A question about a fact that pretraining never saw."""
+  with open(corpus / 'questions.jsonl', encoding='utf-8') as file:
+    records = map(json.loads, file)
+    return next(r['question'] for r in records if r['held_out'])
+
+
 def _report(
     jobs: dict[str, pathlib.Path], seconds: float
 ) -> dict[str, Any]:
   results = {
       stage: report_lib.load_all(jobs[stage])[-1] for stage in ('ict', 'realm')
   }
+  answered = report_lib.load_all(jobs['open_qa'])[-1]['questions']
+  answered = answered['held_out']['open_qa']
   lines = metrics_lib.read_metrics(jobs['realm'])
 
   def recall(k: int, facts: str) -> dict[str, float]:
@@ -159,6 +177,10 @@ def _report(
           'with_retrieval': masked['accuracy_with_retrieval'],
           'without_retrieval': masked['accuracy_without_retrieval'],
       },
+      'exact_match': {
+          'with_retrieval': answered['exact_match'],
+          'random_passages': answered['exact_match_random_passages'],
+      },
   }
 
 
@@ -179,6 +201,10 @@ def _table(report: dict[str, Any]) -> str:
       '| masked spans filled in | with retrieval | without |',
       '|---|---|---|',
       row('facts never seen in pretraining', report['masked_accuracy']),
+      '',
+      '| questions answered, exact match | with retrieval | random passages |',
+      '|---|---|---|',
+      row('facts never seen in pretraining', report['exact_match']),
       '',
       f'{report["passages"]} passages, {report["refreshes"]} index refreshes'
       ' adopted while training, the index at most'

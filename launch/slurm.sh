@@ -24,7 +24,7 @@ for flag; do
 done
 [[ $workdir ]] || { echo "$0: give --workdir=FOLDER" >&2; exit 2; }
 read -ra realm_jax <<<"${REALM_JAX:-realm-jax}"
-run() { if [[ $dry_run ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
+run() { if [[ $dry_run ]]; then printf '%q ' "$@" && echo; else exec "$@"; fi; }
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
   read -ra options <<<"$options"
@@ -32,7 +32,6 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   run sbatch --job-name=realm --signal=TERM@300 --requeue --open-mode=append \
     "${options[@]}" "--nodes=$trainers" : "${options[@]}" "--nodes=$builders" \
     "$0" "--trainer_nodes=$trainers" "--builder_nodes=$builders" "${flags[@]}"
-  [[ $dry_run ]] || exit 0
 fi
 
 step() { # GROUP PROCESSES PORT COMMAND..: the command on all nodes of a group.
@@ -47,7 +46,7 @@ train() { step 0 "$trainers" 12321 train "${flags[@]}"; }
 build() { step 1 "$builders" 12322 index "--workdir=$workdir" --follow; }
 if [[ $dry_run ]]; then train && build && exit; fi
 train & trainer=$!
-for _ in 1 2 3 4 5; do ! build || break; sleep 5; done & builder=$!
+for _ in 1 2 3 4 5; do ! (build) || break; sleep 5; done & builder=$!
 trap 'stopped=1; kill -TERM "$trainer"' TERM
 while stopped='' code=0; wait "$trainer" || code=$?; [[ $stopped ]]; do :; done
 # With this script SLURM ends the builder too; after a full run it leaves itself.

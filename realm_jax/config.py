@@ -50,6 +50,14 @@ class ModelConfig:
   activation: Literal['gelu', 'gelu_new'] = 'gelu_new'  # erf or tanh form.
   layer_norm_eps: float = 1e-12
   dropout: float = 0.1
+  # Of the attention weights; <0: as `dropout`. Fused kernels have none.
+  attention_dropout: float = -1.0
+  # xla: matmuls and softmax. cudnn, flash: fused kernels of NVIDIA GPUs and of
+  # TPUs. auto: the fused one wherever it can run and nothing is dropped.
+  attention: Literal['auto', 'xla', 'cudnn', 'flash'] = 'auto'
+  # What the backward pass recomputes of each layer: nothing, all but the
+  # matmuls with weights, or everything.
+  remat: Literal['none', 'dots', 'full'] = 'none'
   init_stddev: float = 0.02
   embedding_width: int = 128  # E, of the retrieval embedding.
   # `shared`: one tower for queries and documents (as released). `shared_bert`:
@@ -181,8 +189,9 @@ class MipsConfig:
 class MeshConfig:
   """Devices; one of the two sizes may be -1: all that remain."""
 
-  data: int = -1
-  model: int = 1
+  data: int = -1  # The batch is divided over it.
+  model: int = 1  # Heads, MLP and vocabulary are.
+  zero: bool = False  # Parameters and optimizer state divided over data, too.
 
 
 @dataclasses.dataclass
@@ -203,6 +212,9 @@ class Config:
   seed: int = 0
   steps: int = 200_000
   batch_size: int = 512  # Of all devices together.
+  # In how many parts, one after the other, a step computes its batch: memory
+  # for time. `ict` then embeds twice, as each example needs all the others.
+  accumulate: int = 1
   num_candidates: int = 8  # K; counts the null document.
   # Which sentences to mask: `pretraining` (the corpus X of the paper),
   # `knowledge` (the sentences of the passages), `auto` (X if there is one).
@@ -251,6 +263,12 @@ def resolve(config: Config) -> Config:
   return config
 
 
+def attention_rate(model: ModelConfig) -> float:
+  """The rate at which attention weights are dropped."""
+  rate = model.attention_dropout
+  return model.dropout if rate < 0 else rate
+
+
 def validate(config: Config) -> None:
   """Raises ValueError naming every field that is wrong, and what is right."""
   problems = _type_problems(config)
@@ -264,8 +282,9 @@ def validate(config: Config) -> None:
   c = config
   require(bool(c.corpus), 'corpus', 'give the folder that `prepare` wrote')
   for field in (
-      'steps batch_size log_interval checkpoint.interval refresh.interval'
-      ' model.embedding_width lengths.masks open_qa.retrieved open_qa.read'
+      'steps batch_size accumulate log_interval checkpoint.interval'
+      ' refresh.interval model.embedding_width lengths.masks'
+      ' open_qa.retrieved open_qa.read'
   ).split():
     require(_at(c, field) >= 1, field, 'must be at least 1')
   require(
@@ -300,6 +319,22 @@ def validate(config: Config) -> None:
       'mlm.own_passage_rate ict.remove_rate model.dropout refresh.overlap_bound'
   ).split():
     require(0 <= _at(c, field) <= 1, field, 'must be between 0 and 1')
+  require(
+      c.model.attention_dropout <= 1,
+      'model.attention_dropout',
+      'must be at most 1; below 0 stands for that of `dropout`',
+  )
+  require(
+      c.model.attention in ('auto', 'xla') or not attention_rate(model),
+      'model.attention',
+      'a fused kernel drops no attention weights; set'
+      f' config.model.attention_dropout=0, not {attention_rate(model)}',
+  )
+  require(
+      c.accumulate < 1 or c.batch_size % c.accumulate == 0,
+      'accumulate',
+      f'must divide the batch size, {c.batch_size}',
+  )
   require(
       c.optimizer.learning_rate >= 0,
       'optimizer.learning_rate',
@@ -380,14 +415,19 @@ def identity(config: Config) -> dict[str, Any]:
 
   Left out is what may differ between two runs of one result: where corpus and
   questions lie (their digests are checked instead), how often to log and to
-  save, how long to wait, and over how many devices to spread the work. `steps`
-  is part of it, since the learning rate depends on it.
+  save, how long to wait, over how many devices and in how many parts to do the
+  work, and by which kernels: that changes no more than the rounding. `steps` is
+  part of it, since the learning rate depends on it.
   """
   values = to_dict(resolve(config))
   for name in (
-      'corpus init_from log_interval tensorboard peak_tflops mesh checkpoint'
+      'corpus init_from log_interval tensorboard peak_tflops mesh accumulate'
+      ' checkpoint'
   ).split():
     del values[name]
+  for name in ('attention', 'remat'):
+    del values['model'][name]
+  values['model']['attention_dropout'] = attention_rate(config.model)
   for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]
   for section in ('ict', 'open_qa'):

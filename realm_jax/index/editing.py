@@ -160,7 +160,12 @@ def delete(
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[documents_lib.Documents]:
-  """Opens the documents for one command, which leaves nothing half-done."""
+  """Opens the documents for one command, which leaves nothing half-done.
+
+  Raises:
+    FileNotFoundError: if there is no such workdir, or a corpus is missing.
+    RuntimeError: if another command is at work.
+  """
   workdir = pathlib.Path(workdir)
   config = config_lib.resolve(config_lib.read(workdir))
   with presence.Lock(
@@ -170,6 +175,10 @@ def locked(workdir: Path) -> Iterator[documents_lib.Documents]:
     # What commands that were killed left behind, and what a compaction made
     # superfluous: until now somebody may have been reading it.
     _sweep(documents.folder)
+    for part in documents.parts:
+      # Those of the job's own index are the builder's.
+      if part.index.parent == documents.folder and part.index.is_dir():
+        generation.remove_leftovers(part.index)
     try:
       yield documents
     except BaseException:

@@ -7,12 +7,14 @@ then renamed: what can be listed under its step is whole.
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import time
 from typing import Any
@@ -234,26 +236,19 @@ class Writer:
     }
     if config.backend == 'exact':
       return
-    search = mips.make_search(config, table, mesh)
-    self._about['recall'] = _measure(search, table, mesh)
-    if isinstance(search, mips.ScannSearch):
-      files += self._save(search)
-
-  def _save(self, search: mips.ScannSearch) -> list[dict[str, Any]]:
-    path = self._folder.path
-    with shards.writing(path / _SCANN):
-      (path / _SCANN).mkdir()
-      try:
+    with _scann_writing(path / _SCANN):
+      search = mips.make_search(config, table, mesh)
+      self._about['recall'] = _measure(search, table, mesh)
+      if isinstance(search, mips.ScannSearch):
+        (path / _SCANN).mkdir()
         search.save(path / _SCANN)
-      except RuntimeError as error:  # What ScaNN says of a full disk.
-        raise OSError(errno.ENOSPC, str(error)) from error
-      files = [
-          shards.facts(path, f'{_SCANN}/{name}')
-          for name in sorted(os.listdir(path / _SCANN))
-      ]
-      if not all(file['bytes'] for file in files):  # It does not always say so.
-        raise OSError(errno.ENOSPC, f'ScaNN wrote an empty file: {files}')
-    return files
+        saved = [
+            shards.facts(path, f'{_SCANN}/{name}')
+            for name in sorted(os.listdir(path / _SCANN))
+        ]
+        files += saved
+        if not all(file['bytes'] for file in saved):
+          raise OSError(errno.ENOSPC, f'ScaNN wrote an empty file: {saved}')
 
   def publish(self) -> pathlib.Path:
     """Writes the manifest and gives the generation its name.
@@ -453,6 +448,18 @@ def _settings(config: config_lib.MipsConfig, num_rows: int) -> dict[str, Any]:
         'reorder': reorder,
     }
   return settings
+
+
+@contextlib.contextmanager
+def _scann_writing(path: pathlib.Path) -> Iterator[None]:
+  """As `shards.writing`; ScaNN's error on a full disk has no number."""
+  with shards.writing(path):
+    try:
+      yield
+    except RuntimeError as error:
+      if not re.search('writ|I/O', str(error)):
+        raise
+      raise OSError(errno.ENOSPC, str(error)) from error
 
 
 def _measure(

@@ -1,7 +1,7 @@
 """Maximum inner product search over the document embeddings.
 
 Public: `Search` (what every backend offers), `ExactSearch`, `ApproxSearch`,
-`StreamedSearch`, `ScannSearch`, `make_search`, `recall`, `overlap`,
+`StreamedSearch`, `ScannSearch`, `make_search`, `recall`, `overlap`, `rank`,
 `exact_rows`. A search returns the k best rows that are neither removed nor
 excluded, best first by inner product in float32, ties by lower row.
 """
@@ -25,7 +25,7 @@ _PART_ROWS = 2**18  # Of a table that is visited part by part.
 # ScaNN's k-means sees so many rows for each leaf.
 _SAMPLE_PER_LEAF = 40
 _MAX_CANDIDATES = 2**22  # Of all queries that are searched at once.
-_RERANK_ROWS = 2**12  # Scored at once: 2 MiB of width 128 stay in the cache.
+_RANK_ROWS = 2**12  # Scored at once: 2 MiB of width 128 stay in the cache.
 
 
 Rows = topk.Rows
@@ -234,6 +234,7 @@ class ScannSearch:
     self._hidden_N[-1] = True
     if removed is not None:
       self._hidden_N[removed] = True
+    self._live = int(np.count_nonzero(~self._hidden_N))
     if directory is None:
       self._tree = scann_tree.Tree.build(
           embeddings_NE, self._leaves, _SAMPLE_PER_LEAF * self._leaves
@@ -260,12 +261,16 @@ class ScannSearch:
     rows_BK = np.zeros((len(query_emb_BE), k), np.int32)
     # So many are ranked exactly for each query, if it may have as many.
     wanted = max(self._reorder, 4 * k)
-    live = int(np.count_nonzero(~self._hidden_N))
-    excluded = int((live - allowed_B).max(initial=0))
-    fetch = (wanted + min(excluded, wanted)) * self.num_documents // live
+    excluded = int((self._live - allowed_B).max(initial=0))
+    fetch = wanted + min(excluded, wanted)
+    fetch = fetch * self.num_documents // max(self._live, 1)
     leaves = self._leaves_to_search
     todo = np.arange(len(query_emb_BE))
-    while todo.size and (not self._leaves or 4 * fetch <= self.num_documents):
+    # Without leaves up to all rows; with them up to where it is no quicker.
+    limit = self.num_documents * 4 - 1
+    if self._leaves:
+      limit = self.num_documents // 4
+    while todo.size and fetch <= limit:
       fetch = min(fetch, self.num_documents)
       again = []
       step = max(_MAX_CANDIDATES // fetch, 1)
@@ -279,7 +284,7 @@ class ScannSearch:
       todo = np.concatenate(again)
       fetch, leaves = 4 * fetch, min(4 * leaves, self._leaves)
     if todo.size:
-      # Nearly all rows that are like the query are hidden.
+      # Nearly all rows like these queries are hidden, or they are not finite.
       exact = StreamedSearch(self._table_NE, removed=self._removed)
       rows_BK[todo] = exact.search(query_emb_BE[todo], k, exclude_BR2[todo])
     return rows_BK
@@ -295,39 +300,17 @@ class ScannSearch:
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows [B, k] and which queries [B] had enough candidates."""
     found_BN = self._tree.search(query_emb_BE, fetch, leaves)
-    found_BN.sort(axis=1)  # Ties go to the lower row; pages are read in order.
     allowed_BN = ~self._hidden_N[found_BN]
     for r in range(exclude_BR2.shape[1]):
       first, limit = exclude_BR2[:, r, :1], exclude_BR2[:, r, 1:]
       allowed_BN &= (found_BN < first) | (found_BN >= limit)
     count_B = allowed_BN.sum(axis=1)
     # The leaves had no more rows: enough, if there are k.
-    exhausted_B = found_BN[:, -1] == self.num_documents
+    exhausted_B = (found_BN == self.num_documents).any(axis=1)
     enough_B = (count_B >= wanted_B) | (exhausted_B & (count_B >= k))
-    score_BN = np.where(
-        allowed_BN, self._scores(query_emb_BE, found_BN), -np.inf
+    return (
+        rank(self._table_NE, query_emb_BE, found_BN, allowed_BN, k), enough_B
     )
-    order = np.argsort(-score_BN, axis=1, kind='stable')[:, :k]
-    rows_BK = np.zeros((len(order), k), np.int32)
-    rows_BK[:, : order.shape[1]] = np.take_along_axis(found_BN, order, 1)
-    return rows_BK, enough_B
-
-  def _scores(
-      self, query_emb_BE: np.ndarray, found_BN: np.ndarray
-  ) -> np.ndarray:
-    """Inner products, anything where there is no row."""
-    row_C = np.minimum(found_BN, self.num_documents - 1).reshape(-1)
-    order_C = np.argsort(row_C)
-    score_C = np.empty(len(row_C), np.float32)
-    for start in range(0, len(order_C), _RERANK_ROWS):
-      some = order_C[start : start + _RERANK_ROWS]
-      score_C[some] = np.einsum(
-          'CE,CE->C',
-          query_emb_BE[some // found_BN.shape[1]],
-          self._table_NE[row_C[some]].astype(np.float32, copy=False),
-      )
-    # Queries that are not finite still get rows; -0 is no less than 0.
-    return np.nan_to_num(score_C).reshape(found_BN.shape) + 0.0
 
 
 def scann_settings(
@@ -403,6 +386,45 @@ def exact_rows(
   """As `StreamedSearch`, once."""
   search = StreamedSearch(embeddings_NE, mesh)
   return search.search(np.asarray(query_emb_BE, np.float32), k)
+
+
+def rank(
+    embeddings_NE: Rows,
+    query_emb_BE: np.ndarray,
+    found_BN: np.ndarray,
+    allowed_BN: np.ndarray,
+    k: int,
+) -> np.ndarray:
+  """Returns the best of each query's candidates by their own embeddings.
+
+  Args:
+    embeddings_NE: the table; it may be memory-mapped.
+    query_emb_BE: float32.
+    found_BN: rows.
+    allowed_BN: which of them count; the others may be any number.
+    k: how many to return.
+
+  Returns:
+    int32 [B, k], best first; of no meaning beyond those that are allowed.
+  """
+  found_BN = np.where(allowed_BN, found_BN, 0)
+  row_C = found_BN.reshape(-1)
+  order_C = np.argsort(row_C)  # Pages are read in order.
+  score_C = np.empty(len(row_C), np.float32)
+  for start in range(0, len(order_C), _RANK_ROWS):
+    some = order_C[start : start + _RANK_ROWS]
+    score_C[some] = np.einsum(
+        'CE,CE->C',
+        query_emb_BE[some // found_BN.shape[1]],
+        np.asarray(embeddings_NE[row_C[some]], np.float32),
+    )
+  # Queries that are not finite still get rows; -0 is no less than 0.
+  score_BN = np.nan_to_num(score_C).reshape(found_BN.shape) + 0.0
+  score_BN = np.where(allowed_BN, score_BN, -np.inf)
+  order = np.lexsort((found_BN, -score_BN), axis=1)[:, :k]
+  rows_BK = np.zeros((len(found_BN), k), np.int32)
+  rows_BK[:, : order.shape[1]] = np.take_along_axis(found_BN, order, 1)
+  return rows_BK
 
 
 def overlap(rows_BK: np.ndarray, other_BK: np.ndarray) -> float:

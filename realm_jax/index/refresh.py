@@ -333,9 +333,9 @@ class Refresher:
     if self._loader.number is not None or not self._may_look():
       return self._loader.number
     for number in reversed(checkpoint.steps_in(self._directory)):
-      if (self.generation_step or 0) < number <= step:
-        if number not in self._refused and self._is_there(number):
-          return number
+      newer = (self.generation_step or 0) < number <= step
+      if newer and number not in self._refused and self._is_there(number):
+        return number
     return None
 
   def _look(self, number: int) -> None:

@@ -119,7 +119,7 @@ class Tree:
   def search(
       self, query_emb_BE: np.ndarray, count: int, leaves: int
   ) -> np.ndarray:
-    """Returns candidates, int64 [B, count], in no order.
+    """Returns candidates, int32 [B, count], in no order.
 
     Where the leaves that were looked at hold fewer rows, the rest is the number
     of rows of the table.
@@ -134,9 +134,8 @@ class Tree:
         batch_size=min(max(batch, 16), 256),
     )
     # ScaNN fills what it did not find with row 0 at distance nan.
-    return np.where(
-        np.isnan(distance), self._searcher.size(), found.astype(np.int64)
-    )
+    nothing = np.int32(self._searcher.size())
+    return np.where(np.isnan(distance), nothing, found.astype(np.int32))
 
 
 def _scann() -> Any:

@@ -251,11 +251,11 @@ def _top(score_BN: jax.Array, k: int) -> Ranked:
   size, count = score_BN.shape
   if count % ALIGN or count // ALIGN <= 2 * k:
     return jax.lax.top_k(score_BN, k)
-  score_BGM = score_BN.reshape(size, -1, ALIGN)
-  _, group_BK = jax.lax.top_k(score_BGM.max(axis=2), k)
+  groups = score_BN.reshape(size, -1, ALIGN)
+  _, group_BK = jax.lax.top_k(groups.max(axis=2), k)
   group_BK = jnp.sort(group_BK, axis=1)  # So that equal scores stay in order.
-  close_BKM = jnp.take_along_axis(score_BGM, group_BK[..., None], axis=1)
-  top_BK, at_BK = jax.lax.top_k(close_BKM.reshape(size, -1), k)
+  close = jnp.take_along_axis(groups, group_BK[..., None], axis=1)
+  top_BK, at_BK = jax.lax.top_k(close.reshape(size, -1), k)
   group_BK = jnp.take_along_axis(group_BK, at_BK // ALIGN, axis=1)
   return top_BK, group_BK * ALIGN + at_BK % ALIGN
 

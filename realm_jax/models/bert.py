@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2019), post-LayerNorm, in the functional subset of NNX.
 
 Public: `Bert`, `activation`, `linear`, `layer_norm`, `PAD_ID`. A call takes
-ids and gives hidden states; without a `key` there is no dropout. Activations
+ids and gives hidden states; without `noise` there is no dropout. Activations
 are kept flat, `(B*L) D`, around every matmul: that is free on accelerators and
 half as fast again on CPU.
 """
@@ -14,9 +14,22 @@ import jax
 import jax.numpy as jnp
 
 from realm_jax import config as config_lib
+from realm_jax.models import attention
+from realm_jax.models import dropout
 
 # Every BERT vocabulary has [PAD] here; a position holding it is not attended.
 PAD_ID = 0
+
+# What the backward pass of a layer finds of the forward pass: everything, the
+# results of the matmuls with weights, or the layer's input alone.
+_REMAT: dict[str, Callable[[Callable], Callable]] = {
+    'none': lambda layer: layer,
+    'dots': functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    ),
+    'full': jax.checkpoint,
+}
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -57,15 +70,6 @@ def layer_norm(
   )
 
 
-def _dropout(
-    x: jax.Array, rate: float, key: jax.Array | None, site: int
-) -> jax.Array:
-  if key is None or rate == 0:
-    return x
-  keep = jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape)
-  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
 class Layer(nnx.Module):
   """Self-attention and MLP, each followed by a residual LayerNorm."""
 
@@ -81,6 +85,8 @@ class Layer(nnx.Module):
     self.mlp_norm = layer_norm(config, d, rngs)
     self.num_heads = config.num_heads
     self.rate = config.dropout
+    self.attention_rate = config_lib.attention_rate(config)
+    self.kernel = attention.choose(config)
     self.activation = config.activation
     self.dtype = config.compute_dtype
 
@@ -89,7 +95,7 @@ class Layer(nnx.Module):
       hidden_BLD: jax.Array,
       mask_BL: jax.Array,
       positions_BM: jax.Array | None = None,
-      key: jax.Array | None = None,
+      noise: dropout.Noise | None = None,
   ) -> jax.Array:
     """Returns the layer's output at all positions, or at `positions_BM`."""
     b, length, d = hidden_BLD.shape
@@ -107,23 +113,20 @@ class Layer(nnx.Module):
     def heads(x: jax.Array) -> jax.Array:
       return x.reshape(b, x.shape[0] // b, self.num_heads, -1)
 
-    query_BMHC = heads(self.query(target))
-    key_BLHC = heads(self.key(source))
-    value_BLHC = heads(self.value(source))
-    logits_BHML = jnp.einsum('BMHC,BLHC->BHML', query_BMHC, key_BLHC)
-    logits_BHML = logits_BHML.astype(jnp.float32)
-    logits_BHML = logits_BHML * query_BMHC.shape[-1] ** -0.5
-    logits_BHML = jnp.where(
-        mask_BL[:, None, None, :], logits_BHML, jnp.finfo(jnp.float32).min
+    mixed_BMHC = attention.attend(
+        heads(self.query(target)),
+        heads(self.key(source)),
+        heads(self.value(source)),
+        mask_BL,
+        self.kernel,
+        self.attention_rate,
+        noise,
     )
-    probs_BHML = jax.nn.softmax(logits_BHML).astype(dtype)
-    probs_BHML = _dropout(probs_BHML, self.rate, key, 0)
-    mixed_BMHC = jnp.einsum('BHML,BLHC->BMHC', probs_BHML, value_BLHC)
     mixed = self.attention_output(mixed_BMHC.reshape(b * m, d))
-    mixed = _dropout(mixed, self.rate, key, 1)
+    mixed = dropout.dropout(mixed, self.rate, noise, 1)
     target = self.attention_norm(target + mixed).astype(dtype)
     widened = activation(self.activation)(self.mlp_in(target))
-    output = _dropout(self.mlp_out(widened), self.rate, key, 2)
+    output = dropout.dropout(self.mlp_out(widened), self.rate, noise, 2)
     output = self.mlp_norm(target + output).astype(dtype)
     return output.reshape(b, m, d)
 
@@ -148,6 +151,7 @@ class Bert(nnx.Module):
         [Layer(config, rngs=rngs) for _ in range(config.num_layers)]
     )
     self.rate = config.dropout
+    self.remat = config.remat
     self.dtype = config.compute_dtype
 
   def __call__(
@@ -155,7 +159,7 @@ class Bert(nnx.Module):
       ids_BL: jax.Array,
       types_BL: jax.Array,
       positions_BM: jax.Array | None = None,
-      key: jax.Array | None = None,
+      noise: dropout.Noise | None = None,
   ) -> jax.Array:
     """Encodes wordpieces; [PAD] is not attended.
 
@@ -165,7 +169,7 @@ class Bert(nnx.Module):
       positions_BM: where the output is wanted. The last layer is computed
         there alone, which saves most of it: the embedder needs [CLS] and the
         reader its masks. None: everywhere.
-      key: random key for dropout; None for none.
+      noise: for dropout; None for none.
 
     Returns:
       Hidden states, BLD, or BMD with `positions_BM`, in compute_dtype.
@@ -176,12 +180,15 @@ class Bert(nnx.Module):
         + self.type_embed(types_BL)
     )
     hidden_BLD = self.embed_norm(hidden_BLD).astype(self.dtype)
-    hidden_BLD = _dropout(hidden_BLD, self.rate, key, 0)
+    hidden_BLD = dropout.dropout(hidden_BLD, self.rate, noise, 0)
     mask_BL = ids_BL != PAD_ID
     last = len(self.layers) - 1
     for i, layer in enumerate(self.layers):
-      layer_key = None if key is None else jax.random.fold_in(key, i + 1)
-      hidden_BLD = layer(
-          hidden_BLD, mask_BL, positions_BM if i == last else None, layer_key
+      hidden_BLD = _REMAT[self.remat](Layer.__call__)(
+          layer,
+          hidden_BLD,
+          mask_BL,
+          positions_BM if i == last else None,
+          None if noise is None else noise.fold(i + 1),
       )
     return hidden_BLD

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from realm_jax import config as config_lib
 from realm_jax.models import bert
+from realm_jax.models import dropout
 
 
 class Projection(nnx.Module):
@@ -38,10 +39,10 @@ class PooledBert(nnx.Module):
       self,
       ids_BL: jax.Array,
       types_BL: jax.Array,
-      key: jax.Array | None = None,
+      noise: dropout.Noise | None = None,
   ) -> jax.Array:
     cls_B1 = jnp.zeros((ids_BL.shape[0], 1), jnp.int32)
-    cls_B1D = self.bert(ids_BL, types_BL, cls_B1, key)
+    cls_B1D = self.bert(ids_BL, types_BL, cls_B1, noise)
     return jnp.tanh(self.pooler(cls_B1D[:, 0]))
 
 
@@ -58,23 +59,23 @@ class Embedder(nnx.Module):
       self.query_encoder = PooledBert(config, rngs=rngs)
 
   def embed_query(
-      self, ids_BQ: jax.Array, key: jax.Array | None = None
+      self, ids_BQ: jax.Array, noise: dropout.Noise | None = None
   ) -> jax.Array:
     """Embeds `[CLS] x [SEP]`, all of segment 0. Returns float32 BE."""
     separate = self.towers == 'separate'
     encoder = self.query_encoder if separate else self.encoder
     shared = self.towers == 'shared'
     projection = self.projection if shared else self.query_projection
-    return projection(encoder(ids_BQ, jnp.zeros_like(ids_BQ), key))
+    return projection(encoder(ids_BQ, jnp.zeros_like(ids_BQ), noise))
 
   def embed_document(
       self,
       ids_BS: jax.Array,
       types_BS: jax.Array,
-      key: jax.Array | None = None,
+      noise: dropout.Noise | None = None,
   ) -> jax.Array:
     """Embeds `[CLS] title [SEP] body [SEP]`, segments 0 and 1: float32 BE."""
-    return self.projection(self.encoder(ids_BS, types_BS, key))
+    return self.projection(self.encoder(ids_BS, types_BS, noise))
 
 
 def score(query_emb_BE: jax.Array, doc_emb_BKE: jax.Array) -> jax.Array:

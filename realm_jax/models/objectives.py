@@ -87,22 +87,30 @@ def masked_mlm(
 
 
 def in_batch_softmax(
-    query_emb_BE: jax.Array, doc_emb_BE: jax.Array
+    query_emb_BE: jax.Array,
+    doc_emb_CE: jax.Array,
+    first: jax.typing.ArrayLike = 0,
 ) -> tuple[jax.Array, Aux]:
   """The inverse cloze task: find one's own document among the batch's.
 
   Softmax over the documents of the whole global batch (Lee et al. 2019,
-  section 4.1). Row i of both arguments belongs together.
+  section 4.1).
+
+  Args:
+    query_emb_BE: of the whole batch, or of some rows in a piece.
+    doc_emb_CE: of the whole batch.
+    first: the document of query i is number first + i.
 
   Returns:
     The mean cross-entropy, and aux: accuracy.
   """
-  logits_BB = jnp.einsum('BE,CE->BC', query_emb_BE, doc_emb_BE)
-  logits_BB = logits_BB.astype(jnp.float32)
-  own_B = jnp.diagonal(logits_BB)
-  loss = (jax.nn.logsumexp(logits_BB, axis=1) - own_B).mean()
+  logits_BC = jnp.einsum('BE,CE->BC', query_emb_BE, doc_emb_CE)
+  logits_BC = logits_BC.astype(jnp.float32)
+  own = first + jnp.arange(len(query_emb_BE))
+  own_B = jnp.take_along_axis(logits_BC, own[:, None], axis=1)[:, 0]
+  loss = (jax.nn.logsumexp(logits_BC, axis=1) - own_B).mean()
   # Not argmax: identical documents tie, and a tie is no mistake.
-  accuracy = (own_B >= logits_BB.max(axis=1)).mean()
+  accuracy = (own_B >= logits_BC.max(axis=1)).mean()
   return loss, {'accuracy': accuracy}
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from realm_jax import config as config_lib
 from realm_jax.models import bert
+from realm_jax.models import dropout
 
 
 class Reader(nnx.Module):
@@ -28,7 +29,7 @@ class Reader(nnx.Module):
       ids_BT: jax.Array,
       types_BT: jax.Array,
       positions_BM: jax.Array,
-      key: jax.Array | None = None,
+      noise: dropout.Noise | None = None,
   ) -> jax.Array:
     """Scores the vocabulary at each masked position.
 
@@ -36,12 +37,12 @@ class Reader(nnx.Module):
       ids_BT: `[CLS] x [SEP] body [SEP]` with masks, int32.
       types_BT: 0 for the sentence, 1 for the body.
       positions_BM: where the masks are; unused slots may hold any position.
-      key: random key for dropout; None for none.
+      noise: for dropout; None for none.
 
     Returns:
       Logits, float32 BMV. The output embedding is the input embedding.
     """
-    hidden_BMD = self.bert(ids_BT, types_BT, positions_BM, key)
+    hidden_BMD = self.bert(ids_BT, types_BT, positions_BM, noise)
     b, m, d = hidden_BMD.shape
     hidden = self.transform(hidden_BMD.reshape(b * m, d))  # (B*M) D
     hidden = self.transform_norm(bert.activation(self.activation)(hidden))
@@ -56,10 +57,10 @@ class Reader(nnx.Module):
       types_BT: jax.Array,
       positions_BM: jax.Array,
       targets_BM: jax.Array,
-      key: jax.Array | None = None,
+      noise: dropout.Noise | None = None,
   ) -> jax.Array:
     """Log-probability of each masked wordpiece, float32 BM."""
-    logits_BMV = self.mlm_logits(ids_BT, types_BT, positions_BM, key)
+    logits_BMV = self.mlm_logits(ids_BT, types_BT, positions_BM, noise)
     target_BM = jnp.take_along_axis(
         logits_BMV, targets_BM[..., None], axis=-1
     )[..., 0]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.models import components
+from realm_jax.models import dropout
 from realm_jax.models import embedder as embedder_lib
 
 
@@ -21,7 +22,7 @@ def candidate_scores(
     doc_ids_BJS: jax.Array,
     doc_types_BJS: jax.Array,
     null_ids: tuple[int, int, int],
-    key: jax.Array | None = None,
+    noise: dropout.Noise | None = None,
 ) -> jax.Array:
   """Scores the null document and the retrieved ones.
 
@@ -33,13 +34,13 @@ def candidate_scores(
     doc_types_BJS: their segments.
     null_ids: the null document, `[CLS] [SEP] [SEP]`. It is the same for all
       queries and is embedded once.
-    key: for dropout in the query tower; documents are embedded without.
+    noise: for dropout in the query tower; documents are embedded without.
 
   Returns:
     score_BK, float32; candidate 0 is the null document.
   """
   b, j, s = doc_ids_BJS.shape
-  query_emb_BE = embedder.apply(params, 'embed_query', query_ids_BQ, key)
+  query_emb_BE = embedder.apply(params, 'embed_query', query_ids_BQ, noise)
   doc_emb = embedder.apply(  # (B*J) E
       params,
       'embed_document',
@@ -82,7 +83,7 @@ def read_targets(
     joint_types_BKT: jax.Array,
     positions_BM: jax.Array,
     targets_BM: jax.Array,
-    key: jax.Array | None = None,
+    noise: dropout.Noise | None = None,
 ) -> jax.Array:
   """Returns log p(y_j | z_k, x) of the masked wordpieces, token_logp_BKM."""
   b, k, _ = joint_ids_BKT.shape
@@ -94,7 +95,7 @@ def read_targets(
       # front of every candidate.
       jnp.repeat(positions_BM, k, axis=0),
       jnp.repeat(targets_BM, k, axis=0),
-      key,
+      None if noise is None else noise.repeat(k),
   )
   return token_logp.reshape(b, k, -1)
 

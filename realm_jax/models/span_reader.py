@@ -13,6 +13,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.models import bert
+from realm_jax.models import dropout
 
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -53,7 +54,7 @@ class SpanReader(nnx.Module):
       ids_BT: jax.Array,
       types_BT: jax.Array,
       passage_mask_BT: jax.Array,
-      key: jax.Array | None = None,
+      noise: dropout.Noise | None = None,
   ) -> jax.Array:
     """Scores the spans of one passage each.
 
@@ -61,14 +62,14 @@ class SpanReader(nnx.Module):
       ids_BT: `[CLS] question [SEP] passage [SEP]`, int32.
       types_BT: 0 for the question, 1 for the passage.
       passage_mask_BT: true where a span may begin and end.
-      key: random key for dropout; None for none.
+      noise: for dropout; None for none.
 
     Returns:
       logits_BP, float32; the lowest float where a span may not be. The
       relevance of the passage is not in it.
     """
     b, t = ids_BT.shape
-    hidden_BTD = self.bert(ids_BT, types_BT, key=key)
+    hidden_BTD = self.bert(ids_BT, types_BT, noise=noise)
     ends = self.intermediate(hidden_BTD.reshape(b * t, -1))  # (B*T) 2K
     start, end = jnp.split(ends.reshape(b, t, -1), 2, axis=-1)
     starts_P, ends_P = spans(t, self.max_width)

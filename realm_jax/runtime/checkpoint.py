@@ -129,6 +129,7 @@ class Checkpoints:
           'There is no checkpoint of step %s: %s. Training goes on; the newest '
           'checkpoint is of step %s.', self._saving, error, self.latest,
       )
+    if jax.process_count() == 1:
       _remove_unfinished(self._directory)
     self._saving = step
     self._checkpointer.save_checkpointables_async(

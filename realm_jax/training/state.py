@@ -18,10 +18,12 @@ import optax
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import questions as questions_lib
+from realm_jax.models import attention
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import sharding
 from realm_jax.training import steps
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,8 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   _check_same_job(workdir, config, lineage)
   _warn_of_cuts(config, corpus)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+  sharding.check(config, mesh)
+  attention.check(config.model, mesh.devices.flat[0])
   for source in _sources(config):
     config_lib.read(source)  # Raises if there is none.
   if distributed.is_main():
@@ -125,13 +129,18 @@ def start_or_resume(
     ValueError: naming the parameters whose presence or shape differs.
   """
   root = jax.random.key(job.config.seed)
-  everywhere = mesh_lib.replicated(job.mesh)
+  shardings = steps.state_shardings(
+      job.config, job.components, tx, job.mesh
+  )
   # A shared folder may not show all of them the same at once.
   latest = distributed.broadcast(checkpoints.latest)
   if latest is not None:
     state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(lambda: _fresh(job, tx, root)),
+        lambda x, place: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=place
+        ),
+        steps.abstract_state(job.components, tx),
+        shardings,
     )
     rest = {
         'step': state.step, 'opt_state': state.opt_state, 'rng': state.rng
@@ -150,7 +159,7 @@ def start_or_resume(
     return steps.TrainState(params=params, **rest), about
   given = _initial_params(job)
   state = jax.jit(
-      lambda given: _fresh(job, tx, root, given), out_shardings=everywhere
+      lambda given: _fresh(job, tx, root, given), out_shardings=shardings
   )(given)
   return state, {}
 

@@ -1,10 +1,11 @@
 """The training step of each objective: pure functions of state and batch.
 
-Public: `TrainState`, `INPUTS`, `input_names`, `make_train_step`,
-`make_query_embedder`, `make_document_embedder`, `loss_function`. What a step
-does for REALM in all: embed the masked sentences, search (on the host's side
-of things, in the loop), then here score the candidates anew, read them,
-marginalise, and update reader and retriever.
+Public: `TrainState`, `INPUTS`, `input_names`, `abstract_state`,
+`state_shardings`, `objective_of`, `loss_function`, `make_train_step`,
+`make_query_embedder`, `make_document_embedder`. What a step does for REALM in
+all: embed the masked sentences, search (on the host's side of things, in the
+loop), then here score the candidates anew, read them, marginalise, and update
+reader and retriever.
 """
 
 from collections.abc import Callable
@@ -18,16 +19,19 @@ import optax
 
 from realm_jax import config as config_lib
 from realm_jax.models import components as components_lib
+from realm_jax.models import dropout
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
 from realm_jax.models import realm
 from realm_jax.models import span_reader
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import sharding
+from realm_jax.training import gradients
 from realm_jax.training import optimizer
 
 Components = dict[str, components_lib.Component]
-Metrics = dict[str, jax.Array]
-LossAndMetrics = tuple[jax.Array, Metrics]
+LossAndMetrics = gradients.LossAndMetrics
+Metrics = gradients.Metrics
 # What a step of an objective reads; see `input_names`.
 INPUTS = {
     'mlm': 'joint_ids_BT joint_types_BT positions_BM targets_BM mask_BM',
@@ -63,30 +67,64 @@ def input_names(config: config_lib.Config) -> list[str]:
   return names.split()
 
 
-def loss_function(
+def abstract_state(
+    components: Components, tx: optax.GradientTransformation
+) -> TrainState:
+  """Returns the shapes and types of a job's state."""
+  params = {name: c.abstract for name, c in components.items()}
+  return TrainState(
+      step=jax.ShapeDtypeStruct((), jnp.int32),
+      params=params,
+      opt_state=jax.eval_shape(tx.init, params),
+      rng=jax.eval_shape(lambda: jax.random.key(0)),
+  )
+
+
+def state_shardings(
+    config: config_lib.Config,
+    components: Components,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+  """Returns the sharding of every array of the state, in its structure."""
+  return sharding.shardings(
+      abstract_state(components, tx), mesh, config.mesh.zero
+  )
+
+
+def objective_of(
     config: config_lib.Config,
     components: Components,
     null_ids: tuple[int, int, int],
-) -> Callable[..., LossAndMetrics]:
-  """Returns loss(params, batch, key) -> (loss, metrics) of the objective."""
+) -> gradients.Objective:
+  """Returns what a step of the config's objective minimises."""
 
-  def mlm(params: Any, batch: Any, key: jax.Array) -> LossAndMetrics:
-    token_logp_BM = components['reader'].apply(
+  def read_alone(
+      params: Any, batch: Any, noise: dropout.Noise | None
+  ) -> jax.Array:
+    return components['reader'].apply(
         params['reader'],
         'token_logp',
         batch['joint_ids_BT'],
         batch['joint_types_BT'],
         batch['positions_BM'],
         batch['targets_BM'],
-        key,
+        noise,
     )
+
+  def mlm_loss(
+      token_logp_BM: jax.Array, batch: Any, axis: str | None
+  ) -> LossAndMetrics:
+    del axis  # A row's loss is its own.
     loss, _ = objectives.masked_mlm(token_logp_BM, batch['mask_BM'])
     return loss, {}
 
-  def ict(params: Any, batch: Any, key: jax.Array) -> LossAndMetrics:
+  def embed_pairs(
+      params: Any, batch: Any, noise: dropout.Noise | None
+  ) -> Any:
     embedder = components['embedder']
     query_emb_BE = embedder.apply(
-        params['embedder'], 'embed_query', batch['query_ids_BQ'], key
+        params['embedder'], 'embed_query', batch['query_ids_BQ'], noise
     )
     doc_emb_BE = embedder.apply(
         params['embedder'],
@@ -94,10 +132,20 @@ def loss_function(
         batch['doc_ids_BS'],
         batch['doc_types_BS'],
     )
-    return objectives.in_batch_softmax(query_emb_BE, doc_emb_BE)
+    return query_emb_BE, doc_emb_BE
 
-  def marginal(params: Any, batch: Any, key: jax.Array) -> LossAndMetrics:
-    query_key, reader_key = jax.random.split(key)
+  def ict_loss(outputs: Any, batch: Any, axis: str | None) -> LossAndMetrics:
+    del batch
+    query_emb_BE, doc_emb_CE = outputs
+    first = 0
+    if axis is not None:
+      first = jax.lax.axis_index(axis) * len(query_emb_BE)
+      doc_emb_CE = jax.lax.all_gather(doc_emb_CE, axis, tiled=True)
+    return objectives.in_batch_softmax(query_emb_BE, doc_emb_CE, first)
+
+  def score_and_read(
+      params: Any, batch: Any, noise: dropout.Noise | None
+  ) -> Any:
     score_BK = realm.candidate_scores(
         components['embedder'],
         params['embedder'],
@@ -105,7 +153,7 @@ def loss_function(
         batch['doc_ids_BJS'],
         batch['doc_types_BJS'],
         null_ids,
-        query_key,
+        None if noise is None else noise.fold(0),
     )
     token_logp_BKM = realm.read_targets(
         components['reader'],
@@ -114,19 +162,30 @@ def loss_function(
         batch['joint_types_BKT'],
         batch['positions_BM'],
         batch['targets_BM'],
-        reader_key,
+        None if noise is None else noise.fold(1),
     )
+    return score_BK, token_logp_BKM
+
+  def marginal_loss(
+      outputs: Any, batch: Any, axis: str | None
+  ) -> LossAndMetrics:
+    del axis  # A row's loss is its own.
     mask_BM = batch['mask_BM']
+    score_BK, token_logp_BKM = outputs
     loss, aux = objectives.marginal_mlm(
         score_BK, token_logp_BKM, mask_BM, config.granularity
     )
     return loss, objectives.retrieval_metrics(aux, mask_BM.any(-1))
 
-  def open_qa(params: Any, batch: Any, key: jax.Array) -> LossAndMetrics:
-    query_key, reader_key = jax.random.split(key)
+  def retrieve_and_read(
+      params: Any, batch: Any, noise: dropout.Noise | None
+  ) -> Any:
     embedder, reader = components['embedder'], components['span_reader']
     query_emb_BE = embedder.apply(
-        params['embedder'], 'embed_query', batch['query_ids_BQ'], query_key
+        params['embedder'],
+        'embed_query',
+        batch['query_ids_BQ'],
+        None if noise is None else noise.fold(0),
     )
     score_BN = embedder_lib.score(query_emb_BE, batch['doc_emb_BNE'])
     b, k, t = batch['joint_ids_BKT'].shape
@@ -145,19 +204,64 @@ def loss_function(
         batch['joint_ids_BKT'].reshape(b * k, t),
         batch['joint_types_BKT'].reshape(b * k, t),
         span_reader.inside(batch['body_BK2'], t).reshape(b * k, t),
-        reader_key,
+        None if noise is None else noise.fold(1).repeat(k),
     )
+    return logits.reshape(b, k, -1), score_BN
+
+  def answer_loss(outputs: Any, batch: Any, axis: str | None) -> LossAndMetrics:
+    del axis  # A row's loss is its own.
+    logits_BKP, score_BN = outputs
     return span_reader.span_losses(
-        logits.reshape(b, k, -1),
+        logits_BKP,
         score_BN,
         batch['correct_BKP'],
         batch['has_answer_BN'],
         config.open_qa.normalization,
     )
 
-  return {'mlm': mlm, 'ict': ict, 'realm': marginal, 'open_qa': open_qa}[
-      config.objective
-  ]
+  def rows(batch: Any) -> tuple[jax.Array, jax.Array]:
+    count = jnp.float32(len(batch['query_ids_BQ']))
+    return count, count
+
+  def masks(batch: Any) -> tuple[jax.Array, jax.Array]:
+    return batch['mask_BM'].sum(), batch['mask_BM'].any(-1).sum()
+
+  def masked_rows(batch: Any) -> tuple[jax.Array, jax.Array]:
+    return (batch['mask_BM'].any(-1).sum(),) * 2
+
+  match config.objective:
+    case 'mlm':
+      return gradients.Objective(read_alone, mlm_loss, masks)
+    case 'ict':
+      return gradients.Objective(embed_pairs, ict_loss, rows, in_batch=True)
+    case 'realm':
+      spans = config.granularity == 'span'
+      return gradients.Objective(
+          score_and_read, marginal_loss, masked_rows if spans else masks
+      )
+    case 'open_qa':
+      return gradients.Objective(retrieve_and_read, answer_loss, rows)
+  raise ValueError(f'config.objective={config.objective!r} is not known.')
+
+
+def loss_function(
+    config: config_lib.Config,
+    components: Components,
+    null_ids: tuple[int, int, int],
+) -> Callable[..., LossAndMetrics]:
+  """Returns loss(params, batch, key) -> (loss, metrics), on one device.
+
+  The key is for dropout; None for none.
+  """
+  objective = objective_of(config, components, null_ids)
+
+  def loss(params: Any, batch: Any, key: jax.Array | None) -> LossAndMetrics:
+    rows = len(next(iter(batch.values())))
+    noise = None if key is None else dropout.noise(key, rows)
+    outputs = objective.encode(params, batch, noise)
+    return objective.loss(outputs, batch, None)
+
+  return loss
 
 
 def make_train_step(
@@ -167,20 +271,28 @@ def make_train_step(
     null_ids: tuple[int, int, int],
     mesh: jax.sharding.Mesh,
     on_trace: Callable[[], None] = lambda: None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-  """Returns the jitted step; it takes over (donates) the state given to it.
+) -> jax.stages.Wrapped:
+  """Returns the jitted step(state, batch) -> (state, metrics).
+
+  It takes over (donates) the state, which lies as `state_shardings` has it.
 
   `on_trace` is called each time the step is traced, that is, compiled.
   """
-  loss_fn = loss_function(config, components, null_ids)
+  shardings = state_shardings(config, components, tx, mesh)
+  find_gradients = gradients.make_gradients(
+      objective_of(config, components, null_ids),
+      jax.tree.map(lambda x: x.spec, shardings.params),
+      mesh,
+      config.accumulate,
+  )
 
   def train_step(
       state: TrainState, batch: Any
   ) -> tuple[TrainState, Metrics]:
     on_trace()
     key = jax.random.fold_in(stream(state.rng, 'dropout'), state.step)
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, batch, key
+    (loss, metrics), grads = find_gradients(
+        state.params, batch, dropout.noise(key, config.batch_size)
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     if config.objective == 'open_qa' and not config.open_qa.update_unanswered:
@@ -212,8 +324,8 @@ def make_train_step(
   return jax.jit(
       train_step,
       donate_argnums=0,
-      in_shardings=(mesh_lib.replicated(mesh), mesh_lib.over_batch(mesh)),
-      out_shardings=mesh_lib.replicated(mesh),
+      in_shardings=(shardings, mesh_lib.over_batch(mesh)),
+      out_shardings=(shardings, mesh_lib.replicated(mesh)),
   )
 
 
@@ -221,16 +333,9 @@ def make_query_embedder(
     embedder: components_lib.Component, mesh: jax.sharding.Mesh
 ) -> Callable[[components_lib.Params, Any], jax.Array]:
   """Returns the jitted embed(params, query_ids_BQ) -> query_emb_BE."""
-
-  def embed_query(
-      params: components_lib.Params, query_ids_BQ: jax.Array
-  ) -> jax.Array:
-    return embedder.apply(params, 'embed_query', query_ids_BQ)
-
-  return jax.jit(
-      embed_query,
-      in_shardings=(mesh_lib.replicated(mesh), mesh_lib.over_batch(mesh)),
-      out_shardings=mesh_lib.replicated(mesh),
+  return _row_by_row(
+      lambda params, ids_BQ: embedder.apply(params, 'embed_query', ids_BQ),
+      mesh,
   )
 
 
@@ -251,12 +356,26 @@ def make_document_embedder(
     )
     return emb.reshape(b, n, -1)
 
-  over_batch = mesh_lib.over_batch(mesh)
-  return jax.jit(
-      embed_documents,
-      in_shardings=(mesh_lib.replicated(mesh), over_batch, over_batch),
-      out_shardings=mesh_lib.replicated(mesh),
-  )
+  return _row_by_row(embed_documents, mesh)
+
+
+def _row_by_row(
+    embed: Callable[..., jax.Array], mesh: jax.sharding.Mesh
+) -> Callable[..., jax.Array]:
+  """Compiles embed(params, *arrays): rows over `data`, the result whole."""
+  rows = jax.P(mesh_lib.DATA)
+
+  def run(params: components_lib.Params, *arrays: jax.Array) -> jax.Array:
+    return jax.shard_map(
+        embed,
+        mesh=mesh,
+        in_specs=(jax.P(), *(rows for _ in arrays)),
+        out_specs=rows,
+        axis_names={mesh_lib.DATA},
+        check_vma=False,
+    )(params, *arrays)
+
+  return jax.jit(run, out_shardings=mesh_lib.replicated(mesh))
 
 
 def stream(root: jax.Array, name: str) -> jax.Array:

@@ -1,0 +1,307 @@
+"""Weak scaling: what each device sends in a REALM step, from the compiled HLO.
+
+  python benchmarks/collectives.py --output=benchmarks/results/collectives.json
+
+For 1 to 64 simulated devices the three programs of a step are compiled, not
+run: embedding the queries, the exact search, and the training step. The paper's
+setting: BERT-base, 8 examples to a device (512 on 64), 8 candidates, 13,353,718
+passages. What the collectives in them move is compared with what the design
+needs:
+
+  gradients   an all-reduce of all parameters, over the devices with the same
+              part of them; with ZeRO a reduce-scatter of the gradients and an
+              all-gather of the parameters instead, which is as much
+  queries     an all-gather of the query embeddings
+  top k       an all-gather of each device's best rows and their scores
+  activations where `model` divides the layers: two all-reduces forward and two
+              backward for each, and the vocabulary
+
+Bytes are those that one device sends, by a ring. `--small` takes BERT-tiny and
+up to 8 devices.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from typing import Any
+
+import jax
+
+jax.config.update('jax_num_cpu_devices', 64)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from realm_jax import config as config_lib  # noqa: E402
+from realm_jax.index import topk  # noqa: E402
+from realm_jax.models import components as components_lib  # noqa: E402
+from realm_jax.runtime import collectives  # noqa: E402
+from realm_jax.runtime import mesh as mesh_lib  # noqa: E402
+from realm_jax.training import optimizer  # noqa: E402
+from realm_jax.training import steps  # noqa: E402
+
+_ROWS = 13_353_718
+_PER_DEVICE = 8
+_NULL = (101, 102, 102)
+_VOCAB = 30_522
+
+
+def _config(small: bool, data: int, model: int, **how: Any) -> Any:
+  config = config_lib.Config(corpus='-', batch_size=_PER_DEVICE * data * model)
+  config.model.preset = 'tiny' if small else 'base'
+  config.model.vocab_size = _VOCAB
+  config.accumulate = how.get('accumulate', 1)
+  config.mesh = config_lib.MeshConfig(data, model, how.get('zero', False))
+  return config_lib.resolve(config)
+
+
+def _batch(config: config_lib.Config) -> dict[str, tuple[int, ...]]:
+  b, k = config.batch_size, config.num_candidates
+  q, s = config.lengths.query, config.lengths.document
+  t, m = config.lengths.joint, config.lengths.masks
+  return {
+      'query_ids_BQ': (b, q),
+      'doc_ids_BJS': (b, k - 1, s),
+      'doc_types_BJS': (b, k - 1, s),
+      'joint_ids_BKT': (b, k, t),
+      'joint_types_BKT': (b, k, t),
+      'positions_BM': (b, m),
+      'targets_BM': (b, m),
+      'mask_BM': (b, m),
+  }
+
+
+def measure(config: config_lib.Config) -> dict[str, Any]:
+  """Compiles the programs of a step and returns what they exchange."""
+  started = time.time()
+  data, model = config.mesh.data, config.mesh.model
+  n = data * model
+  mesh = jax.sharding.Mesh(
+      np.array(jax.devices()[:n]).reshape(data, model),
+      (mesh_lib.DATA, mesh_lib.MODEL),
+  )
+  rows, whole = mesh_lib.over_batch(mesh), mesh_lib.replicated(mesh)
+
+  def array(shape: tuple[int, ...], sharding: Any, dtype: Any = jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  components = components_lib.make_all(config)
+  tx = optimizer.make_optimizer(config, tuple(components))
+  state = jax.tree.map(
+      lambda x, place: array(x.shape, place, x.dtype),
+      steps.abstract_state(components, tx),
+      steps.state_shardings(config, components, tx, mesh),
+  )
+  batch = {name: array(x, rows) for name, x in _batch(config).items()}
+  batch['mask_BM'] = array(batch['mask_BM'].shape, rows, jnp.bool_)
+  width = config.model.embedding_width
+  per_device = -(-_ROWS // n // topk.ALIGN) * topk.ALIGN
+  k = config.num_candidates - 1
+  programs = {
+      'step': steps.make_train_step(
+          config, components, tx, _NULL, mesh
+      ).lower(state, batch),
+      'queries': steps.make_query_embedder(
+          components['embedder'], mesh
+      ).lower(state.params['embedder'], batch['query_ids_BQ']),
+      'top_k': topk.top_rows.lower(
+          array(
+              (per_device * n, width),
+              jax.NamedSharding(mesh, jax.P(mesh.axis_names)),
+              jnp.bfloat16,
+          ),
+          array((config.batch_size, width), whole, jnp.float32),
+          array((config.batch_size, 1, 2), whole),
+          None,
+          array((2,), whole),
+          mesh=mesh,
+          k=k,
+      ),
+  }
+  found = {
+      name: collectives.read(
+          # The machine code is of no interest, so it may be slow.
+          program.compile({'xla_backend_optimization_level': 0}).as_text(),
+          n,
+      )
+      for name, program in programs.items()
+  }
+  needed = _needed(config, state.params)
+  sent = {
+      name: collectives.bytes_sent(these) for name, these in found.items()
+  }
+  total, design = sum(sent.values()), sum(needed.values())
+  return {
+      'data': data,
+      'model': model,
+      'zero': config.mesh.zero,
+      'accumulate': config.accumulate,
+      'needed_bytes': design,
+      **{f'needed_bytes_{name}': value for name, value in needed.items()},
+      'sent_bytes': total,
+      **{f'sent_bytes_{name}': value for name, value in sent.items()},
+      'excess': total / design - 1 if design else float(total > 0),
+      'collectives': sum(c.times for these in found.values() for c in these),
+      'largest': [
+          dataclasses.asdict(c)
+          for these in found.values()
+          for c in sorted(these, key=lambda c: -c.bytes_sent)[:3]
+      ],
+      'compile_seconds': time.time() - started,
+  }
+
+
+def _needed(config: config_lib.Config, params: Any) -> dict[str, float]:
+  """What one device has to send, by the design."""
+  c, m, lengths = config, config.model, config.lengths
+  data, model = c.mesh.data, c.mesh.model
+  n = data * model
+
+  def ring(size: float, group: int) -> float:
+    return size * (group - 1) / group
+
+  weights = sum(
+      4 * np.prod(x.sharding.shard_shape(x.shape))
+      # With ZeRO a device keeps a part, but sums up all of what it uses.
+      * (data if mesh_lib.DATA in x.sharding.spec else 1)
+      for x in jax.tree.leaves(params)
+  )
+  # Hidden states of the rows of one part of the data axis: of all layers but
+  # the last, which is computed at some positions only.
+  per_data = c.batch_size // data
+  texts = [
+      (per_data, lengths.query, 1),
+      (per_data * (c.num_candidates - 1), lengths.document, 1),
+      (1, 3, 1),
+      (per_data * c.num_candidates, lengths.joint, lengths.masks),
+  ]
+  activations = 0.0
+  for texts_here, length, outputs in texts:
+    whole, some = texts_here * length * m.width, texts_here * outputs * m.width
+    # Forward: attention and MLP of each layer. Backward: what they were given.
+    forward = 2 * ((m.num_layers - 1) * whole + some)
+    backward = 2 * (m.num_layers - 1) * whole + (whole + some) + some
+    activations += 4 * (forward + backward)
+    if m.vocab_size % model == 0:  # Looking up word embeddings.
+      activations += 4 * whole
+  if m.vocab_size % model == 0:  # Backward through the vocabulary's scores.
+    activations += 4 * per_data * c.num_candidates * lengths.masks * m.width
+  k = c.num_candidates - 1
+  return {
+      'gradients': 2 * ring(weights, data),
+      'queries': ring(4 * c.batch_size * m.embedding_width, data),
+      'top_k': ring(8 * n * c.batch_size * k, n),
+      'activations': 2 * ring(activations, model),
+  }
+
+
+def _table(runs: list[dict[str, Any]]) -> str:
+  lines = [
+      '| devices | data x model | | needed MB | sent MB | excess |',
+      '|---|---|---|---|---|---|',
+  ]
+  for run in runs:
+    how = ', '.join(
+        text
+        for text, given in (
+            ('ZeRO', run['zero']),
+            (f'{run["accumulate"]} parts', run['accumulate'] > 1),
+        )
+        if given
+    )
+    lines.append(
+        f'| {run["data"] * run["model"]} | {run["data"]} x {run["model"]} |'
+        f' {how} | {run["needed_bytes"] / 1e6:.3f} |'
+        f' {run["sent_bytes"] / 1e6:.3f} | {100 * run["excess"]:+.2f} % |'
+    )
+  return '\n'.join(lines)
+
+
+def _plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  plain = [
+      r for r in runs
+      if r['model'] == 1 and not r['zero'] and r['accumulate'] == 1
+  ]
+  figure, axes = pyplot.subplots(figsize=(6, 4))
+  for name, label, style in (
+      ('sent_bytes', 'sent, from the HLO', 'o-'),
+      ('needed_bytes', 'needed, by the design', 'x--'),
+      ('sent_bytes_queries', 'of that, query embeddings', 's:'),
+      ('sent_bytes_top_k', 'of that, top k', '^:'),
+  ):
+    axes.plot(
+        [r['data'] for r in plain],
+        [r[name] / 1e6 for r in plain],
+        style,
+        label=label,
+    )
+  axes.set_xscale('log', base=2)
+  axes.set_yscale('symlog', linthresh=1e-3)
+  axes.set_xlabel('devices (8 examples each)')
+  axes.set_ylabel('MB that a device sends in a step')
+  axes.legend()
+  axes.grid(alpha=0.3)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--output', type=pathlib.Path)
+  parser.add_argument('--small', action='store_true')
+  parser.add_argument(
+      '--only', help="a part of the cases, as '8x1,4x2' (data x model)"
+  )
+  arguments = parser.parse_args()
+  cases: list[tuple[int, int, dict[str, Any]]] = [
+      (n, 1, {}) for n in (1, 2, 4, 8, 16, 32, 64)
+  ]
+  cases += [(8, 1, {'zero': True}), (8, 1, {'accumulate': 4})]
+  cases += [(4, 2, {}), (2, 4, {}), (32, 2, {'zero': True})]
+  if arguments.small:
+    cases = [case for case in cases if case[0] * case[1] <= 8]
+  if arguments.only:
+    wanted = arguments.only.split(',')
+    cases = [case for case in cases if f'{case[0]}x{case[1]}' in wanted]
+  runs = []
+  for data, model, how in cases:
+    if arguments.small and model > 2:
+      continue  # BERT-tiny has two heads.
+    runs.append(measure(_config(arguments.small, data, model, **how)))
+    print(_table(runs[-1:]).splitlines()[-1], flush=True)
+  print('\n' + _table(runs))
+  by_data = [run for run in runs if run['model'] == 1]
+  result = {
+      'largest_excess_data': max(abs(run['excess']) for run in by_data),
+      'largest_excess': max(abs(run['excess']) for run in runs),
+      'runs': runs,
+      'command': shlex.join(['python', 'benchmarks/collectives.py'])
+      + ''.join(f' {a}' for a in sys.argv[1:]),
+      'hardware': f'{os.cpu_count()} x {platform.machine()}, 64 simulated'
+      ' devices; compiled only',
+      'versions': {
+          'python': platform.python_version(),
+          'jax': jax.__version__,
+      },
+  }
+  if arguments.output:
+    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
+    _plot(runs, arguments.output.with_suffix('.png'))
+  return 0 if result['largest_excess_data'] <= 0.1 else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,194 @@
+"""What `realm-jax index add|update|delete` cost in a growing corpus.
+
+  python benchmarks/documents.py [--output=FILE.json] [--small]
+
+Corpora of short invented passages, each with an index of random embeddings and
+a retriever of preset `tiny` that was never trained. For each, the seconds of a
+command for 100 documents, in a process that has run one before (so without
+imports, but compiling the embedder anew), and of a whole command in a process
+of its own. Then the look-up of 100 ids among those of as many passages as the
+paper has.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import prepare
+from realm_jax.index import editing
+from realm_jax.index import generation
+from realm_jax.models import components
+from realm_jax.runtime import checkpoint
+
+_DOCUMENTS = 100  # That a command changes.
+_PAPER = 13_353_718  # Passages (Guu et al. 2020, section 4.1).
+
+
+def _records(count: int, prefix: str, seed: int) -> list[dict[str, str]]:
+  rng = np.random.default_rng(seed)
+  words = [f'{a}{b}' for a in 'bdfgklmnprst' for b in ('aro', 'eli', 'ino')]
+  return [
+      {
+          'id': f'{prefix}{i}',
+          'title': f'{prefix} {i}'.title(),
+          'text': f'In {year} it was {" ".join(rng.choice(words, 20))}.',
+      }
+      for i, year in enumerate(rng.integers(1000, 2000, count))
+  ]
+
+
+def _write(path: pathlib.Path, records: list[dict[str, str]]) -> str:
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  return str(path)
+
+
+def _make_workdir(folder: pathlib.Path, size: int) -> pathlib.Path:
+  source = _write(folder / 'source.jsonl', _records(size, 'base', 0))
+  prepare.prepare([source], folder / 'corpus', vocab_size=500, progress=False)
+  corpus = corpus_lib.Corpus.open(folder / 'corpus')
+  config = config_lib.Config(objective='realm', corpus=str(corpus.directory))
+  config.model.preset = 'tiny'
+  config = config_lib.resolve(config)
+  config.model.vocab_size = corpus.tokenizer.vocab_size
+  workdir = folder / 'job'
+  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  params = components.make('embedder', config.model).init(0)
+  width = config.model.embedding_width
+  lineage = generation.Lineage(
+      step=0,
+      params_digest=checkpoint.save_snapshot(workdir, 0, params),
+      tokenizer_digest=corpus.tokenizer.digest,
+      corpus_fingerprint=corpus.fingerprint,
+      num_rows=len(corpus.passages),
+      width=width,
+  )
+  table_NE = np.random.default_rng(1).normal(size=(len(corpus.passages), width))
+  generation.publish(
+      workdir / generation.DIRECTORY, lineage, table_NE, config.mips
+  )
+  return workdir
+
+
+def _measure(folder: pathlib.Path, size: int) -> dict[str, float]:
+  workdir = _make_workdir(folder, size)
+  added = _records(_DOCUMENTS, 'more', 2)
+  newer = [
+      {**record, 'id': f'base{i}'}
+      for i, record in enumerate(_records(_DOCUMENTS, 'newer', 3))
+  ]
+  ids = [{'id': f'base{size - 1 - i}'} for i in range(_DOCUMENTS)]
+  editing.add(
+      workdir,
+      [_write(folder / 'first.jsonl', _records(_DOCUMENTS, 'first', 4))],
+      progress=False,
+  )
+  found = {}
+  for name, run in (
+      (
+          'add',
+          lambda: editing.add(
+              workdir, [_write(folder / 'add.jsonl', added)], progress=False
+          ),
+      ),
+      (
+          'update',
+          lambda: editing.update(
+              workdir, [_write(folder / 'update.jsonl', newer)], progress=False
+          ),
+      ),
+      (
+          'delete',
+          lambda: editing.delete(workdir, _write(folder / 'ids.jsonl', ids)),
+      ),
+  ):
+    start = time.perf_counter()
+    run()
+    found[f'{name}_seconds_{size}'] = time.perf_counter() - start
+  source = _write(folder / 'last.jsonl', _records(_DOCUMENTS, 'last', 5))
+  start = time.perf_counter()
+  subprocess.run(
+      [
+          sys.executable, '-m', 'realm_jax', 'index', 'add',
+          f'--workdir={workdir}', f'--input={source}',
+      ],
+      check=True,
+      capture_output=True,
+  )
+  found[f'whole_command_seconds_{size}'] = time.perf_counter() - start
+  return found
+
+
+def _lookup(folder: pathlib.Path) -> float:
+  """Seconds to find ids among those of the paper's corpus, from disk."""
+  rng = np.random.default_rng(6)
+  path = folder / 'ids.npy'
+  np.save(path, rng.integers(0, 2**64, _PAPER, dtype=np.uint64))
+  hashes = np.load(path, mmap_mode='r')
+  wanted = [int(hashes[row]) for row in rng.choice(_PAPER, _DOCUMENTS)]
+  start = time.perf_counter()
+  found = corpus_lib.find_hashes(hashes, wanted)
+  seconds = time.perf_counter() - start
+  assert len(found) == len(set(wanted))
+  return seconds
+
+
+def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(6, 4))
+  for name in ('add', 'update', 'delete', 'whole_command'):
+    seconds = [result[f'{name}_seconds_{size}'] for size in sizes]
+    axes.plot(sizes, seconds, marker='o', label=name.replace('_', ' '))
+  axes.set(
+      xscale='log',
+      ylim=(0, None),
+      xlabel='passages of the corpus',
+      ylabel=f'seconds, for {_DOCUMENTS} documents',
+  )
+  axes.legend()
+  figure.savefig(path, dpi=120, bbox_inches='tight')
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser.add_argument('--output', type=pathlib.Path)
+  parser.add_argument('--small', action='store_true')
+  arguments = parser.parse_args()
+  sizes = [1000, 4000] if arguments.small else [4000, 16_000, 64_000, 256_000]
+  result: dict[str, Any] = {'documents': _DOCUMENTS}
+  with tempfile.TemporaryDirectory() as temporary:
+    for size in sizes:
+      folder = pathlib.Path(temporary) / str(size)
+      folder.mkdir()
+      result |= _measure(folder, size)
+    result[f'lookup_seconds_{_PAPER}'] = _lookup(pathlib.Path(temporary))
+  result |= {
+      'command': ' '.join(['python', *sys.argv]),
+      'hardware': f'{os.cpu_count()} x {platform.machine()}, '
+      + ', '.join(map(str, jax.devices())),
+      'versions': {
+          'python': platform.python_version(),
+          'jax': jax.__version__,
+          'numpy': np.__version__,
+      },
+  }
+  print(json.dumps(result, indent=2))
+  if arguments.output:
+    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
+    _plot(result, sizes, arguments.output.with_suffix('.png'))
+
+
+if __name__ == '__main__':
+  main()

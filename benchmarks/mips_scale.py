@@ -1,0 +1,567 @@
+"""Search at full size: what `scann` costs beside FAISS, and `exact` from disk.
+
+  python benchmarks/mips_scale.py --output=benchmarks/results/mips_scale.json \
+      [--rows=N] [--folder=DIR] [--small]
+
+Needs faiss-cpu and matplotlib. The vectors are invented, a shard at a time from
+a seed of its own: 20,000 topics; articles, two passages each on average, around
+them (0.8 of a topic's spread); passages around articles (0.6), neighbours in
+the table; all three normal with a spectrum that falls as i^-0.8 in one rotated
+basis; a topic's share grows with its number's rank (u^1.5); then normalised
+over the dimensions as the embedder's LayerNorm does. A query is a passage
+before its normalisation with 0.6 of noise.
+
+Each part is a process of its own, whose memory is the kernel's high-water mark
+of its resident set, mapped pages included:
+
+  write  shards, index, recall, manifest: a generation, as the builder does it
+  exact  the best 8 of 1,000 queries, from the memory-mapped table
+  faiss  IVF of as many lists, on a sample of as many rows; three kinds that
+         share the lists: PQ32 of 8 bits, and PQ64 of 4 bits (FastScan) with
+         (fsr) and without (fs) residuals: 32 bytes a row each, as ours
+  serve  both loaded, in two processes that take turns. Settings are searched:
+         for each number of candidates the fewest lists that reach the recall;
+         the fastest of these counts. FAISS's candidates are ranked exactly by
+         the code that ranks ours, from the same memory-mapped table.
+  growth milliseconds of a search over the number of rows and of queries
+
+Measure on a machine that does nothing else. `--small` takes about a minute.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.index import generation
+from realm_jax.index import mips
+
+ROWS = 13_353_718
+WIDTH = 128
+K = 8
+_TOPICS = 20_000
+_QUERIES, _BATCH = 1000, 512
+_RECALLS = (0.90, 0.95, 0.98)
+_CANDIDATES = (50, 100, 200, 400, 800)
+_KINDS = ('PQ64x4fs', 'PQ64x4fsr', 'PQ32')
+
+Figures = dict[str, Any]
+
+
+# ------------------------------------------------------------------- vectors
+
+
+class Vectors:
+  """The invented rows; shard i depends on the seed and i alone."""
+
+  def __init__(self, seed: int):
+    self._seed = seed
+    rng = np.random.default_rng([seed, 0])
+    rotation, _ = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))
+    spectrum = np.arange(1, WIDTH + 1) ** -0.8
+    spectrum /= np.sqrt(np.square(spectrum).mean())
+    self._basis = (rotation * spectrum).astype(np.float32)
+    self._topics = self._normal(rng, _TOPICS)
+
+  def _normal(self, rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.standard_normal((count, WIDTH), np.float32) @ self._basis.T
+
+  def _raw(self, shard: int) -> np.ndarray:
+    rng = np.random.default_rng([self._seed, 1, shard])
+    count = generation.ROWS_PER_SHARD
+    articles = count // 2
+    topic = (_TOPICS * rng.random(articles) ** 1.5).astype(np.int64)
+    article = self._topics[topic] + 0.8 * self._normal(rng, articles)
+    own = np.sort(rng.integers(0, articles, count))
+    return article[own] + 0.6 * self._normal(rng, count)
+
+  def shard(self, number: int, count: int) -> np.ndarray:
+    """The first `count` rows of a shard."""
+    return _normalised(self._raw(number)[:count])
+
+  def queries(self, rows: int) -> np.ndarray:
+    """Queries for a table of so many rows."""
+    rng = np.random.default_rng([self._seed, 2])
+    parts = []
+    for _ in range(8):
+      shard = int(rng.integers(0, max(rows // generation.ROWS_PER_SHARD, 1)))
+      size = min(rows, generation.ROWS_PER_SHARD)
+      some = self._raw(shard)[rng.integers(0, size, _QUERIES // 8)]
+      parts.append(some + 0.6 * self._normal(rng, len(some)))
+    return _normalised(np.concatenate(parts))
+
+
+def _normalised(rows_NE: np.ndarray) -> np.ndarray:
+  rows_NE = rows_NE - rows_NE.mean(axis=1, keepdims=True)
+  return rows_NE / np.sqrt(np.square(rows_NE).mean(axis=1, keepdims=True))
+
+
+# ------------------------------------------------------------------- workers
+
+
+def _peak_gib() -> float:
+  """Largest resident set so far, mapped pages included."""
+  text = pathlib.Path('/proc/self/status').read_text()
+  return int(text.split('VmHWM:')[1].split()[0]) / 2**20
+
+
+def _config() -> config_lib.MipsConfig:
+  return config_lib.MipsConfig(backend='scann')
+
+
+def _lineage(rows: int) -> generation.Lineage:
+  return generation.Lineage(1, 'params', 'tokenizer', 'corpus', rows, WIDTH)
+
+
+def _write(folder: pathlib.Path, rows: int, seed: int) -> Figures:
+  vectors = Vectors(seed)
+  spent = 0.0
+  make = mips.make_search
+
+  def timed(*args: Any, **kwargs: Any) -> mips.Search:
+    nonlocal spent
+    start = time.perf_counter()
+    search = make(*args, **kwargs)
+    spent = time.perf_counter() - start
+    return search
+
+  mips.make_search = timed
+  start = time.perf_counter()
+  with generation.Writer(folder / 'index', _lineage(rows)) as writer:
+    for number, first in enumerate(range(0, rows, generation.ROWS_PER_SHARD)):
+      writer.add(
+          vectors.shard(number, min(generation.ROWS_PER_SHARD, rows - first))
+      )
+    shards = time.perf_counter()
+    writer.add_backend(_config())
+    built = time.perf_counter()
+    path = writer.publish()
+    done = time.perf_counter()
+  np.save(folder / 'queries.npy', vectors.queries(rows))
+  leaves, to_search, reorder = mips.scann_settings(_config(), rows)
+  return {
+      'write_shards_seconds': shards - start,
+      'build_seconds': spent,
+      'add_backend_seconds': built - shards,
+      'publish_seconds': done - built,
+      'build_peak_gib': _peak_gib(),
+      'num_leaves': leaves,
+      'leaves_to_search': to_search,
+      'reorder': reorder,
+      'recall_in_manifest': writer.recall,
+      'index_bytes_per_row': sum(
+          file.stat().st_size for file in (path / 'scann').iterdir()
+      ) / rows,
+  }
+
+
+def _open(folder: pathlib.Path, rows: int) -> generation.Generation:
+  return generation.load(folder / 'index' / '1', _lineage(rows))
+
+
+def _exact(folder: pathlib.Path, rows: int) -> Figures:
+  queries = np.load(folder / 'queries.npy')
+  table = _open(folder, rows).embeddings
+  search = mips.StreamedSearch(table)
+  seconds = []
+  for count in (len(queries), len(queries), _BATCH):  # The first one compiles.
+    start = time.perf_counter()
+    found = search.search(queries[:count], K)
+    seconds.append(time.perf_counter() - start)
+    if len(found) == len(queries):
+      np.save(folder / 'exact.npy', found)
+  return {
+      'exact_streamed_seconds_1000_queries': min(seconds[:2]),
+      'exact_streamed_seconds_512_queries': seconds[2],
+      'exact_streamed_peak_gib': _peak_gib(),
+  }
+
+
+def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
+  import faiss
+
+  faiss.omp_set_num_threads(os.cpu_count() or 1)
+  table = _open(folder, rows).embeddings
+  leaves, _, _ = mips.scann_settings(_config(), rows)
+  lists = leaves or round(2 * rows**0.5)
+  start = time.perf_counter()
+  sample = table[np.arange(0, rows, max(rows // (40 * lists), 1))[: 40 * lists]]
+  indexes = {}
+  quantizer = None
+  for kind in _KINDS:
+    index = faiss.index_factory(
+        WIDTH, f'IVF{lists},{kind}', faiss.METRIC_INNER_PRODUCT
+    )
+    if quantizer is not None:  # Of the first, trained.
+      index.own_fields, index.quantizer = False, quantizer
+    index.train(sample)
+    quantizer = index.quantizer
+    indexes[kind] = index
+  trained = time.perf_counter()
+  size = generation.ROWS_PER_SHARD
+  for first in range(0, rows, size):
+    part = np.ascontiguousarray(table[first : first + size])
+    _, lists_N1 = quantizer.search(part, 1)
+    assigned = np.ascontiguousarray(lists_N1[:, 0])
+    for index in indexes.values():
+      index.add_core(
+          len(part), faiss.swig_ptr(part), None, faiss.swig_ptr(assigned)
+      )
+  for kind, index in indexes.items():
+    faiss.write_index(index, str(folder / f'{kind}.faiss'))
+  return {
+      'faiss_train_seconds_all_kinds': trained - start,
+      'faiss_add_seconds_all_kinds': time.perf_counter() - trained,
+      'faiss_build_peak_gib': _peak_gib(),
+  }
+
+
+class _Ours:
+  """What `serve` asks of either side: `search`."""
+
+  kinds = ('scann',)
+
+  def __init__(self, folder: pathlib.Path, rows: int):
+    start = time.perf_counter()
+    opened = _open(folder, rows)
+    checked = time.perf_counter()
+    self._search = opened.make_search(_config(), None)
+    self.about = {
+        'load_check_seconds': checked - start,
+        'load_seconds': time.perf_counter() - start,
+    }
+    self.most = self._search._leaves or 1
+
+  def search(
+      self, kind: str, lists: int, candidates: int, queries: np.ndarray
+  ) -> np.ndarray:
+    self._search._leaves_to_search = lists
+    self._search._reorder = candidates
+    return self._search.search(queries, K)
+
+
+class _Faiss:
+  """FAISS's candidates, ranked by the code that ranks ours."""
+
+  kinds = _KINDS
+
+  def __init__(self, folder: pathlib.Path, rows: int):
+    import faiss
+
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    self._table, self._rows = _open(folder, rows).embeddings, rows
+    start = time.perf_counter()
+    self._indexes = {
+        kind: faiss.read_index(str(folder / f'{kind}.faiss')) for kind in _KINDS
+    }
+    self.about = {'load_seconds': time.perf_counter() - start}
+    self.most = self._indexes[_KINDS[0]].nlist
+
+  def search(
+      self, kind: str, lists: int, candidates: int, queries: np.ndarray
+  ) -> np.ndarray:
+    self._indexes[kind].nprobe = lists
+    _, found = self._indexes[kind].search(queries, candidates)
+    found = np.where(found < 0, self._rows, found)
+    return mips.rank(self._table, queries, found, found < self._rows, K)
+
+
+def _serve(side: str, folder: pathlib.Path, rows: int) -> None:
+  """Answers one JSON line with another."""
+  queries = np.load(folder / 'queries.npy')
+  exact = np.load(folder / 'exact.npy')
+  server = {'ours': _Ours, 'faiss': _Faiss}[side](folder, rows)
+  answer: Figures = {**server.about, 'most': server.most}
+  while True:
+    print(json.dumps({**answer, 'peak_gib': _peak_gib()}), flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      return
+    asked = json.loads(line)
+    setting = asked['setting']
+    if asked['what'] == 'recall':
+      found = server.search(*setting, queries)
+      answer = {'recall': mips.overlap(found, exact)}
+    else:
+      start = time.perf_counter()
+      server.search(*setting, queries[:_BATCH])
+      answer = {'ms': 1e3 * (time.perf_counter() - start)}
+
+
+def _growth(sizes: list[int], seed: int) -> Figures:
+  vectors = Vectors(seed)
+  table = np.concatenate(
+      [
+          vectors.shard(number, generation.ROWS_PER_SHARD)
+          for number in range(-(-max(sizes) // generation.ROWS_PER_SHARD))
+      ]
+  )
+  queries = vectors.queries(min(sizes))
+  searches = {n: mips.make_search(_config(), table[:n]) for n in sizes}
+  figures: Figures = {}
+  for n, search in searches.items():
+    figures[f'growth_recall_{n}'] = mips.recall(
+        search, mips.StreamedSearch(table[:n]), queries, K
+    )
+  for batch in (32, 128, 512):
+    times: dict[int, list[float]] = {n: [] for n in sizes}
+    for _ in range(15):
+      for n, search in searches.items():
+        start = time.perf_counter()
+        search.search(queries[:batch], K)
+        times[n].append(1e3 * (time.perf_counter() - start))
+    for n in sizes:
+      figures[f'growth_ms_{n}_rows_{batch}_queries'] = statistics.median(
+          times[n]
+      )
+  return figures
+
+
+# -------------------------------------------------------------- orchestration
+
+
+class _Side:
+  """A serving process."""
+
+  def __init__(self, side: str, arguments: list[str]):
+    self.name = side
+    self._process = subprocess.Popen(
+        [sys.executable, __file__, f'--worker={side}', *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    self._recall: dict[tuple[Any, ...], float] = {}
+    self.about = self._read()
+    self.peak = self.about.pop('peak_gib')
+    self.most = self.about.pop('most')
+
+  def _read(self) -> Figures:
+    assert self._process.stdout is not None
+    line = self._process.stdout.readline()
+    if not line:
+      raise RuntimeError(f'The process of {self.name} has died.')
+    return json.loads(line)
+
+  def _ask(self, what: str, setting: tuple[Any, ...]) -> Any:
+    assert self._process.stdin is not None
+    self._process.stdin.write(
+        json.dumps({'what': what, 'setting': setting}) + '\n'
+    )
+    self._process.stdin.flush()
+    answer = self._read()
+    self.peak = answer['peak_gib']
+    return answer[what]
+
+  def ms(self, setting: tuple[Any, ...]) -> float:
+    return self._ask('ms', setting)
+
+  def recall(self, setting: tuple[Any, ...]) -> float:
+    if setting not in self._recall:
+      self._recall[setting] = self._ask('recall', setting)
+    return self._recall[setting]
+
+  def fewest(self, kind: str, candidates: int, target: float) -> int | None:
+    """How many lists reach the recall, by bisection; None: none do."""
+    low, high = 0, 8
+    while self.recall((kind, min(high, self.most), candidates)) < target:
+      if high >= self.most:
+        return None
+      # More lists would hardly help: the codes are what limits it.
+      low, high = high, 2 * high
+      if high > 64 and high > self.most / 4:
+        return None
+    high = min(high, self.most)
+    while high - low > max(high // 32, 1):
+      middle = (low + high) // 2
+      if self.recall((kind, middle, candidates)) < target:
+        low = middle
+      else:
+        high = middle
+    return high
+
+  def best(
+      self, target: float, kinds: tuple[str, ...], candidates: tuple[int, ...]
+  ) -> tuple[Any, ...] | None:
+    """The fastest setting that reaches the recall."""
+    timed = []
+    for kind in kinds:
+      for count in candidates:
+        lists = self.fewest(kind, count, target)
+        if lists is not None:
+          setting = (kind, lists, count)
+          timed.append((min(self.ms(setting) for _ in range(3)), setting))
+    return min(timed)[1] if timed else None
+
+  def close(self) -> None:
+    self._process.communicate()
+
+
+def _turns(
+    sides: list[tuple[_Side, tuple[Any, ...]]], times: int
+) -> list[float]:
+  """Median milliseconds of each, taking turns."""
+  found: list[list[float]] = [[] for _ in sides]
+  for _ in range(times):
+    for one, (side, setting) in zip(found, sides, strict=True):
+      one.append(side.ms(setting))
+  return [statistics.median(one) for one in found]
+
+
+def _compare(arguments: list[str], written: Figures, times: int) -> Figures:
+  ours, theirs = _Side('ours', arguments), _Side('faiss', arguments)
+  figures: Figures = {f'scann_{k}': v for k, v in ours.about.items()}
+  figures |= {f'faiss_{k}': v for k, v in theirs.about.items()}
+  figures['scann_load_peak_gib'] = ours.peak
+  default = ('scann', written['leaves_to_search'], written['reorder'])
+  figures['scann_recall'] = ours.recall(default)
+  # As good as our own settings, and the recalls of the plot.
+  targets = {f'{target:.2f}': target for target in _RECALLS}
+  targets['own'] = figures['scann_recall']
+  for name, target in targets.items():
+    mine = default
+    if name != 'own':
+      mine = ours.best(target, ('scann',), _CANDIDATES[:-1])
+    other = theirs.best(target, _KINDS[:2], _CANDIDATES)
+    if name == '0.95':
+      slow = theirs.best(target, _KINDS[2:], _CANDIDATES[1:4])
+      if slow is not None:
+        figures['faiss_pq32_ms_at_0.95'] = _turns([(theirs, slow)], 3)[0]
+        figures['faiss_pq32_setting_at_0.95'] = ' '.join(map(str, slow))
+    for side, setting in ((ours, mine), (theirs, other)):
+      label = 'scann' if side is ours else 'faiss'
+      reached = side.recall(setting) if setting else None
+      figures[f'{label}_recall_at_{name}'] = reached
+      figures[f'{label}_setting_at_{name}'] = (
+          ' '.join(map(str, setting)) if setting else None
+      )
+    if mine and other:
+      ms = _turns([(ours, mine), (theirs, other)], times)
+      figures[f'scann_ms_at_{name}'], figures[f'faiss_ms_at_{name}'] = ms
+      print(f'recall {name}: scann {ms[0]:.0f} ms, FAISS {ms[1]:.0f} ms')
+  figures['scann_serve_peak_gib'] = ours.peak
+  figures['faiss_serve_peak_gib'] = theirs.peak
+  ours.close()
+  theirs.close()
+  return figures
+
+
+def _plot(figures: Figures, path: pathlib.Path) -> None:
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+  names = {'scann': 'realm_jax, scann', 'faiss': 'FAISS, IVF-PQ'}
+  for label, name in names.items():
+    points = sorted(
+        (figures[f'{label}_recall_at_{target}'], figures[key])
+        for target in (*(f'{r:.2f}' for r in _RECALLS), 'own')
+        if (key := f'{label}_ms_at_{target}') in figures
+    )
+    axes.plot(*zip(*points, strict=True), marker='o', label=name)
+  axes.set_xlabel('recall of the best 8 of 1,000 queries')
+  axes.set_ylabel(f'ms for {_BATCH} queries')
+  axes.set_ylim(bottom=0)
+  axes.set_title(f'{figures["rows"]:,} rows of width {WIDTH}')
+  axes.legend()
+  figure.savefig(path, dpi=120)
+
+
+def _part(name: str, arguments: list[str]) -> Figures:
+  start = time.perf_counter()
+  done = subprocess.run(
+      [sys.executable, __file__, f'--worker={name}', *arguments],
+      stdout=subprocess.PIPE,
+      check=True,
+      text=True,
+  )
+  figures = json.loads(done.stdout)
+  print(f'{name}: {time.perf_counter() - start:.0f} s', figures, flush=True)
+  return figures
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('--output', type=pathlib.Path)
+  parser.add_argument('--rows', type=int, default=ROWS)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--small', action='store_true')
+  parser.add_argument(
+      '--folder', type=pathlib.Path, help='for 12 GB; default: temporary'
+  )
+  parser.add_argument('--worker', help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
+  rows = 300_000 if arguments.small else arguments.rows
+  sizes = [10_000, 30_000, 100_000] + [300_000, 1_000_000] * (
+      not arguments.small
+  )
+  folder = arguments.folder
+  match arguments.worker:
+    case 'write':
+      print(json.dumps(_write(folder, rows, arguments.seed)))
+      return 0
+    case 'exact':
+      print(json.dumps(_exact(folder, rows)))
+      return 0
+    case 'faiss_build':
+      print(json.dumps(_faiss_build(folder, rows)))
+      return 0
+    case 'growth':
+      print(json.dumps(_growth(sizes, arguments.seed)))
+      return 0
+    case 'ours' | 'faiss':
+      _serve(arguments.worker, folder, rows)
+      return 0
+  started = time.time()
+  with tempfile.TemporaryDirectory(dir=folder) as name:
+    passed = [
+        f'--folder={name}', f'--rows={rows}', f'--seed={arguments.seed}'
+    ] + ['--small'] * arguments.small
+    written = _part('write', passed)
+    figures: Figures = {'rows': rows, 'width': WIDTH, **written}
+    figures |= _part('exact', passed)
+    figures |= _part('faiss_build', passed)
+    figures |= _compare(passed, written, 3 if arguments.small else 9)
+    figures |= _part('growth', passed)
+  import faiss
+  import jax
+  import scann
+
+  result = {
+      **figures,
+      'seconds': time.time() - started,
+      'command': ' '.join(
+          ['python benchmarks/mips_scale.py']
+          + [a for a in sys.argv[1:] if not a.startswith('--folder')]
+      ),
+      'hardware': f'{os.cpu_count()} x {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(),
+          'jax': jax.__version__,
+          'numpy': np.__version__,
+          'faiss': faiss.__version__,
+          'scann': getattr(scann, '__version__', None),
+      },
+  }
+  for key, value in result.items():
+    print(f'{key:40} {value}')
+  if arguments.output:
+    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
+    _plot(result, arguments.output.with_suffix('.png'))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,228 @@
+"""SQuAD as open-domain questions, from scratch on a CPU, beside BM25.
+
+  python benchmarks/squad_open.py --corpus=corpus --train=train.jsonl \
+      --dev=dev.jsonl --output=benchmarks/results/squad_open.json
+
+Four stages (experiments/squad_open.py): reader and retriever are warmed up on
+the corpus, the retriever on questions with their paragraphs, then both learn to
+answer. Recall and exact match over training go into a curve. A stage that is
+finished is not run again; its processor time is kept beside it. BM25 (k1 0.9, b
+0.4, title and text, English stop words and stemming left alone) is that of the
+package bm25s, over the same passages.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import bm25s
+import jax
+from matplotlib import figure as figure_lib
+import numpy as np
+
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import question_sets
+from realm_jax.evaluation import ranking
+from realm_jax.evaluation import report
+from realm_jax.runtime import checkpoint
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_BM25_DEPTH = 100
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Trains what is not trained yet, evaluates, and returns flat figures."""
+  jobs = {
+      name: arguments.workdir / name
+      for name in ('mlm', 'ict', 'retriever', 'open_qa')
+  }
+  commands: list[str] = []
+  figures: dict[str, Any] = {}
+
+  def realm_jax(*words: str) -> None:
+    commands.append(shlex.join(['realm-jax', *words]))
+    print(f'$ {commands[-1]}', flush=True)
+    subprocess.run([sys.executable, '-m', 'realm_jax', *words], check=True)
+
+  def train(name: str, experiment: str, *more: str) -> None:
+    small = []
+    if arguments.small:
+      small = ['--config.steps=20', '--config.checkpoint.interval=10']
+    spent = jobs[name] / 'cpu_minutes.json'
+    if not (jobs[name] / 'summary.json').exists():
+      before = _cpu_seconds()
+      realm_jax(
+          'train',
+          f'--config=experiments/{experiment}',
+          f'--workdir={jobs[name]}',
+          f'--config.corpus={arguments.corpus}',
+          *more,
+          *small,
+      )
+      checkpoint.write_json(spent, round((_cpu_seconds() - before) / 60, 2))
+    figures[f'{name}_cpu_minutes'] = checkpoint.read_json(spent)
+    summary = checkpoint.read_json(jobs[name] / 'summary.json')
+    figures[f'{name}_steps'] = summary['step']
+    figures[f'{name}_seconds'] = summary['seconds']
+
+  train('mlm', 'small_corpus.py:mlm')
+  train('ict', 'small_corpus.py:ict')
+  train(
+      'retriever',
+      'squad_open.py:cpu_retriever',
+      f'--config.init_from={jobs["ict"]}',
+      f'--config.ict.questions={arguments.train}',
+  )
+  train(
+      'open_qa',
+      'squad_open.py:cpu',
+      f'--config.init_from={jobs["mlm"]},{jobs["retriever"]}',
+      f'--config.open_qa.questions={arguments.train}',
+      '--with_index_builder',
+      *(['--config.refresh.interval=10', '--config.refresh.lag=10']
+        if arguments.small else []),
+  )
+  for name, steps in (('ict', 'latest'), ('retriever', 'latest'),
+                      ('open_qa', 'all')):
+    realm_jax(
+        'evaluate', f'--workdir={jobs[name]}', f'--questions={arguments.dev}',
+        f'--steps={steps}', '--limit=200' if arguments.small else '--read=5',
+    )
+  return {
+      'command': shlex.join(['python', *sys.argv]),
+      'commands': commands,
+      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(),
+          'jax': jax.__version__,
+          'bm25s': bm25s.__version__,
+      },
+      **figures,
+      **_bm25(arguments.corpus, arguments.dev),
+      **_curve(jobs),
+  }
+
+
+def _cpu_seconds() -> float:
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
+
+
+def _bm25(directory: pathlib.Path, dev: str) -> dict[str, Any]:
+  corpus = corpus_lib.Corpus.open(directory)
+  questions = question_sets.read(dev)
+  passages = [corpus.passage_text(i) for i in range(len(corpus.passages))]
+  texts = [f'{p["title"]} {p["text"]}' for p in passages]
+  retriever = bm25s.BM25(k1=0.9, b=0.4)
+  retriever.index(
+      bm25s.tokenize(texts, show_progress=False), show_progress=False
+  )
+  rows_BK, _ = retriever.retrieve(
+      bm25s.tokenize([q.question for q in questions], show_progress=False),
+      k=min(_BM25_DEPTH, len(texts)),
+      show_progress=False,
+  )
+  names = [q.passage_id or '' for q in questions]
+  gold = [[row] for row in corpus.passage_rows_by_id(names).tolist()]
+  by_gold = ranking.gold_ranks(np.asarray(rows_BK), gold)
+  by_answer = ranking.answer_ranks(
+      np.asarray(rows_BK),
+      [q.answers for q in questions],
+      [q.match for q in questions],
+      lambda row: passages[row]['text'],
+  )
+  figures: dict[str, Any] = {'passages': len(texts), 'questions': len(names)}
+  for kind, ranks in (('gold', by_gold), ('answer', by_answer)):
+    summary = ranking.summarize(ranks, rows_BK.shape[1], len(texts))
+    for name, value in summary.items():
+      figures[f'bm25_{kind}_{name}'] = round(value, 4)
+  return figures
+
+
+def _curve(jobs: dict[str, pathlib.Path]) -> dict[str, Any]:
+  figures: dict[str, Any] = {}
+  for name in ('ict', 'retriever'):
+    found = report.load_all(jobs[name])[-1]['questions']['all']
+    for kind in ('gold', 'answer'):
+      for figure, value in found[kind].items():
+        figures[f'{name}_{kind}_{figure}'] = round(value, 4)
+  curve = [
+      result for result in report.load_all(jobs['open_qa'])
+      if 'open_qa' in result['questions']['all']
+  ]
+  last = curve[-1]['questions']['all']
+  for kind in ('gold', 'answer', 'open_qa'):
+    for figure, value in last[kind].items():
+      figures[f'open_qa_{kind}_{figure}'] = value
+  figures['curve_steps'] = [result['step'] for result in curve]
+  for figure, kind, name in (
+      ('curve_recall_at_20', 'gold', 'recall_at_20'),
+      ('curve_recall_at_5', 'gold', 'recall_at_5'),
+      ('curve_exact_match', 'open_qa', 'exact_match'),
+  ):
+    figures[figure] = [
+        round(result['questions']['all'][kind][name], 4) for result in curve
+    ]
+  return figures
+
+
+def _plot(figures: dict[str, Any], path: pathlib.Path) -> None:
+  figure = figure_lib.Figure(figsize=(11, 3.8), layout='constrained')
+  recall, match = figure.subplots(1, 2)
+  depths = (1, 5, 20, 50, 100)
+  for name, label in (
+      ('bm25', 'BM25'),
+      ('ict', 'ICT'),
+      ('retriever', 'questions with their passages'),
+      ('open_qa', 'fine-tuned'),
+  ):
+    known = [k for k in depths if f'{name}_gold_recall_at_{k}' in figures]
+    recall.plot(
+        known,
+        [figures[f'{name}_gold_recall_at_{k}'] for k in known],
+        marker='o',
+        label=label,
+    )
+  recall.set(xlabel='k', title='gold passage among the first k', ylim=(0, 1))
+  recall.set_xscale('log')
+  recall.legend(fontsize=8)
+  for name, label in (
+      ('curve_recall_at_20', 'recall@20'),
+      ('curve_recall_at_5', 'recall@5'),
+      ('curve_exact_match', 'exact match'),
+  ):
+    match.plot(figures['curve_steps'], figures[name], marker='o', label=label)
+  match.set(xlabel='step of fine-tuning', title='over training', ylim=(0, None))
+  match.legend(fontsize=8)
+  for axis in (recall, match):
+    axis.grid(alpha=0.3)
+  figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser.add_argument('--corpus', type=pathlib.Path, required=True)
+  parser.add_argument('--train', required=True)
+  parser.add_argument('--dev', required=True)
+  parser.add_argument(
+      '--workdir', type=pathlib.Path, default=pathlib.Path('runs/squad_open')
+  )
+  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser.add_argument('--small', action='store_true')
+  arguments = parser.parse_args()
+  os.chdir(_ROOT)
+  figures = run(arguments)
+  checkpoint.write_json(arguments.output, figures)
+  _plot(figures, arguments.output.with_suffix('.png'))
+  print(json.dumps(figures, indent=2))
+
+
+if __name__ == '__main__':
+  main()

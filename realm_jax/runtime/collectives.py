@@ -1,0 +1,156 @@
+"""What a compiled program exchanges between its devices, read from its HLO.
+
+Public: `Collective`, `read`, `bytes_sent`. Loops count as often as they turn.
+"""
+
+import dataclasses
+import math
+import re
+
+_OPS = (
+    'all-reduce',
+    'all-gather',
+    'reduce-scatter',
+    'all-to-all',
+    'collective-permute',
+)
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\((.*)$')
+_ARRAY = re.compile(r'\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
+_CALLED = re.compile(
+    r'\b(?:to_apply|calls|body|condition|true_computation|false_computation)'
+    r'=%?([\w.\-]+)'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective operation of a program."""
+
+  op: str  # As HLO names it, 'all-reduce' say.
+  result_bytes: int  # On one device.
+  group: int  # How many devices take part together.
+  times: int  # How often it runs in one run of the program.
+  source: str  # What it was made for, as JAX names it.
+
+  @property
+  def bytes_sent(self) -> float:
+    """What one device sends, by a ring: the least that there can be.
+
+    An all-reduce is a reduce-scatter and an all-gather; each of these sends
+    all but 1/group of the whole array.
+    """
+    others = (self.group - 1) / self.group
+    match self.op:
+      case 'all-reduce':
+        sent = 2 * others * self.result_bytes
+      case 'all-gather' | 'all-to-all':
+        sent = others * self.result_bytes
+      case 'reduce-scatter':
+        sent = others * self.result_bytes * self.group
+      case _:
+        sent = self.result_bytes
+    return sent * self.times
+
+
+def read(hlo: str, num_devices: int) -> list[Collective]:
+  """Returns the collectives of a program, those that reach others.
+
+  Args:
+    hlo: the text of the compiled program, `compiled.as_text()`.
+    num_devices: that it runs on.
+
+  Raises:
+    ValueError: if a collective is in a loop without a known number of turns,
+      or is written in an unknown way.
+  """
+  bodies, entry = _computations(hlo)
+  found: list[Collective] = []
+
+  def visit(name: str, times: int) -> None:
+    for line in bodies.get(name, ()):
+      match = _INSTRUCTION.match(line)
+      if match is None:
+        continue
+      result, op, rest = match.groups()
+      base = op.removesuffix('-start')
+      if base in _OPS:
+        one = Collective(
+            base,
+            _bytes(result, started=op != base),
+            _group_size(rest, num_devices) if base != _OPS[-1] else 2,
+            times,
+            _source(rest),
+        )
+        if one.group > 1:
+          found.append(one)
+      turns = 1
+      if op == 'while':
+        known = re.search(r'known_trip_count[^\d}]*(\d+)', rest)
+        turns = int(known[1]) if known else -1
+      called = _CALLED.findall(rest)
+      branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
+      if branches:
+        called += re.findall(r'[\w.\-]+', branches[1])
+      before = len(found)
+      for inner in called:
+        visit(inner, times * abs(turns))
+      if turns < 0 and len(found) > before:
+        raise ValueError(
+            'A collective is in a loop of which the program does not say how'
+            f' often it turns: {line.strip()[:200]}'
+        )
+
+  visit(entry, 1)
+  return found
+
+
+def bytes_sent(collectives: list[Collective]) -> float:
+  """What each device sends in one run of the program."""
+  return math.fsum(c.bytes_sent for c in collectives)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+  bodies: dict[str, list[str]] = {}
+  name = entry = ''
+  for line in hlo.splitlines():
+    header = re.match(r'^(ENTRY )?%?([\w.\-]+) .*\{\s*$', line)
+    if header and ' = ' not in line:
+      name = header[2]
+      bodies[name] = []
+      entry = name if header[1] else entry
+    elif name:
+      bodies[name].append(line)
+  if not entry:
+    raise ValueError('This is not the text of an HLO program: no ENTRY.')
+  return bodies, entry
+
+
+def _bytes(result: str, started: bool) -> int:
+  sizes = []
+  for bits, shape in _ARRAY.findall(result):
+    elements = math.prod(int(n) for n in shape.split(',') if n)
+    sizes.append(elements * int(bits or 8) // 8)  # pred has 8.
+  if started and len(sizes) > 1:
+    # What is started is a pair of operands and results.
+    sizes = sizes[len(sizes) // 2 :]
+  return sum(sizes)
+
+
+def _group_size(rest: str, num_devices: int) -> int:
+  named = re.search(r'replica_groups=mesh\[(.*?)\].*?\{(.*?)\}', rest)
+  if named:  # mesh['x'=4,'y'=2] {'x','y':(1)2}: axes, or parts of them.
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    over = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in over)
+  tiled = re.search(r'replica_groups=\[(\d+),(\d+)\]', rest)
+  if tiled:
+    return int(tiled[2])
+  listed = re.search(r'replica_groups=\{(\{[\d,]*\})?', rest)
+  if not listed:
+    raise ValueError(f'Unknown replica_groups: {rest[:200]}')
+  return len(listed[1].split(',')) if listed[1] else num_devices
+
+
+def _source(rest: str) -> str:
+  named = re.search(r'op_name="([^"]*)"', rest)
+  return named[1] if named else ''

@@ -1,0 +1,327 @@
+"""Dividing a job over devices and in time changes nothing but rounding.
+
+Eight simulated devices; the reference is one device that computes the whole
+batch at once. Dropout is on: its noise must not depend on the division.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.models import components as components_lib
+from realm_jax.models import dropout
+from realm_jax.runtime import collectives
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import sharding
+from realm_jax.training import gradients
+from realm_jax.training import optimizer
+from realm_jax.training import steps
+
+_ROWS, _VOCAB, _NULL = 16, 96, (2, 3, 3)
+# Most of the time of these tests is the compiler's.
+_QUICKLY = {'xla_backend_optimization_level': 0}
+
+
+def _config(objective):
+  config = config_lib.Config(objective=objective, corpus='corpus')
+  config.batch_size, config.num_candidates = _ROWS, 3
+  config.model = config_lib.ModelConfig(
+      preset='tiny', num_layers=1, width=32, num_heads=4, mlp_width=64,
+      embedding_width=16, max_positions=64, init_stddev=0.2, dropout=0.2,
+      vocab_size=_VOCAB, max_span_width=3,
+  )
+  config.lengths = config_lib.LengthsConfig(query=8, document=12, masks=3)
+  config.open_qa.documents, config.open_qa.retrieved = 'trained', 5
+  if objective == 'mlm':  # One layer everywhere, one at the masks only.
+    config.model.num_layers = 2
+  elif objective == 'realm':  # The largest program.
+    config.model.dropout = 0.0
+  return config_lib.resolve(config)
+
+
+def _mesh(data, model):
+  devices = np.array(jax.devices()[: data * model]).reshape(data, model)
+  return jax.sharding.Mesh(devices, (mesh_lib.DATA, mesh_lib.MODEL))
+
+
+def _batch(config):
+  """Random wordpieces, padded; some examples have nothing to predict."""
+  rng = np.random.default_rng(0)
+  q, s, m, k = 8, 12, 3, 3
+  t, n = q + s, 5
+
+  def ids(*shape):
+    made = rng.integers(5, _VOCAB, size=shape).astype(np.int32)
+    lengths = rng.integers(4, shape[-1] + 1, size=(*shape[:-1], 1))
+    return np.where(np.arange(shape[-1]) < lengths, made, 0).astype(np.int32)
+
+  def segments(*shape):
+    return np.broadcast_to(np.arange(shape[-1]) > 4, shape).astype(np.int32)
+
+  mask_BM = rng.random((_ROWS, m)) < 0.5
+  # A device, and a part of the batch, without a mask.
+  mask_BM[:4] = mask_BM[5::4] = False
+  correct_BKP = rng.random((_ROWS, k, t + t - 1 + t - 2)) < 0.05
+  correct_BKP[3:9] = False
+  everything = {
+      'query_ids_BQ': ids(_ROWS, q),
+      'doc_ids_BS': ids(_ROWS, s),
+      'doc_types_BS': segments(_ROWS, s),
+      'doc_ids_BJS': ids(_ROWS, k - 1, s),
+      'doc_types_BJS': segments(_ROWS, k - 1, s),
+      'doc_ids_BKS': ids(_ROWS, k, s),
+      'doc_types_BKS': segments(_ROWS, k, s),
+      'doc_emb_BNE': rng.normal(size=(_ROWS, n, 16)).astype(np.float32),
+      'has_answer_BN': rng.random((_ROWS, n)) < 0.3,
+      'body_BK2': np.broadcast_to(np.int32([q, t]), (_ROWS, k, 2)),
+      'correct_BKP': correct_BKP,
+      'joint_ids_BT': ids(_ROWS, t),
+      'joint_types_BT': segments(_ROWS, t),
+      'joint_ids_BKT': ids(_ROWS, k, t),
+      'joint_types_BKT': segments(_ROWS, k, t),
+      'positions_BM': rng.integers(0, q, (_ROWS, m)).astype(np.int32),
+      'targets_BM': rng.integers(5, _VOCAB, (_ROWS, m)).astype(np.int32),
+      'mask_BM': mask_BM,
+  }
+  return {name: everything[name] for name in steps.input_names(config)}
+
+
+@functools.cache
+def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
+  """Loss, metrics and gradients of a batch."""
+  config = _config(objective)
+  config.model.remat = remat
+  mesh = _mesh(data, model)
+  components = components_lib.make_all(config)
+  params = {name: c.init(0) for name, c in components.items()}
+  placed = sharding.shardings(params, mesh, zero)
+  rows = mesh_lib.over_batch(mesh)
+  run = jax.jit(
+      gradients.make_gradients(
+          steps.objective_of(config, components, _NULL),
+          jax.tree.map(lambda x: x.spec, placed),
+          mesh,
+          accumulate,
+      ),
+      out_shardings=(mesh_lib.replicated(mesh), placed),
+      compiler_options=_QUICKLY,
+  )
+  (loss, metrics), grads = run(
+      jax.device_put(params, placed),
+      jax.device_put(_batch(config), rows),
+      dropout.noise(jax.random.key(7), _ROWS),
+  )
+  return jax.device_get((loss, metrics, grads))
+
+
+_CASES = [
+    ('realm', {'data': 8}),
+    ('realm', {'data': 4, 'model': 2}),
+    ('realm', {'data': 2, 'model': 4, 'zero': True, 'accumulate': 2,
+               'remat': 'dots'}),
+    ('mlm', {'data': 8, 'zero': True}),
+    ('mlm', {'data': 4, 'model': 2, 'accumulate': 2, 'remat': 'full'}),
+    ('mlm', {'data': 2, 'model': 4}),
+    ('ict', {'data': 8, 'accumulate': 2}),
+    ('ict', {'data': 4, 'model': 2, 'zero': True}),
+    ('ict', {'data': 2, 'model': 4, 'accumulate': 4}),
+    ('ict', {'accumulate': 4}),
+    ('open_qa', {'data': 8}),
+    ('open_qa', {'data': 4, 'model': 2, 'zero': True}),
+    ('open_qa', {'data': 2, 'model': 4, 'accumulate': 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ('objective', 'how'),
+    _CASES,
+    ids=lambda x: '-'.join(f'{k}{v}' for k, v in x.items())
+    if isinstance(x, dict)
+    else x,
+)
+def test_divided_is_the_same(objective, how):
+  loss, metrics, grads = _found(objective, **how)
+  expected_loss, expected_metrics, expected = _found(objective)
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+  for name, value in expected_metrics.items():
+    np.testing.assert_allclose(
+        metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name
+    )
+  norm = np.sqrt(
+      sum(np.square(x).sum() for x in jax.tree.leaves(expected))
+  )
+  assert norm > 0.1
+  for component, leaves in expected.items():
+    for name, wanted in leaves.items():
+      error = np.linalg.norm(grads[component][name] - wanted)
+      # Some have no gradient but rounding, as the bias of the keys, which a
+      # softmax does not see; hence the second part.
+      bound = 1e-5 * np.linalg.norm(wanted) + 1e-6 * norm
+      assert error <= bound, (name, error, bound)
+
+
+def test_whole_steps_are_the_same_and_compile_once():
+  config = _config('ict')
+  components = components_lib.make_all(config)
+  tx = optimizer.make_optimizer(config, tuple(components))
+  batch = _batch(config)
+
+  def train(mesh, zero):
+    config.mesh.zero = zero
+    traces = []
+    step = steps.make_train_step(
+        config, components, tx, _NULL, mesh, lambda: traces.append(1)
+    )
+    placed = steps.state_shardings(config, components, tx, mesh)
+    params = {name: c.init(0) for name, c in components.items()}
+    state = jax.device_put(
+        steps.TrainState(
+            jnp.int32(0), params, tx.init(params), jax.random.key(0)
+        ),
+        placed,
+    )
+    for _ in range(3):
+      state, metrics = step(state, mesh_lib.to_devices(mesh, batch))
+    assert len(traces) == 1
+    embed = steps.make_query_embedder(components['embedder'], mesh)
+    emb_BE = embed(state.params['embedder'], batch['query_ids_BQ'])
+    return state, jax.device_get((metrics, emb_BE)), placed
+
+  one, (expected, expected_emb_BE), _ = train(_mesh(1, 1), False)
+  many, (metrics, emb_BE), placed = train(_mesh(4, 2), True)
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
+  np.testing.assert_allclose(emb_BE, expected_emb_BE, atol=2e-5)
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+    if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+      np.testing.assert_allclose(a, b, atol=2e-5)
+  # Parameters and both moments of a matrix: a device has an eighth.
+  name = 'encoder.bert.layers.0.mlp_in.kernel'
+  pieces = [
+      leaf.addressable_shards[0].data.size
+      for path, leaf in jax.tree_util.tree_leaves_with_path(many)
+      if getattr(path[-1], 'key', '') == name
+  ]
+  assert pieces == [32 * 64 // 8] * 3
+  assert placed.step.spec == jax.P()
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape', 'spec', 'zero_spec'),
+    [
+        ('bert.layers.0.query.kernel', (8, 8), (None, 'model'),
+         ('data', 'model')),
+        ('encoder.bert.layers.11.mlp_in.bias', (8,), ('model',), ('model',)),
+        ('bert.layers.0.mlp_out.kernel', (16, 8), ('model', None),
+         ('model', 'data')),
+        ('bert.word_embed.embedding', (30, 8), ('model', None),
+         ('model', 'data')),
+        # What does not divide stays whole.
+        ('bert.word_embed.embedding', (31, 8), (None, None), (None, 'data')),
+        ('bert.word_embed.embedding', (31, 7), (None, None), (None, None)),
+        ('output_bias', (30,), ('model',), ('model',)),
+        ('projection.dense.kernel', (8, 16), (None, None), (None, 'data')),
+        ('bert.layers.0.mlp_norm.scale', (8,), (None,), (None,)),
+        ('', (), (), ()),
+    ],
+)
+def test_rules(name, shape, spec, zero_spec):
+  mesh = _mesh(4, 2)
+  assert sharding.rule_for(name, shape, mesh, zero=False) == jax.P(*spec)
+  assert sharding.rule_for(name, shape, mesh, zero=True) == jax.P(*zero_spec)
+
+
+def test_every_rule_is_of_use_and_optimizer_state_lies_as_its_parameter():
+  config = _config('realm')
+  components = components_lib.make_all(config)
+  tx = optimizer.make_optimizer(config, tuple(components))
+  placed = steps.state_shardings(config, components, tx, _mesh(4, 2))
+  divided = {
+      name: place.spec
+      for leaves in placed.params.values()
+      for name, place in leaves.items()
+      if any(place.spec)
+  }
+  assert len(divided) == 2 * (4 + 4 + 2 + 1) + 1
+  moments = {
+      path[-1].key: place.spec
+      for path, place in jax.tree_util.tree_leaves_with_path(placed.opt_state)
+      if path and getattr(path[-1], 'key', None) in divided
+  }
+  assert moments == divided
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'message'),
+    [
+        ({'batch_size': 12}, r'batch_size=12 .* 8 device\(s\).*accumulate=1'),
+        ({'accumulate': 3, 'batch_size': 20},
+         r'batch_size=20 .* 8 device\(s\).*accumulate=3'),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused(wrong, message):
+  config = _config('mlm')
+  for name, value in wrong.items():
+    setattr(config, name, value)
+  with pytest.raises(ValueError, match=message):
+    sharding.check(config, _mesh(8, 1))
+
+
+def test_more_model_devices_than_heads_are_refused():
+  with pytest.raises(ValueError, match='num_heads=4 .* 8 devices'):
+    sharding.check(_config('mlm'), _mesh(1, 8))
+
+
+@pytest.mark.parametrize(('capability', 'ok'), [('7.5', False), ('8.0', True)])
+def test_bfloat16_needs_a_gpu_that_has_it(capability, ok):
+  config = _config('mlm')
+  config.model.compute_dtype = 'bfloat16'
+  gpu = types.SimpleNamespace(
+      platform='gpu', compute_capability=capability, device_kind='Some GPU'
+  )
+  mesh = types.SimpleNamespace(
+      shape={'data': 1, 'model': 1}, devices=np.array([[gpu]])
+  )
+  if ok:
+    sharding.check(config, mesh)
+  else:
+    with pytest.raises(ValueError, match=r'bfloat16.*8\.0.*Some GPU has 7\.5'):
+      sharding.check(config, mesh)
+
+
+_HLO = """
+HloModule jit_step
+
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = f32[8]{0} get-tuple-element(%arg), index=1
+  %psum = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main (p: bf16[4,2]) -> f32[8] {
+  %loop = (s32[], f32[8]) while(%start), condition=%more, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %all = (bf16[16,2]{1,0}, pred[4]) all-gather(%p, %q), \
+replica_groups=[1,4]<=[4], dimensions={0}, metadata={op_name="jit(step)/all"}
+  %named = s32[3]{0} reduce-scatter(%r), \
+replica_groups=mesh['a'=2,'b'=2] {'b'}, to_apply=%add
+  %alone = f32[99]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3}}
+}
+"""
+
+
+def test_collectives_are_read_from_the_program():
+  found = collectives.read(_HLO, 4)
+  assert [(c.op, c.result_bytes, c.group, c.times) for c in found] == [
+      ('all-reduce', 32, 2, 5),
+      ('all-gather', 68, 4, 1),
+      ('reduce-scatter', 12, 2, 1),
+  ]
+  assert found[1].source == 'jit(step)/all'
+  assert collectives.bytes_sent(found) == 5 * 32 + 68 * 3 / 4 + 12
+  with pytest.raises(ValueError, match='how often it turns'):
+    collectives.read(_HLO.replace('known_trip_count', 'unknown'), 4)
