@@ -11,7 +11,8 @@ needs:
   gradients   an all-reduce of all parameters, over the devices with the same
               part of them; with ZeRO a reduce-scatter of the gradients and an
               all-gather of the parameters instead, which is as much
-  queries     an all-gather of the query embeddings
+  queries     an all-gather of the query embeddings (with ZeRO, of the
+              embedder, too)
   top k       an all-gather of each device's best rows and their scores
   activations where `model` divides the layers: two all-reduces forward and two
               backward for each, and the vocabulary
@@ -166,12 +167,16 @@ def _needed(config: config_lib.Config, params: Any) -> dict[str, float]:
   def ring(size: float, group: int) -> float:
     return size * (group - 1) / group
 
-  weights = sum(
-      4 * np.prod(x.sharding.shard_shape(x.shape))
-      # With ZeRO a device keeps a part, but sums up all of what it uses.
-      * (data if mesh_lib.DATA in x.sharding.spec else 1)
-      for x in jax.tree.leaves(params)
-  )
+  def weigh(params: Any, divided: bool) -> float:
+    """Bytes of what a device computes with, gathered where ZeRO divides it."""
+    total = 0.0
+    for x in jax.tree.leaves(params):
+      zero = mesh_lib.DATA in x.sharding.spec
+      if zero or not divided:
+        parts = data if zero else 1
+        total += 4.0 * parts * np.prod(x.sharding.shard_shape(x.shape))
+    return total
+
   # Hidden states of the rows of one part of the data axis: of all layers but
   # the last, which is computed at some positions only.
   per_data = c.batch_size // data
@@ -194,8 +199,10 @@ def _needed(config: config_lib.Config, params: Any) -> dict[str, float]:
     activations += 4 * per_data * c.num_candidates * lengths.masks * m.width
   k = c.num_candidates - 1
   return {
-      'gradients': 2 * ring(weights, data),
-      'queries': ring(4 * c.batch_size * m.embedding_width, data),
+      'gradients': 2 * ring(weigh(params, False), data),
+      # With ZeRO the embedder has to be gathered for this program, too.
+      'queries': ring(4 * c.batch_size * m.embedding_width, data)
+      + ring(weigh(params['embedder'], True), data),
       'top_k': ring(8 * n * c.batch_size * k, n),
       'activations': 2 * ring(activations, model),
   }
@@ -285,7 +292,9 @@ def main() -> int:
   print('\n' + _table(runs))
   by_data = [run for run in runs if run['model'] == 1]
   result = {
-      'largest_excess_data': max(abs(run['excess']) for run in by_data),
+      'largest_excess_data': max(
+          (abs(run['excess']) for run in by_data), default=0.0
+      ),
       'largest_excess': max(abs(run['excess']) for run in runs),
       'runs': runs,
       'command': shlex.join(['python', 'benchmarks/collectives.py'])

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 _VARIANTS = ('shipped', 'masked_head', 'null_once', 'sdpa')
+_ALTERNATING = ('ours', 'shipped', 'masked_head')
 _PARTS = ('embed_forward', 'embed', 'read_forward', 'read', 'optimizer')
 _SPECIAL = {'cls': 101, 'sep': 102, 'mask': 103}
 _NULL = (_SPECIAL['cls'], _SPECIAL['sep'], _SPECIAL['sep'])
@@ -292,6 +293,7 @@ class _Process:
         text=True,
         env={
             **os.environ,
+            'JAX_PLATFORMS': 'cpu',
             'NPROC': str(threads),
             'OMP_NUM_THREADS': str(threads),
         },
@@ -383,10 +385,12 @@ def _compare(
         side: [] for side in ('ours', *_VARIANTS)
     }
     for turn in range(arguments.rounds + 1):  # The first one warms up.
-      for side in seconds:
+      # What is not asked for by a target is timed once only.
+      for side in seconds if turn < 2 else _ALTERNATING:
         process = ours if side == 'ours' else theirs
         if side != 'ours':
           theirs.ask('use', variant=side)
+        time.sleep(0.2)  # Until the threads of the other have gone to sleep.
         taken = process.ask('time', part='step')['seconds']
         if turn:
           seconds[side].append(taken)
@@ -401,15 +405,14 @@ def _compare(
       if side != 'ours':
         figures[f'{name}_ratio_{side}'] = statistics.median(
             theirs_ / ours_
-            for theirs_, ours_ in zip(times, seconds['ours'], strict=True)
+            for theirs_, ours_ in zip(times, seconds['ours'], strict=False)
         )
     theirs.ask('use', variant='masked_head')
     for part in _PARTS:
       for side, process in (('ours', ours), ('masked_head', theirs)):
-        process.ask('time', part=part)
-        figures[f'{name}_{part}_seconds_{side}'] = min(
-            process.ask('time', part=part)['seconds'] for _ in range(2)
-        )
+        process.ask('time', part=part)  # Compiles it.
+        answer = process.ask('time', part=part)
+        figures[f'{name}_{part}_seconds_{side}'] = answer['seconds']
     ours.close()
     theirs.close()
   return figures, versions

@@ -50,7 +50,7 @@ def _run(name, *arguments, env=None, **options):
 
 
 def test_all_ways_to_launch_are_tested():
-  assert _NAMES == sorted(_NEEDS)
+  assert sorted(_NEEDS) == _NAMES
 
 
 @pytest.mark.parametrize('path', _SCRIPTS, ids=_NAMES)
@@ -68,7 +68,6 @@ def test_a_script_is_short_and_sound(path):
 
 @pytest.mark.parametrize('name', _NAMES)
 def test_dry_run_shows_trainer_and_builder(name):
-  # Devices of four CPUs, whatever this machine has.
   done = _run(
       name, '--dry_run', *_NEEDS[name], *_TRAIN, "--config.corpus=it's here"
   )
@@ -223,7 +222,7 @@ _JOBSET = _object(
     [
         ([], (16, 4), {'google.com/tpu': 4}),
         (
-            ['--trainer=8x8,nvidia-h100-80gb', '--builder=2x8,nvidia-h100-80gb'],
+            ['--trainer=8x8,nvidia-h100-80gb', '--builder=2x8,nvidia-l4'],
             (8, 2),
             {'nvidia.com/gpu': 8},
         ),

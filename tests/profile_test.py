@@ -5,12 +5,12 @@ import json
 import time
 
 import pytest
+import training_test
 
 from realm_jax.runtime import metrics
 from realm_jax.runtime import profile
 from realm_jax.training import costs
 from realm_jax.training import loop
-import training_test
 
 
 def test_parts_add_up_to_the_time_that_passed():

@@ -671,6 +671,9 @@ class _Processes:
   def any(self, flag):
     return True in self.gather(bool(flag))
 
+  def barrier(self, name):
+    assert set(self.gather(name)) == {name}
+
   def broadcast(self, value):
     return self.gather(value if self.is_main() else None)[0]
 

@@ -211,6 +211,29 @@ def test_whole_steps_are_the_same_and_compile_once():
   assert placed.step.spec == jax.P()
 
 
+def test_the_gradient_cache_needs_the_memory_of_one_part():
+  def temporary_bytes(rows, accumulate):
+    config = _config('ict')
+    config.batch_size, config.accumulate = rows, accumulate
+    components = components_lib.make_all(config)
+    tx = optimizer.make_optimizer(config, tuple(components))
+    mesh = _mesh(1, 1)
+    step = steps.make_train_step(config, components, tx, _NULL, mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+        for name, array in _batch(config).items()
+    }
+    compiled = step.lower(steps.abstract_state(components, tx), batch).compile(
+        _QUICKLY
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  one_part, cached = temporary_bytes(256, 1), temporary_bytes(4096, 16)
+  assert one_part > 10e6
+  # Besides a part: the scores of every query for every document.
+  assert cached < 1.1 * one_part + 3 * 4 * 4096**2
+
+
 @pytest.mark.parametrize(
     ('name', 'shape', 'spec', 'zero_spec'),
     [

@@ -76,11 +76,22 @@ class PassageEmbedder:
       self._batch_rows.append(-(-needed // -(-needed // most)) * multiple)
     self._replicated = mesh_lib.replicated(mesh)
     self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    rows = self._over_rows.spec
+
+    def embed(
+        params: components.Params, ids_BS: jax.Array, types_BS: jax.Array
+    ) -> jax.Array:
+      return component.apply(params, 'embed_document', ids_BS, types_BS)
+
+    # Each device its rows: XLA could not divide the TPU's kernel of attention.
     self._embed = jax.jit(
-        lambda params, ids_BS, types_BS: component.apply(
-            params, 'embed_document', ids_BS, types_BS
-        ),
-        out_shardings=self._over_rows,
+        jax.shard_map(
+            embed,
+            mesh=mesh,
+            in_specs=(jax.P(), rows, rows),
+            out_specs=rows,
+            check_vma=False,
+        )
     )
 
   @property

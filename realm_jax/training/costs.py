@@ -9,7 +9,6 @@ left out is below 5 % of what XLA counts at the paper's shapes.
 import dataclasses
 
 from realm_jax import config as config_lib
-from realm_jax.models import components
 
 STATE_BYTES = 12  # Of a parameter in a checkpoint: float32, and Adam's two.
 # What XLA keeps of a layer between forward and backward, in arrays of the
@@ -122,11 +121,23 @@ def search_flop(config: config_lib.Config, passages: int) -> float:
 
 
 def parameters(config: config_lib.Config) -> dict[str, int]:
-  """Returns how many parameters each component has."""
-  return {
-      name: sum(x.size for x in component.abstract.values())
-      for name, component in components.make_all(config).items()
+  """Returns how many parameters each component of a resolved config has."""
+  m = config.model
+  d, f, e, w = m.width, m.mlp_width, m.embedding_width, m.span_width
+  norm = 2 * d
+  layer = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * norm
+  bert = (m.vocab_size + m.max_positions + 2) * d + norm + m.num_layers * layer
+  encoder = bert + d * d + d  # With its pooler.
+  projection = d * e + e + 2 * e
+  sizes = {
+      'embedder': encoder
+      + projection
+      + (m.towers != 'shared') * projection
+      + (m.towers == 'separate') * encoder,
+      'reader': bert + d * d + d + norm + m.vocab_size,
+      'span_reader': bert + 2 * w * d + 2 * w + 2 * w + w + 1,
   }
+  return {name: sizes[name] for name in config_lib.COMPONENTS[config.objective]}
 
 
 def step_memory(

@@ -159,9 +159,8 @@ def plan(config: config_lib.Config, setting: Setting) -> Plan:
   }
   if config.objective in config_lib.SEARCHING:
     result['builder_memory'] = _builder_memory(config, parameters)
-  result['advice'] = dict(
-      enumerate(_advice(config, setting, result), start=1)
-  )
+  advice = _advice(config, setting, result)
+  result['advice'] = {str(i): line for i, line in enumerate(advice, start=1)}
   return result
 
 
@@ -174,7 +173,8 @@ def as_text(result: Plan) -> str:
       if isinstance(value, str):
         lines.append(f'  - {value}')
       else:
-        lines.append(f'  {name.replace("_", " "):36}{_figure(name, value)}')
+        label = name.removesuffix('_gb').replace('_', ' ')
+      lines.append(f'  {label:36}{_figure(name, value)}')
   return '\n'.join(lines).lstrip()
 
 
@@ -188,13 +188,7 @@ def compile_step(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
   components = components_lib.make_all(config)
   tx = optimizer.make_optimizer(config, tuple(components))
   step = steps.make_train_step(config, components, tx, (2, 3, 3), mesh)
-  params = {name: c.abstract for name, c in components.items()}
-  state = steps.TrainState(
-      step=jax.ShapeDtypeStruct((), jnp.int32),
-      params=params,
-      opt_state=jax.eval_shape(tx.init, params),
-      rng=jax.eval_shape(lambda: jax.random.key(0)),
-  )
+  state = steps.abstract_state(components, tx)
   return step.lower(state, _abstract_batch(config)).compile()
 
 
@@ -418,7 +412,7 @@ def _advice(
   time = result['time']
   if 'lag_steps' in time and config.refresh.policy != 'none':
     needed = time['builder_devices_needed']
-    if setting.builder_devices < needed:
+    if 0 < setting.builder_devices < needed:
       yield (
           f'A refresh takes {time["lag_steps"]:.0f} steps, more than'
           f' refresh.interval={config.refresh.interval}: take {needed} builder'

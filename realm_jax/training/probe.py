@@ -5,6 +5,7 @@ that what is decided by them (refresh.policy `adaptive`) can be repeated.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -47,14 +48,28 @@ class Probe:
     self._corpus, self._length = corpus, config.lengths.document
     self._batch = -(-_BATCH // mesh.size) * mesh.size
     self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    rows, whole = self._over_rows.spec, jax.P()
+
+    def embed_queries(
+        params: components_lib.Params, ids_BQ: jax.Array
+    ) -> jax.Array:
+      return embedder.apply(params, 'embed_query', ids_BQ)
+
+    def embed_documents(
+        params: components_lib.Params, ids_BS: jax.Array, types_BS: jax.Array
+    ) -> jax.Array:
+      return embedder.apply(params, 'embed_document', ids_BS, types_BS)
+
+    # All devices the same queries, and each its part of the documents: XLA
+    # could not divide the TPU's kernel of attention.
+    on_each = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
     everywhere = mesh_lib.replicated(mesh)
     self._embed_queries = jax.jit(
-        lambda params, ids_BQ: embedder.apply(params, 'embed_query', ids_BQ),
-        out_shardings=everywhere,
+        on_each(embed_queries, in_specs=whole, out_specs=whole)
     )
     self._embed_documents = jax.jit(
-        lambda params, ids_BS, types_BS: embedder.apply(
-            params, 'embed_document', ids_BS, types_BS
+        on_each(
+            embed_documents, in_specs=(whole, rows, rows), out_specs=rows
         ),
         out_shardings=everywhere,
     )

@@ -1,0 +1,181 @@
+"""Attention: the kernels agree, and are chosen where they can run.
+
+There is no accelerator here: the TPU's kernel runs in Pallas' interpreter, and
+for both kinds the program is lowered, which checks shapes and types.
+"""
+
+import dataclasses
+import types
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.models import attention
+from realm_jax.models import dropout
+
+_MODEL = config_lib.ModelConfig(
+    width=128, num_heads=2, compute_dtype='bfloat16', attention='auto'
+)
+_LENGTHS_B1 = np.array([[20], [13]])
+_MASK_BL = np.arange(20) < _LENGTHS_B1
+
+
+def _qkv(dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.normal(size=(2, 20, 2, 8)), dtype) for _ in range(3)]
+
+
+def _gradients(kernel):
+  def loss(query, key, value):
+    mixed = attention.attend(query, key, value, _MASK_BL, kernel)
+    mixed = jnp.where(_MASK_BL[..., None, None], mixed, 0)
+    return jnp.square(mixed.astype(jnp.float32)).sum()
+
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+
+def _device(platform):
+  return types.SimpleNamespace(
+      platform=platform, device_kind=f'Some {platform}'
+  )
+
+
+def _by_hand(query, key, value, keep, rate):
+  logits = jnp.einsum('bmhc,blhc->bhml', query, key) * query.shape[-1] ** -0.5
+  logits = jnp.where(_MASK_BL[:, None, None], logits, -1e30)
+  weights = jax.nn.softmax(logits)
+  if keep is not None:
+    weights = jnp.where(keep, weights / (1 - rate), 0)
+  return jnp.einsum('bhml,blhc->bmhc', weights, value)
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.3])
+def test_forward_and_the_backward_written_by_hand(rate):
+  noise = dropout.noise(jax.random.key(3), 2)
+  keep = dropout.keep(noise, (2, 2, 20, 20), rate) if rate else None
+
+  def ours(*qkv):
+    return attention.attend(*qkv, _MASK_BL, 'xla', rate, noise)
+
+  def theirs(*qkv):
+    return _by_hand(*qkv, keep, rate)
+
+  def value(attend):
+    return jax.jit(
+        jax.value_and_grad(lambda *x: jnp.sin(attend(*x)).sum(), (0, 1, 2))
+    )(*_qkv())
+
+  for a, b in zip(
+      jax.tree.leaves(value(ours)), jax.tree.leaves(value(theirs)), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-6)
+
+
+def test_flash_is_the_same_and_lowers_for_tpu():
+  expected = _gradients('xla')(*_qkv())
+  with pltpu.force_tpu_interpret_mode():
+    found = _gradients('flash')(*_qkv())
+  for a, b in zip(
+      jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  lowered = _gradients('flash').trace(*_qkv(jnp.bfloat16)).lower(
+      lowering_platforms=('tpu',)
+  )
+  assert 'tpu_custom_call' in lowered.as_text()
+
+
+def test_cudnn_lowers_for_cuda(monkeypatch):
+  # Whether cuDNN is there is asked when a function is traced.
+  asked = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
+  monkeypatch.setattr(asked, 'check_cudnn_version', lambda: 90300)
+  lowered = _gradients('cudnn').trace(*_qkv(jnp.bfloat16)).lower(
+      lowering_platforms=('cuda',)
+  )
+  text = lowered.as_text()
+  assert '__cudnn$fmhaSoftmax' in text
+  # Padding by lengths: a mask would have become a bias.
+  assert 'ScaleBias' not in text
+
+
+@pytest.mark.parametrize(
+    ('platform', 'values', 'kernel'),
+    [
+        ('cpu', {}, 'xla'),
+        ('gpu', {}, 'cudnn'),
+        ('tpu', {}, 'flash'),
+        ('gpu', {'compute_dtype': 'float32'}, 'xla'),
+        ('gpu', {'width': 512}, 'xla'),
+        ('tpu', {'width': 384}, 'xla'),
+        ('tpu', {'width': 512}, 'flash'),
+        ('gpu', {'attention': 'xla'}, 'xla'),
+        # The same function: a laptop evaluates what a GPU trained.
+        ('cpu', {'attention': 'cudnn'}, 'xla'),
+    ],
+)
+def test_choice(platform, values, kernel):
+  config = dataclasses.replace(_MODEL, **values)
+  assert attention.choose(config, _device(platform)) == kernel
+
+
+@pytest.mark.parametrize(
+    ('platform', 'values', 'message'),
+    [
+        ('cpu', {'attention': 'cudnn'}, 'cudnn.*needs an NVIDIA GPU.*Some cpu'),
+        ('gpu', {'attention': 'flash'}, 'flash.*needs a TPU'),
+        ('gpu', {'attention': 'cudnn', 'compute_dtype': 'float32'},
+         'needs compute_dtype=bfloat16; here is.*float32'),
+        ('gpu', {'attention': 'cudnn', 'width': 512}, 'needs heads of.*256'),
+    ],
+)
+def test_what_cannot_run_is_refused(platform, values, message):
+  config = dataclasses.replace(_MODEL, **values)
+  with pytest.raises(ValueError, match=message):
+    attention.check(config, _device(platform))
+
+
+def test_few_positions_or_dropout_take_the_kernel_that_can():
+  query, key, value = _qkv()
+  # Would fail on CPU if it were the fused kernel.
+  attention.attend(query[:, :3], key, value, _MASK_BL, 'flash')
+  noise = dropout.noise(jax.random.key(0), 2)
+  attention.attend(query, key, value, _MASK_BL, 'flash', 0.1, noise)
+
+
+def test_fused_attention_with_dropout_of_weights_is_refused():
+  config = config_lib.Config(corpus='c', objective='mlm')
+  config.model.attention = 'cudnn'
+  with pytest.raises(ValueError, match='attention_dropout=0, not 0.1'):
+    config_lib.validate(config)
+  config.model.attention_dropout = 0.0
+  config_lib.validate(config)
+
+
+def test_dropout_drops_as_often_as_it_says_and_scales():
+  noise = dropout.noise(jax.random.key(0), 8)
+  x = np.asarray(dropout.dropout(jnp.ones((8 * 50, 70)), 0.25, noise, 0))
+  share = (x == 0).mean()
+  assert abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / x.size)
+  np.testing.assert_allclose(x[x > 0], 1 / 0.75, rtol=1e-6)
+  other = np.asarray(dropout.dropout(jnp.ones((8 * 50, 70)), 0.25, noise, 1))
+  assert abs(np.corrcoef(x.reshape(-1), other.reshape(-1))[0, 1]) < 0.03
+  rows = x.reshape(8, -1)
+  assert np.abs(np.corrcoef(rows) - np.eye(8)).max() < 0.08
+
+
+def test_noise_belongs_to_the_row():
+  noise = dropout.noise(jax.random.key(0), 6)
+  whole = dropout.keep(noise, (6, 5, 7), 0.5)
+  some = dropout.Noise(noise.key, noise.row_B[jnp.array([4, 1])])
+  np.testing.assert_array_equal(
+      dropout.keep(some, (2, 5, 7), 0.5), whole[jnp.array([4, 1])]
+  )
+  copies = noise.repeat(3)
+  assert len(set(copies.row_B.tolist())) == 18
+  np.testing.assert_array_equal(
+      copies.row_B[3:6], dropout.Noise(noise.key, noise.row_B[1:2]).repeat(3)[1]
+  )
