@@ -18,6 +18,8 @@ size.
 from realm_jax import config as config_lib
 from realm_jax import recipes
 
+STAGES = recipes.FINE_TUNING
+
 
 def get_config(recipe: str = 'published') -> config_lib.Config:
   """Returns the config of a recipe: 'published' or 'plus_plus'."""

@@ -22,6 +22,8 @@ match 20.2 with ORQA (SQuAD's questions were written with a paragraph in view).
 from realm_jax import config as config_lib
 from realm_jax import recipes
 
+STAGES = ('cpu', 'cpu_retriever', *recipes.FINE_TUNING)
+
 
 def get_config(recipe: str = 'cpu') -> config_lib.Config:
   """Returns a config: 'cpu', 'cpu_retriever', 'published' or 'plus_plus'."""

@@ -119,8 +119,8 @@ def test_every_experiment_is_a_valid_config(path):
   spec.loader.exec_module(module)
   for stage in module.STAGES:
     config = module.get_config(stage)
-    config.corpus = 'somewhere'
+    config.corpus = config.open_qa.questions = 'somewhere'
     config_lib.validate(config)
-    assert config.objective == stage
+    assert stage not in config_lib.COMPONENTS or config.objective == stage
   with pytest.raises(ValueError, match='nonsense'):
     module.get_config('nonsense')

@@ -397,7 +397,9 @@ class _PairExamples(_QuestionExamples):
     found = dict(
         zip(known, corpus.passage_rows_by_id(known).tolist(), strict=True)
     )
-    self._passages = np.array([found.get(name, -1) for name in names])
+    self._passages = np.array(
+        [-1 if name is None else found[name] for name in names]
+    )
     self._rows = np.flatnonzero(self._passages >= 0)
     if not len(self._rows):
       raise ValueError(

@@ -1,0 +1,30 @@
+"""The configuration of every job: one typed tree, its presets and its checks.
+
+`experiments/*.py` build a `Config` and assign only what differs from the
+defaults in `schema`; `--config.section.field=value` overrides both. `checks`
+says what is wrong with one, `files` reads and compares them.
+"""
+
+from realm_jax.config.checks import validate as validate
+from realm_jax.config.files import differences as differences
+from realm_jax.config.files import digest as digest
+from realm_jax.config.files import from_dict as from_dict
+from realm_jax.config.files import identity as identity
+from realm_jax.config.files import read as read
+from realm_jax.config.files import to_dict as to_dict
+from realm_jax.config.schema import COMPONENTS as COMPONENTS
+from realm_jax.config.schema import PRESETS as PRESETS
+from realm_jax.config.schema import SEARCHING as SEARCHING
+from realm_jax.config.schema import CheckpointConfig as CheckpointConfig
+from realm_jax.config.schema import Config as Config
+from realm_jax.config.schema import IctConfig as IctConfig
+from realm_jax.config.schema import LengthsConfig as LengthsConfig
+from realm_jax.config.schema import MeshConfig as MeshConfig
+from realm_jax.config.schema import MipsConfig as MipsConfig
+from realm_jax.config.schema import MlmConfig as MlmConfig
+from realm_jax.config.schema import ModelConfig as ModelConfig
+from realm_jax.config.schema import OpenQaConfig as OpenQaConfig
+from realm_jax.config.schema import OptimizerConfig as OptimizerConfig
+from realm_jax.config.schema import RefreshConfig as RefreshConfig
+from realm_jax.config.schema import attention_rate as attention_rate
+from realm_jax.config.schema import resolve as resolve

@@ -1,0 +1,111 @@
+"""Configurations as JSON, and what makes two of them the same.
+
+Public: `to_dict`, `from_dict`, `read`, `identity`, `digest`, `differences`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import typing
+from typing import Any
+
+from realm_jax.config import schema
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Returns the config tree as plain dictionaries, for JSON."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> schema.Config:
+  """Inverse of `to_dict`; raises ValueError on an unknown field."""
+  return _from_dict(schema.Config, values, 'config')
+
+
+def read(workdir: pathlib.Path | str) -> schema.Config:
+  """Reads the resolved config of a workdir.
+
+  Raises:
+    FileNotFoundError: if the folder is no workdir.
+    ValueError: if its config.json is damaged or of another version.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.exists():
+    raise FileNotFoundError(
+        f'{workdir} is not a workdir: it has no config.json. `realm-jax train'
+        f' --workdir={workdir}` makes one.'
+    )
+  try:
+    return from_dict(json.loads(path.read_text(encoding='utf-8')))
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+
+
+def identity(config: schema.Config) -> dict[str, Any]:
+  """What determines the result of a run, as {'section.field': value}.
+
+  Left out is what may differ between two runs of one result: where corpus and
+  questions lie (their digests are checked instead), how often to log and to
+  save, how long to wait, over how many devices and in how many parts to do the
+  work, and by which kernels: that changes no more than the rounding. `steps` is
+  part of it, since the learning rate depends on it.
+  """
+  values = to_dict(schema.resolve(config))
+  for name in (
+      'corpus init_from log_interval tensorboard peak_tflops mesh accumulate'
+      ' checkpoint'
+  ).split():
+    del values[name]
+  for name in ('attention', 'remat'):
+    del values['model'][name]
+  values['model']['attention_dropout'] = schema.attention_rate(config.model)
+  for name in ('timeout', 'keep', 'max_builder_failures'):
+    del values['refresh'][name]
+  for section in ('ict', 'open_qa'):
+    # Not which they are, but whether there are any.
+    values[section]['questions'] = bool(values[section]['questions'])
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      flat.update({f'{name}.{field}': v for field, v in value.items()})
+    else:
+      flat[name] = value
+  return flat
+
+
+def digest(config: schema.Config) -> str:
+  """SHA-256 of the config's identity."""
+  text = json.dumps(identity(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(ours: schema.Config, theirs: schema.Config) -> list[str]:
+  """Lists the fields in which the identities differ, with both values."""
+  now, then = identity(ours), identity(theirs)
+  return [
+      f'config.{name}: {then[name]!r} there, {now[name]!r} here'
+      for name in now
+      if now[name] != then[name]
+  ]
+
+
+def _from_dict(cls: type, values: Any, path: str) -> Any:
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} must be an object of fields, not {values!r}.')
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - set(fields))
+  if unknown:
+    raise ValueError(
+        f'{path} has no field {", ".join(unknown)}; it has '
+        f'{", ".join(sorted(fields))}.'
+    )
+  types = typing.get_type_hints(cls)
+  made = {}
+  for name, value in values.items():
+    if dataclasses.is_dataclass(types[name]):
+      value = _from_dict(types[name], value, f'{path}.{name}')
+    elif typing.get_origin(types[name]) is tuple and isinstance(value, list):
+      value = tuple(value)  # JSON knows no tuples.
+    made[name] = value
+  return cls(**made)
