@@ -196,23 +196,22 @@ def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
   lists = leaves or round(2 * rows**0.5)
   start = time.perf_counter()
   sample = table[np.arange(0, rows, max(rows // (40 * lists), 1))[: 40 * lists]]
-  indexes = {}
-  quantizer = None
+  indexes: dict[str, Any] = {}
   for kind in _KINDS:
     index = faiss.index_factory(
         WIDTH, f'IVF{lists},{kind}', faiss.METRIC_INNER_PRODUCT
     )
-    if quantizer is not None:  # Of the first, trained.
-      index.own_fields, index.quantizer = False, quantizer
+    if indexes:  # The lists of the first: they are not trained again.
+      first_kind = indexes[_KINDS[0]]
+      index.quantizer.add(first_kind.quantizer.reconstruct_n(0, lists))
     index.train(sample)
-    quantizer = index.quantizer
     indexes[kind] = index
   trained = time.perf_counter()
   size = generation.ROWS_PER_SHARD
   for first in range(0, rows, size):
     part = np.ascontiguousarray(table[first : first + size])
-    _, lists_N1 = quantizer.search(part, 1)
-    assigned = np.ascontiguousarray(lists_N1[:, 0])
+    _, assigned = indexes[_KINDS[0]].quantizer.search(part, 1)
+    assigned = np.ascontiguousarray(assigned[:, 0])
     for index in indexes.values():
       index.add_core(
           len(part), faiss.swig_ptr(part), None, faiss.swig_ptr(assigned)

@@ -529,7 +529,7 @@ def measure_steps(
       steps_lib.TrainState(
           np.int32(0), params, tx.init(params), jax.random.key(0)
       ),
-      mesh_lib.replicated(mesh),
+      steps_lib.state_shardings(config, parts, tx, mesh),
   )
   searches = {}
   for size in sizes:
@@ -555,8 +555,7 @@ def measure_steps(
           batch, rows_BJ % len(corpus.passages), corpus, config.lengths
       )
       arrays = mesh_lib.to_devices(
-          mesh,
-          {name: batch[name] for name in steps_lib.INPUTS['realm'].split()},
+          mesh, {name: batch[name] for name in steps_lib.input_names(config)}
       )
       state, _ = train_step(state, arrays)
       jax.block_until_ready(state)

@@ -313,7 +313,7 @@ def test_signals_and_exit_codes_are_passed_on(name, stopped, tmp_path):
     assert '--distributed' in trained
 
 
-def _wait_until(ready, seconds=120.0):
+def _wait_until(ready, seconds=300.0):
   limit = time.monotonic() + seconds
   while not ready():
     assert time.monotonic() < limit, 'It did not come about.'

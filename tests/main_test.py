@@ -120,6 +120,8 @@ def test_help_lists_commands_and_flags():
           '--config.batchsize=3'], 'batchsize'),
         (['train', f'--config={_STAGE}:ict', '--workdir=x',
           '--config.batch_size=many'], 'many'),
+        (['train', f'--config={_STAGE}:realm', '--workdir=x',
+          '--config.mips.backend=scan'], 'must be one of'),
         (['train', f'--config={_STAGE}:ict2', '--workdir=x'],
          "No stage 'ict2'; there are mlm, ict, realm"),
     ],

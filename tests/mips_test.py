@@ -1,5 +1,7 @@
 """Search against a brute-force reference: order, ties, exclusions, sharding."""
 
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.index import mips
+from realm_jax.index import scann_tree
 from realm_jax.index import topk
 
 
@@ -24,12 +27,14 @@ def _integers(rng, *shape):
   return rng.integers(-3, 4, shape).astype(np.float32)
 
 
-def _reference(table, queries, k, exclude=None):
+def _reference(table, queries, k, exclude=None, removed=()):
   """One query and one row at a time, in float64."""
   results = []
   for b, query in enumerate(queries):
     scored = []
     for row, emb in enumerate(table):
+      if row in removed:
+        continue
       ranges = [] if exclude is None else exclude[b]
       if not any(start <= row < limit for start, limit in ranges):
         scored.append((-float(np.dot(query.astype(float), emb)), row))
@@ -273,18 +278,170 @@ def test_scann_refuses_what_it_did_not_write(tmp_path):
     mips.make_search(config, table)
 
 
-def test_settings_of_scann_follow_from_the_rows_unless_given():
+@pytest.mark.parametrize(
+    'rows, expected',
+    [
+        (1000, (0, 0, 100)),
+        (20_000, (283, 68, 100)),
+        (1_000_000, (2000, 179, 100)),
+        (13_353_718, (7309, 342, 100)),
+    ],
+)
+def test_settings_of_scann_follow_from_the_rows_unless_given(rows, expected):
   config = config_lib.MipsConfig(backend='scann')
-  assert mips.scann_settings(config, 1000)[0] == 0
-  leaves, to_search, reorder = mips.scann_settings(config, 13_353_718)
-  assert 7000 < leaves < 8000
-  assert 0 < to_search < leaves
-  assert reorder > 0
+  assert mips.scann_settings(config, rows) == expected
   config.num_leaves, config.leaves_to_search, config.reorder = 20, 3, 50
-  assert mips.scann_settings(config, 1000) == (20, 3, 50)
+  assert mips.scann_settings(config, rows) == (20, 3, 50)
 
 
 def test_recall_counts_common_rows():
   a = np.array([[0, 1, 2, 3], [4, 5, 6, 7]])
   b = np.array([[3, 2, 9, 8], [7, 6, 5, 4]])
   assert mips.overlap(a, b) == 0.75
+
+
+# ----------------------------------------------------------- removed, streamed
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (8, 1), (4, 2), (2, 4)])
+def test_removed_rows_are_as_if_excluded_on_any_mesh(shape):
+  rng = np.random.default_rng(5)
+  table, queries = _integers(rng, 1500, 8), _integers(rng, 6, 8)
+  removed = np.sort(rng.choice(1500, 600, replace=False))
+  removed = np.union1d(removed, np.arange(1200, 1500))
+  exclude = _ranges(rng, 6, 1500)
+  for backend in ('exact', 'approx'):
+    search = mips.make_search(
+        config_lib.MipsConfig(backend=backend),
+        table,
+        _mesh(*shape),
+        removed=removed,
+    )
+    assert search.num_documents == 1500
+    for ranges in (None, exclude):
+      np.testing.assert_array_equal(
+          search.search(queries, 9, ranges),
+          _reference(table, queries, 9, ranges, {*removed.tolist()}),
+      )
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(st.data())
+def test_how_many_rows_are_left_is_counted(data):
+  """Ranges overlap each other and what is removed; a row counts once."""
+  rows = 40
+  number = st.integers(0, rows + 3)
+  ranges = data.draw(st.lists(st.tuples(number, number), max_size=5))
+  removed = data.draw(st.sets(st.integers(0, rows - 1), max_size=30))
+  exclude = np.array(ranges, np.int64).reshape(1, -1, 2)
+  gone = set(removed)
+  for start, limit in ranges:
+    gone |= {*range(start, min(limit, rows))}
+  table = np.arange(rows, dtype=np.float32)[:, None]
+  search = mips.ScannSearch(
+      table,
+      config_lib.MipsConfig(backend='scann'),
+      removed=np.array(sorted(removed), np.int64),
+  )
+  left = [row for row in reversed(range(rows)) if row not in gone]
+  query = np.ones((1, 1), np.float32)
+  if left:
+    found = search.search(query, len(left), exclude)
+    assert found[0].tolist() == left
+  with pytest.raises(ValueError, match=f'may have only {len(left)}:'):
+    search.search(query, len(left) + 1, exclude)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
+def test_a_streamed_table_gives_what_one_on_the_devices_gives(
+    shape, monkeypatch
+):
+  monkeypatch.setattr(mips, '_PART_ROWS', 1024)
+  rng = np.random.default_rng(6)
+  table, queries = _integers(rng, 2500, 8), _integers(rng, 5, 8)
+  removed = np.sort(rng.choice(2500, 1000, replace=False))
+  exclude = _ranges(rng, 5, 2500)
+  for dtype in ('float32', 'bfloat16'):
+    before = topk.top_rows._cache_size()
+    search = mips.StreamedSearch(table, _mesh(*shape), dtype, removed)
+    found = search.search(queries, 30, exclude)
+    # The last part, which is padded, too.
+    assert topk.top_rows._cache_size() - before == 1
+    whole = mips.ExactSearch(table, _mesh(*shape), dtype, removed)
+    np.testing.assert_array_equal(found, whole.search(queries, 30, exclude))
+
+
+def test_the_top_of_many_groups_with_ties_across_them():
+  rng = np.random.default_rng(7)
+  score = rng.integers(0, 4, (6, 128 * 40)).astype(np.float32)
+  score[0] = 1  # All are equal.
+  score[1] = -np.inf
+  score[2, :300] = -np.inf
+  for k in (1, 8, 19, 20):  # With 20 of 40 groups it looks at every score.
+    for got, want in zip(
+        topk._top(jnp.asarray(score), k),
+        jax.lax.top_k(score, k),
+        strict=True,
+    ):
+      np.testing.assert_array_equal(got, want)
+
+
+# ------------------------------------------------------------- scann, in parts
+
+
+@pytest.fixture(scope='module')
+def parts():
+  """Rows added in parts of 700, the last of them smaller."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(scann_tree, '_PART_ROWS', 700)
+    table = _clustered(6000)
+    config = config_lib.MipsConfig(
+        backend='scann', num_leaves=60, leaves_to_search=30
+    )
+    yield table, config, mips.make_search(config, table)
+
+
+def test_scann_built_in_parts_numbers_the_rows_as_the_table(parts, tmp_path):
+  table, config, search = parts
+  # The row itself is its own best by far, once it is longer.
+  rows = np.arange(0, 6000, 97)
+  queries = 3 * table[rows]
+  exact = mips.ExactSearch(table)
+  assert mips.recall(search, exact, queries, 8) > 0.95
+  search.save(tmp_path)
+  assert not list(tmp_path.glob('dataset*'))  # Codes, but no vectors.
+  loaded = mips.make_search(config, table, scann_directory=tmp_path)
+  np.testing.assert_array_equal(
+      loaded.search(queries, 8), search.search(queries, 8)
+  )
+  with pytest.raises(ValueError, match='of 6000 rows; the table has 5999'):
+    mips.make_search(config, table[:-1], scann_directory=tmp_path)
+
+
+def test_scann_never_finds_removed_rows_however_many(parts, tmp_path):
+  table, config, built = parts
+  built.save(tmp_path)
+  rng = np.random.default_rng(8)
+  queries = table[rng.integers(0, 6000, 64)] + 0.1
+  some = np.sort(rng.choice(6000, 3000, replace=False))
+  # Those that are like the queries: whole leaves hold nothing else.
+  exact = mips.ExactSearch(table)
+  near = np.unique(exact.search(queries, 250))
+  for removed in (some, near, np.arange(20, 6000)):
+    search = mips.ScannSearch(table, config, tmp_path, removed)
+    found = search.search(queries, 8)
+    assert not np.isin(found, removed).any()
+    expected = mips.ExactSearch(table, removed=removed).search(queries, 8)
+    assert mips.overlap(found, expected) > 0.95
+  # 20 rows are left: all of them, by exact search in the end.
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_scann_with_queries_that_are_not_finite(parts):
+  table, _, tree = parts
+  small = mips.make_search(config_lib.MipsConfig(backend='scann'), table[:50])
+  for search in (tree, small):
+    queries = np.full((2, 32), np.nan, np.float32)
+    queries[1] = np.inf
+    for row in search.search(queries, 8):
+      assert len({*row.tolist()}) == 8

@@ -211,6 +211,19 @@ def test_whole_steps_are_the_same_and_compile_once():
   assert placed.step.spec == jax.P()
 
 
+def test_bfloat16_leaves_weights_gradients_and_losses_in_float32():
+  config = _config('realm')
+  config.model.compute_dtype = 'bfloat16'
+  components = components_lib.make_all(config)
+  tx = optimizer.make_optimizer(config, tuple(components))
+  step = steps.make_train_step(config, components, tx, _NULL, _mesh(1, 1))
+  traced = step.trace(steps.abstract_state(components, tx), _batch(config))
+  state, metrics = traced.out_info
+  kinds = {str(x.dtype) for x in jax.tree.leaves((state, metrics))}
+  assert kinds == {'float32', 'int32', 'key<fry>'}
+  assert 'bf16' in str(traced.jaxpr)
+
+
 def test_the_gradient_cache_needs_the_memory_of_one_part():
   def temporary_bytes(rows, accumulate):
     config = _config('ict')

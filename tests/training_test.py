@@ -78,18 +78,33 @@ def run(config, workdir):
     return loop.train(config, workdir, health=build_what_is_missing)
 
 
+# What docs/refresh.md explains, once there was a first refresh.
+_STALENESS = {
+    'train/null_share', 'train/null_posterior', 'train/retrieval_utility',
+    *(
+        f'refresh/{name}'
+        for name in (
+            'generation', 'age_steps', 'age_seconds', 'adopted',
+            'probe_overlap', 'drift_cosine', 'stall_seconds',
+            'last_stall_seconds', 'wait_seconds', 'last_wait_seconds',
+            'loading', 'load_seconds', 'swap_seconds', 'builder_failures',
+        )
+    ),
+}
+
 JOBS = {
     'mlm': ('mlm', {}),
-    'ict': ('ict', {'model__dropout': 0.1}),
+    'ict': ('ict', {'model__dropout': 0.02}),
     'sync': ('realm', {'refresh__policy': 'sync'}),
     'scheduled': ('realm', {'refresh__policy': 'scheduled'}),
-    # It asks at steps 4 and 8, and learns that 0.88 and 0.95 are still right.
+    # It asks at steps 4 and 8: the retriever begins to learn in between.
     'adaptive': (
         'realm',
         {
             'refresh__policy': 'adaptive',
-            'refresh__overlap_bound': 0.92,
-            'optimizer__retriever_learning_rate': 1e-4,
+            'refresh__overlap_bound': 0.95,
+            'refresh__lag': 3,
+            'optimizer__retriever_delay': 5,
         },
     ),
 }
@@ -127,10 +142,13 @@ def test_a_job_leaves_what_it_should(undisturbed, name):
     expected = {
         'sync': [0] * 4 + [4] * 4 + [8] * 4,
         'scheduled': [0] * 6 + [4] * 4 + [8] * 2,
-        'adaptive': [0] * 6 + [4] * 6,
+        'adaptive': [0] * 11 + [8],
     }[name]
     assert generations == expected
     assert summary['index_generation'] == expected[-1]
+    assert set(lines[-1]) >= _STALENESS
+    pending = checkpoint.saved_about(workdir, 10)['index_pending']
+    assert pending == (8 if name == 'adaptive' else None)
   else:
     assert summary['index_generation'] is None
 
@@ -337,7 +355,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(batches._ClozeExamples, 'assemble', poisoned)
     # Out of range in an embedding is nan in JAX.
-    with pytest.raises(FloatingPointError, match=r'nan.*Sentences.*step 5'):
+    with pytest.raises(FloatingPointError, match=r'nan.*Rows.*step 5'):
       run(config, tmp_path)
   assert checkpoint.steps_in(tmp_path / 'checkpoints') == [5]
 
@@ -358,7 +376,7 @@ def test_a_workdir_of_another_corpus_is_refused(
   _, workdir = undisturbed('mlm')
   prepare.prepare(['world:4:20'], tmp_path / 'other', workers=1, progress=False,
                   vocab=str(world))
-  with pytest.raises(ValueError, match='trained on another corpus'):
+  with pytest.raises(ValueError, match='trained on something else: corpus'):
     run(make_config(tmp_path / 'other', 'mlm'), workdir)
 
 

@@ -1,7 +1,7 @@
 """What a command of `realm-jax` is made of.
 
-Public: `Command`, `workdir_flag`, `process_flags`, `processes`, `split_list`,
-`quiet_jax`, the exit codes.
+Public: `Command`, `config_flag`, `workdir_flag`, `process_flags`, `processes`,
+`split_list`, `quiet_jax`, the exit codes.
 A module beside this one has a group of commands in a table `COMMANDS`, by the
 words after `realm-jax`; `main.py` puts the tables together.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import logging
+from typing import Literal
 
 from absl import flags
 
@@ -28,6 +29,22 @@ class Command:
   define_flags: Callable[[], None]
   run: Callable[[Sequence[str]], None]
   positional: str = ''  # What it takes besides flags.
+
+
+def config_flag() -> None:
+  """Defines --config, and --config.FIELD for each of its fields."""
+  from ml_collections import config_flags
+
+  # A choice among strings, which config.validate checks.
+  config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
+  config_flags.DEFINE_config_file(
+      'config',
+      None,
+      'Experiment file, FILE.py or FILE.py:ARGUMENT; override its fields with'
+      ' --config.FIELD=VALUE.',
+      lock_config=True,
+  )
+  flags.mark_flag_as_required('config')
 
 
 def workdir_flag() -> None:

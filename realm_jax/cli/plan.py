@@ -15,16 +15,7 @@ FLAGS = flags.FLAGS
 
 
 def _plan_flags() -> None:
-  from ml_collections import config_flags
-
-  config_flags.DEFINE_config_file(
-      'config',
-      None,
-      'Experiment file, FILE.py or FILE.py:ARGUMENT; override its fields with'
-      ' --config.FIELD=VALUE. With a corpus, its counts are taken.',
-      lock_config=True,
-  )
-  flags.mark_flag_as_required('config')
+  command.config_flag()
   flags.DEFINE_integer(
       'passages', None, "Of the corpus; default: config.corpus'."
   )
@@ -59,6 +50,7 @@ def _plan_flags() -> None:
 def _plan(argv: Sequence[str]) -> None:
   del argv
   command.quiet_jax()
+  from realm_jax import config as config_lib
   from realm_jax.training import plan
 
   config = FLAGS.config
@@ -79,6 +71,8 @@ def _plan(argv: Sequence[str]) -> None:
     chip = dataclasses.replace(chip, tflops=FLAGS.peak_tflops)
   if FLAGS.memory_gb is not None:
     chip = dataclasses.replace(chip, memory_gb=FLAGS.memory_gb)
+  corpus = config.corpus or '(none)'  # Not everything needs one.
+  config_lib.validate(dataclasses.replace(config, corpus=corpus))
   config, passages, wordpieces, size = plan.of_corpus(
       config, FLAGS.passages, FLAGS.mean_wordpieces
   )

@@ -6,7 +6,6 @@ Public: `COMMANDS`.
 from collections.abc import Sequence
 import json
 import sys
-from typing import Literal
 
 from absl import flags
 
@@ -16,18 +15,7 @@ FLAGS = flags.FLAGS
 
 
 def _train_flags() -> None:
-  from ml_collections import config_flags
-
-  # A choice among strings, which config.validate checks.
-  config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
-  config_flags.DEFINE_config_file(
-      'config',
-      None,
-      'Experiment file, FILE.py or FILE.py:ARGUMENT; override its fields with'
-      ' --config.FIELD=VALUE.',
-      lock_config=True,
-  )
-  flags.mark_flag_as_required('config')
+  command.config_flag()
   command.workdir_flag()
   command.process_flags()
   flags.DEFINE_string(

@@ -196,11 +196,10 @@ class StreamedSearch:
 class ScannSearch:
   """ScaNN on the CPU (Guo et al. 2020): tree, asymmetric hashing, re-rank.
 
-  ScaNN finds candidates by the codes of the rows; these are scored exactly with
-  the rows of the generation's own table, so ScaNN neither holds nor writes a
-  vector. `scann_settings` has the rule of its settings. What it returns depends
-  on the saved index alone; building one is not reproducible bit by bit, since
-  ScaNN trains on several threads.
+  ScaNN finds candidates by their codes; these are ranked by the rows of the
+  generation's own table, so ScaNN neither holds nor writes a vector. Building
+  is not reproducible bit by bit, since ScaNN trains on several threads;
+  searching a saved index is.
   """
 
   def __init__(
@@ -220,8 +219,7 @@ class ScannSearch:
 
     Raises:
       FileNotFoundError: if `directory` has no ScaNN index.
-      ValueError: if the table is empty, not a matrix, or not finite, or the
-        folder holds another table's index or a pickle.
+      ValueError: if the table or the folder is not what it should be.
       ImportError: if ScaNN is not installed.
     """
     self.num_documents, self._width = _table_shape(embeddings_NE)
@@ -258,6 +256,9 @@ class ScannSearch:
         self._removed,
     )
     query_emb_BE = np.asarray(jax.device_get(query_emb_BE), np.float32)
+    # ScaNN fails on queries that are not finite; any rows will do for those.
+    finite = np.isfinite(query_emb_BE).all(axis=1, keepdims=True)
+    query_emb_BE = np.where(finite, query_emb_BE, 0)
     rows_BK = np.zeros((len(query_emb_BE), k), np.int32)
     # So many are ranked exactly for each query, if it may have as many.
     wanted = max(self._reorder, 4 * k)
@@ -284,7 +285,7 @@ class ScannSearch:
       todo = np.concatenate(again)
       fetch, leaves = 4 * fetch, min(4 * leaves, self._leaves)
     if todo.size:
-      # Nearly all rows like these queries are hidden, or they are not finite.
+      # Nearly all rows like these queries are hidden.
       exact = StreamedSearch(self._table_NE, removed=self._removed)
       rows_BK[todo] = exact.search(query_emb_BE[todo], k, exclude_BR2[todo])
     return rows_BK
@@ -317,6 +318,12 @@ def scann_settings(
     config: config_lib.MipsConfig, num_rows: int
 ) -> tuple[int, int, int]:
   """Returns leaves (0: no tree), leaves to search, and rows to re-rank.
+
+  What the config leaves at 0 follows from the number of rows N:
+    below 20,000 rows: no leaves, every row is compared, exactly;
+    leaves: 2 sqrt(N), so that a leaf has sqrt(N) / 2 rows;
+    leaves to search: 4 sqrt(leaves), the larger share the fewer there are;
+    rows to re-rank: 100. A search raises that to 4 k, and by what is hidden.
 
   Raises:
     ValueError: if the config asks for more leaves than there are rows.
@@ -418,7 +425,7 @@ def rank(
         query_emb_BE[some // found_BN.shape[1]],
         np.asarray(embeddings_NE[row_C[some]], np.float32),
     )
-  # Queries that are not finite still get rows; -0 is no less than 0.
+  # Without nan, which has no order; -0 is no less than 0.
   score_BN = np.nan_to_num(score_C).reshape(found_BN.shape) + 0.0
   score_BN = np.where(allowed_BN, score_BN, -np.inf)
   order = np.lexsort((found_BN, -score_BN), axis=1)[:, :k]

@@ -11,6 +11,8 @@ moments have their parameter's name and so lie as it does.
            its gradient reduced to the part that the device updates.
 """
 
+from collections.abc import Callable
+import functools
 import re
 from typing import Any
 
@@ -94,18 +96,42 @@ def over_data(spec: jax.P) -> jax.P:
 
 def gather(x: jax.Array, spec: jax.P) -> jax.Array:
   """Inside `jax.shard_map` over data: the whole of a parameter."""
-  if DATA in spec:
-    return jax.lax.all_gather(x, DATA, axis=spec.index(DATA), tiled=True)
-  return x
+  if DATA not in spec:
+    return x
+  run = functools.partial(
+      jax.lax.all_gather, axis_name=DATA, axis=spec.index(DATA), tiled=True
+  )
+  return _over_model(run, spec)(x)
 
 
 def reduce_gradient(x: jax.Array, spec: jax.P) -> jax.Array:
   """Inside `jax.shard_map` over data: the sum of the devices' gradients."""
-  if DATA in spec:
-    return jax.lax.psum_scatter(
-        x, DATA, scatter_dimension=spec.index(DATA), tiled=True
-    )
-  return jax.lax.psum(x, DATA)
+  if DATA not in spec:
+    return jax.lax.psum(x, DATA)
+  run = functools.partial(
+      jax.lax.psum_scatter,
+      axis_name=DATA,
+      scatter_dimension=spec.index(DATA),
+      tiled=True,
+  )
+  return _over_model(run, spec)(x)
+
+
+def _over_model(run: Callable[..., jax.Array], spec: jax.P) -> Callable:
+  """Runs a collective on each device's part of what `model` divides.
+
+  By itself XLA would first gather the parts.
+  """
+  if MODEL not in spec:
+    return run
+  parts = jax.P(*(axis if axis == MODEL else None for axis in spec))
+  return jax.shard_map(
+      run,
+      in_specs=parts,
+      out_specs=parts,
+      axis_names={MODEL},
+      check_vma=False,
+  )
 
 
 def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:

@@ -1,9 +1,10 @@
-"""What the encoders of a step compute: the formulas, in one place.
+"""What a step computes and keeps: FLOP, parameters, bytes. The formulas.
 
 Public: `Pass`, `passes`, `pass_flop`, `head_flop`, `model_flop`,
-`hardware_flop`, `embed_flop`, `search_flop`. FLOP are those of the matrix
-products, two for each multiply-add, as of "model FLOP utilisation"; what is
-left out is below 5 % of what XLA counts at the paper's shapes.
+`hardware_flop`, `embed_flop`, `search_flop`, `parameters`, `step_memory`,
+`forward_memory`, `STATE_BYTES`. FLOP are those of the matrix products, two for
+each multiply-add, as in "model FLOP utilisation"; XLA counts what is done to
+single elements too, 1 to 9 % more at the shapes tried.
 """
 
 import dataclasses
@@ -11,13 +12,19 @@ import dataclasses
 from realm_jax import config as config_lib
 
 STATE_BYTES = 12  # Of a parameter in a checkpoint: float32, and Adam's two.
-# What XLA keeps of a layer between forward and backward, in arrays of the
-# size of the MLP's hidden state (four times that of the layer's output), of the
-# attention's logits, and of dropout masks; and of embedding, last layer and
-# head together. Fitted to what XLA reports in float32 for 23 small shapes of
-# mlm, ict and realm, all of which it meets within 5 %: see tests/plan_test.py.
-_NARROW_PER_F, _LOGITS, _MASKS_PER_D, _ENDS_PER_D = 5.9, 3.3, 4.4, 8.2
-_GRADIENT_BYTES = 2.4
+# What the backward pass finds of the forward pass. Of each layer but the last:
+# arrays of the size of the hidden states, of the MLP's, and of the attention's
+# logits, and bytes for each logit that may be dropped; then, of embedding, last
+# layer and head together, arrays of the size of the hidden states; and of the
+# gradients what is there when most activations are. Fitted to what XLA reports
+# in float32 on CPU for 16 small shapes of mlm, ict and realm, all of which this
+# meets within 4 %; tests/plan_test.py has others.
+_HIDDEN, _MLP, _LOGITS, _LOGIT_DROPOUT_BYTES = 9.05, 3.25, 1.24, 5.8
+_ENDS, _GRADIENTS = 18.7, 0.63
+# Of `_HIDDEN`, those that mesh axis `model` divides: query, key, value, mixed.
+_BY_HEADS = 4.0
+# With remat=dots: a layer's input and the results of its matmuls with weights.
+_DOTS_HIDDEN, _DOTS_MLP = 6.0, 1.0
 # A product is done once forward and twice backward, for its two gradients.
 _FORWARD_AND_BACKWARD = 3
 
@@ -103,8 +110,21 @@ def model_flop(config: config_lib.Config) -> float:
 
 
 def hardware_flop(config: config_lib.Config) -> float:
-  """FLOP that a step does, with what is computed again in the backward pass."""
-  return model_flop(config)
+  """FLOP that a step does, with what is computed again in the backward pass.
+
+  XLA's own count is of one part only where a step has several
+  (config.accumulate): it looks into a loop, and does not count its rounds.
+  """
+  c, again = config, 0.0
+  if c.objective == 'ict' and c.accumulate > 1:  # All is embedded twice.
+    again += _forward(c)
+  for p in passes(c):
+    if c.model.remat == 'full':
+      again += pass_flop(c.model, p.rows, p.length, p.outputs)
+    elif c.model.remat == 'dots':  # Attention, in all layers but the last.
+      products = 4.0 * p.rows * p.length**2 * c.model.width
+      again += (c.model.num_layers - 1) * products
+  return model_flop(c) + again
 
 
 def embed_flop(
@@ -141,50 +161,70 @@ def parameters(config: config_lib.Config) -> dict[str, int]:
 
 
 def step_memory(
-    config: config_lib.Config, data: int, model: int
+    config: config_lib.Config, data: int, model: int, fused: bool = False
 ) -> dict[str, float]:
-  """Bytes on each device at the peak of a step, on a mesh of such sizes.
+  """Bytes on each device at the peak of a step.
 
-  `data` divides the rows. Parameters are whole on each device, and so is what
-  `model` computes.
+  On CPU XLA computes again what `remat` asks for, but keeps it all the same.
+
+  Args:
+    config: resolved.
+    data: devices along this axis of the mesh; they divide the rows.
+    model: along this one; they divide heads, MLP and vocabulary.
+    fused: whether the attention's kernel keeps no logits.
   """
-  del model
-  total = sum(parameters(config).values())
-  saved = sum(
-      _saved_bytes(config.model, p, config.model.dropout > 0)
+  total = sum(parameters(config).values()) / model
+  kept = 1 / data if config.mesh.zero else 1.0
+  parts = config.accumulate
+  layers = [
+      [x / data / parts for x in _layer_bytes(config.model, p, model, fused)]
       for p in passes(config)
-  )
+  ]
+  saved = sum((config.model.num_layers - 1) * remat for _, remat in layers)
+  if config.model.remat != 'none':  # And one layer, while it is computed again.
+    saved += max(whole for whole, _ in layers)
+  ends = sum(4 * _ENDS * p.rows * p.length for p in passes(config))
+  saved += ends * config.model.width / data / parts
   return {
-      'weights_gb': 4.0 * total,
-      'optimizer_gb': 8.0 * total,
-      # Not all of them are there before activations have gone.
-      'gradients_gb': _GRADIENT_BYTES * total,
-      'activations_gb': saved / data,
+      # Divided, they are put together for the step.
+      'weights': 4.0 * total * (1 + kept if config.mesh.zero else 1),
+      'optimizer': 8.0 * total * kept,
+      'gradients': 4.0 * total * _GRADIENTS * (2 if parts > 1 else 1),
+      'activations': saved,
   }
 
 
 def forward_memory(
-    model: config_lib.ModelConfig, rows: int, length: int
+    model: config_lib.ModelConfig, rows: int, length: int, fused: bool = False
 ) -> float:
-  """Bytes of activations of a forward pass alone, which keeps one layer's."""
-  layer = Pass('', rows, length, 1, 0.0, dropout=False)
-  one_layer = dataclasses.replace(model, num_layers=2)
-  return _saved_bytes(one_layer, layer, False)
+  """Bytes of a forward pass alone, which needs one layer at a time."""
+  one = Pass('embedder', rows, length, 1, 0.0, dropout=False)
+  return _layer_bytes(model, one, 1, fused)[0]
 
 
-def _saved_bytes(
-    model: config_lib.ModelConfig, one: Pass, dropout: bool
-) -> float:
-  """Bytes that the backward pass of one BERT finds of its forward pass."""
-  wordpieces = one.rows * one.length
-  logits = one.rows * model.num_heads * one.length**2
+def _layer_bytes(
+    model: config_lib.ModelConfig, one: Pass, parts: int, fused: bool
+) -> tuple[float, float]:
+  """Bytes that a layer keeps of its forward pass: all, and with its remat.
+
+  `parts`: over how many devices heads and MLP are divided.
+  """
   narrow = 2 if model.compute_dtype == 'bfloat16' else 4
-  layer = narrow * _NARROW_PER_F * wordpieces * model.mlp_width
-  layer += (narrow + 4 * (_LOGITS - 1)) * logits
-  if dropout and one.dropout:
-    layer += 4 * (logits + _MASKS_PER_D * wordpieces * model.width)
-  ends = 4 * _ENDS_PER_D * wordpieces * model.width
-  return (model.num_layers - 1) * layer + ends
+  hidden = narrow * one.rows * one.length * model.width
+  mlp = narrow * one.rows * one.length * model.mlp_width / parts
+  logits = one.rows * model.num_heads * one.length**2 / parts
+  whole = (_HIDDEN - _BY_HEADS + _BY_HEADS / parts) * hidden + _MLP * mlp
+  if not fused:
+    # The weights are in compute_dtype, what is left over in float32.
+    whole += (narrow + 4 * (_LOGITS - 1)) * logits
+    if one.dropout and config_lib.attention_rate(model):
+      whole += _LOGIT_DROPOUT_BYTES * logits
+  match model.remat:
+    case 'full':
+      return whole, hidden
+    case 'dots':
+      return whole, _DOTS_HIDDEN * hidden + _DOTS_MLP * mlp
+  return whole, whole
 
 
 def _forward(config: config_lib.Config) -> float:

@@ -75,6 +75,8 @@ class Setting:
   utilization: of the chip's peak by a training step.
   builder_utilization: by the embedding of passages.
   price: of a chip for an hour, in any currency; 0: not asked for.
+  fused: whether attention has a fused kernel there, as on GPU and TPU in
+    bfloat16; it is used if no attention weights are dropped.
   """
 
   passages: int
@@ -86,6 +88,7 @@ class Setting:
   utilization: float = 0.4
   builder_utilization: float = 0.5
   price: float = 0.0
+  fused: bool = True
 
 
 def of_corpus(
@@ -144,21 +147,22 @@ def plan(config: config_lib.Config, setting: Setting) -> Plan:
         'config.model.vocab_size=0 takes it from the corpus, and there is none'
         ' here; say it, for example --config.model.vocab_size=30522.'
     )
-  sizes = mesh_lib.axis_sizes(
-      config.mesh, setting.trainer_devices, config.batch_size
-  )
+  # Raises if they do not fit together.
+  mesh_lib.axis_sizes(config.mesh, setting.trainer_devices, config.batch_size)
   parameters = costs.parameters(config)
   work = _work(config, setting)
   result: Plan = {
       'parameters': {**parameters, 'total': sum(parameters.values())},
       'work': work,
       'time': _time(config, setting, work),
-      'device_memory': _device_memory(config, setting, *sizes),
+      'device_memory': _device_memory(config, setting),
       'host_memory': _host_memory(config, setting, parameters),
       'disk': _disk(config, setting, parameters),
   }
   if config.objective in config_lib.SEARCHING:
-    result['builder_memory'] = _builder_memory(config, parameters)
+    result['builder_memory'] = _builder_memory(
+        config, setting, parameters
+    )
   advice = _advice(config, setting, result)
   result['advice'] = {str(i): line for i, line in enumerate(advice, start=1)}
   return result
@@ -174,7 +178,7 @@ def as_text(result: Plan) -> str:
         lines.append(f'  - {value}')
       else:
         label = name.removesuffix('_gb').replace('_', ' ')
-      lines.append(f'  {label:36}{_figure(name, value)}')
+        lines.append(f'  {label:36}{_figure(name, value)}')
   return '\n'.join(lines).lstrip()
 
 
@@ -305,11 +309,13 @@ def _time(
 
 
 def _device_memory(
-    config: config_lib.Config, setting: Setting, data: int, model: int
+    config: config_lib.Config, setting: Setting
 ) -> dict[str, float]:
+  data, model = mesh_lib.axis_sizes(config.mesh, setting.trainer_devices)
+  fused = setting.fused and not config_lib.attention_rate(config.model)
   figures = {
-      name: value / _GB
-      for name, value in costs.step_memory(config, data, model).items()
+      f'{name}_gb': value / _GB
+      for name, value in costs.step_memory(config, data, model, fused).items()
   }
   if (
       config.objective in config_lib.SEARCHING
@@ -324,13 +330,13 @@ def _device_memory(
 
 
 def _builder_memory(
-    config: config_lib.Config, parameters: dict[str, int]
+    config: config_lib.Config, setting: Setting, parameters: dict[str, int]
 ) -> dict[str, float]:
   rows = _BUILDER_TOKENS // config.lengths.document
   figures = {
       'weights_gb': 4 * parameters['embedder'] / _GB,
       'activations_gb': costs.forward_memory(
-          config.model, rows, config.lengths.document
+          config.model, rows, config.lengths.document, setting.fused
       )
       / _GB,
   }
@@ -408,6 +414,7 @@ def _advice(
     yield (
         f'{memory["total_gb"]:.1f} GB do not fit a device of'
         f' {memory["chip_gb"]:g} GB, of which a tenth is for the compiler.'
+        f'{_remedy(config, setting)}'
     )
   time = result['time']
   if 'lag_steps' in time and config.refresh.policy != 'none':
@@ -423,6 +430,26 @@ def _advice(
         'config.model.compute_dtype is float32, the peak of the chip is of'
         ' bfloat16.'
     )
+
+
+def _remedy(config: config_lib.Config, setting: Setting) -> str:
+  """Says with what remat and in how many parts a step would fit."""
+  data, _ = mesh_lib.axis_sizes(config.mesh, setting.trainer_devices)
+  rows = config.batch_size // data
+  for parts in (n for n in range(1, rows + 1) if rows % n == 0):
+    for remat in ('none', 'full'):
+      other = dataclasses.replace(
+          config,
+          accumulate=parts,
+          model=dataclasses.replace(config.model, remat=remat),
+      )
+      memory = _device_memory(other, setting)
+      if memory['total_gb'] <= 0.9 * memory['chip_gb']:
+        return (
+            f' With config.accumulate={parts} and config.model.remat={remat} it'
+            f' would be {memory["total_gb"]:.1f} GB.'
+        )
+  return ' Use more devices, or a smaller model.'
 
 
 def _figure(name: str, value: float) -> str:
