@@ -269,8 +269,7 @@ class ScannSearch:
     todo = np.arange(len(query_emb_BE))
     # Without leaves up to all rows; with them up to where it is no quicker.
     limit = self.num_documents * 4 - 1
-    if self._leaves:
-      limit = self.num_documents // 4
+    limit = limit // 16 if self._leaves else limit
     while todo.size and fetch <= limit:
       fetch = min(fetch, self.num_documents)
       again = []
@@ -390,9 +389,8 @@ def exact_rows(
     k: int,
     mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
-  """As `StreamedSearch`, once."""
-  search = StreamedSearch(embeddings_NE, mesh)
-  return search.search(np.asarray(query_emb_BE, np.float32), k)
+  """As `StreamedSearch.search`, once."""
+  return StreamedSearch(embeddings_NE, mesh).search(query_emb_BE, k)
 
 
 def rank(
@@ -409,7 +407,7 @@ def rank(
     query_emb_BE: float32.
     found_BN: rows.
     allowed_BN: which of them count; the others may be any number.
-    k: how many to return.
+    k: of the result.
 
   Returns:
     int32 [B, k], best first; of no meaning beyond those that are allowed.
