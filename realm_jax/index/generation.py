@@ -86,11 +86,15 @@ class Generation:
   ) -> mips.Search:
     """Returns the backend of `config` over this generation.
 
-    A saved ScaNN index serves if it has the same settings; else one is built.
+    A saved ScaNN index serves if it has as many leaves; else one is built.
     Rows in `removed`, sorted int64, are never found.
     """
     saved = self.path / _SCANN
-    same = self.manifest['mips'] == _settings(config, len(self.embeddings))
+    ours = _settings(config, len(self.embeddings))
+    same = all(
+        self.manifest['mips'].get(name) == ours.get(name)
+        for name in ('backend', 'num_leaves')  # The rest is of a search.
+    )
     return mips.make_search(
         config,
         self.embeddings,
