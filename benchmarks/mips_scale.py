@@ -7,28 +7,32 @@ Needs faiss-cpu and matplotlib. The vectors are invented, a shard at a time from
 a seed of its own: 20,000 topics; articles, two passages each on average, around
 them (0.8 of a topic's spread); passages around articles (0.6), neighbours in
 the table; all three normal with a spectrum that falls as i^-0.8 in one rotated
-basis; a topic's share grows with its number's rank (u^1.5); then normalised
-over the dimensions as the embedder's LayerNorm does. A query is a passage
-before its normalisation with 0.6 of noise.
+basis (an exponent that was chosen by looking at the recall of ScaNN); a topic's
+share grows with its number's rank (u^1.5); then normalised over the dimensions
+as the embedder's LayerNorm does. A query is a passage before its normalisation
+with 0.6 of noise.
 
 Each part is a process of its own, whose memory is the kernel's high-water mark
 of its resident set, mapped pages included:
 
   write  shards, index, recall, manifest: a generation, as the builder does it
   exact  the best 8 of 1,000 queries, from the memory-mapped table
-  faiss  IVF of as many lists, on a sample of as many rows; three kinds that
-         share the lists: PQ32 of 8 bits, and PQ64 of 4 bits (FastScan) with
-         (fsr) and without (fs) residuals: 32 bytes a row each, as ours
+  faiss  IVF of as many lists, on a sample of as many rows, and PQ64 of 4 bits
+         (FastScan) with residuals: 32 bytes a row, as ours. Of 300,000 rows,
+         PQ32 of 8 bits and FastScan without residuals were slower at 0.95
   serve  both loaded, in two processes that take turns. Settings are searched:
          for each number of candidates the fewest lists that reach the recall;
          the fastest of these counts. FAISS's candidates are ranked exactly by
          the code that ranks ours, from the same memory-mapped table.
   growth milliseconds of a search over the number of rows and of queries
 
-Measure on a machine that does nothing else. `--small` takes about a minute.
+Measure on a machine that does nothing else. `--small` takes about two minutes.
+With --folder, the parts that are there already are not made again.
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -52,8 +56,8 @@ K = 8
 _TOPICS = 20_000
 _QUERIES, _BATCH = 1000, 512
 _RECALLS = (0.90, 0.95, 0.98)
-_CANDIDATES = (50, 100, 200, 400, 800)
-_KINDS = ('PQ64x4fs', 'PQ64x4fsr', 'PQ32')
+_CANDIDATES = (50, 100, 200, 400, 800, 1600, 3200)
+_KIND = 'PQ64x4fsr'
 
 Figures = dict[str, Any]
 
@@ -196,39 +200,24 @@ def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
   lists = leaves or round(2 * rows**0.5)
   start = time.perf_counter()
   sample = table[np.arange(0, rows, max(rows // (40 * lists), 1))[: 40 * lists]]
-  indexes: dict[str, Any] = {}
-  for kind in _KINDS:
-    index = faiss.index_factory(
-        WIDTH, f'IVF{lists},{kind}', faiss.METRIC_INNER_PRODUCT
-    )
-    if indexes:  # The lists of the first: they are not trained again.
-      first_kind = indexes[_KINDS[0]]
-      index.quantizer.add(first_kind.quantizer.reconstruct_n(0, lists))
-    index.train(sample)
-    indexes[kind] = index
+  index = faiss.index_factory(
+      WIDTH, f'IVF{lists},{_KIND}', faiss.METRIC_INNER_PRODUCT
+  )
+  index.train(sample)
   trained = time.perf_counter()
   size = generation.ROWS_PER_SHARD
   for first in range(0, rows, size):
-    part = np.ascontiguousarray(table[first : first + size])
-    _, assigned = indexes[_KINDS[0]].quantizer.search(part, 1)
-    assigned = np.ascontiguousarray(assigned[:, 0])
-    for index in indexes.values():
-      index.add_core(
-          len(part), faiss.swig_ptr(part), None, faiss.swig_ptr(assigned)
-      )
-  for kind, index in indexes.items():
-    faiss.write_index(index, str(folder / f'{kind}.faiss'))
+    index.add(np.ascontiguousarray(table[first : first + size]))
+  faiss.write_index(index, str(folder / 'index.faiss'))
   return {
-      'faiss_train_seconds_all_kinds': trained - start,
-      'faiss_add_seconds_all_kinds': time.perf_counter() - trained,
+      'faiss_train_seconds': trained - start,
+      'faiss_add_seconds': time.perf_counter() - trained,
       'faiss_build_peak_gib': _peak_gib(),
   }
 
 
 class _Ours:
   """What `serve` asks of either side: `search`."""
-
-  kinds = ('scann',)
 
   def __init__(self, folder: pathlib.Path, rows: int):
     start = time.perf_counter()
@@ -242,7 +231,7 @@ class _Ours:
     self.most = self._search._leaves or 1
 
   def search(
-      self, kind: str, lists: int, candidates: int, queries: np.ndarray
+      self, lists: int, candidates: int, queries: np.ndarray
   ) -> np.ndarray:
     self._search._leaves_to_search = lists
     self._search._reorder = candidates
@@ -252,25 +241,21 @@ class _Ours:
 class _Faiss:
   """FAISS's candidates, ranked by the code that ranks ours."""
 
-  kinds = _KINDS
-
   def __init__(self, folder: pathlib.Path, rows: int):
     import faiss
 
     faiss.omp_set_num_threads(os.cpu_count() or 1)
     self._table, self._rows = _open(folder, rows).embeddings, rows
     start = time.perf_counter()
-    self._indexes = {
-        kind: faiss.read_index(str(folder / f'{kind}.faiss')) for kind in _KINDS
-    }
+    self._index = faiss.read_index(str(folder / 'index.faiss'))
     self.about = {'load_seconds': time.perf_counter() - start}
-    self.most = self._indexes[_KINDS[0]].nlist
+    self.most = self._index.nlist
 
   def search(
-      self, kind: str, lists: int, candidates: int, queries: np.ndarray
+      self, lists: int, candidates: int, queries: np.ndarray
   ) -> np.ndarray:
-    self._indexes[kind].nprobe = lists
-    _, found = self._indexes[kind].search(queries, candidates)
+    self._index.nprobe = lists
+    _, found = self._index.search(queries, candidates)
     found = np.where(found < 0, self._rows, found)
     return mips.rank(self._table, queries, found, found < self._rows, K)
 
@@ -279,7 +264,7 @@ def _serve(side: str, folder: pathlib.Path, rows: int) -> None:
   """Answers one JSON line with another."""
   queries = np.load(folder / 'queries.npy')
   exact = np.load(folder / 'exact.npy')
-  server = {'ours': _Ours, 'faiss': _Faiss}[side](folder, rows)
+  server: _Ours | _Faiss = {'ours': _Ours, 'faiss': _Faiss}[side](folder, rows)
   answer: Figures = {**server.about, 'most': server.most}
   while True:
     print(json.dumps({**answer, 'peak_gib': _peak_gib()}), flush=True)
@@ -333,7 +318,7 @@ class _Side:
   """A serving process."""
 
   def __init__(self, side: str, arguments: list[str]):
-    self.name = side
+    self.label = {'ours': 'scann'}.get(side, side)
     self._process = subprocess.Popen(
         [sys.executable, __file__, f'--worker={side}', *arguments],
         stdin=subprocess.PIPE,
@@ -341,7 +326,7 @@ class _Side:
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    self._recall: dict[tuple[Any, ...], float] = {}
+    self._recall: dict[tuple[int, int], float] = {}
     self.about = self._read()
     self.peak = self.about.pop('peak_gib')
     self.most = self.about.pop('most')
@@ -350,10 +335,10 @@ class _Side:
     assert self._process.stdout is not None
     line = self._process.stdout.readline()
     if not line:
-      raise RuntimeError(f'The process of {self.name} has died.')
+      raise RuntimeError(f'The process of {self.label} has died.')
     return json.loads(line)
 
-  def _ask(self, what: str, setting: tuple[Any, ...]) -> Any:
+  def _ask(self, what: str, setting: tuple[int, int]) -> Any:
     assert self._process.stdin is not None
     self._process.stdin.write(
         json.dumps({'what': what, 'setting': setting}) + '\n'
@@ -363,44 +348,36 @@ class _Side:
     self.peak = answer['peak_gib']
     return answer[what]
 
-  def ms(self, setting: tuple[Any, ...]) -> float:
+  def ms(self, setting: tuple[int, int]) -> float:
     return self._ask('ms', setting)
 
-  def recall(self, setting: tuple[Any, ...]) -> float:
+  def recall(self, setting: tuple[int, int]) -> float:
     if setting not in self._recall:
       self._recall[setting] = self._ask('recall', setting)
     return self._recall[setting]
 
-  def fewest(self, kind: str, candidates: int, target: float) -> int | None:
+  def fewest(self, candidates: int, target: float) -> int | None:
     """How many lists reach the recall, by bisection; None: none do."""
-    low, high = 0, 8
-    while self.recall((kind, min(high, self.most), candidates)) < target:
-      if high >= self.most:
-        return None
-      # More lists would hardly help: the codes are what limits it.
-      low, high = high, 2 * high
-      if high > 64 and high > self.most / 4:
-        return None
-    high = min(high, self.most)
+    # More lists would hardly help: the codes are what limits it.
+    low, high = 0, min(max(self.most // 4, 64), self.most)
+    if self.recall((high, candidates)) < target:
+      return None
     while high - low > max(high // 32, 1):
       middle = (low + high) // 2
-      if self.recall((kind, middle, candidates)) < target:
+      if self.recall((middle, candidates)) < target:
         low = middle
       else:
         high = middle
     return high
 
-  def best(
-      self, target: float, kinds: tuple[str, ...], candidates: tuple[int, ...]
-  ) -> tuple[Any, ...] | None:
-    """The fastest setting that reaches the recall."""
+  def best(self, target: float) -> tuple[int, int] | None:
+    """The fastest lists and candidates that reach the recall."""
     timed = []
-    for kind in kinds:
-      for count in candidates:
-        lists = self.fewest(kind, count, target)
-        if lists is not None:
-          setting = (kind, lists, count)
-          timed.append((min(self.ms(setting) for _ in range(3)), setting))
+    for count in _CANDIDATES:
+      lists = self.fewest(count, target)
+      if lists is not None:
+        setting = (lists, count)
+        timed.append((min(self.ms(setting) for _ in range(3)), setting))
     return min(timed)[1] if timed else None
 
   def close(self) -> None:
@@ -408,7 +385,7 @@ class _Side:
 
 
 def _turns(
-    sides: list[tuple[_Side, tuple[Any, ...]]], times: int
+    sides: list[tuple[_Side, tuple[int, int]]], times: int
 ) -> list[float]:
   """Median milliseconds of each, taking turns."""
   found: list[list[float]] = [[] for _ in sides]
@@ -423,32 +400,25 @@ def _compare(arguments: list[str], written: Figures, times: int) -> Figures:
   figures: Figures = {f'scann_{k}': v for k, v in ours.about.items()}
   figures |= {f'faiss_{k}': v for k, v in theirs.about.items()}
   figures['scann_load_peak_gib'] = ours.peak
-  default = ('scann', written['leaves_to_search'], written['reorder'])
+  default = (written['leaves_to_search'], written['reorder'])
   figures['scann_recall'] = ours.recall(default)
   # As good as our own settings, and the recalls of the plot.
   targets = {f'{target:.2f}': target for target in _RECALLS}
   targets['own'] = figures['scann_recall']
   for name, target in targets.items():
-    mine = default
-    if name != 'own':
-      mine = ours.best(target, ('scann',), _CANDIDATES[:-1])
-    other = theirs.best(target, _KINDS[:2], _CANDIDATES)
-    if name == '0.95':
-      slow = theirs.best(target, _KINDS[2:], _CANDIDATES[1:4])
-      if slow is not None:
-        figures['faiss_pq32_ms_at_0.95'] = _turns([(theirs, slow)], 3)[0]
-        figures['faiss_pq32_setting_at_0.95'] = ' '.join(map(str, slow))
-    for side, setting in ((ours, mine), (theirs, other)):
-      label = 'scann' if side is ours else 'faiss'
-      reached = side.recall(setting) if setting else None
-      figures[f'{label}_recall_at_{name}'] = reached
-      figures[f'{label}_setting_at_{name}'] = (
-          ' '.join(map(str, setting)) if setting else None
-      )
-    if mine and other:
-      ms = _turns([(ours, mine), (theirs, other)], times)
-      figures[f'scann_ms_at_{name}'], figures[f'faiss_ms_at_{name}'] = ms
-      print(f'recall {name}: scann {ms[0]:.0f} ms, FAISS {ms[1]:.0f} ms')
+    settings = {
+        ours: default if name == 'own' else ours.best(target),
+        theirs: theirs.best(target),
+    }
+    found = [(side, setting) for side, setting in settings.items() if setting]
+    medians = _turns(found, times)
+    for (side, setting), ms in zip(found, medians, strict=True):
+      figures |= {
+          f'{side.label}_lists_and_candidates_at_{name}': setting,
+          f'{side.label}_recall_at_{name}': side.recall(setting),
+          f'{side.label}_ms_at_{name}': ms,
+      }
+      print(f'recall {name}: {side.label} {ms:.0f} ms', flush=True)
   figures['scann_serve_peak_gib'] = ours.peak
   figures['faiss_serve_peak_gib'] = theirs.peak
   ours.close()
@@ -476,7 +446,10 @@ def _plot(figures: Figures, path: pathlib.Path) -> None:
   figure.savefig(path, dpi=120)
 
 
-def _part(name: str, arguments: list[str]) -> Figures:
+def _part(name: str, folder: str, arguments: list[str]) -> Figures:
+  kept = pathlib.Path(folder) / f'{name}.json'
+  if kept.exists():
+    return json.loads(kept.read_text())
   start = time.perf_counter()
   done = subprocess.run(
       [sys.executable, __file__, f'--worker={name}', *arguments],
@@ -485,6 +458,7 @@ def _part(name: str, arguments: list[str]) -> Figures:
       text=True,
   )
   figures = json.loads(done.stdout)
+  kept.write_text(done.stdout)
   print(f'{name}: {time.perf_counter() - start:.0f} s', figures, flush=True)
   return figures
 
@@ -498,7 +472,7 @@ def main() -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--small', action='store_true')
   parser.add_argument(
-      '--folder', type=pathlib.Path, help='for 12 GB; default: temporary'
+      '--folder', type=pathlib.Path, help='kept, 12 GB; default: temporary'
   )
   parser.add_argument('--worker', help=argparse.SUPPRESS)
   arguments = parser.parse_args()
@@ -523,24 +497,23 @@ def main() -> int:
     case 'ours' | 'faiss':
       _serve(arguments.worker, folder, rows)
       return 0
-  started = time.time()
-  with tempfile.TemporaryDirectory(dir=folder) as name:
+  with contextlib.ExitStack() as stack:
+    name = folder or stack.enter_context(tempfile.TemporaryDirectory())
+    pathlib.Path(name).mkdir(parents=True, exist_ok=True)
     passed = [
         f'--folder={name}', f'--rows={rows}', f'--seed={arguments.seed}'
     ] + ['--small'] * arguments.small
-    written = _part('write', passed)
+    written = _part('write', name, passed)
     figures: Figures = {'rows': rows, 'width': WIDTH, **written}
-    figures |= _part('exact', passed)
-    figures |= _part('faiss_build', passed)
+    figures |= _part('exact', name, passed)
+    figures |= _part('faiss_build', name, passed)
     figures |= _compare(passed, written, 3 if arguments.small else 9)
-    figures |= _part('growth', passed)
+    figures |= _part('growth', name, passed)
   import faiss
   import jax
-  import scann
 
   result = {
       **figures,
-      'seconds': time.time() - started,
       'command': ' '.join(
           ['python benchmarks/mips_scale.py']
           + [a for a in sys.argv[1:] if not a.startswith('--folder')]
@@ -551,7 +524,7 @@ def main() -> int:
           'jax': jax.__version__,
           'numpy': np.__version__,
           'faiss': faiss.__version__,
-          'scann': getattr(scann, '__version__', None),
+          'scann': importlib.metadata.version('scann'),
       },
   }
   for key, value in result.items():

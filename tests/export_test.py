@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.api import open_qa as open_qa_lib
 from realm_jax.api import retriever as retriever_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
@@ -260,6 +261,17 @@ def test_the_retriever_of_an_open_qa_checkpoint(workdirs, retriever):
   np.testing.assert_allclose(
       retriever.embed_passages(blocks), table, atol=2e-5 * np.abs(table).max()
   )
+
+
+def test_an_open_qa_checkpoint_answers_at_once(workdirs, retriever):
+  assert config_lib.read(workdirs / 'open_qa').objective == 'open_qa'
+  model = open_qa_lib.OpenQA.load(workdirs / 'open_qa')
+  question = 'who is the cat of'
+  answer = model.answer(question, k=3)
+  hits = retriever.search([question], 3)
+  assert [p.row for p in answer.passages] == hits.rows[0].tolist()
+  best = answer.passages[answer.best]
+  assert answer.text and answer.text == best.text[best.start : best.limit]
 
 
 def test_a_retriever_is_the_same_from_anywhere(workdirs, retriever, tmp_path):

@@ -283,8 +283,8 @@ def test_scann_refuses_what_it_did_not_write(tmp_path):
     [
         (1000, (0, 0, 100)),
         (20_000, (283, 68, 100)),
-        (1_000_000, (2000, 179, 100)),
-        (13_353_718, (7309, 342, 100)),
+        (1_000_000, (2000, 179, 167)),
+        (13_353_718, (7309, 342, 472)),
     ],
 )
 def test_settings_of_scann_follow_from_the_rows_unless_given(rows, expected):

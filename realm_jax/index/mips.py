@@ -322,7 +322,9 @@ def scann_settings(
     below 20,000 rows: no leaves, every row is compared, exactly;
     leaves: 2 sqrt(N), so that a leaf has sqrt(N) / 2 rows;
     leaves to search: 4 sqrt(leaves), the larger share the fewer there are;
-    rows to re-rank: 100. A search raises that to 4 k, and by what is hidden.
+    rows to re-rank: N^0.4 / 1.5, at least 100: codes of the same size mix up
+      more rows the more there are (benchmarks/mips_scale.py). A search raises
+      that to 4 k, and by what is hidden.
 
   Raises:
     ValueError: if the config asks for more leaves than there are rows.
@@ -335,7 +337,8 @@ def scann_settings(
         f'config.mips.num_leaves={leaves}: more than the {num_rows} rows.'
     )
   to_search = config.leaves_to_search or math.ceil(4 * math.sqrt(leaves))
-  return leaves, min(to_search, leaves), config.reorder or 100
+  reorder = config.reorder or max(100, round(num_rows**0.4 / 1.5))
+  return leaves, min(to_search, leaves), reorder
 
 
 def make_search(
