@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
           'bm25s': bm25s.__version__,
       },
       **figures,
-      **_bm25(arguments.corpus, arguments.dev),
+      **bm25(arguments.corpus, arguments.dev),
       **_curve(jobs),
   }
 
@@ -115,7 +115,7 @@ def _cpu_seconds() -> float:
   return used.ru_utime + used.ru_stime
 
 
-def _bm25(directory: pathlib.Path, dev: str) -> dict[str, Any]:
+def bm25(directory: pathlib.Path, dev: str) -> dict[str, Any]:
   corpus = corpus_lib.Corpus.open(directory)
   questions = question_sets.read(dev)
   passages = [corpus.passage_text(i) for i in range(len(corpus.passages))]
