@@ -246,6 +246,17 @@ class Refresher:
       if self.num_adopted != adopted:
         self._last_stand, self._stood_since_swap = self._stood_since_swap, 0.0
 
+  @contextlib.contextmanager
+  def training_goes_on(self) -> Iterator[None]:
+    """Takes what is done inside out of `standing_still`, around it."""
+    start = time.perf_counter()
+    try:
+      yield
+    finally:
+      seconds = time.perf_counter() - start
+      self._stood_seconds -= seconds
+      self._stood_since_swap -= seconds
+
   def metrics(self, step: int) -> dict[str, float]:
     """How stale the index is, and what keeping it fresh costs.
 

@@ -242,8 +242,7 @@ class _Loop:
       return
     at_interval = step % config.refresh.interval == 0
     if at_interval:
-      # The device may be at the step before; that is no standing still.
-      jax.block_until_ready(self.state.params)
+      self._finish_step()
     # The first generation, and every one of `sync`, is made from the snapshot
     # of this very step. Otherwise adopt first: the builder works on the newest
     # snapshot only, and must finish the one that this step waits for.
@@ -254,6 +253,8 @@ class _Loop:
         self._snapshots.wait()
         distributed.barrier('a snapshot is there')
       if refresher.adopt(step):
+        with refresher.training_goes_on():
+          self._finish_step()
         refresher.probe_overlap(
             self._probe.embed(self.state.params['embedder']), self._probe.k
         )
@@ -264,6 +265,10 @@ class _Loop:
           ),
       ):
         self._take_snapshot(step)
+
+  def _finish_step(self) -> None:
+    """Waits for the device, which may be at the step before."""
+    jax.block_until_ready(self.state.params)
 
   def _take_snapshot(self, step: int) -> None:
     """Publishes the embedder for the index builder, in the background."""
