@@ -49,6 +49,7 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.index import generation
 from realm_jax.index import mips
+from realm_jax.index import scann_tree
 
 ROWS = 13_353_718
 WIDTH = 128
@@ -152,7 +153,7 @@ def _write(folder: pathlib.Path, rows: int, seed: int) -> Figures:
     path = writer.publish()
     done = time.perf_counter()
   np.save(folder / 'queries.npy', vectors.queries(rows))
-  leaves, to_search, reorder = mips.scann_settings(_config(), rows)
+  leaves, to_search, reorder = scann_tree.settings(_config(), rows)
   return {
       'write_shards_seconds': shards - start,
       'build_seconds': spent,
@@ -196,7 +197,7 @@ def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
 
   faiss.omp_set_num_threads(os.cpu_count() or 1)
   table = _open(folder, rows).embeddings
-  leaves, _, _ = mips.scann_settings(_config(), rows)
+  leaves, _, _ = scann_tree.settings(_config(), rows)
   lists = leaves or round(2 * rows**0.5)
   start = time.perf_counter()
   sample = table[np.arange(0, rows, max(rows // (40 * lists), 1))[: 40 * lists]]

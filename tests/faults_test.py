@@ -26,9 +26,9 @@ from realm_jax.index import builder
 from realm_jax.index import embedding
 from realm_jax.index import generation
 from realm_jax.index import loading
-from realm_jax.index import mips
 from realm_jax.index import presence
 from realm_jax.index import refresh
+from realm_jax.index import scann_tree
 from realm_jax.index import shards
 from realm_jax.index import status
 from realm_jax.models import components
@@ -210,7 +210,7 @@ def test_a_disk_that_is_really_full(workdir, component):
 @pytest.mark.parametrize('size', [40, 400, 4000])
 def test_a_full_disk_under_scann(tmp_path, monkeypatch, size):
   """Its files are written by native code, which has words of its own."""
-  monkeypatch.setattr(mips, 'SCANN_BRUTE_FORCE', 400)
+  monkeypatch.setattr(scann_tree, 'BRUTE_FORCE', 400)
   table = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
   lineage = generation.Lineage(3, 'p', 't', 'c', *table.shape)
   with generation.Writer(tmp_path, lineage) as writer:
@@ -250,7 +250,7 @@ def test_a_full_disk_while_checkpointing(tmp_path, caplog):
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
   restored, _ = checkpoints.restore(4, params, state)
   np.testing.assert_array_equal(restored['reader']['w'], params['reader']['w'])
-  save(5)  # A restart sweeps in the background, and its first save waits for it.
+  save(5)  # A restart sweeps in the background; its first save waits for that.
   checkpoints.close()
   assert sorted(os.listdir(folder)) == ['1', '4', '5']
 

@@ -13,6 +13,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.index import generation
 from realm_jax.index import mips
+from realm_jax.index import scann_tree
 from realm_jax.runtime import checkpoint
 
 _ROWS, _WIDTH = 500, 8
@@ -85,7 +86,7 @@ def test_bfloat16_halves_the_files(tmp_path, table):
 
 
 def test_scann_assets_and_measured_recall(tmp_path, monkeypatch):
-  monkeypatch.setattr(mips, 'SCANN_BRUTE_FORCE', 400)
+  monkeypatch.setattr(scann_tree, 'BRUTE_FORCE', 400)
   rng = np.random.default_rng(0)
   table = rng.normal(size=(_ROWS, _WIDTH)).astype(np.float32)
   config = config_lib.MipsConfig(backend='scann')

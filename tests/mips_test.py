@@ -230,7 +230,7 @@ def test_scann_below_the_threshold_is_exact():
 
 
 def test_scann_tree_finds_what_exact_search_finds(tmp_path):
-  table = _clustered(mips.SCANN_BRUTE_FORCE)
+  table = _clustered(scann_tree.BRUTE_FORCE)
   queries = _clustered(200, seed=0)[:100] + 0.1
   config = config_lib.MipsConfig(backend='scann')
   search = mips.make_search(config, table)
@@ -289,9 +289,9 @@ def test_scann_refuses_what_it_did_not_write(tmp_path):
 )
 def test_settings_of_scann_follow_from_the_rows_unless_given(rows, expected):
   config = config_lib.MipsConfig(backend='scann')
-  assert mips.scann_settings(config, rows) == expected
+  assert scann_tree.settings(config, rows) == expected
   config.num_leaves, config.leaves_to_search, config.reorder = 20, 3, 50
-  assert mips.scann_settings(config, rows) == (20, 3, 50)
+  assert scann_tree.settings(config, rows) == (20, 3, 50)
 
 
 def test_recall_counts_common_rows():

@@ -514,6 +514,20 @@ def test_what_the_trainer_stands_still_for_is_counted(tmp_path):
   refresher.close()
 
 
+def test_waiting_for_the_step_before_is_no_standing_still(tmp_path):
+  refresher = _refresher(tmp_path)
+  _snapshot(tmp_path, 0)
+  _publish(tmp_path, 0)
+  with refresher.standing_still():
+    refresher.adopt(0)
+    with refresher.training_goes_on():
+      time.sleep(2.0)
+  values = refresher.metrics(0)
+  assert 0 < values['refresh/last_stall_seconds'] < 1.9
+  assert values['refresh/stall_seconds'] == values['refresh/last_stall_seconds']
+  refresher.close()
+
+
 def test_adaptive_says_what_it_decided(tmp_path):
   refresher = _refresher(tmp_path, 'adaptive', lag=2)
   asked = []

@@ -25,6 +25,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.index import mips
+from realm_jax.index import scann_tree
 from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
 
@@ -445,7 +446,7 @@ def _settings(config: config_lib.MipsConfig, num_rows: int) -> dict[str, Any]:
   if config.backend == 'approx':
     settings['recall_target'] = config.recall_target
   if config.backend == 'scann':
-    leaves, to_search, reorder = mips.scann_settings(config, num_rows)
+    leaves, to_search, reorder = scann_tree.settings(config, num_rows)
     settings |= {
         'num_leaves': leaves,
         'leaves_to_search': to_search,

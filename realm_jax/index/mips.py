@@ -8,7 +8,6 @@ excluded, best first by inner product in float32, ties by lower row.
 
 from collections.abc import Iterator
 import concurrent.futures
-import math
 import os
 from typing import Protocol
 
@@ -19,11 +18,7 @@ from realm_jax import config as config_lib
 from realm_jax.index import scann_tree
 from realm_jax.index import topk
 
-# Below so many rows ScaNN compares with every row: a tree gains nothing.
-SCANN_BRUTE_FORCE = 20_000
 _PART_ROWS = 2**18  # Of a table that is visited part by part.
-# ScaNN's k-means sees so many rows for each leaf.
-_SAMPLE_PER_LEAF = 40
 _MAX_CANDIDATES = 2**22  # Of all queries that are searched at once.
 _RANK_ROWS = 2**12  # Scored at once: 2 MiB of width 128 stay in the cache.
 
@@ -224,7 +219,7 @@ class ScannSearch:
     """
     self.num_documents, self._width = _table_shape(embeddings_NE)
     self._table_NE, self._removed = embeddings_NE, removed
-    self._leaves, self._leaves_to_search, self._reorder = scann_settings(
+    self._leaves, self._leaves_to_search, self._reorder = scann_tree.settings(
         config, self.num_documents
     )
     # The number of rows stands for candidates that are none.
@@ -234,9 +229,7 @@ class ScannSearch:
       self._hidden_N[removed] = True
     self._live = int(np.count_nonzero(~self._hidden_N))
     if directory is None:
-      self._tree = scann_tree.Tree.build(
-          embeddings_NE, self._leaves, _SAMPLE_PER_LEAF * self._leaves
-      )
+      self._tree = scann_tree.Tree.build(embeddings_NE, self._leaves)
     else:
       self._tree = scann_tree.Tree.load(directory, self.num_documents)
 
@@ -311,34 +304,6 @@ class ScannSearch:
     return (
         rank(self._table_NE, query_emb_BE, found_BN, allowed_BN, k), enough_B
     )
-
-
-def scann_settings(
-    config: config_lib.MipsConfig, num_rows: int
-) -> tuple[int, int, int]:
-  """Returns leaves (0: no tree), leaves to search, and rows to re-rank.
-
-  What the config leaves at 0 follows from the number of rows N:
-    below 20,000 rows: no leaves, every row is compared, exactly;
-    leaves: 2 sqrt(N), so that a leaf has sqrt(N) / 2 rows;
-    leaves to search: 4 sqrt(leaves), the larger share the fewer there are;
-    rows to re-rank: N^0.4 / 1.5, at least 100: codes of the same size mix up
-      more rows the more there are (benchmarks/mips_scale.py). A search raises
-      that to 4 k, and by what is hidden.
-
-  Raises:
-    ValueError: if the config asks for more leaves than there are rows.
-  """
-  leaves = config.num_leaves
-  if not leaves and num_rows >= SCANN_BRUTE_FORCE:
-    leaves = round(2 * math.sqrt(num_rows))
-  if leaves > num_rows:
-    raise ValueError(
-        f'config.mips.num_leaves={leaves}: more than the {num_rows} rows.'
-    )
-  to_search = config.leaves_to_search or math.ceil(4 * math.sqrt(leaves))
-  reorder = config.reorder or max(100, round(num_rows**0.4 / 1.5))
-  return leaves, min(to_search, leaves), reorder
 
 
 def make_search(

@@ -1,10 +1,12 @@
 """A ScaNN index of many rows that is built part by part.
 
-Public: `Tree`. ScaNN's own way is to be handed the whole table as one float32
-array, which it copies. Here it is trained on a sample and then given the rows
-in parts; it keeps their codes, half a byte for two dimensions, and no vector.
+Public: `Tree`, `settings`. ScaNN's own way is to be handed the whole table as
+one float32 array, which it copies. Here it is trained on a sample and then given
+the rows in parts; it keeps their codes, half a byte for two dimensions, and no
+vector.
 """
 
+import math
 import os
 import pathlib
 import tempfile
@@ -12,13 +14,46 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax import config as config_lib
 from realm_jax.index import topk
 
+# Below so many rows ScaNN compares with every row: a tree gains nothing.
+BRUTE_FORCE = 20_000
+# ScaNN's k-means sees so many rows for each leaf.
+_SAMPLE_PER_LEAF = 40
 _PART_ROWS = 2**16  # Added at once.
 _ASSETS = 'scann_assets.pbtxt'
 _DOCIDS = 'scann_docids.pkl'
 # What ScaNN keeps of each row: its leaf and its code.
 _OF_ROWS = ('datapoint_to_token.npy', 'hashed_dataset.npy')
+
+
+def settings(
+    config: config_lib.MipsConfig, num_rows: int
+) -> tuple[int, int, int]:
+  """Returns leaves (0: no tree), leaves to search, and rows to re-rank.
+
+  What the config leaves at 0 follows from the number of rows N:
+    below 20,000 rows: no leaves, every row is compared, exactly;
+    leaves: 2 sqrt(N), so that a leaf has sqrt(N) / 2 rows;
+    leaves to search: 4 sqrt(leaves), the larger share the fewer there are;
+    rows to re-rank: N^0.4 / 1.5, at least 100: codes of the same size mix up
+      more rows the more there are (benchmarks/mips_scale.py). A search raises
+      that to 4 k, and by what is hidden.
+
+  Raises:
+    ValueError: if the config asks for more leaves than there are rows.
+  """
+  leaves = config.num_leaves
+  if not leaves and num_rows >= BRUTE_FORCE:
+    leaves = round(2 * math.sqrt(num_rows))
+  if leaves > num_rows:
+    raise ValueError(
+        f'config.mips.num_leaves={leaves}: more than the {num_rows} rows.'
+    )
+  to_search = config.leaves_to_search or math.ceil(4 * math.sqrt(leaves))
+  reorder = config.reorder or max(100, round(num_rows**0.4 / 1.5))
+  return leaves, min(to_search, leaves), reorder
 
 
 class Tree:
@@ -32,13 +67,12 @@ class Tree:
     self._searcher = searcher
 
   @classmethod
-  def build(cls, embeddings_NE: topk.Rows, leaves: int, sample: int) -> 'Tree':
+  def build(cls, embeddings_NE: topk.Rows, leaves: int) -> 'Tree':
     """Builds an index.
 
     Args:
       embeddings_NE: read in slices, which may be memory-mapped.
       leaves: how many; 0: compare with every row, for small tables.
-      sample: how many rows to train on.
 
     Raises:
       ValueError: if an embedding is not finite.
@@ -50,6 +84,7 @@ class Tree:
       builder = scann.builder(table_NE, 10, 'dot_product')
       return cls(builder.score_brute_force().build())
     # Every so many rows, and row 0 first: see below.
+    sample = _SAMPLE_PER_LEAF * leaves
     step = max(count // sample, 1)
     rows = np.arange(0, count, step)[:sample]
     sample_NE = np.asarray(embeddings_NE[rows], np.float32)
