@@ -1,9 +1,9 @@
 """A ScaNN index of many rows that is built part by part.
 
 Public: `Tree`, `settings`. ScaNN's own way is to be handed the whole table as
-one float32 array, which it copies. Here it is trained on a sample and then given
-the rows in parts; it keeps their codes, half a byte for two dimensions, and no
-vector.
+one float32 array, which it copies. Here it is trained on a sample and then
+given the rows in parts; it keeps their codes, half a byte for two dimensions,
+and no vector.
 """
 
 import math
