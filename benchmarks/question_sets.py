@@ -17,10 +17,10 @@ import os
 import pathlib
 import platform
 import shlex
-import subprocess
 import sys
 from typing import Any
 
+import commands
 import jax
 import squad_open
 
@@ -34,12 +34,7 @@ _DEPTHS = (1, 5, 20, 100)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-  commands: list[str] = []
-
-  def realm_jax(*words: str) -> None:
-    commands.append(shlex.join(['realm-jax', *words]))
-    print(f'$ {commands[-1]}', flush=True)
-    subprocess.run([sys.executable, '-m', 'realm_jax', *words], check=True)
+  realm_jax = commands.Commands()
 
   figures: dict[str, Any] = {}
   for given in arguments.sets:
@@ -81,13 +76,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
       key = f'recall_at_{depth}'
       found[f'answer_{key}'] = round(result['answer'][key], 4)
     for key in ('exact_match', 'exact_match_interval', 'f1', 'reader_oracle'):
-      found[key] = result['open_qa'][key]
+      if key in result['open_qa']:  # A pattern has no F1.
+        found[key] = result['open_qa'][key]
     figures[name] = found
     print(json.dumps(found, indent=2), flush=True)
   return {
       **figures,
       'command': shlex.join(['python', *sys.argv]),
-      'commands': commands,
+      'commands': realm_jax.done,
       'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
       'versions': {
           'python': platform.python_version(), 'jax': jax.__version__

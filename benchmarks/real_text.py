@@ -20,11 +20,11 @@ import resource
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
 
+import commands
 import flax
 import jax
 
@@ -41,13 +41,8 @@ STAGES = ('mlm', 'ict', 'realm')
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
   """Trains the three stages, evaluates them, and returns flat figures."""
-  commands: list[str] = []
+  realm_jax = commands.Commands()
   figures: dict[str, Any] = {}
-
-  def realm_jax(*words: str) -> None:
-    commands.append(shlex.join(['realm-jax', *words]))
-    print(f'$ {commands[-1]}', flush=True)
-    subprocess.run([sys.executable, '-m', 'realm_jax', *words], check=True)
 
   for stage in STAGES:
     more = [f'--config.steps={20}', '--config.refresh.interval=10',
@@ -74,7 +69,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
   return {
       'command': shlex.join(['python', *sys.argv]),
-      'commands': commands,
+      'commands': realm_jax.done,
       'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
       'versions': {
           'python': platform.python_version(),

@@ -18,11 +18,11 @@ import pathlib
 import platform
 import resource
 import shlex
-import subprocess
 import sys
 from typing import Any
 
 import bm25s
+import commands
 import jax
 from matplotlib import figure as figure_lib
 import numpy as np
@@ -43,13 +43,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
       name: arguments.workdir / name
       for name in ('mlm', 'ict', 'retriever', 'open_qa')
   }
-  commands: list[str] = []
+  realm_jax = commands.Commands()
   figures: dict[str, Any] = {}
-
-  def realm_jax(*words: str) -> None:
-    commands.append(shlex.join(['realm-jax', *words]))
-    print(f'$ {commands[-1]}', flush=True)
-    subprocess.run([sys.executable, '-m', 'realm_jax', *words], check=True)
 
   def train(name: str, experiment: str, *more: str) -> None:
     small = []
@@ -97,7 +92,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
   return {
       'command': shlex.join(['python', *sys.argv]),
-      'commands': commands,
+      'commands': realm_jax.done,
       'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
       'versions': {
           'python': platform.python_version(),
