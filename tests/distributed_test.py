@@ -278,6 +278,32 @@ def test_flags_that_do_not_fit_together_are_refused(arguments, message):
     distributed.initialize(*arguments)
 
 
+class _Leaving:
+  """A coordination service; the other process leaves after the nth listing."""
+
+  def __init__(self, listings):
+    self._listings = listings
+
+  def key_value_dir_get(self, folder):
+    there = [(f'{folder}1', 'ours')]
+    self._listings -= 1
+    if self._listings < 0:  # Its value first, then the end.
+      there.append((f'{folder}0', 'theirs'))
+    return there
+
+  def blocking_key_value_get(self, key, milliseconds):
+    del key, milliseconds
+    raise jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED')
+
+
+@pytest.mark.parametrize('listings', range(6))
+def test_who_leaves_while_it_is_waited_for_is_not_missed(listings, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  client = _Leaving(listings)
+  for folder in (f'{distributed._END}/', 'realm/7/'):
+    assert distributed._wait_for_all(client, folder) == ['theirs', 'ours']
+
+
 def test_one_process_needs_nobody():
   with distributed.job('127.0.0.1:1', 1, 0):
     assert distributed.is_main()

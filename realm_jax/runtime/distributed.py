@@ -358,11 +358,13 @@ def _wait_for_all(client: Any, folder: str) -> list[str]:
   """
   said = time.monotonic()
   while True:
+    # In this order: who has left by now has put its value there before.
+    gone = set(_in_folder(client, f'{_END}/'))
     found = _in_folder(client, folder)
     missing = sorted(set(range(jax.process_count())) - set(found))
     if not missing:
       return [found[process] for process in sorted(found)]
-    left = sorted(set(missing) & set(_in_folder(client, f'{_END}/')))
+    left = sorted(gone & set(missing))
     if left:
       raise RuntimeError(f'The processes {left} of this job have left it.')
     try:
