@@ -10,7 +10,8 @@ machine does meets both. PyTorch runs as shipped and in the variants that
 benchmarks/train_step_torch.py lists. On a GPU, in bfloat16: the largest batch
 that fits, FLOP utilisation against the measured matmul peak, the search of
 13,353,718 rows and embedding; where there is none the figures say 'not
-measured', and --small runs the same code at toy sizes.
+measured', and --small runs the same code at toy sizes. Figures of other sizes
+that the output already has are kept.
 """
 
 import argparse
@@ -520,9 +521,16 @@ def main() -> int:
       name: _SIZES[name] for name in arguments.sizes.split(',')
   }
   figures: dict[str, Any] = {}
+  if arguments.output and arguments.output.exists():
+    figures = json.loads(arguments.output.read_text())  # Of other sizes.
   for name, size in sizes.items():
     found, versions = _compare(name, size, arguments)
     figures |= found
+    # Where the other Python lies is of no interest elsewhere.
+    figures[f'{name}_command'] = ' '.join(
+        ['python benchmarks/train_step.py --torch_python=hf/bin/python']
+        + [a for a in sys.argv[1:] if not a.startswith('--torch_python')]
+    )
   figures |= _on_gpu(arguments)
   for key, value in figures.items():
     if isinstance(value, float):
@@ -531,11 +539,6 @@ def main() -> int:
       print(f'{key:44} {value}')
   result = {
       **figures,
-      # Where the other Python lies is of no interest elsewhere.
-      'command': ' '.join(
-          ['python benchmarks/train_step.py --torch_python=hf/bin/python']
-          + [a for a in sys.argv[1:] if not a.startswith('--torch_python')]
-      ),
       'hardware': f'{arguments.threads} of {os.cpu_count()} x {_processor()}',
       'versions': {'python': platform.python_version(), **versions},
   }
