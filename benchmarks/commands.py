@@ -3,6 +3,8 @@
 Public: `Commands`.
 """
 
+from collections.abc import Collection
+import pathlib
 import shlex
 import subprocess
 import sys
@@ -14,7 +16,33 @@ class Commands:
   def __init__(self) -> None:
     self.done: list[str] = []
 
-  def __call__(self, *words: str) -> None:
+  def __call__(
+      self,
+      *words: str,
+      log: pathlib.Path | None = None,
+      cores: Collection[int] = (),
+  ) -> None:
+    """Runs a command, and waits for it.
+
+    Args:
+      *words: of the command, after `realm-jax`.
+      log: file that its output is appended to; None: it is shown.
+      cores: that it may use; none: all.
+
+    Raises:
+      subprocess.CalledProcessError: it failed.
+    """
     self.done.append(shlex.join(['realm-jax', *words]))
     print(f'$ {self.done[-1]}', flush=True)
-    subprocess.run([sys.executable, '-m', 'realm_jax', *words], check=True)
+    command = [sys.executable, '-m', 'realm_jax', *words]
+    if cores:
+      pinned = ','.join(map(str, cores))
+      command = ['taskset', '--cpu-list', pinned, *command]
+    if log is None:
+      subprocess.run(command, check=True)
+      return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, 'ab') as file:
+      subprocess.run(
+          command, check=True, stdout=file, stderr=subprocess.STDOUT
+      )

@@ -24,6 +24,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from realm_jax import config as config_lib
+from realm_jax import recipes
 from realm_jax.evaluation import report as report_lib
 from realm_jax.runtime import metrics as metrics_lib
 
@@ -34,39 +35,8 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
   """Returns the config of a stage: 'mlm', 'ict', 'realm' or 'open_qa'."""
   if stage not in STAGES:
     raise ValueError(f'No stage {stage!r}; there are {", ".join(STAGES)}.')
-  config = config_lib.Config(objective=stage)
-  config.batch_size = 96
-  config.num_candidates = 5
-  config.log_interval = 10
-  config.model.preset = 'tiny'
-  config.model.init_stddev = 0.05  # Width 128 learns faster so than with 0.02.
-  config.model.dropout = 0.0  # Too few steps to overfit.
-  config.model.embedding_scale_init = 128**-0.25
-  config.lengths.query = 16
-  config.lengths.document = 34
-  config.lengths.masks = 3
-  config.optimizer.learning_rate = 1e-3
-  config.optimizer.warmup_steps = 30
-  config.optimizer.final_fraction = 0.1
-  config.optimizer.b2 = 0.98
-  config.checkpoint.keep = 1
-  if stage == 'mlm':
-    config.steps = 400
-    config.mlm.own_passage_rate = 0.7
-  elif stage == 'ict':
-    config.steps = 200
-  elif stage == 'open_qa':
-    config.steps = 150
-    config.batch_size = 32
-    config.open_qa.retrieved = 100  # Of 4,500.
-    config.refresh.policy = 'none'
-  else:
-    config.steps = 600
-    config.batch_size = 32
-    config.optimizer.retriever_learning_rate = 4e-4
-    config.optimizer.retriever_delay = 150
-    config.refresh.interval = 25
-    config.refresh.lag = 10
+  config = recipes.invented_world(stage)
+  if stage == 'realm':
     config.refresh.keep = 0  # All, for the curve of recall over training.
   return config
 

@@ -17,6 +17,7 @@ Recorded: benchmarks/results/real_text.json.
 """
 
 from realm_jax import config as config_lib
+from realm_jax import recipes
 
 STAGES = ('mlm', 'ict', 'realm')
 
@@ -25,20 +26,12 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
   """Returns the config of a stage: 'mlm', 'ict' or 'realm'."""
   if stage not in STAGES:
     raise ValueError(f'No stage {stage!r}; there are {", ".join(STAGES)}.')
-  config = config_lib.Config(objective=stage)
-  config.model.preset = 'tiny'
-  config.model.dropout = 0.0
-  config.model.init_stddev = 0.05
-  config.model.embedding_scale_init = 128**-0.25
+  config = recipes.from_scratch(stage)
   config.lengths.query = 48
   config.lengths.document = 160
   config.lengths.masks = 6
-  config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 50
-  config.optimizer.final_fraction = 0.1
-  config.optimizer.b2 = 0.98
   config.checkpoint.interval = 200
-  config.checkpoint.keep = 1
   if stage == 'mlm':
     config.steps, config.batch_size = 300, 32
     config.mlm.own_passage_rate = 0.5

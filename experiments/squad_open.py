@@ -29,22 +29,12 @@ def get_config(recipe: str = 'cpu') -> config_lib.Config:
   """Returns a config: 'cpu', 'cpu_retriever', 'published' or 'plus_plus'."""
   if not recipe.startswith('cpu'):
     return recipes.fine_tuning(recipe, questions=87_599, epochs=2)
-  config = config_lib.Config(
-      objective='open_qa' if recipe == 'cpu' else 'ict'
-  )
-  config.model.preset = 'tiny'
-  config.model.dropout = 0.0
-  config.model.init_stddev = 0.05
-  config.model.embedding_scale_init = 128**-0.25
+  config = recipes.from_scratch('open_qa' if recipe == 'cpu' else 'ict')
   config.lengths.query, config.lengths.document = 40, 160
-  config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 50
-  config.optimizer.final_fraction = 0.1
-  config.optimizer.b2 = 0.98
   config.checkpoint.interval = 200
   if recipe == 'cpu_retriever':
     config.steps, config.batch_size = 2000, 64
-    config.checkpoint.keep = 1
     return config
   config.steps, config.batch_size = 1000, 16
   config.checkpoint.keep = 0  # All, for the curve over training.

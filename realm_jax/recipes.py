@@ -1,11 +1,59 @@
 """Settings that several experiments share.
 
-Public: `fine_tuning`, `FINE_TUNING`.
+Public: `from_scratch`, `invented_world`, `fine_tuning`, `FINE_TUNING`.
 """
+
+from typing import Literal
 
 from realm_jax import config as config_lib
 
 FINE_TUNING = ('published', 'plus_plus')
+
+Stage = Literal['mlm', 'ict', 'realm', 'open_qa']
+
+
+def from_scratch(stage: Stage) -> config_lib.Config:
+  """A model of preset `tiny` without published weights (docs/learning.md)."""
+  config = config_lib.Config(objective=stage)
+  config.model.preset = 'tiny'
+  config.model.init_stddev = 0.05  # Width 128 learns faster so than with 0.02.
+  config.model.dropout = 0.0  # Too few steps to overfit.
+  config.model.embedding_scale_init = 128**-0.25
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.final_fraction = 0.1
+  config.optimizer.b2 = 0.98
+  config.checkpoint.keep = 1
+  return config
+
+
+def invented_world(stage: Stage) -> config_lib.Config:
+  """A stage on a corpus of `prepare --source=world:SEED`, 1,000 entities."""
+  config = from_scratch(stage)
+  config.batch_size = 96
+  config.num_candidates = 5
+  config.log_interval = 10
+  config.lengths.query = 16
+  config.lengths.document = 34
+  config.lengths.masks = 3
+  config.optimizer.warmup_steps = 30
+  if stage == 'mlm':
+    config.steps = 400
+    config.mlm.own_passage_rate = 0.7
+  elif stage == 'ict':
+    config.steps = 200
+  elif stage == 'open_qa':
+    config.steps = 150
+    config.batch_size = 32
+    config.open_qa.retrieved = 100  # Of 4,500.
+    config.refresh.policy = 'none'
+  else:
+    config.steps = 600
+    config.batch_size = 32
+    config.optimizer.retriever_learning_rate = 4e-4
+    config.optimizer.retriever_delay = 150
+    config.refresh.interval = 25
+    config.refresh.lag = 10
+  return config
 
 
 def fine_tuning(

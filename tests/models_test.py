@@ -10,6 +10,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.models import components
 from realm_jax.models import dropout
+from realm_jax.models import objectives
 from realm_jax.models import realm
 
 CONFIG = config_lib.resolve(
@@ -153,6 +154,31 @@ def test_candidate_scores_embed_documents_without_dropout():
   np.testing.assert_allclose(
       score[:, 1:], jnp.einsum('be,bke->bk', query, doc), rtol=1e-4
   )
+
+
+def test_without_a_null_document_the_others_share_all_probability():
+  embedder = components.make('embedder', CONFIG)
+  params = embedder.init(0)
+  arguments = (_ids(2, 6), _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32))
+  full = realm.candidate_scores(embedder, params, *arguments, (1, 2, 2))
+  without = realm.candidate_scores(embedder, params, *arguments, None)
+  np.testing.assert_array_equal(without[:, 1:], full[:, 1:])
+  mask = np.ones((2, 2), bool)
+  logp = -np.arange(16, dtype=np.float32).reshape(2, 4, 2)
+
+  def loss(score):
+    return objectives.marginal_mlm(score, logp, mask)[0]
+
+  _, aux = objectives.marginal_mlm(without, logp, mask)
+  np.testing.assert_array_equal(jnp.exp(aux['retriever_logp_BK'])[:, 0], 0)
+  _, alone = objectives.marginal_mlm(full[:, 1:], logp[:, 1:], mask)
+  np.testing.assert_allclose(
+      aux['marginal_logp_B'], alone['marginal_logp_B'], rtol=1e-6
+  )
+  summary = objectives.retrieval_metrics(aux, mask.any(-1))
+  assert all(np.isfinite(value) for value in summary.values())
+  grads = jax.grad(loss)(without)
+  assert np.isfinite(grads).all() and not grads[:, 0].any()
 
 
 def test_components_draw_from_streams_of_their_own():

@@ -285,7 +285,8 @@ def test_a_fresh_generation_is_used_and_a_stale_one_is_not(
   (same,) = retrieval.evaluate(workdir, questions, limit=40)
   assert (before['index_generation'], same['index_generation']) == (None, 25)
   assert same['questions'] == before['questions']
-  (old,) = retrieval.evaluate(workdir, questions, steps='0', limit=40)
+  old, new = retrieval.evaluate(workdir, questions, steps='30,0', limit=40)
+  assert (old['step'], new) == (0, {**same, 'seconds': new['seconds']})
   assert old['index_generation'] is None  # That of step 25 has other params.
   # It is read, not just found: nonsense in it is seen.
   nonsense = np.random.default_rng(0).normal(
@@ -375,8 +376,11 @@ def test_a_workdir_with_one_component_is_measured_by_it(
 def test_clear_errors(workdir, questions, tmp_path, corpus, config):
   with pytest.raises(FileNotFoundError, match=r'step 7.*\[0, 30\]'):
     retrieval.evaluate(workdir, questions, steps=7)
-  with pytest.raises(ValueError, match="'latest', 'all' or"):
-    retrieval.evaluate(workdir, questions, steps='newest')
+  with pytest.raises(FileNotFoundError, match=r'step 7.*\[0, 30\]'):
+    retrieval.evaluate(workdir, questions, steps='0,7')
+  for wrong in ('newest', '0,', '-1'):
+    with pytest.raises(ValueError, match="'latest', 'all', or numbers"):
+      retrieval.evaluate(workdir, questions, steps=wrong)
   with pytest.raises(ValueError, match='limit=0'):
     retrieval.evaluate(workdir, questions, limit=0)
   with pytest.raises(FileNotFoundError):

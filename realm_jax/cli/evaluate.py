@@ -32,7 +32,7 @@ def _evaluate_flags() -> None:
       'steps',
       'latest',
       'Which steps: `latest`, `all` (every snapshot and checkpoint still'
-      ' there), or one number.',
+      ' there), or numbers, comma-separated.',
   )
   flags.DEFINE_integer(
       'limit', None, 'Evaluate the first questions and sentences only.'

@@ -210,6 +210,9 @@ class Config:
   # for time. `ict` then embeds twice, as each example needs all the others.
   accumulate: int = 1
   num_candidates: int = 8  # K; counts the null document.
+  # Whether the null document can have a probability (False: an ablation; the
+  # other K - 1 candidates stay the same).
+  null_document: bool = True
   # Which sentences to mask: `pretraining` (the corpus X of the paper),
   # `knowledge` (the sentences of the passages), `auto` (X if there is one).
   sentences: Literal['auto', 'pretraining', 'knowledge'] = 'auto'

@@ -62,7 +62,7 @@ def evaluate(
       corpus, if any did. Empty: only masked sentences are measured.
     steps: 'latest' checkpoint, 'all' that can be loaded, checkpoints and
       retriever snapshots (of which only the retrieval can be measured), or the
-      number of one.
+      numbers of some, with commas in between.
     corpus: searched instead of the one trained on; same tokenizer.
     limit: use the first so many questions and masked sentences; None: all
       questions, and 2,000 sentences.
@@ -214,18 +214,20 @@ def _steps(
     return checkpoints[-1:]
   if steps == 'all':
     return sorted({*checkpoints, *snapshots})
-  if isinstance(steps, str):
-    if not steps.isdigit():
-      raise ValueError(
-          f"steps={steps!r}: must be 'latest', 'all' or the number of a step."
-      )
-    steps = int(steps)
-  if steps not in (*checkpoints, *snapshots):
-    raise FileNotFoundError(
-        f'{trained.workdir} has nothing of step {steps}: checkpoints'
-        f' {checkpoints}, retriever snapshots {snapshots}.'
+  words = str(steps).split(',')
+  if not all(word.isdigit() for word in words):
+    raise ValueError(
+        f"steps={steps!r}: must be 'latest', 'all', or numbers of steps with"
+        ' commas in between.'
     )
-  return [steps]
+  wanted = sorted({int(word) for word in words})
+  for step in wanted:
+    if step not in (*checkpoints, *snapshots):
+      raise FileNotFoundError(
+          f'{trained.workdir} has nothing of step {step}: checkpoints'
+          f' {checkpoints}, retriever snapshots {snapshots}.'
+      )
+  return wanted
 
 
 def _evaluate_step(

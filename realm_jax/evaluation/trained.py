@@ -239,7 +239,7 @@ class Trained:
             batch['query_ids_BQ'],
             batch['doc_ids_BJS'],
             batch['doc_types_BJS'],
-            self.null_ids,
+            self.null_ids if self.config.null_document else None,
         )
       logits_BKMV = realm.read(
           reader,

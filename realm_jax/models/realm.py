@@ -14,6 +14,10 @@ from realm_jax.models import components
 from realm_jax.models import dropout
 from realm_jax.models import embedder as embedder_lib
 
+# Of a null document that is no candidate: exp of it is 0, and unlike with
+# -inf, 0 times it is no nan.
+_NEVER = -1e9
+
 
 def candidate_scores(
     embedder: components.Component,
@@ -21,7 +25,7 @@ def candidate_scores(
     query_ids_BQ: jax.Array,
     doc_ids_BJS: jax.Array,
     doc_types_BJS: jax.Array,
-    null_ids: tuple[int, int, int],
+    null_ids: tuple[int, int, int] | None,
     noise: dropout.Noise | None = None,
 ) -> jax.Array:
   """Scores the null document and the retrieved ones.
@@ -33,7 +37,8 @@ def candidate_scores(
     doc_ids_BJS: `[CLS] title [SEP] body [SEP]` of the retrieved documents.
     doc_types_BJS: their segments.
     null_ids: the null document, `[CLS] [SEP] [SEP]`. It is the same for all
-      queries and is embedded once.
+      queries and is embedded once. None: it keeps its place, with a score that
+      makes its probability 0.
     noise: for dropout in the query tower; documents are embedded without.
 
   Returns:
@@ -47,6 +52,9 @@ def candidate_scores(
       doc_ids_BJS.reshape(b * j, s),
       doc_types_BJS.reshape(b * j, s),
   )
+  real_BJ = embedder_lib.score(query_emb_BE, doc_emb.reshape(b, j, -1))
+  if null_ids is None:
+    return jnp.pad(real_BJ, ((0, 0), (1, 0)), constant_values=_NEVER)
   null_emb_1E = embedder.apply(
       params,
       'embed_document',
@@ -54,7 +62,6 @@ def candidate_scores(
       jnp.asarray(np.array([[0, 0, 1]], np.int32)),
   )
   null_B1 = jnp.einsum('BE,XE->BX', query_emb_BE, null_emb_1E)
-  real_BJ = embedder_lib.score(query_emb_BE, doc_emb.reshape(b, j, -1))
   return jnp.concatenate([null_B1, real_BJ], axis=1)
 
 

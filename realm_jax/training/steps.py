@@ -152,7 +152,7 @@ def objective_of(
         batch['query_ids_BQ'],
         batch['doc_ids_BJS'],
         batch['doc_types_BJS'],
-        null_ids,
+        null_ids if config.null_document else None,
         None if noise is None else noise.fold(0),
     )
     token_logp_BKM = realm.read_targets(

@@ -1,0 +1,455 @@
+"""The ablations of the paper on an invented world, with error bars.
+
+  python benchmarks/ablations.py --output=benchmarks/results/ablations.json \
+      [--rows=realm,ict,...] [--seeds=3] [--jobs=2] [--small]
+
+Each row of experiments/ablations.py is trained and evaluated with each seed:
+world, initial parameters and batches are of that seed, and all rows of a seed
+start from the same reader and retriever. What is finished is not run again, so
+rows and seeds can be added later; the results are made from all that is there.
+Figures are of questions, and of masked sentences, about facts that training
+never saw; intervals are those of Student's t over the seeds.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import pathlib
+import platform
+import queue
+import shlex
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import commands
+import flax
+import jax
+from matplotlib import figure as figure_lib
+from scipy import stats
+
+from realm_jax.data import world
+from realm_jax.evaluation import report
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import metrics as metrics_lib
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_EXPERIMENT = _ROOT / 'experiments' / 'ablations.py'
+# Row -> what it says of REALM, for the table.
+ROWS = {
+    'realm': 'REALM, refreshed every 10 steps',
+    'ict': 'ICT alone',
+    'frozen': 'REALM, retriever frozen',
+    'random_token': 'random-token masks',
+    'random_span': 'random-span masks',
+    'no_null': 'no null document',
+    'own_corpus': 'pretraining corpus = knowledge corpus',
+    'trivial': 'the same, trivial candidates allowed',
+    'stale_10x': 'refreshed 10 times more rarely',
+    'stale_30x': 'refreshed 30 times more rarely',
+    'never': 'never refreshed',
+    'sync': 'waits for each refresh (sync)',
+    'eager': 'adopts a refresh when it is ready (eager)',
+    'token': 'marginalised for each token',
+    'k2': '2 candidates (of which one is null)',
+    'k4': '4 candidates',
+    'k8': '8 candidates',
+    'k16': '16 candidates',
+    'shared_bert': 'a projection for each tower',
+    'separate': 'separate towers',
+    'scann': 'ScaNN in the place of exact search',
+}
+_JOINED = ('own_corpus', 'trivial')  # Rows on a corpus of their own.
+# Figure -> where it is in an evaluation, and its heading.
+FIGURES = {
+    'recall_at_1': ('questions.held_out.gold.recall_at_1', 'recall@1'),
+    'recall_at_5': ('questions.held_out.gold.recall_at_5', 'recall@5'),
+    'accuracy': ('masked.accuracy_with_retrieval', 'masked accuracy'),
+    'accuracy_null': ('masked.accuracy_without_retrieval', 'without passages'),
+    'null_share': ('masked.null_share', 'p(null)'),
+}
+# What the paper says: row, the row it should beat, and in which figure.
+CLAIMS = (
+    ('realm', 'ict', 'recall_at_5'),
+    ('realm', 'frozen', 'recall_at_5'),
+    ('realm', 'stale_30x', 'recall_at_5'),
+    ('realm', 'random_token', 'recall_at_5'),
+    ('realm', 'random_span', 'recall_at_5'),
+    ('own_corpus', 'trivial', 'recall_at_5'),
+)
+_SAME = (('realm', 'sync'), ('realm', 'eager'))  # Within the noise.
+_SMALL = {  # Stage -> what makes it quick.
+    'mlm': ['--config.steps=300'],
+    'ict': ['--config.steps=150'],
+    'realm': ['--config.steps=300', '--config.optimizer.retriever_delay=100'],
+}
+
+
+class _Seed:
+  """The runs of one seed, in a folder."""
+
+  def __init__(self, arguments: argparse.Namespace, seed: int, run: Any):
+    self.folder = arguments.workdir / f'seed{seed}'
+    self.corpus = self.folder / 'corpus'
+    self._joined = self.folder / 'joined_corpus'
+    self._seed, self._run, self._small = seed, run, arguments.small
+    self._entities = 300 if arguments.small else 1000
+
+  def prepare(self, joined: bool) -> None:
+    """Makes the world, and one where everything that is said is a passage."""
+    # Seeds of worlds that nothing was tuned on.
+    number = 100 + self._seed
+    if not self.corpus.exists():
+      source = f'--source=world:{number}:{self._entities}'
+      self._run('prepare', source, f'--output={self.corpus}', log=self._log())
+    if not joined or self._joined.exists():
+      return
+    made = world.generate(number, self._entities)
+    said = [r for r in made.pretraining if 'split' not in r]
+    source = self.folder / 'joined.jsonl'
+    source.write_text(
+        ''.join(
+            json.dumps(r, ensure_ascii=False) + '\n'
+            for r in (*made.knowledge, *said)
+        ),
+        encoding='utf-8',
+    )
+    self._run(
+        'prepare',
+        f'--source={source}',
+        f'--output={self._joined}',
+        f'--vocab={self.corpus}',
+        '--validation_fraction=0',
+        log=self._log(),
+    )
+
+  def before(self, rows: list[str]) -> list[str]:
+    """The stages that rows start from."""
+    towers = [row for row in ('shared_bert', 'separate') if row in rows]
+    return ['mlm', 'ict', *(f'ict_{name}' for name in towers)]
+
+  def train_and_evaluate(self, name: str) -> None:
+    """Runs a stage or a row, unless it was."""
+    workdir = self.folder / name
+    stage = name.split('_')[0] if name.startswith(('mlm', 'ict')) else 'realm'
+    corpus = self._joined if name in _JOINED else self.corpus
+    if not (workdir / 'summary.json').exists():
+      more = list(_SMALL[stage]) if self._small else []
+      if stage == 'realm':
+        ict = f'ict_{name}' if name in ('shared_bert', 'separate') else 'ict'
+        earlier = f'{self.folder / "mlm"},{self.folder / ict}'
+        more += [f'--config.init_from={earlier}', '--with_index_builder']
+      self._run(
+          'train',
+          f'--config={_EXPERIMENT.relative_to(_ROOT)}:{name}',
+          f'--workdir={workdir}',
+          f'--config.corpus={corpus}',
+          f'--config.seed={self._seed}',
+          *more,
+          log=self._log(name),
+      )
+    steps = checkpoint.steps_in(workdir / 'checkpoints')
+    missing = set(steps) - {r['step'] for r in report.load_all(workdir)}
+    if missing and stage != 'mlm':
+      self._run(
+          'evaluate',
+          f'--workdir={workdir}',
+          f'--corpus={self.corpus}',
+          f'--questions={self.corpus / "questions.jsonl"}',
+          f'--steps={",".join(map(str, sorted(missing)))}',
+          log=self._log(name),
+      )
+
+  def _log(self, name: str = 'prepare') -> pathlib.Path:
+    return self.folder / f'{name}.log'
+
+
+def run(arguments: argparse.Namespace, rows: list[str]) -> None:
+  """Trains and evaluates, `jobs` runs at a time, each on cores of its own."""
+  realm_jax = commands.Commands()
+  available = sorted(os.sched_getaffinity(0))
+  free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+  for i in range(arguments.jobs):
+    free.put(available[i :: arguments.jobs] or available)
+
+  def on_free_cores(*words: str, log: pathlib.Path) -> None:
+    cores = free.get()
+    try:
+      realm_jax(*words, log=log, cores=cores)
+    except subprocess.CalledProcessError as error:
+      raise RuntimeError(
+          f'A command failed with exit code {error.returncode}, see {log}.'
+      ) from error
+    finally:
+      free.put(cores)
+
+  seeds = [
+      _Seed(arguments, seed, on_free_cores) for seed in range(arguments.seeds)
+  ]
+  joined = any(row in _JOINED for row in rows)
+  with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+    try:
+      for tasks in (
+          [(seed.prepare, joined) for seed in seeds],
+          [
+              (seed.train_and_evaluate, stage)
+              for seed in seeds
+              for stage in seed.before(rows)
+          ],
+          # A row of all seeds before the next: a part is of use, too.
+          [
+              (seed.train_and_evaluate, row)
+              for row in rows
+              for seed in seeds
+              if row != 'ict'
+          ],
+      ):
+        for future in [pool.submit(*task) for task in tasks]:
+          future.result()
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
+def collect(workdir: pathlib.Path) -> dict[str, Any]:
+  """Reads all that is finished below a folder, as flat figures."""
+  figures: dict[str, Any] = {}
+  for row in ROWS:
+    done = [
+        folder / row
+        for folder in sorted(workdir.glob('seed*'))
+        if (folder / row / 'summary.json').exists()
+        and report.load_all(folder / row)
+    ]
+    if not done:
+      continue
+    figures[f'{row}_seeds'] = [int(d.parent.name[4:]) for d in done]
+    results = [report.load_all(d) for d in done]
+    figures[f'{row}_passages'] = results[0][-1]['passages']
+    for name, (path, _) in FIGURES.items():
+      last = [_at(of_seed[-1], path) for of_seed in results]
+      if None in last:
+        continue  # Of ICT there is no reader.
+      figures[f'{row}_{name}'] = last
+      figures |= {
+          f'{row}_{name}_{what}': value
+          for what, value in _summary(last).items()
+      }
+      if len(results[0]) > 1:
+        figures[f'curve_{row}_steps'] = [r['step'] for r in results[0]]
+        figures[f'curve_{row}_{name}'] = [
+            [_at(result, path) for result in of_seed] for of_seed in results
+        ]
+    lines = [metrics_lib.read_metrics(d) for d in done]
+    if 'train/null_share' in lines[0][-1]:
+      figures[f'curve_{row}_train_steps'] = [x['step'] for x in lines[0]]
+      figures[f'curve_{row}_train_null_share'] = [
+          [x['train/null_share'] for x in of_seed] for of_seed in lines
+      ]
+      figures[f'{row}_max_age_steps'] = [
+          max(x['refresh/age_steps'] for x in of_seed) for of_seed in lines
+      ]
+  return figures | _compare(figures)
+
+
+def _compare(figures: dict[str, Any]) -> dict[str, Any]:
+  """Differences from `realm` seed by seed, and the claims of the paper."""
+  found: dict[str, Any] = {}
+
+  def by_seed(row: str, name: str) -> dict[int, float]:
+    values = figures.get(f'{row}_{name}')
+    if values is None:
+      return {}
+    return dict(zip(figures[f'{row}_seeds'], values, strict=True))
+
+  pairs = [('realm', row, name) for row in list(ROWS)[1:] for name in FIGURES]
+  for ours, theirs, name in (*pairs, *CLAIMS):
+    a, b = by_seed(ours, name), by_seed(theirs, name)
+    if differences := [a[seed] - b[seed] for seed in sorted(set(a) & set(b))]:
+      found |= {
+          f'{theirs}_{name}_below_{ours}_{what}': value
+          for what, value in _summary(differences).items()
+      }
+  for ours, theirs, name in CLAIMS:
+    low = figures.get(f'{ours}_{name}_low')
+    high = figures.get(f'{theirs}_{name}_high')
+    if low is not None and high is not None:
+      found[f'claim_{ours}_above_{theirs}'] = low > high
+  for ours, theirs in _SAME:
+    low = found.get(f'{theirs}_recall_at_5_below_{ours}_low')
+    high = found.get(f'{theirs}_recall_at_5_below_{ours}_high')
+    if low is not None and high is not None:
+      found[f'claim_{ours}_like_{theirs}'] = low <= 0 <= high
+  return found
+
+
+def _at(result: Any, path: str) -> Any:
+  for name in path.split('.'):
+    result = (result or {}).get(name)
+  return result
+
+
+def _summary(values: list[float]) -> dict[str, float | None]:
+  """Mean over seeds and its 95 % interval; of one seed there is none."""
+  mean = statistics.mean(values)
+  if len(values) < 2:
+    return {'mean': mean, 'low': None, 'high': None}
+  error = statistics.stdev(values) / math.sqrt(len(values))
+  width = float(stats.t.ppf(0.975, len(values) - 1)) * error
+  return {'mean': mean, 'low': mean - width, 'high': mean + width}
+
+
+def markdown(figures: dict[str, Any]) -> str:
+  """The table: means, and the half width of their intervals."""
+
+  def cell(name: str) -> str:
+    if f'{name}_mean' not in figures:
+      return ''
+    mean, high = figures[f'{name}_mean'], figures[f'{name}_high']
+    return f'{mean:.3f}' + ('' if high is None else f' ±{high - mean:.3f}')
+
+  heads = [
+      '', *(head for _, head in FIGURES.values()), 'recall@5 below REALM',
+      'seeds',
+  ]
+  lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+  for row, words in ROWS.items():
+    if f'{row}_seeds' in figures:
+      cells = [cell(f'{row}_{name}') for name in FIGURES]
+      below = cell(f'{row}_recall_at_5_below_realm')
+      count = str(len(figures[f'{row}_seeds']))
+      lines.append('| ' + ' | '.join([words, *cells, below, count]) + ' |')
+  lines += ['', '| what the paper says | here |', '|---|---|']
+  for name, holds in figures.items():
+    if name.startswith('claim_'):
+      words = name.removeprefix('claim_').replace('_', ' ')
+      lines.append(f'| {words} | {"yes" if holds else "no"} |')
+  return '\n'.join(lines) + '\n'
+
+
+def plot(figures: dict[str, Any], path: pathlib.Path) -> None:
+  """Draws curves over training, the staleness curve, and p(null)."""
+  figure = figure_lib.Figure(figsize=(13, 11), layout='constrained')
+  axes = figure.subplots(3, 2)
+
+  def curves(axis: Any, rows: list[str], steps: str, name: str) -> None:
+    for row in rows:
+      if f'curve_{row}_{name}' not in figures:
+        continue
+      x = figures[f'curve_{row}_{steps}']
+      found = [
+          _summary(list(values))
+          for values in zip(*figures[f'curve_{row}_{name}'], strict=True)
+      ]
+      (line,) = axis.plot(x, [f['mean'] for f in found], label=ROWS[row])
+      axis.fill_between(
+          x,
+          [f['mean'] if f['low'] is None else f['low'] for f in found],
+          [f['mean'] if f['high'] is None else f['high'] for f in found],
+          color=line.get_color(),
+          alpha=0.15,
+          linewidth=0,
+      )
+    axis.set_xlabel('training step')
+
+  masks = ['realm', 'frozen', 'random_token', 'random_span', 'never']
+  for axis, name in zip(
+      axes.flat, ('recall_at_1', 'recall_at_5', 'accuracy'), strict=False
+  ):
+    curves(axis, masks, 'steps', name)
+    axis.set(title=f'{FIGURES[name][1]}, facts never seen', ylim=(0, 1))
+  null = ['realm', 'random_token', 'own_corpus', 'trivial', 'never', 'k16']
+  curves(axes[1, 1], null, 'train_steps', 'train_null_share')
+  axes[1, 1].set(title='p(null | x) in training', ylim=(0, 1))
+  stale = [
+      (row, words)
+      for row, words in (
+          ('realm', '10'), ('stale_10x', '100'), ('stale_30x', '300'),
+          ('never', 'never'),
+      )
+      if f'{row}_seeds' in figures
+  ]
+  for name in ('recall_at_1', 'recall_at_5', 'accuracy'):
+    _bars(axes[2, 0], figures, stale, name)
+  axes[2, 0].set(title='steps between two refreshes', ylim=(0, 1))
+  sizes = [
+      (row, words)
+      for row, words in (
+          ('k2', '2'), ('k4', '4'), ('realm', '5'), ('k8', '8'), ('k16', '16')
+      )
+      if f'{row}_seeds' in figures
+  ]
+  for name in ('recall_at_1', 'recall_at_5', 'accuracy'):
+    _bars(axes[2, 1], figures, sizes, name)
+  axes[2, 1].set(title='candidates, the null document included', ylim=(0, 1))
+  for axis in axes.flat:
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+
+
+def _bars(
+    axis: Any,
+    figures: dict[str, Any],
+    rows: list[tuple[str, str]],
+    name: str,
+) -> None:
+  means = [figures[f'{row}_{name}_mean'] for row, _ in rows]
+  highs = [figures[f'{row}_{name}_high'] for row, _ in rows]
+  axis.errorbar(
+      [words for _, words in rows],
+      means,
+      yerr=[
+          0 if high is None else high - mean
+          for mean, high in zip(means, highs, strict=True)
+      ],
+      marker='o',
+      capsize=3,
+      label=FIGURES[name][1],
+  )
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--rows', default=','.join(ROWS))
+  parser.add_argument('--seeds', type=int, default=3, help='how many')
+  parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
+  parser.add_argument('--workdir', type=pathlib.Path)
+  parser.add_argument('--output', type=pathlib.Path)
+  parser.add_argument('--small', action='store_true', help='minutes, no proof')
+  arguments = parser.parse_args()
+  rows = arguments.rows.split(',')
+  if unknown := [row for row in rows if row not in ROWS]:
+    parser.error(f'no row {unknown[0]!r}; there are {", ".join(ROWS)}')
+  name = 'ablations_small' if arguments.small else 'ablations'
+  arguments.workdir = arguments.workdir or pathlib.Path('runs') / name
+  arguments.output = arguments.output or arguments.workdir / f'{name}.json'
+  arguments.workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    run(arguments, rows)
+  except RuntimeError as error:
+    sys.exit(str(error))
+  figures = collect(arguments.workdir) | {
+      'command': shlex.join(['python', *sys.argv]),
+      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(),
+          'jax': jax.__version__,
+          'flax': flax.__version__,
+      },
+  }
+  checkpoint.write_json(arguments.output, figures)
+  table = markdown(figures)
+  arguments.output.with_suffix('.md').write_text(table, encoding='utf-8')
+  plot(figures, arguments.output.with_suffix('.png'))
+  print(f'\n{table}\nWritten: {arguments.output}, .md and .png beside it')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

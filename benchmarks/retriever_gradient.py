@@ -1,0 +1,262 @@
+"""Which passages a step makes more likely: section 3.3 of the paper, measured.
+
+  python benchmarks/retriever_gradient.py --workdir=runs/quickstart/realm \
+      --steps=600 --output=benchmarks/results/retriever_gradient.json
+
+The gradient of the loss with respect to the score of a passage is minus
+
+    r(z) = p(z|x) [ p(y|z,x) / p(y|x) - 1 ]
+
+so a step should raise f(x,z) in proportion to r(z) (Guu et al. 2020). But
+scores are not free: a step moves the embedder, which all passages and queries
+share. At checkpoints of a REALM run, on the next batches of its own data, r(z)
+is compared with the measured change of f(x,z): after plain gradient descent
+on one sentence, the same on a whole batch, and the job's own training step
+(AdamW with the moments it had, retriever and reader).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from matplotlib import figure as figure_lib
+import numpy as np
+from scipy import stats
+
+from realm_jax import config as config_lib
+from realm_jax.data import batches as batches_lib
+from realm_jax.data import inputs
+from realm_jax.evaluation import trained as trained_lib
+from realm_jax.models import objectives
+from realm_jax.models import realm
+from realm_jax.runtime import checkpoint
+from realm_jax.training import optimizer
+from realm_jax.training import state as state_lib
+from realm_jax.training import steps as steps_lib
+
+_UPDATES = {
+    'sentence': 'gradient descent on one sentence',
+    'batch': 'gradient descent on a batch',
+    'training': 'the training step: AdamW, reader too',
+}
+_LARGEST_CHANGE = 0.01  # Of a score, by gradient descent: to first order.
+
+
+class _Measurement:
+  """A checkpoint of a run, with the next batches of its data."""
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    self._trained = trained_lib.Trained.open(workdir)
+    self._config = self._trained.config
+    self._workdir, self._step = workdir, step
+    self._params = self._trained.load(step)
+    self._search = self._trained.index(self._params, step).search
+    components = self._trained.components
+    null_ids = self._trained.null_ids
+
+    def scores(params: Any, batch: Any) -> jax.Array:
+      return realm.candidate_scores(
+          components['embedder'],
+          params['embedder'],
+          batch['query_ids_BQ'],
+          batch['doc_ids_BJS'],
+          batch['doc_types_BJS'],
+          null_ids if self._config.null_document else None,
+      )
+
+    def credit(params: Any, batch: Any) -> jax.Array:
+      token_logp_BKM = realm.read_targets(
+          components['reader'],
+          params['reader'],
+          batch['joint_ids_BKT'],
+          batch['joint_types_BKT'],
+          batch['positions_BM'],
+          batch['targets_BM'],
+      )
+      _, aux = objectives.marginal_mlm(
+          scores(params, batch), token_logp_BKM, batch['mask_BM']
+      )
+      # p(z|x) p(y|z,x) / p(y|x) is p(z|x,y).
+      return aux['posterior_BK'] - jnp.exp(aux['retriever_logp_BK'])
+
+    loss = steps_lib.loss_function(self._config, components, null_ids)
+
+    def descend(params: Any, batch: Any) -> jax.Array:
+      """The change of the scores by a small step of the embedder alone."""
+
+      def of_embedder(embedder: Any) -> jax.Array:
+        return loss({**params, 'embedder': embedder}, batch, None)[0]
+
+      grads = jax.grad(of_embedder)(params['embedder'])
+
+      def moved(rate: jax.Array) -> jax.Array:
+        embedder = jax.tree.map(
+            lambda p, g: p - rate * g, params['embedder'], grads
+        )
+        return scores({**params, 'embedder': embedder}, batch)
+
+      zero = jnp.zeros(())
+      _, slope_BK = jax.jvp(moved, (zero,), (jnp.ones(()),))
+      rate = _LARGEST_CHANGE / jnp.maximum(jnp.abs(slope_BK).max(), 1e-9)
+      return moved(rate) - moved(zero)
+
+    self._scores, self._credit = jax.jit(scores), jax.jit(credit)
+    self._descend = jax.jit(descend)
+
+  def batches(self, count: int) -> list[inputs.Batch]:
+    """The batches that the run would see next, with candidates."""
+    trained, config = self._trained, self._config
+    stream = batches_lib.training_batches(trained.corpus, config, self._step)
+    found = []
+    for _ in range(count):
+      batch = next(stream)
+      retrieved_BJ = self._search.search(
+          trained.embed_queries(self._params, batch['query_ids_BQ']),
+          config.num_candidates - 1,
+          batch['exclude_BR2'],
+      )
+      batch = inputs.with_candidates(
+          batch, retrieved_BJ, trained.corpus, config.lengths
+      )
+      found.append(
+          {name: batch[name] for name in steps_lib.input_names(config)}
+      )
+    return found
+
+  def credits(self, batch: inputs.Batch) -> np.ndarray:
+    """r(z) of each candidate, [B, K]."""
+    return np.asarray(self._credit(self._params, batch))
+
+  def after_sentences(self, batch: inputs.Batch) -> np.ndarray:
+    """Changes of the scores of each sentence after a step on it, [B, K]."""
+    return np.concatenate([
+        self._descend(
+            self._params, {n: v[i : i + 1] for n, v in batch.items()}
+        )
+        for i in range(len(batch['mask_BM']))
+    ])
+
+  def after_batch(self, batch: inputs.Batch) -> np.ndarray:
+    """The same after one step on all of them, [B, K]."""
+    return np.asarray(self._descend(self._params, batch))
+
+  def after_training(self, batches: list[inputs.Batch]) -> list[np.ndarray]:
+    """After the job's next step, had it this batch; for each, [B, K]."""
+    changes = []
+    with tempfile.TemporaryDirectory() as folder:
+      copy = pathlib.Path(folder)
+      shutil.copy(self._workdir / 'config.json', copy)
+      shutil.copytree(
+          self._workdir / 'checkpoints' / str(self._step),
+          copy / 'checkpoints' / str(self._step),
+      )
+      job = state_lib.open_job(config_lib.read(copy), copy)
+      tx = optimizer.make_optimizer(job.config, tuple(job.components))
+      train_step = steps_lib.make_train_step(
+          job.config, job.components, tx, self._trained.null_ids, job.mesh
+      )
+      checkpoints = checkpoint.Checkpoints(copy, keep=0)
+      for batch in batches:
+        # A step takes its state over, so each has one of its own.
+        state, _ = state_lib.start_or_resume(job, checkpoints, tx)
+        before = np.asarray(self._scores(state.params, batch))
+        state, _ = train_step(state, batch)
+        after = np.asarray(self._scores(state.params, batch))
+        changes.append(after - before)
+      checkpoints.close()
+    return changes
+
+
+def measure(
+    workdir: pathlib.Path, step: int, count: int
+) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
+  """Returns flat figures of a checkpoint, and the points (r, change)."""
+  measurement = _Measurement(workdir, step)
+  batches = measurement.batches(count)
+  credit_BK = np.concatenate([measurement.credits(b) for b in batches])
+  changes = {
+      'sentence': [measurement.after_sentences(b) for b in batches],
+      'batch': [measurement.after_batch(b) for b in batches],
+      'training': measurement.after_training(batches),
+  }
+  figures: dict[str, Any] = {'sentences': len(credit_BK)}
+  points = {}
+  for name, parts in changes.items():
+    change_BK = np.concatenate(parts)
+    # What a softmax does not see is taken out: the same for all candidates.
+    change_BK = change_BK - change_BK.mean(axis=1, keepdims=True)
+    r, change = credit_BK.ravel(), change_BK.ravel()
+    points[name] = r, change
+    # Where there is something to be learned, is it the right way?
+    clear = np.abs(r) > 0.01
+    figures |= {
+        f'{name}_pearson': float(stats.pearsonr(r, change).statistic),
+        f'{name}_spearman': float(stats.spearmanr(r, change).statistic),
+        f'{name}_same_sign': float(
+            (np.sign(r) == np.sign(change))[clear].mean()
+        ),
+        f'{name}_clear': int(clear.sum()),
+    }
+  return {f'step{step}_{k}': v for k, v in figures.items()}, points
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--steps', required=True, help='comma-separated')
+  parser.add_argument('--batches', type=int, default=16)
+  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser.add_argument('--small', action='store_true', help='two batches')
+  arguments = parser.parse_args()
+  steps = [int(step) for step in arguments.steps.split(',')]
+  figures: dict[str, Any] = {}
+  figure = figure_lib.Figure(
+      figsize=(12, 3.6 * len(steps)), layout='constrained'
+  )
+  axes = figure.subplots(len(steps), len(_UPDATES), squeeze=False)
+  for row, step in zip(axes, steps, strict=True):
+    found, points = measure(
+        arguments.workdir, step, 2 if arguments.small else arguments.batches
+    )
+    figures |= found
+    for axis, (name, (r, change)) in zip(row, points.items(), strict=True):
+      axis.scatter(r, change, s=4, alpha=0.4)
+      axis.axhline(0, color='grey', linewidth=0.6)
+      axis.axvline(0, color='grey', linewidth=0.6)
+      correlation = found[f'step{step}_{name}_pearson']
+      axis.set(
+          title=f'step {step}: {_UPDATES[name]}\ncorrelation'
+          f' {correlation:.2f}',
+          xlabel='r(z)',
+          ylabel='change of f(x,z) beside the other candidates',
+      )
+      axis.title.set_fontsize(9)
+  result = figures | {
+      'command': shlex.join(['python', *sys.argv]),
+      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(),
+          'jax': jax.__version__,
+          'flax': flax.__version__,
+      },
+  }
+  print(json.dumps(result, indent=2))
+  checkpoint.write_json(arguments.output, result)
+  figure.savefig(arguments.output.with_suffix('.png'), dpi=110)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
