@@ -81,11 +81,7 @@ CLAIMS = (
     ('own_corpus', 'trivial', 'recall_at_5'),
 )
 _SAME = (('realm', 'sync'), ('realm', 'eager'))  # Within the noise.
-_SMALL = {  # Stage -> what makes it quick.
-    'mlm': ['--config.steps=300'],
-    'ict': ['--config.steps=150'],
-    'realm': ['--config.steps=300', '--config.optimizer.retriever_delay=100'],
-}
+_SMALL = ('--config.steps=450', '--config.optimizer.retriever_delay=100')
 
 
 class _Seed:
@@ -137,8 +133,9 @@ class _Seed:
     stage = name.split('_')[0] if name.startswith(('mlm', 'ict')) else 'realm'
     corpus = self._joined if name in _JOINED else self.corpus
     if not (workdir / 'summary.json').exists():
-      more = list(_SMALL[stage]) if self._small else []
+      more: list[str] = []
       if stage == 'realm':
+        more += _SMALL if self._small else ()
         ict = f'ict_{name}' if name in ('shared_bert', 'separate') else 'ict'
         earlier = f'{self.folder / "mlm"},{self.folder / ict}'
         more += [f'--config.init_from={earlier}', '--with_index_builder']
