@@ -130,3 +130,19 @@ def test_a_line_ends_a_sentence(end):
 
 def test_no_sentence_in_space():
   assert spans.split_sentences(' \n\t\n') == []
+
+
+@pytest.mark.parametrize(
+    'span, kind',
+    [
+        ('12 May 1990', 'date'),
+        ('1990s', 'date'),
+        ('3.5 million', 'number'),
+        ('12 km', 'number'),
+        ('May Day Parade', 'name'),
+        ('New York', 'name'),
+        ('iron', 'name'),  # As records may mark it.
+    ],
+)
+def test_kinds(span, kind):
+  assert spans.kind(span) == kind

@@ -1,9 +1,9 @@
 """Sentences of a text, and the salient spans of a sentence, by rules.
 
-Public: `split_sentences`, `find_spans`, `document_names`. Salient span masking
-(Guu et al. 2020, section 3.4) hides what needs world knowledge: names and
-dates. The paper's tagger was never released; these rules for English stand in.
-Records that bring their own spans do not pass through here.
+Public: `split_sentences`, `find_spans`, `document_names`, `kind`. Salient span
+masking (Guu et al. 2020, section 3.4) hides what needs world knowledge: names
+and dates. The paper's tagger was never released; these rules for English stand
+in. Records that bring their own spans do not pass through here.
 """
 
 from collections.abc import Collection
@@ -204,6 +204,12 @@ def find_spans(
       (len(sentence[:start].encode()), len(sentence[:limit].encode()))
       for start, limit in spans
   ]
+
+
+def kind(span: str) -> str:
+  """Returns 'date', 'number' or 'name': what a span's text begins with."""
+  match = _SPAN.match(span)
+  return (match and match.lastgroup) or 'name'
 
 
 def _skip_function_word(sentence: str, start: int, limit: int) -> int:

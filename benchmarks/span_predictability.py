@@ -1,0 +1,157 @@
+"""Which masks can be filled without retrieval: why salient spans are masked.
+
+  python benchmarks/span_predictability.py --corpus=corpus \
+      --workdir=runs/span_predictability \
+      --output=benchmarks/results/span_predictability.json [--steps=4000]
+
+A small masked language model is trained on the corpus' sentences with BERT's
+random-token masks, then fills in masks of sentences that were set aside: random
+wordpieces, random spans (as long as the salient ones), and salient spans by
+their kind. What it gets right without any passage teaches a retriever nothing
+(Guu et al. 2020, section 3.4).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from typing import Any
+
+import commands
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+
+from realm_jax.data import batches as batches_lib
+from realm_jax.data import inputs
+from realm_jax.data import spans as spans_lib
+from realm_jax.evaluation import statistics
+from realm_jax.evaluation import trained as trained_lib
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import metrics as metrics_lib
+
+_MASKS = ('random_token', 'random_span', 'salient')
+
+
+def train(arguments: argparse.Namespace) -> list[str]:
+  """Trains the model, unless it is trained, and returns the commands."""
+  realm_jax = commands.Commands()
+  if not (arguments.workdir / 'summary.json').exists():
+    realm_jax(
+        'train',
+        '--config=experiments/small_corpus.py:mlm',
+        f'--workdir={arguments.workdir}',
+        f'--config.corpus={arguments.corpus}',
+        '--config.masking=random_token',
+        f'--config.steps={arguments.steps}',
+        '--config.batch_size=64',
+        # Sentences alone: nothing is read beside them.
+        '--config.mlm.own_passage_rate=0',
+        '--config.lengths.document=8',
+    )
+  return realm_jax.done
+
+
+def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
+  """Returns flat figures: for each kind of mask, the share filled in."""
+  trained = trained_lib.Trained.open(workdir)
+  step = trained_lib.steps_available(workdir)[0][-1]
+  params = trained.load(step)
+  source = tfds.builder_from_directory(
+      str(trained.corpus.directory / 'sentences')
+  ).as_data_source(split='validation')
+  right: dict[str, list[bool]] = {}
+  pieces: dict[str, list[bool]] = {}
+  for masking in _MASKS:
+    config = dataclasses.replace(
+        trained.config,
+        objective='realm',
+        masking=masking,
+        batch_size=trained.reading_batch_size(1, trained.config.lengths.masks),
+    )
+    for batch in batches_lib.evaluation_batches(
+        trained.corpus, config, 'validation', count
+    ):
+      size, mask_BM = len(batch['mask_BM']), batch['mask_BM']
+      batch = {
+          name: trained_lib.pad_rows(value, config.batch_size)
+          for name, value in batch.items()
+      }
+      batch = inputs.with_candidates(
+          batch,
+          np.zeros((config.batch_size, 0), np.int64),
+          trained.corpus,
+          config.lengths,
+      )
+      best_BM = trained.read(params, batch)['best_BKM'][:size, 0]
+      correct_BM = best_BM == batch['targets_BM'][:size]
+      for i in range(size):
+        kind = masking
+        if masking == 'salient':
+          first = int(batch['positions_BM'][i, 0]) - 1  # Without [CLS].
+          kind = _kind(trained, source, int(batch['sentence_B'][i]), first)
+        correct = correct_BM[i][mask_BM[i]]
+        pieces.setdefault(kind, []).extend(correct.tolist())
+        if masking != 'random_token':  # There each is a mask of its own.
+          right.setdefault(kind, []).append(bool(correct.all()))
+  for found in (right, pieces):
+    found['salient'] = [
+        x for kind in ('name', 'date', 'number') for x in found.get(kind, [])
+    ]
+  figures: dict[str, Any] = {'steps': step}
+  for what, found in (('filled_in', right), ('wordpieces', pieces)):
+    for kind, values in found.items():
+      low, high = statistics.interval(np.array(values, float))
+      figures |= {
+          f'{kind}_{what}': round(float(np.mean(values)), 4),
+          f'{kind}_{what}_interval': [round(low, 4), round(high, 4)],
+          f'{kind}_{what}_count': len(values),
+      }
+  return figures
+
+
+def _kind(
+    trained: trained_lib.Trained, source: Any, row: int, first: int
+) -> str:
+  """The kind of the salient span that begins at a wordpiece of a sentence."""
+  spans_S2 = trained.corpus.sentences['validation'].spans_of(row)
+  number = int(np.flatnonzero(spans_S2[:, 0] == first)[0])
+  record = source[row]
+  start, limit = record['span_starts'][number], record['span_limits'][number]
+  return spans_lib.kind(record['text'][start:limit].decode())
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--corpus', type=pathlib.Path, required=True)
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser.add_argument('--steps', type=int, default=4000)
+  parser.add_argument('--sentences', type=int, default=5000)
+  parser.add_argument('--small', action='store_true', help='20 steps')
+  arguments = parser.parse_args()
+  if arguments.small:
+    arguments.steps, arguments.sentences = 20, 200
+  done = train(arguments)
+  figures = measure(arguments.workdir, arguments.sentences) | {
+      'loss': metrics_lib.read_metrics(arguments.workdir)[-1]['train/loss'],
+      'command': shlex.join(['python', *sys.argv]),
+      'commands': done,
+      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(), 'jax': jax.__version__
+      },
+  }
+  print(json.dumps(figures, indent=2))
+  checkpoint.write_json(arguments.output, figures)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
