@@ -8,7 +8,8 @@ paragraphs of SQuAD 1.1 train as passages, the sentences of 26,651 articles of
 the English Wikipedia to learn from, and the questions of every 22nd article,
 none of which training sees. The stages are those of
 experiments/small_corpus.py, each by the command line; `--small` shortens them
-to a check of the script.
+to a check of the script, and `--flag=STAGE:FLAG`, repeated, changes a stage:
+--flag=mlm:--config.steps=8000. A stage that is finished is not run again.
 """
 
 import argparse
@@ -50,16 +51,30 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if stage == 'realm':
       earlier = ','.join(str(arguments.workdir / s) for s in ('mlm', 'ict'))
       more += [f'--config.init_from={earlier}', '--with_index_builder']
-    before, cpu = time.perf_counter(), _cpu_seconds()
-    realm_jax(
-        'train',
-        f'--config={_EXPERIMENT.relative_to(_ROOT)}:{stage}',
-        f'--workdir={arguments.workdir / stage}',
-        f'--config.corpus={arguments.corpus}',
-        *more,
-    )
-    figures[f'{stage}_seconds'] = round(time.perf_counter() - before, 1)
-    figures[f'{stage}_cpu_minutes'] = round((_cpu_seconds() - cpu) / 60, 2)
+    more += [
+        flag
+        for of_stage, _, flag in (f.partition(':') for f in arguments.flag)
+        if of_stage == stage
+    ]
+    spent = arguments.workdir / stage / 'spent.json'
+    if not spent.exists():
+      before, cpu = time.perf_counter(), _cpu_seconds()
+      realm_jax(
+          'train',
+          f'--config={_EXPERIMENT.relative_to(_ROOT)}:{stage}',
+          f'--workdir={arguments.workdir / stage}',
+          f'--config.corpus={arguments.corpus}',
+          *more,
+      )
+      checkpoint.write_json(
+          spent,
+          {
+              'seconds': round(time.perf_counter() - before, 1),
+              'cpu_minutes': round((_cpu_seconds() - cpu) / 60, 2),
+          },
+      )
+    for name, value in checkpoint.read_json(spent).items():
+      figures[f'{stage}_{name}'] = value
   for stage, steps in (('ict', 'latest'), ('realm', 'all')):
     realm_jax(
         'evaluate',
@@ -171,6 +186,9 @@ def main() -> None:
   )
   parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument('--small', action='store_true')
+  parser.add_argument(
+      '--flag', action='append', default=[], help='STAGE:FLAG of `train`'
+  )
   arguments = parser.parse_args()
   figures = run(arguments)
   checkpoint.write_json(arguments.output, figures)
