@@ -24,6 +24,12 @@ def _evaluate_flags() -> None:
       " corpus' questions.jsonl if it has one.",
   )
   flags.DEFINE_string(
+      'tagged',
+      None,
+      'Of a tagger: files of tagged sentences, comma-separated; CoNLL, or JSON'
+      ' Lines of {tokens, tags}.',
+  )
+  flags.DEFINE_string(
       'corpus',
       None,
       'Search this corpus instead of the one trained on; same tokenizer.',
@@ -57,6 +63,13 @@ def _evaluate(argv: Sequence[str]) -> None:
   del argv
   command.quiet_jax()
   from realm_jax.evaluation import report
+
+  if FLAGS.tagged:
+    from realm_jax.evaluation import tagging
+
+    result = tagging.evaluate(FLAGS.workdir, FLAGS.tagged)
+    print(report.write(FLAGS.workdir, [result]))
+    return
   from realm_jax.evaluation import retrieval
 
   results = retrieval.evaluate(

@@ -70,7 +70,7 @@ def _train(argv: Sequence[str]) -> None:
 
 COMMANDS = {
     'train': command.Command(
-        'Trains one objective: mlm, ict, realm or open_qa.',
+        'Trains one objective: mlm, ict, realm, open_qa or tagger.',
         'realm-jax train --config=experiments/quickstart.py:ict'
         ' --workdir=runs/ict --config.corpus=corpus',
         _train_flags,

@@ -38,7 +38,9 @@ def validate(config: schema.Config) -> None:
   require(c.lengths.query >= 4, 'lengths.query', 'must be at least 4')
   require(c.lengths.document >= 8, 'lengths.document', 'must be at least 8')
   model = schema.resolve(config).model
-  if c.objective == 'ict':
+  if c.objective == 'tagger':
+    longest = c.tagger.length
+  elif c.objective == 'ict':
     longest = max(c.lengths.query, c.lengths.document)
   else:
     longest = c.lengths.joint
@@ -82,6 +84,13 @@ def validate(config: schema.Config) -> None:
       'optimizer.learning_rate',
       'must not be negative',
   )
+  if c.objective == 'tagger':
+    require(
+        bool(c.tagger.files),
+        'tagger.files',
+        'give the files of tagged sentences to train on',
+    )
+    require(c.tagger.length >= 4, 'tagger.length', 'must be at least 4')
   if c.objective == 'open_qa':
     require(
         bool(c.open_qa.questions),

@@ -12,6 +12,9 @@ from typing import Any
 
 from realm_jax.config import schema
 
+# Fields that name files to learn from.
+_INPUTS = (('ict', 'questions'), ('open_qa', 'questions'), ('tagger', 'files'))
+
 
 def to_dict(config: Any) -> dict[str, Any]:
   """Returns the config tree as plain dictionaries, for JSON."""
@@ -62,9 +65,9 @@ def identity(config: schema.Config) -> dict[str, Any]:
   values['model']['attention_dropout'] = schema.attention_rate(config.model)
   for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]
-  for section in ('ict', 'open_qa'):
+  for section, field in _INPUTS:
     # Not which they are, but whether there are any.
-    values[section]['questions'] = bool(values[section]['questions'])
+    values[section][field] = bool(values[section][field])
   flat = {}
   for name, value in values.items():
     if isinstance(value, dict):

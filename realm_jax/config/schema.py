@@ -25,6 +25,7 @@ COMPONENTS = {
     'ict': ('embedder',),
     'realm': ('embedder', 'reader'),
     'open_qa': ('embedder', 'span_reader'),
+    'tagger': ('tagger',),
 }
 # Objectives that search an index while they train.
 SEARCHING = ('realm', 'open_qa')
@@ -65,6 +66,10 @@ class ModelConfig:
   span_width: int = 256  # Of the MLP that scores an answer span.
   max_span_width: int = 10  # Wordpieces of an answer, at most.
   span_norm_eps: float = 1e-3
+  # The tagger of named entities (models/tagger.py).
+  entity_types: tuple[str, ...] = ()  # (): those of config.tagger.files.
+  # Whether it sees, as segment 1, which words have a capital letter.
+  capitals: bool = True
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
 
 
@@ -124,6 +129,15 @@ class OpenQaConfig:
   # Whether a batch of which no question has an answer is a step all the same,
   # of weight decay and of old momentum.
   update_unanswered: bool = False
+
+
+@dataclasses.dataclass
+class TaggerConfig:
+  """Learning to find named entities, for salient spans (docs/tagging.md)."""
+
+  # Files of tagged sentences, comma-separated: CoNLL, or JSON Lines.
+  files: str = ''
+  length: int = 64  # L: [CLS] sentence [SEP]; a longer one takes several rows.
 
 
 @dataclasses.dataclass
@@ -198,7 +212,7 @@ class CheckpointConfig:
 class Config:
   """One training job. Index building and evaluation read it back."""
 
-  objective: Literal['mlm', 'ict', 'realm', 'open_qa'] = 'realm'
+  objective: Literal['mlm', 'ict', 'realm', 'open_qa', 'tagger'] = 'realm'
   corpus: str = ''  # Folder written by `realm-jax prepare`.
   # Workdirs to start from, comma-separated; each gives the components it has
   # (`mlm` a reader, `ict` an embedder, `realm` both), later ones win.
@@ -232,6 +246,7 @@ class Config:
   mlm: MlmConfig = dataclasses.field(default_factory=MlmConfig)
   ict: IctConfig = dataclasses.field(default_factory=IctConfig)
   open_qa: OpenQaConfig = dataclasses.field(default_factory=OpenQaConfig)
+  tagger: TaggerConfig = dataclasses.field(default_factory=TaggerConfig)
   optimizer: OptimizerConfig = dataclasses.field(
       default_factory=OptimizerConfig
   )

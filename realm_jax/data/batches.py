@@ -16,6 +16,7 @@ from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
 from realm_jax.data import questions as questions_lib
+from realm_jax.data import tagging
 
 Example = dict[str, Any]  # One row of a batch.
 
@@ -26,6 +27,7 @@ def training_batches(
     start: int = 0,
     rows: np.ndarray | None = None,
     questions: questions_lib.QuestionTable | None = None,
+    tagged: tagging.TaggedTable | None = None,
 ) -> grain.DatasetIterator:
   """The endless stream of batches of the config's objective.
 
@@ -37,6 +39,7 @@ def training_batches(
     start: the batch to begin with: how many a job has had that goes on.
     rows: which rows of each batch are wanted, ascending; None: all of them.
     questions: in the place of sentences, of `open_qa` and `ict`.
+    tagged: sentences of the objective `tagger`.
 
   Returns:
     Iterator over batches of these rows:
@@ -45,6 +48,7 @@ def training_batches(
       mlm: joint_ids_BT, joint_types_BT, positions_BM, targets_BM, mask_BM.
       ict: query_ids_BQ, doc_ids_BS, doc_types_BS.
       open_qa: query_ids_BQ, query_lengths_B.
+      tagger: ids_BL, types_BL, labels_BL.
     All have sentence_B, rows of the sentence table, or question_B, of the
     questions.
 
@@ -54,8 +58,10 @@ def training_batches(
   def stream(
       name: str, split: str, own_passage: bool = False
   ) -> grain.MapDataset:
-    if questions is not None and config.objective == 'ict':
-      examples: Any = _PairExamples(questions, corpus, config)
+    if tagged is not None:
+      examples: Any = _TaggedExamples(tagged)
+    elif questions is not None and config.objective == 'ict':
+      examples = _PairExamples(questions, corpus, config)
     elif questions is not None:
       examples = _QuestionExamples(questions)
     else:
@@ -80,6 +86,8 @@ def training_batches(
       batches = stream('masked', sentences_of(corpus, config))
     case 'open_qa':
       batches = stream('asked', 'questions')
+    case 'tagger':
+      batches = stream('tagged', 'tagged')
     case 'mlm':
       share = config.mlm.own_passage_rate
       streams = {}
@@ -353,6 +361,33 @@ class _ClozeExamples(_Examples):
         self._corpus.tokenizer,
         cut=(start, start + size),
     )
+    return batch
+
+
+class _TaggedExamples:
+  """Sentences with the labels of their words: objective `tagger`."""
+
+  def __init__(self, tagged: tagging.TaggedTable):
+    self._tagged = tagged
+
+  def __len__(self) -> int:
+    return len(self._tagged)
+
+  def __getitem__(self, index: int) -> int:
+    return index
+
+  def __repr__(self) -> str:
+    return f'tagged({len(self)})'
+
+  def sample(self, row: int, rng: np.random.Generator) -> Example:
+    del rng
+    return {'sentence_B': np.int64(row)}
+
+  def assemble(self, batch: inputs.Batch) -> inputs.Batch:
+    rows = batch['sentence_B']
+    batch['ids_BL'] = self._tagged.ids_NL[rows]
+    batch['types_BL'] = self._tagged.types_NL[rows]
+    batch['labels_BL'] = self._tagged.labels_NL[rows]
     return batch
 
 

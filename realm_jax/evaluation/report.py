@@ -53,6 +53,7 @@ _ANSWER_COLUMNS = (
     ('not read', 'not_read'),
     ('misread', 'misread'),
 )
+_ENTITY_FIGURES = ('precision', 'recall', 'f1')
 # Panels of training.png: heading, and the metric.
 _PANELS = (
     ('loss', 'train/loss'),
@@ -111,6 +112,16 @@ def table(results: list[Result]) -> str:
   if rows:
     heads = ['step', 'facts', 'questions', *(h for h, _ in _ANSWER_COLUMNS)]
     parts.append('\nQuestions answered, in per cent (95 % interval)\n')
+    parts.append(_markdown(heads, rows))
+  rows = [
+      [str(result['step']), name, str(score['count'])]
+      + [_percent(score[figure]) for figure in _ENTITY_FIGURES]
+      for result in results
+      for name, score in result.get('entities', {}).items()
+  ]
+  if rows:
+    heads = ['step', 'type', 'entities', *_ENTITY_FIGURES]
+    parts.append('\nEntities found, in per cent\n')
     parts.append(_markdown(heads, rows))
   rows = [
       [str(result['step'])]

@@ -1,9 +1,10 @@
 """Embeddings of the passages of a corpus, as fast as the devices can.
 
-Public: `PassageEmbedder`.
+Public: `PassageEmbedder`, and the `RowEncoder` underneath.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,19 +27,18 @@ _ROW_MULTIPLE = 8  # Rows of a batch on a device.
 _MOST_ROWS = 2**16  # That are embedded by one call, as a rule.
 
 
-class PassageEmbedder:
-  """Embeds passages with given parameters; compiles once for each width.
+class RowEncoder:
+  """Runs a model over rows of wordpieces, of whatever lengths.
 
-  Passages are sorted into a few widths by their length, so that short ones are
-  not padded to the longest. No dropout. The result for a passage is a function
-  of the rows that it is called with, bit by bit.
+  Rows are sorted into a few widths by their length, so that short ones are not
+  padded to the longest; it is compiled once for each width. The result for a
+  row is a function of the rows that it is called with, bit by bit.
   """
 
   def __init__(
       self,
-      component: components.Component,
-      passages: corpus_lib.PassageTable,
-      tokenizer: tokenizer_lib.Tokenizer,
+      encode: Callable[..., jax.Array],
+      lengths_N: np.ndarray,
       max_length: int,
       mesh: jax.sharding.Mesh,
       batch_tokens: int | None = None,
@@ -46,15 +46,13 @@ class PassageEmbedder:
     """Plans the batches.
 
     Args:
-      component: the embedder.
-      passages: the corpus' token table.
-      tokenizer: for the special ids.
-      max_length: S, at which a longer passage is cut.
+      encode: encode(params, *arrays), a result for each row of the arrays.
+      lengths_N: of all rows there are, in wordpieces.
+      max_length: at which a longer row is cut.
       mesh: a batch is divided over all its devices.
       batch_tokens: wordpieces of a batch, of all devices together.
     """
-    self._passages, self._tokenizer = passages, tokenizer
-    self._lengths = np.minimum(passages.lengths, max_length)
+    self._lengths = np.minimum(lengths_N, max_length)
     platform = mesh.devices.flat[0].platform
     self._widths = _widths(
         self._lengths,
@@ -78,17 +76,15 @@ class PassageEmbedder:
     self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     rows = self._over_rows.spec
 
-    def embed(
-        params: components.Params, ids_BS: jax.Array, types_BS: jax.Array
-    ) -> jax.Array:
-      return component.apply(params, 'embed_document', ids_BS, types_BS)
+    def encode_all(params: components.Params, arrays: Any) -> jax.Array:
+      return encode(params, *arrays)
 
     # Each device its rows: XLA could not divide the TPU's kernel of attention.
-    self._embed = jax.jit(
+    self._encode = jax.jit(
         jax.shard_map(
-            embed,
+            encode_all,
             mesh=mesh,
-            in_specs=(jax.P(), rows, rows),
+            in_specs=(jax.P(), rows),
             out_specs=rows,
             check_vma=False,
         )
@@ -96,56 +92,40 @@ class PassageEmbedder:
 
   @property
   def compilations(self) -> int:
-    """How often the embedder was compiled: at most once for each width."""
-    return self._embed._cache_size()
+    """How often it was compiled: at most once for each width."""
+    return self._encode._cache_size()
 
   def __call__(
       self,
       params: components.Params,
-      rows: range | np.ndarray | None = None,
-      progress: Callable[[int], object] | None = None,
-  ) -> np.ndarray:
-    """Returns float32 [rows, E] of passages, by default of all.
+      rows: np.ndarray,
+      assemble: Callable[[np.ndarray, int], tuple[np.ndarray, ...]],
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields places in `rows` and the results for them, in no fixed order.
 
     Args:
-      params: of the embedder.
-      rows: passage numbers.
-      progress: called with the number of passages that were just embedded.
-
-    Raises:
-      ValueError: if there are no rows.
+      params: of the model.
+      rows: numbers of rows.
+      assemble: assemble(numbers, width), the arrays of some rows, padded to
+        the width; where the number is -1, of none.
     """
-    rows = np.arange(len(self._passages)) if rows is None else np.asarray(rows)
     params = jax.device_put(params, self._replicated)
-    emb_NE: np.ndarray | None = None
     # The next batch is put together while the devices work on this one.
     running: list[tuple[np.ndarray, jax.Array]] = []
 
-    def collect() -> None:
-      nonlocal emb_NE
+    def collect() -> tuple[np.ndarray, np.ndarray]:
       mine, result = running.pop(0)
-      part_NE = np.asarray(jax.device_get(result), np.float32)
-      if emb_NE is None:
-        emb_NE = np.zeros((len(rows), part_NE.shape[1]), np.float32)
-      emb_NE[mine] = part_NE[: len(mine)]
-      if progress is not None:
-        progress(len(mine))
+      return mine, np.asarray(jax.device_get(result))[: len(mine)]
 
     for mine, width, size in self._batches(rows):
-      numbers = np.full(size, inputs.NULL_DOCUMENT, np.int64)
+      numbers = np.full(size, -1, np.int64)
       numbers[: len(mine)] = rows[mine]
-      ids_BS, types_BS = inputs.assemble_documents(
-          self._passages, numbers, width, self._tokenizer
-      )
-      ids_BS, types_BS = jax.device_put((ids_BS, types_BS), self._over_rows)
-      running.append((mine, self._embed(params, ids_BS, types_BS)))
+      arrays = jax.device_put(assemble(numbers, width), self._over_rows)
+      running.append((mine, self._encode(params, arrays)))
       if len(running) > 1:
-        collect()
+        yield collect()
     while running:
-      collect()
-    if emb_NE is None:
-      raise ValueError('There are no passages to embed.')
-    return emb_NE
+      yield collect()
 
   def _batches(
       self, rows: np.ndarray
@@ -167,6 +147,80 @@ class PassageEmbedder:
       for start in range(first, limit, size):
         yield by_width[start : min(start + size, limit)], width, size
       first = max(first, limit)
+
+
+class PassageEmbedder:
+  """Embeds passages with given parameters, without dropout."""
+
+  def __init__(
+      self,
+      component: components.Component,
+      passages: corpus_lib.PassageTable,
+      tokenizer: tokenizer_lib.Tokenizer,
+      max_length: int,
+      mesh: jax.sharding.Mesh,
+      batch_tokens: int | None = None,
+  ):
+    """Plans the batches.
+
+    Args:
+      component: the embedder.
+      passages: the corpus' token table.
+      tokenizer: for the special ids.
+      max_length: S, at which a longer passage is cut.
+      mesh: a batch is divided over all its devices.
+      batch_tokens: wordpieces of a batch, of all devices together.
+    """
+    self._passages, self._tokenizer = passages, tokenizer
+
+    def embed(
+        params: components.Params, ids_BS: jax.Array, types_BS: jax.Array
+    ) -> jax.Array:
+      return component.apply(params, 'embed_document', ids_BS, types_BS)
+
+    self._encoder = RowEncoder(
+        embed, passages.lengths, max_length, mesh, batch_tokens
+    )
+
+  @property
+  def compilations(self) -> int:
+    """How often the embedder was compiled: at most once for each width."""
+    return self._encoder.compilations
+
+  def __call__(
+      self,
+      params: components.Params,
+      rows: range | np.ndarray | None = None,
+      progress: Callable[[int], object] | None = None,
+  ) -> np.ndarray:
+    """Returns float32 [rows, E] of passages, by default of all.
+
+    Args:
+      params: of the embedder.
+      rows: passage numbers.
+      progress: called with the number of passages that were just embedded.
+
+    Raises:
+      ValueError: if there are no rows.
+    """
+    rows = np.arange(len(self._passages)) if rows is None else np.asarray(rows)
+    emb_NE: np.ndarray | None = None
+    for mine, part_NE in self._encoder(params, rows, self._assemble):
+      if emb_NE is None:
+        emb_NE = np.zeros((len(rows), part_NE.shape[1]), np.float32)
+      emb_NE[mine] = part_NE
+      if progress is not None:
+        progress(len(mine))
+    if emb_NE is None:
+      raise ValueError('There are no passages to embed.')
+    return emb_NE
+
+  def _assemble(
+      self, numbers: np.ndarray, width: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    return inputs.assemble_documents(  # Of -1: the null document.
+        self._passages, numbers, width, self._tokenizer
+    )
 
 
 def _widths(lengths: np.ndarray, max_length: int, compiling: int) -> list[int]:

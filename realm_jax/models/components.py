@@ -17,6 +17,7 @@ from realm_jax import config as config_lib
 from realm_jax.models import embedder
 from realm_jax.models import reader
 from realm_jax.models import span_reader
+from realm_jax.models import tagger
 
 Params = dict[str, Any]  # Of one component: dotted name -> array.
 
@@ -24,6 +25,7 @@ _MODULES = {
     'embedder': embedder.Embedder,
     'reader': reader.Reader,
     'span_reader': span_reader.SpanReader,
+    'tagger': tagger.Tagger,
 }
 
 

@@ -72,6 +72,10 @@ def passes(config: config_lib.Config) -> list[Pass]:
           embed(1, 3, False),  # The null document.
           fill(c.batch_size * c.num_candidates),
       ]
+    case 'tagger':
+      length, labels = c.tagger.length, 1 + 2 * len(model.entity_types)
+      head = 2.0 * c.batch_size * length * model.width * labels
+      return [Pass('tagger', c.batch_size, length, length, head)]
   rows = c.batch_size * c.open_qa.read
   # Its head is linear in the number of spans, and small beside the BERT.
   read = Pass('span_reader', rows, lengths.joint, lengths.joint, 0.0)
@@ -156,6 +160,7 @@ def parameters(config: config_lib.Config) -> dict[str, int]:
       + (m.towers == 'separate') * encoder,
       'reader': bert + d * d + d + norm + m.vocab_size,
       'span_reader': bert + 2 * w * d + 2 * w + 2 * w + w + 1,
+      'tagger': bert + (d + 1) * (1 + 2 * len(m.entity_types)),
   }
   return {name: sizes[name] for name in config_lib.COMPONENTS[config.objective]}
 

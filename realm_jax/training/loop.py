@@ -123,7 +123,12 @@ class _Loop:
     # This process' rows of each batch, from the one that is next.
     self._rows = mesh_lib.local_rows(job.mesh, config.batch_size)
     self._data = batches.training_batches(
-        job.corpus, config, self._step, self._rows, job.questions
+        job.corpus,
+        config,
+        self._step,
+        self._rows,
+        job.questions,
+        job.tagged,
     )
     # How often the training step was compiled; 1, whatever the batches.
     self.compilations = 0

@@ -3,6 +3,7 @@
 Public: `Job`, `open_job`, `start_or_resume`.
 """
 
+from collections.abc import Collection
 import dataclasses
 import logging
 import pathlib
@@ -18,6 +19,7 @@ import optax
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import questions as questions_lib
+from realm_jax.data import tagging
 from realm_jax.models import attention
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
@@ -28,7 +30,7 @@ from realm_jax.training import steps
 
 log = logging.getLogger(__name__)
 
-_BODY = 'bert.'  # Parameters that a reader and a span reader have in common.
+_BODY = 'bert.'  # Parameters that readers and taggers have in common.
 _SHARED_SECONDS = 30.0  # Until a file of another host is seen.
 
 
@@ -43,6 +45,7 @@ class Job:
   components: steps.Components
   lineage: dict[str, str]  # Saved with every checkpoint, compared on resume.
   questions: questions_lib.QuestionTable | None = None  # That it learns from.
+  tagged: tagging.TaggedTable | None = None  # The same, of `tagger`.
 
   @property
   def layout(self) -> str:
@@ -80,6 +83,11 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   # The index builder and `evaluate` may run in another folder.
   config.corpus = str(corpus.directory.absolute())
   _check_corpus_size(config, corpus)
+  sentences: list[tagging.TaggedSentence] = []
+  if config.objective == 'tagger':
+    sentences = tagging.read(config.tagger.files)
+    types = config.model.entity_types or tagging.types_of(sentences)
+    config.model.entity_types = types
   lineage = {
       'config_digest': config_lib.digest(config),
       'corpus_fingerprint': corpus.fingerprint,
@@ -94,6 +102,15 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
         asked, config.lengths.query, corpus.tokenizer
     )
     lineage['questions_digest'] = questions.digest
+  tagged = None
+  if sentences:
+    tagged = tagging.TaggedTable.of(
+        sentences,
+        config.model.entity_types,
+        config.tagger.length,
+        corpus.tokenizer,
+    )
+    lineage['tagged_digest'] = tagged.digest
   _check_same_processes(config, lineage)
   _check_same_job(workdir, config, lineage)
   _warn_of_cuts(config, corpus)
@@ -107,7 +124,7 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   _check_shared(workdir)
   components = components_lib.make_all(config)
   return Job(
-      workdir, config, corpus, mesh, components, lineage, questions
+      workdir, config, corpus, mesh, components, lineage, questions, tagged
   )
 
 
@@ -190,12 +207,10 @@ def _initial_params(job: Job) -> dict[str, components_lib.Params]:
         for name in there
         if name in job.components
     }
-    body_only = 'span_reader' in job.components and not (
-        'span_reader' in there or 'reader' not in there
-    )
-    if body_only:
+    taker, giver, prefix = _body(job.components, there)
+    if giver:
       theirs = config_lib.read(source).model
-      wanted['reader'] = components_lib.make('reader', theirs).abstract
+      wanted[giver] = components_lib.make(giver, theirs).abstract
     if not wanted:
       raise ValueError(
           f'config.init_from: {source} has the components'
@@ -205,15 +220,37 @@ def _initial_params(job: Job) -> dict[str, components_lib.Params]:
     _check_same_model(job.config.model, config_lib.read(source).model, source)
     params, step = checkpoint.load_params(source, wanted)
     log.info('%s from %s, step %d.', ', '.join(sorted(params)), source, step)
-    if body_only:  # What reads answers begins with what reads masks.
-      params['span_reader'] = {
-          name: value
-          for name, value in params.pop('reader').items()
-          if name.startswith(_BODY)
+    if giver:
+      params[taker] = {
+          name.removeprefix(prefix): value
+          for name, value in params.pop(giver).items()
+          if name.startswith(prefix + _BODY)
       }
     # As numpy arrays, which belong to no process' devices.
     found.update(jax.device_get(params))
   return found
+
+
+def _body(
+    ours: Collection[str], there: Collection[str]
+) -> tuple[str, str, str]:
+  """Which of our components begins with the BERT of which of theirs.
+
+  What reads answers, or tags names, begins with what reads masks, if there is
+  none of its own kind; a tagger also with what embeds.
+
+  Returns:
+    Both names, and what stands before the BERT's in the other's parameters;
+    empty ones if there is nothing to be had.
+  """
+  for taker, giver, prefix in (
+      ('span_reader', 'reader', ''),
+      ('tagger', 'reader', ''),
+      ('tagger', 'embedder', 'encoder.'),
+  ):
+    if taker in ours and taker not in there and giver in there:
+      return taker, giver, prefix
+  return '', '', ''
 
 
 def _check_same_model(
@@ -337,6 +374,8 @@ def _check_same_job(
       where = config.corpus
       if name == 'questions_digest':
         where = config.open_qa.questions or config.ict.questions
+      elif name == 'tagged_digest':
+        where = config.tagger.files
       raise ValueError(
           f'{workdir} was trained on something else: {name}'
           f' {saved[name][:16]} in its checkpoint {steps_saved[-1]},'

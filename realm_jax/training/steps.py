@@ -24,6 +24,7 @@ from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
 from realm_jax.models import realm
 from realm_jax.models import span_reader
+from realm_jax.models import tagger
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import sharding
 from realm_jax.training import gradients
@@ -44,6 +45,7 @@ INPUTS = {
         'query_ids_BQ doc_emb_BNE has_answer_BN joint_ids_BKT joint_types_BKT'
         ' body_BK2 correct_BKP'
     ),
+    'tagger': 'ids_BL types_BL labels_BL',
 }
 _DOCUMENTS = ' doc_ids_BKS doc_types_BKS'  # Of open_qa, where they learn.
 
@@ -219,6 +221,27 @@ def objective_of(
         config.open_qa.normalization,
     )
 
+  def tag(
+      params: Any, batch: Any, noise: dropout.Noise | None
+  ) -> jax.Array:
+    return components['tagger'].apply(
+        params['tagger'],
+        'label_logits',
+        batch['ids_BL'],
+        batch['types_BL'],
+        noise,
+    )
+
+  def tag_loss(
+      logits_BLC: jax.Array, batch: Any, axis: str | None
+  ) -> LossAndMetrics:
+    del axis  # A row's loss is its own.
+    loss, accuracy = tagger.tagging_loss(logits_BLC, batch['labels_BL'])
+    return loss, {'accuracy': accuracy}
+
+  def labelled(batch: Any) -> tuple[jax.Array, jax.Array]:
+    return ((batch['labels_BL'] >= 0).sum(),) * 2
+
   def rows(batch: Any) -> tuple[jax.Array, jax.Array]:
     count = jnp.float32(len(batch['query_ids_BQ']))
     return count, count
@@ -241,6 +264,8 @@ def objective_of(
       )
     case 'open_qa':
       return gradients.Objective(retrieve_and_read, answer_loss, rows)
+    case 'tagger':
+      return gradients.Objective(tag, tag_loss, labelled)
   raise ValueError(f'config.objective={config.objective!r} is not known.')
 
 

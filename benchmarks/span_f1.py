@@ -1,0 +1,224 @@
+"""Named entities found by rules and by trained taggers: F1 of their spans.
+
+  python benchmarks/span_f1.py --corpus=CORPUS --ner=FOLDER \
+      --workdir=runs/span_f1 --output=benchmarks/results/span_f1.json \
+      [--init_from=runs/imported_bert] [--flag=scratch:--config.steps=6000]
+
+FOLDER has gmb.jsonl.xz and wnut17-train.jsonl to train on, wikigold.jsonl and
+uner-ewt-dev.jsonl, which are never trained on. The last tenth of GMB is set
+aside. WNUT's types become those of GMB that are nearest. Two taggers are
+trained: from scratch, and, with --init_from, from a pretrained BERT. The corpus
+gives the vocabulary. On the two foreign sets types do not count, only first and
+last word; neither has dates or numbers, so these are left out: of the rules by
+their kind, of the tagger its type `tim`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from typing import Any
+
+import commands
+import jax
+
+from realm_jax.data import spans as spans_lib
+from realm_jax.data import tagging
+from realm_jax.evaluation import tagging as evaluation
+from realm_jax.runtime import checkpoint
+
+_FOREIGN = ('wikigold.jsonl', 'uner-ewt-dev.jsonl')
+_NEAREST = {  # Of WNUT's types.
+    'location': 'geo',
+    'person': 'per',
+    'corporation': 'org',
+    'group': 'org',
+    'product': 'art',
+    'creative-work': 'art',
+}
+_DATES = 'tim'  # Of GMB's types.
+
+Sentences = list[tagging.TaggedSentence]
+Entities = list[list[tagging.Entity]]
+
+
+def divide(arguments: argparse.Namespace) -> dict[str, pathlib.Path]:
+  """Writes what is trained on, and the tenth that is not."""
+  gmb = tagging.read(str(arguments.ner / 'gmb.jsonl.xz'))
+  wnut = tagging.read(str(arguments.ner / 'wnut17-train.jsonl'))
+  limit = len(gmb) * 9 // 10
+  renamed = [
+      dataclasses.replace(
+          sentence,
+          tags=[
+              tag if tag == 'O' else tag[:2] + _NEAREST[tag[2:]]
+              for tag in sentence.tags
+          ],
+      )
+      for sentence in wnut
+  ]
+  paths = {}
+  for name, sentences in (
+      ('train', [*gmb[:limit], *renamed]),
+      ('held_out', gmb[limit:]),
+  ):
+    paths[name] = arguments.workdir / f'{name}.jsonl'
+    paths[name].write_text(
+        ''.join(
+            json.dumps(dataclasses.asdict(sentence)) + '\n'
+            for sentence in sentences
+        ),
+        encoding='utf-8',
+    )
+  return paths
+
+
+def by_rules(sentences: Sentences, names_only: bool) -> Entities:
+  """What `find_spans` marks in the tokens with spaces in between.
+
+  It was made for running text; here it knows of no document, and whether a
+  word that begins a sentence is a name it cannot look up elsewhere.
+  """
+  found: Entities = []
+  for sentence in sentences:
+    text = ' '.join(sentence.tokens)
+    starts, limits, position = {}, {}, 0
+    for word, token in enumerate(sentence.tokens):
+      size = len(token.encode())
+      starts[position], limits[position + size] = word, word + 1
+      position += size + 1
+    encoded = text.encode()
+    of_one: list[tagging.Entity] = []
+    for start, limit in spans_lib.find_spans(text):
+      kind = spans_lib.kind(encoded[start:limit].decode())
+      if names_only and kind != 'name':
+        continue
+      if start in starts and limit in limits:
+        of_one.append((kind, starts[start], limits[limit]))
+    found.append(of_one)
+  return found
+
+
+def by_tagger(tagger: evaluation.SentenceTagger, sentences: Sentences) -> Any:
+  """The entities that a tagger finds, and wordpieces a second."""
+  table = tagging.TaggedTable.of(
+      sentences, None, tagger.config.tagger.length, tagger.tokenizer
+  )
+  tagger(table)  # Compiles.
+  start = time.perf_counter()
+  labels_NL = tagger(table)
+  seconds = time.perf_counter() - start
+  tags = tagging.tags_of_words(
+      table, labels_NL, tagger.types, [len(s.tokens) for s in sentences]
+  )
+  wordpieces = int((table.ids_NL != tagger.tokenizer.pad_id).sum())
+  return [tagging.entities(t) for t in tags], wordpieces / seconds
+
+
+def measure(
+    arguments: argparse.Namespace, held_out: pathlib.Path
+) -> dict[str, Any]:
+  """Returns flat figures of the rules and of all taggers that are trained."""
+  figures: dict[str, Any] = {}
+  sets = {
+      name.split('.')[0].replace('-', '_'): tagging.read(
+          str(arguments.ner / name)
+      )
+      for name in _FOREIGN
+  }
+  sets['gmb'] = tagging.read(str(held_out))
+
+  def record(method: str, name: str, found: Entities, gold: Entities) -> None:
+    score = tagging.score(gold, found)['any']
+    for what in ('precision', 'recall', 'f1'):
+      value = round(getattr(score, what), 4)
+      figures[f'{method}_{name}_{what}'] = value
+
+  gold = {
+      name: [tagging.entities(s.tags) for s in sentences]
+      for name, sentences in sets.items()
+  }
+  for name, sentences in sets.items():
+    everything = name == 'gmb'
+    record('rules', name, by_rules(sentences, not everything), gold[name])
+    if not everything:
+      record('rules_all', name, by_rules(sentences, False), gold[name])
+  for method in ('scratch', 'pretrained'):
+    workdir = arguments.workdir / method
+    if not (workdir / 'summary.json').exists():
+      continue
+    summary = checkpoint.read_json(workdir / 'summary.json')
+    figures[f'{method}_steps'] = summary['step']
+    figures[f'{method}_seconds'] = summary['seconds']
+    tagger = evaluation.SentenceTagger(workdir)
+    for name, sentences in sets.items():
+      found, rate = by_tagger(tagger, sentences)
+      if name == 'gmb':
+        for kind, score in tagging.score(gold[name], found).items():
+          figures[f'{method}_{name}_{kind}_f1'] = round(score.f1, 4)
+        figures[f'{method}_wordpieces_per_second'] = round(rate)
+      else:
+        names = [[e for e in es if e[0] != _DATES] for es in found]
+        record(method, name, names, gold[name])
+  return figures
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--corpus', type=pathlib.Path, required=True)
+  parser.add_argument('--ner', type=pathlib.Path, required=True)
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser.add_argument('--init_from', help='workdir of an imported BERT')
+  parser.add_argument(
+      '--flag', action='append', default=[], help='METHOD:FLAG of `train`'
+  )
+  parser.add_argument('--small', action='store_true', help='20 steps')
+  arguments = parser.parse_args()
+  arguments.workdir.mkdir(parents=True, exist_ok=True)
+  paths = divide(arguments)
+  realm_jax = commands.Commands()
+  for method in ('scratch', 'pretrained'):
+    workdir = arguments.workdir / method
+    if method == 'pretrained' and not arguments.init_from:
+      continue
+    if (workdir / 'summary.json').exists():
+      continue
+    more = [
+        flag
+        for of_method, _, flag in (f.partition(':') for f in arguments.flag)
+        if of_method == method
+    ]
+    if method == 'pretrained':
+      more.append(f'--config.init_from={arguments.init_from}')
+    realm_jax(
+        'train',
+        f'--config=experiments/tagger.py:{method}',
+        f'--workdir={workdir}',
+        f'--config.corpus={arguments.corpus}',
+        f'--config.tagger.files={paths["train"]}',
+        *more,
+        *(['--config.steps=20'] if arguments.small else []),
+    )
+  figures = measure(arguments, paths['held_out']) | {
+      'command': shlex.join(['python', *sys.argv]),
+      'commands': realm_jax.done,
+      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(), 'jax': jax.__version__
+      },
+  }
+  print(json.dumps(figures, indent=2))
+  checkpoint.write_json(arguments.output, figures)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
