@@ -5,6 +5,7 @@ Public: `COMMANDS`.
 
 from collections.abc import Sequence
 import json
+import shlex
 
 from absl import flags
 
@@ -17,8 +18,9 @@ def _prepare_flags() -> None:
   flags.DEFINE_string(
       'source',
       None,
-      'Articles or passages: JSON Lines files (.gz, .xz too), folders or globs,'
-      ' comma-separated; or world:SEED[:ENTITIES] for an invented world.',
+      'Articles or passages, comma-separated: files (JSON Lines, text, output of'
+      ' WikiExtractor, a dump of MediaWiki; .gz, .xz, .bz2, .zst too), folders,'
+      ' globs, tfds:NAME, hf:NAME; or world:SEED[:ENTITIES].',
       required=True,
   )
   flags.DEFINE_string(
@@ -44,17 +46,35 @@ def _prepare_flags() -> None:
       0.01,
       'Share of the articles whose sentences are set aside for evaluation.',
   )
+  flags.DEFINE_list(
+      'exclude',
+      [],
+      'Kinds of articles to leave out, of lists, indices, outlines, '
+      'disambiguation; or `all`.',
+  )
+  flags.DEFINE_float(
+      'near_duplicates',
+      None,
+      'Leave out what is that similar to an earlier record, such as 0.8.',
+  )
   flags.DEFINE_integer(
       'workers', None, 'Processes; default: one for each core.'
   )
   flags.DEFINE_boolean(
       'skip_bad_records', False, 'Count and list malformed lines, do not stop.'
   )
+  flags.DEFINE_string(
+      'beam',
+      None,
+      "Options of an Apache Beam pipeline to do the work, in one string: '' or"
+      " '--runner=FlinkRunner --flink_master=host:8081'.",
+  )
   flags.DEFINE_boolean('overwrite', False, 'Replace the output folder.')
 
 
 def _prepare(argv: Sequence[str]) -> None:
   del argv
+  from realm_jax.data import filters
   from realm_jax.data import prepare
 
   manifest = prepare.prepare(
@@ -65,7 +85,10 @@ def _prepare(argv: Sequence[str]) -> None:
       vocab_size=FLAGS.vocab_size,
       max_wordpieces=FLAGS.max_wordpieces,
       validation_fraction=FLAGS.validation_fraction,
+      exclude=filters.KINDS if FLAGS.exclude == ['all'] else FLAGS.exclude,
+      near_duplicates=FLAGS.near_duplicates,
       workers=FLAGS.workers,
+      beam=None if FLAGS.beam is None else shlex.split(FLAGS.beam),
       skip_bad_records=FLAGS.skip_bad_records,
       overwrite=FLAGS.overwrite,
   )
