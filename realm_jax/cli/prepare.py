@@ -18,8 +18,8 @@ def _prepare_flags() -> None:
   flags.DEFINE_string(
       'source',
       None,
-      'Articles or passages, comma-separated: files (JSON Lines, text, output of'
-      ' WikiExtractor, a dump of MediaWiki; .gz, .xz, .bz2, .zst too), folders,'
+      'Articles or passages, comma-separated: files (JSON Lines, text, '
+      'WikiExtractor, dumps of MediaWiki; .gz, .xz, .bz2, .zst too), folders,'
       ' globs, tfds:NAME, hf:NAME; or world:SEED[:ENTITIES].',
       required=True,
   )

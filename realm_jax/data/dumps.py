@@ -15,14 +15,16 @@ from xml.etree import ElementTree
 from realm_jax.data import files as files_lib
 
 _MISSING = (
-    'Reading a dump of MediaWiki needs the packages mwxml and mwparserfromhell; '
-    "run `pip install 'realm_jax[wiki]'`."
+    'Reading a dump of MediaWiki needs the packages mwxml and mwparserfromhell;'
+    " run `pip install 'realm_jax[wiki]'`."
 )
 # Links to files and categories are not text. (Their English names; those of
 # other languages come with the dump, see `Dump`.)
 _NOT_TEXT = frozenset({'file', 'image', 'category', 'media'})
 _HEADING = re.compile(r'^=+\s*(.*?)\s*=+\s*$', re.MULTILINE)
-_BLANK_LINES = re.compile(r'\n\s*\n+')
+# What templates leave: '(; born 1950)' has something to say, '(; )' has not.
+_EMPTY_BRACKETS = re.compile(r' ?\([\s,;]*\)')
+_BLANK = re.compile(r'\s*\n\s*')
 
 
 class Dump:
@@ -90,7 +92,8 @@ def plain_text(markup: str) -> str:
       continue
   text = code.strip_code(normalize=True, collapse=True)
   text = _HEADING.sub(r'\1', text)
-  return _BLANK_LINES.sub('\n', text).replace("'''", '').replace("''", '').strip()
+  text = text.replace("'''", '').replace("''", '')
+  return _BLANK.sub('\n', _EMPTY_BRACKETS.sub('', text)).strip()
 
 
 def _is_not_text(node: Any) -> bool:

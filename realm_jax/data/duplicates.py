@@ -108,7 +108,8 @@ def _sign(batch: _Batch) -> list[Any]:
 
   signatures = []
   for text, wikitext in batch:
-    words = _WORD.findall((dumps.plain_text(text) if wikitext else text).lower())
+    plain = dumps.plain_text(text) if wikitext else text
+    words = _WORD.findall(plain.lower())
     signature = None
     if words:
       signature = rensa.RMinHash(num_perm=_NUM_HASHES, seed=_SEED)

@@ -1,9 +1,9 @@
 """Articles that are no text to learn from: lists, and pages of links.
 
-Public: `KINDS`, `reason`. By the titles, as ORQA left them out (Lee et al. 2019,
-`preprocess_wiki_extractor`): "List of ...", "Index of ...", "Outline of ...",
-"(disambiguation)". Most pages that tell meanings apart have no such title, so
-their text is looked at, too.
+Public: `KINDS`, `reason`. By the titles, as ORQA left them out (Lee et al.
+2019, `preprocess_wiki_extractor`): "List of ...", "Index of ...",
+"Outline of ...", "(disambiguation)". Most pages that tell meanings apart have
+no such title, so their text is looked at, too.
 """
 
 from collections.abc import Collection
@@ -17,7 +17,7 @@ _TITLES = {
 }
 KINDS = tuple(_TITLES)
 
-# 'Mercury may refer to:', 'Mercury or mercury may also refer to the following:'.
+# 'Mercury may refer to:', 'Mercury may also refer to the following:'.
 _REFERS = re.compile(
     r'[^\n.]{1,150}\b(?:may|can|could|might)(?: also| variously)?'
     r' (?:refer to|mean|stand for|be)(?: the following| any of the following'

@@ -150,16 +150,12 @@ class Packer:
     counts = builder.counts
     counts['records'] = len(task.records)
     kept = [
-        (record, article, validation)
+        (_plain(record), article, validation)
         for record, article, validation in zip(
-            task.records,
-            task.articles,
-            task.validation,
-            strict=True,
+            task.records, task.articles, task.validation, strict=True
         )
         if not self._is_excluded(record, counts)
     ]
-    kept = [(_plain(record), *others) for record, *others in kept]
     encoded = self._encode([record.text for record, _, _ in kept])
     titles = self._encode([record.title for record, _, _ in kept])
     for (record, article, validation), arrays, (title, _, _) in zip(

@@ -194,11 +194,8 @@ def prepare_more(
   output = pathlib.Path(output).absolute()
   about = base.manifest['settings']
   names = {field.name for field in dataclasses.fields(packing.Settings)}
-  settings = packing.Settings(**{
-      name: tuple(value) if isinstance(value, list) else value
-      for name, value in about.items()
-      if name in names
-  })
+  settings = packing.Settings(**{n: v for n, v in about.items() if n in names})
+  settings = dataclasses.replace(settings, exclude=tuple(settings.exclude))
   fraction = 0.0 if source.marked else about['validation_fraction']
   with (
       atomic.atomic_directory(output, overwrite=False) as directory,
@@ -307,7 +304,7 @@ def _check_settings(
       (workers >= 1, f'workers is {workers}; it must be at least 1'),
       (
           set(exclude) <= set(filters.KINDS),
-          f'exclude is {list(exclude)}; it can be of {", ".join(filters.KINDS)}',
+          f'exclude is {list(exclude)}; it can be {", ".join(filters.KINDS)}',
       ),
       (
           near_duplicates is None or 0 < near_duplicates <= 1,

@@ -10,7 +10,7 @@ kind of source makes of its texts:
 Only `text` is required. `spans` are ranges of UTF-8 bytes of `text`.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import pathlib

@@ -24,7 +24,7 @@ What is understood, files also with .gz, .xz, .bz2 or .zst at the end:
   *.txt                plain text, an article a file
   wiki_*               what WikiExtractor writes, with --json or without
   *.xml                a dump of MediaWiki
-  a folder             all such files in it, at any depth
+  a folder             all such files in it, at any depth; text if alone
   a glob pattern       such as 'articles/*.jsonl.xz'
   tfds:NAME[:SPLIT]    a dataset of TFDS, such as tfds:wikipedia/20230601.en
   hf:NAME[:CONFIG[:SPLIT]]
@@ -45,7 +45,9 @@ _DOC = re.compile(
 class Source(Protocol):
   """Records to be; `name` is for messages."""
 
-  name: str
+  @property
+  def name(self) -> str:
+    """Returns what the user called it."""
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     """Yields ('file:line' or the like, content)."""
@@ -185,13 +187,9 @@ def _files(source: str) -> list[tuple[pathlib.Path, str]]:
       raise FileNotFoundError(
           f'The folder {source} holds no file to read. {UNDERSTOOD}'
       )
-    kinds = {_kind(file): file for file in reversed(found)}
-    if len(kinds) > 1:  # Is a README.txt an article? The user knows.
-      first, second, *_ = sorted(kinds.values())
-      raise ValueError(
-          f'The folder {source} holds files of different formats ({first.name} '
-          f'and {second.name}); name those that are meant by a pattern.'
-      )
+    # Beside files that say what they hold, a README.txt is no article.
+    others = [file for file in found if _kind(file) != 'text']
+    found = others or found
     return [(file, file.relative_to(path).as_posix()) for file in found]
   if path.is_file():
     return [(path, path.name)]
