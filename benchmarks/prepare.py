@@ -11,6 +11,7 @@ includes all processes, is given beside it, and the load before each run.
 """
 
 import argparse
+from collections.abc import Iterator
 import json
 import os
 import pathlib
@@ -31,10 +32,9 @@ import tokenizers
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.runtime import checkpoint
 
-_WORKERS = (1, 2, 4)
-# generate_retrieval_corpus of the original, by its README: Wikipedia in three
-# hours on 12 cores.
-_ORIGINAL_PASSAGES_PER_CORE_SECOND = 13_353_718 / (3 * 3600 * 12)
+# Per second and core: generate_retrieval_corpus of the original takes three
+# hours on 12 cores for Wikipedia, by its README.
+_ORIGINAL_PASSAGES = 13_353_718 / (3 * 3600 * 12)
 
 
 class Run:
@@ -131,63 +131,64 @@ def _files(output: pathlib.Path) -> dict[str, str]:
   }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Returns flat figures."""
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  """Yields flat figures, more of them after every run."""
   shutil.rmtree(arguments.workdir, ignore_errors=True)
   arguments.workdir.mkdir(parents=True)
   figures: dict[str, Any] = {}
   first: dict[str, str] = {}
-  manifest: dict[str, Any] = {}
   for workers in arguments.workers:
     run = Run(arguments, workers, f'workers{workers}')
     files = _files(run.output)
-    first = first or files
     manifest = corpus_lib.Corpus.open(run.output).manifest
     counts = manifest['counts']
-    name = f'workers{workers}'
-    figures |= {
-        f'{name}_seconds': round(run.seconds, 1),
-        f'{name}_cpu_seconds': round(run.cpu_seconds, 1),
-        f'{name}_load_before': round(run.load, 1),
-        f'{name}_resident_mib': round(run.peak / 2**20),
-        f'{name}_wordpieces_per_second': round(
-            counts['wordpieces'] / run.seconds
-        ),
-        f'{name}_wordpieces_per_cpu_second': round(
+    if not first:
+      first = files
+      figures = {
+          'records': counts['records'],
+          'passages': counts['passages'],
+          'wordpieces': counts['wordpieces'],
+          'fingerprint': manifest['fingerprint'],
+          'original_passages_per_core_second': round(_ORIGINAL_PASSAGES, 1),
+      }
+    per_core = counts['passages'] / run.cpu_seconds
+    values = {
+        'seconds': round(run.seconds, 1),
+        'cpu_seconds': round(run.cpu_seconds, 1),
+        'load_before': round(run.load, 1),
+        'resident_mib': round(run.peak / 2**20),
+        'wordpieces_per_second': round(counts['wordpieces'] / run.seconds),
+        'wordpieces_per_cpu_second': round(
             counts['wordpieces'] / run.cpu_seconds
         ),
-        f'{name}_passages_per_cpu_second': round(
-            counts['passages'] / run.cpu_seconds
-        ),
-        f'{name}_times_the_original_per_core': round(
-            counts['passages']
-            / run.cpu_seconds
-            / _ORIGINAL_PASSAGES_PER_CORE_SECOND,
-            1,
-        ),
-        f'{name}_same_bytes': files == first,
+        'passages_per_cpu_second': round(per_core),
+        'times_the_original_per_core': round(per_core / _ORIGINAL_PASSAGES, 1),
+        'same_bytes': files == first,
     }
-    print(json.dumps(figures, indent=2), flush=True)
-    if workers != arguments.workers[0]:
-      shutil.rmtree(run.output)
+    figures |= {f'workers{workers}_{k}': v for k, v in values.items()}
+    yield figures
+    shutil.rmtree(run.output)
+    if workers == arguments.workers[0]:
+      figures |= _interrupted(arguments, first)
+      yield figures
+
+
+def _interrupted(
+    arguments: argparse.Namespace, expected: dict[str, str]
+) -> dict[str, Any]:
   killed = Run(arguments, 2, 'killed', arguments.kill_at)
   parts = killed.num_parts()
   again = Run(arguments, 2, 'killed')
-  return {
-      'records': manifest['counts']['records'],
-      'passages': manifest['counts']['passages'],
-      'wordpieces': manifest['counts']['wordpieces'],
-      'fingerprint': manifest['fingerprint'],
-      **figures,
+  figures = {
       'killed_after_seconds': round(killed.seconds, 1),
       'killed_parts_kept': parts,
       'restarted_seconds': round(again.seconds, 1),
       'restarted_cpu_seconds': round(again.cpu_seconds, 1),
-      'restarted_same_bytes': _files(again.output) == first,
-      'original_passages_per_core_second': round(
-          _ORIGINAL_PASSAGES_PER_CORE_SECOND, 1
-      ),
+      'restarted_load_before': round(again.load, 1),
+      'restarted_same_bytes': _files(again.output) == expected,
   }
+  shutil.rmtree(again.output)
+  return figures
 
 
 def main() -> None:
@@ -198,12 +199,14 @@ def main() -> None:
   parser.add_argument('--vocab', required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--output', type=pathlib.Path, required=True)
-  parser.add_argument('--small', action='store_true', help='one worker and two')
+  parser.add_argument('--workers', default='2,4,1')
+  parser.add_argument('--kill_at', type=int, default=300, help='parts')
+  parser.add_argument('--small', action='store_true', help='kill at 2 parts')
   arguments = parser.parse_args()
-  arguments.workers = _WORKERS[:2] if arguments.small else _WORKERS
-  arguments.kill_at = 2 if arguments.small else 300
-  results = {
-      **measure(arguments),
+  arguments.workers = [int(count) for count in arguments.workers.split(',')]
+  if arguments.small:
+    arguments.kill_at = 2
+  about = {
       'command': shlex.join(['python', *sys.argv]),
       'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
       'versions': {
@@ -212,8 +215,9 @@ def main() -> None:
           'tokenizers': tokenizers.__version__,
       },
   }
-  checkpoint.write_json(arguments.output, results)
-  print(json.dumps(results, indent=2))
+  for figures in measure(arguments):
+    checkpoint.write_json(arguments.output, figures | about)
+    print(json.dumps(figures, indent=2), flush=True)
 
 
 if __name__ == '__main__':
