@@ -5,9 +5,11 @@ Public: `COMMANDS`.
 
 from collections.abc import Sequence
 import json
+import pathlib
 import shlex
 
 from absl import flags
+from absl import logging
 
 from realm_jax.cli import command
 
@@ -21,7 +23,6 @@ def _prepare_flags() -> None:
       'Articles or passages, comma-separated: files (JSON Lines, text, '
       'WikiExtractor, dumps of MediaWiki; .gz, .xz, .bz2, .zst too), folders,'
       ' globs, tfds:NAME, hf:NAME; or world:SEED[:ENTITIES].',
-      required=True,
   )
   flags.DEFINE_string(
       'pretraining_source',
@@ -69,11 +70,43 @@ def _prepare_flags() -> None:
       "Options of an Apache Beam pipeline to do the work, in one string: '' or"
       " '--runner=FlinkRunner --flink_master=host:8081'.",
   )
+  flags.DEFINE_boolean(
+      'stats',
+      False,
+      'Describe the corpus: figures in stats.json, a plot in stats.png; without'
+      ' --source, the corpus that is at --output already.',
+  )
   flags.DEFINE_boolean('overwrite', False, 'Replace the output folder.')
 
 
 def _prepare(argv: Sequence[str]) -> None:
   del argv
+  if FLAGS.source:
+    _make_corpus()
+  elif not FLAGS.stats:
+    raise ValueError(
+        'Give --source, the texts to prepare; without it, --stats describes the'
+        ' corpus that is there.'
+    )
+  if FLAGS.stats:
+    _describe(pathlib.Path(FLAGS.output))
+
+
+def _describe(directory: pathlib.Path) -> None:
+  from realm_jax.data import corpus as corpus_lib
+  from realm_jax.data import stats
+  from realm_jax.runtime import checkpoint
+
+  figures = stats.measure(corpus_lib.Corpus.open(directory))
+  checkpoint.write_json(directory / 'stats.json', figures)
+  print(json.dumps(figures, indent=2, ensure_ascii=False))
+  try:
+    stats.plot(figures, directory / 'stats.png')
+  except ImportError as error:  # The figures are there all the same.
+    logging.warning('%s', error)
+
+
+def _make_corpus() -> None:
   from realm_jax.data import filters
   from realm_jax.data import prepare
 
