@@ -23,6 +23,9 @@ def _readme() -> str:
 
 _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
+_DEDUP = ['rensa>=0.5']
+_HF = ['datasets>=4.0']
+_WIKI = ['mwparserfromhell>=0.7', 'mwxml>=0.3.6']
 
 setuptools.setup(
     name='realm_jax',
@@ -47,6 +50,8 @@ setuptools.setup(
     install_requires=[
         'absl-py>=2.2',
         'array-record>=0.8.1',
+        # A part of the standard library from Python 3.14 on.
+        'backports-zstd>=1.0',
         'flax>=0.12.8',
         'grain>=0.2.18',
         'huggingface_hub>=0.30',
@@ -73,8 +78,15 @@ setuptools.setup(
         'plot': _PLOT,
         'tensorboard': _TENSORBOARD,
         'faiss': ['faiss-cpu>=1.9'],
+        'beam': ['apache-beam>=2.60'],
+        'dedup': _DEDUP,
+        'hf': _HF,
+        'wiki': _WIKI,
         'dev': [
             *_TENSORBOARD,
+            *_DEDUP,
+            *_HF,
+            *_WIKI,
             'hypothesis>=6.100',
             # A new minor release may find fault with code that passed before.
             'mypy~=2.4.1',

@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import packing
+from realm_jax.data import examples
 from realm_jax.data import prepare
 from realm_jax.data import spans as spans_lib
 from realm_jax.data import tokenizer as tokenizer_lib
@@ -464,12 +464,12 @@ def test_records_are_encoded_as_tfds_does():
     expected = serializer.get_tf_example(
         features.encode_example(values)
     ).SerializeToString(deterministic=True)
-    found = packing.example(
-        packing.number_field('passage', [values['passage']])
-        + packing.number_field('span_limits', values['span_limits'])
-        + packing.number_field('span_starts', values['span_starts'])
-        + packing.text_field('text', values['text'])
-        + packing.text_field('title', values['title'])
+    found = examples.example(
+        examples.number_field('passage', [values['passage']])
+        + examples.number_field('span_limits', values['span_limits'])
+        + examples.number_field('span_starts', values['span_starts'])
+        + examples.text_field('text', values['text'])
+        + examples.text_field('title', values['title'])
     )
     assert found == expected
 

@@ -258,7 +258,9 @@ def test_what_reads_a_corpus_reads_an_overlay(tmp_path, corpus):
       {'id': 'a', 'title': 'A', 'text': 'The river Ada is in Bremen.'},
       {'id': 'b', 'title': 'B', 'text': _LONG},
   ]
-  source = prepare.records_lib.Records(items=more, name='more')
+  source = prepare.records_lib.Records(
+      [prepare.sources_lib.Items(more, 'more')]
+  )
   list(source.check())
   prepare.prepare_more(corpus, source, tmp_path / 'more', progress=False)
   added = corpus_lib.Corpus.open(tmp_path / 'more')
@@ -346,7 +348,9 @@ def test_a_corpus_with_sentences_of_its_own_is_compacted(tmp_path, corpus):
   )
   made = corpus_lib.Corpus.open(tmp_path / 'corpus')
   assert set(made.sentences) == {'knowledge', 'pretraining', 'validation'}
-  source = prepare.records_lib.Records(items=records('Cleo', False), name='c')
+  source = prepare.records_lib.Records(
+      [prepare.sources_lib.Items(records('Cleo', False), 'c')]
+  )
   list(source.check())
   prepare.prepare_more(made, source, tmp_path / 'more', progress=False)
   added = corpus_lib.Corpus.open(tmp_path / 'more')

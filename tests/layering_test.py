@@ -39,6 +39,7 @@ _DEVICE_LIBRARIES = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 # Packages whose modules have another name, and those that only tests run.
 _IMPORTED_AS = {
     'absl_py': 'absl',
+    'backports_zstd': 'backports',
     'faiss_cpu': 'faiss',
     'orbax_checkpoint': 'orbax',
     'pyfarmhash': 'farmhash',

@@ -15,6 +15,7 @@ import pytest
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import prepare
 from realm_jax.data import records
+from realm_jax.data import sources
 
 _GOOD = b'{"id": "a", "text": "In 1990 somebody came to Rome."}\n'
 
@@ -96,7 +97,7 @@ def test_two_ids_with_one_hash_are_no_duplicates(tmp_path, monkeypatch):
   monkeypatch.setattr(records.corpus, 'id_hash', len)
   path = tmp_path / 'in.jsonl'
   path.write_bytes(_GOOD + _GOOD.replace(b'"a"', b'"b"'))
-  found = records.Records([path])
+  found = records.Records(sources.find([str(path)]))
   assert [record.id for record in found.check()] == ['a', 'b']
 
 
@@ -117,7 +118,7 @@ def test_sources_must_exist(tmp_path):
   for name, message in (
       ('missing.jsonl', 'There is no file or folder'),
       ('*.jsonl', 'No file matches the pattern'),
-      ('', 'holds no .jsonl'),
+      ('', 'holds no file to read'),
   ):
     with pytest.raises(FileNotFoundError, match=message):
       _prepare(tmp_path / name, tmp_path / 'out')

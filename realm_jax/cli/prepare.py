@@ -5,8 +5,11 @@ Public: `COMMANDS`.
 
 from collections.abc import Sequence
 import json
+import pathlib
+import shlex
 
 from absl import flags
+from absl import logging
 
 from realm_jax.cli import command
 
@@ -17,9 +20,9 @@ def _prepare_flags() -> None:
   flags.DEFINE_string(
       'source',
       None,
-      'Articles or passages: JSON Lines files (.gz, .xz too), folders or globs,'
-      ' comma-separated; or world:SEED[:ENTITIES] for an invented world.',
-      required=True,
+      'Articles or passages, comma-separated: files (JSON Lines, text, '
+      'WikiExtractor, dumps of MediaWiki; .gz, .xz, .bz2, .zst too), folders,'
+      ' globs, tfds:NAME, hf:NAME; or world:SEED[:ENTITIES].',
   )
   flags.DEFINE_string(
       'pretraining_source',
@@ -44,17 +47,67 @@ def _prepare_flags() -> None:
       0.01,
       'Share of the articles whose sentences are set aside for evaluation.',
   )
+  flags.DEFINE_list(
+      'exclude',
+      [],
+      'Kinds of articles to leave out, of lists, indices, outlines, '
+      'disambiguation; or `all`.',
+  )
+  flags.DEFINE_float(
+      'near_duplicates',
+      None,
+      'Leave out what is that similar to an earlier record, such as 0.8.',
+  )
   flags.DEFINE_integer(
       'workers', None, 'Processes; default: one for each core.'
   )
   flags.DEFINE_boolean(
       'skip_bad_records', False, 'Count and list malformed lines, do not stop.'
   )
+  flags.DEFINE_string(
+      'beam',
+      None,
+      "Options of an Apache Beam pipeline to do the work, in one string: '' or"
+      " '--runner=FlinkRunner --flink_master=host:8081'.",
+  )
+  flags.DEFINE_boolean(
+      'stats',
+      False,
+      'Describe the corpus: figures in stats.json, a plot in stats.png; without'
+      ' --source, the corpus that is at --output already.',
+  )
   flags.DEFINE_boolean('overwrite', False, 'Replace the output folder.')
 
 
 def _prepare(argv: Sequence[str]) -> None:
   del argv
+  if FLAGS.source:
+    _make_corpus()
+  elif not FLAGS.stats:
+    raise ValueError(
+        'Give --source, the texts to prepare; without it, --stats describes the'
+        ' corpus that is there.'
+    )
+  if FLAGS.stats:
+    _describe(pathlib.Path(FLAGS.output))
+
+
+def _describe(directory: pathlib.Path) -> None:
+  from realm_jax.data import corpus as corpus_lib
+  from realm_jax.data import stats
+  from realm_jax.runtime import checkpoint
+
+  figures = stats.measure(corpus_lib.Corpus.open(directory))
+  checkpoint.write_json(directory / 'stats.json', figures)
+  print(json.dumps(figures, indent=2, ensure_ascii=False))
+  try:
+    stats.plot(figures, directory / 'stats.png')
+  except ImportError as error:  # The figures are there all the same.
+    logging.warning('%s', error)
+
+
+def _make_corpus() -> None:
+  from realm_jax.data import filters
   from realm_jax.data import prepare
 
   manifest = prepare.prepare(
@@ -65,7 +118,10 @@ def _prepare(argv: Sequence[str]) -> None:
       vocab_size=FLAGS.vocab_size,
       max_wordpieces=FLAGS.max_wordpieces,
       validation_fraction=FLAGS.validation_fraction,
+      exclude=filters.KINDS if FLAGS.exclude == ['all'] else FLAGS.exclude,
+      near_duplicates=FLAGS.near_duplicates,
       workers=FLAGS.workers,
+      beam=None if FLAGS.beam is None else shlex.split(FLAGS.beam),
       skip_bad_records=FLAGS.skip_bad_records,
       overwrite=FLAGS.overwrite,
   )

@@ -18,6 +18,7 @@ import tqdm
 
 from realm_jax.data import atomic
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import examples
 from realm_jax.data import overlay as overlay_lib
 from realm_jax.data import packing
 from realm_jax.data import writer as writer_lib
@@ -118,7 +119,7 @@ class _Records:
     for row, record, known in zip(numbers, records, first, strict=True):
       _, _, fields = record.partition(known)
       # All before is the outermost tag, with a length.
-      if packing.example(known + fields) != record:
+      if examples.example(known + fields) != record:
         raise ValueError(f'{self._directory}: record {row} is damaged.')
       found.append(fields)
     return found
@@ -176,7 +177,7 @@ class _Source:
       sentences.append(self._sentences(split, chosen, first[at] + inside, at))
     articles = np.asarray(table.articles[rows])
     texts = self._texts.without_first(
-        rows, [packing.number_field('article', [int(a)]) for a in articles]
+        rows, [examples.number_field('article', [int(a)]) for a in articles]
     )
     articles = articles + np.int32(self._first_article)
     return _chunk(
@@ -187,7 +188,7 @@ class _Source:
         title_lengths=np.asarray(table.title_lengths[rows]),
         articles=articles,
         passage_records=[
-            packing.example(packing.number_field('article', [int(a)]) + text)
+            examples.example(examples.number_field('article', [int(a)]) + text)
             for a, text in zip(articles, texts, strict=True)
         ],
     )
@@ -221,7 +222,7 @@ class _Source:
     """Fields of a chunk; `starts` and `passages` are relative to it."""
     table = self._corpus.sentences[split]
     before = [
-        packing.number_field('passage', [int(row)])
+        examples.number_field('passage', [int(row)])
         for row in table.passages[chosen]
     ]
     spans = [table.spans_of(row) for row in chosen]

@@ -60,9 +60,8 @@ def opened(path: pathlib.Path) -> IO[bytes]:
     return bz2.open(path, 'rb')
   if path.suffix == '.zst':
     # Large windows, as `zstd --long` makes them, are read, too.
-    return zstd.open(  # type: ignore[return-value]
-        path, 'rb', options={zstd.DecompressionParameter.window_log_max: 31}
-    )
+    limits = {int(zstd.DecompressionParameter.window_log_max): 31}
+    return zstd.open(path, 'rb', options=limits)  # type: ignore[return-value]
   return open(path, 'rb')
 
 

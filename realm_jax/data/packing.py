@@ -1,7 +1,6 @@
 """From records to passages and tagged sentences: the work of one chunk.
 
-Public: `Settings`, `Task`, `Chunk`, `Packer`; `example`, `text_field` and
-`number_field`, which encode records for TFDS. A chunk is what one process does
+Public: `Settings`, `Task`, `Chunk`, `Packer`. A chunk is what one process does
 at a time; what comes out depends on the chunk's records alone.
 
 Passages as in ORQA (Lee et al. 2019, section 9): whole sentences, greedily,
@@ -10,17 +9,25 @@ while 3 + title + body <= 288 wordpieces.
 
 import bisect
 import collections
-from collections.abc import Iterable
 import dataclasses
+import hashlib
+import io
+import json
+from typing import Any
 
 import numpy as np
 
 from realm_jax.data import corpus
+from realm_jax.data import dumps
+from realm_jax.data import examples
+from realm_jax.data import filters
 from realm_jax.data import records
 from realm_jax.data import spans as spans_lib
 from realm_jax.data import tokenizer as tokenizer_lib
+from realm_jax.data import words as words_lib
 
 _NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
+_CHECKSUM_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Settings:
   min_sentence: int = 4  # Wordpieces of a sentence to learn from, at least
   max_sentence: int = 200  # and at most.
   min_context: int = 3  # Wordpieces around a span, at least.
+  exclude: tuple[str, ...] = ()  # Kinds of records, of `filters.KINDS`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,32 @@ class Task:
   articles: list[int]  # Number of the article of each.
   validation: list[bool]  # Whether its sentences are for validation.
   passages: bool  # False: only sentences are wanted.
+
+  def to_bytes(self) -> bytes:
+    """Returns everything, as JSON."""
+    return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode()
+
+  @classmethod
+  def from_bytes(cls, data: bytes) -> 'Task':
+    """Returns what `to_bytes` wrote."""
+    values = json.loads(data)
+    found = [records.Record(**record) for record in values.pop('records')]
+    return cls(
+        records=[
+            record
+            if record.spans is None
+            else dataclasses.replace(
+                record, spans=tuple((a, b) for a, b in record.spans)
+            )
+            for record in found
+        ],
+        **values,
+    )
+
+  @property
+  def digest(self) -> str:
+    """Of everything that is in it, 32 hexadecimal digits."""
+    return hashlib.blake2b(self.to_bytes(), digest_size=16).hexdigest()
 
 
 @dataclasses.dataclass
@@ -63,6 +97,42 @@ class Chunk:
   counts: collections.Counter[str]
   num_records: int
 
+  def to_bytes(self) -> bytes:
+    """Returns everything, as numpy stores arrays, behind a checksum."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in vars(self).items():
+      if isinstance(value, np.ndarray):
+        arrays[name] = value
+      elif isinstance(value, list):
+        arrays[f'{name}.sizes'] = np.array([*map(len, value)], np.int64)
+        arrays[name] = np.frombuffer(b''.join(value), np.uint8)
+    counts = json.dumps(self.counts).encode()
+    arrays['counts'] = np.frombuffer(counts, np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    data = buffer.getvalue()
+    return _checksum(data) + data
+
+  @classmethod
+  def from_bytes(cls, data: bytes) -> 'Chunk':
+    """Returns what `to_bytes` wrote; ValueError if it is damaged."""
+    if data[:_CHECKSUM_BYTES] != _checksum(data[_CHECKSUM_BYTES:]):
+      raise ValueError('damaged or cut off')
+    values: dict[str, Any] = dict(
+        np.load(io.BytesIO(data[_CHECKSUM_BYTES:]), allow_pickle=False)
+    )
+    for name in [n for n in values if f'{n}.sizes' in values]:
+      limits = np.cumsum(values.pop(f'{name}.sizes')).tolist()
+      whole = values[name].tobytes()
+      values[name] = [
+          whole[start:limit]
+          for start, limit in zip([0, *limits], limits, strict=False)
+      ]
+    counts = collections.Counter(json.loads(values['counts'].tobytes()))
+    return cls(**{
+        **values, 'counts': counts, 'num_records': counts['records']
+    })
+
 
 class Packer:
   """Turns tasks into chunks."""
@@ -71,23 +141,26 @@ class Packer:
       self, tokenizer: tokenizer_lib.Tokenizer, settings: Settings
   ) -> None:
     self._tokenizer = tokenizer
+    self._encode = words_lib.WordMemo(tokenizer)
     self._settings = settings
 
   def __call__(self, task: Task) -> Chunk:
     """Does the work."""
     builder = _Builder()
     counts = builder.counts
-    encoded = self._tokenizer.encode_arrays([r.text for r in task.records])
-    titles = self._tokenizer.encode_batch([r.title for r in task.records])
-    for record, article, validation, arrays, title in zip(
-        task.records,
-        task.articles,
-        task.validation,
-        encoded,
-        titles,
-        strict=True,
+    counts['records'] = len(task.records)
+    kept = [
+        (_plain(record), article, validation)
+        for record, article, validation in zip(
+            task.records, task.articles, task.validation, strict=True
+        )
+        if not self._is_excluded(record, counts)
+    ]
+    encoded = self._encode([record.text for record, _, _ in kept])
+    titles = self._encode([record.title for record, _, _ in kept])
+    for (record, article, validation), arrays, (title, _, _) in zip(
+        kept, encoded, titles, strict=True
     ):
-      counts['records'] += 1
       ids, starts, limits = arrays
       counts['wordpieces'] += len(ids)
       counts['unknown_wordpieces'] += int(
@@ -102,12 +175,23 @@ class Packer:
       self._add_sentences(builder, record, text, validation, task.passages)
     return builder.chunk(task.passages)
 
+  def _is_excluded(
+      self, record: records.Record, counts: collections.Counter[str]
+  ) -> bool:
+    exclude = self._settings.exclude
+    kind = exclude and filters.reason(
+        record.title, record.text, exclude, record.wikitext
+    )
+    if kind:
+      counts[f'excluded_{kind}'] += 1
+    return bool(kind)
+
   def _add_passages(
       self,
       builder: '_Builder',
       record: records.Record,
       article: int,
-      title: list[int],
+      title: np.ndarray,
       text: '_Text',
   ) -> None:
     # A longer title would leave less than half of the passage to the text.
@@ -303,14 +387,14 @@ class _Builder:
       name: str,
       article: int,
       title: str,
-      title_ids: list[int],
+      title_ids: np.ndarray,
       text: _Text,
       start: int,
       limit: int,
       body: str,
   ) -> int:
     """Appends a passage and returns its number."""
-    self.add_tokens(np.array(title_ids, np.uint32))
+    self.add_tokens(title_ids)
     self.starts.append(self.add_tokens(text.ids[start:limit]))
     self._passages.append((
         corpus.id_hash(name),
@@ -319,11 +403,11 @@ class _Builder:
         article,
     ))
     self._passage_records.append(
-        example(
-            number_field('article', [article])
-            + text_field('id', name)
-            + text_field('text', body)
-            + text_field('title', title)
+        examples.example(
+            examples.number_field('article', [article])
+            + examples.text_field('id', name)
+            + examples.text_field('text', body)
+            + examples.text_field('title', title)
         )
     )
     return len(self._passages) - 1
@@ -342,10 +426,10 @@ class _Builder:
     self._sentences.append((start, length, passage, validation, len(spans)))
     self._spans += spans
     self._sentence_fields.append(
-        number_field('span_limits', [b for _, b in spans.values()])
-        + number_field('span_starts', [a for a, _ in spans.values()])
-        + text_field('text', sentence)
-        + text_field('title', title)
+        examples.number_field('span_limits', [b for _, b in spans.values()])
+        + examples.number_field('span_starts', [a for a, _ in spans.values()])
+        + examples.text_field('text', sentence)
+        + examples.text_field('title', title)
     )
 
   def chunk(self, passages: bool) -> Chunk:
@@ -374,41 +458,11 @@ class _Builder:
     )
 
 
-# A record is a `tf.train.Example`, what TFDS stores: a map from names to lists.
-# TFDS's own encoder takes longer than everything else here, and leaves the
-# order of the fields to a hash map that differs from process to process; ours
-# sorts them. The tests compare the two.
+def _plain(record: records.Record) -> records.Record:
+  if not record.wikitext:
+    return record
+  return dataclasses.replace(record, text=dumps.plain_text(record.text))
 
 
-def example(fields: bytes) -> bytes:
-  """Returns the record made of some fields, which are in order of names."""
-  return _tagged(b'\x0a', fields)
-
-
-def text_field(name: str, value: str) -> bytes:
-  """Returns a field of a record that holds a text."""
-  return _field(name, _tagged(b'\x0a', _tagged(b'\x0a', value.encode('utf-8'))))
-
-
-def number_field(name: str, values: Iterable[int]) -> bytes:
-  """Returns a field of a record that holds integers."""
-  packed = b''.join(_varint(value % 2**64) for value in values)
-  return _field(name, _tagged(b'\x1a', packed and _tagged(b'\x0a', packed)))
-
-
-def _field(name: str, feature: bytes) -> bytes:
-  entry = _tagged(b'\x0a', name.encode('ascii')) + _tagged(b'\x12', feature)
-  return _tagged(b'\x0a', entry)
-
-
-def _tagged(tag: bytes, content: bytes) -> bytes:
-  return tag + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-  encoded = bytearray()
-  while value > 0x7F:
-    encoded.append(value & 0x7F | 0x80)
-    value >>= 7
-  encoded.append(value)
-  return bytes(encoded)
+def _checksum(data: bytes) -> bytes:
+  return hashlib.blake2b(data, digest_size=_CHECKSUM_BYTES).digest()

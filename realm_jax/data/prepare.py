@@ -2,31 +2,33 @@
 
 Public: `prepare`. The input is read twice: first all of it is checked, so that
 a bad line is found before any expensive work, then chunks of records go through
-a pool of processes and come back in order. The bytes written are the same for
-any number of processes. Only `writer` writes a corpus.
+a pool of processes, or an Apache Beam pipeline, and come back in order. The
+bytes written are the same for any number of processes, and after any number of
+interruptions. Only `writer` writes a corpus.
 """
 
-import collections
-from collections.abc import Iterator, Sequence
-import concurrent.futures
+from collections.abc import Collection, Iterator, Sequence
 import dataclasses
 import json
-import multiprocessing
-from multiprocessing import connection
 import os
 import pathlib
-import signal
-import threading
 from typing import Any
 
 from absl import logging
 import nupunkt
 import tqdm
 
+import realm_jax
 from realm_jax.data import atomic
+from realm_jax.data import beam as beam_lib
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import duplicates
+from realm_jax.data import filters
 from realm_jax.data import packing
+from realm_jax.data import parts as parts_lib
+from realm_jax.data import pool
 from realm_jax.data import records as records_lib
+from realm_jax.data import sources as sources_lib
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.data import world
 from realm_jax.data import writer as writer_lib
@@ -47,7 +49,10 @@ def prepare(
     min_sentence: int = 4,
     max_sentence: int = 200,
     validation_fraction: float = 0.01,
+    exclude: Sequence[str] = (),
+    near_duplicates: float | None = None,
     workers: int | None = None,
+    beam: Sequence[str] | None = None,
     skip_bad_records: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -55,9 +60,10 @@ def prepare(
   """Writes a corpus artifact and returns its manifest.
 
   Args:
-    sources: JSONL files (.gz, .xz), folders or glob patterns with the texts of
-      the passages; or the one source 'world:SEED[:ENTITIES]', a generated
-      world, which brings its own pretraining texts and questions.
+    sources: files, folders, glob patterns and datasets with the texts of the
+      passages (see `sources.UNDERSTOOD`); or the one source
+      'world:SEED[:ENTITIES]', a generated world, which brings its own
+      pretraining texts and questions.
     output: folder to write. It appears, complete, at the very end.
     pretraining_sources: texts to take sentences from, but no passages.
     vocab: vocabulary file, folder of a tokenizer, or model id of the Hugging
@@ -68,7 +74,12 @@ def prepare(
     max_sentence: the same, at most.
     validation_fraction: of the articles, whose sentences are set aside (at
       most 5,000) if no record is marked with `split: 'validation'`.
+    exclude: kinds of records to leave out, of `filters.KINDS`.
+    near_duplicates: similarity, over 0 to 1, from which on a record is left out
+      if an earlier one of the same sources is that similar; None: all stay.
     workers: processes; None: as many as there are CPU cores.
+    beam: options of an Apache Beam pipeline that does the work instead; its
+      workers must see the folder that `output` is in. None: no pipeline.
     skip_bad_records: leave bad records out, and list the first of them, rather
       than stopping at the first.
     overwrite: whether to replace a corpus at `output`.
@@ -77,6 +88,7 @@ def prepare(
   Raises:
     FileNotFoundError: if a source or the vocabulary is missing.
     FileExistsError: if `output` exists, or is being written.
+    ImportError: if a source or an option needs a package that is missing.
     ValueError: if an argument or a record is wrong; if there is no record or
       no salient span.
     OSError: if the disk is full. Then, as after any error, nothing is left.
@@ -90,7 +102,11 @@ def prepare(
       validation_fraction,
       vocab_size,
       workers,
+      exclude,
+      near_duplicates,
   )
+  if beam is not None:
+    beam_lib.check_installed()
   _check_output(output, overwrite)
   knowledge, pretraining, questions = _open_sources(
       sources, pretraining_sources, skip_bad_records
@@ -101,6 +117,12 @@ def prepare(
   inputs = [knowledge] if pretraining is None else [knowledge, pretraining]
   for source in inputs:
     _check(source, progress)
+  left_out = [
+      set[int]()
+      if near_duplicates is None
+      else duplicates.near_duplicates(source, near_duplicates, workers)
+      for source in inputs
+  ]
   if tokenizer is None:
     tokenizer = _learn_vocabulary(
         inputs,
@@ -109,33 +131,36 @@ def prepare(
     )
   if any(source.marked for source in inputs):
     validation_fraction = 0.0
-  with atomic.atomic_directory(output, overwrite) as directory:
+  with (
+      atomic.atomic_directory(output, overwrite) as directory,
+      parts_lib.kept(output, _made_with(tokenizer, settings)) as parts,
+  ):
     tokenizer.save(directory)
+    work = pool.Work(tokenizer, settings, parts, workers)
     writer = writer_lib.CorpusWriter(
         directory, tokenizer, pretraining is not None
     )
-    for source in inputs:
+    for source, numbers in zip(inputs, left_out, strict=True):
       # Only the texts that training learns from are divided.
       fraction = validation_fraction if source is inputs[-1] else 0.0
-      _write(
-          writer,
-          source,
-          source is knowledge,
-          fraction,
-          (tokenizer, settings, directory, workers),
-          progress,
-      )
+      passages = source is knowledge
+      if beam is not None:
+        tasks = _tasks(source, passages, fraction, numbers)
+        beam_lib.run(tasks, tokenizer, settings, parts, beam)
+        work = dataclasses.replace(work, workers=1)
+      tasks = _tasks(source, passages, fraction, numbers)
+      _write(writer, source, tasks, passages, fraction, work, progress)
+      if near_duplicates is not None:
+        prefix = '' if source is knowledge else 'pretraining_'
+        writer.counts[f'{prefix}near_duplicates'] = len(numbers)
     if questions is not None:
       (directory / 'questions.jsonl').write_text(
           ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions),
           encoding='utf-8',
       )
+    about = {'near_duplicates': near_duplicates} if near_duplicates else {}
     manifest = writer.close(
-        {
-            **dataclasses.asdict(settings),
-            'validation_fraction': validation_fraction,
-            'sentence_splitter': f'nupunkt {nupunkt.__version__}',
-        },
+        {**_about(settings, validation_fraction), **about},
         _skipped(inputs),
     )
   _warn(manifest['counts'])
@@ -168,20 +193,21 @@ def prepare_more(
   """
   output = pathlib.Path(output).absolute()
   about = base.manifest['settings']
-  fields = dataclasses.fields(packing.Settings)
-  settings = packing.Settings(**{f.name: about[f.name] for f in fields})
+  names = {field.name for field in dataclasses.fields(packing.Settings)}
+  settings = packing.Settings(**{n: v for n, v in about.items() if n in names})
+  settings = dataclasses.replace(settings, exclude=tuple(settings.exclude))
   fraction = 0.0 if source.marked else about['validation_fraction']
-  with atomic.atomic_directory(output, overwrite=False) as directory:
+  with (
+      atomic.atomic_directory(output, overwrite=False) as directory,
+      parts_lib.kept(output, _made_with(base.tokenizer, settings)) as parts,
+  ):
     base.tokenizer.save(directory)
+    work = pool.Work(base.tokenizer, settings, parts, workers or _num_cores())
     writer = writer_lib.CorpusWriter(directory, base.tokenizer, False)
-    work = (base.tokenizer, settings, directory, workers or _num_cores())
-    _write(writer, source, True, fraction, work, progress)
+    tasks = _tasks(source, True, fraction)
+    _write(writer, source, tasks, True, fraction, work, progress)
     manifest = writer.close(
-        {
-            **dataclasses.asdict(settings),
-            'validation_fraction': fraction,
-            'sentence_splitter': f'nupunkt {nupunkt.__version__}',
-        },
+        _about(settings, fraction),
         _skipped([source]),
         need_sentences=False,
     )
@@ -189,22 +215,43 @@ def prepare_more(
   return manifest
 
 
+def _about(settings: packing.Settings, fraction: float) -> dict[str, Any]:
+  """Returns what the manifest says of how the corpus was made."""
+  return {
+      **dataclasses.asdict(settings),
+      'validation_fraction': fraction,
+      'sentence_splitter': f'nupunkt {nupunkt.__version__}',
+  }
+
+
+def _made_with(
+    tokenizer: tokenizer_lib.Tokenizer, settings: packing.Settings
+) -> dict[str, Any]:
+  """Returns what a chunk depends on, apart from its records."""
+  return {
+      **_about(settings, 0.0),
+      'program': f'realm_jax {realm_jax.__version__}',
+      'tokenizer': tokenizer.digest,
+  }
+
+
 def _write(
     writer: writer_lib.CorpusWriter,
     source: records_lib.Records,
+    tasks: Iterator[packing.Task],
     passages: bool,
     fraction: float,
-    work: tuple[tokenizer_lib.Tokenizer, packing.Settings, pathlib.Path, int],
+    work: pool.Work,
     progress: bool,
 ) -> None:
-  """Packs and writes all records of a source; `work` is that of `_map`."""
+  """Packs and writes all records of a source."""
   with tqdm.tqdm(
       total=source.count,
       desc='passages' if passages else 'pretraining',
       unit=' records',
       disable=not progress,
   ) as bar:
-    for chunk in _map(_tasks(source, passages, fraction), *work):
+    for chunk in pool.chunks(tasks, work):
       writer.add(chunk, passages, limited=fraction > 0)
       bar.update(chunk.num_records)
       bar.set_postfix(passages=writer.num_passages)
@@ -231,6 +278,8 @@ def _check_settings(
     validation_fraction: float,
     vocab_size: int | None,
     workers: int,
+    exclude: Sequence[str],
+    near_duplicates: float | None,
 ) -> packing.Settings:
   for ok, what in (
       (
@@ -253,10 +302,25 @@ def _check_settings(
           f'vocab_size is {vocab_size}; it must be positive',
       ),
       (workers >= 1, f'workers is {workers}; it must be at least 1'),
+      (
+          set(exclude) <= set(filters.KINDS),
+          f'exclude is {list(exclude)}; it can be {", ".join(filters.KINDS)}',
+      ),
+      (
+          near_duplicates is None or 0 < near_duplicates <= 1,
+          f'near_duplicates is {near_duplicates}; it must be over 0, up to 1',
+      ),
   ):
     if not ok:
       raise ValueError(f'{what}.')
-  return packing.Settings(max_wordpieces, min_sentence, max_sentence)
+  if near_duplicates is not None:
+    duplicates.check_installed()
+  return packing.Settings(
+      max_wordpieces,
+      min_sentence,
+      max_sentence,
+      exclude=tuple(kind for kind in filters.KINDS if kind in exclude),
+  )
 
 
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
@@ -294,17 +358,13 @@ def _open_sources(
     list[dict[str, Any]] | None,
 ]:
   """Returns the records for passages and for pretraining, and questions."""
-  if isinstance(sources, str) or isinstance(pretraining_sources, str):
-    raise ValueError('The sources must be a list of strings, not a string.')
   worlds = [s for s in (*sources, *pretraining_sources) if _is_world(s)]
   if not worlds:
-    knowledge = records_lib.Records(
-        records_lib.find_files(sources), skip_bad=skip_bad
-    )
+    knowledge = records_lib.Records(sources_lib.find(sources), skip_bad)
     if not pretraining_sources:
       return knowledge, None, None
-    files = records_lib.find_files(pretraining_sources)
-    return knowledge, records_lib.Records(files, skip_bad=skip_bad), None
+    others = sources_lib.find(pretraining_sources)
+    return knowledge, records_lib.Records(others, skip_bad), None
   if len(sources) != 1 or pretraining_sources:
     raise ValueError(
         f'A world brings all its texts, so {worlds[0]!r} must be the only '
@@ -320,8 +380,8 @@ def _open_sources(
     )
   made = world.generate(*map(int, parts))
   return (
-      records_lib.Records(items=made.knowledge, name=worlds[0]),
-      records_lib.Records(items=made.pretraining, name=worlds[0]),
+      records_lib.Records([sources_lib.Items(made.knowledge, worlds[0])]),
+      records_lib.Records([sources_lib.Items(made.pretraining, worlds[0])]),
       made.questions,
   )
 
@@ -369,12 +429,24 @@ def _learn_vocabulary(
 
 
 def _tasks(
-    source: records_lib.Records, passages: bool, fraction: float
+    source: records_lib.Records,
+    passages: bool,
+    fraction: float,
+    left_out: Collection[int] = (),
 ) -> Iterator[packing.Task]:
-  """Numbers the articles and cuts the records into tasks."""
+  """Numbers the articles and cuts the records into tasks.
+
+  Args:
+    source: already checked.
+    passages: whether passages are wanted, or sentences alone.
+    fraction: of the articles, to be set aside.
+    left_out: numbers of records.
+  """
   task = packing.Task([], [], [], passages)
   article, key, aside, size = -1, None, False, 0
-  for record in source:
+  for number, record in enumerate(source):
+    if number in left_out:
+      continue
     if record.article is None or record.article != key:
       article, key = article + 1, record.article
       # The first article is never set aside, so that something is left.
@@ -388,74 +460,6 @@ def _tasks(
       task, size = packing.Task([], [], [], passages), 0
   if task.records:
     yield task
-
-
-def _map(
-    tasks: Iterator[packing.Task],
-    tokenizer: tokenizer_lib.Tokenizer,
-    settings: packing.Settings,
-    directory: pathlib.Path,
-    workers: int,
-) -> Iterator[packing.Chunk]:
-  """Yields the chunks of tasks in order, with few of them in memory."""
-  first, second = next(tasks, None), next(tasks, None)
-  ahead = [task for task in (first, second) if task is not None]
-  if workers == 1 or len(ahead) < 2:  # Starting processes would take longer.
-    packer = packing.Packer(tokenizer, settings)
-    for task in ahead:
-      yield packer(task)
-    for task in tasks:
-      yield packer(task)
-    return
-  pool = concurrent.futures.ProcessPoolExecutor(
-      workers,
-      # Not fork: the tokenizers library and JAX have threads.
-      multiprocessing.get_context('spawn'),
-      _start_worker,
-      (os.fspath(directory / 'vocab.txt'), tokenizer.lowercase, settings),
-  )
-  with pool:
-    pending: collections.deque[concurrent.futures.Future[packing.Chunk]]
-    pending = collections.deque(pool.submit(_work, task) for task in ahead)
-    try:
-      for task in tasks:
-        pending.append(pool.submit(_work, task))
-        if len(pending) > 2 * workers:
-          yield pending.popleft().result()
-      while pending:
-        yield pending.popleft().result()
-    finally:
-      pool.shutdown(cancel_futures=True)
-
-
-_packer: packing.Packer | None = None  # Of a worker process.
-
-
-def _start_worker(
-    vocab: str, lowercase: bool, settings: packing.Settings
-) -> None:
-  global _packer
-  # One thread each: there is a process for every core.
-  os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends the pool.
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  sentinel = parent.sentinel
-
-  def leave_with_parent() -> None:
-    # A killed parent cannot end the pool, and its pipes stay open in the
-    # other workers, so that waiting for a task would never end.
-    connection.wait([sentinel])
-    os._exit(1)
-
-  threading.Thread(target=leave_with_parent, daemon=True).start()
-  tokenizer = tokenizer_lib.Tokenizer.from_vocab(vocab, lowercase)
-  _packer = packing.Packer(tokenizer, settings)
-
-
-def _work(task: packing.Task) -> packing.Chunk:
-  assert _packer is not None
-  return _packer(task)
 
 
 def _warn(counts: dict[str, int]) -> None:

@@ -1,30 +1,27 @@
-"""Input records of `prepare`: which files, and what each line says.
+"""Input records of `prepare`: what each must say, and that it says it.
 
-Public: `Record`, `Records` (a source that can be read several times),
-`find_files`, `read_ids`, `is_validation`. A record is a line of JSON, UTF-8:
+Public: `Record`, `Records` (sources that can be read several times),
+`read_ids`, `is_validation`. A record is a line of JSON, UTF-8, or what another
+kind of source makes of its texts:
 
   {"id": "12", "title": "Anarchism", "text": "...", "article": "12",
-   "spans": [[0, 9]], "split": "validation"}
+   "spans": [[0, 9]], "split": "validation", "markup": "wikitext"}
 
 Only `text` is required. `spans` are ranges of UTF-8 bytes of `text`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
-import glob
-import gzip
 import json
-import lzma
-import os
 import pathlib
-from typing import IO, Any
-import zlib
+from typing import Any
 
 import numpy as np
 
 from realm_jax.data import corpus
+from realm_jax.data import files as files_lib
+from realm_jax.data import sources as sources_lib
 
-_ENDINGS = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.jsonl.xz', '.json.xz')
 _LISTED = 20  # Of the skipped records; the others are only counted.
 _RECENT = 1 << 20  # Ids kept as Python objects; older ones take 8 bytes each.
 
@@ -39,59 +36,11 @@ class Record:
   article: str | None  # What groups consecutive records, None: nothing.
   spans: tuple[tuple[int, int], ...] | None  # Bytes; None: find them.
   validation: bool  # Marked with `split: 'validation'`.
-
-
-def find_files(sources: Sequence[str]) -> list[pathlib.Path]:
-  """Returns the files that sources name: files, folders, glob patterns.
-
-  Folders are searched for .jsonl and .json, also .gz and .xz, at any depth.
-  What a source names is in the order of the paths.
-
-  Raises:
-    FileNotFoundError: if a source names no file.
-    ValueError: if a file is named twice.
-  """
-  files: list[pathlib.Path] = []
-  for source in sources:
-    path = pathlib.Path(source)
-    if path.is_dir():
-      found = sorted(
-          file
-          for file in path.rglob('*')
-          if file.name.endswith(_ENDINGS)
-          and file.is_file()
-          and not file.name.startswith('.')
-      )
-      if not found:
-        raise FileNotFoundError(
-            f'The folder {source} holds no {", ".join(_ENDINGS)} file.'
-        )
-    elif path.is_file():
-      found = [path]
-    elif glob.has_magic(source):
-      found = sorted(
-          pathlib.Path(name)
-          for name in glob.glob(source, recursive=True)
-          if os.path.isfile(name)
-      )
-      if not found:
-        raise FileNotFoundError(f'No file matches the pattern {source!r}.')
-    else:
-      raise FileNotFoundError(f'There is no file or folder {source!r}.')
-    files += found
-  if not files:
-    raise FileNotFoundError('No source was given.')
-  seen: set[str] = set()
-  for file in files:
-    real = os.path.realpath(file)
-    if real in seen:
-      raise ValueError(f'The sources name the file {file} twice.')
-    seen.add(real)
-  return files
+  wikitext: bool = False  # The text is in MediaWiki's markup.
 
 
 class Records:
-  """All records of some files, or of a list; can be read several times.
+  """All records of some sources, one after the other; can be read again.
 
   The first reading must be `check`, which finds everything that is wrong.
 
@@ -104,15 +53,13 @@ class Records:
 
   def __init__(
       self,
-      files: Sequence[pathlib.Path] = (),
-      items: Sequence[dict[str, Any]] = (),
-      name: str = '',
+      sources: Sequence[sources_lib.Source],
       skip_bad: bool = False,
       need_ids: bool = False,
   ):
-    self._files, self._items, self._name = list(files), items, name
+    self._sources = list(sources)
     self._skip_bad, self._need_ids = skip_bad, need_ids
-    self._bad: set[int] = set()  # Numbers of lines over all files.
+    self._bad: set[int] = set()  # Numbers over all sources.
     self.count = 0
     self.marked = False
     self.skipped = 0
@@ -126,9 +73,9 @@ class Records:
         are skipped; if a file is damaged; if no good record is left.
     """
     seen = _SeenHashes()
-    for number, place, line in self._lines():
+    for number, place, content in self._contents():
       try:
-        record = _parse(line, None if self._need_ids else number)
+        record = _parse(content, None if self._need_ids else number)
         if seen.add(corpus.id_hash(record.id)):
           first = self._place_of(record.id, before=number)
           if first is not None:
@@ -149,14 +96,14 @@ class Records:
       self.marked = self.marked or record.validation
       yield record
     if not self.count:
-      what = self._name or ', '.join(map(str, self._files[:5]))
+      what = ', '.join(source.name for source in self._sources[:5])
       raise ValueError(f'There is no usable record in {what}.')
 
   def __iter__(self) -> Iterator[Record]:
     """Yields the good records; call `check` first."""
-    for number, _, line in self._lines():
+    for number, _, content in self._contents():
       if number not in self._bad:
-        yield _parse(line, number)
+        yield _parse(content, number)
 
   def texts(self) -> Iterator[str]:
     """Yields titles and texts, to learn a vocabulary from."""
@@ -165,25 +112,22 @@ class Records:
         yield record.title
       yield record.text
 
-  def _lines(self) -> Iterator[tuple[int, str, bytes | dict[str, Any]]]:
-    """Yields (number over all files, 'file:line', content)."""
+  def _contents(self) -> Iterator[tuple[int, str, sources_lib.Content]]:
+    """Yields (number over all sources, 'file:line', content)."""
     number = 0
-    for file in self._files:
-      for i, line in enumerate(_read_lines(file), start=1):
-        yield number, f'{file}:{i}', line
+    for source in self._sources:
+      for place, content in source:
+        yield number, place, content
         number += 1
-    for i, item in enumerate(self._items, start=1):
-      yield number, f'{self._name}:{i}', item
-      number += 1
 
   def _place_of(self, name: str, before: int) -> str | None:
     """Returns where an id was first used, by reading again."""
     if self.skipped > _LISTED:  # Nobody will read it: only count.
       return 'another record'
-    for number, place, line in self._lines():
+    for number, place, content in self._contents():
       if number == before:
         break
-      if number not in self._bad and _parse(line, number).id == name:
+      if number not in self._bad and _parse(content, number).id == name:
         return place
     return None  # Two ids with the same hash.
 
@@ -201,9 +145,9 @@ def read_ids(path: pathlib.Path) -> list[str]:
   if not path.is_file():
     raise FileNotFoundError(f'There is no file {str(path)!r}.')
   ids: dict[str, None] = {}
-  for i, line in enumerate(_read_lines(path), start=1):
+  for i, line in enumerate(files_lib.lines(path), start=1):
     try:
-      if path.name.endswith(_ENDINGS):
+      if sources_lib.is_json_lines(path):
         name = _string(_fields(line), 'id', or_number=True)
         if not name:
           raise ValueError('no field `id`, by which a document is known')
@@ -245,36 +189,14 @@ class _SeenHashes:
     return False
 
 
-def _open(path: pathlib.Path) -> IO[bytes]:
-  if path.suffix == '.gz':
-    return gzip.open(path, 'rb')  # type: ignore[return-value]
-  if path.suffix == '.xz':
-    return lzma.open(path, 'rb')
-  return open(path, 'rb')
-
-
-def _read_lines(path: pathlib.Path) -> Iterable[bytes]:
-  read = 0
-  with _open(path) as file:
-    try:
-      for line in file:
-        if not read:
-          line = line.removeprefix(b'\xef\xbb\xbf')
-        read += 1
-        yield line
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-      raise ValueError(
-          f'{path}: the compressed file is damaged or cut off after line '
-          f'{read} ({error}).'
-      ) from None
-
-
-def _parse(line: bytes | dict[str, Any], number: int | None) -> Record:
-  """Returns the record of a line; ValueError says what is wrong with it.
+def _parse(content: sources_lib.Content, number: int | None) -> Record:
+  """Returns the record of a content; ValueError says what is wrong with it.
 
   Without an `id`, it is the number; without that, too, an error.
   """
-  fields = line if isinstance(line, dict) else _fields(line)
+  if isinstance(content, ValueError):
+    raise content
+  fields = content if isinstance(content, dict) else _fields(content)
   text = _string(fields, 'text')
   if text is None:
     raise ValueError(
@@ -293,13 +215,19 @@ def _parse(line: bytes | dict[str, Any], number: int | None) -> Record:
     raise ValueError(
         f"the field `split` is {split!r}; it can be 'train' or 'validation'"
     )
+  markup, spans = _string(fields, 'markup'), _spans(fields, text)
+  if markup not in (None, 'wikitext'):
+    raise ValueError(f"the field `markup` is {markup!r}; it can be 'wikitext'")
+  if markup and spans is not None:
+    raise ValueError('`spans` are of plain text; this record has `markup`, too')
   return Record(
       str(number) if name is None else name,
       title,
       text,
       _string(fields, 'article', or_number=True) or title or None,
-      _spans(fields, text),
+      spans,
       split == 'validation',
+      markup == 'wikitext',
   )
 
 
@@ -321,13 +249,15 @@ def _fields(line: bytes) -> dict[str, Any]:
   return fields
 
 
-def _decoded(line: bytes) -> str:
+def _decoded(data: bytes, what: str = 'the line') -> str:
   try:
-    return line.decode('utf-8')
+    return data.decode('utf-8')
   except UnicodeDecodeError as error:
+    line = data.count(b'\n', 0, error.start)
+    where = f' (its line {line + 1})' if line else ''
     raise ValueError(
-        f'not UTF-8: byte {error.start} of the line is '
-        f'0x{line[error.start]:02x}'
+        f'not UTF-8: byte {error.start} of {what}{where} is '
+        f'0x{data[error.start]:02x}'
     ) from None
 
 
@@ -339,6 +269,8 @@ def _string(
     return None
   if or_number and isinstance(value, int) and not isinstance(value, bool):
     return str(value)
+  if isinstance(value, bytes):  # What is no JSON may come undecoded.
+    return _decoded(value, f'the {name}')
   if not isinstance(value, str):
     raise ValueError(
         f'the field `{name}` is of type {type(value).__name__}; it must be a '

@@ -261,15 +261,25 @@ class Tokenizer:
   ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Returns (uint32 ids, int64 starts, limits in bytes) of each text."""
     arrays = []
-    for text, encoding in zip(
-        texts, self._tokenizer.encode_batch(list(texts)), strict=True
+    for text, (ids, ranges) in zip(
+        texts, self.encode_characters(texts), strict=True
     ):
-      offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
       if not text.isascii():
-        offsets = byte_positions(text)[offsets]
-      ids = np.array(encoding.ids, np.uint32)
-      arrays.append((ids, offsets[:, 0], offsets[:, 1]))
+        ranges = byte_positions(text)[ranges]
+      arrays.append((ids, ranges[:, 0], ranges[:, 1]))
     return arrays
+
+  def encode_characters(
+      self, texts: Sequence[str]
+  ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns (uint32 ids, int64 [n, 2] ranges of characters) of each text."""
+    return [
+        (
+            np.array(encoding.ids, np.uint32),
+            np.array(encoding.offsets, np.int64).reshape(-1, 2),
+        )
+        for encoding in self._tokenizer.encode_batch(list(texts))
+    ]
 
   @functools.cached_property
   def starts_word(self) -> np.ndarray:

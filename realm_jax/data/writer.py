@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 
 import realm_jax
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import examples
 from realm_jax.data import packing
 from realm_jax.data import tokenizer as tokenizer_lib
 
@@ -357,8 +358,8 @@ class CorpusWriter:
       for i in np.flatnonzero(chosen):
         self._sentences.append(
             split,
-            packing.example(
-                packing.number_field('passage', [int(rows[i])])
+            examples.example(
+                examples.number_field('passage', [int(rows[i])])
                 + chunk.sentence_fields[i]
             ),
         )

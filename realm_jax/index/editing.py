@@ -24,6 +24,7 @@ from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import overlay as overlay_lib
 from realm_jax.data import prepare
 from realm_jax.data import records as records_lib
+from realm_jax.data import sources as sources_lib
 from realm_jax.index import documents as documents_lib
 from realm_jax.index import edition as edition_lib
 from realm_jax.index import generation
@@ -206,7 +207,7 @@ def _records(
     sources: Sequence[str], skip_bad_records: bool
 ) -> records_lib.Records:
   return records_lib.Records(
-      records_lib.find_files(sources), skip_bad=skip_bad_records, need_ids=True
+      sources_lib.find(sources), skip_bad=skip_bad_records, need_ids=True
   )
 
 
