@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import examples
+from realm_jax.data import growing
 from realm_jax.data import prepare
 from realm_jax.data import spans as spans_lib
 from realm_jax.data import tokenizer as tokenizer_lib
@@ -210,7 +211,7 @@ def _contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def test_same_bytes_for_any_number_of_workers(tmp_path, articles, monkeypatch):
   monkeypatch.setattr(prepare, '_CHUNK_BYTES', 4000)
-  monkeypatch.setattr(writer, '_RECORDS_PER_SHARD', 100)
+  monkeypatch.setattr(growing, '_RECORDS_PER_SHARD', 100)
   source = _write(tmp_path / 'articles.jsonl', articles)
   made = {}
   for workers in (1, 2, 4):

@@ -40,6 +40,9 @@ from realm_jax.data import spans
         'A <Łódź> street.',
         # Single letters are initials, variables, notes.
         'Let A be a set.',
+        # Ordinals in digits; as words they name nothing.
+        'It was the <21st> of its kind and the <1,000th> ship.',
+        'He came <3rd>, the third time.',
         # Dates.
         'He came on <12 May 1990>.',
         'He came on <May 12, 1990>, late.',

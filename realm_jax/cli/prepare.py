@@ -1,4 +1,4 @@
-"""Commands of the corpus: `prepare`.
+"""Commands of the corpus: `prepare`, `tag`.
 
 Public: `COMMANDS`.
 """
@@ -128,11 +128,47 @@ def _make_corpus() -> None:
   print(json.dumps(manifest['counts'], indent=2))
 
 
+def _tag_flags() -> None:
+  flags.DEFINE_string(
+      'corpus', None, 'Folder that `prepare` wrote.', required=True
+  )
+  flags.DEFINE_string(
+      'tagger', None, 'Workdir of the objective `tagger`.', required=True
+  )
+  flags.DEFINE_string('output', None, 'Folder to write.', required=True)
+  flags.DEFINE_boolean(
+      'dates_and_numbers', True, 'Keep those that the rules found.'
+  )
+  flags.DEFINE_boolean('overwrite', False, 'Replace the output folder.')
+
+
+def _tag(argv: Sequence[str]) -> None:
+  del argv
+  command.quiet_jax()
+  from realm_jax.data import corpus
+  from realm_jax.evaluation import tagging
+
+  manifest = tagging.tag_corpus(
+      corpus.Corpus.open(FLAGS.corpus),
+      FLAGS.tagger,
+      FLAGS.output,
+      dates_and_numbers=FLAGS.dates_and_numbers,
+      overwrite=FLAGS.overwrite,
+  )
+  print(json.dumps(manifest['splits'], indent=2))
+
+
 COMMANDS = {
     'prepare': command.Command(
         'Turns text into a corpus: passages, sentences, salient spans.',
         'realm-jax prepare --source=articles/*.jsonl --output=corpus',
         _prepare_flags,
         _prepare,
+    ),
+    'tag': command.Command(
+        'Marks the names that a tagger finds to be masked, in a new corpus.',
+        'realm-jax tag --corpus=corpus --tagger=runs/tagger --output=tagged',
+        _tag_flags,
+        _tag,
     ),
 }

@@ -119,6 +119,7 @@ _QUANTITY = '|'.join([
     # 12 km, 3.5 million people, 20%
     rf'{_NUMBER}(?:[ -]{_SCALE})?[ -]?{_UNIT}(?!\w)',
     rf'{_NUMBER}[ -]{_SCALE}(?!\w)',  # 3.5 million
+    r'(?:\d{1,3}(?:,\d{3})+|\d+)(?:st|nd|rd|th)(?!\w)',  # 21st, 1,000th
     # Of bare numbers those that say something: from two digits on.
     r'(?:\d{1,3}(?:,\d{3})+|\d{2,})(?:\.\d+)?(?!\w|\.\d)',
     r'\d\.\d+(?!\w|\.\d)',

@@ -1,31 +1,28 @@
 """Writes the corpus artifact, chunk by chunk.
 
-Public: `CorpusWriter`, `FORMAT`. All files only grow, so
-that memory does not depend on the size of the corpus; see `corpus` for what
-they hold.
+Public: `CorpusWriter`, `SpanWriter`, `FORMAT`. All files only grow, so that
+memory does not depend on the size of the corpus; see `corpus` for what they
+hold.
 """
 
 import collections
-from collections.abc import Iterator
-import contextlib
+from collections.abc import Sequence
 import hashlib
 import json
-import os
 import pathlib
-from typing import IO, Any
+from typing import Any
 
-from array_record.python import array_record_module
 import numpy as np
 import tensorflow_datasets as tfds
 
 import realm_jax
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import examples
+from realm_jax.data import growing
 from realm_jax.data import packing
 from realm_jax.data import tokenizer as tokenizer_lib
 
 FORMAT = 'realm_jax corpus'
-_RECORDS_PER_SHARD = 200_000
 _MAX_VALIDATION = 5000  # Sentences, where the input marks none.
 
 _PASSAGE_FEATURES = {
@@ -44,169 +41,6 @@ _SENTENCE_FEATURES = {
 }
 
 
-def _create(path: pathlib.Path) -> IO[bytes]:
-  return open(path, 'wb')
-
-
-class _ArrayWriter:
-  """A .npy file that grows along its first axis."""
-
-  def __init__(
-      self, path: pathlib.Path, dtype: Any, shape: tuple[int, ...] = ()
-  ):
-    self._dtype, self._shape = np.dtype(dtype), shape
-    self._rows = 0
-    self._file = _create(path)
-    self._write_header()
-
-  def append(self, rows: np.ndarray) -> None:
-    """Appends rows; their type must fit."""
-    rows = np.asarray(rows)
-    self._file.write(rows.astype(self._dtype, casting='same_kind').tobytes())
-    self._rows += len(rows)
-
-  def close(self) -> int:
-    """Finishes the file and returns its rows."""
-    self._file.seek(0)
-    self._write_header()
-    self._file.close()
-    return self._rows
-
-  def _write_header(self) -> None:
-    # numpy pads the header so that the first axis can grow in place.
-    np.lib.format.write_array_header_1_0(
-        self._file,
-        {
-            'descr': np.lib.format.dtype_to_descr(self._dtype),
-            'fortran_order': False,
-            'shape': (self._rows, *self._shape),
-        },
-    )
-
-
-class _TokenWriter:
-  """A flat file of wordpieces."""
-
-  def __init__(self, path: pathlib.Path, dtype: Any):
-    self._dtype = np.dtype(dtype)
-    self._file = _create(path)
-    self.size = 0
-
-  def append(self, ids: np.ndarray) -> int:
-    """Appends wordpieces and returns where they begin."""
-    start = self.size
-    self._file.write(ids.astype(self._dtype).tobytes())
-    self.size += len(ids)
-    return start
-
-  def close(self) -> None:
-    """Finishes the file."""
-    self._file.close()
-
-
-class _DatasetWriter:
-  """A TFDS dataset in array_record format, written record by record.
-
-  `tfds.core.SequentialWriter` would do, but it encodes every record itself, in
-  one process. Here records come encoded; the metadata are written by TFDS.
-  """
-
-  def __init__(
-      self, directory: pathlib.Path, features: dict[str, Any], description: str
-  ):
-    directory.mkdir()
-    self._directory = directory
-    self._features = features
-    self._description = description
-    self._splits: dict[str, _Split] = {}
-
-  def append(self, split: str, record: bytes) -> None:
-    """Appends an encoded record to a split."""
-    if split not in self._splits:
-      self._splits[split] = _Split(self._directory, split)
-    self._splits[split].append(record)
-
-  def close(self) -> dict[str, str]:
-    """Finishes the dataset and returns the SHA-256 of each split's records."""
-    if not self._splits:
-      return {}
-    infos = [split.close() for _, split in sorted(self._splits.items())]
-    tfds.folder_dataset.write_metadata(
-        data_dir=self._directory,
-        features=tfds.features.FeaturesDict(self._features),
-        split_infos=infos,
-        check_data=False,  # It would need TensorFlow.
-        description=self._description,
-    )
-    return {
-        name: split.digest.hexdigest()
-        for name, split in sorted(self._splits.items())
-    }
-
-
-class _Split:
-  """The shards of a split; their number is known only at the end."""
-
-  def __init__(self, directory: pathlib.Path, name: str):
-    self._directory, self._name = directory, name
-    self._writer: Any = None
-    self._lengths: list[int] = []
-    self._bytes = 0
-    self.digest = hashlib.sha256()
-
-  def append(self, record: bytes) -> None:
-    if self._writer is None or self._lengths[-1] == _RECORDS_PER_SHARD:
-      self._close_shard()
-      path = self._directory / f'{self._name}.{len(self._lengths)}'
-      # Groups of one record, for random access.
-      self._writer = array_record_module.ArrayRecordWriter(
-          os.fspath(path), 'group_size:1'
-      )
-      self._lengths.append(0)
-    with _as_os_error():
-      self._writer.write(record)
-    self._lengths[-1] += 1
-    self._bytes += len(record)
-    self.digest.update(len(record).to_bytes(8, 'little') + record)
-
-  def close(self) -> tfds.core.SplitInfo:
-    self._close_shard()
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=self._directory,
-        dataset_name=self._directory.name,
-        split=self._name,
-        filetype_suffix='array_record',
-    )
-    for i in range(len(self._lengths)):
-      os.rename(
-          self._directory / f'{self._name}.{i}',
-          template.sharded_filepath(
-              shard_index=i, num_shards=len(self._lengths)
-          ),
-      )
-    return tfds.core.SplitInfo(
-        name=self._name,
-        shard_lengths=self._lengths,
-        num_bytes=self._bytes,
-        filename_template=template,
-    )
-
-  def _close_shard(self) -> None:
-    if self._writer is not None:
-      with _as_os_error():
-        self._writer.close()
-      self._writer = None
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-  """The library reports a full disk, and nothing else, as RuntimeError."""
-  try:
-    yield
-  except RuntimeError as error:
-    raise OSError(f'A dataset could not be written: {error}') from error
-
-
 class _SentenceWriter:
   """The tables of one split of sentences."""
 
@@ -215,16 +49,13 @@ class _SentenceWriter:
     self.count = 0
     self._num_spans = 0
     self._columns = {
-        name: _ArrayWriter(tables / f'{split}.{name}.npy', dtype, shape)
+        name: growing.ArrayWriter(tables / f'{split}.{name}.npy', dtype, shape)
         for name, dtype, shape in (
             ('starts', np.int64, ()),
             ('lengths', np.int32, ()),
             ('passages', np.int64, ()),
-            ('span_offsets', np.int64, ()),
-            ('spans', np.int32, (2,)),
         )
-    }
-    self._columns['span_offsets'].append(np.zeros(1, np.int64))
+    } | _span_columns(tables, split)
 
   def append(
       self,
@@ -273,19 +104,14 @@ class CorpusWriter:
     self._dtype = np.dtype(
         np.uint16 if tokenizer.vocab_size < 65_536 else np.uint32
     )
-    self._passages = _DatasetWriter(
+    self._passages = growing.DatasetWriter(
         directory / 'passages',
         _PASSAGE_FEATURES,
         'Passages of a realm_jax corpus; the row is the number of a passage.',
     )
-    self._sentences = _DatasetWriter(
-        directory / 'sentences',
-        _SENTENCE_FEATURES,
-        'Sentences of a realm_jax corpus with salient spans (UTF-8 bytes) and '
-        'the row of their passage, or -1.',
-    )
+    self._sentences = _sentence_writer(directory)
     self._columns = {
-        name: _ArrayWriter(self._tables / f'{name}.npy', dtype)
+        name: growing.ArrayWriter(self._tables / f'{name}.npy', dtype)
         for name, dtype in (
             ('passage_offsets', np.int64),
             ('title_lengths', np.int32),
@@ -295,7 +121,7 @@ class CorpusWriter:
     }
     self._columns['passage_offsets'].append(np.zeros(1, np.int64))
     self.num_passages = 0
-    self._tokens: dict[str, _TokenWriter] = {}
+    self._tokens: dict[str, growing.TokenWriter] = {}
     self._splits: dict[str, _SentenceWriter] = {}
     # Sentences of the passages need no second copy of their wordpieces; those
     # set aside from both corpora can point into one file only.
@@ -396,60 +222,29 @@ class CorpusWriter:
         'passages': self._passages.close(),
         'sentences': self._sentences.close(),
     }
-    files = {
-        path.relative_to(self._directory).as_posix(): {
-            'bytes': path.stat().st_size,
-            'sha256': _sha256(path),
-        }
-        for path in sorted(self._directory.rglob('*'))
-        if path.is_file()
-    }
-    tokenizer = {
-        'digest': self._tokenizer.digest,
-        'lowercase': self._tokenizer.lowercase,
-        'vocab_size': self._tokenizer.vocab_size,
-    }
-    # Of what the corpus says, not of how TFDS happens to store it.
-    content = {
-        'version': corpus_lib.FORMAT_VERSION,
-        'tokenizer': tokenizer,
-        'records': digests,
-        'tables': {
-            name: facts['sha256']
-            for name, facts in files.items()
-            if name.startswith('tables/')
+    return _write_manifest(
+        self._directory,
+        {
+            'digest': self._tokenizer.digest,
+            'lowercase': self._tokenizer.lowercase,
+            'vocab_size': self._tokenizer.vocab_size,
         },
-    }
-    manifest = {
-        'format': FORMAT,
-        'version': corpus_lib.FORMAT_VERSION,
-        'created_by': f'realm_jax {realm_jax.__version__}',
-        'fingerprint': (
-            hashlib.sha256(
-                json.dumps(content, sort_keys=True).encode()
-            ).hexdigest()
-        ),
-        'counts': {
-            'passages': self.num_passages,
-            **{name: self.counts[name] for name in sorted(self.counts)},
+        digests,
+        {
+            'counts': {
+                'passages': self.num_passages,
+                **{name: self.counts[name] for name in sorted(self.counts)},
+            },
+            'splits': splits,
+            'settings': settings,
+            'skipped_records': skipped,
+            'token_dtype': self._dtype.name,
         },
-        'splits': splits,
-        'settings': settings,
-        'skipped_records': skipped,
-        'tokenizer': tokenizer,
-        'token_dtype': self._dtype.name,
-        'record_digests': digests,
-        'files': files,
-    }
-    (self._directory / 'manifest.json').write_text(
-        json.dumps(manifest, indent=2, ensure_ascii=False) + '\n',
-        encoding='utf-8',
     )
-    return manifest
 
-  def _token_file(self, name: str) -> _TokenWriter:
+  def _token_file(self, name: str) -> growing.TokenWriter:
     if name not in self._tokens:
-      self._tokens[name] = _TokenWriter(self._tables / name, self._dtype)
+      self._tokens[name] = growing.TokenWriter(self._tables / name, self._dtype)
     return self._tokens[name]
 
   def _copy_tokens(
@@ -477,6 +272,148 @@ class CorpusWriter:
           'passage becomes ID#0, ID#1 and so on, and another record already '
           'has such an id. Give the records other ids.'
       )
+
+
+class SpanWriter:
+  """What `respan` writes anew: records of sentences, and their spans."""
+
+  def __init__(self, directory: pathlib.Path, splits: Sequence[str]):
+    self._directory = directory
+    self._records = _sentence_writer(directory)
+    self._columns = {
+        split: _span_columns(directory / 'tables', split) for split in splits
+    }
+    self._num_spans = dict.fromkeys(splits, 0)
+
+  def append(
+      self,
+      split: str,
+      spans: Sequence[Sequence[Any]],
+      texts: Sequence[bytes],
+      passages: np.ndarray,
+  ) -> None:
+    """Appends sentences.
+
+    Args:
+      split: that they are of.
+      spans: of each, (start, limit) in wordpieces, then in bytes.
+      texts: their fields `text` and `title`, encoded.
+      passages: rows of their passages, or -1.
+    """
+    counts = np.array([len(of_one) for of_one in spans], np.int64)
+    offsets = self._num_spans[split] + np.cumsum(counts)
+    self._num_spans[split] += int(counts.sum())
+    self._columns[split]['span_offsets'].append(offsets)
+    self._columns[split]['spans'].append(
+        np.array(
+            [span[:2] for of_one in spans for span in of_one], np.int32
+        ).reshape(-1, 2)
+    )
+    for of_one, text, row in zip(
+        spans, texts, passages.tolist(), strict=True
+    ):
+      fields = (
+          examples.number_field('passage', [row])
+          + examples.number_field('span_limits', [span[3] for span in of_one])
+          + examples.number_field('span_starts', [span[2] for span in of_one])
+          + text
+      )
+      self._records.append(split, examples.example(fields))
+
+  def close(
+      self, corpus: corpus_lib.Corpus, settings: dict[str, Any]
+  ) -> dict[str, Any]:
+    """Finishes all files, and the manifest as the last."""
+    if not any(self._num_spans.values()):
+      raise ValueError(
+          f'There is no salient span left in {corpus.directory}.'
+      )
+    for columns in self._columns.values():
+      for column in columns.values():
+        column.close()
+    before = corpus.manifest
+    return _write_manifest(
+        self._directory,
+        before['tokenizer'],
+        {**before['record_digests'], 'sentences': self._records.close()},
+        {
+            **before,
+            'splits': {
+                split: {**facts, 'spans': self._num_spans[split]}
+                for split, facts in before['splits'].items()
+            },
+            'settings': {**before['settings'], **settings},
+        },
+    )
+
+
+def _sentence_writer(directory: pathlib.Path) -> growing.DatasetWriter:
+  return growing.DatasetWriter(
+      directory / 'sentences',
+      _SENTENCE_FEATURES,
+      'Sentences of a realm_jax corpus with salient spans (UTF-8 bytes) and '
+      'the row of their passage, or -1.',
+  )
+
+
+def _span_columns(
+    tables: pathlib.Path, split: str
+) -> dict[str, growing.ArrayWriter]:
+  columns = {
+      'span_offsets': growing.ArrayWriter(
+          tables / f'{split}.span_offsets.npy', np.int64
+      ),
+      'spans': growing.ArrayWriter(
+          tables / f'{split}.spans.npy', np.int32, (2,)
+      ),
+  }
+  columns['span_offsets'].append(np.zeros(1, np.int64))
+  return columns
+
+
+def _write_manifest(
+    directory: pathlib.Path,
+    tokenizer: dict[str, Any],
+    digests: dict[str, Any],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+  """Writes and returns the manifest of a folder in which all else is done."""
+  files = {
+      path.relative_to(directory).as_posix(): {
+          'bytes': path.stat().st_size,
+          'sha256': _sha256(path),
+      }
+      for path in sorted(directory.rglob('*'))
+      if path.is_file()
+  }
+  # Of what the corpus says, not of how TFDS happens to store it.
+  content = {
+      'version': corpus_lib.FORMAT_VERSION,
+      'tokenizer': tokenizer,
+      'records': digests,
+      'tables': {
+          name: file['sha256']
+          for name, file in files.items()
+          if name.startswith('tables/')
+      },
+  }
+  manifest = {
+      **facts,
+      'format': FORMAT,
+      'version': corpus_lib.FORMAT_VERSION,
+      'created_by': f'realm_jax {realm_jax.__version__}',
+      'fingerprint': hashlib.sha256(
+          json.dumps(content, sort_keys=True).encode()
+      ).hexdigest(),
+      'tokenizer': tokenizer,
+      'record_digests': digests,
+      'files': files,
+  }
+  (directory / 'manifest.json').write_text(
+      json.dumps(manifest, indent=2, ensure_ascii=False) + '\n',
+      encoding='utf-8',
+  )
+  return manifest
 
 
 def _sha256(path: pathlib.Path) -> str:

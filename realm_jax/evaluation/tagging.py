@@ -1,6 +1,6 @@
 """A trained tagger in use: labels of sentences, and how right they are.
 
-Public: `SentenceTagger`, `evaluate`.
+Public: `SentenceTagger`, `evaluate`, `tag_corpus`.
 """
 
 import dataclasses
@@ -13,11 +13,15 @@ import numpy as np
 import tqdm
 
 from realm_jax import config as config_lib
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import respan
+from realm_jax.data import spans
 from realm_jax.data import tagging
 from realm_jax.evaluation import report
 from realm_jax.evaluation import trained as trained_lib
 from realm_jax.index import embedding
 from realm_jax.models import components as components_lib
+from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 
 
@@ -115,3 +119,93 @@ def evaluate(workdir: pathlib.Path | str, sources: str) -> report.Result:
   }
   report.save(workdir, result)
   return result
+
+
+def tag_corpus(
+    corpus: corpus_lib.Corpus,
+    workdir: pathlib.Path | str,
+    output: pathlib.Path | str,
+    *,
+    dates_and_numbers: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+  """Writes a corpus again with the names that a tagger finds to be masked.
+
+  The rules' names give way to the tagger's spans; their dates and numbers stay.
+  Where two spans overlap, the longer one does, and of equally long ones the
+  tagger's.
+
+  Args:
+    corpus: as `prepare` wrote it, with the tokenizer of the tagger.
+    workdir: of the objective `tagger`.
+    output: folder to write.
+    dates_and_numbers: whether to keep those of the corpus.
+    overwrite: whether to replace a corpus at `output`.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    ValueError: another tokenizer; see also `respan.respan`.
+  """
+  tagger = SentenceTagger(workdir)
+  if tagger.tokenizer.digest != corpus.tokenizer.digest:
+    raise ValueError(
+        f'{workdir} was trained with another vocabulary than that of'
+        f' {corpus.directory}: tokenizer {tagger.tokenizer.digest[:16]} there,'
+        f' {corpus.tokenizer.digest[:16]} here.'
+    )
+
+  def find(sentences: list[respan.Sentence]) -> list[list[respan.Span]]:
+    words = [np.append(np.flatnonzero(s.begins), len(s.ids)) for s in sentences]
+    texts = [s.text.encode() for s in sentences]
+    tokens = [
+        [
+            text[s.starts[a] : s.limits[b - 1]].decode()
+            for a, b in zip(places[:-1], places[1:], strict=True)
+        ]
+        for text, s, places in zip(texts, sentences, words, strict=True)
+    ]
+    table = tagging.TaggedTable.of(
+        [tagging.TaggedSentence(t, ['O'] * len(t)) for t in tokens],
+        None,
+        tagger.config.tagger.length,
+        tagger.tokenizer,
+    )
+    tags = tagging.tags_of_words(
+        table, tagger(table), tagger.types, [len(t) for t in tokens]
+    )
+    found = []
+    for s, places, of_one, text in zip(
+        sentences, words, tags, texts, strict=True
+    ):
+      names = [
+          respan.Span(
+              int(places[first]),
+              int(places[limit]),
+              int(s.starts[places[first]]),
+              int(s.limits[places[limit] - 1]),
+          )
+          for _, first, limit in tagging.entities(of_one)
+      ]
+      kept = [
+          span
+          for span in s.spans
+          if dates_and_numbers
+          and spans.kind(text[span.byte_start : span.byte_limit].decode())
+          != 'name'
+      ]
+      found.append(respan.longest(names, kept))
+    return found
+
+  return respan.respan(
+      corpus,
+      output,
+      find,
+      {
+          'tagger': checkpoint.params_digest(tagger.params),
+          'tagger_types': list(tagger.types),
+          'rules_dates_and_numbers': dates_and_numbers,
+      },
+      overwrite=overwrite,
+  )
