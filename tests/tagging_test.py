@@ -16,6 +16,7 @@ from realm_jax.data import tagging
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.evaluation import tagging as evaluation
 from realm_jax.evaluation import trained as trained_lib
+from realm_jax.export import exporting
 from realm_jax.models import tagger as tagger_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.training import loop
@@ -215,7 +216,8 @@ def test_the_loss_is_over_the_labels_alone():
   labels = jnp.array([[0, 3, -1], [-1, -1, -1]])
   loss, accuracy = tagger_lib.tagging_loss(jnp.asarray(logits), labels)
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  assert float(loss) == pytest.approx(-(logp[0, 0, 0] + logp[0, 1, 3]) / 2, rel=1e-5)
+  want = -(logp[0, 0, 0] + logp[0, 1, 3]) / 2
+  assert float(loss) == pytest.approx(want, rel=1e-5)
   right = (logits[0, 0].argmax() == 0) + (logits[0, 1].argmax() == 3)
   assert float(accuracy) == pytest.approx(int(right) / 2)
   none, _ = tagger_lib.tagging_loss(jnp.asarray(logits), jnp.full((2, 3), -1))
@@ -372,3 +374,23 @@ def test_the_longer_span_stays():
   names, kept = [span(0, 2), span(5, 6)], [span(1, 4), span(5, 6), span(7, 9)]
   assert respan.longest(names, kept) == [span(1, 4), span(5, 6), span(7, 9)]
   assert respan.longest([], []) == []
+
+
+# --------------------------------------------------------------------- export
+
+
+def test_it_is_exported_for_transformers(workdir, tmp_path):
+  """Names, shapes and labels; benchmarks/huggingface_parity.py runs it."""
+  safetensors = pytest.importorskip('safetensors.numpy')
+  exporting.run(workdir, 'huggingface', tmp_path / 'out')
+  config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert config['architectures'] == ['BertForTokenClassification']
+  assert config['model_type'] == 'bert'
+  assert config['id2label'] == {'0': 'O', '1': 'B-VAL', '2': 'I-VAL'}
+  tensors = safetensors.load_file(tmp_path / 'out' / 'model.safetensors')
+  params = trained_lib.Trained.open(workdir).load(40)['tagger']
+  np.testing.assert_array_equal(
+      tensors['classifier.weight'], np.asarray(params['output.kernel']).T
+  )
+  assert not [name for name in tensors if 'pooler' in name]
+  assert len(tensors) == len(params)

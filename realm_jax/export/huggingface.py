@@ -15,6 +15,7 @@ import numpy as np
 
 from realm_jax.data import chained
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import tagging
 from realm_jax.export import card
 from realm_jax.export import importing
 from realm_jax.export import opened
@@ -31,6 +32,7 @@ _SUMMARIES = {
     'encoder': 'The knowledge-augmented encoder (reader) of REALM.',
     'reader': 'The span reader of REALM for open-domain questions.',
     'openqa': 'REALM for open-domain questions, with its documents.',
+    'tagger': 'A tagger of named entities, for salient spans.',
 }
 _INPUTS = {
     'bert': 'The input is `[CLS] sentence with [MASK] [SEP] document [SEP]`.',
@@ -51,6 +53,11 @@ _INPUTS = {
     'openqa': (
         'One question at a time; documents are the bodies of the passages,'
         ' without their titles.'
+    ),
+    'tagger': (
+        'The input is `[CLS] sentence [SEP]`; what a wordpiece that begins a'
+        ' word is labelled counts. Where config.model.capitals was true,'
+        ' segment 1 (`token_type_ids`) marks the words with a capital letter.'
     ),
 }
 _TABLE_BYTES = 1 << 26
@@ -99,6 +106,8 @@ def default_kinds(workdir: opened.Workdir) -> list[str]:
     kinds.append('encoder')
   if 'span_reader' in workdir.params:
     kinds.append('reader')
+  if 'tagger' in workdir.params:
+    kinds.append('tagger')
   return kinds
 
 
@@ -147,8 +156,12 @@ def _write(
   values = pretrained.foreign_config(
       kind, model, source.config if source else None
   )
-  if kind != 'bert':
+  if kind not in layouts.BERT_KINDS:
     values.setdefault('num_candidates', workdir.config.num_candidates)
+  if kind == 'tagger':
+    tags = tagging.labels(model.entity_types)
+    values['id2label'] = {str(label): tag for label, tag in enumerate(tags)}
+    values['label2id'] = {tag: label for label, tag in enumerate(tags)}
   tensors: dict[str, np.ndarray | tensor_files.Chunked]
   if kind == 'bert' and source is not None:
     values['architectures'] = source.config.get('architectures', ['BertModel'])
@@ -188,8 +201,9 @@ def _write(
         values['num_block_records'],
         _blocks(workdir.corpus, live, set(blanks)),
     )
+  realm = kind not in layouts.BERT_KINDS
   card.tokenizer_files(
-      folder, workdir, 'BertTokenizer' if kind == 'bert' else 'RealmTokenizer'
+      folder, workdir, 'RealmTokenizer' if realm else 'BertTokenizer'
   )
   (folder / 'README.md').write_text(
       card.model_card(
@@ -230,8 +244,8 @@ def _blocks(
 def _usage(kind: str, subfolder: str) -> str:
   name = layouts.KINDS[kind]
   inside = f", subfolder='{subfolder}'" if subfolder else ''
-  if kind == 'bert':
-    version, imports = 'any version', 'AutoTokenizer, BertForMaskedLM'
+  if kind in layouts.BERT_KINDS:
+    version, imports = 'any version', f'AutoTokenizer, {name}'
   else:
     version = '4.40.2, the last that has REALM'
     imports = f'AutoTokenizer, {name}'

@@ -1,8 +1,8 @@
 """Which tensors a published checkpoint holds, and which of ours each one is.
 
-Public: `KINDS`, `Entry`, `Layout`, `layout_of`, `bert_layout`, `tower`,
-`kind_of`, `modern_name`. Pure tables of names for BERT and for the five REALM
-classes of transformers 4.40.2.
+Public: `KINDS`, `BERT_KINDS`, `Entry`, `Layout`, `layout_of`, `bert_layout`,
+`tower`, `kind_of`, `modern_name`. Pure tables of names for two classes of BERT
+and for the five of REALM of transformers 4.40.2.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +18,9 @@ KINDS = {
     'encoder': 'RealmKnowledgeAugEncoder',
     'reader': 'RealmReader',
     'openqa': 'RealmForOpenQA',
+    'tagger': 'BertForTokenClassification',
 }
+BERT_KINDS = ('bert', 'tagger')  # In every version of transformers.
 _WORD_EMBED = 'embeddings.word_embeddings.weight'
 
 
@@ -228,6 +230,17 @@ def _masked_lm(config: config_lib.ModelConfig) -> Layout:
   return Layout(entries, layout.copies, {})
 
 
+def _tagger(config: config_lib.ModelConfig) -> Layout:
+  return Layout(
+      [
+          *_body('bert.', 'tagger/bert', config.num_layers),
+          *_dense('classifier', 'tagger/output'),
+      ],
+      {},
+      {},
+  )
+
+
 _LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], Layout]] = {
     'bert': _masked_lm,
     'embedder': lambda config: _embedder('', config),
@@ -235,6 +248,7 @@ _LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], Layout]] = {
     'encoder': _encoder,
     'reader': lambda config: _reader('', config),
     'openqa': _open_qa,
+    'tagger': _tagger,
 }
 
 

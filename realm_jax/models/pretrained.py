@@ -136,7 +136,7 @@ def foreign_config(
   values = dict(base or {})
   values |= {
       'architectures': [layouts.KINDS[kind]],
-      'model_type': 'bert' if kind == 'bert' else 'realm',
+      'model_type': 'bert' if kind in layouts.BERT_KINDS else 'realm',
       'hidden_act': config.activation,
       'type_vocab_size': 2,
       'torch_dtype': 'float32',
@@ -146,7 +146,7 @@ def foreign_config(
   # train.
   values.setdefault('pad_token_id', 0)
   values.setdefault('attention_probs_dropout_prob', config.dropout)
-  if kind == 'bert':
+  if kind in layouts.BERT_KINDS:
     for field in ('embedding_width', 'span_width', 'max_span_width'):
       values.pop(next(key for name, key, _ in _SIZES if name == field))
     values.pop('reader_layer_norm_eps')
