@@ -39,7 +39,7 @@ Content = bytes | dict[str, Any] | ValueError
 _JSON = ('.jsonl', '.json')
 _WIKI_EXTRACTOR = re.compile(r'wiki_\d+')
 _DOC = re.compile(
-    r'<doc id="(?P<id>[^"]*)"[^>]*? title="(?P<title>.*?)"[^>]*>\s*'
+    r'<doc id="(?P<id>[^"]*)"[^>]*? title="(?P<title>.*)">\s*'
 )
 
 
