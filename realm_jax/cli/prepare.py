@@ -125,7 +125,8 @@ def _make_corpus() -> None:
       skip_bad_records=FLAGS.skip_bad_records,
       overwrite=FLAGS.overwrite,
   )
-  print(json.dumps(manifest['counts'], indent=2))
+  if not FLAGS.stats:
+    print(json.dumps(manifest['counts'], indent=2))
 
 
 def _tag_flags() -> None:

@@ -9,11 +9,17 @@ import pathlib
 import re
 from typing import Any
 
+# A version begins with a digit, a split with a letter.
+_TFDS_NAME = re.compile(
+    r'tfds:(?P<dataset>[\w/.]+(?::[\d*.]+)?)(?::(?P<split>[A-Za-z_]\w*))?'
+)
+
 
 class TfdsSource:
-  """`tfds:NAME[:SPLIT]`: of the TFDS folder, or downloaded into it.
+  """`tfds:NAME[:VERSION][:SPLIT]`: of the folder of TFDS, as files of array_record.
 
-  TFDS reads files of array_record without TensorFlow, and no others.
+  TFDS reads these without TensorFlow; to download and build a dataset it needs
+  TensorFlow, so that this is left to the command `tfds build`.
   """
 
   def __init__(self, name: str):
@@ -25,22 +31,27 @@ class TfdsSource:
     """
     # Imported late: it takes seconds.
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core.utils import file_utils
 
     self.name = name
-    dataset, _, split = name.removeprefix('tfds:').partition(':')
-    split = split or 'train'
-    try:
-      builder = tfds.builder(dataset, try_gcs=False)
-    except tfds.core.registered.DatasetNotFoundError as error:
-      raise FileNotFoundError(
-          f'{name}: TFDS knows no such dataset ({_first_line(error)}).'
-      ) from None
-    if not builder.info.splits:
-      raise FileNotFoundError(
-          f'{name}: TFDS has not prepared it in {builder.data_dir}. Run `tfds '
-          f'build {dataset} --file_format=array_record`, or set TFDS_DATA_DIR '
-          'to the folder where it is.'
+    found = _TFDS_NAME.fullmatch(name)
+    if found is None:
+      raise ValueError(
+          f'The source {name!r} is not of the form tfds:NAME[:VERSION][:SPLIT].'
       )
+    dataset, split = found['dataset'], found['split'] or 'train'
+    try:
+      builder = read_only_builder.builder_from_files(dataset)
+    except tfds.core.registered.DatasetNotFoundError:
+      raise FileNotFoundError(
+          f'{name}: there is no such dataset in the folders of TFDS, '
+          f'{", ".join(map(str, file_utils.list_data_dirs()))}. Make '
+          f'it with `tfds build {dataset} --file_format=array_record`, or set '
+          'TFDS_DATA_DIR to the folder where it is.'
+      ) from None
+    except ValueError as error:
+      raise ValueError(f'{name}: {_first_line(error)}') from None
     if split not in builder.info.splits:
       raise ValueError(
           f'{name}: there is no split {split!r}; there are '
@@ -49,12 +60,12 @@ class TfdsSource:
     _check_fields(name, builder.info.features or {})
     try:
       self._source = builder.as_data_source(split=split)
-    except NotImplementedError as error:
+    except NotImplementedError:
       raise ValueError(
-          f'{name}: {_first_line(error)} Prepare it with `tfds build {dataset} '
-          '--file_format=array_record`.'
+          f'{name}: the files in {builder.data_dir} are not of array_record, '
+          f'the only format that can be read without TensorFlow. `tfds build '
+          f'{dataset} --file_format=array_record` makes such.'
       ) from None
-    self._split = split
 
   def __iter__(self) -> Iterator[tuple[str, Any]]:
     for i in range(len(self._source)):

@@ -26,7 +26,8 @@ What is understood, files also with .gz, .xz, .bz2 or .zst at the end:
   *.xml                a dump of MediaWiki
   a folder             all such files in it, at any depth; text if alone
   a glob pattern       such as 'articles/*.jsonl.xz'
-  tfds:NAME[:SPLIT]    a dataset of TFDS, such as tfds:wikipedia/20230601.en
+  tfds:NAME[:VERSION][:SPLIT]
+                       a dataset of TFDS, such as tfds:wikipedia/20230601.en
   hf:NAME[:CONFIG[:SPLIT]]
                        a dataset of the Hugging Face hub, or its folder
   world:SEED[:ENTITIES]
@@ -38,7 +39,7 @@ Content = bytes | dict[str, Any] | ValueError
 _JSON = ('.jsonl', '.json')
 _WIKI_EXTRACTOR = re.compile(r'wiki_\d+')
 _DOC = re.compile(
-    r'<doc id="(?P<id>[^"]*)"[^>]*? title="(?P<title>.*?)"[^>]*>\s*'
+    r'<doc id="(?P<id>[^"]*)"[^>]*? title="(?P<title>.*)">\s*'
 )
 
 

@@ -1,0 +1,408 @@
+"""What `prepare` can read: files of many kinds, dumps, datasets by name."""
+
+import bz2
+import gzip
+import json
+import lzma
+import pathlib
+import shutil
+
+from backports import zstd
+import pytest
+
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import dumps
+from realm_jax.data import filters
+from realm_jax.data import prepare
+from realm_jax.data import records
+from realm_jax.data import sources
+
+_TEXT = 'In 1990 somebody came to Rome with his old friend Paul.'
+
+
+def _read(*names) -> list[records.Record]:
+  source = records.Records(sources.find([str(name) for name in names]))
+  checked = list(source.check())
+  assert list(source) == checked  # It can be read again.
+  return checked
+
+
+def _prepare(source, output, **arguments) -> corpus_lib.Corpus:
+  arguments = {'workers': 1, 'progress': False, 'vocab_size': 400, **arguments}
+  prepare.prepare([str(source)], output, **arguments)
+  return corpus_lib.Corpus.open(output)
+
+
+@pytest.mark.parametrize(
+    ('ending', 'pack'),
+    [
+        ('', bytes),
+        ('.gz', gzip.compress),
+        ('.xz', lzma.compress),
+        ('.bz2', bz2.compress),
+        ('.zst', zstd.compress),
+    ],
+)
+def test_files_may_be_compressed(tmp_path, ending, pack):
+  lines = [json.dumps({'text': f'Über {i}'}).encode() + b'\n' for i in range(3)]
+  path = tmp_path / f'in.jsonl{ending}'
+  # Compressed files may be put together; not all readers go on behind the first.
+  path.write_bytes(pack(lines[0]) + pack(lines[1] + lines[2]))
+  assert [r.text for r in _read(path)] == ['Über 0', 'Über 1', 'Über 2']
+
+
+def test_a_folder_of_texts_is_an_article_a_file(tmp_path):
+  for name, text in (
+      ('b/Old_Rome.txt', '\ufeffOld Rome\nA town.\n'),
+      ('a/Paris.txt.gz', 'Paris is a town.\nIt is old.'),
+      ('.hidden.txt', 'nothing'),
+  ):
+    path = tmp_path / 'in' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if name.endswith('.gz') else data)
+  paris, rome = _read(tmp_path / 'in')
+  assert (paris.id, paris.title) == ('a/Paris.txt.gz', 'Paris')
+  assert paris.text == 'Paris is a town.\nIt is old.'
+  # The first line is left out where it says the title again.
+  assert (rome.id, rome.title) == ('b/Old_Rome.txt', 'Old Rome')
+  assert rome.text == 'A town.\n'
+  # Beside files that say what they hold, a text is no article.
+  (tmp_path / 'in' / 'z.jsonl').write_text('{"text": "alone"}')
+  assert [r.text for r in _read(tmp_path / 'in')] == ['alone']
+
+
+def test_a_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
+  (tmp_path / 'x.txt').write_bytes('one\ntwo\nthrée'.encode('latin-1'))
+  with pytest.raises(ValueError, match=r'x.txt:1: not UTF-8: .*line 3.* 0xe9'):
+    _read(tmp_path)
+
+
+_BLOCKS = """\
+<doc id="12" url="https://en.wikipedia.org/wiki?curid=12" title="A &amp; B">
+A & B
+
+A &lt;i&gt; came to Rome.
+</doc>
+
+<doc id="13" url="x" title="Say "Hi"">
+Nothing much.
+</doc>
+"""
+
+
+def test_what_wikiextractor_writes(tmp_path):
+  (tmp_path / 'AA').mkdir()
+  path = tmp_path / 'AA' / 'wiki_00'
+  path.write_text(_BLOCKS)
+  first, second = _read(tmp_path)
+  assert (first.id, first.title) == ('12', 'A & B')
+  assert first.text == '\nA <i> came to Rome.\n'
+  assert (second.id, second.title) == ('13', 'Say "Hi"')
+  path.unlink()
+  path.with_suffix('.bz2').write_bytes(
+      bz2.compress(b'{"id": "7", "url": "", "title": "T", "text": "x"}\n')
+  )
+  (only,) = _read(tmp_path)
+  assert (only.id, only.title, only.text) == ('7', 'T', 'x')
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (_BLOCKS + '<doc id="1" title="x">\ntext', 'wiki_00:10: .* cut off'),
+        (_BLOCKS + 'stray\n', 'wiki_00:10: neither a JSON object nor <doc'),
+    ],
+)
+def test_malformed_output_of_wikiextractor_is_named(tmp_path, text, message):
+  (tmp_path / 'wiki_00').write_text(text)
+  with pytest.raises(ValueError, match=message):
+    _read(tmp_path)
+
+
+_PAGE = """<page><title>{title}</title><ns>{ns}</ns><id>{id}</id>{redirect}
+<revision><id>1</id><model>wikitext</model><format>text/x-wiki</format>
+<text xml:space="preserve">{text}</text></revision></page>
+"""
+
+
+def _dump(*pages: dict) -> bytes:
+  body = ''.join(
+      _PAGE.format(**{'ns': 0, 'redirect': '', 'id': 7 + i, **page})
+      for i, page in enumerate(pages)
+  )
+  return (
+      '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" '
+      'version="0.11" xml:lang="en"><siteinfo><sitename>W</sitename>'
+      '<dbname>enwiki</dbname><namespaces><namespace key="0" case="first-'
+      'letter" /><namespace key="1" case="first-letter">Talk</namespace>'
+      f'</namespaces></siteinfo>{body}</mediawiki>'
+  ).encode()
+
+
+_MARKUP = """{{Infobox town|name=Rome}}
+'''Rome''' ({{lang|it|Roma}}) is the [[Italy|Italian]] capital.
+&lt;ref name="a"&gt;A [[book]].&lt;/ref&gt; It is ''old''.
+[[File:Rome.jpg|thumb|A [[view]] of Rome]]
+== History ==
+* Paul came in 1990 &amp;amp; stayed.
+{| class="wikitable"
+| cell
+|}
+[[Category:Towns]]"""
+
+
+def test_a_dump_of_mediawiki(tmp_path):
+  pytest.importorskip('mwxml')
+  pytest.importorskip('mwparserfromhell')
+  path = tmp_path / 'pages.xml.bz2'
+  path.write_bytes(
+      bz2.compress(
+          _dump(
+              {'title': 'Rome', 'text': _MARKUP},
+              {'title': 'Roma', 'text': 'x', 'redirect': '<redirect title="R"/>'},
+              {'title': 'Talk:Rome', 'ns': 1, 'text': 'Yes.'},
+              {'title': 'Mercury', 'text': 'Many.\n{{Disambiguation}}'},
+              {'title': 'Empty', 'text': '{{stub}}'},
+          )
+      )
+  )
+  assert [r.title for r in _read(path)] == ['Rome', 'Mercury', 'Empty']
+  made = _prepare(path, tmp_path / 'out', exclude=['disambiguation'])
+  counts = made.manifest['counts']
+  assert counts['excluded_disambiguation'] == 1
+  assert counts['records_without_wordpieces'] == 1
+  assert made.passage_text(0) == {
+      'id': '7',
+      'title': 'Rome',
+      'text': 'Rome is the Italian capital.\nIt is old.\nHistory\n'
+      'Paul came in 1990 & stayed.',
+  }
+  assert len(made.passages) == 1
+  path.write_bytes(bz2.compress(_dump({'title': 'Rome', 'text': 'x'})[:-30]))
+  with pytest.raises(ValueError, match="pages.xml.bz2: damaged.*'Rome'"):
+    _read(path)
+
+
+def test_markup_that_is_unbalanced_is_no_error():
+  pytest.importorskip('mwparserfromhell')
+  for text in ('[[File:x|[[y]]', '{{a|{{b}}', '<ref>x', '{| x', "'''''", ''):
+    assert isinstance(dumps.plain_text(text), str)
+
+
+def test_a_dataset_of_tfds_by_name(tmp_path, monkeypatch):
+  source = tmp_path / 'in.jsonl'
+  source.write_text(json.dumps({'id': 'a', 'title': 'T', 'text': _TEXT}))
+  made = _prepare(source, tmp_path / 'made')
+  # The passages of a corpus are a dataset of TFDS themselves.
+  folder = tmp_path / 'tfds'
+  shutil.copytree(made.directory / 'passages', folder / 'passages' / '1.0.0')
+  monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
+  from tensorflow_datasets.core.utils import file_utils
+
+  monkeypatch.setattr(
+      file_utils, 'list_data_dirs', lambda *args, **kwargs: [folder]
+  )
+  for name in ('tfds:passages', 'tfds:passages:1.0.0:train'):
+    (found,) = _read(name)
+    assert (found.id, found.title, found.text) == ('a', 'T', _TEXT)
+  again = _prepare('tfds:passages', tmp_path / 'again')
+  assert again.fingerprint == made.fingerprint
+  with pytest.raises(ValueError, match="no split 'test'; there are train"):
+    _read('tfds:passages:test')
+  with pytest.raises(FileNotFoundError, match='tfds build wikipedia/x.en'):
+    _read('tfds:wikipedia/x.en')
+  with pytest.raises(ValueError, match='not of the form tfds:NAME'):
+    _read('tfds:')
+  info = folder / 'passages' / '1.0.0' / 'dataset_info.json'
+  info.write_text(info.read_text().replace('array_record"', 'tfrecord"'))
+  with pytest.raises(ValueError, match='not of array_record'):
+    _read('tfds:passages')
+
+
+def test_a_dataset_of_hugging_face_by_name(tmp_path, monkeypatch):
+  monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  datasets = pytest.importorskip('datasets')
+  datasets.disable_progress_bars()
+  monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
+  monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+  rows = [{'id': i, 'url': 'u', 'title': f'T{i}', 'text': 'é'} for i in (5, 3)]
+  folder = tmp_path / 'folder'
+  folder.mkdir()
+  (folder / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  saved = tmp_path / 'saved'
+  datasets.Dataset.from_list(rows).save_to_disk(saved)
+  for name in (f'hf:{folder}', f'hf:{saved}', f'hf:{folder}:default:train'):
+    assert [(r.id, r.title, r.text) for r in _read(name)] == [
+        ('5', 'T5', 'é'),
+        ('3', 'T3', 'é'),
+    ]
+  with pytest.raises(ValueError, match='Unknown split "test"'):
+    _read(f'hf:{folder}::test')
+  with pytest.raises(FileNotFoundError, match='hf:no/such: there is no such'):
+    _read('hf:no/such')
+  with pytest.raises(ValueError, match='not of the form hf:NAME'):
+    _read('hf:a:b:c:d')
+  datasets.Dataset.from_list([{'body': 'x'}]).save_to_disk(tmp_path / 'body')
+  with pytest.raises(ValueError, match='no field `text`; its fields are body'):
+    _read(f'hf:{tmp_path / "body"}')
+
+
+@pytest.mark.parametrize(
+    ('module', 'name', 'extra'),
+    [
+        ('datasets', 'hf:somebody/something', 'hf'),
+        ('mwxml', 'pages.xml', 'wiki'),
+        ('rensa', '', 'dedup'),
+        ('apache_beam', '', 'beam'),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command(
+    tmp_path, monkeypatch, module, name, extra
+):
+  monkeypatch.setitem(__import__('sys').modules, module, None)
+  (tmp_path / 'pages.xml').write_bytes(_dump())
+  (tmp_path / 'in.jsonl').write_text('{"text": "x"}')
+  options = {'rensa': {'near_duplicates': 0.8}, 'apache_beam': {'beam': []}}
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ImportError, match=rf'pip install .*\[{extra}\]'):
+    _prepare(name or 'in.jsonl', tmp_path / 'out', **options.get(module, {}))
+
+
+def test_an_unknown_format_says_what_is_understood(tmp_path):
+  (tmp_path / 'in.csv').write_text('a,b')
+  with pytest.raises(ValueError, match=r'(?s)in.csv does not say.*\*.jsonl'):
+    _read(tmp_path / 'in.csv')
+  with pytest.raises(FileNotFoundError, match='(?s)no file to read.*tfds:NAME'):
+    _read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'markup': 'html'}, "`markup` is 'html'; it can be 'wikitext'"),
+        ({'markup': 'wikitext', 'spans': [[0, 1]]}, '`spans` are of plain text'),
+    ],
+)
+def test_wrong_markup_is_named(tmp_path, fields, message):
+  path = tmp_path / 'in.jsonl'
+  path.write_text(json.dumps({'text': 'x', **fields}))
+  with pytest.raises(ValueError, match=message):
+    _read(path)
+
+
+@pytest.mark.parametrize(
+    ('title', 'text', 'kind'),
+    [
+        ('List of towns', '', 'lists'),
+        ('Lists of towns', '', 'lists'),
+        ('Listening', '', None),
+        ('A List of towns', '', None),
+        ('Index of towns', '', 'indices'),
+        ('Outline of history', '', 'outlines'),
+        ('Mercury (disambiguation)', '', 'disambiguation'),
+        ('Mercury', 'Mercury may refer to:\nA planet', 'disambiguation'),
+        (
+            'Mercury',
+            '\nMercury or mercury can also refer to the following:',
+            'disambiguation',
+        ),
+        ('Law', 'The law may refer to a person. It says:\n1.', None),
+        ('Mercury', '{{disambiguation}}', None),  # It is no markup.
+    ],
+)
+def test_what_the_filters_take(title, text, kind):
+  assert filters.reason(title, text, filters.KINDS) == kind
+  assert filters.reason(title, text, ()) is None
+
+
+def test_filtered_articles_are_counted_by_reason(tmp_path):
+  source = tmp_path / 'in.jsonl'
+  titles = ['Rome', 'List of towns', 'List of men', 'Index of men']
+  source.write_text(
+      '\n'.join(json.dumps({'title': t, 'text': _TEXT}) for t in titles)
+  )
+  made = _prepare(source, tmp_path / 'out', exclude=['lists', 'indices'])
+  counts = made.manifest['counts']
+  assert (counts['records'], counts['passages']) == (4, 1)
+  assert (counts['excluded_lists'], counts['excluded_indices']) == (2, 1)
+  assert made.manifest['settings']['exclude'] == ['lists', 'indices']
+  assert len(_prepare(source, tmp_path / 'all').passages) == 4
+  with pytest.raises(ValueError, match='exclude is .*stubs.*it can be lists'):
+    _prepare(source, tmp_path / 'no', exclude=['stubs'])
+
+
+def _near(count: int) -> list[dict]:
+  """Texts of which every third is the one before with a word changed."""
+  items = []
+  for i in range(count):
+    words = [f'word{(i - i % 3 // 2) * 37 + j * j}' for j in range(200)]
+    if i % 3 == 2:
+      words[i % 200] = 'other'
+    text = f'{" ".join(words)}. In 1990 somebody came.'
+    items.append({'id': f'a{i}', 'text': text, 'article': f'{i}'})
+  return items
+
+
+def test_near_duplicates_are_left_out(tmp_path, monkeypatch):
+  pytest.importorskip('rensa')
+  from realm_jax.data import duplicates
+
+  monkeypatch.setattr(duplicates, '_BATCH_CHARACTERS', 5000)
+  source = tmp_path / 'in.jsonl'
+  items = [*_near(60), {'id': 'z', 'text': '...'}, {'id': 'y', 'text': '...'}]
+  source.write_text('\n'.join(map(json.dumps, items)))
+  found = {
+      workers: _prepare(
+          source, tmp_path / f'{workers}', near_duplicates=0.8, workers=workers
+      )
+      for workers in (1, 2)
+  }
+  assert found[1].fingerprint == found[2].fingerprint
+  assert found[1].manifest['counts']['near_duplicates'] == 20
+  assert found[1].manifest['settings']['near_duplicates'] == 0.8
+  kept = {found[1].passage_text(i)['id'] for i in range(len(found[1].passages))}
+  # The first stays; texts without a word are no duplicates.
+  names = {name.partition('#')[0] for name in kept}
+  assert names == {f'a{i}' for i in range(60) if i % 3 != 2} | {'z', 'y'}
+  with pytest.raises(ValueError, match='near_duplicates is 1.5'):
+    _prepare(source, tmp_path / 'no', near_duplicates=1.5)
+
+
+def test_what_is_learned_and_what_is_known_may_be_of_different_kinds(tmp_path):
+  (tmp_path / 'wiki_00').write_text(
+      f'<doc id="1" title="Rome">\nRome\n{_TEXT}\n</doc>'
+  )
+  (tmp_path / 'news').mkdir()
+  (tmp_path / 'news' / 'Paul.txt').write_text('Paul left Rome in May 1991.')
+  made = _prepare(
+      tmp_path / 'wiki_00',
+      tmp_path / 'out',
+      pretraining_sources=[str(tmp_path / 'news')],
+  )
+  assert len(made.passages) == 1
+  assert made.passage_text(0)['text'] == _TEXT
+  assert set(made.sentences) >= {'pretraining'}
+  ids = made.sentences['pretraining'].ids(0)
+  assert made.tokenizer.decode(ids) == 'paul left rome in may 1991.'
+
+
+def test_beam_gives_the_same_bytes(tmp_path, monkeypatch):
+  pytest.importorskip('apache_beam', reason='needs the extra [beam]')
+  monkeypatch.setattr(prepare, '_CHUNK_BYTES', 4000)
+  source = tmp_path / 'in.jsonl'
+  source.write_text('\n'.join(map(json.dumps, _near(30))))
+  made = _prepare(source, tmp_path / 'made')
+  beamed = _prepare(source, tmp_path / 'beamed', beam=['--runner=DirectRunner'])
+  assert beamed.manifest == made.manifest
+  assert not list(tmp_path.glob('.*'))
+
+
+def test_the_path_of_a_source_is_its_name(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"text": "a"}\n{"text": 1}\n')
+  (source,) = sources.find([str(path)])
+  assert source.name == str(pathlib.Path(path))
+  with pytest.raises(ValueError, match=f'^{path}:2: '):
+    _read(path)
