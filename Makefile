@@ -34,7 +34,7 @@ quickstart: $(STAMP)
 	$(BIN)/python experiments/quickstart.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m pytest tests/lint_test.py tests/layering_test.py $(ARGS)

@@ -91,6 +91,7 @@ setuptools.setup(
             # A new minor release may find fault with code that passed before.
             'mypy~=2.4.1',
             'pytest>=8.3',
+            'pytest-xdist>=3.7',
             'ruff~=0.17.6',
             # For the scripts of launch/ and the YAML that they make.
             'jsonschema>=4.20',

