@@ -126,15 +126,19 @@ def test_widths_are_few_and_pay_for_themselves():
   assert widths(even, 300)[-1] == 288
 
 
-def test_batches_are_static_and_mostly_full(corpus, component, mesh):
-  embedder = embedding.PassageEmbedder(
-      component, corpus.passages, corpus.tokenizer, 40, mesh, 2**14
+def test_batches_are_static_and_mostly_full(corpus, mesh):
+  encoder = embedding.RowEncoder(
+      lambda params, *arrays: arrays[0],
+      corpus.passages.lengths,
+      40,
+      mesh,
+      2**14,
   )
   lengths = np.minimum(corpus.passages.lengths, 40)
-  sizes = dict(zip(embedder._widths, embedder._batch_rows, strict=True))
+  sizes = dict(zip(encoder._widths, encoder._batch_rows, strict=True))
   for rows in (np.arange(len(lengths)), np.arange(7, 60), np.array([3])):
     seen = []
-    for mine, width, size in embedder._batches(rows):
+    for mine, width, size in encoder._batches(rows):
       assert size == sizes[width] and size % mesh.size == 0
       assert 0 < len(mine) <= size
       assert (lengths[rows[mine]] <= width).all()
@@ -142,17 +146,16 @@ def test_batches_are_static_and_mostly_full(corpus, component, mesh):
     assert sorted(seen) == [*range(len(rows))]  # Each once.
 
 
-def test_rests_join_the_next_width(corpus, component, mesh, monkeypatch):
+def test_rests_join_the_next_width(mesh, monkeypatch):
   monkeypatch.setattr(embedding, '_widths', lambda *_: [10, 20, 40])
-  embedder = embedding.PassageEmbedder(
-      component, corpus.passages, corpus.tokenizer, 40, mesh, 1
-  )
-  embedder._batch_rows = [8, 8, 8]
   lengths = [5] * 9 + [15] * 7 + [35]
-  embedder._lengths = np.array(lengths)
+  encoder = embedding.RowEncoder(
+      lambda params, *arrays: arrays[0], np.array(lengths), 40, mesh, 1
+  )
+  encoder._batch_rows = [8, 8, 8]
   batches = [
       ([lengths[i] for i in mine], width)
-      for mine, width, _ in embedder._batches(np.arange(len(lengths)))
+      for mine, width, _ in encoder._batches(np.arange(len(lengths)))
   ]
   assert batches == [([5] * 8, 10), ([5] + [15] * 7, 20), ([35], 40)]
 

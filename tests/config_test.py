@@ -120,6 +120,7 @@ def test_every_experiment_is_a_valid_config(path):
   for stage in module.STAGES:
     config = module.get_config(stage)
     config.corpus = config.open_qa.questions = 'somewhere'
+    config.tagger.files = 'somewhere'
     config_lib.validate(config)
     assert stage not in config_lib.COMPONENTS or config.objective == stage
   with pytest.raises(ValueError, match='nonsense'):
