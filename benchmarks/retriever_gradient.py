@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib import figure as figure_lib
 import numpy as np
+import optax
 from scipy import stats
 
 from realm_jax import config as config_lib
@@ -50,6 +51,7 @@ _UPDATES = {
     'training': 'the training step: AdamW, reader too',
 }
 _LARGEST_CHANGE = 0.01  # Of a score, by gradient descent: to first order.
+_TRIAL = 1e-3  # Length of the step that shows how far to go.
 
 
 class _Measurement:
@@ -105,10 +107,13 @@ class _Measurement:
         )
         return scores({**params, 'embedder': embedder}, batch)
 
-      zero = jnp.zeros(())
-      _, slope_BK = jax.jvp(moved, (zero,), (jnp.ones(()),))
-      rate = _LARGEST_CHANGE / jnp.maximum(jnp.abs(slope_BK).max(), 1e-9)
-      return moved(rate) - moved(zero)
+      before_BK = moved(jnp.zeros(()))
+      norm = jnp.maximum(optax.tree.norm(grads), 1e-9)
+      trial = _TRIAL / norm
+      largest = jnp.abs(moved(trial) - before_BK).max()
+      rate = trial * _LARGEST_CHANGE / jnp.maximum(largest, 1e-9)
+      # Where there is nothing to be learned, the trial was as far as to go.
+      return moved(jnp.minimum(rate, 10 * trial)) - before_BK
 
     self._scores, self._credit = jax.jit(scores), jax.jit(credit)
     self._descend = jax.jit(descend)
