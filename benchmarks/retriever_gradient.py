@@ -198,9 +198,11 @@ def measure(
   points = {}
   for name, parts in changes.items():
     change_BK = np.concatenate(parts)
-    # What a softmax does not see is taken out: the same for all candidates.
-    change_BK = change_BK - change_BK.mean(axis=1, keepdims=True)
-    r, change = credit_BK.ravel(), change_BK.ravel()
+    # Of the passages; the null document's score moves with all queries at once.
+    # What a softmax does not see is taken out: what is the same for all.
+    change_BJ = change_BK[:, 1:]
+    change_BJ = change_BJ - change_BJ.mean(axis=1, keepdims=True)
+    r, change = credit_BK[:, 1:].ravel(), change_BJ.ravel()
     points[name] = r, change
     # Where there is something to be learned, is it the right way?
     clear = np.abs(r) > 0.01
