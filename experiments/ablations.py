@@ -12,8 +12,8 @@ times staler 15.1; section 3.4 for the null document and trivial candidates.
 
 Hardware: one CPU core for each row. Recorded: docs/results.md. The row `realm`
 is the quickstart with an index that is refreshed every 10 steps, so that one of
-30 times that still is refreshed, and with a longer warm-up of the reader and 200
-more steps: with the quickstart's, worlds differ more than rows do.
+30 times that still is refreshed, and with a longer warm-up of the reader and
+200 more steps: with the quickstart's, worlds differ more than rows do.
 """
 
 from realm_jax import config as config_lib
