@@ -1,5 +1,6 @@
 """Bad input to `prepare`: a clear error, and nothing half-written."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from backports import zstd
 import pytest
 
 from realm_jax.data import corpus as corpus_lib
@@ -158,7 +160,12 @@ def test_a_corpus_of_one_article_keeps_sentences_to_learn_from(tmp_path):
 
 @pytest.mark.parametrize(
     ('name', 'pack'),
-    [('in.jsonl.gz', gzip.compress), ('in.jsonl.xz', lzma.compress)],
+    [
+        ('in.jsonl.gz', gzip.compress),
+        ('in.jsonl.xz', lzma.compress),
+        ('in.jsonl.bz2', bz2.compress),
+        ('in.jsonl.zst', zstd.compress),
+    ],
 )
 def test_a_damaged_compressed_file_is_named(tmp_path, name, pack):
   source = tmp_path / name

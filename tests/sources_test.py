@@ -46,7 +46,7 @@ def _prepare(source, output, **arguments) -> corpus_lib.Corpus:
 def test_files_may_be_compressed(tmp_path, ending, pack):
   lines = [json.dumps({'text': f'Über {i}'}).encode() + b'\n' for i in range(3)]
   path = tmp_path / f'in.jsonl{ending}'
-  # Compressed files may be put together; not all readers go on behind the first.
+  # Compressed files may be put together; not all readers go on after one.
   path.write_bytes(pack(lines[0]) + pack(lines[1] + lines[2]))
   assert [r.text for r in _read(path)] == ['Über 0', 'Über 1', 'Über 2']
 
@@ -160,7 +160,7 @@ def test_a_dump_of_mediawiki(tmp_path):
       bz2.compress(
           _dump(
               {'title': 'Rome', 'text': _MARKUP},
-              {'title': 'Roma', 'text': 'x', 'redirect': '<redirect title="R"/>'},
+              {'title': 'Roma', 'text': 'x', 'redirect': '<redirect title=""/>'},
               {'title': 'Talk:Rome', 'ns': 1, 'text': 'Yes.'},
               {'title': 'Mercury', 'text': 'Many.\n{{Disambiguation}}'},
               {'title': 'Empty', 'text': '{{stub}}'},
@@ -282,7 +282,7 @@ def test_an_unknown_format_says_what_is_understood(tmp_path):
     ('fields', 'message'),
     [
         ({'markup': 'html'}, "`markup` is 'html'; it can be 'wikitext'"),
-        ({'markup': 'wikitext', 'spans': [[0, 1]]}, '`spans` are of plain text'),
+        ({'markup': 'wikitext', 'spans': [[0, 1]]}, '`spans` are of plain'),
     ],
 )
 def test_wrong_markup_is_named(tmp_path, fields, message):

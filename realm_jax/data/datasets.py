@@ -1,7 +1,7 @@
 """Texts from the datasets of others, by name: TFDS and Hugging Face.
 
-Public: `TfdsSource`, `HuggingFaceSource`. Both have to have the fields `title`
-and `text`, as the Wikipedias of both do, or at least `text`.
+Public: `TfdsSource`, `HuggingFaceSource`. A dataset must have a field `text`,
+and may have `title` and `id`, as the Wikipedias of both do.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from typing import Any
 
 # A version begins with a digit, a split with a letter.
 _TFDS_NAME = re.compile(
-    r'tfds:(?P<dataset>[\w/.]+(?::[\d*.]+)?)(?::(?P<split>[A-Za-z_]\w*))?'
+    r'tfds:(?P<dataset>[\w/.]+(?::[\d*.]+)?)(?::(?P<split>[A-Za-z]\w*))?'
 )
 
 
 class TfdsSource:
-  """`tfds:NAME[:VERSION][:SPLIT]`: of the folder of TFDS, as files of array_record.
+  """`tfds:NAME[:VERSION][:SPLIT]`: of the folder of TFDS.
 
-  TFDS reads these without TensorFlow; to download and build a dataset it needs
+  TFDS reads files of array_record without TensorFlow, and no others; to download and build a dataset it needs
   TensorFlow, so that this is left to the command `tfds build`.
   """
 
