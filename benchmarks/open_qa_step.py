@@ -59,6 +59,7 @@ class _Ours:
     config = config_lib.Config(objective='open_qa', corpus=arguments.corpus)
     config.model.preset = 'tiny' if arguments.small else 'base'
     config.batch_size = arguments.batch_size
+    config.model.compute_dtype = arguments.compute_dtype
     config.steps = 1000
     config.lengths.query, config.lengths.document = _QUERY, _DOCUMENT
     config.open_qa.questions = arguments.questions
@@ -172,6 +173,9 @@ def main() -> None:
   parser.add_argument('--retrieved', type=int, default=5_000)
   parser.add_argument('--batch_size', type=int, default=4)
   parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument(
+      '--compute_dtype', default='float32', help='of ours; or bfloat16'
+  )
   parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument('--small', action='store_true')
   arguments = parser.parse_args()

@@ -160,7 +160,11 @@ def test_a_dump_of_mediawiki(tmp_path):
       bz2.compress(
           _dump(
               {'title': 'Rome', 'text': _MARKUP},
-              {'title': 'Roma', 'text': 'x', 'redirect': '<redirect title=""/>'},
+              {
+                  'title': 'Roma',
+                  'text': 'x',
+                  'redirect': '<redirect title="Rome"/>',
+              },
               {'title': 'Talk:Rome', 'ns': 1, 'text': 'Yes.'},
               {'title': 'Mercury', 'text': 'Many.\n{{Disambiguation}}'},
               {'title': 'Empty', 'text': '{{stub}}'},

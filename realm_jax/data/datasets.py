@@ -18,8 +18,9 @@ _TFDS_NAME = re.compile(
 class TfdsSource:
   """`tfds:NAME[:VERSION][:SPLIT]`: of the folder of TFDS.
 
-  TFDS reads files of array_record without TensorFlow, and no others; to download and build a dataset it needs
-  TensorFlow, so that this is left to the command `tfds build`.
+  TFDS reads files of array_record without TensorFlow, and no others; to
+  download and build a dataset it needs TensorFlow, so that this is left to the
+  command `tfds build`.
   """
 
   def __init__(self, name: str):

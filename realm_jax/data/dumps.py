@@ -52,7 +52,7 @@ class Dump:
       try:
         for page in mwxml.Dump.from_file(file):
           title = page.title
-          if page.namespace or page.redirect:
+          if page.namespace or page.redirect is not None:
             continue
           text = ''
           for revision in page:
