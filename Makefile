@@ -15,6 +15,9 @@ ARGS ?=
 unexport PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Huge pages for what a training step allocates: half as fast again on a CPU
+# (docs/scaling.md). Without effect where the C library is not glibc.
+export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 # The first Python that is new enough and able to make an environment. (A
 # version manager may put commands on the path that do not run.)

@@ -4,10 +4,13 @@ Public: `Commands`.
 """
 
 from collections.abc import Collection
+import os
 import pathlib
 import shlex
 import subprocess
 import sys
+
+_HUGE_PAGES = 'glibc.malloc.hugetlb=1'  # As in the Makefile.
 
 
 class Commands:
@@ -38,11 +41,16 @@ class Commands:
     if cores:
       pinned = ','.join(map(str, cores))
       command = ['taskset', '--cpu-list', pinned, *command]
+    environment = {'GLIBC_TUNABLES': _HUGE_PAGES} | os.environ
     if log is None:
-      subprocess.run(command, check=True)
+      subprocess.run(command, check=True, env=environment)
       return
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'ab') as file:
       subprocess.run(
-          command, check=True, stdout=file, stderr=subprocess.STDOUT
+          command,
+          check=True,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+          env=environment,
       )

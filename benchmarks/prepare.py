@@ -168,7 +168,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     figures |= {f'workers{workers}_{k}': v for k, v in values.items()}
     yield figures
     shutil.rmtree(run.output)
-    if workers == arguments.workers[0]:
+    if workers == arguments.workers[0] and arguments.kill_at:
       figures |= _interrupted(arguments, first)
       yield figures
 
@@ -200,7 +200,9 @@ def main() -> None:
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument('--workers', default='2,4,1')
-  parser.add_argument('--kill_at', type=int, default=300, help='parts')
+  parser.add_argument(
+      '--kill_at', type=int, default=300, help='parts; 0: no run is killed'
+  )
   parser.add_argument('--small', action='store_true', help='kill at 2 parts')
   arguments = parser.parse_args()
   arguments.workers = [int(count) for count in arguments.workers.split(',')]

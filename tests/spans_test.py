@@ -88,6 +88,8 @@ def test_find_spans(marked):
     shown += data[position:start] + b'<' + data[start:limit] + b'>'
     position = limit
   assert (shown + data[position:]).decode() == marked
+  # ASCII has patterns of its own, which must find the same.
+  assert spans.find_spans(sentence + ' ñ') == found
 
 
 def test_document_tells_names_from_first_words():
