@@ -138,7 +138,7 @@ def test_batches_are_static_and_mostly_full(corpus, mesh):
   sizes = dict(zip(encoder._widths, encoder._batch_rows, strict=True))
   for rows in (np.arange(len(lengths)), np.arange(7, 60), np.array([3])):
     seen = []
-    for mine, width, size in encoder._batches(rows):
+    for mine, width, size in encoder._batches(lengths[rows]):
       assert size == sizes[width] and size % mesh.size == 0
       assert 0 < len(mine) <= size
       assert (lengths[rows[mine]] <= width).all()
@@ -155,7 +155,7 @@ def test_rests_join_the_next_width(mesh, monkeypatch):
   encoder._batch_rows = [8, 8, 8]
   batches = [
       ([lengths[i] for i in mine], width)
-      for mine, width, _ in encoder._batches(np.arange(len(lengths)))
+      for mine, width, _ in encoder._batches(np.array(lengths))
   ]
   assert batches == [([5] * 8, 10), ([5] + [15] * 7, 20), ([35], 40)]
 

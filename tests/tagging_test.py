@@ -138,6 +138,31 @@ def test_labels_become_tags_again(tokenizer, length):
       table, table.labels_NL, types, [len(s.tokens) for s in given]
   )
   assert tags == [s.tags for s in given]
+  found = zip(
+      *tagging.entities_of_words(table, table.labels_NL), strict=True
+  )
+  assert [tuple(map(int, entity)) for entity in found] == [
+      (i, first, behind)
+      for i, s in enumerate(given)
+      for _, first, behind in tagging.entities(s.tags)
+  ]
+
+
+@pytest.mark.parametrize('length', [4, 5, 64])
+def test_running_text_is_tagged_as_its_words(tokenizer, length):
+  text = 'Ann lives in Zoë , New York xyz'
+  ((ids, starts, _),) = tokenizer.encode_arrays([text])
+  begins = tokenizer.starts_word[ids]
+  table = tagging.TaggedTable.of_wordpieces(
+      [tagging.Wordpieces.of_text(text, ids, starts, begins)],
+      length,
+      tokenizer,
+  )
+  words = tagging.TaggedTable.of(
+      [sentence(text, 'O O O O O O O O')], None, length, tokenizer
+  )
+  for name in ('ids_NL', 'types_NL', 'begins_NL', 'words_NL', 'sentences_N'):
+    assert np.array_equal(getattr(table, name), getattr(words, name)), name
 
 
 def test_an_unknown_type_is_refused(tokenizer):

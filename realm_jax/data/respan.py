@@ -19,6 +19,7 @@ import tqdm
 from realm_jax.data import atomic
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import examples
+from realm_jax.data import words as words_lib
 from realm_jax.data import writer as writer_lib
 
 _SENTENCES = 2**14  # At a time.
@@ -166,6 +167,7 @@ def _read(
       str(corpus.directory / 'sentences')
   ).as_data_source(split=split)
   table, tokenizer = corpus.sentences[split], corpus.tokenizer
+  encode = words_lib.WordMemo(tokenizer)
   for first in range(0, len(table), _SENTENCES):
     rows = np.arange(first, min(first + _SENTENCES, len(table)))
     records = source.__getitems__(rows.tolist())
@@ -175,7 +177,7 @@ def _read(
         rows.tolist(),
         records,
         texts,
-        tokenizer.encode_arrays(texts),
+        encode(texts),
         strict=True,
     ):
       if not np.array_equal(ids, table.ids(row)):

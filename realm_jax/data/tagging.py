@@ -1,7 +1,8 @@
 """Sentences with named entities: files, wordpieces with labels, and the F1.
 
 Public: `TaggedSentence`, `read`, `types_of`, `labels`, `TaggedTable`,
-`tags_of_words`, `capitals`, `entities`, `Score`, `score`. Tags are IOB2 inside:
+`Wordpieces`, `tags_of_words`, `entities_of_words`, `capitals`, `entities`,
+`Score`, `score`. Tags are IOB2 inside:
 `B-PER` begins an entity, `I-PER` goes on with it. Labels are numbers: 0 for O,
 then B and I of each type.
 
@@ -13,6 +14,7 @@ IO, IOB1, IOB2 and BIOES are understood.
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 
@@ -203,45 +205,117 @@ class TaggedTable:
     if types is not None:
       number = {tag: i for i, tag in enumerate(labels(types))}
     words = _Words(tokenizer)
-    rows: list[tuple[int, list[_Token]]] = []
-    for i, sentence in enumerate(sentences):
-      room = 0
-      for token in _tokens(sentence, number, words):
-        if len(token.ids) > room:
-          rows.append((i, []))
-          room = length - 2
-        rows[-1][1].append(token)
-        room -= len(token.ids)
-    shape = (len(rows), length)
-    ids_NL = np.full(shape, tokenizer.pad_id, np.int32)
-    types_NL = np.zeros(shape, np.int32)
-    begins_NL = np.zeros(shape, bool)
-    labels_NL = np.full(shape, NO_LABEL, np.int32)
-    words_NL = np.full(shape, -1, np.int32)
-    for row, (_, tokens) in enumerate(rows):
-      ids_NL[row, 0], place = tokenizer.cls_id, 1
-      for token in tokens:
-        ids = token.ids[: length - 2]
-        at = slice(place, place + len(ids))
-        ids_NL[row, at] = ids
-        types_NL[row, at] = token.capitals[: len(ids)]
-        begins_NL[row, at] = token.begins[: len(ids)]
-        labels_NL[row, at] = token.labels[: len(ids)]
-        words_NL[row, place] = token.word
-        place += len(ids)
-      ids_NL[row, place] = tokenizer.sep_id
     digest = hashlib.sha256(repr((types, length)).encode())
     for sentence in sentences:
       digest.update(repr((sentence.tokens, sentence.tags)).encode())
-    return cls(
-        ids_NL,
-        types_NL,
-        begins_NL,
-        labels_NL,
-        np.array([i for i, _ in rows], np.int64),
-        words_NL,
+    return cls.of_wordpieces(
+        [_wordpieces(sentence, number, words) for sentence in sentences],
+        length,
+        tokenizer,
         digest.hexdigest(),
     )
+
+  @classmethod
+  def of_wordpieces(
+      cls,
+      sentences: Sequence['Wordpieces'],
+      length: int,
+      tokenizer: tokenizer_lib.Tokenizer,
+      digest: str = '',
+  ) -> 'TaggedTable':
+    """Puts sentences that are wordpieces already into rows."""
+    of_row, starts, limits = [], [], []
+    for i, sentence in enumerate(sentences):
+      for start, limit in _rows(sentence.words, length - 2):
+        of_row.append(i)
+        starts.append(start)
+        limits.append(limit)
+    sentences_N = np.array(of_row, np.int64)
+    sizes_N = np.array(limits, np.int64) - np.array(starts, np.int64)
+    # Of each wordpiece: its row, its place there, and that in all sentences.
+    first = np.cumsum([0, *(len(s.ids) for s in sentences)])
+    row = np.repeat(np.arange(len(of_row)), sizes_N)
+    before_N = np.cumsum(sizes_N) - sizes_N
+    place = np.arange(len(row)) - before_N[row]
+    source = first[sentences_N[row]] + np.array(starts, np.int64)[row] + place
+
+    def table(name: str, padding: int, dtype: type) -> np.ndarray:
+      array_NL = np.full((len(of_row), length), padding, dtype)
+      if sentences:
+        values = np.concatenate([getattr(s, name) for s in sentences])
+        array_NL[row, place + 1] = values[source]
+      return array_NL
+
+    ids_NL = table('ids', tokenizer.pad_id, np.int32)
+    ids_NL[:, 0] = tokenizer.cls_id
+    ids_NL[np.arange(len(of_row)), sizes_N + 1] = tokenizer.sep_id
+    return cls(
+        ids_NL,
+        table('capitals', 0, np.int32),
+        table('begins', False, bool),
+        table('labels', NO_LABEL, np.int32),
+        sentences_N,
+        table('words', -1, np.int32),
+        digest,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Wordpieces:
+  """The wordpieces of a sentence, and of each:
+
+  capitals: whether its word begins with a capital letter.
+  begins: whether it begins a word.
+  words: the number of the token that begins with it, or -1.
+  labels: its label, or NO_LABEL.
+  """
+
+  ids: np.ndarray
+  capitals: np.ndarray
+  begins: np.ndarray
+  words: np.ndarray
+  labels: np.ndarray
+
+  @classmethod
+  def of_text(
+      cls,
+      text: str,
+      ids: np.ndarray,
+      starts: np.ndarray,
+      begins: np.ndarray,
+  ) -> 'Wordpieces':
+    """Of running text, where every word is a token; without labels."""
+    return cls(
+        ids,
+        capitals(text, starts, begins),
+        begins,
+        np.where(begins, np.cumsum(begins) - 1, -1),
+        np.full(len(ids), NO_LABEL),
+    )
+
+
+def entities_of_words(
+    table: TaggedTable, labels_NL: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the entities that labels are of, of whatever type.
+
+  Args:
+    table: of the sentences.
+    labels_NL: of its wordpieces, as `models.tagger.decode` has them: an I- goes
+      on with what comes before it.
+
+  Returns:
+    Of each entity, in order: its sentence, its first word, and the word behind
+    it.
+  """
+  begins_NL = table.words_NL >= 0
+  words, found = table.words_NL[begins_NL], labels_NL[begins_NL]
+  of_word = np.repeat(table.sentences_N, begins_NL.sum(axis=1))
+  inside = (found > 0) & (found % 2 == 0)
+  first = np.flatnonzero(found % 2 == 1)
+  outside = np.append(np.flatnonzero(~inside), len(found))
+  behind = outside[np.searchsorted(outside, first, 'right')]
+  return of_word[first], words[first], words[behind - 1] + 1
 
 
 def tags_of_words(
@@ -266,17 +340,6 @@ def tags_of_words(
   return [_iob2(tags, [''] * len(tags)) for tags in found]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Token:
-  """The wordpieces of a token."""
-
-  word: int  # Its number in the sentence.
-  ids: np.ndarray
-  capitals: np.ndarray
-  begins: np.ndarray
-  labels: np.ndarray
-
-
 class _Words(dict):
   """Of each token: its wordpieces, capitals and beginnings of words."""
 
@@ -292,12 +355,13 @@ class _Words(dict):
     return self[text]
 
 
-def _tokens(
-    sentence: TaggedSentence,
-    number: dict[str, int] | None,
-    words: _Words,
-) -> Iterator[_Token]:
-  """Yields the tokens that have a wordpiece."""
+def _wordpieces(
+    sentence: TaggedSentence, number: dict[str, int] | None, words: _Words
+) -> Wordpieces:
+  """Returns the wordpieces of all tokens that have one."""
+  parts: list[tuple[np.ndarray, ...]] = [
+      (np.zeros(0, np.int64),) * len(dataclasses.fields(Wordpieces))
+  ]
   for word, (text, tag) in enumerate(
       zip(sentence.tokens, sentence.tags, strict=True)
   ):
@@ -309,12 +373,41 @@ def _tokens(
     ids, upper, begins = words[text]
     if not len(ids):
       continue
+    place = np.full(len(ids), -1)
+    place[0] = word
     labelled = np.full(len(ids), NO_LABEL)
     if number is not None:
       inside = number[tag] + 1 if tag.startswith('B-') else number[tag]
       labelled[begins] = inside
       labelled[0] = number[tag]
-    yield _Token(word, ids, upper, begins, labelled)
+    parts.append((ids, upper, begins, place, labelled))
+  return Wordpieces(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _rows(words: np.ndarray, room: int) -> Iterator[tuple[int, int]]:
+  """Yields where a sentence is cut: before tokens; a longer one loses its end.
+
+  Args:
+    words: see `Wordpieces`.
+    room: wordpieces of a row.
+  """
+  if len(words) <= room:  # Nearly all are.
+    if len(words):
+      yield 0, len(words)
+    return
+  cuts = [*np.flatnonzero(words >= 0).tolist(), len(words)]
+  start = 0
+  for cut, following in itertools.pairwise(cuts):
+    if following - start <= room:
+      continue
+    if cut > start:
+      yield start, cut
+      start = cut
+    if following - start > room:
+      yield start, start + room
+      start = following
+  if start < len(words):
+    yield start, len(words)
 
 
 def capitals(

@@ -49,6 +49,7 @@ class SentenceTagger:
     self.params = trained.load(self.step)['tagger']
     self._component = trained.components['tagger']
     self._mesh = mesh_lib.make_mesh(config_lib.MeshConfig())
+    self._encoder: embedding.RowEncoder | None = None
 
   def __call__(self, table: tagging.TaggedTable) -> np.ndarray:
     """Returns the labels of sentences, int32 NL; those without are -1."""
@@ -66,15 +67,17 @@ class SentenceTagger:
           for array_NL in (table.ids_NL, table.types_NL, table.begins_NL)
       )
 
-    encoder = embedding.RowEncoder(
-        tag, lengths_N, table.ids_NL.shape[1], self._mesh
-    )
+    if self._encoder is None:  # Planned for what comes first.
+      length = self.config.tagger.length  # Which may come later.
+      self._encoder = embedding.RowEncoder(
+          tag, np.append(lengths_N, length), length, self._mesh
+      )
     labels_NL = np.full(table.ids_NL.shape, tagging.NO_LABEL, np.int32)
     with tqdm.tqdm(
         total=len(table), desc='tagging', unit='sentence', disable=None
     ) as bar:
-      for rows, labels_BL in encoder(
-          self.params, np.arange(len(table)), assemble
+      for rows, labels_BL in self._encoder(
+          self.params, np.arange(len(table)), assemble, lengths_N
       ):
         labels_NL[rows, : labels_BL.shape[1]] = labels_BL
         bar.update(len(rows))
@@ -157,37 +160,29 @@ def tag_corpus(
     )
 
   def find(sentences: list[respan.Sentence]) -> list[list[respan.Span]]:
-    words = [np.append(np.flatnonzero(s.begins), len(s.ids)) for s in sentences]
-    texts = [s.text.encode() for s in sentences]
-    tokens = [
+    table = tagging.TaggedTable.of_wordpieces(
         [
-            text[s.starts[a] : s.limits[b - 1]].decode()
-            for a, b in zip(places[:-1], places[1:], strict=True)
-        ]
-        for text, s, places in zip(texts, sentences, words, strict=True)
-    ]
-    table = tagging.TaggedTable.of(
-        [tagging.TaggedSentence(t, ['O'] * len(t)) for t in tokens],
-        None,
+            tagging.Wordpieces.of_text(s.text, s.ids, s.starts, s.begins)
+            for s in sentences
+        ],
         tagger.config.tagger.length,
         tagger.tokenizer,
     )
-    tags = tagging.tags_of_words(
-        table, tagger(table), tagger.types, [len(t) for t in tokens]
-    )
-    found = []
-    for s, places, of_one, text in zip(
-        sentences, words, tags, texts, strict=True
+    names: list[list[respan.Span]] = [[] for _ in sentences]
+    words = [np.append(np.flatnonzero(s.begins), len(s.ids)) for s in sentences]
+    for number, first, behind in zip(
+        *tagging.entities_of_words(table, tagger(table)), strict=True
     ):
-      names = [
+      start, limit = words[number][[first, behind]].tolist()
+      s = sentences[number]
+      names[number].append(
           respan.Span(
-              int(places[first]),
-              int(places[limit]),
-              int(s.starts[places[first]]),
-              int(s.limits[places[limit] - 1]),
+              start, limit, int(s.starts[start]), int(s.limits[limit - 1])
           )
-          for _, first, limit in tagging.entities(of_one)
-      ]
+      )
+    found = []
+    for s, of_one in zip(sentences, names, strict=True):
+      text = s.text.encode()
       kept = [
           span
           for span in s.spans
@@ -195,7 +190,7 @@ def tag_corpus(
           and spans.kind(text[span.byte_start : span.byte_limit].decode())
           != 'name'
       ]
-      found.append(respan.longest(names, kept))
+      found.append(respan.longest(of_one, kept))
     return found
 
   return respan.respan(

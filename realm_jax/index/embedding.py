@@ -100,6 +100,7 @@ class RowEncoder:
       params: components.Params,
       rows: np.ndarray,
       assemble: Callable[[np.ndarray, int], tuple[np.ndarray, ...]],
+      lengths_N: np.ndarray | None = None,
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields places in `rows` and the results for them, in no fixed order.
 
@@ -108,7 +109,9 @@ class RowEncoder:
       rows: numbers of rows.
       assemble: assemble(numbers, width), the arrays of some rows, padded to
         the width; where the number is -1, of none.
+      lengths_N: of all rows, where they are not those that were planned for.
     """
+    lengths_N = self._lengths if lengths_N is None else lengths_N
     params = jax.device_put(params, self._replicated)
     # The next batch is put together while the devices work on this one.
     running: list[tuple[np.ndarray, jax.Array]] = []
@@ -117,7 +120,7 @@ class RowEncoder:
       mine, result = running.pop(0)
       return mine, np.asarray(jax.device_get(result))[: len(mine)]
 
-    for mine, width, size in self._batches(rows):
+    for mine, width, size in self._batches(lengths_N[rows]):
       numbers = np.full(size, -1, np.int64)
       numbers[: len(mine)] = rows[mine]
       arrays = jax.device_put(assemble(numbers, width), self._over_rows)
@@ -128,10 +131,10 @@ class RowEncoder:
       yield collect()
 
   def _batches(
-      self, rows: np.ndarray
+      self, lengths_N: np.ndarray
   ) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yields which of `rows`, the width and the size of each batch."""
-    buckets = np.searchsorted(self._widths, self._lengths[rows])
+    """Yields which of the rows, the width and the size of each batch."""
+    buckets = np.searchsorted(self._widths, lengths_N)
     by_width = np.argsort(buckets, kind='stable')
     ends = np.searchsorted(buckets[by_width], range(len(self._widths)), 'right')
     first = 0
@@ -140,7 +143,7 @@ class RowEncoder:
       limit = end - (end - first) % size
       # What does not fill a batch joins the next width, if that costs less
       # than the padding of a batch of its own.
-      if end == len(rows) or (
+      if end == len(lengths_N) or (
           (end - limit) * self._widths[bucket + 1] >= size * width
       ):
         limit = end
