@@ -21,6 +21,7 @@ def _readme() -> str:
   return path.read_text(encoding='utf-8') if path.exists() else ''
 
 
+_BEAM = ['apache-beam>=2.60']
 _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
 _DEDUP = ['rensa>=0.5']
@@ -78,11 +79,12 @@ setuptools.setup(
         'plot': _PLOT,
         'tensorboard': _TENSORBOARD,
         'faiss': ['faiss-cpu>=1.9'],
-        'beam': ['apache-beam>=2.60'],
+        'beam': _BEAM,
         'dedup': _DEDUP,
         'hf': _HF,
         'wiki': _WIKI,
         'dev': [
+            *_BEAM,
             *_TENSORBOARD,
             *_DEDUP,
             *_HF,

@@ -11,9 +11,9 @@ times staler 15.1; section 3.4 for the null document and trivial candidates.
       --with_index_builder
 
 Hardware: one CPU core for each row, five minutes. Recorded: docs/results.md.
-The row `realm` is the quickstart on a world of 400 entities, which is learned in
-fewer steps, with an index that is refreshed every 10 steps, so that one of 30
-times that still is refreshed.
+The row `realm` is the quickstart on a world of 400 entities, which is learned
+in fewer steps, with an index that is refreshed every 10 steps, so that one of
+30 times that still is refreshed.
 """
 
 from realm_jax import config as config_lib
