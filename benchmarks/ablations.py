@@ -99,7 +99,7 @@ class _Seed:
   def prepare(self, joined: bool) -> None:
     """Makes the world, and one where everything that is said is a passage."""
     # Seeds of worlds that nothing was tuned on.
-    number = 200 + self._seed
+    number = 300 + self._seed
     if not self.corpus.exists():
       source = f'--source=world:{number}:{self._entities}'
       self._run('prepare', source, f'--output={self.corpus}', log=self._log())
