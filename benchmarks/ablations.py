@@ -18,17 +18,13 @@ import json
 import math
 import os
 import pathlib
-import platform
 import queue
-import shlex
 import statistics
 import subprocess
 import sys
 from typing import Any
 
 import commands
-import flax
-import jax
 from matplotlib import figure as figure_lib
 from scipy import stats
 
@@ -469,15 +465,7 @@ def main() -> int:
   recorded = None
   if arguments.output.exists():
     recorded = checkpoint.read_json(arguments.output)
-  figures = collect(arguments.workdir, recorded) | {
-      'command': shlex.join(['python', *sys.argv]),
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'flax': flax.__version__,
-      },
-  }
+  figures = collect(arguments.workdir, recorded) | commands.about('jax', 'flax')
   checkpoint.write_json(arguments.output, figures)
   table = markdown(figures)
   arguments.output.with_suffix('.md').write_text(table, encoding='utf-8')

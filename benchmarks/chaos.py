@@ -24,7 +24,6 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import random
 import re
 import shlex
@@ -35,8 +34,7 @@ import sys
 import time
 from typing import Any
 
-import flax
-import jax
+import commands
 
 from realm_jax.data import prepare
 from realm_jax.index import generation
@@ -394,13 +392,7 @@ def main() -> int:
           for kill in sorted(kills, key=lambda kill: kill.seconds or 0.0)
           if kill.seconds is not None
       ],
-      'command': shlex.join(['python', *sys.argv]),
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'flax': flax.__version__,
-      },
+      **commands.about('jax', 'flax'),
   }
   figures['ok'] = figures['ok'] and figures['all_kills_done']
   checkpoint.write_json(arguments.output, figures)

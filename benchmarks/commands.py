@@ -1,14 +1,17 @@
-"""Runs commands of `realm-jax`, and keeps them for the record.
+"""What all benchmarks record: commands of `realm-jax`, machine, versions.
 
-Public: `Commands`.
+Public: `Commands`, `about`.
 """
 
 from collections.abc import Collection
+from importlib import metadata
 import os
 import pathlib
+import platform
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 _HUGE_PAGES = 'glibc.malloc.hugetlb=1'  # As in the Makefile.
 
@@ -54,3 +57,19 @@ class Commands:
           stderr=subprocess.STDOUT,
           env=environment,
       )
+
+
+def about(*packages: str) -> dict[str, Any]:
+  """Returns the figures that say how all others were made.
+
+  Args:
+    *packages: whose versions matter, by their names on PyPI.
+  """
+  return {
+      'command': shlex.join(['python', *sys.argv]),
+      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
+      'versions': {
+          'python': platform.python_version(),
+          **{package: metadata.version(package) for package in packages},
+      },
+  }

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import json
 import os
 import pathlib
-import platform
 import resource
 import shlex
 import shutil
@@ -26,8 +25,7 @@ import threading
 import time
 from typing import Any
 
-import nupunkt
-import tokenizers
+import commands
 
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.runtime import checkpoint
@@ -208,15 +206,7 @@ def main() -> None:
   arguments.workers = [int(count) for count in arguments.workers.split(',')]
   if arguments.small:
     arguments.kill_at = 2
-  about = {
-      'command': shlex.join(['python', *sys.argv]),
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'nupunkt': nupunkt.__version__,
-          'tokenizers': tokenizers.__version__,
-      },
-  }
+  about = commands.about('nupunkt', 'tokenizers')
   for figures in measure(arguments):
     checkpoint.write_json(arguments.output, figures | about)
     print(json.dumps(figures, indent=2), flush=True)

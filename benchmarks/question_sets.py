@@ -13,15 +13,10 @@ everything else. A training that is finished is not run again.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
-import shlex
-import sys
 from typing import Any
 
 import commands
-import jax
 import squad_open
 
 from realm_jax.data import corpus as corpus_lib
@@ -82,12 +77,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(json.dumps(found, indent=2), flush=True)
   return {
       **figures,
-      'command': shlex.join(['python', *sys.argv]),
+      **commands.about('jax'),
       'commands': realm_jax.done,
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(), 'jax': jax.__version__
-      },
   }
 
 

@@ -14,20 +14,14 @@ to a check of the script, and `--flag=STAGE:FLAG`, repeated, changes a stage:
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import resource
-import shlex
 import shutil
 import statistics
-import sys
 import time
 from typing import Any
 
 import commands
-import flax
-import jax
 
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.evaluation import report
@@ -83,14 +77,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f'--steps={steps}',
     )
   return {
-      'command': shlex.join(['python', *sys.argv]),
+      **commands.about('jax', 'flax'),
       'commands': realm_jax.done,
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'flax': flax.__version__,
-      },
       **_corpus_figures(arguments.corpus),
       **figures,
       **_training_figures(arguments.workdir),

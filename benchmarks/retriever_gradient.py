@@ -17,16 +17,13 @@ on one sentence, the same on a whole batch, and the job's own training step
 
 import argparse
 import json
-import os
 import pathlib
-import platform
-import shlex
 import shutil
 import sys
 import tempfile
 from typing import Any
 
-import flax
+import commands
 import jax
 import jax.numpy as jnp
 from matplotlib import figure as figure_lib
@@ -250,15 +247,7 @@ def main() -> int:
           ylabel='change of f(x,z) beside the other candidates',
       )
       axis.title.set_fontsize(9)
-  result = figures | {
-      'command': shlex.join(['python', *sys.argv]),
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'flax': flax.__version__,
-      },
-  }
+  result = figures | commands.about('jax', 'flax')
   print(json.dumps(result, indent=2))
   checkpoint.write_json(arguments.output, result)
   figure.savefig(arguments.output.with_suffix('.png'), dpi=110)

@@ -17,16 +17,12 @@ rules by their kind, of the tagger its type `tim`.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import platform
-import shlex
 import sys
 import time
 from typing import Any
 
 import commands
-import jax
 
 from realm_jax.data import spans as spans_lib
 from realm_jax.data import tagging
@@ -210,12 +206,8 @@ def main() -> int:
         *(['--config.steps=20'] if arguments.small else []),
     )
   figures = measure(arguments, paths['held_out']) | {
-      'command': shlex.join(['python', *sys.argv]),
+      **commands.about('jax'),
       'commands': realm_jax.done,
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(), 'jax': jax.__version__
-      },
   }
   print(json.dumps(figures, indent=2))
   checkpoint.write_json(arguments.output, figures)

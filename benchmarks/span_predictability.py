@@ -14,15 +14,11 @@ their kind. What it gets right without any passage teaches a retriever nothing
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import platform
-import shlex
 import sys
 from typing import Any
 
 import commands
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -141,12 +137,8 @@ def main() -> int:
   done = train(arguments)
   figures = measure(arguments.workdir, arguments.sentences) | {
       'loss': metrics_lib.read_metrics(arguments.workdir)[-1]['train/loss'],
-      'command': shlex.join(['python', *sys.argv]),
+      **commands.about('jax'),
       'commands': done,
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(), 'jax': jax.__version__
-      },
   }
   print(json.dumps(figures, indent=2))
   checkpoint.write_json(arguments.output, figures)

@@ -15,15 +15,11 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import resource
-import shlex
-import sys
 from typing import Any
 
 import bm25s
 import commands
-import jax
 from matplotlib import figure as figure_lib
 import numpy as np
 
@@ -91,14 +87,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f'--steps={steps}', '--limit=200' if arguments.small else '--read=5',
     )
   return {
-      'command': shlex.join(['python', *sys.argv]),
+      **commands.about('jax', 'bm25s'),
       'commands': realm_jax.done,
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'bm25s': bm25s.__version__,
-      },
       **figures,
       **bm25(arguments.corpus, arguments.dev),
       **_curve(jobs),
