@@ -158,7 +158,7 @@ def _ascii(pattern: str) -> re.Pattern[str]:
 
 _SPAN, _SPAN_ASCII = re.compile(_ANY), _ascii(_ANY)
 _START, _START_ASCII = re.compile(_FIRST), _ascii(_FIRST)
-_SINGLE_WORD = re.compile(_CORE)
+_SINGLE_WORD, _SINGLE_WORD_ASCII = re.compile(_CORE), _ascii(_CORE)
 _LEADING_WORD = re.compile(rf'(?:{_CORE})(?: {_LINK}(?= ))? ')
 _FIRST_LETTER = re.compile(r'\w')
 _MID_SENTENCE = re.compile(rf' (?<=[\w,;] )({_UPPER}\w*)')
@@ -191,9 +191,9 @@ def find_spans(
     Half-open ranges of UTF-8 bytes, in order, not overlapping.
   """
   first = _FIRST_LETTER.search(sentence)
-  starts, pattern = _START, _SPAN
+  starts, pattern, word = _START, _SPAN, _SINGLE_WORD
   if sentence.isascii():
-    starts, pattern = _START_ASCII, _SPAN_ASCII
+    starts, pattern, word = _START_ASCII, _SPAN_ASCII, _SINGLE_WORD_ASCII
   spans = []
   position = 0
   while begin := starts.search(sentence, position):
@@ -204,7 +204,7 @@ def find_spans(
       continue
     position = match.end()
     if match.lastgroup == 'name':
-      rest = _skip_function_word(sentence, start, position)
+      rest = _skip_function_word(word, sentence, start, position)
       if rest > start:  # Look again: 'In May 1990' is a date behind an 'In'.
         position = rest
         continue
@@ -232,10 +232,12 @@ def kind(span: str) -> str:
   return (match and match.lastgroup) or 'name'
 
 
-def _skip_function_word(sentence: str, start: int, limit: int) -> int:
+def _skip_function_word(
+    word: re.Pattern[str], sentence: str, start: int, limit: int
+) -> int:
   """Returns where a name goes on after a function word in front of it."""
-  word = _SINGLE_WORD.match(sentence, start, limit)
-  if word is None or word.group().lower() not in _FUNCTION_WORDS:
+  first = word.match(sentence, start, limit)
+  if first is None or first.group().lower() not in _FUNCTION_WORDS:
     return start
   # 'Of the British': a linking word goes with the word it followed.
   lead = _LEADING_WORD.match(sentence, start, limit)
