@@ -44,7 +44,9 @@ class Beside:
     exclude_BR2 = np.asarray(exclude_BR2, np.int64)
     borders = (0, self._border, self.num_documents)
     allowed = [
-        self._allowed(np.clip(exclude_BR2, first, limit), first, limit)
+        mips.num_allowed(
+            np.clip(exclude_BR2, first, limit), self._removed, first, limit
+        )
         for first, limit in zip(borders, borders[1:], strict=False)
     ]
     if size and k > (allowed[0] + allowed[1]).min():
@@ -84,22 +86,3 @@ class Beside:
     score_BN = np.einsum('BE,BNE->BN', query_emb_BE, emb_BNE)
     order = np.lexsort((rows_BN, -score_BN), axis=1)[:, :k]
     return np.take_along_axis(rows_BN, order, 1)
-
-  def _allowed(
-      self, exclude_BR2: np.ndarray, first: int, limit: int
-  ) -> np.ndarray:
-    """How many rows of a part each query may have, given clipped ranges."""
-
-    def live(start: np.ndarray, limit: np.ndarray) -> np.ndarray:
-      before, after = np.searchsorted(self._removed, np.stack([start, limit]))
-      return limit - start - (after - before)
-
-    # In order of where they start, of each range what lies beyond the others.
-    order = np.argsort(exclude_BR2[..., 0], axis=1, kind='stable')
-    ranges = np.take_along_axis(exclude_BR2, order[..., None], axis=1)
-    start, end = ranges[..., 0], ranges[..., 1]
-    reach = np.maximum.accumulate(end, axis=1)
-    reach = np.pad(reach, ((0, 0), (1, 0)), constant_values=first)[:, :-1]
-    start = np.maximum(start, reach)
-    hidden_B = live(start, np.maximum(end, start)).sum(axis=1)
-    return live(np.array(first), np.array(limit)) - hidden_B

@@ -34,7 +34,6 @@ from realm_jax.index import edition as edition_lib
 from realm_jax.index import embedding
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import mips
-from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
@@ -204,7 +203,7 @@ class Documents:
 
   def embeddings(
       self, part: Part, about: dict[str, Any]
-  ) -> shards.Table | None:
+  ) -> chained.Chained | None:
     """Those of a part made like the generation with this manifest, if any."""
     path = part.index / str(about['step'])
     expected = self.lineage(part, about['step'], about['params_digest'])

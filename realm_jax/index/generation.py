@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
+from realm_jax.data import chained
 from realm_jax.index import mips
 from realm_jax.index import scann_tree
 from realm_jax.index import shards
@@ -77,7 +78,7 @@ class Generation:
   path: pathlib.Path
   lineage: Lineage
   manifest: dict[str, Any]
-  embeddings: shards.Table
+  embeddings: chained.Chained
 
   def make_search(
       self,
@@ -468,7 +469,7 @@ def _scann_writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def _measure(
-    search: mips.Search, table: shards.Table, mesh: jax.sharding.Mesh | None
+    search: mips.Search, table: chained.Chained, mesh: jax.sharding.Mesh | None
 ) -> dict[str, Any]:
   count = min(_RECALL_QUERIES, len(table))
   rows = np.linspace(0, len(table) - 1, count).astype(np.int64)
@@ -479,7 +480,7 @@ def _measure(
   return {'value': value, 'k': k, 'queries': count}
 
 
-def _table(path: pathlib.Path, manifest: dict[str, Any]) -> shards.Table:
+def _table(path: pathlib.Path, manifest: dict[str, Any]) -> chained.Chained:
   files = manifest['files'][: manifest['num_shards']]
   return shards.open_table(path, files, manifest['dtype'])
 

@@ -13,10 +13,10 @@ import time
 
 import numpy as np
 
+from realm_jax.data import chained
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import mips
 from realm_jax.index import presence
-from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 
@@ -38,7 +38,7 @@ class Loaded:
   step: int
   path: pathlib.Path
   search: mips.Search
-  embeddings: shards.Table
+  embeddings: chained.Chained
   digest: str  # Of the parameters that it was made from.
   born: float  # When its snapshot was read, in seconds of the epoch.
   sample: np.ndarray  # Embeddings of the same documents each time.

@@ -2,8 +2,8 @@
 
 Public: `Search` (what every backend offers), `ExactSearch`, `ApproxSearch`,
 `StreamedSearch`, `ScannSearch`, `make_search`, `recall`, `overlap`, `rank`,
-`exact_rows`. A search returns the k best rows that are neither removed nor
-excluded, best first by inner product in float32, ties by lower row.
+`exact_rows`, `num_allowed`. A search returns the k best rows that are neither
+removed nor excluded, best first by inner product in float32, ties by lower row.
 """
 
 from collections.abc import Iterator
@@ -442,25 +442,42 @@ def _check(
     )
   exclude_BR2 = np.clip(exclude_BR2, 0, num_rows).astype(np.int32)
   removed = np.zeros(0, np.int64) if removed is None else removed
-  # The size of their union: in order of where they start, count of each only
-  # what lies beyond the furthest limit so far and is not removed anyway.
-  order = np.argsort(exclude_BR2[..., 0], axis=1, kind='stable')
-  ranges = np.take_along_axis(exclude_BR2, order[..., None], axis=1)
-  start, limit = ranges[..., 0], ranges[..., 1]
-  reach = np.maximum.accumulate(limit, axis=1)
-  reach = np.pad(reach, ((0, 0), (1, 0)))[:, :-1]
-  start = np.maximum(start, reach)
-  excluded_B = np.maximum(limit - start, 0).sum(axis=1)
-  gone_BR = np.searchsorted(removed, [limit, start])
-  excluded_B = excluded_B - np.maximum(gone_BR[0] - gone_BR[1], 0).sum(axis=1)
-  allowed_B = num_rows - len(removed) - excluded_B
+  allowed_B = num_allowed(exclude_BR2, removed, 0, num_rows)
   if k < 1:
     raise ValueError(f'k={k}: must be at least 1.')
   if size and k > allowed_B.min():
     worst = int(allowed_B.argmin())
+    left = num_rows - len(removed)
     raise ValueError(
         f'k={k} documents were asked for, but query {worst} may have only '
         f'{allowed_B[worst]}: {num_rows} rows less {len(removed)} removed and '
-        f'{excluded_B[worst]} excluded.'
+        f'{left - allowed_B[worst]} excluded.'
     )
   return exclude_BR2, allowed_B
+
+
+def num_allowed(
+    exclude_BR2: np.ndarray, removed: np.ndarray, first: int, limit: int
+) -> np.ndarray:
+  """Returns how many rows of a part of a table each query may have, int B.
+
+  Args:
+    exclude_BR2: ranges that each query must not have, clipped to the part.
+    removed: sorted rows of the table that none may have.
+    first, limit: of the part.
+  """
+
+  def live(start: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    before, after = np.searchsorted(removed, np.stack([start, limit]))
+    return limit - start - (after - before)
+
+  # The size of their union: in order of where they start, count of each only
+  # what lies beyond the furthest limit so far and is not removed anyway.
+  order = np.argsort(exclude_BR2[..., 0], axis=1, kind='stable')
+  ranges = np.take_along_axis(exclude_BR2, order[..., None], axis=1)
+  start, end = ranges[..., 0], ranges[..., 1]
+  reach = np.maximum.accumulate(end, axis=1)
+  reach = np.pad(reach, ((0, 0), (1, 0)), constant_values=first)[:, :-1]
+  start = np.maximum(start, reach)
+  excluded_B = live(start, np.maximum(end, start)).sum(axis=1)
+  return live(np.array(first), np.array(limit)) - excluded_B

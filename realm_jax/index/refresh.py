@@ -26,11 +26,11 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
+from realm_jax.data import chained
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import loading
 from realm_jax.index import mips
-from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 
@@ -124,7 +124,7 @@ class Refresher:
     return self._current.search
 
   @property
-  def embeddings(self) -> shards.Table:
+  def embeddings(self) -> chained.Chained:
     """The documents' embeddings that `search` searches."""
     if self._current is None:
       raise RuntimeError('There is no index before the first adopt().')

@@ -1,7 +1,7 @@
 """Rows of a matrix in files: written one by one, checked, read as one table.
 
-Public: `ShardFolder`, `begun`, `Table`, `open_table`, `facts`, `problems`,
-`writing`, `NoRoom`, `RECORDS`. A shard counts once its record, with its
+Public: `ShardFolder`, `begun`, `open_table`, `facts`, `problems`, `writing`,
+`NoRoom`, `RECORDS`. A shard counts once its record, with its
 checksum, is there; so what a killed process leaves behind can be told from what
 it had finished.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from realm_jax.data import chained
 from realm_jax.runtime import checkpoint
 
 RECORDS = 'records'  # A folder, deleted once all shards are there.
@@ -45,42 +46,6 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     raise NoRoom(
         error.errno, f'No room to write {path}: {error.strerror}; {free}'
     ) from error
-
-
-class Table:
-  """The rows of several memory-mapped shards as one matrix, read on demand."""
-
-  def __init__(self, shards: list[np.ndarray]):
-    self._shards = shards
-    self._starts = np.cumsum([0] + [len(shard) for shard in shards])
-    self.shape = (int(self._starts[-1]), shards[0].shape[1])
-    self.dtype = shards[0].dtype
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    """Returns a range of rows (of step 1), or those in an array of numbers."""
-    if isinstance(rows, slice):
-      start, limit, step = rows.indices(len(self))
-      if step != 1:
-        raise ValueError(f'{rows}: a table gives ranges of step 1 only.')
-      parts = [
-          shard[max(start - first, 0) : max(limit - first, 0)]
-          for first, shard in zip(self._starts, self._shards, strict=False)
-          if first < limit and first + len(shard) > start
-      ]
-      if len(parts) == 1:
-        return parts[0]
-      empty = np.empty((0, self.shape[1]), self.dtype)
-      return np.concatenate(parts or [empty])
-    rows = np.asarray(rows)
-    found = np.empty((len(rows), self.shape[1]), self.dtype)
-    owners = np.searchsorted(self._starts, rows, side='right') - 1
-    for owner in np.unique(owners):
-      mine = owners == owner
-      found[mine] = self._shards[owner][rows[mine] - self._starts[owner]]
-    return found
 
 
 class ShardFolder:
@@ -175,7 +140,7 @@ def begun(path: pathlib.Path) -> dict[str, Any] | None:
 
 def open_table(
     directory: pathlib.Path, files: list[dict[str, Any]], dtype: str
-) -> Table:
+) -> chained.Chained:
   """Maps shards into memory, in the order given."""
   shards = []
   for one in files:
@@ -184,7 +149,7 @@ def open_table(
     if dtype == 'bfloat16':
       shard = shard.view(jnp.bfloat16)
     shards.append(shard)
-  return Table(shards)
+  return chained.Chained(shards)
 
 
 def facts(directory: pathlib.Path, name: str) -> dict[str, Any]:
