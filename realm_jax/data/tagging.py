@@ -240,7 +240,7 @@ class TaggedTable:
     source = first[sentences_N[row]] + np.array(starts, np.int64)[row] + place
 
     def table(name: str, padding: int, dtype: type) -> np.ndarray:
-      array_NL = np.full((len(of_row), length), padding, dtype)
+      array_NL: np.ndarray = np.full((len(of_row), length), padding, dtype)
       if sentences:
         values = np.concatenate([getattr(s, name) for s in sentences])
         array_NL[row, place + 1] = values[source]
