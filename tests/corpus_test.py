@@ -317,6 +317,23 @@ def test_a_long_sentence_is_split_between_words(tmp_path):
   assert lengths == [1]
 
 
+@pytest.mark.parametrize(
+    'end', ['\n', '\x0b', '\x0c', '\x1d', '\x85', '\u2028']
+)
+def test_the_end_of_a_line_ends_a_word(tmp_path, end):
+  # To BERT some are control characters, which it drops: 'throneWhen'.
+  lines = ['Mira of Kéla left the throne', 'When Jon came to Paris it rained.']
+  source = _write(tmp_path / 'in.jsonl', [{'text': end.join(lines)}])
+  made = _prepare(source, tmp_path / 'made', validation_fraction=0)
+  (name,) = made.sentences
+  records = tfds.builder_from_directory(
+      str(made.directory / 'sentences')
+  ).as_data_source(split=name)
+  assert [record['text'].decode() for record in records] == lines
+  for row, line in enumerate(lines):
+    assert made.sentences[name].ids(row).tolist() == made.tokenizer.encode(line)
+
+
 def test_a_word_longer_than_a_passage_is_cut(tmp_path):
   tokenizer_lib.Tokenizer(
       '[PAD] [UNK] [CLS] [SEP] [MASK] a ##a 1990 in rome it was .'.split()

@@ -7,6 +7,7 @@ import lzma
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import training_test
 
 from realm_jax.data import batches
@@ -377,6 +378,47 @@ def test_a_corpus_is_tagged(world, workdir, tmp_path):
   config = training_test.make_config(output, 'realm', steps=1)
   batch = next(batches.training_batches(after, config))
   assert batch['mask_BM'].any(axis=1).all()
+
+
+class _Otherwise(respan.words_lib.WordMemo):
+  """Cuts sentences that have a word into other wordpieces."""
+
+  word = ''
+
+  def __call__(self, texts):
+    return [
+        tuple(x[1:] for x in arrays) if self.word in text else arrays
+        for text, arrays in zip(texts, super().__call__(texts), strict=True)
+    ]
+
+
+def test_an_odd_sentence_keeps_its_spans(
+    world, workdir, tmp_path, monkeypatch
+):
+  before = corpus_lib.Corpus.open(world)
+  sentence = next(respan._read(before, 'pretraining'))[2][5]
+  monkeypatch.setattr(_Otherwise, 'word', sentence.text)
+  monkeypatch.setattr(respan.words_lib, 'WordMemo', _Otherwise)
+  evaluation.tag_corpus(before, workdir, tmp_path / 'tagged')
+  after = corpus_lib.Corpus.open(tmp_path / 'tagged')
+  rows = [
+      row
+      for row, record in enumerate(
+          tfds.builder_from_directory(
+              str(after.directory / 'sentences')
+          ).as_data_source(split='pretraining')
+      )
+      if record['text'].decode() == sentence.text
+  ]
+  assert rows
+  for row in rows:
+    assert after.sentences['pretraining'].spans_of(row).tolist() == [
+        [span.start, span.limit] for span in sentence.spans
+    ]
+  monkeypatch.setattr(_Otherwise, 'word', '')  # All of them.
+  with pytest.raises(ValueError, match='other wordpieces than the table has'):
+    evaluation.tag_corpus(before, workdir, tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
 
 
 def test_a_tagger_of_another_vocabulary_is_refused(workdir, tmp_path):

@@ -28,6 +28,10 @@ from realm_jax.data import words as words_lib
 
 _NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
 _CHECKSUM_BYTES = 16
+# Ends of lines, and so of sentences, that BERT drops as control characters,
+# making one word of what is on either side. Their stand-ins are as many bytes.
+_LINE_ENDS = '\v\f\x1c\x1d\x1e\x85'
+_LINE_ENDS_OF_BERT = str.maketrans(_LINE_ENDS, '\n\n\n\n\n\xa0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Packer:
         )
         if not self._is_excluded(record, counts)
     ]
-    encoded = self._encode([record.text for record, _, _ in kept])
+    encoded = self._encode([_lines(record.text) for record, _, _ in kept])
     titles = self._encode([record.title for record, _, _ in kept])
     for (record, article, validation), arrays, (title, _, _) in zip(
         kept, encoded, titles, strict=True
@@ -456,6 +460,13 @@ class _Builder:
         counts=self.counts,
         num_records=self.counts['records'],
     )
+
+
+def _lines(text: str) -> str:
+  """Returns the text, as many bytes, with line ends that BERT knows."""
+  if any(end in text for end in _LINE_ENDS):
+    return text.translate(_LINE_ENDS_OF_BERT)
+  return text
 
 
 def _plain(record: records.Record) -> records.Record:
