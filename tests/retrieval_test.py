@@ -154,22 +154,25 @@ def test_question_metrics_equal_those_by_hand(
       ),
   )
   scores = query_emb @ _all_embeddings(config, params, corpus).T
-  order = np.argsort(-scores, axis=1, kind='stable')
   texts = [corpus.passage_text(i) for i in range(len(corpus.passages))]
+  # The best and the worst rank: what is as good but for rounding, which is not
+  # the same for batches of another shape, may come before or after.
+  rounding = 1e-6 * np.abs(scores).max()
   ranks = {'gold': [], 'answer': []}
-  for question, rows in zip(questions, order, strict=True):
-    found = [texts[row] for row in rows]
-    ranks['gold'].append(
-        1 + [text['id'] for text in found].index(question.passage_id)
-    )
-    ranks['answer'].append(
-        1 + next(
-            i for i, text in enumerate(found)
-            if re.search(
-                rf"\b({'|'.join(question.answers)})\b", text['text']
-            )
-        )
-    )
+  for question, score_N in zip(questions, scores, strict=True):
+    answer = re.compile(rf"\b({'|'.join(question.answers)})\b")
+    for kind, right in (
+        ('gold', [text['id'] == question.passage_id for text in texts]),
+        ('answer', [bool(answer.search(text['text'])) for text in texts]),
+    ):
+      right_N = np.array(right)
+      best, others = score_N[right_N].max(), score_N[~right_N]
+      ranks[kind].append([
+          1 + (others > best + rounding).sum(),
+          1 + (others > best - rounding).sum(),
+      ])
+  ranks = {kind: np.array(values) for kind, values in ranks.items()}
+  assert np.mean(ranks['gold'][:, 0] == ranks['gold'][:, 1]) > 0.8
   held_out = np.array([q.held_out for q in questions])
   assert 0 < held_out.sum() < len(questions)
   for name, members in (
@@ -177,15 +180,23 @@ def test_question_metrics_equal_those_by_hand(
   ):
     group = result['questions'][name]
     for kind in ('gold', 'answer'):
-      by_hand = np.array(ranks[kind])[members]
-      assert group['questions'] == len(by_hand)
+      first, last = ranks[kind][members].T
+      assert group['questions'] == len(first)
+
+      def within(value, least, most):
+        return least - 1e-7 <= value <= most + 1e-7
+
       for k in (1, 5, 20):
-        assert group[kind][f'recall_at_{k}'] == pytest.approx(
-            np.mean(by_hand <= k)
+        assert within(
+            group[kind][f'recall_at_{k}'],
+            np.mean(last <= k),
+            np.mean(first <= k),
         )
       depth = min(100, len(texts))
-      assert group[kind]['mrr'] == pytest.approx(
-          np.mean(np.where(by_hand <= depth, 1 / by_hand, 0))
+      assert within(
+          group[kind]['mrr'],
+          np.mean(np.where(last <= depth, 1 / last, 0)),
+          np.mean(np.where(first <= depth, 1 / first, 0)),
       )
 
 
