@@ -41,6 +41,7 @@ from realm_jax.index import generation
 from realm_jax.index import presence
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _ADOPTED = re.compile(
@@ -201,7 +202,7 @@ def _check(peace: _Run, chaos: _Run) -> dict[str, Any]:
   adoptions = chaos.adoptions()
   for adoption in adoptions:
     number = adoption['generation']
-    expected = checkpoint.snapshot_digest(peace.workdir, number)
+    expected = snapshots_lib.digest_of(peace.workdir, number)
     if adoption['digest'] != expected:
       wrong_digest.append(adoption)
     if adoption['step'] != (number + _LAG if number else 0):

@@ -31,6 +31,7 @@ from realm_jax.index import editing
 from realm_jax.index import generation
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 _DOCUMENTS = 100  # That a command changes.
 _TURNS = 3
@@ -69,7 +70,7 @@ def _make_workdir(folder: pathlib.Path, size: int) -> pathlib.Path:
   width = config.model.embedding_width
   lineage = generation.Lineage(
       step=0,
-      params_digest=checkpoint.save_snapshot(workdir, 0, params),
+      params_digest=snapshots_lib.save(workdir, 0, params),
       tokenizer_digest=corpus.tokenizer.digest,
       corpus_fingerprint=corpus.fingerprint,
       num_rows=len(corpus.passages),

@@ -57,6 +57,7 @@ from realm_jax.models import pretrained
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.training import optimizer
 from realm_jax.training import steps as steps_lib
 
@@ -331,7 +332,7 @@ def measure_growth(
       checkpoint.write_json(
           workdir / 'config.json', config_lib.to_dict(config)
       )
-      checkpoint.save_snapshot(workdir, 0, component.init(0))
+      snapshots_lib.save(workdir, 0, component.init(0))
       compiling.clear()
       start = time.perf_counter()
       try:

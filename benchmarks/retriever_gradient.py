@@ -179,6 +179,14 @@ class _Measurement:
     return changes
 
 
+def _correlation(a_BJ: np.ndarray, b_BJ: np.ndarray) -> np.ndarray:
+  """Pearson's, of each row."""
+  a_BJ = a_BJ - a_BJ.mean(axis=1, keepdims=True)
+  b_BJ = b_BJ - b_BJ.mean(axis=1, keepdims=True)
+  norms_B = np.linalg.norm(a_BJ, axis=1) * np.linalg.norm(b_BJ, axis=1)
+  return (a_BJ * b_BJ).sum(axis=1) / np.maximum(norms_B, 1e-12)
+
+
 def measure(
     workdir: pathlib.Path, step: int, count: int
 ) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -199,11 +207,17 @@ def measure(
     # What a softmax does not see is taken out: what is the same for all.
     change_BJ = change_BK[:, 1:]
     change_BJ = change_BJ - change_BJ.mean(axis=1, keepdims=True)
-    r, change = credit_BK[:, 1:].ravel(), change_BJ.ravel()
+    r_BJ = credit_BK[:, 1:]
+    r, change = r_BJ.ravel(), change_BJ.ravel()
     points[name] = r, change
     # Where there is something to be learned, is it the right way?
-    clear = np.abs(r) > 0.01
+    clear_BJ = np.abs(r_BJ) > 0.01
+    clear = clear_BJ.ravel()
+    # How far a step moves scores differs from sentence to sentence.
+    within_B = _correlation(r_BJ, change_BJ)[clear_BJ.any(axis=1)]
     figures |= {
+        f'{name}_within_sentences_mean': float(within_B.mean()),
+        f'{name}_within_sentences_median': float(np.median(within_B)),
         f'{name}_pearson': float(stats.pearsonr(r, change).statistic),
         f'{name}_spearman': float(stats.spearmanr(r, change).statistic),
         f'{name}_same_sign': float(
@@ -239,10 +253,11 @@ def main() -> int:
       axis.scatter(r, change, s=4, alpha=0.4)
       axis.axhline(0, color='grey', linewidth=0.6)
       axis.axvline(0, color='grey', linewidth=0.6)
-      correlation = found[f'step{step}_{name}_pearson']
+      pooled = found[f'step{step}_{name}_pearson']
+      within = found[f'step{step}_{name}_within_sentences_median']
       axis.set(
           title=f'step {step}: {_UPDATES[name]}\ncorrelation'
-          f' {correlation:.2f}',
+          f' {pooled:.2f}, within a sentence {within:.2f} (median)',
           xlabel='r(z)',
           ylabel='change of f(x,z) beside the other candidates',
       )

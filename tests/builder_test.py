@@ -1,7 +1,9 @@
 """The index builder: right embeddings, newest snapshot, alone, clean end."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from realm_jax.index import status
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 
 
 @pytest.fixture(scope='module')
@@ -162,7 +165,7 @@ def test_rests_join_the_next_width(mesh, monkeypatch):
 
 def _snapshot(workdir, component, step, seed=None):
   params = component.init(seed=step if seed is None else seed)
-  return params, checkpoint.save_snapshot(workdir, step, params)
+  return params, snapshots_lib.save(workdir, step, params)
 
 
 def test_build_makes_the_generation_of_a_snapshot(
@@ -188,6 +191,36 @@ def test_build_makes_the_generation_of_a_snapshot(
   assert checkpoint.steps_in(workdir / 'index') == [5, 10]
   with pytest.raises(FileNotFoundError, match=r'\[5, 10\], not of 7'):
     builder.build(workdir, step=7)
+
+
+@pytest.mark.parametrize('left', [[], [5]])
+def test_build_takes_the_snapshot_that_training_did_not(
+    workdir, config, component, left
+):
+  """As of ICT, or of REALM without refresh when it is done."""
+  for step in left:
+    _snapshot(workdir, component, step)
+  params = component.init(seed=9)
+  reader = {'w': np.zeros(3, np.float32)}
+  checkpoint.save_params(
+      workdir, 20, {'embedder': params, 'reader': reader}, {'step': 20}
+  )
+  if left:  # It may be of a step that is yet to come.
+    assert builder.build(workdir).name == '5'
+  checkpoint.write_json(workdir / 'summary.json', {})
+  path = builder.build(workdir)
+  assert path.name == '20'
+  manifest = generation.read_manifest(path)
+  assert manifest['params_digest'] == checkpoint.params_digest(params)
+  frozen = dataclasses.replace(
+      config,
+      objective='open_qa',
+      open_qa=config_lib.OpenQaConfig(documents='frozen'),
+  )
+  shutil.rmtree(workdir / 'retriever' / '20')
+  assert builder._untaken(workdir, config, left) == 20
+  # Its documents are to stay those of step 0.
+  assert builder._untaken(workdir, frozen, [0]) is None
 
 
 def test_build_needs_a_job_and_a_snapshot(tmp_path, workdir):
@@ -262,6 +295,23 @@ def test_a_builder_removes_what_a_killed_one_left(workdir, component):
   builder.follow(workdir)
   assert not left.exists()
   assert checkpoint.steps_in(workdir / 'index') == [0]
+
+
+def test_what_is_taken_back_while_it_is_published_is_removed(
+    workdir, component, monkeypatch
+):
+  """A trainer that resumes then may not have seen it."""
+  original = generation.Writer.publish
+
+  def publish(writer):
+    shutil.rmtree(workdir / 'retriever' / '7')
+    return original(writer)
+
+  _snapshot(workdir, component, 7)
+  monkeypatch.setattr(generation.Writer, 'publish', publish)
+  with pytest.raises(FileNotFoundError, match='was replaced'):
+    builder.build(workdir)
+  assert checkpoint.steps_in(workdir / 'index') == []
 
 
 def test_retention(workdir, component):
@@ -369,7 +419,7 @@ def test_a_build_is_gone_on_with_where_it_was_interrupted(
   expected = _files(path)
   assert len(expected) > 5
   rows = generation.read_manifest(path)['num_rows']
-  generation.remove(path)
+  checkpoint.remove(path)
   embedded = []
   add = generation.Writer.add
   for number in (3, 5, -1):

@@ -26,6 +26,7 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.training import loop
 
 _TESTS = pathlib.Path(__file__).parent
@@ -136,7 +137,7 @@ def _train_here(config, workdir):
   """Trains on the 8 devices of this process, which also builds the index."""
 
   def build_what_is_missing():
-    steps = checkpoint.snapshot_steps(workdir)
+    steps = snapshots_lib.steps_of(workdir)
     if steps and not (workdir / 'index' / str(steps[-1])).exists():
       builder.build(workdir)
 

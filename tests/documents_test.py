@@ -36,6 +36,7 @@ from realm_jax.index import presence
 from realm_jax.index import status
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 _LONG = ' '.join(
     f'In {1900 + i} the lamp of Bremen number {i} was lit by Ada Brown.'
@@ -87,7 +88,7 @@ def _train(path, corpus, params, step):
       'index_generation': step,
   }
   checkpoint.save_params(path, step, jax.device_put(params), about)
-  checkpoint.save_snapshot(path, step, params['embedder'])
+  snapshots_lib.save(path, step, params['embedder'])
   builder.build(path)
 
 
@@ -613,6 +614,23 @@ def test_a_full_disk_changes_nothing(workdir, monkeypatch, where):
     _add(workdir, {**_A, 'text': 'New.'}, command=editing.update)
   assert _names(workdir) == before[0]
   assert edition.read(workdir / 'documents').digest == before[1].digest
+
+
+def test_a_full_disk_leaves_nothing_of_a_compaction(
+    workdir, tmp_path, monkeypatch
+):
+  _add(workdir, _A)
+
+  def fail(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(generation.Writer, 'publish', fail)
+    with pytest.raises(OSError, match='No space left on device'):
+      compaction.compact(workdir, tmp_path / 'plain', progress=False)
+  assert not (tmp_path / 'plain').exists()
+  compaction.compact(workdir, tmp_path / 'plain', progress=False)
+  assert (tmp_path / 'plain').exists()
 
 
 _KILLED = """

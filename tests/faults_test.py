@@ -33,6 +33,7 @@ from realm_jax.index import shards
 from realm_jax.index import status
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 _INTERVAL = 10
 
@@ -87,7 +88,7 @@ def quick(monkeypatch):
 
 def _snapshot(workdir, component, step, seed=None):
   params = component.init(seed=step if seed is None else seed)
-  return checkpoint.save_snapshot(workdir, step, params)
+  return snapshots_lib.save(workdir, step, params)
 
 
 def _refresher(workdir, config, corpus, policy='eager', **kwargs):
@@ -169,8 +170,8 @@ def _snapshot_made_before(workdir, component):
   aside = workdir / 'aside'
   with _no_file_beyond(resource.RLIM_INFINITY):
     _snapshot(aside, component, _INTERVAL)
-  (aside / checkpoint.SNAPSHOTS / str(_INTERVAL)).rename(
-      workdir / checkpoint.SNAPSHOTS / str(_INTERVAL)
+  (aside / snapshots_lib.DIRECTORY / str(_INTERVAL)).rename(
+      workdir / snapshots_lib.DIRECTORY / str(_INTERVAL)
   )
 
 
@@ -258,20 +259,20 @@ def test_a_full_disk_while_checkpointing(tmp_path, caplog):
 @pytest.mark.parametrize('required', [True, False])
 def test_a_full_disk_while_a_snapshot_is_taken(tmp_path, caplog, required):
   """Only `eager` can do without one."""
-  snapshots = checkpoint.Snapshots(tmp_path, keep=3, required=required)
+  snapshots = snapshots_lib.Snapshots(tmp_path, keep=3, required=required)
   params = {'w': np.random.default_rng(0).normal(size=(100, 100))}
   raises = pytest.raises(ValueError, match='File too large')
   with _no_file_beyond(4096):
     snapshots.save(0, params, in_use=0)
     with raises if required else contextlib.nullcontext():
       snapshots.wait()
-  assert os.listdir(tmp_path / checkpoint.SNAPSHOTS) == []
+  assert os.listdir(tmp_path / snapshots_lib.DIRECTORY) == []
   if not required:
-    assert f'{tmp_path}/{checkpoint.SNAPSHOTS}/0.orbax' in caplog.text
+    assert f'{tmp_path}/{snapshots_lib.DIRECTORY}/0.orbax' in caplog.text
     assert 'Training goes on with the index that there is' in caplog.text
   snapshots.save(10, params, in_use=0)
   snapshots.wait()
-  assert checkpoint.snapshot_steps(tmp_path) == [10]
+  assert snapshots_lib.steps_of(tmp_path) == [10]
   snapshots.close()
 
 
@@ -364,7 +365,7 @@ def test_a_snapshot_deleted_under_the_builder(
     write(writer, rows, shard)
     written.append((writer.step, shard))
     if written == [(10, 0), (10, 1)]:
-      shutil.rmtree(workdir / checkpoint.SNAPSHOTS / '10')
+      shutil.rmtree(workdir / snapshots_lib.DIRECTORY / '10')
 
   monkeypatch.setattr(generation.Writer, 'add', add)
   _snapshot(workdir, component, 10)

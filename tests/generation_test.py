@@ -222,8 +222,8 @@ def test_a_step_is_replaced_and_a_mapped_table_lives_on(tmp_path, table):
   new = generation.load(_publish(tmp_path, table + 1)).embeddings
   np.testing.assert_array_equal(old[:], table)
   np.testing.assert_array_equal(new[:], table + 1)
-  generation.remove(tmp_path / '20')
-  generation.remove(tmp_path / '20')  # Twice is no error.
+  checkpoint.remove(tmp_path / '20')
+  checkpoint.remove(tmp_path / '20')  # Twice is no error.
   assert os.listdir(tmp_path) == []
   np.testing.assert_array_equal(new[:], table + 1)
 

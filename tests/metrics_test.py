@@ -43,6 +43,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
   # Goes on from step 3: what the board has of later steps is void.
   writer = metrics.MetricsWriter(tmp_path, 3, tensorboard=True)
   writer.write(4, {'train/loss': 1.5})
+  writer.write(5, {'train/loss': 'nan'})  # JSON has no number for it.
   writer.close()
   events = _events(tmp_path / 'tensorboard')
   found = {

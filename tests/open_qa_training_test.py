@@ -250,6 +250,13 @@ def test_nothing_retrieved_changes_nothing(world):
     same = jax.tree.map(
         lambda a, b: bool((a == b).all()), before, jax.device_get(state.params)
     )
+    is_schedule = steps_lib._is_schedule
+    schedules = [
+        int(x.count)
+        for x in jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
+        if is_schedule(x)
+    ]
+    assert schedules and set(schedules) == {1}  # Of the step, in any case.
     return metrics, all(jax.tree.leaves(same))
 
   from realm_jax import config as config_lib
@@ -308,6 +315,14 @@ def test_evaluation_of_answers(trained, world, tmp_path):
   assert len(lines) == 40 * min(100, result['passages'])
   scores = [float(line.split()[4]) for line in lines[:20]]
   assert scores == sorted(scores, reverse=True)
+
+
+def test_all_steps_can_be_evaluated(trained):
+  """Of step 0 there is a snapshot only."""
+  _, workdir = trained
+  results = retrieval.evaluate(workdir, limit=4, steps='all')
+  assert [r['step'] for r in results] == [0, 5, 10, training_test._STEPS]
+  assert {r['index_generation'] for r in results} == {0}
 
 
 def test_what_is_wrong_is_said_before_any_work(world, realm, tmp_path):

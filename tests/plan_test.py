@@ -131,6 +131,24 @@ def test_the_papers_setting():
   assert 'step seconds' in plan.as_text(result)
 
 
+def test_without_refresh_the_index_is_built_once():
+  config, setting = _paper(builder_devices=0)
+  config.refresh.policy = 'none'
+  config.steps = 1000
+  time = plan.plan(config, setting)['time']
+  assert 'lag_steps' not in time
+  assert time['days'] * 86400 == pytest.approx(
+      1000 * time['step_seconds'] + time['refresh_seconds']
+  )
+  assert time['chip_hours'] == pytest.approx(time['days'] * 24 * 64)
+  config.refresh.policy = 'scheduled'
+  with_refresh = plan.plan(config, setting)['time']
+  assert with_refresh['step_seconds'] > 2 * time['step_seconds']
+  config.refresh.policy = 'none'
+  many = dataclasses.replace(setting, builder_devices=16)
+  assert plan.plan(config, many)['time']['chip_hours'] < time['chip_hours']
+
+
 def test_what_a_mesh_and_a_small_chip_change():
   config, setting = _paper()
   one = plan.plan(

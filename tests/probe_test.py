@@ -62,6 +62,20 @@ def test_what_is_still_right_is_that_of_brute_force(job):
   assert probe._embed_documents._cache_size() == 1
 
 
+def test_of_many_candidates_more_are_embedded(job):
+  """Of as many as are compared, all would be right."""
+  stale, other = (job.components['embedder'].init(seed) for seed in (0, 1))
+  search = mips.ExactSearch(_embed_all(job, stale))
+  probe = probe_lib.Probe(job)
+  probe.k = len(job.corpus.passages) // 4
+  fresh = probe.still_right(other, search)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(probe_lib, '_POOL', probe.k)
+    assert probe.still_right(other, search) == fresh < 0.9
+    patch.setattr(probe_lib, '_POOL_OF_K', 1)
+    assert probe.still_right(other, search) == 1
+
+
 def test_the_same_queries_and_result_on_one_device(job):
   stale, other = (job.components['embedder'].init(seed) for seed in (0, 1))
   params = jax.tree.map(lambda a, b: 0.95 * a + 0.05 * b, stale, other)

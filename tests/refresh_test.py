@@ -22,6 +22,7 @@ from realm_jax.index import presence
 from realm_jax.index import refresh
 from realm_jax.index import topk
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 _ROWS, _WIDTH, _INTERVAL = 60, 4, 4
 _CORPUS = types.SimpleNamespace(
@@ -46,7 +47,7 @@ def _embeddings(step):
 
 def _snapshot(workdir, step, value=None):
   value = step if value is None else value
-  return checkpoint.save_snapshot(
+  return snapshots_lib.save(
       workdir, step, {'w': np.full(3, value, np.float32)}
   )
 
@@ -56,7 +57,7 @@ def _publish(workdir, step, **lineage):
   made_from = generation.Lineage(
       step=step,
       params_digest=lineage.pop('params_digest', None)
-      or checkpoint.snapshot_digest(workdir, step),
+      or snapshots_lib.digest_of(workdir, step),
       tokenizer_digest='t' * 64,
       corpus_fingerprint='f' * 64,
       num_rows=_ROWS,
@@ -165,10 +166,23 @@ def test_what_was_built_of_steps_run_again_is_dropped(tmp_path):
   # The killed run had a generation 4 of other parameters.
   _publish(tmp_path, 4, params_digest='other')
   refresh.drop_future(tmp_path, 5)
-  assert checkpoint.snapshot_steps(tmp_path) == [0, 4]
+  assert snapshots_lib.steps_of(tmp_path) == [0, 4]
   assert checkpoint.steps_in(tmp_path / 'index') == [0]
   refresh.drop_future(tmp_path / 'new', 0)  # Nothing there is no error.
   assert not (tmp_path / 'new').exists()
+
+
+def test_who_was_stopped_while_waiting_waits_for_the_same_again(tmp_path):
+  """A snapshot of the step itself would keep the builder from that."""
+  for step in (0, 4, 8):
+    _snapshot(tmp_path, step)
+  _publish(tmp_path, 0)
+  _refresher(tmp_path, 'scheduled', step=8, generation=0).close()
+  assert snapshots_lib.steps_of(tmp_path) == [0, 4]
+  _publish(tmp_path, 4)
+  _snapshot(tmp_path, 8)
+  _refresher(tmp_path, 'scheduled', step=8, generation=4).close()
+  assert snapshots_lib.steps_of(tmp_path) == [0, 4, 8]
 
 
 def test_scheduled_is_loaded_before_it_is_due(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from realm_jax.index import generation
 from realm_jax.models import components as components_lib
 from realm_jax.models import objectives
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 
 def _config(corpus, objective='realm'):
@@ -309,7 +310,7 @@ def test_a_fresh_generation_is_used_and_a_stale_one_is_not(
 
 
 def test_all_steps_are_checkpoints_and_snapshots(workdir, saved, questions):
-  checkpoint.save_snapshot(workdir, 10, saved[30]['embedder'])
+  snapshots_lib.save(workdir, 10, saved[30]['embedder'])
   results = retrieval.evaluate(workdir, questions, 'all', limit=20)
   assert [r['step'] for r in results] == [0, 10, 30]
   assert ['masked' in r for r in results] == [True, False, True]
@@ -394,6 +395,9 @@ def test_clear_errors(workdir, questions, tmp_path, corpus, config):
       retrieval.evaluate(workdir, questions, steps=wrong)
   with pytest.raises(ValueError, match='limit=0'):
     retrieval.evaluate(workdir, questions, limit=0)
+  for wrong in (0, 101):
+    with pytest.raises(ValueError, match=f'read={wrong}: must be between 1'):
+      retrieval.evaluate(workdir, questions, read=wrong)
   with pytest.raises(FileNotFoundError):
     retrieval.evaluate(tmp_path / 'nowhere', questions)
   empty = tmp_path / 'empty'

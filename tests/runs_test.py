@@ -53,10 +53,11 @@ def test_a_paired_test_sees_what_differs_only():
 class _Corpus:
   """Three passages, one with a blank in its name."""
 
-  passages = range(3)
+  passages, removed = range(4), np.array([3])
 
   def passage_text(self, row):
-    return {'id': ['A', 'B 1', 'C'][row], 'title': 'T', 'text': f'text {row}'}
+    name = ['A', 'B 1', 'C', 'A'][row]
+    return {'id': name, 'title': 'T', 'text': f'text {row}'}
 
 
 _RUN = runs.Run(
@@ -82,13 +83,14 @@ def test_a_trec_run_has_six_columns(tmp_path):
 
 
 def test_a_beir_folder_goes_with_the_run(tmp_path):
-  runs.write_beir(tmp_path, _RUN.questions, _Corpus())
+  # Of a gold passage that was divided there may be several parts.
+  runs.write_beir(tmp_path, _RUN.questions, [[1, 2], []], _Corpus())
   corpus = (tmp_path / 'corpus.jsonl').read_text().splitlines()
   assert [json.loads(line)['_id'] for line in corpus] == ['A', 'B_1', 'C']
   queries = (tmp_path / 'queries.jsonl').read_text().splitlines()
   assert json.loads(queries[1]) == {'_id': '2', 'text': 'two'}
   assert (tmp_path / 'qrels' / 'test.tsv').read_text() == (
-      'query-id\tcorpus-id\tscore\n1\tB_1\t1\n'
+      'query-id\tcorpus-id\tscore\n1\tB_1\t1\n1\tC\t1\n'
   )
 
 

@@ -12,6 +12,7 @@ from realm_jax.index import generation
 from realm_jax.index import status
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +33,7 @@ def built(tmp_path_factory, world):
   checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
   component = components.make('embedder', config.model)
   for step in (0, 10):
-    checkpoint.save_snapshot(workdir, step, component.init(seed=step))
+    snapshots_lib.save(workdir, step, component.init(seed=step))
     builder.build(workdir)
   _refer(workdir, 12, 10, corpus.fingerprint)
   generation.mark_in_use(workdir / 'index', [10])

@@ -48,6 +48,8 @@ sys.exit(1)
 
 def test_a_dead_builder_is_started_again(tmp_path):
   with _Child(tmp_path, _SLEEP) as child:
+    assert child.pid is None  # What it will read is not written yet.
+    assert child.health() == 0
     first = child.pid
     assert child.health() == 0
     assert child.pid == first
@@ -105,6 +107,7 @@ os.makedirs({str(tmp_path / 'index' / '8')!r})
 time.sleep(100)
 """
   with _Child(tmp_path, program) as child:
+    child.health()
     pid = child.pid
   assert (tmp_path / 'index' / '8').exists()
   with pytest.raises(ProcessLookupError):
@@ -115,6 +118,7 @@ def test_left_with_an_error_it_ends_the_builder_at_once(tmp_path):
   (tmp_path / 'retriever' / '8').mkdir(parents=True)
   start = time.monotonic()
   with pytest.raises(KeyError), _Child(tmp_path, _SLEEP) as child:
+    child.health()
     pid = child.pid
     raise KeyError
   assert time.monotonic() - start < 5
@@ -132,6 +136,7 @@ time.sleep(100)
 """
   monkeypatch.chdir(tmp_path)
   with _Child(tmp_path, program) as child:
+    child.health()
     _until((tmp_path / 'ready').exists)
     pid = child.pid
   with pytest.raises(ProcessLookupError):
@@ -143,6 +148,7 @@ def test_the_builder_does_not_outlive_a_killed_trainer(tmp_path):
 import time
 from realm_jax.index import supervisor
 with supervisor.IndexBuilderProcess({str(tmp_path)!r}) as child:
+  child.health()
   print(child.pid, flush=True)
   time.sleep(100)
 """

@@ -22,11 +22,14 @@ from realm_jax import config as config_lib
 from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
+from realm_jax.data import prepare
 from realm_jax.index import builder
+from realm_jax.index import presence
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.training import loop
 from realm_jax.training import optimizer
 from realm_jax.training import steps as steps_lib
@@ -63,7 +66,7 @@ def run(config, workdir):
   """Trains with the index builder in this process."""
 
   def build_what_is_missing():
-    steps = checkpoint.snapshot_steps(workdir)
+    steps = snapshots_lib.steps_of(workdir)
     if steps and not (workdir / 'index' / str(steps[-1])).exists():
       builder.build(workdir)
 
@@ -249,6 +252,40 @@ def test_sigterm_saves_and_says_so(world, tmp_path, undisturbed):
   assert summary['params_sha256'] == expected['params_sha256']
 
 
+@pytest.mark.parametrize('saved, killed', [(10, 17), (11, 17)])
+def test_old_checkpoints_can_be_resumed_from(world, tmp_path, saved, killed):
+  """Also where little is kept: that of step 10 waits for snapshot 8 at 12."""
+  values = {
+      'steps': 20, 'refresh__lag': 4, 'refresh__keep': 1,
+      'checkpoint__interval': saved,
+  }
+  config = make_config(world, 'realm', **values)
+  expected = run(config, tmp_path / 'undisturbed')
+  original = loop._Loop._refresh
+
+  def stop(self, step):
+    if step == killed:
+      raise KeyboardInterrupt
+    original(self, step)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop._Loop, '_refresh', stop)
+    with pytest.raises(KeyboardInterrupt):
+      run(config, tmp_path / 'killed')
+  assert checkpoint.steps_in(tmp_path / 'killed' / 'checkpoints') == [saved]
+  summary = run(config, tmp_path / 'killed')
+  assert summary['params_sha256'] == expected['params_sha256']
+
+
+def test_a_second_trainer_names_the_first(world, tmp_path, monkeypatch):
+  monkeypatch.setattr(presence, 'GRACE_SECONDS', 0.0)
+  with (
+      presence.Lock(tmp_path, what='trainer'),
+      pytest.raises(RuntimeError, match=f'Another trainer .*{os.getpid()} on'),
+  ):
+    run(make_config(world, 'mlm'), tmp_path)
+
+
 def test_sigterm_ends_a_wait_for_the_index_builder(world, tmp_path):
   config = make_config(world, 'realm')
   with pytest.MonkeyPatch.context() as patch:
@@ -371,8 +408,6 @@ def test_a_workdir_of_another_config_is_refused(undisturbed, world):
 def test_a_workdir_of_another_corpus_is_refused(
     undisturbed, world, tmp_path
 ):
-  from realm_jax.data import prepare
-
   _, workdir = undisturbed('mlm')
   prepare.prepare(['world:4:20'], tmp_path / 'other', workers=1, progress=False,
                   vocab=str(world))
@@ -387,6 +422,21 @@ def test_initial_parameters_of_another_shape_are_refused(
   config = make_config(world, 'mlm', init_from=str(start), model__width=64)
   with pytest.raises(ValueError, match=r'(?s)another model.*32.*expected.*64'):
     run(config, tmp_path)
+
+
+def test_initial_parameters_of_another_vocabulary_are_refused(
+    undisturbed, world, tmp_path
+):
+  """Though it is as large, so that all shapes are the same."""
+  _, start = undisturbed('mlm')
+  ours = checkpoint.saved_about(start, 12)['tokenizer_digest']
+  vocab = (world / 'vocab.txt').read_text().splitlines()
+  (tmp_path / 'vocab.txt').write_text('\n'.join([*vocab[:-1], 'other']) + '\n')
+  prepare.prepare(['world:3:20'], tmp_path / 'corpus', workers=1,
+                  progress=False, vocab=str(tmp_path / 'vocab.txt'))
+  config = make_config(tmp_path / 'corpus', 'mlm', init_from=str(start))
+  with pytest.raises(ValueError, match=f'another tokenizer, {ours[:16]}; that'):
+    run(config, tmp_path / 'workdir')
 
 
 def test_a_corpus_smaller_than_k_is_refused(world, tmp_path):

@@ -82,6 +82,12 @@ def evaluate(
   trained = trained_lib.Trained.open(workdir, corpus)
   if limit is not None and limit < 1:
     raise ValueError(f'limit={limit}: must be at least 1.')
+  retrieved = min(ranking.CUTOFFS[-1], trained.corpus.num_live)
+  if read is not None and not 1 <= read <= retrieved:
+    raise ValueError(
+        f'read={read}: must be between 1 and {retrieved}, the passages that are'
+        ' retrieved.'
+    )
   questions = _questions(trained.corpus, questions)[:limit]
   max_sentences = _MAX_SENTENCES if limit is None else limit
   can_ask = bool(questions) and 'embedder' in trained.components
@@ -101,8 +107,8 @@ def evaluate(
   asked = _Asked.of(trained, questions) if can_ask else None
   if (run_file or beir) and asked is None:
     raise ValueError('There are no questions to write a run of.')
-  if beir is not None:
-    runs.write_beir(beir, questions, trained.corpus)
+  if beir is not None and asked is not None:
+    runs.write_beir(beir, questions, asked.gold_rows, trained.corpus)
   results = []
   for step in wanted:
     result, run = _evaluate_step(

@@ -63,16 +63,22 @@ def write_trec(
 def write_beir(
     folder: Path,
     questions: Sequence[qa.Question],
+    gold_rows: Sequence[Sequence[int]],
     corpus: corpus_lib.Corpus,
 ) -> None:
   """Writes corpus.jsonl, queries.jsonl and qrels/test.tsv.
 
-  Only questions with a gold passage have a line in qrels.
+  Args:
+    folder: is made.
+    questions: only those with a gold passage have lines in qrels.
+    gold_rows: the rows of each question's gold passages.
+    corpus: its passages, but for those that were removed.
   """
   folder = pathlib.Path(folder)
   (folder / 'qrels').mkdir(parents=True, exist_ok=True)
   with _replacing(folder / 'corpus.jsonl') as file:
-    for row in range(len(corpus.passages)):
+    every = np.arange(len(corpus.passages))
+    for row in np.setdiff1d(every, corpus.removed).tolist():
       passage = corpus.passage_text(row)
       _line(
           file, _id=_word(passage['id']), title=passage['title'],
@@ -84,9 +90,9 @@ def write_beir(
   with _replacing(folder / 'qrels' / 'test.tsv') as file:
     table = csv.writer(file, delimiter='\t', lineterminator='\n')
     table.writerow(('query-id', 'corpus-id', 'score'))
-    for number, question in enumerate(questions, 1):
-      if question.passage_id is not None:
-        table.writerow((number, _word(question.passage_id), 1))
+    for number, rows in enumerate(gold_rows, 1):
+      for row in rows:
+        table.writerow((number, _word(corpus.passage_text(row)['id']), 1))
 
 
 def write_questions(

@@ -25,6 +25,7 @@ from realm_jax.models import components as components_lib
 from realm_jax.models import realm
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 
 Params = dict[str, components_lib.Params]
 
@@ -76,7 +77,9 @@ class Trained:
     config = config_lib.resolve(config_lib.read(workdir))
     documents = documents_lib.Documents.open(workdir, config, corpus)
     opened = documents.corpus
-    saved = checkpoint.saved_about(workdir, _newest(workdir))
+    saved = checkpoint.saved_about(
+        workdir, checkpoint.newest_step(workdir)
+    )
     _compare('tokenizer_digest', saved, opened.tokenizer.digest, opened)
     if corpus is None:
       origin = documents.edition.origin
@@ -106,7 +109,7 @@ class Trained:
       wanted = {name: c.abstract for name, c in self.components.items()}
       return checkpoint.load_params(self.workdir, wanted, step)[0]
     if step in snapshots:
-      params, _ = checkpoint.load_snapshot(
+      params, _ = snapshots_lib.load(
           self.workdir, step, self.components['embedder'].abstract
       )
       return {'embedder': params}
@@ -123,7 +126,7 @@ class Trained:
 
     Args:
       params: with an embedder.
-      step: of the checkpoint that they are from, if they are from one.
+      step: of the checkpoint or snapshot that they are from, if any.
 
     Raises:
       FileNotFoundError: the index that was trained with is gone.
@@ -132,10 +135,11 @@ class Trained:
     config, removed = self.config, self.corpus.removed
     given: Callable[[], components_lib.Params] | None = None
     if (
-        step is not None
+        step in steps_available(self.workdir)[0]
         and config.objective == 'open_qa'
         and config.open_qa.documents == 'frozen'
     ):
+      assert step is not None
       about = checkpoint.saved_about(self.workdir, step)
       generation = about['index_generation']
     else:
@@ -278,18 +282,8 @@ def steps_available(
   workdir = pathlib.Path(workdir)
   return (
       checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS),
-      checkpoint.snapshot_steps(workdir),
+      snapshots_lib.steps_of(workdir),
   )
-
-
-def _newest(workdir: pathlib.Path) -> int:
-  steps, _ = steps_available(workdir)
-  if not steps:
-    raise FileNotFoundError(
-        f'{workdir} holds no checkpoint; `realm-jax train --workdir={workdir}`'
-        ' writes them.'
-    )
-  return steps[-1]
 
 
 def _compare(

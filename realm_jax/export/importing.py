@@ -28,6 +28,7 @@ from realm_jax.models import pickled
 from realm_jax.models import pretrained
 from realm_jax.models import tensor_files
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ def run(
     digest = None
     if 'embedder' in params:
       with checkpoint.frugal():
-        digest = checkpoint.save_snapshot(temporary, 0, params['embedder'])
+        digest = snapshots_lib.save(temporary, 0, params['embedder'])
     if blanks is not None and made is not None:
       _publish(temporary, config, loaded, made, digest)
     for source, one in zip(opened, loaded, strict=True):

@@ -20,6 +20,7 @@ from realm_jax.export import importing
 from realm_jax.index import documents as documents_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 Path = str | os.PathLike[str]
 
@@ -111,14 +112,14 @@ def open_workdir(path: Path, step: int | None = None) -> Workdir:
     )
     about = checkpoint.saved_about(path, step)
   else:
-    snapshots = checkpoint.snapshot_steps(path)
+    snapshots = snapshots_lib.steps_of(path)
     if step not in snapshots:
       raise FileNotFoundError(
           f'{path} has nothing of step {step}: checkpoints {steps}, snapshots '
           f'of the retriever {snapshots}.'
       )
     parts = {'embedder': components_lib.make('embedder', config.model)}
-    loaded, _ = checkpoint.load_snapshot(path, step, parts['embedder'].abstract)
+    loaded, _ = snapshots_lib.load(path, step, parts['embedder'].abstract)
     params = {'embedder': loaded}
     about = checkpoint.saved_about(path, steps[-1])
   imported = importing.read_imported(path) if step == 0 else []

@@ -28,6 +28,7 @@ from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -51,27 +52,39 @@ T = TypeVar('T')
 def build(workdir: Path, step: int | None = None) -> pathlib.Path:
   """Builds the generation of one snapshot, by default the newest.
 
+  Where training took none, as of `ict`, or none at its end, one is taken of the
+  newest checkpoint.
+
   Returns:
     The path of the generation.
 
   Raises:
-    FileNotFoundError: if there is no config or no such snapshot.
+    FileNotFoundError: if there is no config, or no such snapshot.
     ValueError: if corpus, config and snapshot do not fit together.
     RuntimeError: if an index builder is at work on this workdir.
     OSError: if the disk is full; the next call goes on from there.
   """
   workdir = pathlib.Path(workdir)
   config = config_lib.read(workdir)
-  steps = checkpoint.snapshot_steps(workdir)
-  if not steps or step not in (None, *steps):
+  steps = snapshots_lib.steps_of(workdir)
+  untaken = _untaken(workdir, config, steps)
+  known = steps if untaken is None else sorted({*steps, untaken})
+  if not known or step not in (None, *known):
     raise FileNotFoundError(
-        f'{workdir}/{checkpoint.SNAPSHOTS} has snapshots of the steps {steps}, '
-        f'not of {"any" if step is None else step}; `realm-jax train` writes '
-        'them.'
+        f'{workdir} has retrievers of the steps {known}, not of'
+        f' {"any" if step is None else step}: `realm-jax train` writes'
+        f' snapshots of them to {snapshots_lib.DIRECTORY}/ (objectives realm'
+        ' and open_qa) or checkpoints (ict, too).'
     )
   with presence.stop_signals(), _alone(workdir) as heartbeat:
     job = _Job.open(workdir, config, heartbeat)
-    step = distributed.broadcast(steps[-1] if step is None else step)
+    step = distributed.broadcast(known[-1] if step is None else step)
+    if step == untaken and distributed.is_main():
+      params, _ = checkpoint.load_params(
+          workdir, {'embedder': job.component.abstract}, step
+      )
+      snapshots_lib.save(workdir, step, params['embedder'])
+    distributed.barrier('the snapshot is there')
     path = job.build(step)
   if path is None:
     raise FileNotFoundError(
@@ -118,6 +131,23 @@ def follow(
       _Job.open(workdir, config, heartbeat).follow(supervised=bool(parent_pid))
   except presence.Stopped as stopped:
     log.info('The index builder leaves: %s.', stopped)
+
+
+def _untaken(
+    workdir: pathlib.Path, config: config_lib.Config, snapshots: list[int]
+) -> int | None:
+  """The newest checkpoint, if its retriever has no snapshot and needs one."""
+  saved = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
+  if not saved or 'embedder' not in checkpoint.components_in(workdir):
+    return None
+  if snapshots:
+    frozen = config.objective == 'open_qa' and (
+        config.open_qa.documents == 'frozen'
+    )
+    done = (workdir / 'summary.json').exists()
+    if frozen or not done or saved[-1] <= snapshots[-1]:
+      return None
+  return saved[-1]
 
 
 @contextlib.contextmanager
@@ -205,7 +235,7 @@ class _Job:
     """Returns which snapshot to build from, if any, and whether to leave."""
     # Looked for first: a snapshot written after it can then not be missed.
     done = (self.workdir / 'summary.json').exists()
-    steps = checkpoint.snapshot_steps(self.workdir)
+    steps = snapshots_lib.steps_of(self.workdir)
     if steps and self._is_missing(steps[-1]):
       return steps[-1], False
     if done and not supervised:
@@ -218,7 +248,7 @@ class _Job:
     path = self.directory / str(step)
     try:
       made_from = generation.read_manifest(path)['params_digest']
-      if made_from == checkpoint.snapshot_digest(self.workdir, step):
+      if made_from == snapshots_lib.digest_of(self.workdir, step):
         return False
       log.warning('%s is of an earlier run; it is built anew.', path)
     except FileNotFoundError:
@@ -296,11 +326,11 @@ class _Job:
     """Loads a snapshot, the same one in all processes; None if it is gone."""
     found = None
     try:
-      found = checkpoint.load_snapshot(
+      found = snapshots_lib.load(
           self.workdir, step, self.component.abstract
       )
     except (ValueError, OSError) as error:
-      if step in checkpoint.snapshot_steps(self.workdir):
+      if step in snapshots_lib.steps_of(self.workdir):
         raise
       log.info('The snapshot of step %d is gone: %s', step, error)
     digests = set(distributed.gather(found and found[1]))
@@ -335,6 +365,9 @@ class _Job:
     if not self._is_still(writer.step, digest):
       return None
     path = writer.publish()
+    if not self._is_still(writer.step, digest):  # Taken back just now.
+      checkpoint.remove(path)
+      return None
     recall = writer.recall
     if recall is not None:
       say = log.warning if recall < _LOW_RECALL else log.info
@@ -348,7 +381,7 @@ class _Job:
   def _is_still(self, step: int, digest: str) -> bool:
     """A trainer that resumed takes back the snapshots after its checkpoint."""
     try:
-      return checkpoint.snapshot_digest(self.workdir, step) == digest
+      return snapshots_lib.digest_of(self.workdir, step) == digest
     except FileNotFoundError:
       return False
 
@@ -367,7 +400,7 @@ class _Job:
       log.warning('No old generation is deleted: %s', error)
       return
     for step in set(steps) - wanted:
-      generation.remove(self.directory / str(step))
+      checkpoint.remove(self.directory / str(step))
 
 
 def _shard_rows(num_rows: int, mesh: jax.sharding.Mesh) -> int:
@@ -408,13 +441,13 @@ def _wait_for_start(
   while True:
     if not (workdir / 'config.json').is_file():
       missing = 'config.json'
-    elif not checkpoint.snapshot_steps(workdir):
+    elif not snapshots_lib.steps_of(workdir):
       if (workdir / 'summary.json').exists():
         raise ValueError(
             f'Training in {workdir} is done and took no snapshot of a '
             'retriever: only the objective `realm` has an index.'
         )
-      missing = f'first snapshot in {checkpoint.SNAPSHOTS}/'
+      missing = f'first snapshot in {snapshots_lib.DIRECTORY}/'
     else:
       return
     now = time.monotonic()

@@ -6,6 +6,7 @@ other row numbers.
 """
 
 from collections.abc import Iterator
+import contextlib
 import pathlib
 import time
 from typing import Any
@@ -63,37 +64,40 @@ def compact(
         [part.corpus for part in documents.parts], removed
     )
     compaction.compact(overlay, path, progress)
-    made = documents_lib.Part(
-        corpus_lib.Corpus.open(path), documents.folder / f'index-{version}'
-    )
-    start = time.perf_counter()
-    # Of each part, the table or None where it has to be embedded.
-    tables = [documents.embeddings(part, about) for part in documents.parts]
-    embedded = sum(
-        len(part.corpus.passages)
-        for part, table in zip(documents.parts, tables, strict=True)
-        if table is None
-    )
-    documents.publish(
-        made,
-        about,
-        _live_blocks(documents, tables, about, progress),
-        documents.config.mips,
-    )
-    seconds = time.perf_counter() - start
-    edition = edition_lib.Edition(
-        version,
-        documents.edition.origin,
-        (
-            edition_lib.PartOnDisk(
-                path.name if output is None else str(path),
-                made.index.name,
-                made.corpus.fingerprint,
-            ),
-        ),
-        np.zeros(0, np.int64),
-    )
-    edition_lib.write(documents.folder, edition, {'command': 'compact'})
+    with contextlib.ExitStack() as undo:
+      undo.callback(checkpoint.remove, path)
+      made = documents_lib.Part(
+          corpus_lib.Corpus.open(path), documents.folder / f'index-{version}'
+      )
+      start = time.perf_counter()
+      # Of each part, the table or None where it has to be embedded.
+      tables = [documents.embeddings(part, about) for part in documents.parts]
+      embedded = sum(
+          len(part.corpus.passages)
+          for part, table in zip(documents.parts, tables, strict=True)
+          if table is None
+      )
+      documents.publish(
+          made,
+          about,
+          _live_blocks(documents, tables, about, progress),
+          documents.config.mips,
+      )
+      seconds = time.perf_counter() - start
+      edition = edition_lib.Edition(
+          version,
+          documents.edition.origin,
+          (
+              edition_lib.PartOnDisk(
+                  path.name if output is None else str(path),
+                  made.index.name,
+                  made.corpus.fingerprint,
+              ),
+          ),
+          np.zeros(0, np.int64),
+      )
+      edition_lib.write(documents.folder, edition, {'command': 'compact'})
+      undo.pop_all()
   return editing.Change(
       version=version,
       step=about['step'],

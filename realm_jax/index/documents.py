@@ -37,6 +37,7 @@ from realm_jax.index import mips
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -376,12 +377,12 @@ def load_params(
   """
   workdir = pathlib.Path(workdir)
   seen = {}
-  snapshots = checkpoint.snapshot_steps(workdir)
+  snapshots = snapshots_lib.steps_of(workdir)
   for one in sorted(snapshots, key=lambda s: (s != step, -s)):
     try:
-      seen[f'snapshot {one}'] = checkpoint.snapshot_digest(workdir, one)
+      seen[f'snapshot {one}'] = snapshots_lib.digest_of(workdir, one)
       if seen[f'snapshot {one}'] == digest:
-        return checkpoint.load_snapshot(workdir, one, component.abstract)[0]
+        return snapshots_lib.load(workdir, one, component.abstract)[0]
     except FileNotFoundError:  # A trainer at work just took it away.
       continue
   checkpoints = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)

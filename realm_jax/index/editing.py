@@ -388,4 +388,4 @@ def _prune(parts: Sequence[documents_lib.Part]) -> None:
   wanted = set(checkpoint.steps_in(parts[0].index))
   for part in parts[1:]:
     for step in set(checkpoint.steps_in(part.index)) - wanted:
-      generation.remove(part.index / str(step))
+      checkpoint.remove(part.index / str(step))

@@ -1,7 +1,7 @@
 """A generation of the index on disk: embeddings, ScaNN assets, lineage.
 
 Public: `Lineage`, `Writer`, `publish`, `load`, `Generation`, `read_manifest`,
-`lineage_of`, `problems`, `remove`, `remove_leftovers`, `mark_in_use`, `in_use`,
+`lineage_of`, `problems`, `remove_leftovers`, `mark_in_use`, `in_use`,
 `Damaged`. A generation is written beside its final name, its manifest last, and
 then renamed: what can be listed under its step is whole.
 """
@@ -37,7 +37,6 @@ MANIFEST = 'manifest.json'
 _SCANN = 'scann'
 _IN_USE = 'in_use.json'
 BUILDING = '.building-'  # And the step: what may be gone on with.
-_TEMPORARY = '.tmp-'
 # The recall of an approximate backend is measured on as many documents in the
 # place of queries, and on the paper's number of candidates.
 _RECALL_QUERIES, _RECALL_K = 256, 8
@@ -140,9 +139,8 @@ class Writer:
     self._resume, self._main = resume, main
     name = f'{BUILDING}{self.step}'
     if resume is None:
-      name = (
-          f'{_TEMPORARY}{self.step}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
-      )
+      unique = f'{os.getpid()}-{uuid.uuid4().hex[:8]}'
+      name = f'{checkpoint.TEMPORARY}{self.step}-{unique}'
     self._folder = shards.ShardFolder(self._directory / name, dtype)
     self._about: dict[str, Any] = {}
     self._started = 0.0
@@ -277,7 +275,7 @@ class Writer:
     with shards.writing(self._folder.path / MANIFEST):
       checkpoint.write_json(self._folder.path / MANIFEST, manifest)
     path = self._directory / str(self.step)
-    remove(path)
+    checkpoint.remove(path)
     os.rename(self._folder.path, path)
     descriptor = os.open(self._directory, os.O_RDONLY)
     try:
@@ -396,17 +394,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
   return manifest
 
 
-def remove(path: Path) -> None:
-  """Deletes a generation; nobody ever sees half of it."""
-  path = pathlib.Path(path)
-  aside = path.with_name(f'{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}')
-  try:
-    os.rename(path, aside)
-  except FileNotFoundError:
-    return
-  shutil.rmtree(aside, ignore_errors=True)
-
-
 def remove_leftovers(directory: Path, resume: int | None = None) -> list[str]:
   """Deletes what builders that were killed left behind; returns the names.
 
@@ -420,7 +407,7 @@ def remove_leftovers(directory: Path, resume: int | None = None) -> list[str]:
   names = [
       name
       for name in os.listdir(directory)
-      if name.startswith((_TEMPORARY, BUILDING))
+      if name.startswith((checkpoint.TEMPORARY, BUILDING))
       and name != f'{BUILDING}{resume}'
   ]
   for name in names:

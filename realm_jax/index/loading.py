@@ -19,6 +19,7 @@ from realm_jax.index import mips
 from realm_jax.index import presence
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
+from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ class Loader:
 
   def _digest(self, number: int) -> str | None:
     try:
-      return checkpoint.snapshot_digest(self._workdir, number)
+      return snapshots_lib.digest_of(self._workdir, number)
     except FileNotFoundError:
       return None  # Old snapshots are deleted before their generations.
 
@@ -221,12 +222,12 @@ class Patience:
           f'{self._timeout:.0f} seconds; {self._state}.'
       )
     if waited > _SNAPSHOT_SECONDS and not (
-        self._number in checkpoint.snapshot_steps(self._workdir)
+        self._number in snapshots_lib.steps_of(self._workdir)
         or self._number in checkpoint.steps_in(directory)
     ):
       raise FileNotFoundError(
           f'{what} can never come: its snapshot, '
-          f'{self._workdir / checkpoint.SNAPSHOTS}/{self._number}, is gone.'
+          f'{self._workdir / snapshots_lib.DIRECTORY}/{self._number}, is gone.'
       )
     stale = now - self._changed > _STALE_SECONDS
     again = now - self._said > _SAY_SECONDS

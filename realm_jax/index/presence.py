@@ -1,4 +1,4 @@
-"""One builder at a time, seen to be alive, and leaving when told to.
+"""One trainer and one builder at a time, seen to be alive, told to leave.
 
 Public: `Lock`, `Heartbeat`, `read_heartbeat`, `Progress`, `stop_signals`,
 `Stopped`, `GRACE_SECONDS`.
@@ -36,7 +36,7 @@ class Stopped(BaseException):
 
 
 class Lock:
-  """Keeps a second index builder away from a workdir, as a context."""
+  """Keeps a second process of a kind away from a workdir, as a context."""
 
   def __init__(
       self,

@@ -20,7 +20,6 @@ import logging
 import pathlib
 import shutil
 import time
-import uuid
 
 import jax
 import numpy as np
@@ -33,6 +32,7 @@ from realm_jax.index import loading
 from realm_jax.index import mips
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
+from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,10 @@ class Refresher:
     self._measured: dict[str, float] = {}
     self._failures = 0
     self._loading = False  # In this step.
-    drop_future(self._workdir, step)
+    # SIGTERM ended the wait for a generation. A snapshot of this step, if there
+    # is one, is of a run that was killed; the builder would begin with that.
+    waiting = generation is not None and generation < self._due(step) < step
+    drop_future(self._workdir, step - 1 if waiting else step)
     distributed.barrier('what is of later steps is removed')
     if generation is not None:
       self._current = self._loader.load(generation)
@@ -427,7 +430,7 @@ class Refresher:
             raise
           damaged = error
           log.error('%s It is removed, to be built anew.', error)
-          generation_lib.remove(path)
+          checkpoint.remove(path)
       self._look_after_builder(step)
       if not distributed.any(loaded is None):
         break
@@ -447,15 +450,15 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
   if not distributed.is_main():
     return
   workdir = pathlib.Path(workdir)
-  snapshots = workdir / checkpoint.SNAPSHOTS
+  snapshots = workdir / snapshots_lib.DIRECTORY
+  for left in snapshots.glob(f'{checkpoint.TEMPORARY}*'):
+    shutil.rmtree(left, ignore_errors=True)
   # Snapshots first: a builder does not publish without its snapshot.
-  for number in checkpoint.snapshot_steps(workdir):
+  for number in snapshots_lib.steps_of(workdir):
     if number > step:
-      aside = snapshots / f'.tmp-{number}-{uuid.uuid4().hex[:8]}'
-      (snapshots / str(number)).rename(aside)
-      shutil.rmtree(aside, ignore_errors=True)
+      checkpoint.remove(snapshots / str(number))
       log.info('Removed the snapshot of step %d: it is run again.', number)
-  kept = checkpoint.snapshot_steps(workdir)
+  kept = snapshots_lib.steps_of(workdir)
   directory = workdir / generation_lib.DIRECTORY
   for number in checkpoint.steps_in(directory):
     path = directory / str(number)
@@ -465,9 +468,9 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
         theirs = generation_lib.read_manifest(path)['params_digest']
       except (generation_lib.Damaged, FileNotFoundError):
         continue  # Whoever needs it will say so.
-      stale = theirs != checkpoint.snapshot_digest(workdir, number)
+      stale = theirs != snapshots_lib.digest_of(workdir, number)
     if stale:
-      generation_lib.remove(path)
+      checkpoint.remove(path)
       log.info('Removed %s, of steps that are run again.', path)
 
 

@@ -20,6 +20,7 @@ from realm_jax.index import generation
 from realm_jax.index import presence
 from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 _ALIVE_SECONDS = 15.0  # A heartbeat is no older while a builder is at work.
 
@@ -99,7 +100,7 @@ def _verify(
     return Finding(path, '', [str(error)])
   problems = [*generation.problems(path, manifest)]
   try:
-    digest = checkpoint.snapshot_digest(workdir, step)
+    digest = snapshots_lib.digest_of(workdir, step)
   except FileNotFoundError:
     digest = None  # Snapshots are deleted before their generations.
   expected = generation.Lineage(
@@ -188,7 +189,7 @@ def info(workdir: Path) -> dict[str, Any]:
           {**one, 'step': step, 'bytes': _bytes(pathlib.Path(one['path']))}
           for step, one in partial_builds(directory).items()
       ],
-      'snapshots': checkpoint.snapshot_steps(workdir),
+      'snapshots': snapshots_lib.steps_of(workdir),
       'builder': heartbeat,
   }
 

@@ -14,6 +14,7 @@ import time
 from realm_jax.index import generation
 from realm_jax.index import presence
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ _FINISH_SECONDS = 600.0
 
 
 class IndexBuilderProcess:
-  """Runs `realm-jax index --follow` until the context is left.
+  """Runs `realm-jax index --follow` from the first `health` on, as a context.
 
   Left without an error, it gives the builder time for its last generation.
   """
@@ -70,7 +71,6 @@ class IndexBuilderProcess:
     self._start_at = 0.0
 
   def __enter__(self) -> 'IndexBuilderProcess':
-    self._start()
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
@@ -84,7 +84,7 @@ class IndexBuilderProcess:
     return None if self._process is None else self._process.pid
 
   def health(self) -> int:
-    """Restarts the builder if it died; to be called now and then.
+    """Starts the builder, again if it died; to be called now and then.
 
     Returns:
       How often it has died so far.
@@ -159,7 +159,7 @@ class IndexBuilderProcess:
     """Waits until the newest snapshot has its generation."""
     deadline = time.monotonic() + _FINISH_SECONDS
     while time.monotonic() < deadline:
-      snapshots = checkpoint.snapshot_steps(self._workdir)
+      snapshots = snapshots_lib.steps_of(self._workdir)
       if not snapshots or snapshots[-1] in self._generations():
         return
       try:

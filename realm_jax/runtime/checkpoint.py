@@ -1,18 +1,16 @@
 """What a workdir holds, read and written whole or not at all.
 
-Public: `Checkpoints` (params and train state by step),
-`Snapshots`, `save_snapshot`, `load_snapshot` (the embedder alone, for the index
-builder),
-`save_params`, `load_params`, `frugal`, `saved_about`, `params_digest`,
-`referenced_generations`, `steps_in`, `write_json` and `read_json`. Orbax
-writes beside the final name and renames, so a number that can be listed is a
-checkpoint that can be read. The processes of a job write a checkpoint
-together, to a folder that all of them see; everything else is read by each for
-itself, and written by process 0.
+Public: `Checkpoints` (params and train state by step), `save_params`,
+`load_params`, `frugal`, `saved_about`, `params_digest`,
+`referenced_generations`, `steps_in`, `newest_step`, `components_in`, `remove`,
+`write_json`, `read_json`; for snapshots.py, which has those of the retriever
+alone: `check_leaves`, `custom_metadata`, `on_one_device`, `alone`,
+`remove_unfinished`. Orbax writes beside the final name and renames, so a number
+that can be listed is a checkpoint that can be read. The processes of a job
+write a checkpoint together, to a folder that all of them see; everything else
+is read by each for itself, and written by process 0.
 """
 
-from collections.abc import Callable
-import concurrent.futures
 import hashlib
 import json
 import logging
@@ -30,7 +28,8 @@ from realm_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS, SNAPSHOTS = 'checkpoints', 'retriever'
+CHECKPOINTS = 'checkpoints'
+TEMPORARY = '.tmp-'  # So begins the name of what is written, or deleted.
 
 Path = pathlib.Path | str
 
@@ -57,6 +56,17 @@ def read_json(path: Path) -> Any:
     return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(f'{path} is not readable as JSON: {error}') from error
+
+
+def remove(path: Path) -> None:
+  """Deletes a folder; nobody ever sees half of it. No error if it is gone."""
+  path = pathlib.Path(path)
+  aside = path.with_name(f'{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}')
+  try:
+    os.rename(path, aside)
+  except FileNotFoundError:
+    return
+  shutil.rmtree(aside, ignore_errors=True)
 
 
 def params_digest(params: Any) -> str:
@@ -111,6 +121,11 @@ class Checkpoints:
     steps = steps_in(self._directory)
     return steps[-1] if steps else None
 
+  @property
+  def saving(self) -> int | None:
+    """The step last handed to `save`, which may not be on disk yet."""
+    return self._saving
+
   def save(
       self, step: int, params: Any, train_state: Any, about: Any
   ) -> None:
@@ -130,7 +145,7 @@ class Checkpoints:
           'checkpoint is of step %s.', self._saving, error, self.latest,
       )
     if jax.process_count() == 1:
-      _remove_unfinished(self._directory)
+      remove_unfinished(self._directory)
     self._saving = step
     self._checkpointer.save_checkpointables_async(
         step,
@@ -211,14 +226,8 @@ def load_params(
     ValueError: naming the parameters whose presence or shape differs.
   """
   directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+  step = newest_step(workdir) if step is None else step
   steps = steps_in(directory)
-  if not steps:
-    raise FileNotFoundError(
-        f'{directory} holds no checkpoint; `realm-jax train'
-        f' --workdir={workdir}` writes them.'
-    )
-  if step is None:
-    step = steps[-1]
   if step not in steps:
     raise FileNotFoundError(
         f'{directory} has no checkpoint of step {step}; it has {steps}.'
@@ -232,152 +241,39 @@ def load_params(
       }
       for component, leaves in found.items()
   }
-  with _alone():
+  with alone():
     loaded = ocp.load_checkpointables(
-        directory / str(step), {'params': _on_one_device(template)}
+        directory / str(step), {'params': on_one_device(template)}
     )
   return {name: loaded['params'][name] for name in abstract}, step
 
 
 def saved_about(workdir: Path, step: int) -> dict[str, Any]:
   """The JSON that was saved with the checkpoint of a step."""
-  return _custom_metadata(pathlib.Path(workdir) / CHECKPOINTS / str(step))
+  return custom_metadata(pathlib.Path(workdir) / CHECKPOINTS / str(step))
+
+
+def newest_step(workdir: Path) -> int:
+  """The step of the newest checkpoint of a workdir.
+
+  Raises:
+    FileNotFoundError: if there is none.
+  """
+  directory = pathlib.Path(workdir) / CHECKPOINTS
+  steps = steps_in(directory)
+  if not steps:
+    raise FileNotFoundError(
+        f'{directory} holds no checkpoint; `realm-jax train'
+        f' --workdir={workdir}` writes them.'
+    )
+  return steps[-1]
 
 
 def components_in(workdir: Path, step: int | None = None) -> list[str]:
   """Names of the components that a workdir's newest checkpoint holds."""
   directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
-  step = step if step is not None else max(steps_in(directory), default=None)
-  if step is None:
-    raise FileNotFoundError(f'{directory} holds no checkpoint.')
+  step = newest_step(workdir) if step is None else step
   return sorted(_structure(directory / str(step), 'params'))
-
-
-def save_snapshot(workdir: Path, step: int, params: Any) -> str:
-  """Publishes the embedder's parameters for the index builder.
-
-  For one process; a running job uses `Snapshots`.
-
-  Returns:
-    Their digest, by which the trainer knows the generation made from them. A
-    snapshot of this step and digest that is already there is kept.
-  """
-  path = pathlib.Path(workdir).absolute() / SNAPSHOTS / str(step)
-  params = jax.device_get(params)
-  digest = params_digest(params)
-  if _has_snapshot(workdir, step, digest):
-    return digest
-  about = {'step': step, 'params_digest': digest}
-  ocp.save(path, params, overwrite=True, custom_metadata=about)
-  return digest
-
-
-class Snapshots:
-  """The snapshots that a training job takes, saved while it goes on."""
-
-  def __init__(self, workdir: Path, keep: int, required: bool = True):
-    """Of the older snapshots the `keep` newest are kept; 0 keeps all.
-
-    Where none is `required`, that one could not be saved, as on a full disk, is
-    logged and no more.
-    """
-    self._workdir, self._keep = pathlib.Path(workdir), keep
-    self._required = required or jax.process_count() > 1
-    self._threads = concurrent.futures.ThreadPoolExecutor(1, 'snapshot')
-    self._saving: concurrent.futures.Future[None] | None = None
-
-  def save(self, step: int, params: Any, in_use: int) -> None:
-    """Publishes parameters as `save_snapshot`, in the background.
-
-    Args:
-      step: that the parameters are of.
-      params: of the embedder; the next training step may take them over.
-      in_use: the snapshots after this step are all kept: their generations may
-        still be adopted.
-    """
-    self.wait()
-    params = jax.tree.map(distributed.fetch, params)
-    finish = self._begin(step, params)
-
-    def save_and_prune() -> None:
-      finish()
-      if self._keep and distributed.is_main():
-        for old in snapshot_steps(self._workdir)[: -self._keep]:
-          if old < in_use:
-            shutil.rmtree(self._workdir / SNAPSHOTS / str(old))
-
-    self._saving = self._threads.submit(save_and_prune)
-
-  def _begin(self, step: int, params: Any) -> Callable[[], object]:
-    """Does what must be done at once, and returns what is left to do."""
-    if jax.process_count() == 1:
-      return lambda: save_snapshot(self._workdir, step, params)
-    # Orbax wants all processes, and that on their main threads.
-    digest = params_digest(params) if distributed.is_main() else ''
-    if distributed.any(
-        distributed.is_main() and _has_snapshot(self._workdir, step, digest)
-    ):
-      return lambda: None
-    return ocp.save_async(
-        self._workdir.absolute() / SNAPSHOTS / str(step),
-        params,
-        overwrite=True,
-        custom_metadata={'step': step, 'params_digest': digest},
-    ).result
-
-  def wait(self) -> None:
-    """Returns when the last one is on disk."""
-    saving, self._saving = self._saving, None
-    try:
-      if saving is not None:
-        saving.result()
-    except (ValueError, OSError) as error:
-      _remove_unfinished(self._workdir / SNAPSHOTS)
-      if self._required:
-        raise
-      log.error(
-          'A snapshot of the retriever was not saved: %s. Training goes on '
-          'with the index that there is.', error,
-      )
-
-  def close(self) -> None:
-    self._threads.shutdown()
-
-
-def snapshot_steps(workdir: Path) -> list[int]:
-  """Steps of the snapshots that can be read."""
-  return steps_in(pathlib.Path(workdir) / SNAPSHOTS)
-
-
-def snapshot_digest(workdir: Path, step: int) -> str:
-  """The digest that `save_snapshot` returned for this step."""
-  path = pathlib.Path(workdir).absolute() / SNAPSHOTS / str(step)
-  return _custom_metadata(path)['params_digest']
-
-
-def load_snapshot(
-    workdir: Path, step: int, abstract: dict[str, Any]
-) -> tuple[dict[str, Any], str]:
-  """Loads a snapshot onto one device.
-
-  Returns:
-    The embedder's parameters and their digest.
-
-  Raises:
-    ValueError: if it is of another shape, or its bytes are not those that
-      were saved.
-  """
-  path = pathlib.Path(workdir).absolute() / SNAPSHOTS / str(step)
-  _compare(_leaves(ocp.metadata(path).metadata), _leaves(abstract), path)
-  with _alone():
-    params = ocp.load(path, _on_one_device(abstract))
-  digest, expected = params_digest(params), snapshot_digest(workdir, step)
-  if digest != expected:
-    raise ValueError(
-        f'{path} is damaged: its parameters have the digest {digest[:16]},'
-        f' {expected[:16]} was written.'
-    )
-  return params, digest
 
 
 def referenced_generations(workdir: Path) -> set[int]:
@@ -386,7 +282,7 @@ def referenced_generations(workdir: Path) -> set[int]:
   found = set()
   for step in steps_in(directory):
     try:
-      generation = _custom_metadata(directory / str(step)).get(
+      generation = custom_metadata(directory / str(step)).get(
           'index_generation'
       )
     except FileNotFoundError:  # Deleted by the trainer meanwhile.
@@ -396,19 +292,20 @@ def referenced_generations(workdir: Path) -> set[int]:
   return found
 
 
-def _remove_unfinished(directory: pathlib.Path) -> None:
+def remove_unfinished(directory: pathlib.Path) -> None:
   """Deletes what Orbax leaves of a save that failed."""
   for path in directory.glob('*.orbax-checkpoint-tmp'):
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _custom_metadata(path: pathlib.Path) -> dict[str, Any]:
+def custom_metadata(path: pathlib.Path) -> dict[str, Any]:
+  """The JSON that was saved with what Orbax wrote to a folder."""
   # The file is Orbax' own, public format; going through Orbax costs 100 times
   # as much, as it looks at every array.
   return read_json(path / '_CHECKPOINT_METADATA').get('custom_metadata') or {}
 
 
-def _alone() -> ocp.Context:
+def alone() -> ocp.Context:
   """A context in which Orbax does not wait for the other processes."""
   context = ocp.Context()
   if jax.process_count() > 1:
@@ -419,12 +316,8 @@ def _alone() -> ocp.Context:
   return context
 
 
-def _has_snapshot(workdir: Path, step: int, digest: str) -> bool:
-  path = pathlib.Path(workdir) / SNAPSHOTS / str(step)
-  return path.exists() and snapshot_digest(workdir, step) == digest
-
-
-def _on_one_device(abstract: Any) -> Any:
+def on_one_device(abstract: Any) -> Any:
+  """Abstract arrays, to be loaded to the first device of this process."""
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -449,11 +342,18 @@ def _check_structure(path: pathlib.Path, item: str, expected: Any) -> Any:
   there = {
       name: leaves for name, leaves in found.items() if name in expected
   }
-  _compare(_leaves(there), _leaves(expected), path)
+  check_leaves(there, expected, path)
   return found
 
 
-def _compare(found: dict, expected: dict, path: pathlib.Path) -> None:
+def check_leaves(found: Any, expected: Any, where: Path) -> None:
+  """Compares names and shapes of two trees of arrays, found and expected.
+
+  Raises:
+    ValueError: naming the arrays whose presence or shape differs, and `where`
+      the first were found.
+  """
+  found, expected = _leaves(found), _leaves(expected)
   problems = []
   for name in sorted(found.keys() | expected.keys()):
     if name not in found:
@@ -465,4 +365,4 @@ def _compare(found: dict, expected: dict, path: pathlib.Path) -> None:
   if problems:
     shown = '\n  '.join(problems[:8])
     more = f'\n  and {len(problems) - 8} more' if len(problems) > 8 else ''
-    raise ValueError(f'{path} holds another model:\n  {shown}{more}')
+    raise ValueError(f'{where} holds another model:\n  {shown}{more}')

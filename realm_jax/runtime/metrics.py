@@ -63,7 +63,8 @@ class MetricsWriter:
     self._file.flush()
     if self._board is not None:
       for name, value in values.items():
-        self._board.add_scalar(name, value, step)
+        if not isinstance(value, str):
+          self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
     if self._file is not None:

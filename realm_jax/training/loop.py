@@ -19,12 +19,14 @@ import tqdm
 
 from realm_jax import config as config_lib
 from realm_jax.data import batches
+from realm_jax.index import presence
 from realm_jax.index import refresh as refresh_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import profile as profile_lib
+from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.training import costs
 from realm_jax.training import optimizer
 from realm_jax.training import probe as probe_lib
@@ -63,15 +65,22 @@ def train(
 
   Raises:
     ValueError, FileNotFoundError: see `state.open_job`.
+    RuntimeError: another process trains in this workdir.
     FloatingPointError: the loss is not finite; the last checkpoint is from
       before.
     Interrupted: on SIGTERM, after saving.
   """
   start_time = time.perf_counter()
   job = state_lib.open_job(config, workdir)
-  if distributed.is_main():
-    (job.workdir / SUMMARY).unlink(missing_ok=True)
   with contextlib.ExitStack() as stack:
+    if distributed.is_main():
+      # One that was told to leave may still be saving.
+      stack.enter_context(
+          presence.Lock(job.workdir, presence.GRACE_SECONDS, 'trainer')
+      )
+      (job.workdir / SUMMARY).unlink(missing_ok=True)
+    if config.objective in config_lib.SEARCHING:
+      health()  # The builder may begin: config.json is checked and written.
     loop = _Loop(job, health, profile, stack)
     loop.run()
     summary = {
@@ -158,7 +167,7 @@ class _Loop:
       stack.callback(self._refresher.close)
       self._retrieval = reading.Retrieval(job, self._refresher, self._rows)
       self._probe = probe_lib.Probe(job)
-    self._snapshots = checkpoint.Snapshots(
+    self._snapshots = snapshots_lib.Snapshots(
         job.workdir,
         config.refresh.keep,
         # Else resuming would need the generation of a snapshot that is not.
@@ -278,7 +287,10 @@ class _Loop:
   def _take_snapshot(self, step: int) -> None:
     """Publishes the embedder for the index builder, in the background."""
     self._snapshots.save(
-        step, self.state.params['embedder'], in_use=self.generation or 0
+        step,
+        self.state.params['embedder'],
+        in_use=self.generation or 0,
+        saving=self._checkpoints.saving,
     )
 
   def _save(self, step: int) -> None:

@@ -265,7 +265,7 @@ def _time(
   trained = chip.tflops * setting.utilization
   step = work['step_tflop_with_recomputation'] / (trained * devices)
   figures: dict[str, float] = {}
-  builders = 0
+  builders, first = 0, 0.0
   if 'refresh_tflop' in work:
     if config.mips.backend != 'scann':
       # Every row is read once; the products are few.
@@ -276,26 +276,31 @@ def _time(
       )
       figures['search_seconds'] = search
       step += search
-    builders = setting.builder_devices
     embedding = chip.tflops * setting.builder_utilization
-    refresh = work['refresh_tflop'] / (embedding * max(builders, 1))
-    interval = config.refresh.interval * step
-    figures |= {
-        'refresh_seconds': refresh,
-        'refresh_interval_seconds': interval,
-        'lag_steps': refresh / step,
-        'refresh_interval_steps': config.refresh.interval,
-        'builder_devices_needed': math.ceil(
-            work['refresh_tflop'] / embedding / interval
-        ),
-        'trainer_devices_per_builder_device': devices
-        * interval
-        * embedding
-        / work['refresh_tflop'],
-    }
-    if not builders:  # They share; the training stands still meanwhile.
-      step += refresh / config.refresh.interval
-  seconds = step * config.steps
+    refresh = work['refresh_tflop'] / (
+        embedding * max(setting.builder_devices, 1)
+    )
+    figures['refresh_seconds'] = refresh
+    if config.refresh.policy == 'none':
+      first = refresh  # And the only one: training waits for it.
+    else:
+      builders = setting.builder_devices
+      interval = config.refresh.interval * step
+      figures |= {
+          'refresh_interval_seconds': interval,
+          'lag_steps': refresh / step,
+          'refresh_interval_steps': config.refresh.interval,
+          'builder_devices_needed': math.ceil(
+              work['refresh_tflop'] / embedding / interval
+          ),
+          'trainer_devices_per_builder_device': devices
+          * interval
+          * embedding
+          / work['refresh_tflop'],
+      }
+      if not builders:  # They share; the training stands still meanwhile.
+        step += refresh / config.refresh.interval
+  seconds = step * config.steps + first
   figures = {
       'step_seconds': step,
       'examples_per_second': config.batch_size / step,
@@ -417,7 +422,7 @@ def _advice(
         f'{_remedy(config, setting)}'
     )
   time = result['time']
-  if 'lag_steps' in time and config.refresh.policy != 'none':
+  if 'lag_steps' in time:
     needed = time['builder_devices_needed']
     if 0 < setting.builder_devices < needed:
       yield (

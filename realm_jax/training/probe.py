@@ -21,7 +21,8 @@ from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.training import state as state_lib
 
 _QUERIES = 32
-_POOL = 64  # Candidates of each query that are embedded anew.
+# Candidates of each query that are embedded anew; of many, so many times k.
+_POOL, _POOL_OF_K = 64, 4
 _BATCH = 64  # Documents embedded at once, at least: one shape, one compilation.
 
 
@@ -83,9 +84,9 @@ class Probe:
   ) -> float:
     """How much of what a stale index finds holds with other parameters.
 
-    The 64 best candidates of each query by the index are embedded anew and
-    ranked. What the index does not have among them is not seen, so this errs
-    on the side of the index.
+    The best candidates of each query by the index, 64 or 4 k, are embedded anew
+    and ranked. What the index does not have among them is not seen, so this
+    errs on the side of the index.
 
     Args:
       params: of the embedder.
@@ -97,9 +98,8 @@ class Probe:
     query_emb_BE = self.embed(params)
     ranges_BR = self._exclude_BR2[..., 1] - self._exclude_BR2[..., 0]
     allowed = search.num_documents - int(ranges_BR.sum(axis=1).max())
-    pool_BN = search.search(
-        query_emb_BE, min(_POOL, allowed), self._exclude_BR2
-    )
+    size = min(max(_POOL, _POOL_OF_K * self.k), allowed)
+    pool_BN = search.search(query_emb_BE, size, self._exclude_BR2)
     rows, places = np.unique(pool_BN, return_inverse=True)
     doc_emb_BNE = self._embed(params, rows)[places.reshape(pool_BN.shape)]
     score_BN = np.einsum('BE,BNE->BN', query_emb_BE, doc_emb_BNE)

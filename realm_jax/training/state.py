@@ -201,6 +201,7 @@ def _fresh(
 def _initial_params(job: Job) -> dict[str, components_lib.Params]:
   found: dict[str, components_lib.Params] = {}
   for source in _sources(job.config):
+    _check_same_tokenizer(job, source)
     there = checkpoint.components_in(source)
     wanted = {
         name: job.components[name].abstract
@@ -221,11 +222,18 @@ def _initial_params(job: Job) -> dict[str, components_lib.Params]:
     params, step = checkpoint.load_params(source, wanted)
     log.info('%s from %s, step %d.', ', '.join(sorted(params)), source, step)
     if giver:
-      params[taker] = {
+      body = {
           name.removeprefix(prefix): value
           for name, value in params.pop(giver).items()
           if name.startswith(prefix + _BODY)
       }
+      ours = {
+          name: leaf
+          for name, leaf in job.components[taker].abstract.items()
+          if name.startswith(_BODY)
+      }
+      checkpoint.check_leaves({giver: body}, {giver: ours}, source)
+      params[taker] = body
     # As numpy arrays, which belong to no process' devices.
     found.update(jax.device_get(params))
   return found
@@ -251,6 +259,18 @@ def _body(
     if taker in ours and taker not in there and giver in there:
       return taker, giver, prefix
   return '', '', ''
+
+
+def _check_same_tokenizer(job: Job, source: str) -> None:
+  """Of another vocabulary, though as large, each row is another wordpiece's."""
+  saved = checkpoint.saved_about(source, checkpoint.newest_step(source))
+  theirs, ours = saved['tokenizer_digest'], job.lineage['tokenizer_digest']
+  if theirs != ours:
+    raise ValueError(
+        f'config.init_from: {source} was trained with another tokenizer,'
+        f' {theirs[:16]}; that of {job.config.corpus} is {ours[:16]}. Prepare'
+        ' the corpus with the --vocab of that model or of its corpus.'
+    )
 
 
 def _check_same_model(

@@ -321,13 +321,17 @@ def make_train_step(
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     if config.objective == 'open_qa' and not config.open_qa.update_unanswered:
-      # Nothing was learned from: neither weight decay nor old momentum.
+      # Nothing was learned from: neither weight decay nor old momentum. The
+      # learning rate stays that of the step.
       learned = (metrics['retrieved'] > 0) | (metrics['readable'] > 0)
       updates = jax.tree.map(lambda x: jnp.where(learned, x, 0), updates)
       opt_state = jax.tree.map(
-          lambda new, old: jnp.where(learned, new, old),
+          lambda new, old: (
+              new if _is_schedule(new) else jnp.where(learned, new, old)
+          ),
           opt_state,
           state.opt_state,
+          is_leaf=_is_schedule,
       )
     params = optax.apply_updates(state.params, updates)
     metrics = {
@@ -352,6 +356,10 @@ def make_train_step(
       in_shardings=(shardings, mesh_lib.over_batch(mesh)),
       out_shardings=(shardings, mesh_lib.replicated(mesh)),
   )
+
+
+def _is_schedule(x: Any) -> bool:
+  return isinstance(x, optax.ScaleByScheduleState)
 
 
 def make_query_embedder(
