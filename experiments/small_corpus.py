@@ -4,7 +4,8 @@ Guu et al. 2020, section 3, with the lengths and steps of a first look: 18,896
 paragraphs of Wikipedia take half an hour on two CPU cores. Use `tiny` on a
 CPU, `mini` or `small` (--config.model.preset=mini) on one GPU.
 
-  realm-jax prepare --source=passages.jsonl --output=corpus
+  realm-jax prepare --source=passages.jsonl --output=corpus \
+      --max_wordpieces=160
   realm-jax train --config=experiments/small_corpus.py:mlm --workdir=runs/mlm \
       --config.corpus=corpus
   realm-jax train --config=experiments/small_corpus.py:ict --workdir=runs/ict \

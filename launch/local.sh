@@ -7,7 +7,7 @@
 # All else goes to `realm-jax train`. The last N GPUs or cores embed the corpus,
 # by default a fifth (of TPU chips always half); a single device is shared. On
 # SIGTERM and Ctrl-C the trainer saves a checkpoint and exits with 143, and so
-# does this. A builder that fails is started again, five times; then the trainer
+# does this. A builder that fails is started up to five times; then the trainer
 # is told to save and stop. REALM_JAX: the command, if not realm-jax.
 set -euo pipefail
 platform=cpu share='' workdir='' dry_run='' flags=()

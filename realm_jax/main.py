@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import difflib
 import logging
 import os
+import re
 import sys
 from typing import Any
 
@@ -28,6 +29,7 @@ from realm_jax.cli import questions
 from realm_jax.cli import train
 
 FLAGS = flags.FLAGS
+_REQUIRED = 'must have a value other than None'  # As absl says it.
 
 # By name, in the order of the help. A name of two words, `index verify`, has
 # flags of its own, apart from those of its first word.
@@ -69,15 +71,16 @@ def run() -> None:
   def main(argv: Sequence[str]) -> None:
     logging.getLogger().setLevel(logging.INFO)
     absl_logging.use_absl_handler()
-    if len(argv) > 1 and not command.positional:
-      hint = ''
-      if f'{name} {argv[1]}' in COMMANDS:
-        hint = f' Put it first: `realm-jax {name} {argv[1]} --flag=value ...`.'
-      raise app.UsageError(
-          f'`realm-jax {name}` takes flags only; what is {argv[1]!r}?{hint}'
-      )
     try:
+      if len(argv) > 1 and not command.positional:
+        hint = ''
+        if f'{name} {argv[1]}' in COMMANDS:
+          hint = f' Put it first: `realm-jax {name} {argv[1]} --flag=...`.'
+        raise app.UsageError(f'It takes flags only; what is {argv[1]!r}?{hint}')
       command.run(argv)
+    except app.UsageError as error:
+      print(f'realm-jax {name}: {error}\n{_line(name)}', file=sys.stderr)
+      sys.exit(command_lib.USAGE)
     except (
         ValueError, OSError, ImportError, FloatingPointError, RuntimeError
     ) as error:
@@ -101,7 +104,7 @@ def run() -> None:
       # A config file that fails comes with its traceback; the last line of it
       # says what is wrong.
       text = str(error.args[0] if error.args else error).strip()
-      reason = text.splitlines()[-1]
+      reason = _explained(text.splitlines()[-1], arguments)
       print(f'realm-jax {name}: {reason}', file=sys.stderr)
       sys.exit(command_lib.USAGE)
 
@@ -134,11 +137,34 @@ def _usage() -> str:
   return '\n'.join(lines)
 
 
+def _line(name: str) -> str:
+  positional = COMMANDS[name].positional
+  return f'usage: realm-jax {name} [--flag=value ...] {positional}'.rstrip()
+
+
+def _explained(reason: str, arguments: Sequence[str]) -> str:
+  """What the libraries say of a wrong flag, in terms of the command line."""
+  if match := re.match(rf'flag --(\S+)=None: .*{_REQUIRED}', reason):
+    return f'--{match[1]} is missing.'
+  if match := re.match(r'Field (\S+) not found on dataclass', reason):
+    given = [word.partition('=')[0] for word in arguments]
+    words = [w for w in given if match[1] in w.removeprefix('--').split('.')]
+    if words:
+      from realm_jax import config as config_lib
+
+      known = config_lib.fields()
+      field = words[0].removeprefix('--config.')
+      close = difflib.get_close_matches(field, known, 1)
+      hint = f' Did you mean --config.{close[0]}?' if close else ''
+      return f'{words[0]}: there is no such field.{hint}'
+  return reason
+
+
 def _help(name: str, command: command_lib.Command) -> str:
   before = set(FLAGS)
   command.define_flags()
   lines = [
-      f'usage: realm-jax {name} [--flag=value ...] {command.positional}',
+      _line(name),
       '',
       command.summary,
       f'For example: {command.example}',
@@ -147,6 +173,8 @@ def _help(name: str, command: command_lib.Command) -> str:
   for flag in sorted(set(FLAGS) - before):
     info: Any = FLAGS[flag]
     default = '' if info.default is None else f' (default {info.default})'
+    if any(_REQUIRED in validator.message for validator in info.validators):
+      default = ' (required)'
     lines.append(f'  --{flag}: {info.help}{default}')
   if _parts(name):
     lines += ['', 'And, each with --help of its own:']

@@ -45,12 +45,26 @@ def test_the_defaults_are_valid_but_for_the_corpus():
         ({'refresh__lag': 0}, r'config\.refresh\.lag=0'),
         ({'optimizer__frozen': ('tagger',)}, r"\('embedder', 'reader'\)"),
         ({'optimizer__frozen': 'embedder'}, r'must be a tuple of strings'),
+        ({'optimizer__frozen': ('embedder', 'reader')}, r'nothing to learn'),
+        ({'model__num_layers': -1}, r'model\.num_layers=-1: must not be neg'),
+        ({'model__max_span_width': 0}, r'must be at least 1'),
+        ({'optimizer__b1': 1.5}, r'must be between 0 and 1'),
+        ({'optimizer__clip_norm': 0.0}, r'clip_norm=0\.0: must be more than 0'),
+        ({'lengths__masks': 95}, r'more than a query of 96 wordpieces'),
+        ({'stesp': 3}, r'config\.stesp: .*; did you mean config\.steps\?'),
+        ({'refresh__intervall': 3}, r'did you mean config\.refresh\.interval'),
+        ({'refresh': 'sync'}, r"refresh='sync': must be of type RefreshConfig"),
         ({'mesh__data': -1, 'mesh__model': -1}, r'at most one may be -1'),
     ],
 )
 def test_what_is_wrong_is_named(values, message):
   with pytest.raises(ValueError, match=message):
     config_lib.validate(_config(**values))
+
+
+def test_what_is_no_config_is_refused():
+  with pytest.raises(ValueError, match=r"returns dict: \{'steps': 3\}"):
+    config_lib.validate({'steps': 3})
 
 
 def test_all_that_is_wrong_is_named_at_once():

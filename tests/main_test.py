@@ -95,6 +95,8 @@ def test_help_lists_commands_and_flags():
   assert '  index info: ' in _works('index', '--help')
   assert '--pretraining_source' in _works('prepare', '--help')
   assert '--with_index_builder' in _works('train', '--help')
+  assert 'index, metrics. (required)' in _works('train', '--help')
+  assert 'h100' in _works('plan', '--chip=list')
 
 
 @pytest.mark.parametrize(
@@ -102,10 +104,12 @@ def test_help_lists_commands_and_flags():
     [
         (['trian'], "No command 'trian'. Did you mean `train`?"),
         (['index', '--wrokdir=x'], 'Did you mean: workdir'),
-        (['index'], 'workdir'),
+        (['index'], 'realm-jax index: --workdir is missing.'),
+        (['plan'], '--config is missing'),
         (['index', '--workdir=/nowhere/at/all'], 'is not a workdir'),
         (['evaluate', '--workdir=/nowhere/at/all'], '/nowhere/at/all'),
         (['inspect', '--workdir=x'], 'Give one sentence with a [MASK]'),
+        (['compare', 'a'], 'usage: realm-jax compare [--flag=value ...]'),
         (['index', '--workdir=x', 'extra'], "what is 'extra'"),
         (['index', '--workdir=x', 'info'], 'Put it first: `realm-jax index'),
         (['index', 'verfiy', '--workdir=x'], 'Did you mean `index verify`?'),
@@ -117,7 +121,11 @@ def test_help_lists_commands_and_flags():
         (['train', f'--config={_STAGE}:ict', '--workdir=x',
           '--config.corpus=/no/corpus'], 'There is no corpus /no/corpus'),
         (['train', f'--config={_STAGE}:ict', '--workdir=x',
-          '--config.batchsize=3'], 'batchsize'),
+          '--config.batchsize=3'],
+         '--config.batchsize: there is no such field. Did you mean'
+         ' --config.batch_size?'),
+        (['train', f'--config={_STAGE}:ict', '--workdir=x',
+          '--config.refresh.lagg=3'], 'Did you mean --config.refresh.lag?'),
         (['train', f'--config={_STAGE}:ict', '--workdir=x',
           '--config.batch_size=many'], 'many'),
         (['train', f'--config={_STAGE}:realm', '--workdir=x',

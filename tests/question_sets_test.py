@@ -183,6 +183,22 @@ def test_a_wrong_record_is_named(tmp_path):
   )
   with pytest.raises(ValueError, match=r'P106.json, record 2: "answers" is'):
     question_sets.read(path)
+  for text, name, message in (
+      ('{"data": [{"title": "A"}]}', 'squad', "first record .*'paragraphs'"),
+      ('{"data": 3}', 'squad', 'expected a list of records, not'),
+      ('{"x": 1}', 'trivia_qa', "no field 'Data'"),
+      (
+          '{"question_text": "q", "document_text": "d", "annotations": null}',
+          'natural_questions',
+          'is not as natural_questions has it',
+      ),
+  ):
+    (tmp_path / 'wrong.json').write_text(text)
+    with pytest.raises(ValueError, match=f'wrong.json.*{message}'):
+      question_sets.read(tmp_path / 'wrong.json', name)
+  (tmp_path / 'wrong.tsv').write_bytes(b'1\t\xff\tx\n')
+  with pytest.raises(ValueError, match='wrong.tsv: its first record is not'):
+    question_sets.read(tmp_path / 'wrong.tsv')
   with pytest.raises(FileNotFoundError, match='nowhere'):
     question_sets.read(tmp_path / 'nowhere.json')
   path.write_text('{"question": ', encoding='utf-8')

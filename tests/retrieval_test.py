@@ -374,9 +374,12 @@ def test_a_workdir_with_one_component_is_measured_by_it(
   workdir = _make_workdir(
       tmp_path / 'job', corpus, config, {7: _params(config)}
   )
-  (result,) = retrieval.evaluate(workdir, questions, limit=12)
+  asked = None if objective == 'mlm' else questions
+  (result,) = retrieval.evaluate(workdir, asked, limit=12)
   assert [n for n in ('questions', 'masked') if n in result] == [parts]
   if objective == 'mlm':
+    with pytest.raises(ValueError, match='no retriever to ask questions of'):
+      retrieval.evaluate(workdir, questions)
     assert set(result['masked']) == {
         'sentences', 'num_candidates', 'accuracy_without_retrieval',
     }

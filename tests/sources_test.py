@@ -69,7 +69,8 @@ def test_a_folder_of_texts_is_an_article_a_file(tmp_path):
   assert rome.text == 'A town.\n'
   # Beside files that say what they hold, a text is no article.
   (tmp_path / 'in' / 'z.jsonl').write_text('{"text": "alone"}')
-  assert [r.text for r in _read(tmp_path / 'in')] == ['alone']
+  for source in ('in', 'in/*', 'in/**/*'):
+    assert [r.text for r in _read(tmp_path / source)] == ['alone'], source
 
 
 def test_a_text_that_is_not_utf8_is_named_with_its_line(tmp_path):

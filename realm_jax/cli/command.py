@@ -31,7 +31,7 @@ class Command:
   positional: str = ''  # What it takes besides flags.
 
 
-def config_flag() -> None:
+def config_flag(required: bool = True) -> None:
   """Defines --config, and --config.FIELD for each of its fields."""
   from ml_collections import config_flags
 
@@ -44,7 +44,8 @@ def config_flag() -> None:
       ' --config.FIELD=VALUE.',
       lock_config=True,
   )
-  flags.mark_flag_as_required('config')
+  if required:
+    flags.mark_flag_as_required('config')
 
 
 def workdir_flag() -> None:

@@ -87,7 +87,7 @@ def _export_flags() -> None:
       'classes',
       None,
       'Of huggingface: some of embedder, scorer, encoder, reader, openqa, bert,'
-      ' comma-separated; default: what the workdir has.',
+      ' tagger, comma-separated; default: what the workdir has.',
   )
   flags.DEFINE_enum(
       'dtype', 'float32', ['float32', 'float16'], 'Of the embeddings of index.'

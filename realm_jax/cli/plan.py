@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import dataclasses
 import json
 
+from absl import app
 from absl import flags
 
 from realm_jax.cli import command
@@ -15,7 +16,7 @@ FLAGS = flags.FLAGS
 
 
 def _plan_flags() -> None:
-  command.config_flag()
+  command.config_flag(required=False)  # Not for a list of the chips.
   flags.DEFINE_integer(
       'passages', None, "Of the corpus; default: config.corpus'."
   )
@@ -53,7 +54,6 @@ def _plan(argv: Sequence[str]) -> None:
   from realm_jax import config as config_lib
   from realm_jax.training import plan
 
-  config = FLAGS.config
   if FLAGS.chip == 'list':
     for name, chip in plan.CHIPS.items():
       print(
@@ -61,6 +61,9 @@ def _plan(argv: Sequence[str]) -> None:
           f' {chip.memory_gb_per_second:6g} GB/s'
       )
     return
+  config = FLAGS.config
+  if config is None:
+    raise app.UsageError('--config is missing.')
   if FLAGS.chip not in plan.CHIPS:
     raise ValueError(
         f'--chip={FLAGS.chip}: there are {", ".join(plan.CHIPS)}; for another,'

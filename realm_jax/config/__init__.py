@@ -8,6 +8,7 @@ says what is wrong with one, `files` reads and compares them.
 from realm_jax.config.checks import validate as validate
 from realm_jax.config.files import differences as differences
 from realm_jax.config.files import digest as digest
+from realm_jax.config.files import fields as fields
 from realm_jax.config.files import from_dict as from_dict
 from realm_jax.config.files import identity as identity
 from realm_jax.config.files import read as read

@@ -4,18 +4,43 @@ Public: `validate`.
 """
 
 import dataclasses
+import difflib
 import functools
 import typing
 from typing import Any, Literal
 
 from realm_jax.config import schema
 
+# May be 0, for none of it, for a default, or for no limit.
+_NOT_NEGATIVE = (
+    'model.num_layers model.width model.num_heads model.mlp_width'
+    ' model.vocab_size model.layer_norm_eps model.init_stddev'
+    ' model.span_norm_eps optimizer.learning_rate optimizer.retriever_delay'
+    ' optimizer.final_fraction optimizer.eps optimizer.weight_decay'
+    ' refresh.timeout refresh.keep refresh.max_builder_failures checkpoint.keep'
+    ' mips.num_leaves mips.leaves_to_search mips.reorder peak_tflops'
+).split()
+_AT_LEAST_ONE = (
+    'steps batch_size accumulate log_interval checkpoint.interval'
+    ' refresh.interval model.embedding_width model.span_width'
+    ' model.max_span_width lengths.masks open_qa.retrieved open_qa.read'
+).split()
+_SHARES = (
+    'mlm.own_passage_rate ict.remove_rate model.dropout refresh.overlap_bound'
+    ' optimizer.b1 optimizer.b2 mips.recall_target'
+).split()
+
 
 def validate(config: schema.Config) -> None:
   """Raises ValueError naming every field that is wrong, and what is right."""
+  if not isinstance(config, schema.Config):
+    raise ValueError(
+        'An experiment file returns a realm_jax.config.Config; this one returns'
+        f' {type(config).__name__}: {str(config)[:80]}'
+    )
   problems = _type_problems(config)
   if problems:  # The checks below assume the types.
-    raise ValueError('The config is wrong:\n  ' + '\n  '.join(problems))
+    raise ValueError(_message(problems))
 
   def require(ok: bool, field: str, what: str) -> None:
     if not ok:
@@ -23,11 +48,9 @@ def validate(config: schema.Config) -> None:
 
   c = config
   require(bool(c.corpus), 'corpus', 'give the folder that `prepare` wrote')
-  for field in (
-      'steps batch_size accumulate log_interval checkpoint.interval'
-      ' refresh.interval model.embedding_width lengths.masks'
-      ' open_qa.retrieved open_qa.read'
-  ).split():
+  for field in _NOT_NEGATIVE:
+    require(_at(c, field) >= 0, field, 'must not be negative')
+  for field in _AT_LEAST_ONE:
     require(_at(c, field) >= 1, field, 'must be at least 1')
   require(
       c.num_candidates >= 2,
@@ -37,6 +60,14 @@ def validate(config: schema.Config) -> None:
   require(0 <= c.seed < 2**31, 'seed', 'must be between 0 and 2**31 - 1')
   require(c.lengths.query >= 4, 'lengths.query', 'must be at least 4')
   require(c.lengths.document >= 8, 'lengths.document', 'must be at least 8')
+  require(
+      c.lengths.masks <= c.lengths.query - 2,
+      'lengths.masks',
+      f'is more than a query of {c.lengths.query} wordpieces can have, with'
+      ' [CLS] and [SEP]',
+  )
+  if problems:  # What follows divides and multiplies.
+    raise ValueError(_message(problems))
   model = schema.resolve(config).model
   if c.objective == 'tagger':
     longest = c.tagger.length
@@ -54,14 +85,7 @@ def validate(config: schema.Config) -> None:
       'model.num_heads',
       f'must divide the width, {model.width}',
   )
-  require(
-      c.refresh.max_builder_failures >= 0,
-      'refresh.max_builder_failures',
-      'must not be negative; 0 is without a limit',
-  )
-  for field in (
-      'mlm.own_passage_rate ict.remove_rate model.dropout refresh.overlap_bound'
-  ).split():
+  for field in _SHARES:
     require(0 <= _at(c, field) <= 1, field, 'must be between 0 and 1')
   require(
       c.model.attention_dropout <= 1,
@@ -80,9 +104,7 @@ def validate(config: schema.Config) -> None:
       f'must divide the batch size, {c.batch_size}',
   )
   require(
-      c.optimizer.learning_rate >= 0,
-      'optimizer.learning_rate',
-      'must not be negative',
+      c.optimizer.clip_norm > 0, 'optimizer.clip_norm', 'must be more than 0'
   )
   if c.objective == 'tagger':
     require(
@@ -116,6 +138,11 @@ def validate(config: schema.Config) -> None:
         f'{schema.COMPONENTS[c.objective]}',
     )
   require(
+      bool(set(schema.COMPONENTS[c.objective]) - set(c.optimizer.frozen)),
+      'optimizer.frozen',
+      'leaves nothing to learn',
+  )
+  require(
       1 <= c.refresh.lag <= c.refresh.interval
       or c.refresh.policy not in ('scheduled', 'adaptive'),
       'refresh.lag',
@@ -129,7 +156,11 @@ def validate(config: schema.Config) -> None:
       'sizes are positive; at most one may be -1',
   )
   if problems:
-    raise ValueError('The config is wrong:\n  ' + '\n  '.join(problems))
+    raise ValueError(_message(problems))
+
+
+def _message(problems: list[str]) -> str:
+  return 'The config is wrong:\n  ' + '\n  '.join(problems)
 
 
 def _at(config: schema.Config, field: str) -> Any:
@@ -139,11 +170,20 @@ def _at(config: schema.Config, field: str) -> Any:
 def _type_problems(config: Any, path: str = 'config') -> list[str]:
   problems = []
   types = typing.get_type_hints(type(config))
+  # Of a dataclass any attribute can be set, also a misspelt one.
+  for unknown in sorted(vars(config).keys() - types.keys()):
+    close = difflib.get_close_matches(unknown, types, 1)
+    hint = f'; did you mean {path}.{close[0]}?' if close else ''
+    problems.append(f'{path}.{unknown}: there is no such field{hint}')
   for field in dataclasses.fields(config):
     value, kind = getattr(config, field.name), types[field.name]
     name = f'{path}.{field.name}'
     if dataclasses.is_dataclass(kind):
-      problems += _type_problems(value, name)
+      if type(value) is kind:
+        problems += _type_problems(value, name)
+      else:
+        words = types[field.name].__name__
+        problems.append(f'{name}={value!r}: must be of type {words}')
     elif typing.get_origin(kind) is Literal:
       if value not in typing.get_args(kind):
         problems.append(

@@ -1,6 +1,7 @@
 """Configurations as JSON, and what makes two of them the same.
 
-Public: `to_dict`, `from_dict`, `read`, `identity`, `digest`, `differences`.
+Public: `to_dict`, `from_dict`, `read`, `fields`, `identity`, `digest`,
+`differences`.
 """
 
 import dataclasses
@@ -37,12 +38,23 @@ def read(workdir: pathlib.Path | str) -> schema.Config:
   if not path.exists():
     raise FileNotFoundError(
         f'{workdir} is not a workdir: it has no config.json. `realm-jax train'
-        f' --workdir={workdir}` makes one.'
+        f' --config=FILE.py --workdir={workdir}` makes one.'
     )
   try:
     return from_dict(json.loads(path.read_text(encoding='utf-8')))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
+
+
+def fields() -> list[str]:
+  """Returns all fields that can be set: `steps`, `model.width`, ..."""
+  names = []
+  for name, value in to_dict(schema.Config()).items():
+    if isinstance(value, dict):
+      names += [f'{name}.{field}' for field in value]
+    else:
+      names.append(name)
+  return names
 
 
 def identity(config: schema.Config) -> dict[str, Any]:

@@ -49,13 +49,13 @@ def read(source: Path, format: str = 'auto') -> list[qa.Question]:
         f'format {format!r}: must be auto or one of {", ".join(FORMATS)}.'
     )
   if name.startswith('tfds:'):
-    return _checked(_from_tfds(name), name)
+    return _checked(_from_tfds(name), name, 'TFDS')
   path = pathlib.Path(name)
   if format == 'auto':
     format = _recognise(path)
   if format == 'jsonl':
     return qa.read_questions(path)
-  return _checked(_READERS[format](path), name)
+  return _checked(_READERS[format](path), name, format)
 
 
 def resplit(
@@ -114,15 +114,25 @@ def convert(
 
 
 def _checked(
-    found: Iterable[tuple[str, Record]], source: str
+    found: Iterable[tuple[str, Record]], source: str, format: str
 ) -> list[qa.Question]:
   """Makes questions of records; `where` of each names it in an error."""
   questions = []
-  for where, record in found:
-    try:
-      questions.append(qa.parse(record))
-    except ValueError as error:
-      raise ValueError(f'{source}, {where}: {error}') from error
+  place = 'its first record'
+  try:
+    for where, record in found:
+      try:
+        questions.append(qa.parse(record))
+      except ValueError as error:
+        raise ValueError(f'{source}, {where}: {error}') from error
+      place = f'what follows {where}'
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{source}: {place} is not UTF-8: {error}') from error
+  except (KeyError, TypeError, AttributeError) as error:
+    why = f'no field {error}' if isinstance(error, KeyError) else error
+    raise ValueError(
+        f'{source}: {place} is not as {format} has it: {why}.'
+    ) from error
   if not questions:
     raise ValueError(f'{source} holds no question with an answer.')
   return questions
@@ -184,14 +194,14 @@ class _TextOnly(html.parser.HTMLParser):
 
 
 def _web_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  for number, record in _items(_document(path)):
+  for number, record in _items(_document(path), path):
     if 'qText' in record:  # As factoid questions (brmson).
       answers = record.get('answers')
       yield number, {'question': record['qText'], 'answers': answers}
     elif 'utterance' in record:  # As published (Berant et al. 2013).
       yield number, {
           'question': record['utterance'],
-          'answers': _descriptions(record.get('targetValue', '')),
+          'answers': _descriptions(record.get('targetValue') or ''),
       }
     else:
       raise ValueError(f'{path}, {number}: no field qText or utterance.')
@@ -209,11 +219,11 @@ def _descriptions(value: str) -> list[str]:
 
 
 def _trivia_qa(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  for where, record in _items(_document(path)['Data']):
+  for where, record in _items(_document(path)['Data'], path):
     answer = record.get('Answer') or {}
     if 'Value' not in answer:
       continue  # The test set is published without answers.
-    answers = [answer['Value'], *answer.get('Aliases', ())]
+    answers = [answer['Value'], *(answer.get('Aliases') or ())]
     yield where, {
         'question': record.get('Question'),
         'answers': list(dict.fromkeys(answers)),
@@ -222,7 +232,7 @@ def _trivia_qa(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
 
 def _squad(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
   """A passage's id is its article's title and its number: `Alaska#0`."""
-  for article_where, article in _items(_document(path)['data']):
+  for article_where, article in _items(_document(path)['data'], path):
     title = article.get('title', '')
     for number, paragraph in enumerate(article['paragraphs']):
       for question in paragraph['qas']:
@@ -239,7 +249,7 @@ def _squad(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
 
 def _entity_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
   """A list of {question, answers}: EntityQuestions, DPR's files."""
-  for where, record in _items(_document(path)):
+  for where, record in _items(_document(path), path):
     yield where, {
         name: record.get(name)
         for name in ('question', 'answers', 'match', 'title')
@@ -329,12 +339,18 @@ def _document(path: pathlib.Path) -> Any:
     ) from error
 
 
-def _items(values: Any) -> Iterator[tuple[str, Record]]:
+def _items(
+    values: Any, path: pathlib.Path
+) -> Iterator[tuple[str, Record]]:
   if not isinstance(values, list):
-    raise ValueError(f'expected a list of records, not {str(values)[:80]!r}.')
+    raise ValueError(
+        f'{path}: expected a list of records, not {str(values)[:80]!r}.'
+    )
   for number, record in enumerate(values, 1):
     if not isinstance(record, dict):
-      raise ValueError(f'record {number}: {str(record)[:80]!r} is no object.')
+      raise ValueError(
+          f'{path}, record {number}: {str(record)[:80]!r} is no object.'
+      )
     yield f'record {number}', record
 
 

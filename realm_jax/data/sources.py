@@ -188,9 +188,7 @@ def _files(source: str) -> list[tuple[pathlib.Path, str]]:
       raise FileNotFoundError(
           f'The folder {source} holds no file to read. {UNDERSTOOD}'
       )
-    # Beside files that say what they hold, a README.txt is no article.
-    others = [file for file in found if _kind(file) != 'text']
-    found = others or found
+    found = _without_notes(found)
     return [(file, file.relative_to(path).as_posix()) for file in found]
   if path.is_file():
     return [(path, path.name)]
@@ -200,10 +198,15 @@ def _files(source: str) -> list[tuple[pathlib.Path, str]]:
       raise FileNotFoundError(f'No file matches the pattern {source!r}.')
     base = os.path.commonpath([os.path.dirname(name) for name in names])
     return [
-        (pathlib.Path(name), pathlib.Path(name).relative_to(base).as_posix())
-        for name in names
+        (file, file.relative_to(base).as_posix())
+        for file in _without_notes([*map(pathlib.Path, names)])
     ]
   raise FileNotFoundError(f'There is no file or folder {source!r}.')
+
+
+def _without_notes(files: list[pathlib.Path]) -> list[pathlib.Path]:
+  """Beside files that say what they hold, a README.txt is no article."""
+  return [file for file in files if _kind(file) != 'text'] or files
 
 
 def _kind(path: pathlib.Path) -> str:

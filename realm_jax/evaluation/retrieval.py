@@ -88,6 +88,11 @@ def evaluate(
         f'read={read}: must be between 1 and {retrieved}, the passages that are'
         ' retrieved.'
     )
+  if 'embedder' not in trained.components and questions:
+    raise ValueError(
+        f'{workdir} has no retriever to ask questions of: its components are'
+        f' {sorted(trained.components)}.'
+    )
   questions = _questions(trained.corpus, questions)[:limit]
   max_sentences = _MAX_SENTENCES if limit is None else limit
   can_ask = bool(questions) and 'embedder' in trained.components

@@ -133,11 +133,14 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
       record = json.loads(line)
       record['question'], record['answer_rank'], record['gold_rank']
     except (ValueError, KeyError, TypeError) as error:
+      why = f'no field {error}' if isinstance(error, KeyError) else error
       raise ValueError(
-          f'{path}:{number}: not a line of `realm-jax evaluate'
-          f' --per_question`: {error}'
+          f'{path}:{number}: not a line of evaluation/STEP.questions.jsonl, as'
+          f' `realm-jax evaluate` writes it: {why}'
       ) from error
     records.append(record)
+  if not records:
+    raise ValueError(f'{path} holds no question.')
   return records
 
 

@@ -327,11 +327,13 @@ def _warn_of_cuts(
   if too_long:
     log.warning(
         '%d of the %d passages have more than config.lengths.document=%d'
-        ' wordpieces, up to %d; what is beyond is not seen.',
+        ' wordpieces, up to %d; what is beyond is not seen. A corpus of'
+        ' `realm-jax prepare --max_wordpieces=%d` has shorter ones.',
         too_long,
         len(corpus.passages),
         length,
         corpus.passages.lengths.max(),
+        length,
     )
 
 
