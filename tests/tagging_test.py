@@ -386,6 +386,33 @@ def test_a_corpus_is_tagged(world, workdir, tmp_path):
   assert batch['mask_BM'].any(axis=1).all()
 
 
+def test_tagging_goes_on_where_it_was_killed(
+    world, workdir, tmp_path, monkeypatch
+):
+  before = corpus_lib.Corpus.open(world)
+  monkeypatch.setattr(respan, '_SENTENCES', 64)
+  expected = evaluation.tag_corpus(before, workdir, tmp_path / 'undisturbed')
+  original, calls = respan._save, []
+
+  def save(path, found):
+    original(path, found)
+    calls.append(path)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(respan, '_save', save)
+    with pytest.raises(KeyboardInterrupt):
+      evaluation.tag_corpus(before, workdir, tmp_path / 'killed')
+    assert not (tmp_path / 'killed').exists()
+    calls[1].write_bytes(calls[1].read_bytes()[:-1])  # A loss of power.
+    calls += [None]
+    manifest = evaluation.tag_corpus(before, workdir, tmp_path / 'killed')
+  assert manifest['fingerprint'] == expected['fingerprint']
+  assert calls[0] not in calls[3:] and calls[1] == calls[3]
+  assert not list(tmp_path.glob('.killed*'))
+
+
 class _Otherwise(respan.words_lib.WordMemo):
   """Cuts sentences that have a word into other wordpieces."""
 

@@ -1,8 +1,9 @@
-"""What a run of `prepare` has worked out so far, kept until it is done.
+"""What a run has worked out so far, kept beside its output until it is done.
 
-Public: `Parts`, `kept`. A part is a chunk in a file that is named by the digest
-of the task it came from, so that a run that was killed goes on where it was,
-even if the sources grew meanwhile: only what is not there is worked out.
+Public: `Parts`, `kept`, `write`; `save`, `load` (of `prepare`). There a part is
+a chunk in a file that is named by the digest of the task it came from, so that
+a run that was killed goes on where it was, even if the sources grew meanwhile:
+only what is not there is worked out.
 """
 
 from collections.abc import Iterator
@@ -29,17 +30,26 @@ class Parts:
 
   def path(self, task: packing.Task) -> pathlib.Path:
     """Returns where the chunk of a task is, or would be."""
-    return self.directory / f'{task.digest}{_ENDING}'
+    return self.named(task.digest)
+
+  def named(self, name: str) -> pathlib.Path:
+    """Returns where the part of a name is, or would be."""
+    return self.directory / f'{name}{_ENDING}'
 
   def __len__(self) -> int:
     return sum(1 for _ in self.directory.glob(f'*{_ENDING}'))
 
 
-def save(path: pathlib.Path, chunk: packing.Chunk) -> None:
+def write(path: pathlib.Path, data: bytes) -> None:
   """Writes a part; it appears complete or not at all."""
   temporary = path.with_suffix(f'.tmp-{os.getpid()}')
-  temporary.write_bytes(chunk.to_bytes())
+  temporary.write_bytes(data)
   os.replace(temporary, path)
+
+
+def save(path: pathlib.Path, chunk: packing.Chunk) -> None:
+  """Writes a chunk as a part."""
+  write(path, chunk.to_bytes())
 
 
 def load(path: pathlib.Path) -> packing.Chunk:
@@ -57,8 +67,8 @@ def kept(output: pathlib.Path, made_with: dict[str, Any]) -> Iterator[Parts]:
   """Gives the parts beside an output; only a killed run leaves them there.
 
   Args:
-    output: of `prepare`; the parts are in `.NAME.parts` beside it.
-    made_with: everything that a chunk depends on besides its task, JSON.
+    output: of the run; the parts are in `.NAME.parts` beside it.
+    made_with: everything that a part depends on besides its task, JSON.
 
   Raises:
     FileExistsError: if another process is writing them.

@@ -7,6 +7,7 @@ is masked differs, and so does the fingerprint.
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import io
 import os
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ import tqdm
 from realm_jax.data import atomic
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import examples
+from realm_jax.data import parts as parts_lib
 from realm_jax.data import words as words_lib
 from realm_jax.data import writer as writer_lib
 
@@ -71,6 +73,9 @@ def respan(
 ) -> dict[str, Any]:
   """Writes a corpus again with the spans that a function finds.
 
+  What is found is kept beside the output meanwhile: a run that was killed goes
+  on from there.
+
   Args:
     corpus: as `prepare` wrote it.
     output: folder to write. It appears, complete, at the very end.
@@ -91,7 +96,11 @@ def respan(
     OSError: if the disk is full. Then, as after any error, nothing is left.
   """
   output = pathlib.Path(output).absolute()
-  with atomic.atomic_directory(output, overwrite) as directory:
+  made_with = {**about, 'corpus': corpus.fingerprint, 'sentences': _SENTENCES}
+  with (
+      atomic.atomic_directory(output, overwrite) as directory,
+      parts_lib.kept(output, made_with) as parts,
+  ):
     for path in sorted(corpus.directory.rglob('*')):
       relative = path.relative_to(corpus.directory)
       changes = relative.parts[0] == 'sentences' or path.name.endswith(
@@ -110,7 +119,11 @@ def respan(
     ) as bar:
       for split in corpus.sentences:
         for rows, titles, sentences in _read(corpus, split):
-          found = _usable(find(sentences), sentences, corpus)
+          part = parts.named(f'{split}-{rows[0]}')
+          found = _load(part, len(sentences))
+          if found is None:
+            found = _usable(find(sentences), sentences, corpus)
+            _save(part, found)
           writer.append(
               split,
               found,
@@ -123,6 +136,30 @@ def respan(
           )
           bar.update(len(rows))
     return writer.close(corpus, about)
+
+
+def _save(path: pathlib.Path, found: list[list[Span]]) -> None:
+  """Writes the spans of some sentences, each with the sentence's number."""
+  rows = [
+      (number, *span)
+      for number, of_one in enumerate(found)
+      for span in of_one
+  ]
+  buffer = io.BytesIO()
+  np.save(buffer, np.array(rows, np.int32).reshape(-1, 5))
+  parts_lib.write(path, buffer.getvalue())
+
+
+def _load(path: pathlib.Path, count: int) -> list[list[Span]] | None:
+  """Reads them back; None if there are none, or they are damaged."""
+  try:
+    table = np.load(path)
+  except (OSError, ValueError, EOFError):
+    return None
+  found: list[list[Span]] = [[] for _ in range(count)]
+  for number, *span in table.tolist():
+    found[number].append(Span(*span))
+  return found
 
 
 def longest(*candidates: Sequence[Span]) -> list[Span]:
