@@ -1,6 +1,7 @@
 """The index builder: right embeddings, newest snapshot, alone, clean end."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -494,6 +495,16 @@ def test_a_second_builder_names_the_first(workdir, component):
       with pytest.raises(RuntimeError, match=f'process {os.getpid()} on '):
         start(workdir)
   builder.build(workdir)  # The lock is free again.
+
+
+def test_storage_without_locks_is_spoken_of(tmp_path, monkeypatch, caplog):
+  def flock(file, how):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(presence.fcntl, 'flock', flock)
+  with presence.Lock(tmp_path):
+    pass
+  assert 'see to it that no second index builder works on' in caplog.text
 
 
 def test_the_lock_is_waited_for_if_asked(tmp_path):

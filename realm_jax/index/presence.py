@@ -72,6 +72,13 @@ class Lock:
             f'Another {self._what} is at work on {self._path.parent}: '
             f'{holder}. One is enough; this one leaves.'
         ) from None
+      except OSError as error:  # Not every shared storage has locks.
+        log.warning(
+            '%s cannot be locked (%s): see to it that no second %s works on '
+            '%s.',
+            self._path, error, self._what, self._path.parent,
+        )
+        break
     self._file.seek(0)
     self._file.truncate()
     self._file.write(f'process {os.getpid()} on {socket.gethostname()}')
