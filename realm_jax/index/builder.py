@@ -138,7 +138,7 @@ def _untaken(
 ) -> int | None:
   """The newest checkpoint, if its retriever has no snapshot and needs one."""
   saved = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
-  if not saved or 'embedder' not in checkpoint.components_in(workdir):
+  if not saved:
     return None
   if snapshots:
     frozen = config.objective == 'open_qa' and (
@@ -147,7 +147,7 @@ def _untaken(
     done = (workdir / 'summary.json').exists()
     if frozen or not done or saved[-1] <= snapshots[-1]:
       return None
-  return saved[-1]
+  return saved[-1] if 'embedder' in checkpoint.components_in(workdir) else None
 
 
 @contextlib.contextmanager
