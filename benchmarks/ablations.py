@@ -343,7 +343,7 @@ def markdown(figures: dict[str, Any]) -> str:
       count = str(len(figures[f'{row}_seeds']))
       lines.append('| ' + ' | '.join([words, *cells, below, count]) + ' |')
   heads = ['difference, seed by seed', *(FIGURES[name][1] for name in _CLAIMED)]
-  lines += ['', '| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+  compared: list[str] = []
   claims = [(a, 'above', b) for a, b in CLAIMS]
   for ours, relation, theirs in (*claims, *((a, 'like', b) for a, b in _SAME)):
     cells = []
@@ -357,8 +357,14 @@ def markdown(figures: dict[str, Any]) -> str:
           f' {words[relation][not holds]}'
       )
     if any(cells):
-      lines.append(f'| {ours} {relation} {theirs} | {" | ".join(cells)} |')
+      compared.append(f'| {ours} {relation} {theirs} | {" | ".join(cells)} |')
+  if not compared:  # Of one seed there are no intervals.
+    return '\n'.join(lines) + '\n'
   lines += [
+      '',
+      '| ' + ' | '.join(heads) + ' |',
+      '|---' * len(heads) + '|',
+      *compared,
       '',
       'apart: the intervals of the two means do not meet. same: that of the'
       ' difference holds 0.',
