@@ -188,7 +188,7 @@ def test_scores_by_hand():
 
 
 def test_scores_are_those_of_seqeval():
-  metrics = pytest.importorskip('seqeval.metrics')
+  metrics = pytest.importorskip('seqeval.metrics', reason='pip install seqeval')
   rng = np.random.default_rng(0)
   tags = tagging.labels(('LOC', 'PER'))
 

@@ -82,11 +82,10 @@ def evaluate(
   trained = trained_lib.Trained.open(workdir, corpus)
   if limit is not None and limit < 1:
     raise ValueError(f'limit={limit}: must be at least 1.')
-  retrieved = min(ranking.CUTOFFS[-1], trained.corpus.num_live)
-  if read is not None and not 1 <= read <= retrieved:
+  if read is not None and not 1 <= read <= _depth(trained):
     raise ValueError(
-        f'read={read}: must be between 1 and {retrieved}, the passages that are'
-        ' retrieved.'
+        f'read={read}: must be between 1 and {_depth(trained)}, the passages'
+        ' that are retrieved.'
     )
   if 'embedder' not in trained.components and questions:
     raise ValueError(
@@ -279,18 +278,22 @@ def _evaluate_step(
   return result, run
 
 
+def _depth(trained: trained_lib.Trained) -> int:
+  """How many passages are retrieved for a question."""
+  return min(ranking.CUTOFFS[-1], trained.corpus.num_live)
+
+
 def _retrieve(
     trained: trained_lib.Trained,
     params: trained_lib.Params,
     index: trained_lib.Index,
     asked: _Asked,
 ) -> runs.Run:
-  depth = min(ranking.CUTOFFS[-1], trained.corpus.num_live)
   query_emb_BE = trained.embed_queries(params, asked.table.query_ids_NQ)
   doc_ids, scores = [], []
   for start in range(0, len(query_emb_BE), _SEARCH_BATCH):
     some_BE = query_emb_BE[start : start + _SEARCH_BATCH]
-    rows_BK = index.search.search(some_BE, depth)
+    rows_BK = index.search.search(some_BE, _depth(trained))
     doc_emb = index.table[rows_BK.reshape(-1)].astype(np.float32)
     doc_ids.append(rows_BK)
     scores.append(
