@@ -51,7 +51,8 @@ ROWS = {
     'never': 'never refreshed',
     'sync': 'waits for each refresh (sync)',
     'eager': 'adopts a refresh when it is ready (eager)',
-    'token': 'marginalised for each token',
+    'pieces': 'a small vocabulary, which divides names',
+    'token': 'the same, marginalised for each token',
     'k2': '2 candidates (of which one is null)',
     'k4': '4 candidates',
     'k8': '8 candidates',
@@ -60,7 +61,23 @@ ROWS = {
     'separate': 'separate towers',
     'scann': 'ScaNN in the place of exact search',
 }
-_JOINED = ('own_corpus', 'trivial')  # Rows on a corpus of their own.
+# Rows and stages on another corpus than `corpus`.
+_CORPORA = {
+    'own_corpus': 'joined_corpus',
+    'trivial': 'joined_corpus',
+    'pieces': 'pieces_corpus',
+    'token': 'pieces_corpus',
+    'mlm_pieces': 'pieces_corpus',
+    'ict_pieces': 'pieces_corpus',
+}
+# Rows that start from another reader and retriever than those of `mlm`, `ict`.
+_STARTS = {
+    'shared_bert': ('mlm', 'ict_shared_bert'),
+    'separate': ('mlm', 'ict_separate'),
+    'pieces': ('mlm_pieces', 'ict_pieces'),
+    'token': ('mlm_pieces', 'ict_pieces'),
+}
+_PIECES = 1000  # Wordpieces of a vocabulary that divides nine names in ten.
 # Figure -> where it is in an evaluation, and its heading.
 FIGURES = {
     'recall_at_1': ('questions.held_out.gold.recall_at_1', 'recall@1'),
@@ -79,7 +96,10 @@ CLAIMS = (
     ('own_corpus', 'trivial'),
 )
 # Within the noise.
-_SAME = (('realm', 'sync'), ('realm', 'eager'), ('fresh', 'sync'))
+_SAME = (
+    ('realm', 'sync'), ('realm', 'eager'), ('fresh', 'sync'),
+    ('pieces', 'token'), ('realm', 'scann'),
+)
 _CLAIMED = ('recall_at_1', 'recall_at_5', 'accuracy')  # In these figures.
 _SMALL = ('--config.steps=300', '--config.optimizer.retriever_delay=60')
 
@@ -89,21 +109,34 @@ class _Seed:
 
   def __init__(self, arguments: argparse.Namespace, seed: int, run: Any):
     self.folder = arguments.workdir / f'seed{seed}'
-    self.corpus = self.folder / 'corpus'
-    self._joined = self.folder / 'joined_corpus'
     self._seed, self._run, self._small = seed, run, arguments.small
+    self._number = 300 + seed  # Of a world on which nothing was tuned.
     self._entities = 300 if arguments.small else 400
 
-  def prepare(self, joined: bool) -> None:
-    """Makes the world, and one where everything that is said is a passage."""
-    # Seeds of worlds that nothing was tuned on.
-    number = 300 + self._seed
-    if not self.corpus.exists():
-      source = f'--source=world:{number}:{self._entities}'
-      self._run('prepare', source, f'--output={self.corpus}', log=self._log())
-    if not joined or self._joined.exists():
-      return
-    made = world.generate(number, self._entities)
+  def prepare(self, rows: list[str]) -> None:
+    """Makes the world, and what rows need of it in another form.
+
+    `joined_corpus`: all that is said is a passage. `pieces_corpus`: the same
+    text in a vocabulary that divides names.
+    """
+    names = ['corpus', *(_CORPORA[row] for row in rows if row in _CORPORA)]
+    for name in dict.fromkeys(names):
+      if (self.folder / name).exists():
+        continue
+      flags = [f'--source=world:{self._number}:{self._entities}']
+      if name == 'joined_corpus':
+        flags = [
+            f'--source={self._join()}',
+            f'--vocab={self.folder / "corpus"}',
+            '--validation_fraction=0',
+        ]
+      elif name == 'pieces_corpus':
+        flags.append(f'--vocab_size={_PIECES}')
+      output = f'--output={self.folder / name}'
+      self._run('prepare', *flags, output, log=self._log())
+
+  def _join(self) -> pathlib.Path:
+    made = world.generate(self._number, self._entities)
     said = [r for r in made.pretraining if 'split' not in r]
     source = self.folder / 'joined.jsonl'
     source.write_text(
@@ -113,31 +146,18 @@ class _Seed:
         ),
         encoding='utf-8',
     )
-    self._run(
-        'prepare',
-        f'--source={source}',
-        f'--output={self._joined}',
-        f'--vocab={self.corpus}',
-        '--validation_fraction=0',
-        log=self._log(),
-    )
-
-  def before(self, rows: list[str]) -> list[str]:
-    """The stages that rows start from."""
-    towers = [row for row in ('shared_bert', 'separate') if row in rows]
-    return ['mlm', 'ict', *(f'ict_{name}' for name in towers)]
+    return source
 
   def train_and_evaluate(self, name: str) -> None:
     """Runs a stage or a row, unless it was."""
     workdir = self.folder / name
     stage = name.split('_')[0] if name.startswith(('mlm', 'ict')) else 'realm'
-    corpus = self._joined if name in _JOINED else self.corpus
+    corpus = self.folder / _CORPORA.get(name, 'corpus')
     if not (workdir / 'summary.json').exists():
       more: list[str] = []
       if stage == 'realm':
         more += _SMALL if self._small else ()
-        ict = f'ict_{name}' if name in ('shared_bert', 'separate') else 'ict'
-        earlier = f'{self.folder / "mlm"},{self.folder / ict}'
+        earlier = ','.join(str(self.folder / s) for s in _start(name))
         more += [f'--config.init_from={earlier}', '--with_index_builder']
       self._run(
           'train',
@@ -150,18 +170,25 @@ class _Seed:
       )
     steps = checkpoint.steps_in(workdir / 'checkpoints')
     missing = set(steps) - {r['step'] for r in report.load_all(workdir)}
+    if corpus.name == 'joined_corpus':  # Measured as the others are.
+      corpus = self.folder / 'corpus'
     if missing and stage != 'mlm':
       self._run(
           'evaluate',
           f'--workdir={workdir}',
-          f'--corpus={self.corpus}',
-          f'--questions={self.corpus / "questions.jsonl"}',
+          f'--corpus={corpus}',
+          f'--questions={corpus / "questions.jsonl"}',
           f'--steps={",".join(map(str, sorted(missing)))}',
           log=self._log(name),
       )
 
   def _log(self, name: str = 'prepare') -> pathlib.Path:
     return self.folder / f'{name}.log'
+
+
+def _start(row: str) -> tuple[str, str]:
+  """The stages of which a row takes the reader and the retriever."""
+  return _STARTS.get(row, ('mlm', 'ict'))
 
 
 def run(arguments: argparse.Namespace, rows: list[str]) -> None:
@@ -186,15 +213,15 @@ def run(arguments: argparse.Namespace, rows: list[str]) -> None:
   seeds = [
       _Seed(arguments, seed, on_free_cores) for seed in range(arguments.seeds)
   ]
-  joined = any(row in _JOINED for row in rows)
+  stages = dict.fromkeys(stage for row in rows for stage in _start(row))
   with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
     try:
       for tasks in (
-          [(seed.prepare, joined) for seed in seeds],
+          [(seed.prepare, rows) for seed in seeds],
           [
               (seed.train_and_evaluate, stage)
               for seed in seeds
-              for stage in seed.before(rows)
+              for stage in stages
           ],
           # A row of all seeds before the next: a part is of use, too.
           [

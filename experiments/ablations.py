@@ -21,6 +21,8 @@ from realm_jax import config as config_lib
 from realm_jax import recipes
 
 _INTERVAL = 10  # Steps between two refreshes.
+# For a vocabulary so small that it divides names: 1,000 wordpieces.
+_PIECES = {'lengths.query': 24, 'lengths.document': 45, 'lengths.masks': 8}
 
 # Row -> what it changes of the row `realm`.
 ROWS = {
@@ -40,7 +42,9 @@ ROWS = {
     'never': {'refresh.policy': 'none'},
     'sync': {'refresh.policy': 'sync'},
     'eager': {'refresh.policy': 'eager'},
-    'token': {'granularity': 'token'},
+    # Where a span is one wordpiece, the two are one function.
+    'pieces': _PIECES,
+    'token': _PIECES | {'granularity': 'token'},
     'k2': {'num_candidates': 2},
     'k4': {'num_candidates': 4},
     'k8': {'num_candidates': 8},
@@ -54,13 +58,15 @@ ROWS = {
         'mips.leaves_to_search': 8,
     },
 }
-# The stages that come before; a retriever of other towers has an ICT of its
-# own.
+# The stages that come before; other towers have an ICT of their own, another
+# vocabulary has both of its own.
 _BEFORE = {
     'mlm': {},
     'ict': {},
     'ict_shared_bert': {'model.towers': 'shared_bert'},
     'ict_separate': {'model.towers': 'separate'},
+    'mlm_pieces': _PIECES,
+    'ict_pieces': _PIECES,
 }
 STAGES = (*_BEFORE, *ROWS)
 
@@ -70,8 +76,9 @@ def get_config(row: str = 'realm') -> config_lib.Config:
   if row not in STAGES:
     raise ValueError(f'No row {row!r}; there are {", ".join(STAGES)}.')
   if row in _BEFORE:
-    config = recipes.invented_world('mlm' if row == 'mlm' else 'ict')
-    if row != 'mlm':
+    stage = 'mlm' if row.startswith('mlm') else 'ict'
+    config = recipes.invented_world(stage)
+    if stage == 'ict':
       config.steps = 400
   else:
     config = recipes.invented_world('realm')
