@@ -253,8 +253,9 @@ def _write(
   ) as bar:
     for chunk in pool.chunks(tasks, work):
       writer.add(chunk, passages, limited=fraction > 0)
+      # Shown with the update: each would be a line of its own in a log.
+      bar.set_postfix(passages=writer.num_passages, refresh=False)
       bar.update(chunk.num_records)
-      bar.set_postfix(passages=writer.num_passages)
 
 
 def _skipped(inputs: Sequence[records_lib.Records]) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""The table of ablations: what is run for each row, and its figures."""
+
+import argparse
+import importlib
+import math
+import pathlib
+import sys
+
+import pytest
+
+from realm_jax.evaluation import report
+
+pytest.importorskip('matplotlib')
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def ablations():
+  sys.path.insert(0, str(_ROOT / 'benchmarks'))
+  try:
+    yield importlib.import_module('ablations')
+  finally:
+    sys.path.remove(str(_ROOT / 'benchmarks'))
+
+
+@pytest.fixture
+def rows_of_experiment():
+  path = _ROOT / 'experiments' / 'ablations.py'
+  spec = importlib.util.spec_from_file_location('experiment', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _finish(workdir, row, seed, recall, accuracy=0.5):
+  """Writes what a finished run leaves, as far as the table reads it."""
+  folder = workdir / f'seed{seed}' / row
+  folder.mkdir(parents=True)
+  (folder / 'summary.json').write_text('{}')
+  (folder / 'metrics.jsonl').write_text('{"step": 600}\n')
+  result = {
+      'step': 600,
+      'passages': 1800,
+      'questions': {'held_out': {'gold': {
+          'recall_at_1': recall, 'recall_at_5': recall,
+      }}},
+      'masked': {
+          'accuracy_with_retrieval': accuracy,
+          'accuracy_without_retrieval': 0.1,
+          'null_share': 0.0,
+      },
+  }
+  report.save(folder, result)
+
+
+def test_table_and_experiment_have_the_same_rows(ablations, rows_of_experiment):
+  stages = set(rows_of_experiment.STAGES)
+  assert set(ablations.ROWS) - {'ict'} == set(rows_of_experiment.ROWS)
+  for row in ablations.ROWS:
+    assert set(ablations._start(row)) <= stages
+
+
+def test_each_row_starts_from_stages_of_its_own_vocabulary(
+    ablations, tmp_path
+):
+  commands = []
+  arguments = argparse.Namespace(workdir=tmp_path, small=False)
+  seed = ablations._Seed(
+      arguments, 1, lambda *words, log: commands.append(words)
+  )
+  corpora = {}
+  for row in ablations.ROWS:
+    for name in (*ablations._start(row), row):
+      seed.train_and_evaluate(name)
+      words = commands[-1]
+      assert words[0] == 'train' and '--config.seed=1' in words
+      (corpus,) = [w for w in words if w.startswith('--config.corpus=')]
+      corpora[name] = pathlib.Path(corpus.partition('=')[2]).name
+      if name == row != 'ict':
+        earlier = ','.join(
+            str(tmp_path / 'seed1' / s) for s in ablations._start(row)
+        )
+        assert f'--config.init_from={earlier}' in words
+  for row in ablations.ROWS:
+    reader, retriever = ablations._start(row)
+    assert corpora[reader] == corpora[retriever]
+    divided = corpora[row] == 'pieces_corpus'
+    assert divided == (corpora[reader] == 'pieces_corpus')
+
+
+def test_intervals_are_those_of_student(ablations, tmp_path):
+  for seed, value in enumerate((0.4, 0.5, 0.6)):
+    _finish(tmp_path, 'realm', seed, value)
+    _finish(tmp_path, 'ict', seed, value / 10)
+  figures = ablations.collect(tmp_path)
+  assert figures['realm_seeds'] == [0, 1, 2]
+  assert figures['realm_recall_at_1_mean'] == pytest.approx(0.5)
+  # t of 2 degrees of freedom at 0.975 is 4.3027.
+  low = 0.5 - 4.3027 * 0.1 / math.sqrt(3)
+  assert figures['realm_recall_at_1_low'] == pytest.approx(low, abs=1e-4)
+  assert figures['claim_recall_at_1_realm_above_ict'] is True
+  difference = figures['ict_recall_at_1_below_realm_mean']
+  assert difference == pytest.approx(0.45)
+  table = ablations.markdown(figures)
+  assert '| realm above ict | 0.450 ±0.224, **apart**' in table
+
+
+def test_intervals_that_meet_prove_nothing(ablations, tmp_path):
+  for seed, value in enumerate((0.2, 0.5, 0.8)):
+    _finish(tmp_path, 'realm', seed, value)
+    _finish(tmp_path, 'sync', seed, value)
+    _finish(tmp_path, 'ict', seed, value / 2)
+  figures = ablations.collect(tmp_path)
+  assert figures['claim_recall_at_1_realm_above_ict'] is False
+  assert figures['claim_recall_at_1_realm_like_sync'] is True
+
+
+def test_recorded_rows_are_kept_where_there_are_no_runs(ablations, tmp_path):
+  for name, recall in (('then', 0.3), ('now', 0.6)):
+    for seed in range(2):
+      _finish(tmp_path / name, 'realm', seed, recall)
+  for seed in range(2):
+    _finish(tmp_path / 'then', 'ict', seed, 0.1)
+  then = ablations.collect(tmp_path / 'then')
+  now = ablations.collect(tmp_path / 'now', then)
+  assert now['ict_recall_at_1_mean'] == pytest.approx(0.1)
+  assert now['realm_recall_at_1_mean'] == pytest.approx(0.6)
+  assert now['ict_recall_at_1_below_realm_mean'] == pytest.approx(0.5)
+
+
+def test_one_seed_has_no_intervals(ablations, tmp_path):
+  _finish(tmp_path, 'realm', 0, 0.6)
+  _finish(tmp_path, 'ict', 0, 0.1)
+  figures = ablations.collect(tmp_path)
+  assert figures['realm_recall_at_1_low'] is None
+  assert not any(name.startswith('claim_') for name in figures)
+  table = ablations.markdown(figures)
+  assert '0.600 |' in table and 'apart' not in table
+  ablations.plot(figures, tmp_path / 'plot.png')
+  assert (tmp_path / 'plot.png').stat().st_size > 10_000
