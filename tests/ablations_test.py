@@ -25,6 +25,11 @@ def ablations():
 
 
 @pytest.fixture
+def table(ablations):
+  return ablations.ablations_table
+
+
+@pytest.fixture
 def rows_of_experiment():
   path = _ROOT / 'experiments' / 'ablations.py'
   spec = importlib.util.spec_from_file_location('experiment', path)
@@ -54,15 +59,17 @@ def _finish(workdir, row, seed, recall, accuracy=0.5):
   report.save(folder, result)
 
 
-def test_table_and_experiment_have_the_same_rows(ablations, rows_of_experiment):
+def test_table_and_experiment_have_the_same_rows(
+    ablations, table, rows_of_experiment
+):
   stages = set(rows_of_experiment.STAGES)
-  assert set(ablations.ROWS) - {'ict'} == set(rows_of_experiment.ROWS)
-  for row in ablations.ROWS:
+  assert set(table.ROWS) - {'ict'} == set(rows_of_experiment.ROWS)
+  for row in table.ROWS:
     assert set(ablations._start(row)) <= stages
 
 
 def test_each_row_starts_from_stages_of_its_own_vocabulary(
-    ablations, tmp_path
+    ablations, table, tmp_path
 ):
   commands = []
   arguments = argparse.Namespace(workdir=tmp_path, small=False)
@@ -70,7 +77,7 @@ def test_each_row_starts_from_stages_of_its_own_vocabulary(
       arguments, 1, lambda *words, log: commands.append(words)
   )
   corpora = {}
-  for row in ablations.ROWS:
+  for row in table.ROWS:
     for name in (*ablations._start(row), row):
       seed.train_and_evaluate(name)
       words = commands[-1]
@@ -82,18 +89,18 @@ def test_each_row_starts_from_stages_of_its_own_vocabulary(
             str(tmp_path / 'seed1' / s) for s in ablations._start(row)
         )
         assert f'--config.init_from={earlier}' in words
-  for row in ablations.ROWS:
+  for row in table.ROWS:
     reader, retriever = ablations._start(row)
     assert corpora[reader] == corpora[retriever]
     divided = corpora[row] == 'pieces_corpus'
     assert divided == (corpora[reader] == 'pieces_corpus')
 
 
-def test_intervals_are_those_of_student(ablations, tmp_path):
+def test_intervals_are_those_of_student(table, tmp_path):
   for seed, value in enumerate((0.4, 0.5, 0.6)):
     _finish(tmp_path, 'realm', seed, value)
     _finish(tmp_path, 'ict', seed, value / 10)
-  figures = ablations.collect(tmp_path)
+  figures = table.collect(tmp_path)
   assert figures['realm_seeds'] == [0, 1, 2]
   assert figures['realm_recall_at_1_mean'] == pytest.approx(0.5)
   # t of 2 degrees of freedom at 0.975 is 4.3027.
@@ -102,40 +109,40 @@ def test_intervals_are_those_of_student(ablations, tmp_path):
   assert figures['claim_recall_at_1_realm_above_ict'] is True
   difference = figures['ict_recall_at_1_below_realm_mean']
   assert difference == pytest.approx(0.45)
-  table = ablations.markdown(figures)
-  assert '| realm above ict | 0.450 ±0.224, **apart**' in table
+  text = table.markdown(figures)
+  assert '| realm above ict | 0.450 ±0.224, **apart**' in text
 
 
-def test_intervals_that_meet_prove_nothing(ablations, tmp_path):
+def test_intervals_that_meet_prove_nothing(table, tmp_path):
   for seed, value in enumerate((0.2, 0.5, 0.8)):
     _finish(tmp_path, 'realm', seed, value)
     _finish(tmp_path, 'sync', seed, value)
     _finish(tmp_path, 'ict', seed, value / 2)
-  figures = ablations.collect(tmp_path)
+  figures = table.collect(tmp_path)
   assert figures['claim_recall_at_1_realm_above_ict'] is False
   assert figures['claim_recall_at_1_realm_like_sync'] is True
 
 
-def test_recorded_rows_are_kept_where_there_are_no_runs(ablations, tmp_path):
+def test_recorded_rows_are_kept_where_there_are_no_runs(table, tmp_path):
   for name, recall in (('then', 0.3), ('now', 0.6)):
     for seed in range(2):
       _finish(tmp_path / name, 'realm', seed, recall)
   for seed in range(2):
     _finish(tmp_path / 'then', 'ict', seed, 0.1)
-  then = ablations.collect(tmp_path / 'then')
-  now = ablations.collect(tmp_path / 'now', then)
+  then = table.collect(tmp_path / 'then')
+  now = table.collect(tmp_path / 'now', then)
   assert now['ict_recall_at_1_mean'] == pytest.approx(0.1)
   assert now['realm_recall_at_1_mean'] == pytest.approx(0.6)
   assert now['ict_recall_at_1_below_realm_mean'] == pytest.approx(0.5)
 
 
-def test_one_seed_has_no_intervals(ablations, tmp_path):
+def test_one_seed_has_no_intervals(table, tmp_path):
   _finish(tmp_path, 'realm', 0, 0.6)
   _finish(tmp_path, 'ict', 0, 0.1)
-  figures = ablations.collect(tmp_path)
+  figures = table.collect(tmp_path)
   assert figures['realm_recall_at_1_low'] is None
   assert not any(name.startswith('claim_') for name in figures)
-  table = ablations.markdown(figures)
-  assert '0.600 |' in table and 'apart' not in table
-  ablations.plot(figures, tmp_path / 'plot.png')
+  text = table.markdown(figures)
+  assert '0.600 |' in text and 'apart' not in text
+  table.plot(figures, tmp_path / 'plot.png')
   assert (tmp_path / 'plot.png').stat().st_size > 10_000

@@ -1,0 +1,313 @@
+"""The figures, table and plots of the ablations, from what their runs left.
+
+Public: `ROWS`, `collect`, `markdown`, `plot`.
+"""
+
+import math
+import pathlib
+import statistics
+from typing import Any
+
+from matplotlib import figure as figure_lib
+from scipy import stats
+
+from realm_jax.evaluation import report
+from realm_jax.runtime import metrics as metrics_lib
+
+# Row -> what it says of REALM, for the table.
+ROWS = {
+    'realm': 'REALM, refreshed every 10 steps',
+    'ict': 'ICT alone',
+    'frozen': 'REALM, retriever frozen',
+    'random_token': 'random-token masks',
+    'random_span': 'random-span masks',
+    'no_null': 'no null document',
+    'own_corpus': 'pretraining corpus = knowledge corpus',
+    'trivial': 'the same, trivial candidates allowed',
+    'fresh': 'refreshed every 5 steps',
+    'stale_10x': 'refreshed 10 times more rarely',
+    'stale_30x': 'refreshed 30 times more rarely',
+    'never': 'never refreshed',
+    'sync': 'waits for each refresh (sync)',
+    'eager': 'adopts a refresh when it is ready (eager)',
+    'pieces': 'a small vocabulary, which divides names',
+    'token': 'the same, marginalised for each token',
+    'k2': '2 candidates (of which one is null)',
+    'k4': '4 candidates',
+    'k8': '8 candidates',
+    'k16': '16 candidates',
+    'shared_bert': 'a projection for each tower',
+    'separate': 'separate towers',
+    'scann': 'ScaNN in the place of exact search',
+}
+# Figure -> where it is in an evaluation, and its heading.
+FIGURES = {
+    'recall_at_1': ('questions.held_out.gold.recall_at_1', 'recall@1'),
+    'recall_at_5': ('questions.held_out.gold.recall_at_5', 'recall@5'),
+    'accuracy': ('masked.accuracy_with_retrieval', 'masked accuracy'),
+    'accuracy_null': ('masked.accuracy_without_retrieval', 'without passages'),
+    'null_share': ('masked.null_share', 'p(null)'),
+}
+# What the paper says: a row, and the row that it should beat.
+CLAIMS = (
+    ('realm', 'ict'),
+    ('realm', 'frozen'),
+    ('realm', 'stale_30x'),
+    ('realm', 'random_token'),
+    ('realm', 'random_span'),
+    ('own_corpus', 'trivial'),
+)
+# Within the noise.
+_SAME = (
+    ('realm', 'sync'), ('realm', 'eager'), ('fresh', 'sync'),
+    ('pieces', 'token'), ('realm', 'scann'),
+)
+_CLAIMED = ('recall_at_1', 'recall_at_5', 'accuracy')  # In these figures.
+
+
+def collect(
+    workdir: pathlib.Path, recorded: dict[str, Any] | None = None
+) -> dict[str, Any]:
+  """Reads all that is finished below a folder, as flat figures.
+
+  Args:
+    workdir: of the runs.
+    recorded: figures of before; a row that the workdir lacks is taken from
+      there.
+  """
+  figures: dict[str, Any] = {}
+  for row in ROWS:
+    done = [
+        folder / row
+        for folder in sorted(workdir.glob('seed*'))
+        if (folder / row / 'summary.json').exists()
+        and report.load_all(folder / row)
+    ]
+    if done:
+      figures |= _of_row(row, done)
+    else:
+      figures |= {
+          name: value
+          for name, value in (recorded or {}).items()
+          if name.startswith((f'{row}_', f'curve_{row}_'))
+          and '_below_' not in name
+      }
+  return figures | _compare(figures)
+
+
+def _of_row(row: str, done: list[pathlib.Path]) -> dict[str, Any]:
+  """The figures of a row, from its workdirs, one for each seed."""
+  figures: dict[str, Any] = {
+      f'{row}_seeds': [int(d.parent.name[4:]) for d in done]
+  }
+  results = [report.load_all(d) for d in done]
+  figures[f'{row}_passages'] = results[0][-1]['passages']
+  for name, (path, _) in FIGURES.items():
+    last = [_at(of_seed[-1], path) for of_seed in results]
+    if None in last:
+      continue  # Of ICT there is no reader.
+    figures[f'{row}_{name}'] = last
+    figures |= {
+        f'{row}_{name}_{what}': value
+        for what, value in _summary(last).items()
+    }
+    if len(results[0]) > 1:
+      figures[f'curve_{row}_steps'] = [r['step'] for r in results[0]]
+      figures[f'curve_{row}_{name}'] = [
+          [_at(result, path) for result in of_seed] for of_seed in results
+      ]
+  lines = [metrics_lib.read_metrics(d) for d in done]
+  if 'train/null_share' in lines[0][-1]:
+    figures[f'curve_{row}_train_steps'] = [x['step'] for x in lines[0]]
+    figures[f'curve_{row}_train_null_share'] = [
+        [x['train/null_share'] for x in of_seed] for of_seed in lines
+    ]
+    figures[f'{row}_max_age_steps'] = [
+        max(x['refresh/age_steps'] for x in of_seed) for of_seed in lines
+    ]
+  return figures
+
+
+def _compare(figures: dict[str, Any]) -> dict[str, Any]:
+  """Differences from `realm` seed by seed, and the claims of the paper."""
+  found: dict[str, Any] = {}
+
+  def by_seed(row: str, name: str) -> dict[int, float]:
+    values = figures.get(f'{row}_{name}')
+    if values is None:
+      return {}
+    return dict(zip(figures[f'{row}_seeds'], values, strict=True))
+
+  pairs = [('realm', row) for row in list(ROWS)[1:]]
+  for ours, theirs in dict.fromkeys((*pairs, *CLAIMS, *_SAME)):
+    for name in FIGURES:
+      a, b = by_seed(ours, name), by_seed(theirs, name)
+      if differences := [a[s] - b[s] for s in sorted(set(a) & set(b))]:
+        found |= {
+            f'{theirs}_{name}_below_{ours}_{what}': value
+            for what, value in _summary(differences).items()
+        }
+  for name in _CLAIMED:
+    for ours, theirs in CLAIMS:
+      low = figures.get(f'{ours}_{name}_low')
+      high = figures.get(f'{theirs}_{name}_high')
+      if low is not None and high is not None:
+        found[f'claim_{name}_{ours}_above_{theirs}'] = low > high
+    for ours, theirs in _SAME:
+      low = found.get(f'{theirs}_{name}_below_{ours}_low')
+      high = found.get(f'{theirs}_{name}_below_{ours}_high')
+      if low is not None and high is not None:
+        found[f'claim_{name}_{ours}_like_{theirs}'] = low <= 0 <= high
+  return found
+
+
+def _at(result: Any, path: str) -> Any:
+  for name in path.split('.'):
+    result = (result or {}).get(name)
+  return result
+
+
+def _summary(values: list[float]) -> dict[str, float | None]:
+  """Mean over seeds and its 95 % interval; of one seed there is none."""
+  mean = statistics.mean(values)
+  if len(values) < 2:
+    return {'mean': mean, 'low': None, 'high': None}
+  error = statistics.stdev(values) / math.sqrt(len(values))
+  width = float(stats.t.ppf(0.975, len(values) - 1)) * error
+  return {'mean': mean, 'low': mean - width, 'high': mean + width}
+
+
+def markdown(figures: dict[str, Any]) -> str:
+  """The table: means, and the half width of their intervals."""
+
+  def cell(name: str) -> str:
+    if f'{name}_mean' not in figures:
+      return ''
+    mean, high = figures[f'{name}_mean'], figures[f'{name}_high']
+    return f'{mean:.3f}' + ('' if high is None else f' ±{high - mean:.3f}')
+
+  heads = [
+      '', *(head for _, head in FIGURES.values()), 'recall@1 below REALM',
+      'seeds',
+  ]
+  lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+  for row, words in ROWS.items():
+    if f'{row}_seeds' in figures:
+      cells = [cell(f'{row}_{name}') for name in FIGURES]
+      below = cell(f'{row}_recall_at_1_below_realm')
+      count = str(len(figures[f'{row}_seeds']))
+      lines.append('| ' + ' | '.join([words, *cells, below, count]) + ' |')
+  heads = ['difference, seed by seed', *(FIGURES[name][1] for name in _CLAIMED)]
+  compared: list[str] = []
+  claims = [(a, 'above', b) for a, b in CLAIMS]
+  for ours, relation, theirs in (*claims, *((a, 'like', b) for a, b in _SAME)):
+    cells = []
+    for name in _CLAIMED:
+      holds = figures.get(f'claim_{name}_{ours}_{relation}_{theirs}')
+      words = {'above': ('**apart**', 'meet'), 'like': ('**same**', 'differ')}
+      cells.append(
+          ''
+          if holds is None
+          else f'{cell(f"{theirs}_{name}_below_{ours}")},'
+          f' {words[relation][not holds]}'
+      )
+    if any(cells):
+      compared.append(f'| {ours} {relation} {theirs} | {" | ".join(cells)} |')
+  if not compared:  # Of one seed there are no intervals.
+    return '\n'.join(lines) + '\n'
+  lines += [
+      '',
+      '| ' + ' | '.join(heads) + ' |',
+      '|---' * len(heads) + '|',
+      *compared,
+      '',
+      'apart: the intervals of the two means do not meet. same: that of the'
+      ' difference holds 0.',
+  ]
+  return '\n'.join(lines) + '\n'
+
+
+def plot(figures: dict[str, Any], path: pathlib.Path) -> None:
+  """Draws curves over training, the staleness curve, and p(null)."""
+  figure = figure_lib.Figure(figsize=(13, 11), layout='constrained')
+  axes = figure.subplots(3, 2)
+
+  def curves(axis: Any, rows: list[str], steps: str, name: str) -> None:
+    for row in rows:
+      if f'curve_{row}_{name}' not in figures:
+        continue
+      x = figures[f'curve_{row}_{steps}']
+      found = [
+          _summary(list(values))
+          for values in zip(*figures[f'curve_{row}_{name}'], strict=True)
+      ]
+      (line,) = axis.plot(x, [f['mean'] for f in found], label=ROWS[row])
+      axis.fill_between(
+          x,
+          [f['mean'] if f['low'] is None else f['low'] for f in found],
+          [f['mean'] if f['high'] is None else f['high'] for f in found],
+          color=line.get_color(),
+          alpha=0.15,
+          linewidth=0,
+      )
+    axis.set_xlabel('training step')
+
+  masks = ['realm', 'frozen', 'random_token', 'random_span', 'never']
+  for axis, name in zip(
+      axes.flat, ('recall_at_1', 'recall_at_5', 'accuracy'), strict=False
+  ):
+    curves(axis, masks, 'steps', name)
+    if f'ict_{name}_mean' in figures:  # Where all rows start.
+      start = figures[f'ict_{name}_mean']
+      axis.axhline(start, color='0.4', linestyle='--', label=ROWS['ict'])
+    axis.set(title=f'{FIGURES[name][1]}, facts never seen', ylim=(0, 1))
+  null = ['realm', 'random_token', 'own_corpus', 'trivial', 'never', 'k16']
+  curves(axes[1, 1], null, 'train_steps', 'train_null_share')
+  axes[1, 1].set(title='p(null | x) in training', ylim=(0, 1))
+  stale = [
+      (row, words)
+      for row, words in (
+          ('fresh', '5'), ('realm', '10'), ('stale_10x', '100'),
+          ('stale_30x', '300'), ('never', 'never'),
+      )
+      if f'{row}_seeds' in figures
+  ]
+  for name in ('recall_at_1', 'recall_at_5', 'accuracy'):
+    _bars(axes[2, 0], figures, stale, name)
+  axes[2, 0].set(title='steps between two refreshes', ylim=(0, 1))
+  sizes = [
+      (row, words)
+      for row, words in (
+          ('k2', '2'), ('k4', '4'), ('realm', '5'), ('k8', '8'), ('k16', '16')
+      )
+      if f'{row}_seeds' in figures
+  ]
+  for name in ('recall_at_1', 'recall_at_5', 'accuracy'):
+    _bars(axes[2, 1], figures, sizes, name)
+  axes[2, 1].set(title='candidates, the null document included', ylim=(0, 1))
+  for axis in axes.flat:
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+
+
+def _bars(
+    axis: Any,
+    figures: dict[str, Any],
+    rows: list[tuple[str, str]],
+    name: str,
+) -> None:
+  means = [figures[f'{row}_{name}_mean'] for row, _ in rows]
+  highs = [figures[f'{row}_{name}_high'] for row, _ in rows]
+  axis.errorbar(
+      [words for _, words in rows],
+      means,
+      yerr=[
+          0 if high is None else high - mean
+          for mean, high in zip(means, highs, strict=True)
+      ],
+      marker='o',
+      capsize=3,
+      label=FIGURES[name][1],
+  )
