@@ -149,6 +149,21 @@ def test_without_refresh_the_index_is_built_once():
   assert plan.plan(config, many)['time']['chip_hours'] < time['chip_hours']
 
 
+def test_putting_the_best_in_order_anew_takes_its_time():
+  config, setting = _paper()
+  config.objective, config.batch_size = 'open_qa', 64
+  without = plan.plan(config, setting)
+  config.open_qa.rerank = 50
+  anew = plan.plan(config, setting)
+  # As many passages as of 64 questions the best 50, at the builder's rate.
+  tflop = anew['work']['refresh_tflop'] * 64 * 50 / _ROWS
+  assert anew['work']['rerank_tflop'] == pytest.approx(tflop)
+  assert 'rerank_tflop' not in without['work']
+  rate = setting.chip.tflops * setting.builder_utilization * 64
+  more = anew['time']['step_seconds'] - without['time']['step_seconds']
+  assert more == pytest.approx(tflop / rate)
+
+
 def test_what_a_mesh_and_a_small_chip_change():
   config, setting = _paper()
   one = plan.plan(

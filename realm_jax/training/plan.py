@@ -255,6 +255,11 @@ def _work(
         )
         / 1e12
     )
+  if config.objective == 'open_qa' and config.open_qa.rerank:
+    rows = config.batch_size * config.open_qa.rerank
+    work['rerank_tflop'] = (
+        costs.embed_flop(config.model, rows, config.lengths.document) / 1e12
+    )
   return work
 
 
@@ -266,6 +271,9 @@ def _time(
   step = work['step_tflop_with_recomputation'] / (trained * devices)
   figures: dict[str, float] = {}
   builders, first = 0, 0.0
+  embedding = chip.tflops * setting.builder_utilization
+  # The trainer embeds as the builder does, without gradients.
+  step += work.get('rerank_tflop', 0.0) / (embedding * devices)
   if 'refresh_tflop' in work:
     if config.mips.backend != 'scann':
       # Every row is read once; the products are few.
@@ -276,7 +284,6 @@ def _time(
       )
       figures['search_seconds'] = search
       step += search
-    embedding = chip.tflops * setting.builder_utilization
     refresh = work['refresh_tflop'] / (
         embedding * max(setting.builder_devices, 1)
     )
