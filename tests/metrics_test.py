@@ -1,5 +1,6 @@
 """Metrics of a job: what is written can be read, also by TensorBoard."""
 
+import json
 import pathlib
 import struct
 import sys
@@ -24,6 +25,18 @@ def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path):
   lines = metrics.read_metrics(tmp_path)
   assert [line['step'] for line in lines] == [1, 2, 3, 4]
   assert lines[-1]['train/loss'] == 0.5
+
+
+def test_means_are_over_the_steps_since_they_were_taken():
+  means = metrics.Means()
+  for value in (1.0, 2.0, 6.0):
+    means.add({'loss': value, 'twice': 2 * value})
+  assert means.take() == {'loss': 3.0, 'twice': 6.0}
+  means.add({'loss': 0.1})
+  resumed = metrics.Means(json.loads(json.dumps(means.saved())))
+  for each in (means, resumed):
+    each.add({'loss': 0.2})
+  assert means.take() == resumed.take() == {'loss': (0.1 + 0.2) / 2}
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

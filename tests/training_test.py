@@ -232,6 +232,36 @@ def test_resuming_really_continues(world, tmp_path, undisturbed):
   assert summary['params_sha256'] == expected['params_sha256']
 
 
+def test_a_line_is_the_mean_of_its_steps_also_after_a_kill(
+    world, tmp_path, undisturbed, monkeypatch
+):
+  """Killed at step 7, in the middle of a line that begins before step 5."""
+  _, workdir = undisturbed('mlm')
+  each = {
+      line['step']: line['train/loss']
+      for line in metrics_lib.read_metrics(workdir)
+  }
+  config = make_config(world, 'mlm', log_interval=4)
+  original = loop._Loop._refresh
+
+  def stop_at_7(self, step):
+    if step == 7:
+      raise KeyboardInterrupt
+    original(self, step)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop._Loop, '_refresh', stop_at_7)
+    with pytest.raises(KeyboardInterrupt):
+      run(config, tmp_path)
+  run(config, tmp_path)
+  lines = metrics_lib.read_metrics(tmp_path)
+  assert [line['step'] for line in lines] == list(range(4, _STEPS + 1, 4))
+  for line in lines:
+    last = line['step']
+    expected = np.mean([each[step] for step in range(last - 3, last + 1)])
+    assert line['train/loss'] == pytest.approx(expected, rel=1e-5)
+
+
 def test_sigterm_saves_and_says_so(world, tmp_path, undisturbed):
   expected, _ = undisturbed('ict')
   objective, values = JOBS['ict']

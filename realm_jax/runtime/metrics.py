@@ -1,6 +1,6 @@
 """Metrics of a job: JSON lines as the record of truth, TensorBoard beside it.
 
-Public: `MetricsWriter`, `Clock`, `read_metrics`. One flat namespace,
+Public: `MetricsWriter`, `Means`, `Clock`, `read_metrics`. One flat namespace,
 `train/loss`, `refresh/age_steps`, ...; a line is one step.
 """
 
@@ -85,6 +85,36 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
     except ValueError:
       break
   return lines
+
+
+class Means:
+  """Means over the steps since they were last taken.
+
+  One step says little, and nothing where steps take turns in what they learn
+  from, as in the warm-up: every tenth may be of the rarer kind.
+  """
+
+  def __init__(self, saved: dict[str, Any] | None = None):
+    """Goes on from what `saved` returned."""
+    saved = saved or {'steps': 0, 'sums': {}}
+    self._steps: int = saved['steps']
+    self._sums: dict[str, float] = dict(saved['sums'])
+
+  def add(self, values: dict[str, float]) -> None:
+    """Counts one step in."""
+    self._steps += 1
+    for name, value in values.items():
+      self._sums[name] = self._sums.get(name, 0.0) + value
+
+  def take(self) -> dict[str, float]:
+    """Returns the means, and begins anew."""
+    means = {name: value / self._steps for name, value in self._sums.items()}
+    self._steps, self._sums = 0, {}
+    return means
+
+  def saved(self) -> dict[str, Any]:
+    """What a resumed job needs for the same means; plain JSON."""
+    return {'steps': self._steps, 'sums': dict(self._sums)}
 
 
 class Clock:

@@ -182,6 +182,7 @@ class _Loop:
     stack.callback(self._profile.close)
     self._step_flop = costs.model_flop(config)
     self._clock = metrics_lib.Clock()
+    self._means = metrics_lib.Means(about.get('metrics'))
     self._bar = stack.enter_context(
         tqdm.tqdm(
             total=config.steps,
@@ -316,11 +317,12 @@ class _Loop:
               'index_pending': (
                   self._refresher.pending if self._refresher else None
               ),
+              'metrics': self._means.saved(),
           },
       )
 
   def _log_pending(self) -> None:
-    """Fetches, checks and records the metrics of the last step."""
+    """Fetches and checks the metrics of the last step, and records means."""
     if self._pending is None:
       return
     pending, self._pending = self._pending, None
@@ -339,8 +341,10 @@ class _Loop:
           f' {pending.rows.tolist()}. The last checkpoint, from before it,'
           f' is kept: step {self._checkpoints.latest}.'
       )
+    self._means.add(values)
     if step % self._job.config.log_interval:
       return
+    values = self._means.take()
     now = time.perf_counter()
     since_step, since_time = self._logged
     rate = (step - since_step) / (now - since_time)
@@ -356,7 +360,7 @@ class _Loop:
     values.update(pending.staleness)
     self._writer.write(step, values)
     shown = {
-        'loss': f'{loss:.3f}',
+        'loss': f'{values["train/loss"]:.3f}',
         'examples/s': f'{values["time/examples_per_second"]:.0f}',
     }
     if self._refresher is not None:
