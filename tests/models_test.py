@@ -101,17 +101,45 @@ def test_token_logp_is_a_log_probability():
 
 
 @pytest.mark.parametrize(
-    ('towers', 'same', 'more'),
-    [('shared', True, 0), ('shared_bert', False, 4), ('separate', False, 43)],
+    ('towers', 'more', 'of_queries'),
+    [
+        ('shared', 0, set()),
+        ('shared_bert', 4, {'query_projection'}),
+        ('separate', 43, {'query_projection', 'query_encoder'}),
+    ],
 )
-def test_towers_share_what_they_say(towers, same, more):
+def test_towers_share_what_they_say_and_begin_as_one(towers, more, of_queries):
   config = dataclasses.replace(CONFIG, towers=towers)
+  embedder = components.make('embedder', config)
   shared = components.make('embedder', CONFIG).abstract
-  assert len(components.make('embedder', config).abstract) == len(shared) + more
+  assert len(embedder.abstract) == len(shared) + more
   ids = _ids(2, 6)
-  query = _embed(config, 'embed_query', ids)
-  document = _embed(config, ids=ids, types=np.zeros_like(ids))
-  assert np.allclose(query, document) == same
+
+  def embed(params):
+    return (
+        np.asarray(embedder.apply(params, 'embed_query', ids)),
+        np.asarray(embedder.apply(
+            params, 'embed_document', ids, np.zeros_like(ids)
+        )),
+    )
+
+  params = embedder.init(0)
+  query, document = embed(params)
+  np.testing.assert_allclose(query, document, rtol=1e-6)
+  for module in ('projection', 'encoder', *sorted(of_queries)):
+    rng = np.random.default_rng(0)
+    moved = {
+        name: x + rng.normal(size=x.shape).astype(np.float32)
+        if name.startswith(f'{module}.') else x
+        for name, x in params.items()
+    }
+    moves_query, moves_document = (
+        not np.allclose(before, after)
+        for before, after in zip((query, document), embed(moved), strict=True)
+    )
+    assert moves_document == (module not in of_queries)
+    own = f'query_{module}' in of_queries
+    assert moves_query == (module in of_queries or not own)
 
 
 def test_embedding_scale_init_bounds_the_scores():

@@ -56,7 +56,8 @@ class ModelConfig:
   init_stddev: float = 0.02
   embedding_width: int = 128  # E, of the retrieval embedding.
   # `shared`: one tower for queries and documents (as released). `shared_bert`:
-  # one BERT, a projection each (as the paper writes it). `separate`: two.
+  # one BERT, a projection each (as the paper writes it). `separate`: two BERTs.
+  # Without a checkpoint to start from, both towers begin as the same one.
   towers: Literal['shared', 'shared_bert', 'separate'] = 'shared'
   # Initial scale of the embedding's LayerNorm. At 1 (as released) the inner
   # product of two embeddings is up to E; E**-0.25 starts it at up to sqrt(E),

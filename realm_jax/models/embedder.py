@@ -53,10 +53,13 @@ class Embedder(nnx.Module):
     self.encoder = PooledBert(config, rngs=rngs)
     self.projection = Projection(config, rngs=rngs)
     self.towers = config.towers
+    # Towers begin as one: from towers that begin apart, a sentence is no nearer
+    # to itself than to any other, and what ICT learns from that is too little
+    # for REALM to begin with (docs/results.md).
     if config.towers != 'shared':
-      self.query_projection = Projection(config, rngs=rngs)
+      self.query_projection = nnx.clone(self.projection)
     if config.towers == 'separate':
-      self.query_encoder = PooledBert(config, rngs=rngs)
+      self.query_encoder = nnx.clone(self.encoder)
 
   def embed_query(
       self, ids_BQ: jax.Array, noise: dropout.Noise | None = None
