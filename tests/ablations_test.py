@@ -1,7 +1,7 @@
 """The table of ablations: what is run for each row, and its figures."""
 
 import argparse
-import importlib
+import importlib.util
 import math
 import pathlib
 import sys
@@ -94,6 +94,47 @@ def test_each_row_starts_from_stages_of_its_own_vocabulary(
     assert corpora[reader] == corpora[retriever]
     divided = corpora[row] == 'pieces_corpus'
     assert divided == (corpora[reader] == 'pieces_corpus')
+
+
+def test_rows_are_measured_on_the_same_passages(
+    ablations, tmp_path, monkeypatch
+):
+  """Also those that are trained where everything that is said is a passage."""
+  commands = []
+  seed = ablations._Seed(
+      argparse.Namespace(workdir=tmp_path, small=False),
+      0,
+      lambda *words, log: commands.append(words),
+  )
+  monkeypatch.setattr(ablations.checkpoint, 'steps_in', lambda path: [600])
+  for row, corpus in (
+      ('realm', 'corpus'), ('trivial', 'corpus'), ('token', 'pieces_corpus')
+  ):
+    seed.train_and_evaluate(row)
+    folder = tmp_path / 'seed0' / corpus
+    assert commands[-1][0] == 'evaluate'
+    assert f'--corpus={folder}' in commands[-1]
+    assert f'--questions={folder / "questions.jsonl"}' in commands[-1]
+
+
+def test_corpora_are_prepared_once_and_only_if_needed(ablations, tmp_path):
+  made = []
+
+  def prepare(*words, log):
+    folder = pathlib.Path(words[-1].removeprefix('--output='))
+    folder.mkdir(parents=True)
+    made.append((folder.name, words))
+
+  arguments = argparse.Namespace(workdir=tmp_path, small=True)
+  seed = ablations._Seed(arguments, 2, prepare)
+  seed.prepare(['realm', 'ict'])
+  assert [name for name, _ in made] == ['corpus']
+  assert '--source=world:302:300' in made[0][1]
+  seed.prepare(['trivial', 'token', 'pieces', 'own_corpus'])
+  assert [name for name, _ in made[1:]] == ['joined_corpus', 'pieces_corpus']
+  joined, pieces = (words for _, words in made[1:])
+  assert f'--vocab={tmp_path / "seed2" / "corpus"}' in joined
+  assert '--vocab_size=1000' in pieces and made[0][1][1] in pieces
 
 
 def test_intervals_are_those_of_student(table, tmp_path):

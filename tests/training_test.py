@@ -253,6 +253,7 @@ def test_a_line_is_the_mean_of_its_steps_also_after_a_kill(
     patch.setattr(loop._Loop, '_refresh', stop_at_7)
     with pytest.raises(KeyboardInterrupt):
       run(config, tmp_path)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [5]
   run(config, tmp_path)
   lines = metrics_lib.read_metrics(tmp_path)
   assert [line['step'] for line in lines] == list(range(4, _STEPS + 1, 4))
