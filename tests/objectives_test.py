@@ -134,6 +134,19 @@ def test_in_batch_softmax_equals_enumeration():
   )
 
 
+def test_tied_documents_share_the_accuracy():
+  collapsed = np.ones((64, 8))
+  loss, aux = objectives.in_batch_softmax(collapsed, collapsed)
+  np.testing.assert_allclose(loss, np.log(64), rtol=1e-6)
+  np.testing.assert_allclose(aux['accuracy'], 1 / 64, rtol=1e-6)
+  # Documents 0 and 1 are equal, so each of their queries is right half the
+  # time; query 2 is right, query 3 wrong.
+  queries = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
+  docs = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+  _, aux = objectives.in_batch_softmax(queries, docs)
+  np.testing.assert_allclose(aux['accuracy'], (0.5 + 0.5 + 1 + 0) / 4)
+
+
 def test_masked_mlm_is_the_mean_over_masks():
   token_logp = np.log([[0.5, 0.25], [0.125, 0.9]])
   loss, _ = objectives.masked_mlm(token_logp, np.array([[1, 1], [1, 0]]))

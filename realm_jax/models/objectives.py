@@ -102,16 +102,19 @@ def in_batch_softmax(
     first: the document of query i is number first + i.
 
   Returns:
-    The mean cross-entropy, and aux: accuracy.
+    The mean cross-entropy, and aux: accuracy, the share of queries whose own
+    document scores best.
   """
   logits_BC = jnp.einsum('BE,CE->BC', query_emb_BE, doc_emb_CE)
   logits_BC = logits_BC.astype(jnp.float32)
   own = first + jnp.arange(len(query_emb_BE))
   own_B = jnp.take_along_axis(logits_BC, own[:, None], axis=1)[:, 0]
   loss = (jax.nn.logsumexp(logits_BC, axis=1) - own_B).mean()
-  # Not argmax: identical documents tie, and a tie is no mistake.
-  accuracy = (own_B >= logits_BC.max(axis=1)).mean()
-  return loss, {'accuracy': accuracy}
+  # A tie of n best documents counts 1/n, the chance of a draw among them: a
+  # retriever whose embeddings are all equal is right once in C.
+  best_BC = logits_BC == logits_BC.max(axis=1, keepdims=True)
+  right_B = jnp.take_along_axis(best_BC, own[:, None], axis=1)[:, 0]
+  return loss, {'accuracy': (right_B / best_BC.sum(axis=1)).mean()}
 
 
 def retrieval_metrics(aux: Aux, counts_B: Any) -> dict[str, jax.Array]:
