@@ -92,10 +92,10 @@ class LengthsConfig:
 class MlmConfig:
   """Reader warm-up: stands in for a pretrained BERT where there is none."""
 
-  # Share of the batches in which a sentence of the knowledge corpus sees its
-  # own passage: the reader learns to look there. The other batches are of the
-  # sentences that REALM will mask, with a passage at random or the null
-  # document: it learns to read, and that most passages are of no use.
+  # Share of each batch in which a sentence of the knowledge corpus sees its own
+  # passage: the reader learns to look there. The other examples are sentences
+  # that REALM will mask, with a passage at random or the null document: the
+  # reader learns to read, and that most passages are of no use.
   own_passage_rate: float = 0.8
 
 

@@ -55,49 +55,29 @@ def training_batches(
   Raises:
     ValueError: if the corpus has nothing to learn from.
   """
-  def stream(
-      name: str, split: str, own_passage: bool = False
-  ) -> grain.MapDataset:
-    if tagged is not None:
-      examples: Any = _TaggedExamples(tagged)
-    elif questions is not None and config.objective == 'ict':
-      examples = _PairExamples(questions, corpus, config)
-    elif questions is not None:
-      examples = _QuestionExamples(questions)
-    else:
-      examples = _examples(corpus, config, split, own_passage)
-    sampled = (
+  def stream(name: str, examples: Any) -> grain.MapDataset:
+    return (
         grain.MapDataset.source(examples)
         .seed(zlib.crc32(f'{name} {config.seed}'.encode()))
         .shuffle()
         .repeat()
         .random_map(examples.sample)
     )
-    size = config.batch_size
-    if rows is not None:
-      sampled = grain.MapDataset.source(_Rows(sampled, size, rows))
-      size = len(rows)
-    return sampled.batch(size, drop_remainder=True).map(examples.assemble)
 
-  match config.objective:
-    case 'ict':
-      batches = stream('cloze', 'knowledge')
-    case 'realm':
-      batches = stream('masked', sentences_of(corpus, config))
-    case 'open_qa':
-      batches = stream('asked', 'questions')
-    case 'tagger':
-      batches = stream('tagged', 'tagged')
-    case 'mlm':
-      share = config.mlm.own_passage_rate
-      streams = {}
-      if share > 0:
-        streams['own'] = (stream('own', 'knowledge', own_passage=True), share)
-      if share < 1:
-        alone = stream('alone', sentences_of(corpus, config))
-        streams['alone'] = (alone, 1 - share)
-      datasets, weights = zip(*streams.values(), strict=True)
-      batches = grain.MapDataset.mix(datasets, weights)
+  if config.objective == 'mlm':
+    examples: Any = _WarmUpExamples(corpus, config)
+    sampled = grain.MapDataset.mix(
+        [stream(name, part) for name, part in examples.parts.items()],
+        examples.weights,
+    )
+  else:
+    name, examples = _source(corpus, config, questions, tagged)
+    sampled = stream(name, examples)
+  size = config.batch_size
+  if rows is not None:
+    sampled = grain.MapDataset.source(_Rows(sampled, size, rows))
+    size = len(rows)
+  batches = sampled.batch(size, drop_remainder=True).map(examples.assemble)
   return iter(
       batches[start:].to_iter_dataset(
           grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -115,7 +95,11 @@ def evaluation_batches(
 
   The last batch is smaller; `limit` is a number of sentences.
   """
-  examples = _examples(corpus, config, split)
+  examples: _Examples = (
+      _ClozeExamples(corpus, config, split)
+      if config.objective == 'ict'
+      else _MaskedExamples(corpus, config, split)
+  )
   order = grain.MapDataset.source(examples).seed(0).shuffle()
   if limit is not None:
     order = order[: min(limit, len(order))]
@@ -137,20 +121,23 @@ def sentences_of(corpus: corpus_lib.Corpus, config: config_lib.Config) -> str:
   return 'pretraining' if 'pretraining' in corpus.sentences else 'knowledge'
 
 
-def _examples(
+def _source(
     corpus: corpus_lib.Corpus,
     config: config_lib.Config,
-    split: str,
-    own_passage: bool = False,
-) -> '_Examples':
-  if split not in corpus.sentences:
-    raise ValueError(
-        f'The corpus {corpus.directory} has no sentences of the split'
-        f' {split!r}; it has {sorted(corpus.sentences)}.'
-    )
+    questions: questions_lib.QuestionTable | None,
+    tagged: tagging.TaggedTable | None,
+) -> tuple[str, Any]:
+  """The examples of an objective, and the name of their random stream."""
+  if tagged is not None:
+    return 'tagged', _TaggedExamples(tagged)
+  if questions is not None and config.objective == 'ict':
+    return 'cloze', _PairExamples(questions, corpus, config)
+  if questions is not None:
+    return 'asked', _QuestionExamples(questions)
   if config.objective == 'ict':
-    return _ClozeExamples(corpus, config, split)
-  return _MaskedExamples(corpus, config, split, own_passage)
+    return 'cloze', _ClozeExamples(corpus, config, 'knowledge')
+  split = sentences_of(corpus, config)
+  return 'masked', _MaskedExamples(corpus, config, split)
 
 
 class _Rows:
@@ -182,6 +169,11 @@ class _Examples:
   def __init__(
       self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
   ):
+    if split not in corpus.sentences:
+      raise ValueError(
+          f'The corpus {corpus.directory} has no sentences of the split'
+          f' {split!r}; it has {sorted(corpus.sentences)}.'
+      )
     self._corpus, self._config, self._split = corpus, config, split
     self._table = corpus.sentences[split]
     self._rows = np.zeros(0, np.int64)
@@ -230,7 +222,7 @@ class _MaskedExamples(_Examples):
       corpus: corpus_lib.Corpus,
       config: config_lib.Config,
       split: str,
-      own_passage: bool,
+      own_passage: bool = False,
   ):
     super().__init__(corpus, config, split)
     self._own_passage = own_passage
@@ -277,6 +269,7 @@ class _MaskedExamples(_Examples):
     }
     if self._config.objective == 'mlm':
       example['view'] = np.int64(self._view(row, rng))
+      example['own'] = np.bool_(self._own_passage)
     return example
 
   def _view(self, row: int, rng: np.random.Generator) -> int:
@@ -298,6 +291,7 @@ class _MaskedExamples(_Examples):
     batch['positions_BM'] = positions.astype(np.int32)
     passages = np.asarray(self._table.passages[rows])
     if self._config.objective == 'mlm':
+      del batch['own']
       ids, types = inputs.assemble_joint(
           self._corpus.passages,
           batch.pop('view')[:, None],
@@ -323,6 +317,42 @@ class _MaskedExamples(_Examples):
     else:
       ranges = np.zeros((len(passages), 2), np.int64)
     return ranges[:, None]
+
+
+class _WarmUpExamples:
+  """Two kinds of masked sentences, mixed in every batch: objective `mlm`.
+
+  parts: the kinds by the names of their random streams. `own` sees its own
+    passage, `alone` one at random or the null document.
+  weights: the share of each.
+  """
+
+  def __init__(self, corpus: corpus_lib.Corpus, config: config_lib.Config):
+    share = config.mlm.own_passage_rate
+    kinds = {
+        'own': ('knowledge', share),
+        'alone': (sentences_of(corpus, config), 1 - share),
+    }
+    kinds = {name: kind for name, kind in kinds.items() if kind[1] > 0}
+    self.weights = [weight for _, weight in kinds.values()]
+    self.parts = {
+        name: _MaskedExamples(corpus, config, split, name == 'own')
+        for name, (split, _) in kinds.items()
+    }
+
+  def assemble(self, batch: inputs.Batch) -> inputs.Batch:
+    rows = [
+        np.flatnonzero(batch['own'] == (name == 'own')) for name in self.parts
+    ]
+    parts = [
+        examples.assemble({name: x[part] for name, x in batch.items()})
+        for examples, part in zip(self.parts.values(), rows, strict=True)
+    ]
+    order = np.argsort(np.concatenate(rows))
+    return {
+        name: np.concatenate([part[name] for part in parts])[order]
+        for name in parts[0]
+    }
 
 
 class _ClozeExamples(_Examples):
