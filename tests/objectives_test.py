@@ -134,6 +134,28 @@ def test_in_batch_softmax_equals_enumeration():
   )
 
 
+def test_copies_of_the_own_passage_are_no_negatives():
+  rng = np.random.default_rng(1)
+  queries, docs = rng.normal(size=(2, 5, 8))
+  passages = np.array([3, 7, 3, 9, 3])
+  same = passages[:, None] == passages
+  loss, aux = objectives.in_batch_softmax(queries, docs, same_BC=same)
+  total, right = 0.0, 0
+  for i, query in enumerate(queries):
+    kept = [j for j in range(5) if j == i or passages[j] != passages[i]]
+    logits = docs[kept] @ query
+    own = kept.index(i)
+    total += np.log(np.exp(logits).sum()) - logits[own]
+    right += logits.argmax() == own
+  np.testing.assert_allclose(loss, total / 5, rtol=1e-5)
+  np.testing.assert_allclose(aux['accuracy'], right / 5)
+  # All of one passage: nothing to tell apart, and no gradient.
+  gradient = jax.grad(
+      lambda q: objectives.in_batch_softmax(q, docs, same_BC=same | True)[0]
+  )(jnp.asarray(queries))
+  np.testing.assert_array_equal(gradient, 0)
+
+
 def test_tied_documents_share_the_accuracy():
   collapsed = np.ones((64, 8))
   loss, aux = objectives.in_batch_softmax(collapsed, collapsed)

@@ -72,6 +72,8 @@ def _batch(config):
       'query_ids_BQ': ids(_ROWS, q),
       'doc_ids_BS': ids(_ROWS, s),
       'doc_types_BS': segments(_ROWS, s),
+      # Rows of several devices and parts are of one passage.
+      'passage_B': np.arange(_ROWS, dtype=np.int32) * 5 % 11,
       'doc_ids_BJS': ids(_ROWS, k - 1, s),
       'doc_types_BJS': segments(_ROWS, k - 1, s),
       'doc_ids_BKS': ids(_ROWS, k, s),

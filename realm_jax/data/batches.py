@@ -46,7 +46,8 @@ def training_batches(
       realm: query_ids_BQ, query_lengths_B, positions_BM, targets_BM, mask_BM,
         exclude_BR2 (row ranges a search must not return).
       mlm: joint_ids_BT, joint_types_BT, positions_BM, targets_BM, mask_BM.
-      ict: query_ids_BQ, doc_ids_BS, doc_types_BS.
+      ict: query_ids_BQ, doc_ids_BS, doc_types_BS, passage_B (row of the
+        document's passage).
       open_qa: query_ids_BQ, query_lengths_B.
       tagger: ids_BL, types_BL, labels_BL.
     All have sentence_B, rows of the sentence table, or question_B, of the
@@ -381,6 +382,7 @@ class _ClozeExamples(_Examples):
     rows, table = batch['sentence_B'], self._corpus.passages
     passages = np.asarray(self._table.passages[rows])
     batch['query_ids_BQ'], _, _ = self._queries(rows, None)
+    batch['passage_B'] = passages.astype(np.int32)
     body = table.offsets[passages] + table.title_lengths[passages]
     start = self._table.starts[rows] - body
     size = np.where(batch.pop('removed'), self._table.lengths[rows], 0)
@@ -481,9 +483,11 @@ class _PairExamples(_QuestionExamples):
 
   def assemble(self, batch: inputs.Batch) -> inputs.Batch:
     batch = super().assemble(batch)
+    passages = self._passages[batch['question_B']]
+    batch['passage_B'] = passages.astype(np.int32)
     batch['doc_ids_BS'], batch['doc_types_BS'] = inputs.assemble_documents(
         self._corpus.passages,
-        self._passages[batch['question_B']],
+        passages,
         self._length,
         self._corpus.tokenizer,
     )

@@ -90,6 +90,7 @@ def in_batch_softmax(
     query_emb_BE: jax.Array,
     doc_emb_CE: jax.Array,
     first: jax.typing.ArrayLike = 0,
+    same_BC: jax.Array | None = None,
 ) -> tuple[jax.Array, Aux]:
   """The inverse cloze task: find one's own document among the batch's.
 
@@ -100,6 +101,10 @@ def in_batch_softmax(
     query_emb_BE: of the whole batch, or of some rows in a piece.
     doc_emb_CE: of the whole batch.
     first: the document of query i is number first + i.
+    same_BC: which documents are of the passage of the query's own document.
+      They are no negatives: another copy of the passage, from which another
+      sentence was removed, holds the query word for word. None: no two
+      documents are of one passage.
 
   Returns:
     The mean cross-entropy, and aux: accuracy, the share of queries whose own
@@ -108,6 +113,9 @@ def in_batch_softmax(
   logits_BC = jnp.einsum('BE,CE->BC', query_emb_BE, doc_emb_CE)
   logits_BC = logits_BC.astype(jnp.float32)
   own = first + jnp.arange(len(query_emb_BE))
+  if same_BC is not None:
+    others_BC = own[:, None] != jnp.arange(len(doc_emb_CE))
+    logits_BC = jnp.where(same_BC & others_BC, -jnp.inf, logits_BC)
   own_B = jnp.take_along_axis(logits_BC, own[:, None], axis=1)[:, 0]
   loss = (jax.nn.logsumexp(logits_BC, axis=1) - own_B).mean()
   # A tie of n best documents counts 1/n, the chance of a draw among them: a

@@ -36,7 +36,7 @@ Metrics = gradients.Metrics
 # What a step of an objective reads; see `input_names`.
 INPUTS = {
     'mlm': 'joint_ids_BT joint_types_BT positions_BM targets_BM mask_BM',
-    'ict': 'query_ids_BQ doc_ids_BS doc_types_BS',
+    'ict': 'query_ids_BQ doc_ids_BS doc_types_BS passage_B',
     'realm': (
         'query_ids_BQ doc_ids_BJS doc_types_BJS joint_ids_BKT joint_types_BKT'
         ' positions_BM targets_BM mask_BM'
@@ -137,13 +137,17 @@ def objective_of(
     return query_emb_BE, doc_emb_BE
 
   def ict_loss(outputs: Any, batch: Any, axis: str | None) -> LossAndMetrics:
-    del batch
     query_emb_BE, doc_emb_CE = outputs
+    passage_B = passage_C = batch['passage_B']
     first = 0
     if axis is not None:
       first = jax.lax.axis_index(axis) * len(query_emb_BE)
-      doc_emb_CE = jax.lax.all_gather(doc_emb_CE, axis, tiled=True)
-    return objectives.in_batch_softmax(query_emb_BE, doc_emb_CE, first)
+      doc_emb_CE, passage_C = jax.lax.all_gather(
+          (doc_emb_CE, passage_C), axis, tiled=True
+      )
+    return objectives.in_batch_softmax(
+        query_emb_BE, doc_emb_CE, first, passage_B[:, None] == passage_C
+    )
 
   def score_and_read(
       params: Any, batch: Any, noise: dropout.Noise | None
