@@ -194,7 +194,7 @@ class _Side:
 
     def update(state: Any) -> Any:
       updates, opt_state = tx.update(
-          state.params, state.opt_state, state.params
+          state.params, state.opt_state, state.params, step=state.step
       )
       params = jax.tree.map(jnp.add, state.params, updates)
       return dataclasses.replace(state, params=params, opt_state=opt_state)

@@ -179,6 +179,9 @@ def test_ict_cuts_the_sentence_nine_times_in_ten(corpus):
   table = corpus.sentences['knowledge']
   kept = total = 0
   for batch in _take(corpus, config, 40):
+    np.testing.assert_array_equal(
+        batch['passage_B'], table.passages[batch['sentence_B']]
+    )
     for i, row in enumerate(batch['sentence_B']):
       sentence = table.ids(row).tolist()
       document = batch['doc_ids_BS'][i].tolist()

@@ -13,9 +13,7 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from realm_jax import config as config_lib
@@ -31,7 +29,6 @@ from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.training import loop
-from realm_jax.training import optimizer
 from realm_jax.training import steps as steps_lib
 
 _STEPS = 12
@@ -368,42 +365,6 @@ def test_frozen_means_frozen(undisturbed, world, tmp_path):
   )
   lines = metrics_lib.read_metrics(tmp_path)
   assert {line['refresh/generation'] for line in lines} == {0.0}
-
-
-def test_a_delayed_retriever_starts_when_it_should(world):
-  config = config_lib.resolve(
-      make_config(
-          world, 'realm', optimizer__retriever_delay=5,
-          optimizer__retriever_learning_rate=3e-3,
-      )
-  )
-  rate = optimizer.learning_rate(config, 'embedder')
-  assert [float(rate(s)) > 0 for s in range(8)] == [False] * 5 + [True] * 3
-  assert float(optimizer.learning_rate(config, 'reader')(2)) == pytest.approx(
-      1e-2
-  )
-  tx = optimizer.make_optimizer(config, ('embedder', 'reader'))
-  params = {
-      'embedder': {'kernel': jnp.ones(3)}, 'reader': {'kernel': jnp.ones(3)}
-  }
-  state = tx.init(params)
-  for step in range(7):
-    updates, state = tx.update(params, state, params)
-    moved = bool(np.any(updates['embedder']['kernel']))
-    assert moved == (step >= 5)
-    params = optax.apply_updates(params, updates)
-
-
-def test_only_weights_decay(world):
-  config = config_lib.resolve(make_config(world, 'mlm'))
-  config.optimizer.warmup_steps = 0
-  tx = optimizer.make_optimizer(config, ('reader',))
-  params = {'reader': {'a.kernel': jnp.ones(2), 'a.bias': jnp.ones(2),
-                       'norm.scale': jnp.ones(2), 'e.embedding': jnp.ones(2)}}
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = tx.update(zeros, tx.init(params), params)
-  decayed = {name for name, u in updates['reader'].items() if np.any(u)}
-  assert decayed == {'a.kernel', 'e.embedding'}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(

@@ -109,8 +109,14 @@ def head_flop(model: config_lib.ModelConfig, positions: int) -> float:
 
 
 def model_flop(config: config_lib.Config) -> float:
-  """FLOP that a step of a resolved config needs, of all devices together."""
-  return _FORWARD_AND_BACKWARD * _forward(config)
+  """FLOP that a step of a resolved config needs, of all devices together.
+
+  Frozen components have no backward pass.
+  """
+  forward = _forward(config, passes(config))
+  return forward + (_FORWARD_AND_BACKWARD - 1) * _forward(
+      config, _learned(config)
+  )
 
 
 def hardware_flop(config: config_lib.Config) -> float:
@@ -121,8 +127,8 @@ def hardware_flop(config: config_lib.Config) -> float:
   """
   c, again = config, 0.0
   if c.objective == 'ict' and c.accumulate > 1:  # All is embedded twice.
-    again += _forward(c)
-  for p in passes(c):
+    again += _forward(c, passes(c))
+  for p in _learned(c):
     if c.model.remat == 'full':
       again += pass_flop(c.model, p.rows, p.length, p.outputs)
     elif c.model.remat == 'dots':  # Attention, in all layers but the last.
@@ -178,23 +184,25 @@ def step_memory(
     model: along this one; they divide heads, MLP and vocabulary.
     fused: whether the attention's kernel keeps no logits.
   """
-  total = sum(parameters(config).values()) / model
+  sizes = parameters(config)
+  total = sum(sizes.values()) / model
+  learned = total - sum(sizes[name] for name in config.optimizer.frozen) / model
   kept = 1 / data if config.mesh.zero else 1.0
   parts = config.accumulate
   layers = [
       [x / data / parts for x in _layer_bytes(config.model, p, model, fused)]
-      for p in passes(config)
+      for p in _learned(config)
   ]
   saved = sum((config.model.num_layers - 1) * remat for _, remat in layers)
   if config.model.remat != 'none':  # And one layer, while it is computed again.
     saved += max(whole for whole, _ in layers)
-  ends = sum(4 * _ENDS * p.rows * p.length for p in passes(config))
+  ends = sum(4 * _ENDS * p.rows * p.length for p in _learned(config))
   saved += ends * config.model.width / data / parts
   return {
       # Divided, they are put together for the step.
       'weights': 4.0 * total * (1 + kept if config.mesh.zero else 1),
-      'optimizer': 8.0 * total * kept,
-      'gradients': 4.0 * total * _GRADIENTS * (2 if parts > 1 else 1),
+      'optimizer': 8.0 * learned * kept,
+      'gradients': 4.0 * learned * _GRADIENTS * (2 if parts > 1 else 1),
       'activations': saved,
   }
 
@@ -232,10 +240,16 @@ def _layer_bytes(
   return whole, whole
 
 
-def _forward(config: config_lib.Config) -> float:
+def _learned(config: config_lib.Config) -> list[Pass]:
+  """The passes that have a backward pass."""
+  frozen = config.optimizer.frozen
+  return [p for p in passes(config) if p.component not in frozen]
+
+
+def _forward(config: config_lib.Config, among: list[Pass]) -> float:
   total = sum(
       pass_flop(config.model, p.rows, p.length, p.outputs) + p.head_flop
-      for p in passes(config)
+      for p in among
   )
   if config.objective == 'ict':  # Each query with each document.
     total += 2 * config.batch_size**2 * config.model.embedding_width

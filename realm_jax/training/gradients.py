@@ -6,7 +6,7 @@ in so many words and happens once a step, whatever the number of parts. The
 axis `model` is left to XLA, by the rules of runtime/sharding.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 import functools
 from typing import Any
@@ -46,6 +46,7 @@ def make_gradients(
     specs: Any,
     mesh: jax.sharding.Mesh,
     accumulate: int,
+    frozen: Collection[str] = (),
 ) -> Callable[[Any, Any, dropout.Noise], tuple[LossAndMetrics, Any]]:
   """Returns gradients(params, batch, noise) -> ((loss, metrics), gradients).
 
@@ -61,13 +62,16 @@ def make_gradients(
       in-batch, first all rows are embedded without keeping activations, and
       then the parts once more, with the gradients of their embeddings given
       (Gao et al. 2021, section 3.2).
+    frozen: components without gradients; they have no backward pass.
   """
   over_data = jax.tree.map(sharding.over_data, specs)
+  learned = [name for name in specs if name not in frozen]
 
   def on_device(
       params: Any, batch: Any, noise: dropout.Noise
   ) -> tuple[LossAndMetrics, Any]:
     params = jax.tree.map(sharding.gather, params, specs)
+    fixed = {name: params.pop(name) for name in frozen}
     totals = jax.lax.psum(objective.counts(batch), mesh_lib.DATA)
 
     def share(outputs: Any, batch: Any) -> LossAndMetrics:
@@ -83,19 +87,21 @@ def make_gradients(
           name: value * metrics_share for name, value in metrics.items()
       }
 
+    def encode(params: Any, batch: Any, noise: dropout.Noise) -> Any:
+      return objective.encode(params | fixed, batch, noise)
+
     if accumulate == 1:
-      value, grads = _at_once(objective, share, params, (batch, noise))
+      value, grads = _at_once(encode, share, params, (batch, noise))
     elif objective.in_batch:
-      value, grads = _cached(
-          objective, share, params, (batch, noise), accumulate
-      )
+      value, grads = _cached(encode, share, params, (batch, noise), accumulate)
     else:
-      value, grads = _in_turn(
-          objective, share, params, (batch, noise), accumulate
-      )
+      value, grads = _in_turn(encode, share, params, (batch, noise), accumulate)
     return (
         jax.lax.psum(value, mesh_lib.DATA),
-        jax.tree.map(sharding.reduce_gradient, grads, specs),
+        {
+            name: jax.tree.map(sharding.reduce_gradient, x, specs[name])
+            for name, x in grads.items()
+        },
     )
 
   rows = jax.P(mesh_lib.DATA)
@@ -103,7 +109,7 @@ def make_gradients(
       on_device,
       mesh=mesh,
       in_specs=(over_data, rows, dropout.Noise(jax.P(), rows)),
-      out_specs=(jax.P(), over_data),
+      out_specs=(jax.P(), {name: over_data[name] for name in learned}),
       axis_names={mesh_lib.DATA},
       # The kernels of attention do not say over what their results vary.
       check_vma=False,
@@ -111,29 +117,29 @@ def make_gradients(
 
 
 def _at_once(
-    objective: Objective, share: Callable, params: Any, part: _Part
+    encode: Callable, share: Callable, params: Any, part: _Part
 ) -> tuple[LossAndMetrics, Any]:
   batch, noise = part
   return jax.value_and_grad(
-      lambda params: share(objective.encode(params, batch, noise), batch),
+      lambda params: share(encode(params, batch, noise), batch),
       has_aux=True,
   )(params)
 
 
 def _in_turn(
-    objective: Objective,
+    encode: Callable,
     share: Callable,
     params: Any,
     whole: _Part,
     accumulate: int,
 ) -> tuple[LossAndMetrics, Any]:
   def add(sums: Any, part: _Part) -> tuple[Any, None]:
-    found = _at_once(objective, share, params, part)
+    found = _at_once(encode, share, params, part)
     return jax.tree.map(jnp.add, sums, found), None
 
   parts = _split(whole, accumulate)
   shapes = jax.eval_shape(
-      functools.partial(_at_once, objective, share),
+      functools.partial(_at_once, encode, share),
       params,
       jax.tree.map(lambda x: x[0], parts),
   )
@@ -141,14 +147,14 @@ def _in_turn(
 
 
 def _cached(
-    objective: Objective,
+    encode: Callable,
     share: Callable,
     params: Any,
     whole: _Part,
     accumulate: int,
 ) -> tuple[LossAndMetrics, Any]:
   parts = _split(whole, accumulate)
-  outputs = jax.lax.map(lambda part: objective.encode(params, *part), parts)
+  outputs = jax.lax.map(lambda part: encode(params, *part), parts)
   value, grad_outputs = jax.value_and_grad(
       lambda outputs: share(jax.tree.map(_join, outputs), whole[0]),
       has_aux=True,
@@ -157,7 +163,7 @@ def _cached(
   def add(sums: Any, given: tuple[_Part, Any]) -> tuple[Any, None]:
     part, grad_outputs = given
     # The same noise as before, so the same embeddings.
-    _, backward = jax.vjp(lambda p: objective.encode(p, *part), params)
+    _, backward = jax.vjp(lambda p: encode(p, *part), params)
     return jax.tree.map(jnp.add, sums, backward(grad_outputs)[0]), None
 
   sums, _ = jax.lax.scan(add, _zeros(params), (parts, grad_outputs))

@@ -42,8 +42,11 @@ def learning_rate(config: config_lib.Config, component: str) -> optax.Schedule:
 
 def make_optimizer(
     config: config_lib.Config, components: tuple[str, ...]
-) -> optax.GradientTransformation:
-  """Returns the transformation for params {component: {name: array}}."""
+) -> optax.GradientTransformationExtraArgs:
+  """Returns the transformation for params {component: {name: array}}.
+
+  Its `update` takes the number of the step as the keyword `step`.
+  """
   c = config.optimizer
 
   def adamw(component: str) -> optax.GradientTransformation:
@@ -57,7 +60,7 @@ def make_optimizer(
     )
 
   return optax.chain(
-      optax.clip_by_global_norm(c.clip_norm),
+      _clip(config),
       optax.partition(
           {
               name: optax.set_to_zero() if name in c.frozen else adamw(name)
@@ -68,6 +71,44 @@ def make_optimizer(
               for name, leaves in params.items()
           },
       ),
+  )
+
+
+def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
+  """Clips by the global norm of the components that learn at a step.
+
+  The gradients of a component that does not change must not scale down those
+  of another. While the retriever waits, Adam averages its gradients already;
+  they are clipped by the norm that holds once it learns, that of all.
+  """
+  c = config.optimizer
+
+  def update(
+      grads: Any, state: optax.EmptyState, params: Any = None, *, step: Any
+  ) -> tuple[Any, optax.EmptyState]:
+    del params
+    learned = {name: x for name, x in grads.items() if name not in c.frozen}
+    norm = whole = optax.tree.norm(learned)
+    if c.retriever_delay:
+      others = {name: x for name, x in learned.items() if name != 'embedder'}
+      norm = jnp.where(
+          step >= c.retriever_delay, whole, optax.tree.norm(others)
+      )
+
+    def clip(leaves: Any, norm: jax.Array) -> Any:
+      return jax.tree.map(
+          lambda x: jnp.where(norm < c.clip_norm, x, x / norm * c.clip_norm),
+          leaves,
+      )
+
+    clipped = {
+        name: clip(x, whole if name == 'embedder' else norm)
+        for name, x in learned.items()
+    }
+    return grads | clipped, state
+
+  return optax.GradientTransformationExtraArgs(
+      lambda params: optax.EmptyState(), update
   )
 
 

@@ -296,7 +296,7 @@ def loss_function(
 def make_train_step(
     config: config_lib.Config,
     components: Components,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     null_ids: tuple[int, int, int],
     mesh: jax.sharding.Mesh,
     on_trace: Callable[[], None] = lambda: None,
@@ -313,6 +313,7 @@ def make_train_step(
       jax.tree.map(lambda x: x.spec, shardings.params),
       mesh,
       config.accumulate,
+      config.optimizer.frozen,
   )
 
   def train_step(
@@ -323,7 +324,12 @@ def make_train_step(
     (loss, metrics), grads = find_gradients(
         state.params, batch, dropout.noise(key, config.batch_size)
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    norm = optax.tree.norm(grads)
+    for name in config.optimizer.frozen:
+      grads[name] = jax.tree.map(jnp.zeros_like, state.params[name])
+    updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, step=state.step
+    )
     if config.objective == 'open_qa' and not config.open_qa.update_unanswered:
       # Nothing was learned from: neither weight decay nor old momentum. The
       # learning rate stays that of the step.
@@ -341,7 +347,7 @@ def make_train_step(
     metrics = {
         'loss': loss,
         **metrics,
-        'grad_norm': optax.tree.norm(grads),
+        'grad_norm': norm,
         'update_norm': optax.tree.norm(updates),
         'param_norm': optax.tree.norm(params),
     }

@@ -1,0 +1,107 @@
+"""The optimizer: delays, weight decay, and what clips which gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from realm_jax import config as config_lib
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.training import costs
+from realm_jax.training import optimizer
+from realm_jax.training import plan
+
+_BOTH = ('embedder', 'reader')
+
+
+def _config(**values):
+  config = config_lib.Config(objective='realm', steps=20)
+  config.optimizer = config_lib.OptimizerConfig(
+      learning_rate=1e-2, warmup_steps=2, **values
+  )
+  return config_lib.resolve(config)
+
+
+def _params(embedder=1.0, reader=1.0):
+  return {
+      'embedder': {'kernel': jnp.full(4, embedder)},
+      'reader': {'kernel': jnp.full(4, reader)},
+  }
+
+
+def _moments(config, grads, step):
+  """Adam's first moments after one update, by component."""
+  tx = optimizer.make_optimizer(config, _BOTH)
+  state = tx.init(_params())
+  _, state = tx.update(grads, state, _params(), step=jnp.int32(step))
+  inner = state[1].inner_states
+  return {
+      name: np.asarray(inner[name].inner_state[0].mu[name]['kernel'])
+      for name in _BOTH
+      if name not in config.optimizer.frozen
+  }
+
+
+def test_a_delayed_retriever_starts_when_it_should():
+  config = _config(retriever_delay=5, retriever_learning_rate=3e-3)
+  rate = optimizer.learning_rate(config, 'embedder')
+  assert [float(rate(s)) > 0 for s in range(8)] == [False] * 5 + [True] * 3
+  assert float(optimizer.learning_rate(config, 'reader')(2)) == pytest.approx(
+      1e-2
+  )
+  tx = optimizer.make_optimizer(config, _BOTH)
+  params = _params()
+  state = tx.init(params)
+  for step in range(7):
+    updates, state = tx.update(params, state, params, step=step)
+    moved = bool(np.any(updates['embedder']['kernel']))
+    assert moved == (step >= 5)
+    params = optax.apply_updates(params, updates)
+
+
+def test_only_weights_decay():
+  config = _config()
+  config.optimizer.warmup_steps = 0
+  tx = optimizer.make_optimizer(config, ('reader',))
+  params = {'reader': {'a.kernel': jnp.ones(2), 'a.bias': jnp.ones(2),
+                       'norm.scale': jnp.ones(2), 'e.embedding': jnp.ones(2)}}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params, step=0)
+  decayed = {name for name, u in updates['reader'].items() if np.any(u)}
+  assert decayed == {'a.kernel', 'e.embedding'}
+
+
+def test_a_frozen_component_does_not_scale_down_the_others():
+  grads = _params(embedder=100.0, reader=0.1)  # Norms 200 and 0.2.
+  free = _moments(_config(), grads, 0)
+  np.testing.assert_allclose(free['reader'], 0.1 * 0.1 / 200, rtol=1e-4)
+  frozen = _moments(_config(frozen=('embedder',)), grads, 0)
+  np.testing.assert_allclose(frozen['reader'], 0.1 * 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(('step', 'norm'), [(4, 30), (5, 50)])
+def test_a_waiting_retriever_does_not_scale_down_the_reader(step, norm):
+  """Norms 40 and 30, 50 together; Adam takes over a tenth of a gradient."""
+  config = _config(retriever_delay=5)
+  found = _moments(config, _params(embedder=20.0, reader=15.0), step)
+  np.testing.assert_allclose(found['reader'], 0.1 * 15 / norm, rtol=1e-5)
+  np.testing.assert_allclose(found['embedder'], 0.1 * 20 / 50, rtol=1e-5)
+
+
+def test_frozen_components_have_no_backward_pass():
+  config = _config(frozen=('embedder',))
+  config.batch_size, config.num_candidates = 4, 8
+  config.model = config_lib.ModelConfig(
+      num_layers=2, width=64, num_heads=2, vocab_size=100, embedding_width=16
+  )
+  config.lengths = config_lib.LengthsConfig(query=16, document=96, masks=3)
+  config = config_lib.resolve(config)
+  mesh = jax.sharding.Mesh(
+      np.array(jax.devices()[:1]).reshape(1, 1),
+      (mesh_lib.DATA, mesh_lib.MODEL),
+  )
+  flop = plan.compile_step(config, mesh).cost_analysis()['flops']
+  assert costs.hardware_flop(config) == pytest.approx(flop, rel=0.15)
+  config.optimizer.frozen = ()
+  assert costs.hardware_flop(config) > 1.25 * flop
