@@ -62,8 +62,8 @@ def _index_add(world, tmp_path):
 def _import(world, tmp_path):
   del world
   return (
-      'import', f'--source={_FIXTURES}/open_qa', f'--workdir={tmp_path}/open_qa',
-      '--workers=1',
+      'import', f'--source={_FIXTURES}/open_qa',
+      f'--workdir={tmp_path}/open_qa', '--workers=1',
   )
 
 

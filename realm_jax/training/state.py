@@ -20,6 +20,7 @@ from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import questions as questions_lib
 from realm_jax.data import tagging
+from realm_jax.evaluation import answers
 from realm_jax.models import attention
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
@@ -46,6 +47,8 @@ class Job:
   lineage: dict[str, str]  # Saved with every checkpoint, compared on resume.
   questions: questions_lib.QuestionTable | None = None  # That it learns from.
   tagged: tagging.TaggedTable | None = None  # The same, of `tagger`.
+  # Of `ict` with questions: the passages that answer each.
+  gold_rows: list[np.ndarray] | None = None
 
   @property
   def layout(self) -> str:
@@ -123,8 +126,19 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
     checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
   _check_shared(workdir)
   components = components_lib.make_all(config)
+  gold_rows = None
+  if config.objective == 'ict' and questions is not None:
+    gold_rows = answers.gold_rows(corpus, questions.questions)
   return Job(
-      workdir, config, corpus, mesh, components, lineage, questions, tagged
+      workdir,
+      config,
+      corpus,
+      mesh,
+      components,
+      lineage,
+      questions,
+      tagged,
+      gold_rows,
   )
 
 
