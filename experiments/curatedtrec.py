@@ -7,10 +7,11 @@ a pattern matches are the labels.
   realm-jax questions --source=large2470-train.tsv --output=curatedtrec --split
   realm-jax train --config=experiments/curatedtrec.py:published \
       --workdir=runs/curatedtrec --config.corpus=wikipedia \
-      --config.init_from=runs/realm \
+      --config.init_from=runs/realm --config.model.activation=gelu \
       --config.open_qa.questions=curatedtrec/train.jsonl --with_index_builder
   realm-jax evaluate --workdir=runs/curatedtrec --questions=large2470-test.tsv
 
+The activation is that of the BERT which experiments/realm_base.py starts from.
 With `:plus_plus` in the place of `:published`: larger batches, titles, and
 `evaluate --read=100`. Hardware: an accelerator of 12 GB. Not run here at this
 size.

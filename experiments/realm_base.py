@@ -6,14 +6,21 @@ with batches of 4,096 at 1e-4; 64 chips train, 16 embed the corpus. Table 1:
 exact match 39.2 on NaturalQuestions-Open; table 2: zero-shot recall@5 38.5 with
 REALM, 13.9 with ICT alone. Not run here at this size.
 
+  realm-jax import --source=bert-base-uncased --workdir=bert
+  realm-jax prepare --source=enwiki-pages-articles.xml.bz2 --vocab=bert \
+      --output=wikipedia
   realm-jax train --config=experiments/realm_base.py:ict --workdir=runs/ict \
-      --config.corpus=wikipedia
+      --config.corpus=wikipedia --config.init_from=bert \
+      --config.model.activation=gelu
   realm-jax train --config=experiments/realm_base.py:realm \
-      --workdir=runs/realm --config.corpus=wikipedia --config.init_from=runs/ict
+      --workdir=runs/realm --config.corpus=wikipedia \
+      --config.init_from=bert,runs/ict --config.model.activation=gelu
   realm-jax index --workdir=runs/realm --follow    # on devices of its own
 
-The paper starts both BERTs from the published weights, which takes the place
-of the stage `mlm`; without them, train that stage first.
+Both BERTs begin with the published weights, whose activation is `gelu`: ICT's
+in the first stage, the reader's in the second. Without them, the stage `mlm`
+trains the reader: `ict` has no init_from then, and `realm` has
+--config.init_from=runs/mlm,runs/ict.
 """
 
 from realm_jax import config as config_lib

@@ -6,10 +6,11 @@ does not report it. 2 epochs, as for NaturalQuestions.
   realm-jax questions --source=unfiltered-web-train.json --output=triviaqa
   realm-jax train --config=experiments/triviaqa.py:published \
       --workdir=runs/triviaqa --config.corpus=wikipedia \
-      --config.init_from=runs/realm \
+      --config.init_from=runs/realm --config.model.activation=gelu \
       --config.open_qa.questions=triviaqa/questions.jsonl --with_index_builder
   realm-jax evaluate --workdir=runs/triviaqa --questions=unfiltered-web-dev.json
 
+The activation is that of the BERT which experiments/realm_base.py starts from.
 With `:plus_plus` in the place of `:published`: larger batches, titles, and
 `evaluate --read=100`. Hardware: an accelerator of 12 GB. Not run here at this
 size.

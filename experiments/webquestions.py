@@ -6,10 +6,11 @@ Guu et al. 2020, table 1: exact match 40.2 on the test set (40.7 after CC-News).
   realm-jax questions --source=trainmodel.json --output=webquestions --split
   realm-jax train --config=experiments/webquestions.py:published \
       --workdir=runs/webquestions --config.corpus=wikipedia \
-      --config.init_from=runs/realm \
+      --config.init_from=runs/realm --config.model.activation=gelu \
       --config.open_qa.questions=webquestions/train.jsonl --with_index_builder
   realm-jax evaluate --workdir=runs/webquestions --questions=test.json
 
+The activation is that of the BERT which experiments/realm_base.py starts from.
 With `:plus_plus` in the place of `:published`: larger batches, titles, and
 `evaluate --read=100`. Hardware: an accelerator of 12 GB. Not run here at this
 size.

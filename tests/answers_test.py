@@ -80,3 +80,29 @@ def test_spans_are_wordpieces_of_the_body(corpus, question):
     for first, last in spans:
       part = text[offsets[first, 0] : offsets[last, 1]].decode()
       assert open_qa.exact_match(part, question.answers, question.match)
+
+
+def test_gold_passages_of_a_divided_record_hold_the_answer():
+  class Divided:
+    texts = ['row 0', 'row 1, R1', 'row 2, R0', 'row 3, R1', 'row 4']
+
+    def record_rows(self, names):
+      where = {'a': [0], 'b': [1, 2, 3], 'c': [4]}
+      return [np.array(where.get(name, []), np.int64) for name in names]
+
+    def passage_text(self, row):
+      return {'id': '', 'text': self.texts[row]}
+
+  def gold(passage_id, answer, match='string'):
+    question = qa.Question('?', (answer,), match, passage_id=passage_id)
+    (rows,) = answers.gold_rows(Divided(), [question])
+    return rows.tolist()
+
+  assert gold('a', 'zz') == [0]
+  assert gold('b', 'row 2') == [2]
+  assert gold('b', 'R1') == [1, 3]
+  assert gold('b', r'R\d$', 'regex') == [1, 2, 3]
+  assert gold('b', 'R', 'string') == [1, 2, 3]  # No whole word: in no part.
+  assert gold('c', 'zz') == [4]
+  assert gold('x', 'zz') == []
+  assert gold(None, 'zz') == []

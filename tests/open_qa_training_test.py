@@ -13,9 +13,11 @@ from realm_jax.api import open_qa as open_qa_api
 from realm_jax.data import batches
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import inputs
+from realm_jax.data import prepare
 from realm_jax.data import qa
 from realm_jax.data import question_sets
 from realm_jax.data import questions as questions_lib
+from realm_jax.evaluation import answers
 from realm_jax.evaluation import open_qa
 from realm_jax.evaluation import retrieval
 from realm_jax.evaluation import runs
@@ -25,6 +27,7 @@ from realm_jax.runtime import checkpoint
 from realm_jax.training import loop
 from realm_jax.training import optimizer
 from realm_jax.training import reading
+from realm_jax.training import state as state_lib
 from realm_jax.training import steps as steps_lib
 
 
@@ -344,7 +347,12 @@ def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
   table = questions_lib.QuestionTable.read(
       config.ict.questions, config.lengths.query, corpus.tokenizer
   )
-  batch = next(batches.training_batches(corpus, config, questions=table))
+  gold_rows = answers.gold_rows(corpus, table.questions)
+  batch = next(
+      batches.training_batches(
+          corpus, config, questions=table, gold_rows=gold_rows
+      )
+  )
   rows = corpus.passage_rows_by_id(
       [table.questions[row].passage_id for row in batch['question_B']]
   )
@@ -361,4 +369,89 @@ def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
       ],
   )
   with pytest.raises(ValueError, match='None of the .* questions'):
-    batches.training_batches(corpus, config, questions=foreign)
+    batches.training_batches(
+        corpus,
+        config,
+        questions=foreign,
+        gold_rows=answers.gold_rows(corpus, foreign.questions),
+    )
+
+
+@pytest.fixture(scope='module')
+def divided(tmp_path_factory):
+  """Long records whose first part answers nothing; and questions of each."""
+  tmp_path = tmp_path_factory.mktemp('divided')
+  filler = 'In 1912 nobody lived here. ' * 6
+  records, questions = [], []
+  for i in range(8):
+    name, answer = f'record {i}', f'Ann {i} Brown'
+    # In two of the parts; the question `nowhere` is answered by none.
+    text = f'{filler}Here sang {answer}. {filler}Here died {answer}. {filler}'
+    records.append({'id': name, 'text': text})
+    for asked, answers_ in (('sang', [answer]), ('nowhere', ['Zeppelin'])):
+      questions.append(
+          {
+              'question': f'Who {asked} in {i}?',
+              'answers': answers_,
+              'passage_id': name,
+          }
+      )
+  for name, rows in (('in', records), ('questions', questions)):
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    (tmp_path / f'{name}.jsonl').write_text(lines)
+  prepare.prepare(
+      [str(tmp_path / 'in.jsonl')], tmp_path / 'corpus', vocab_size=200,
+      max_wordpieces=36, workers=1, progress=False,
+  )
+  return tmp_path
+
+
+def test_a_question_is_paired_with_the_parts_that_answer_it(
+    divided, tmp_path
+):
+  config = training_test.make_config(
+      divided / 'corpus', 'ict',
+      ict__questions=str(divided / 'questions.jsonl'),
+  )
+  job = state_lib.open_job(config, tmp_path)
+  corpus, table = job.corpus, job.questions
+  records = corpus.record_rows([q.passage_id for q in table.questions])
+  assert min(map(len, records)) >= 4
+  bodies = {
+      corpus.passages.title_and_body(row)[1].tobytes(): row
+      for row in range(len(corpus.passages))
+  }
+  texts = [
+      corpus.passage_text(row)['text'] for row in range(len(corpus.passages))
+  ]
+
+  def pairs(count, **arguments):
+    """Question and passage, the latter by its wordpieces."""
+    stream = batches.training_batches(
+        corpus, job.config, questions=table, gold_rows=job.gold_rows,
+        **arguments,
+    )
+    for _ in range(count):
+      batch = next(stream)
+      for question, ids, types in zip(
+          batch['question_B'], batch['doc_ids_BS'], batch['doc_types_BS'],
+          strict=True,
+      ):
+        body = ids[types == 1][:-1].astype(corpus.passages.tokens.dtype)
+        yield int(question), texts[bodies[body.tobytes()]]
+
+  drawn = list(pairs(100))
+  for number, question in enumerate(table.questions):
+    seen = {text for asked, text in drawn if asked == number}
+    own = [texts[row] for row in records[number]]
+    holding = {
+        text for text in own if open_qa.has_answer(text, question.answers)
+    }
+    # Each part that answers is drawn; where none does, each part.
+    assert seen == (holding or set(own))
+    assert len(holding) == (2 if 'sang' in question.question else 0)
+  # The same draws from a later batch on, and for some rows of each batch.
+  assert list(pairs(2, start=3)) == drawn[24:40]
+  assert list(pairs(3, rows=np.array([1, 6]))) == [
+      drawn[8 * batch + row] for batch in range(3) for row in (1, 6)
+  ]

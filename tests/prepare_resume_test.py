@@ -131,7 +131,7 @@ def test_parts_are_used_by_any_number_of_workers(tmp_path, made):
 def test_parts_of_other_settings_are_discarded(tmp_path, made, tasks, caplog):
   made, source, vocab, parts = made
   number = len(list(parts.glob('*.part')))
-  with caplog.at_level(logging.WARNING, 'absl'):
+  with caplog.at_level(logging.WARNING):
     short = _prepare(source, tmp_path / 'out', vocab=vocab, max_wordpieces=40)
   assert f'The {number} parts of an interrupted run' in caplog.text
   assert 'other settings' in caplog.text

@@ -337,33 +337,6 @@ def test_questions_come_with_the_corpus_or_from_a_file(
   assert group['answer']['recall_at_100'] == 0.0
 
 
-def test_gold_passage_that_was_divided():
-  """`prepare` divides a long record; the part with the answer is gold."""
-
-  class Divided:
-    passages = range(5)
-    ids = ['a', 'b#0', 'b#1', 'b#2', 'c#0']
-
-    def passage_rows_by_id(self, names):
-      where = {'a': 0, 'b': 1, 'c': 4}
-      return np.array([where.get(name, -1) for name in names])
-
-    def passage_text(self, row):
-      return {'id': self.ids[row], 'text': f'row {row}, R{row % 2}'}
-
-  def gold(passage_id, *answers):
-    question = qa.Question('?', answers, passage_id=passage_id)
-    return retrieval._gold_rows(Divided(), [question])[0]
-
-  assert gold('a', 'zz') == [0]
-  assert gold('b', 'row 2') == [2]
-  assert gold('b', 'R1') == [1, 3]
-  assert gold('b', 'zz') == [1, 2, 3]
-  assert gold('c', 'zz') == [4]
-  assert gold('x', 'zz') == []
-  assert gold(None, 'zz') == []
-
-
 @pytest.mark.parametrize(
     'objective, parts', [('ict', 'questions'), ('mlm', 'masked')]
 )

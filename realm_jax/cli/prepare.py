@@ -5,14 +5,15 @@ Public: `COMMANDS`.
 
 from collections.abc import Sequence
 import json
+import logging
 import pathlib
 import shlex
 
 from absl import flags
-from absl import logging
 
 from realm_jax.cli import command
 
+log = logging.getLogger(__name__)
 FLAGS = flags.FLAGS
 
 
@@ -103,7 +104,7 @@ def _describe(directory: pathlib.Path) -> None:
   try:
     stats.plot(figures, directory / 'stats.png')
   except ImportError as error:  # The figures are there all the same.
-    logging.warning('%s', error)
+    log.warning('%s', error)
 
 
 def _make_corpus() -> None:

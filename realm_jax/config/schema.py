@@ -57,7 +57,7 @@ class ModelConfig:
   embedding_width: int = 128  # E, of the retrieval embedding.
   # `shared`: one tower for queries and documents (as released). `shared_bert`:
   # one BERT, a projection each (as the paper writes it). `separate`: two BERTs.
-  # Without a checkpoint to start from, both towers begin as the same one.
+  # Both towers begin as the same one, unless a checkpoint has two.
   towers: Literal['shared', 'shared_bert', 'separate'] = 'shared'
   # Initial scale of the embedding's LayerNorm. At 1 (as released) the inner
   # product of two embeddings is up to E; E**-0.25 starts it at up to sqrt(E),
@@ -104,8 +104,9 @@ class IctConfig:
   """The inverse cloze task (Lee et al. 2019, section 4)."""
 
   remove_rate: float = 0.9  # How often the sentence is cut from its passage.
-  # Questions with the passage that answers them, in the place of sentences:
-  # files, comma-separated (Karpukhin et al. 2020, in-batch negatives).
+  # Questions with a passage that answers them, in the place of sentences:
+  # files, comma-separated (Karpukhin et al. 2020, in-batch negatives). The
+  # positive of a divided record is a part that holds an answer.
   questions: str = ''
 
 
@@ -216,7 +217,9 @@ class Config:
   objective: Literal['mlm', 'ict', 'realm', 'open_qa', 'tagger'] = 'realm'
   corpus: str = ''  # Folder written by `realm-jax prepare`.
   # Workdirs to start from, comma-separated; each gives the components it has
-  # (`mlm` a reader, `ict` an embedder, `realm` both), later ones win.
+  # (`mlm` a reader, `ict` an embedder, `realm` both), later ones win. A
+  # component that none has begins with another one's BERT
+  # (docs/checkpoints.md).
   init_from: str = ''
   seed: int = 0
   steps: int = 200_000

@@ -5,7 +5,7 @@ choice is a function of (seed, position in the stream) alone: the batches do not
 depend on the number of workers or of processes, and to resume is to say where.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 import zlib
 
@@ -28,6 +28,7 @@ def training_batches(
     rows: np.ndarray | None = None,
     questions: questions_lib.QuestionTable | None = None,
     tagged: tagging.TaggedTable | None = None,
+    gold_rows: Sequence[np.ndarray] | None = None,
 ) -> grain.DatasetIterator:
   """The endless stream of batches of the config's objective.
 
@@ -40,6 +41,8 @@ def training_batches(
     rows: which rows of each batch are wanted, ascending; None: all of them.
     questions: in the place of sentences, of `open_qa` and `ict`.
     tagged: sentences of the objective `tagger`.
+    gold_rows: of `ict` with questions, the passages that answer each of them;
+      none where they are not known. Each visit of a question draws one.
 
   Returns:
     Iterator over batches of these rows:
@@ -72,7 +75,7 @@ def training_batches(
         examples.weights,
     )
   else:
-    name, examples = _source(corpus, config, questions, tagged)
+    name, examples = _source(corpus, config, questions, gold_rows, tagged)
     sampled = stream(name, examples)
   size = config.batch_size
   if rows is not None:
@@ -126,13 +129,14 @@ def _source(
     corpus: corpus_lib.Corpus,
     config: config_lib.Config,
     questions: questions_lib.QuestionTable | None,
+    gold_rows: Sequence[np.ndarray] | None,
     tagged: tagging.TaggedTable | None,
 ) -> tuple[str, Any]:
   """The examples of an objective, and the name of their random stream."""
   if tagged is not None:
     return 'tagged', _TaggedExamples(tagged)
-  if questions is not None and config.objective == 'ict':
-    return 'cloze', _PairExamples(questions, corpus, config)
+  if questions is not None and gold_rows is not None:
+    return 'cloze', _PairExamples(questions, gold_rows, corpus, config)
   if questions is not None:
     return 'asked', _QuestionExamples(questions)
   if config.objective == 'ict':
@@ -450,24 +454,18 @@ class _QuestionExamples:
 
 
 class _PairExamples(_QuestionExamples):
-  """Questions with the passage that answers them: `ict` without sentences."""
+  """Questions with a passage that answers them: `ict` without sentences."""
 
   def __init__(
       self,
       questions: questions_lib.QuestionTable,
+      gold_rows: Sequence[np.ndarray],
       corpus: corpus_lib.Corpus,
       config: config_lib.Config,
   ):
     super().__init__(questions)
-    names = [question.passage_id for question in questions.questions]
-    known = sorted({name for name in names if name is not None})
-    found = dict(
-        zip(known, corpus.passage_rows_by_id(known).tolist(), strict=True)
-    )
-    self._passages = np.array(
-        [-1 if name is None else found[name] for name in names]
-    )
-    self._rows = np.flatnonzero(self._passages >= 0)
+    self._gold_rows = gold_rows
+    self._rows = np.flatnonzero([len(rows) > 0 for rows in gold_rows])
     if not len(self._rows):
       raise ValueError(
           f'None of the {len(questions)} questions of config.ict.questions has'
@@ -481,9 +479,13 @@ class _PairExamples(_QuestionExamples):
   def __getitem__(self, index: int) -> int:
     return int(self._rows[index])
 
+  def sample(self, row: int, rng: np.random.Generator) -> Example:
+    passage = rng.choice(self._gold_rows[row])
+    return {**super().sample(row, rng), 'passage': np.int64(passage)}
+
   def assemble(self, batch: inputs.Batch) -> inputs.Batch:
     batch = super().assemble(batch)
-    passages = self._passages[batch['question_B']]
+    passages = batch.pop('passage')
     batch['passage_B'] = passages.astype(np.int32)
     batch['doc_ids_BS'], batch['doc_types_BS'] = inputs.assemble_documents(
         self._corpus.passages,

@@ -9,15 +9,16 @@ only what is not there is worked out.
 from collections.abc import Iterator
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import shutil
 from typing import Any
 
-from absl import logging
-
 from realm_jax.data import atomic
 from realm_jax.data import packing
+
+log = logging.getLogger(__name__)
 
 _ENDING = '.part'
 
@@ -81,14 +82,14 @@ def kept(output: pathlib.Path, made_with: dict[str, Any]) -> Iterator[Parts]:
     wanted = json.dumps(made_with, indent=2, sort_keys=True)
     found = about.read_text('utf-8') if about.is_file() else None
     if found != wanted and len(parts):
-      logging.warning(
+      log.warning(
           'The %d parts of an interrupted run in %s are discarded: they were '
           'made with other settings.',
           len(parts),
           directory,
       )
     elif len(parts):
-      logging.info(
+      log.info(
           'An interrupted run left %d parts in %s; they are not made again.',
           len(parts),
           directory,

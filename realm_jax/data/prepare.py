@@ -10,11 +10,11 @@ interruptions. Only `writer` writes a corpus.
 from collections.abc import Collection, Iterator, Sequence
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 from typing import Any
 
-from absl import logging
 import nupunkt
 import tqdm
 
@@ -32,6 +32,8 @@ from realm_jax.data import sources as sources_lib
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.data import world
 from realm_jax.data import writer as writer_lib
+
+log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 19  # Characters of text per task.
 _WORLD_VOCAB_SIZE = 3000
@@ -397,7 +399,7 @@ def _check(source: records_lib.Records, progress: bool) -> None:
   ):
     pass
   if source.skipped:
-    logging.warning(
+    log.warning(
         '%d bad records are left out:\n%s%s',
         source.skipped,
         '\n'.join(source.skipped_list),
@@ -419,7 +421,7 @@ class _Texts:
 def _learn_vocabulary(
     inputs: Sequence[records_lib.Records], size: int
 ) -> tokenizer_lib.Tokenizer:
-  logging.info('Learning a vocabulary of at most %d wordpieces.', size)
+  log.info('Learning a vocabulary of at most %d wordpieces.', size)
   learned = tokenizer_lib.Tokenizer.train(_Texts(inputs), size)
   if learned.vocab_size > size:
     raise ValueError(
@@ -465,13 +467,13 @@ def _tasks(
 
 def _warn(counts: dict[str, int]) -> None:
   if counts.get('shortened_titles'):
-    logging.warning(
+    log.warning(
         '%d titles longer than half a passage were shortened.',
         counts['shortened_titles'],
     )
   unknown = counts.get('unknown_wordpieces', 0)
   if unknown > 0.05 * counts['wordpieces']:
-    logging.warning(
+    log.warning(
         '%.0f%% of the wordpieces are [UNK]: the vocabulary is not one for '
         'these texts.',
         100 * unknown / counts['wordpieces'],

@@ -1,9 +1,12 @@
 """Where the passages of a corpus hold an answer: labels of open-domain QA.
 
-Public: `PassageAnswers`. It gives the verdicts of `open_qa.has_answer`, the
-matcher of the evaluation, for thousands of passages at once: a passage is read
-and made ready once, and a verdict is found once.
+Public: `PassageAnswers`, `gold_rows`. `PassageAnswers` gives the verdicts of
+`open_qa.has_answer`, the matcher of the evaluation, for thousands of passages
+at once: a passage is read and made ready once, and a verdict is found once.
 """
+
+from collections.abc import Sequence
+import functools
 
 import numpy as np
 
@@ -14,6 +17,48 @@ from realm_jax.evaluation import open_qa
 # Bounds of what is kept: passages (about 1 kB each), and verdicts.
 _MAX_TEXTS = 2_000_000
 _MAX_VERDICTS = 200_000_000
+_GOLD_TEXTS = 2**14  # Questions about one record usually follow each other.
+
+
+def gold_rows(
+    corpus: corpus_lib.Corpus, questions: Sequence[qa.Question]
+) -> list[np.ndarray]:
+  """Returns the rows of each question's gold passages.
+
+  Training (`ict.questions`) and evaluation both take them from here. `prepare`
+  divides a record that is too long for one passage; the parts that hold an
+  answer, by `open_qa.has_answer`, are then gold. If no part does, all parts
+  are: the answer may stand across a boundary, or only in the title.
+
+  Args:
+    corpus: the passages.
+    questions: `passage_id` is the id of a passage or of a divided record.
+
+  Returns:
+    For each question int64 rows in order; none if it has no `passage_id`, or
+    one that is not in the corpus.
+  """
+  known = sorted({q.passage_id for q in questions if q.passage_id is not None})
+  records = dict(zip(known, corpus.record_rows(known), strict=True))
+
+  @functools.lru_cache(maxsize=_GOLD_TEXTS)
+  def text_of(row: int) -> str:
+    return corpus.passage_text(row)['text']
+
+  found = []
+  for question in questions:
+    rows = np.zeros(0, np.int64)
+    if question.passage_id is not None:
+      rows = records[question.passage_id]
+    if len(rows) > 1:
+      holding = [
+          row
+          for row in rows.tolist()
+          if open_qa.has_answer(text_of(row), question.answers, question.match)
+      ]
+      rows = np.array(holding or rows, np.int64)
+    found.append(rows)
+  return found
 
 
 class PassageAnswers:

@@ -21,7 +21,7 @@ from realm_jax.data import qa
 from realm_jax.data import question_sets
 from realm_jax.data import questions as questions_lib
 from realm_jax.evaluation import answering
-from realm_jax.evaluation import open_qa
+from realm_jax.evaluation import answers
 from realm_jax.evaluation import ranking
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
@@ -159,7 +159,8 @@ class _Asked:
     table = questions_lib.QuestionTable.of(
         list(questions), trained.config.lengths.query, trained.corpus.tokenizer
     )
-    return cls(table, _gold_rows(trained.corpus, questions), texts)
+    gold_rows = answers.gold_rows(trained.corpus, questions)
+    return cls(table, [rows.tolist() for rows in gold_rows], texts)
 
 
 class _Texts:
@@ -173,45 +174,6 @@ class _Texts:
     if row not in self._texts:
       self._texts[row] = self._corpus.passage_text(row)['text']
     return self._texts[row]
-
-
-def _gold_rows(
-    corpus: corpus_lib.Corpus, questions: Sequence[qa.Question]
-) -> list[list[int]]:
-  """Rows of the gold passages; of a divided one, those that answer."""
-  known = sorted({q.passage_id for q in questions if q.passage_id is not None})
-  rows = dict(zip(known, corpus.passage_rows_by_id(known), strict=True))
-  found = []
-  for question in questions:
-    name = question.passage_id
-    row = int(rows[name]) if name is not None else -1
-    found.append(_parts(corpus, name, row, question) if row >= 0 else [])
-  return found
-
-
-def _parts(
-    corpus: corpus_lib.Corpus,
-    name: str | None,
-    row: int,
-    question: qa.Question,
-) -> list[int]:
-  """`prepare` divides a long record into NAME#0, NAME#1, ..., in a row."""
-  parts, texts = [row], [corpus.passage_text(row)]
-  if texts[0]['id'] == name:
-    return parts
-  while row + 1 < len(corpus.passages):
-    row += 1
-    text = corpus.passage_text(row)
-    if text['id'] != f'{name}#{len(parts)}':
-      break
-    parts.append(row)
-    texts.append(text)
-  answering = [
-      part
-      for part, text in zip(parts, texts, strict=True)
-      if open_qa.has_answer(text['text'], question.answers, question.match)
-  ]
-  return answering or parts
 
 
 def _steps(

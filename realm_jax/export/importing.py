@@ -164,6 +164,8 @@ def run(
         'tokenizer_digest': tokenizer.digest,
         'corpus_fingerprint': made.fingerprint if made else '',
         'index_generation': 0 if blanks is not None else None,
+        # `train` does not take these for parameters of the checkpoint.
+        'at_random': [name for one in loaded for name in one.fresh],
     }
     checkpoint.save_params(temporary, 0, params, about)
     digest = None

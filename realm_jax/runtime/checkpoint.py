@@ -2,13 +2,14 @@
 
 Public: `Checkpoints` (params and train state by step), `save_params`,
 `load_params`, `frugal`, `saved_about`, `params_digest`,
-`referenced_generations`, `steps_in`, `newest_step`, `components_in`, `remove`,
-`write_json`, `read_json`; for snapshots.py, which has those of the retriever
-alone: `check_leaves`, `custom_metadata`, `on_one_device`, `alone`,
-`remove_unfinished`. Orbax writes beside the final name and renames, so a number
-that can be listed is a checkpoint that can be read. The processes of a job
-write a checkpoint together, to a folder that all of them see; everything else
-is read by each for itself, and written by process 0.
+`referenced_generations`, `steps_in`, `newest_step`, `components_in`,
+`abstract_in`, `check_leaves`, `remove`, `write_json`, `read_json`; for
+snapshots.py, which has those of the retriever alone: `custom_metadata`,
+`on_one_device`, `alone`, `remove_unfinished`. Orbax writes beside the final
+name and renames, so a number that can be listed is a checkpoint that can be
+read. The processes of a job write a checkpoint together, to a folder that all
+of them see; everything else is read by each for itself, and written by process
+0.
 """
 
 import hashlib
@@ -274,6 +275,23 @@ def components_in(workdir: Path, step: int | None = None) -> list[str]:
   directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
   step = newest_step(workdir) if step is None else step
   return sorted(_structure(directory / str(step), 'params'))
+
+
+def abstract_in(
+    workdir: Path, step: int | None = None
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """Shapes of the parameters of a workdir's newest checkpoint, or of `step`."""
+  directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+  step = newest_step(workdir) if step is None else step
+  return {
+      component: {
+          name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+          for name, leaf in leaves.items()
+      }
+      for component, leaves in _structure(
+          directory / str(step), 'params'
+      ).items()
+  }
 
 
 def referenced_generations(workdir: Path) -> set[int]:

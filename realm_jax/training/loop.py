@@ -138,6 +138,7 @@ class _Loop:
         self._rows,
         job.questions,
         job.tagged,
+        job.gold_rows,
     )
     # How often the training step was compiled; 1, whatever the batches.
     self.compilations = 0

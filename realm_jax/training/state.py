@@ -3,7 +3,6 @@
 Public: `Job`, `open_job`, `start_or_resume`.
 """
 
-from collections.abc import Collection
 import dataclasses
 import logging
 import pathlib
@@ -20,17 +19,18 @@ from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import questions as questions_lib
 from realm_jax.data import tagging
+from realm_jax.evaluation import answers
 from realm_jax.models import attention
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import sharding
+from realm_jax.training import initial
 from realm_jax.training import steps
 
 log = logging.getLogger(__name__)
 
-_BODY = 'bert.'  # Parameters that readers and taggers have in common.
 _SHARED_SECONDS = 30.0  # Until a file of another host is seen.
 
 
@@ -46,6 +46,8 @@ class Job:
   lineage: dict[str, str]  # Saved with every checkpoint, compared on resume.
   questions: questions_lib.QuestionTable | None = None  # That it learns from.
   tagged: tagging.TaggedTable | None = None  # The same, of `tagger`.
+  # Of `ict` with questions: the passages that answer each.
+  gold_rows: list[np.ndarray] | None = None
 
   @property
   def layout(self) -> str:
@@ -117,14 +119,25 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   sharding.check(config, mesh)
   attention.check(config.model, mesh.devices.flat[0])
-  for source in _sources(config):
+  for source in initial.sources(config):
     config_lib.read(source)  # Raises if there is none.
   if distributed.is_main():
     checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
   _check_shared(workdir)
   components = components_lib.make_all(config)
+  gold_rows = None
+  if config.objective == 'ict' and questions is not None:
+    gold_rows = answers.gold_rows(corpus, questions.questions)
   return Job(
-      workdir, config, corpus, mesh, components, lineage, questions, tagged
+      workdir,
+      config,
+      corpus,
+      mesh,
+      components,
+      lineage,
+      questions,
+      tagged,
+      gold_rows,
   )
 
 
@@ -138,9 +151,8 @@ def start_or_resume(
   In this order:
     1. the newest checkpoint of the workdir itself, on whatever devices and
        processes it was saved;
-    2. parameters of the workdirs in config.init_from, each for the components
-       that it has;
-    3. from scratch, by config.seed.
+    2. parameters of the workdirs in config.init_from, see `initial.load`;
+    3. at random, by config.seed.
 
   Raises:
     ValueError: naming the parameters whose presence or shape differs.
@@ -174,7 +186,9 @@ def start_or_resume(
           job.layout,
       )
     return steps.TrainState(params=params, **rest), about
-  given = _initial_params(job)
+  given = initial.load(
+      job.config, job.components, job.lineage['tokenizer_digest']
+  )
   state = jax.jit(
       lambda given: _fresh(job, tx, root, given), out_shardings=shardings
   )(given)
@@ -196,101 +210,6 @@ def _fresh(
   return steps.TrainState(
       step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=root
   )
-
-
-def _initial_params(job: Job) -> dict[str, components_lib.Params]:
-  found: dict[str, components_lib.Params] = {}
-  for source in _sources(job.config):
-    _check_same_tokenizer(job, source)
-    there = checkpoint.components_in(source)
-    wanted = {
-        name: job.components[name].abstract
-        for name in there
-        if name in job.components
-    }
-    taker, giver, prefix = _body(job.components, there)
-    if giver:
-      theirs = config_lib.read(source).model
-      wanted[giver] = components_lib.make(giver, theirs).abstract
-    if not wanted:
-      raise ValueError(
-          f'config.init_from: {source} has the components'
-          f' {there}, the objective'
-          f' {job.config.objective!r} trains {sorted(job.components)}.'
-      )
-    _check_same_model(job.config.model, config_lib.read(source).model, source)
-    params, step = checkpoint.load_params(source, wanted)
-    log.info('%s from %s, step %d.', ', '.join(sorted(params)), source, step)
-    if giver:
-      body = {
-          name.removeprefix(prefix): value
-          for name, value in params.pop(giver).items()
-          if name.startswith(prefix + _BODY)
-      }
-      ours = {
-          name: leaf
-          for name, leaf in job.components[taker].abstract.items()
-          if name.startswith(_BODY)
-      }
-      checkpoint.check_leaves({giver: body}, {giver: ours}, source)
-      params[taker] = body
-    # As numpy arrays, which belong to no process' devices.
-    found.update(jax.device_get(params))
-  return found
-
-
-def _body(
-    ours: Collection[str], there: Collection[str]
-) -> tuple[str, str, str]:
-  """Which of our components begins with the BERT of which of theirs.
-
-  What reads answers, or tags names, begins with what reads masks, if there is
-  none of its own kind; a tagger also with what embeds.
-
-  Returns:
-    Both names, and what stands before the BERT's in the other's parameters;
-    empty ones if there is nothing to be had.
-  """
-  for taker, giver, prefix in (
-      ('span_reader', 'reader', ''),
-      ('tagger', 'reader', ''),
-      ('tagger', 'embedder', 'encoder.'),
-  ):
-    if taker in ours and taker not in there and giver in there:
-      return taker, giver, prefix
-  return '', '', ''
-
-
-def _check_same_tokenizer(job: Job, source: str) -> None:
-  """Of another vocabulary, though as large, each row is another wordpiece's."""
-  saved = checkpoint.saved_about(source, checkpoint.newest_step(source))
-  theirs, ours = saved['tokenizer_digest'], job.lineage['tokenizer_digest']
-  if theirs != ours:
-    raise ValueError(
-        f'config.init_from: {source} was trained with another tokenizer,'
-        f' {theirs[:16]}; that of {job.config.corpus} is {ours[:16]}. Prepare'
-        ' the corpus with the --vocab of that model or of its corpus.'
-    )
-
-
-def _check_same_model(
-    ours: config_lib.ModelConfig, theirs: config_lib.ModelConfig, source: str
-) -> None:
-  """Compares what changes the function but not the shapes."""
-  differing = [
-      f'{name}: {getattr(theirs, name)!r} there, {getattr(ours, name)!r} here'
-      for name in ('activation', 'num_heads', 'layer_norm_eps')
-      if getattr(theirs, name) != getattr(ours, name)
-  ]
-  if differing:
-    raise ValueError(
-        f'config.init_from: {source} holds parameters of another model;'
-        f' config.model.{", ".join(differing)}.'
-    )
-
-
-def _sources(config: config_lib.Config) -> list[str]:
-  return [part.strip() for part in config.init_from.split(',') if part.strip()]
 
 
 def _check_corpus_size(

@@ -1,0 +1,374 @@
+"""The parameters that a job begins with: values, log lines, refusals."""
+
+import json
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+import training_test
+
+from realm_jax import config as config_lib
+from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import prepare
+from realm_jax.export import importing
+from realm_jax.models import components as components_lib
+from realm_jax.runtime import checkpoint
+from realm_jax.training import optimizer
+from realm_jax.training import state as state_lib
+
+_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_TOWERS = ('shared', 'shared_bert', 'separate')
+
+
+def _source(workdir, world, number, *names, towers='shared', **values):
+  """A workdir whose parameters are all like those of no other number."""
+  config = config_lib.resolve(
+      training_test.make_config(
+          world, 'realm', model__towers=towers,
+          model__entity_types=('PER',), **values,
+      )
+  )
+  tokenizer = corpus_lib.Corpus.open(world).tokenizer
+  config.model.vocab_size = tokenizer.vocab_size
+  params = {}
+  for name in names:
+    fresh = components_lib.make(name, config.model).init(number)
+    params[name] = {
+        key: np.asarray(value) + number + (0.5 if 'query_' in key else 0)
+        for key, value in fresh.items()
+    }
+  about = {'tokenizer_digest': tokenizer.digest}
+  checkpoint.save_params(workdir, number, params, about)
+  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  return params
+
+
+def _begin(workdir, world, objective, init_from, **values):
+  """The parameters that a new job begins with, and those all at random."""
+  if objective == 'open_qa':
+    values['open_qa__questions'] = str(world / 'questions.jsonl')
+    values |= {'open_qa__retrieved': 4, 'open_qa__read': 2}
+    values |= {'refresh__policy': 'none'}
+  if objective == 'tagger':
+    sentences = workdir.parent / 'sentences.jsonl'
+    sentences.write_text(json.dumps({'tokens': ['Ann'], 'tags': ['B-PER']}))
+    values |= {'tagger__files': str(sentences), 'tagger__length': 8}
+  config = training_test.make_config(
+      world, objective, init_from=','.join(map(str, init_from)), **values
+  )
+  job = state_lib.open_job(config, workdir)
+  checkpoints = checkpoint.Checkpoints(workdir, 1)
+  tx = optimizer.make_optimizer(job.config, tuple(job.components))
+  state, _ = state_lib.start_or_resume(job, checkpoints, tx)
+  checkpoints.close()
+  fresh = {n: c.init(job.config.seed) for n, c in job.components.items()}
+  for name, component in job.components.items():
+    assert state.params[name].keys() == component.abstract.keys()
+  return state.params, fresh
+
+
+def _said(caplog):
+  return {
+      record.message: record.levelname
+      for record in caplog.records
+      if record.name == 'realm_jax.training.initial'
+  }
+
+
+def _assert_equal(params, expected):
+  assert params.keys() == expected.keys()
+  for name, value in params.items():
+    np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def _with_bert(fresh, giver, tower=''):
+  """Fresh parameters, but with the BERT of another component."""
+  return {
+      name: giver.get(
+          tower + name[name.index('bert.') :] if 'bert.' in name else '', value
+      )
+      for name, value in fresh.items()
+  }
+
+
+@pytest.fixture(autouse=True)
+def _info(caplog):
+  caplog.set_level(logging.INFO)
+
+
+@pytest.mark.parametrize('towers', _TOWERS)
+def test_each_tower_begins_with_the_bert_of_a_reader(
+    world, tmp_path, caplog, towers
+):
+  mlm = _source(tmp_path / 'mlm', world, 3, 'reader')['reader']
+  params, fresh = _begin(
+      tmp_path / 'ict', world, 'ict', [tmp_path / 'mlm'], model__towers=towers
+  )
+  expected = _with_bert(fresh['embedder'], mlm)
+  table = 'encoder.bert.word_embed.embedding'
+  np.testing.assert_array_equal(expected[table], mlm[table[8:]])
+  _assert_equal(params['embedder'], expected)
+  if towers == 'separate':
+    _assert_one_tower(params['embedder'])
+  (message,) = _said(caplog)
+  assert message.startswith(
+      f'embedder: its BERT from the reader of {tmp_path}/mlm, step 3; '
+  )
+  assert 'encoder.pooler, projection.dense, projection.norm' in message
+  assert message.endswith('at random.')
+  # No objective comes before, as in the paper.
+  assert _said(caplog)[message] == 'INFO'
+
+
+def _assert_one_tower(embedder):
+  for name, value in embedder.items():
+    other = embedder[name.removeprefix('query_')]
+    np.testing.assert_array_equal(value, other, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    'theirs, ours',
+    [(a, b) for i, a in enumerate(_TOWERS) for b in _TOWERS[i:]],
+)
+def test_a_missing_query_tower_begins_as_the_document_tower(
+    world, tmp_path, caplog, theirs, ours
+):
+  given = _source(tmp_path / 'a', world, 3, 'embedder', towers=theirs)
+  given = given['embedder']
+  params, _ = _begin(
+      tmp_path / 'job', world, 'ict', [tmp_path / 'a'], model__towers=ours
+  )
+  for name, value in params['embedder'].items():
+    there = name if name in given else name.removeprefix('query_')
+    np.testing.assert_array_equal(value, given[there], err_msg=name)
+  if theirs == 'shared':
+    _assert_one_tower(params['embedder'])
+  more = '; its query tower begins as the document tower'
+  assert _said(caplog) == {
+      f'embedder from {tmp_path}/a, step 3{more if theirs != ours else ""}.':
+      'INFO'
+  }
+
+
+@pytest.mark.parametrize(
+    'theirs, ours',
+    [('separate', 'shared_bert'), ('separate', 'shared'),
+     ('shared_bert', 'shared')],
+)
+def test_a_query_tower_without_a_place_is_refused(
+    world, tmp_path, theirs, ours
+):
+  _source(tmp_path / 'a', world, 3, 'embedder', towers=theirs)
+  with pytest.raises(ValueError, match=f"'{theirs}', this job has '{ours}'"):
+    _begin(
+        tmp_path / 'job', world, 'ict', [tmp_path / 'a'], model__towers=ours
+    )
+
+
+@pytest.mark.parametrize('order', [('bert', 'ict'), ('ict', 'bert')])
+def test_an_embedder_of_its_own_kind_wins_over_a_body(
+    world, tmp_path, caplog, order
+):
+  bert = _source(tmp_path / 'bert', world, 3, 'reader')
+  ict = _source(tmp_path / 'ict', world, 4, 'embedder')
+  params, _ = _begin(
+      tmp_path / 'job', world, 'realm', [tmp_path / name for name in order]
+  )
+  _assert_equal(params['reader'], bert['reader'])
+  _assert_equal(params['embedder'], ict['embedder'])
+  assert _said(caplog) == {
+      f'embedder from {tmp_path}/ict, step 4.': 'INFO',
+      f'reader from {tmp_path}/bert, step 3.': 'INFO',
+  }
+
+
+def test_later_workdirs_win(world, tmp_path, caplog):
+  _source(tmp_path / 'a', world, 3, 'embedder', 'reader')
+  b = _source(tmp_path / 'b', world, 4, 'embedder')
+  c = _source(tmp_path / 'c', world, 5, 'reader')
+  sources = [tmp_path / name for name in 'abc']
+  params, _ = _begin(tmp_path / 'job', world, 'realm', sources)
+  _assert_equal(params['embedder'], b['embedder'])
+  _assert_equal(params['reader'], c['reader'])
+  assert f'Nothing of {tmp_path}/a is used.' in _said(caplog)
+  # And so do bodies among themselves.
+  caplog.clear()
+  sources = [tmp_path / 'c', tmp_path / 'a', tmp_path / 'b']
+  params, fresh = _begin(tmp_path / 'tags', world, 'tagger', sources)
+  body = _with_bert(fresh['tagger'], b['embedder'], 'encoder.')
+  _assert_equal(params['tagger'], body)
+  assert (
+      f'tagger: its BERT from the embedder of {tmp_path}/b, step 4; output at'
+      ' random.'
+  ) in _said(caplog)
+
+
+def test_a_reader_of_answers_begins_with_one_of_masks(
+    world, tmp_path, caplog
+):
+  realm = _source(tmp_path / 'realm', world, 3, 'embedder', 'reader')
+  params, fresh = _begin(
+      tmp_path / 'qa', world, 'open_qa', [tmp_path / 'realm']
+  )
+  _assert_equal(params['embedder'], realm['embedder'])
+  _assert_equal(
+      params['span_reader'], _with_bert(fresh['span_reader'], realm['reader'])
+  )
+  assert _said(caplog) == {
+      f'embedder from {tmp_path}/realm, step 3.': 'INFO',
+      f'span_reader: its BERT from the reader of {tmp_path}/realm, step 3;'
+      ' intermediate, norm, output at random.': 'INFO',
+  }
+  # One that has read answers before is not given up for it.
+  caplog.clear()
+  both = [tmp_path / 'qa_before', tmp_path / 'realm']
+  before = _source(both[0], world, 4, 'span_reader')
+  params, _ = _begin(tmp_path / 'again', world, 'open_qa', both)
+  _assert_equal(params['span_reader'], before['span_reader'])
+
+
+@pytest.mark.parametrize(
+    'objective, given, cold',
+    [
+        ('realm', 'embedder', {'reader': 'mlm'}),
+        ('realm', '', {'embedder': 'ict', 'reader': 'mlm'}),
+        ('open_qa', 'embedder', {'span_reader': 'mlm'}),
+    ],
+)
+def test_a_cold_component_of_a_search_is_a_warning(
+    world, tmp_path, caplog, objective, given, cold
+):
+  sources = [tmp_path / 'a'] if given else []
+  if given:
+    _source(tmp_path / 'a', world, 3, given)
+  params, fresh = _begin(tmp_path / 'job', world, objective, sources)
+  for name in cold:
+    _assert_equal(params[name], fresh[name])
+  warnings = [m for m, level in _said(caplog).items() if level == 'WARNING']
+  assert warnings == [
+      f'{name}: no workdir of config.init_from has it; it begins at random.'
+      f" Train the objective '{first}' first, or import a checkpoint"
+      ' (docs/learning.md).'
+      for name, first in cold.items()
+  ]
+
+
+def test_a_retriever_without_ict_is_a_warning(world, tmp_path, caplog):
+  mlm = _source(tmp_path / 'mlm', world, 3, 'reader')['reader']
+  params, fresh = _begin(
+      tmp_path / 'job', world, 'realm', [tmp_path / 'mlm']
+  )
+  _assert_equal(params['reader'], mlm)
+  _assert_equal(params['embedder'], _with_bert(fresh['embedder'], mlm))
+  assert [*_said(caplog).values()] == ['WARNING', 'INFO']
+  assert "at random. Train the objective 'ict' first" in caplog.text
+
+
+@pytest.mark.parametrize('objective', ['mlm', 'ict', 'tagger'])
+def test_what_begins_from_scratch_is_no_warning(
+    world, tmp_path, caplog, objective
+):
+  _begin(tmp_path / 'job', world, objective, [])
+  (name,) = config_lib.COMPONENTS[objective]
+  assert _said(caplog) == {f'{name} begins at random.': 'INFO'}
+
+
+def test_a_body_of_another_size_names_both_sides(world, tmp_path):
+  mlm, number = tmp_path / 'mlm', 3
+  for change, message in (
+      ({'model__num_layers': 2},
+       r'bert\.layers\.1\.\S+: \S+, not part of this model'),
+      ({'model__mlp_width': 32},
+       r'encoder\.bert\.layers\.0\.\S+: \(32,\), expected \(64,\)'),
+      ({'model__activation': 'gelu'},
+       r"activation: 'gelu' there, 'gelu_new' here"),
+  ):
+    source = mlm / str(number)
+    _source(source, world, number, 'reader', **change)
+    with pytest.raises(ValueError, match=f'(?s){source} holds .*{message}'):
+      _begin(tmp_path / f'job{number}', world, 'ict', [source])
+    number += 1
+  _source(tmp_path / 'tagger', world, number, 'tagger')
+  with pytest.raises(ValueError, match=r"\['tagger'\].*'ict'.*'embedder'"):
+    _begin(tmp_path / 'job', world, 'ict', [tmp_path / 'tagger'])
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory):
+  """A published BERT as a workdir, and a corpus of its wordpieces."""
+  tmp_path = tmp_path_factory.mktemp('imported')
+  importing.run([str(_FIXTURES / 'bert')], tmp_path / 'bert')
+  lines = [
+      {'id': str(i), 'title': 'cat', 'text': f'Who is Bo{i}. A red cat {i}.'}
+      for i in range(12)
+  ]
+  source = tmp_path / 'in.jsonl'
+  source.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  prepare.prepare(
+      [str(source)], tmp_path / 'corpus', vocab=str(tmp_path / 'bert'),
+      max_wordpieces=24, workers=1, progress=False,
+  )
+  return tmp_path
+
+
+@pytest.mark.parametrize('towers', _TOWERS)
+def test_the_stages_of_the_paper_from_an_imported_bert(
+    imported, tmp_path, caplog, towers
+):
+  """The commands of experiments/realm_base.py."""
+  bert, corpus = imported / 'bert', imported / 'corpus'
+  model = config_lib.read(bert).model
+  parts = {n: components_lib.make(n, model) for n in ('embedder', 'reader')}
+  given, _ = checkpoint.load_params(
+      bert, {name: part.abstract for name, part in parts.items()}
+  )
+  values = {
+      'lengths__query': 12, 'lengths__document': 24, 'seed': 5,
+      **{
+          f'model__{field}': getattr(model, field)
+          for field in (
+              'num_layers', 'width', 'num_heads', 'mlp_width',
+              'max_positions', 'activation',
+          )
+      },
+      # Not what the import chose for the projection that BERT does not have.
+      'model__embedding_width': 8, 'model__embedding_scale_init': 0.25,
+      'model__towers': towers,
+  }
+  params, fresh = _begin(tmp_path / 'ict', corpus, 'ict', [bert], **values)
+  for name, value in params['embedder'].items():
+    there = name.removeprefix('query_')
+    expected = (
+        fresh['embedder'] if 'projection' in name else given['embedder']
+    )
+    np.testing.assert_array_equal(value, expected[there], err_msg=name)
+  assert np.all(params['embedder']['projection.norm.scale'] == 0.25)
+  ((message, level),) = _said(caplog).items()
+  assert message.startswith(f'embedder from {bert}, step 0; ')
+  assert 'projection.dense, projection.norm' in message and level == 'INFO'
+  learned = {n: np.asarray(v) + 1 for n, v in params['embedder'].items()}
+  about = checkpoint.saved_about(bert, 0)
+  about.pop('at_random')
+  checkpoint.save_params(
+      tmp_path / 'ict', 7, {'embedder': learned}, about
+  )
+  # The trained retriever is taken, wherever it stands.
+  for sources in ([bert, tmp_path / 'ict'], [tmp_path / 'ict', bert]):
+    caplog.clear()
+    params, _ = _begin(
+        tmp_path / f'realm{sources[0].name}', corpus, 'realm', sources,
+        **values,
+    )
+    _assert_equal(params['reader'], given['reader'])
+    _assert_equal(params['embedder'], learned)
+    assert _said(caplog) == {
+        f'embedder from {tmp_path}/ict, step 7.': 'INFO',
+        f'reader from {bert}, step 0.': 'INFO',
+    }
+  # Without ICT the projection is at random, and REALM should not begin so.
+  caplog.clear()
+  _begin(tmp_path / 'cold', corpus, 'realm', [bert], **values)
+  (warning,) = [m for m, level in _said(caplog).items() if level == 'WARNING']
+  assert warning.startswith(f'embedder from {bert}, step 0; ')
+  assert "at random. Train the objective 'ict' first" in warning
