@@ -15,6 +15,7 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.models import attention
+from realm_jax.models import components
 from realm_jax.models import dropout
 
 _MODEL = config_lib.ModelConfig(
@@ -100,6 +101,87 @@ def test_cudnn_lowers_for_cuda(monkeypatch):
   assert '__cudnn$fmhaSoftmax' in text
   # Padding by lengths: a mask would have become a bias.
   assert 'ScaleBias' not in text
+
+
+def _leaves_padding_undefined(
+    query, key, value, *, query_seq_lengths, key_value_seq_lengths,
+    implementation,
+):
+  """As cuDNN: an even length, and nan at padded positions, both ways."""
+  assert implementation == 'cudnn'
+  assert query.shape == key.shape == value.shape
+  assert query.shape[1] % 2 == 0
+  del key_value_seq_lengths
+  mask_BL = jnp.arange(query.shape[1]) < query_seq_lengths[:, None]
+
+  def padding(x, fill):
+    return jnp.where(mask_BL[..., None, None], x, fill)
+
+  @jax.custom_vjp
+  def given(x):
+    return x
+
+  @jax.custom_vjp
+  def result(x):
+    return padding(x, jnp.nan)
+
+  given.defvjp(lambda x: (x, None), lambda _, g: (padding(g, jnp.nan),))
+  result.defvjp(lambda x: (result(x), None), lambda _, g: (padding(g, 0),))
+  return result(
+      attention.attend(given(query), given(key), given(value), mask_BL)
+  )
+
+
+@pytest.mark.parametrize('length', [20, 13, 3])
+def test_padding_that_a_kernel_leaves_undefined_is_0(monkeypatch, length):
+  monkeypatch.setattr(
+      jax.nn, 'dot_product_attention', _leaves_padding_undefined
+  )
+  rng = np.random.default_rng(0)
+  qkv = [jnp.asarray(rng.normal(size=(2, length, 2, 8))) for _ in range(3)]
+  mask_BL = np.arange(length) < np.array([[length], [2]])
+
+  def values(kernel):
+    def loss(*qkv):
+      mixed = attention.attend(*qkv, mask_BL, kernel)
+      weights = jnp.where(mask_BL[..., None, None], jnp.sin(mixed), 0)
+      return weights.sum(), mixed
+
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(*qkv)
+
+  (*grads, mixed), (*expected_grads, expected) = map(
+      lambda found: (*found[0], found[1]), map(values, ('cudnn', 'xla'))
+  )
+  for a in (mixed, *grads):
+    assert not np.asarray(a)[~mask_BL].any()
+  np.testing.assert_allclose(mixed[mask_BL], expected[mask_BL], rtol=1e-6)
+  for a, b in zip(grads, expected_grads, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_undefined_padding_reaches_no_loss_and_no_gradient(monkeypatch):
+  monkeypatch.setattr(
+      jax.nn, 'dot_product_attention', _leaves_padding_undefined
+  )
+  config = dataclasses.replace(
+      _MODEL, vocab_size=50, num_layers=2, width=32, mlp_width=32,
+      attention_dropout=0.0,
+  )
+  # The first layer is computed by the kernel, the last one by `xla`.
+  reader = components.make('reader', config, _device('gpu'))
+  ids_BT = jnp.where(_MASK_BL, 7, 0)
+  positions_BM = jnp.array([[1, 4], [2, 3]])
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(params):
+    return reader.apply(
+        params, 'token_logp', ids_BT, ids_BT * 0, positions_BM, positions_BM
+    ).sum()
+
+  value, grads = loss(reader.init(0))
+  assert np.isfinite(value)
+  assert not [name for name, x in grads.items() if not np.isfinite(x).all()]
 
 
 @pytest.mark.parametrize(

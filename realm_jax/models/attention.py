@@ -19,7 +19,7 @@ from realm_jax import config as config_lib
 from realm_jax.models import dropout
 from realm_jax.runtime.mesh import MODEL
 
-_LANES = 128  # Lengths are padded to a multiple of it for `flash`.
+_LANES = 128  # Of a TPU's vector registers.
 _MAX_BLOCK = 512
 
 
@@ -105,7 +105,7 @@ def attend(
   elif kernel != 'xla' and query_BMHC.shape == key_BLHC.shape:
     # A row of nothing but padding attends its first position.
     length_B = jnp.maximum(mask_BL.sum(axis=1, dtype=jnp.int32), 1)
-    fused = _partitioned({'cudnn': _cudnn, 'flash': _flash}[kernel])
+    fused = _partitioned(functools.partial(_fused, kernel))
     return fused(query_BMHC, key_BLHC, value_BLHC, length_B)
   else:
     keep_BHML = None
@@ -186,6 +186,37 @@ def _drop(
   return jnp.where(keep_BHML, x_BHML / (1 - rate), 0).astype(x_BHML.dtype)
 
 
+def _fused(
+    kernel: str,
+    query_BLHC: jax.Array,
+    key_BLHC: jax.Array,
+    value_BLHC: jax.Array,
+    length_B: jax.Array,
+) -> jax.Array:
+  """`attend` by a fused kernel, at a length that the kernel takes.
+
+  The kernels leave padded positions undefined, in the output and in the
+  gradients. There, `real` selects 0 in both: the layers that follow multiply
+  padding by a weight of 0, and 0 * nan is nan.
+  """
+  attend, multiple = _FUSED[kernel]
+  length = query_BLHC.shape[1]
+  more = -length % multiple
+  position_L11 = jnp.arange(length)[:, None, None]
+  real_BL11 = position_L11 < length_B[:, None, None, None]
+
+  def real(x_BLHC: jax.Array) -> jax.Array:
+    return jnp.where(real_BL11, x_BLHC, 0)
+
+  def padded(x_BLHC: jax.Array) -> jax.Array:
+    return jnp.pad(real(x_BLHC), ((0, 0), (0, more), (0, 0), (0, 0)))
+
+  mixed_BLHC = attend(
+      padded(query_BLHC), padded(key_BLHC), padded(value_BLHC), length_B
+  )
+  return real(mixed_BLHC[:, :length])
+
+
 def _cudnn(
     query_BLHC: jax.Array,
     key_BLHC: jax.Array,
@@ -210,25 +241,25 @@ def _flash(
     length_B: jax.Array,
 ) -> jax.Array:
   length, width = query_BLHC.shape[1], query_BLHC.shape[-1]
-  whole = -(-length // _LANES) * _LANES
-  block = max(b for b in range(_LANES, _MAX_BLOCK + 1, _LANES) if not whole % b)
-  # What is beyond the length is a segment of its own, which attends itself.
-  segment_BL = (jnp.arange(whole) < length_B[:, None]).astype(jnp.int32)
+  sizes = range(_LANES, _MAX_BLOCK + 1, _LANES)
+  block = max(size for size in sizes if length % size == 0)
+  # The padding is a segment of its own, which attends itself.
+  segment_BL = (jnp.arange(length) < length_B[:, None]).astype(jnp.int32)
   names = (f.name for f in dataclasses.fields(flash_attention.BlockSizes))
   mixed_BHLC = flash_attention.flash_attention(
-      *(
-          jnp.pad(x, ((0, 0), (0, whole - length), (0, 0), (0, 0))).swapaxes(
-              1, 2
-          )
-          for x in (query_BLHC, key_BLHC, value_BLHC)
-      ),
+      *(x.swapaxes(1, 2) for x in (query_BLHC, key_BLHC, value_BLHC)),
       segment_ids=flash_attention.SegmentIds(segment_BL, segment_BL),
       sm_scale=width**-0.5,
       block_sizes=flash_attention.BlockSizes(
           **{name: 1 if name == 'block_b' else block for name in names}
       ),
   )
-  return mixed_BHLC.swapaxes(1, 2)[:, :length]
+  return mixed_BHLC.swapaxes(1, 2)
+
+
+# The fused kernels, and what a length has to be a multiple of. JAX refuses the
+# gradient of cuDNN's attention at an odd length.
+_FUSED = {'cudnn': (_cudnn, 2), 'flash': (_flash, _LANES)}
 
 
 def _partitioned(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

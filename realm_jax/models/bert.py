@@ -42,13 +42,23 @@ def linear(
     inputs: int,
     outputs: int,
     rngs: nnx.Rngs,
+    result: str | None = None,
 ) -> nnx.Linear:
-  """A dense layer with BERT's initialisation, computing in compute_dtype."""
+  """A dense layer with BERT's initialisation, computing in compute_dtype.
+
+  Args:
+    config: resolved.
+    inputs: width of its input.
+    outputs: width of its output.
+    rngs: of the initialisation.
+    result: dtype of the output; None for compute_dtype.
+  """
   return nnx.Linear(
       inputs,
       outputs,
       kernel_init=nnx.initializers.truncated_normal(config.init_stddev),
       dtype=jnp.dtype(config.compute_dtype),
+      preferred_element_type=result,
       rngs=rngs,
   )
 
@@ -86,7 +96,7 @@ class Layer(nnx.Module):
     self.num_heads = config.num_heads
     self.rate = config.dropout
     self.attention_rate = config_lib.attention_rate(config)
-    self.kernel = attention.choose(config)
+    self.kernel = config.attention  # Chosen by `components.make`.
     self.activation = config.activation
     self.dtype = config.compute_dtype
 

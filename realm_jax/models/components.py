@@ -14,6 +14,7 @@ from flax import nnx
 import jax
 
 from realm_jax import config as config_lib
+from realm_jax.models import attention
 from realm_jax.models import embedder
 from realm_jax.models import reader
 from realm_jax.models import span_reader
@@ -34,7 +35,7 @@ class Component:
   """A module without its parameters."""
 
   name: str
-  config: config_lib.ModelConfig
+  config: config_lib.ModelConfig  # `attention` is the kernel in use.
   graphdef: Any
   abstract: dict[str, jax.ShapeDtypeStruct]
 
@@ -60,8 +61,22 @@ class Component:
     return getattr(self.module(params), method)(*args, **kwargs)
 
 
-def make(name: str, config: config_lib.ModelConfig) -> Component:
-  """Returns a component, one of `_MODULES`, for a resolved config."""
+def make(
+    name: str,
+    config: config_lib.ModelConfig,
+    device: jax.Device | None = None,
+) -> Component:
+  """Returns a component.
+
+  Args:
+    name: one of `_MODULES`.
+    config: resolved.
+    device: a device of the kind that computes, which decides the kernel of the
+      attention; None for the one that JAX computes on.
+  """
+  config = dataclasses.replace(
+      config, attention=attention.choose(config, device)
+  )
   abstract = nnx.eval_shape(
       lambda: _MODULES[name](config, rngs=nnx.Rngs(jax.random.key(0)))
   )
@@ -69,10 +84,12 @@ def make(name: str, config: config_lib.ModelConfig) -> Component:
   return Component(name, config, graphdef, _flatten(state))
 
 
-def make_all(config: config_lib.Config) -> dict[str, Component]:
-  """Returns the components that the config's objective trains."""
+def make_all(
+    config: config_lib.Config, device: jax.Device | None = None
+) -> dict[str, Component]:
+  """Returns the components that the config's objective trains; see `make`."""
   names = config_lib.COMPONENTS[config.objective]
-  return {name: make(name, config.model) for name in names}
+  return {name: make(name, config.model, device) for name in names}
 
 
 def _flatten(state: nnx.State) -> dict[str, Any]:

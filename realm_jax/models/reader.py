@@ -47,8 +47,13 @@ class Reader(nnx.Module):
     hidden = self.transform(hidden_BMD.reshape(b * m, d))  # (B*M) D
     hidden = self.transform_norm(bert.activation(self.activation)(hidden))
     table_VD = self.bert.word_embed.embedding[...].astype(self.dtype)
-    logits = jnp.einsum('ND,VD->NV', hidden.astype(self.dtype), table_VD)
-    logits = logits.astype(jnp.float32) + self.output_bias[...][None]
+    logits = jnp.einsum(
+        'ND,VD->NV',
+        hidden.astype(self.dtype),
+        table_VD,
+        preferred_element_type=jnp.float32,
+    )
+    logits += self.output_bias[...][None]
     return logits.reshape(b, m, -1)
 
   def token_logp(

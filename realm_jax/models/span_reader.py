@@ -46,7 +46,7 @@ class SpanReader(nnx.Module):
         dtype=jnp.float32,
         rngs=rngs,
     )
-    self.output = bert.linear(config, config.span_width, 1, rngs)
+    self.output = bert.linear(config, config.span_width, 1, rngs, 'float32')
     self.max_width = config.max_span_width
 
   def span_logits(
@@ -74,7 +74,7 @@ class SpanReader(nnx.Module):
     start, end = jnp.split(ends.reshape(b, t, -1), 2, axis=-1)
     starts_P, ends_P = spans(t, self.max_width)
     hidden = jax.nn.relu(start[:, starts_P] + end[:, ends_P])
-    scores = self.output(self.norm(hidden))[..., 0].astype(jnp.float32)
+    scores = self.output(self.norm(hidden))[..., 0]
     mask_BT = passage_mask_BT.astype(bool)
     usable_BP = mask_BT[:, starts_P] & mask_BT[:, ends_P]
     return jnp.where(usable_BP, scores, _LOWEST)

@@ -23,7 +23,9 @@ class Tagger(nnx.Module):
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.bert = bert.Bert(config, rngs=rngs)
     num_labels = 1 + 2 * len(config.entity_types)
-    self.output = bert.linear(config, config.width, num_labels, rngs)
+    self.output = bert.linear(
+        config, config.width, num_labels, rngs, 'float32'
+    )
     self.capitals = config.capitals
 
   def label_logits(
@@ -45,7 +47,7 @@ class Tagger(nnx.Module):
     hidden_BLD = self.bert(ids_BL, types_BL, noise=noise)
     b, length, d = hidden_BLD.shape
     logits = self.output(hidden_BLD.reshape(b * length, d))
-    return logits.astype(jnp.float32).reshape(b, length, -1)
+    return logits.reshape(b, length, -1)
 
   def tags(self, ids_BL: jax.Array, types_BL: jax.Array,
            begins_BL: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """What a job needs and how long it takes, before it is started: estimates.
 
 Public: `Setting`, `Chip`, `CHIPS`, `of_corpus`, `plan`, `as_text`,
-`compile_step`, `compiled`. The formulas are in costs.py. A plan is JSON:
+`trace_step`, `compile_step`, `compiled`. The formulas are in costs.py. A plan is JSON:
 {section: {what: figure}}.
 """
 
@@ -182,18 +182,32 @@ def as_text(result: Plan) -> str:
   return '\n'.join(lines).lstrip()
 
 
-def compile_step(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
-  """Compiles the training step without any data or parameters in memory.
+def trace_step(
+    config: config_lib.Config,
+    mesh: jax.sharding.Mesh,
+    device: jax.Device | None = None,
+) -> jax.stages.Traced:
+  """Traces the training step without any data or parameters in memory.
 
-  Returns:
-    jax.stages.Compiled, with cost_analysis() and memory_analysis().
+  Args:
+    config: of the job.
+    mesh: of the job.
+    device: a device of the kind that the step will be lowered for, which
+      decides the kernel of the attention; None for those of the mesh.
   """
   config = config_lib.resolve(config)
-  components = components_lib.make_all(config)
+  components = components_lib.make_all(config, device or mesh.devices.flat[0])
   tx = optimizer.make_optimizer(config, tuple(components))
   step = steps.make_train_step(config, components, tx, (2, 3, 3), mesh)
   state = steps.abstract_state(components, tx)
-  return step.lower(state, _abstract_batch(config)).compile()
+  return step.trace(state, _abstract_batch(config))
+
+
+def compile_step(
+    config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+  """Compiles what `trace_step` traces, for the devices of the mesh."""
+  return trace_step(config, mesh).lower().compile()
 
 
 def compiled(config: config_lib.Config) -> dict[str, float]:
@@ -221,6 +235,7 @@ def _abstract_batch(
       'Q': lengths.query,
       'S': lengths.document,
       'T': lengths.joint,
+      'L': config.tagger.length,
       'M': lengths.masks,
       'K': read,
       'J': read - 1,
