@@ -25,7 +25,6 @@ about a GPU. docs/scaling.md says what the figures mean.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
@@ -36,7 +35,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import commands
 
@@ -47,17 +46,18 @@ STAGES = {
     'peak': 12,
     'quick': 45,
     'step': 70,
-    'torch': 30,
-    'search': 22,
-    'embed': 15,
+    'torch': 28,
+    'search': 20,
+    'embed': 14,
     'ict': 22,
-    'realm': 50,
-    'profile': 14,
+    'realm': 60,
+    'profile': 9,
 }
 _PACKAGES = (
     'jax jaxlib flax optax numpy jax-cuda12-plugin jax-cuda13-plugin'
     ' nvidia-cudnn-cu12 nvidia-cudnn-cu13'
 ).split()
+_CUT = 3  # Exit code of a stage that noticed that its time is over.
 _PROBE_SECONDS = 60  # Until the device must have been found.
 
 
@@ -108,10 +108,7 @@ class _Run:
   """The stages of one run, and the file of their figures."""
 
   def __init__(
-      self,
-      arguments: argparse.Namespace,
-      scratch: str,
-      stack: contextlib.ExitStack,
+      self, arguments: argparse.Namespace, scratch: str, log: TextIO
   ):
     self._arguments, self._scratch = arguments, scratch
     self._figures: dict[str, Any] = {
@@ -121,9 +118,7 @@ class _Run:
     }
     self._about = _about()
     self._environment = _environment(scratch)
-    self._log = stack.enter_context(
-        open(arguments.output.with_suffix('.log'), 'w', encoding='utf-8')
-    )
+    self._log = log
     self.write()
 
   def write(self) -> None:
@@ -197,9 +192,11 @@ class _Run:
           self._take(stage, json.loads(line))
       code = process.wait()
       if not cut.is_set():
-        status = 'failed' if code else 'done'
-        if code and f'{stage}_error' not in self._figures:
-          self._figures[f'{stage}_error'] = f'ended with exit code {code}'
+        status = {0: 'done', _CUT: 'cut'}.get(code, 'failed')
+        if status == 'failed':
+          self._figures.setdefault(
+              f'{stage}_error', f'The stage ended with exit code {code}.'
+          )
         if f'{stage}_skipped' in self._figures:
           status = 'skipped'
     finally:
@@ -267,9 +264,11 @@ def main() -> int:
   arguments.output.parent.mkdir(parents=True, exist_ok=True)
   # What ends this process ends the stage as well.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  with contextlib.ExitStack() as stack:
-    scratch = stack.enter_context(tempfile.TemporaryDirectory())
-    run = _Run(arguments, scratch, stack)
+  with (
+      tempfile.TemporaryDirectory() as scratch,
+      open(arguments.output.with_suffix('.log'), 'w', encoding='utf-8') as log,
+  ):
+    run = _Run(arguments, scratch, log)
     if problem := run.probe():
       print(problem, file=sys.stderr)
       return 2

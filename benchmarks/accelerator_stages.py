@@ -45,6 +45,7 @@ _MOST_BYTES = 16e6  # Of a file that is kept.
 _K = 8  # Of the search.
 _CHECKED = 16  # Queries whose result is compared with a plain computation.
 _STOP_SECONDS = 8  # For the trainer to save and end.
+_CUT = 3  # Exit code of a stage that noticed that its time is over.
 
 Figures = dict[str, Any]
 
@@ -109,6 +110,7 @@ class _Context:
   texts: str
   peak_flops: float  # 0: unknown.
   out: Any
+  measured: int = 0  # Cases of a step.
 
   @property
   def size(self) -> _Size:
@@ -291,6 +293,7 @@ class _Step:
         config, self._components, self._tx, _NULL, self._mesh
     )
     start = time.perf_counter()
+    self._state = self._arrays = None
     self._lowered = step.lower(
         steps.abstract_state(self._components, self._tx),
         {
@@ -390,11 +393,11 @@ def _random_params(component: components_lib.Component) -> Any:
 
 def _count(context: _Context, seconds: float) -> int:
   """How many steps to time at once: about a second of them."""
-  return 2 if context.small else int(np.clip(1 / seconds, 3, 20))
+  return 2 if context.small else int(np.clip(1 / seconds, 2, 20))
 
 
 def _measure(context: _Context, case: str, step: _Step) -> None:
-  """Runs a compiled step, and reports it; its failure as well."""
+  """Runs a compiled step and reports it, or why it does not run."""
   try:
     context.report(case, **step.about())
     step.start()
@@ -413,6 +416,7 @@ def _measure(context: _Context, case: str, step: _Step) -> None:
         hardware_mfu=hardware['mfu'],
         peak_gigabytes=_peak_gigabytes(),
     )
+    context.measured += 1
   except Exception as error:  # Too large, most of all.
     context.report(case, error=_short(error))
   finally:
@@ -432,21 +436,13 @@ def _traced(
   return found
 
 
-def _alone(
-    context: _Context, case: str, config: config_lib.Config
-) -> _Step | None:
-  """Compiles one step and measures it."""
-  for step in _traced(context, {case: config}).values():
-    step.compile()
-    _measure(context, case, step)
-    return step
-  return None
-
-
-def _together(
-    context: _Context, cases: dict[str, config_lib.Config]
+def _cases(
+    context: _Context, **cases: config_lib.Config
 ) -> dict[str, _Step]:
-  """Compiles steps at once, on all cores, and measures one by one."""
+  """Compiles steps at once, on all cores, and measures one by one.
+
+  Returns those that could be compiled.
+  """
   found = _traced(context, cases)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     futures = {case: pool.submit(s.compile) for case, s in found.items()}
@@ -454,8 +450,9 @@ def _together(
     if error := future.exception():
       context.report(case, error=_short(error))
       del found[case]
+    else:  # They share the cores: each takes longer than it would alone.
+      context.report(case, compiled_at_once=len(futures))
   for case, step in found.items():
-    context.report(case, compiled_together=len(futures))
     _measure(context, case, step)
   return found
 
@@ -463,15 +460,13 @@ def _together(
 def quick(context: _Context) -> None:
   """Few layers: kernels of attention, dropout of its weights, remat."""
   config = _quick(context.size)
-  _alone(context, 'fused', config)
-  _together(
+  _cases(context, fused=config)
+  _cases(
       context,
-      {
-          'xla': _with(config, attention='xla'),
-          'dots': _with(config, remat='dots'),
-          'attention_dropout': _with(config, attention_dropout=0.1),
-          'no_dropout': _with(config, dropout=0.0),
-      },
+      xla=_with(config, attention='xla'),
+      dots=_with(config, remat='dots'),
+      attention_dropout=_with(config, attention_dropout=0.1),
+      no_dropout=_with(config, dropout=0.0),
   )
 
 
@@ -479,19 +474,16 @@ def step(context: _Context) -> None:
   """All layers, and the largest batch that fits."""
   config = _config(context.size)
   batch = config.batch_size
-  first = _alone(context, 'fused', config)
-  found = _together(
+  found = _cases(context, fused=config)
+  found |= _cases(
       context,
-      {
-          'twice': _with(config, batch_size=2 * batch),
-          'dots': _with(config, batch_size=2 * batch, remat='dots'),
-      },
+      twice=_with(config, batch_size=2 * batch),
+      dots=_with(config, batch_size=2 * batch, remat='dots'),
   )
-  second = found.get('twice')
-  if first is None or second is None:
-    raise RuntimeError('The largest batch needs two that were compiled.')
-  each = (second.bytes - first.bytes) / batch
-  fixed = first.bytes - each * batch
+  if not {'fused', 'twice'} <= found.keys():
+    raise RuntimeError('The largest batch needs two that could be compiled.')
+  each = (found['twice'].bytes - found['fused'].bytes) / batch
+  fixed = found['fused'].bytes - each * batch
   # Where the device does not say, as if it had room for five times the first.
   limit = _memory_limit() or fixed + 5 * each * batch
   # XLA's allocator divides memory into pieces: a part stays unused.
@@ -502,9 +494,8 @@ def step(context: _Context) -> None:
       gigabytes_of_an_example=each / 1e9,
       gigabytes_of_no_example=fixed / 1e9,
   )
-  if largest <= second.config.batch_size:
-    return  # Measured already.
-  _alone(context, 'largest', _with(config, batch_size=largest))
+  if largest > 2 * batch:  # Else it is measured already.
+    _cases(context, largest=_with(config, batch_size=largest))
 
 
 # ---------------------------------------------------------------------- torch
@@ -714,7 +705,7 @@ def _plain_search(
   block = min(2**20, rows)
 
   @jax.jit
-  def score(start: int) -> jax.Array:
+  def score(table_NE: jax.Array, start: int) -> jax.Array:
     some = jax.lax.dynamic_slice_in_dim(table_NE, start, block)
     return jnp.einsum(
         'BE,NE->BN', queries, some.astype(jnp.float32), precision='highest'
@@ -724,7 +715,7 @@ def _plain_search(
   score_BN = np.zeros((len(queries), 0), np.float32)
   for start in range(0, rows, block):
     at = min(start, rows - block)  # The last one is whole, too.
-    score_BM = np.array(jax.device_get(score(at)))
+    score_BM = np.array(jax.device_get(score(table_NE, at)))
     score_BM[:, : start - at] = -np.inf
     top_BK = np.argpartition(-score_BM, _K, axis=1)[:, :_K]
     row_BN = np.concatenate([row_BN, at + top_BK], axis=1)
@@ -822,7 +813,7 @@ def ict(context: _Context) -> None:
       ('fused', _config(context.size, 'ict')),
   ):
     context.report(case, accumulate=config.accumulate)
-    _alone(context, case, config)
+    _cases(context, **{case: config})
 
 
 # ---------------------------------------------------------------------- realm
@@ -892,20 +883,20 @@ def realm(context: _Context) -> None:
   lines = metrics_lib.read_metrics(workdir)
   if cut:
     trainer.send_signal(signal.SIGTERM)
-  if len(lines) > 2 * size.interval:
+  context.report(steps=len(lines))
+  if len(lines) > size.interval + 2:
     context.report(
         **_job_figures(lines, size.interval, overrides['batch_size'])
     )
-  else:
+  if cut:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      trainer.wait(_STOP_SECONDS - 2)
+    sys.exit(_CUT)
+  if trainer.returncode:
     raise RuntimeError(
-        f'{len(lines)} steps, exit code {trainer.poll()}; figures need more'
-        f' than {2 * size.interval}. The log has what the trainer said.'
+        f'The trainer ended with exit code {trainer.returncode}; the log has'
+        ' what it said.'
     )
-  context.report(cut_by_time=cut)
-  with contextlib.suppress(subprocess.TimeoutExpired):
-    trainer.wait(_STOP_SECONDS - 2)
-  if not cut and trainer.returncode:
-    raise RuntimeError(f'The trainer ended with {trainer.returncode}.')
 
 
 def _shown(words: list[str], context: _Context) -> str:
@@ -944,7 +935,6 @@ def _job_figures(
   stalls = [lines[i]['refresh/last_stall_seconds'] for i in swapped]
   waits = [lines[i]['refresh/last_wait_seconds'] for i in swapped]
   figures: Figures = {
-      'steps': len(lines),
       'batch': batch,
       'step_milliseconds': 1e3 * step_seconds,
       'examples_per_second': batch / step_seconds,
@@ -1029,6 +1019,8 @@ def main() -> None:
   )
   try:
     _STAGES[arguments.stage](context)
+    if arguments.stage in ('quick', 'step', 'ict') and not context.measured:
+      raise RuntimeError('No case could be measured; each has its own error.')
   except Exception as error:
     traceback.print_exc()
     context.report(error=_short(error))
