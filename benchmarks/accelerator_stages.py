@@ -306,7 +306,7 @@ class _Step:
   def compile(self) -> '_Step':
     start = time.perf_counter()
     self._step = self._lowered.compile()
-    self._compile_seconds = time.perf_counter() - start
+    self.compile_seconds = time.perf_counter() - start
     return self
 
   @property
@@ -360,15 +360,13 @@ class _Step:
     self._state = self._arrays = None
 
   def about(self) -> Figures:
-    """What is known before it runs."""
+    """What is known once it is traced."""
     model = self.config.model
     return {
         'layers': model.num_layers,
         'batch': self.config.batch_size,
         'attention': attention.choose(model),
         'trace_seconds': self._trace_seconds,
-        'compile_seconds': self._compile_seconds,
-        'planned_gigabytes': self.bytes / 1e9,
     }
 
 
@@ -399,7 +397,6 @@ def _count(context: _Context, seconds: float) -> int:
 def _measure(context: _Context, case: str, step: _Step) -> None:
   """Runs a compiled step and reports it, or why it does not run."""
   try:
-    context.report(case, **step.about())
     step.start()
     step.run(1)
     count = _count(context, step.run(1))
@@ -423,19 +420,6 @@ def _measure(context: _Context, case: str, step: _Step) -> None:
     step.stop()
 
 
-def _traced(
-    context: _Context, cases: dict[str, config_lib.Config]
-) -> dict[str, _Step]:
-  """Traces steps; reports those that cannot be."""
-  found = {}
-  for case, config in cases.items():
-    try:
-      found[case] = _Step(config)
-    except Exception as error:
-      context.report(case, error=_short(error))
-  return found
-
-
 def _cases(
     context: _Context, **cases: config_lib.Config
 ) -> dict[str, _Step]:
@@ -443,18 +427,32 @@ def _cases(
 
   Returns those that could be compiled.
   """
-  found = _traced(context, cases)
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    futures = {case: pool.submit(s.compile) for case, s in found.items()}
-  for case, future in futures.items():
-    if error := future.exception():
+  traced: dict[str, _Step] = {}
+  for case, config in cases.items():
+    try:
+      traced[case] = _Step(config)
+      context.report(case, **traced[case].about())
+    except Exception as error:
       context.report(case, error=_short(error))
-      del found[case]
-    else:  # They share the cores: each takes longer than it would alone.
-      context.report(case, compiled_at_once=len(futures))
-  for case, step in found.items():
+  compiled: dict[str, _Step] = {}
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    futures = {pool.submit(step.compile): case for case, step in traced.items()}
+    for future in concurrent.futures.as_completed(futures):
+      case = futures[future]
+      if error := future.exception():
+        context.report(case, error=_short(error))
+        continue
+      step = compiled[case] = future.result()
+      context.report(
+          case,
+          compile_seconds=step.compile_seconds,
+          # They share the cores: each takes longer than it would alone.
+          compiled_at_once=len(futures),
+          planned_gigabytes=step.bytes / 1e9,
+      )
+  for case, step in compiled.items():
     _measure(context, case, step)
-  return found
+  return compiled
 
 
 def quick(context: _Context) -> None:
@@ -925,11 +923,12 @@ def _job_figures(
   near |= [(x['step'] - 1) % interval in (0, 1, 2, interval - 1) for x in lines]
   quiet = seconds[~near] if not near.all() else seconds
   step_seconds = float(np.median(quiet))
+  # A line names the parts that took time. Means, so that they add up.
   parts = {
       name.removeprefix('time/').removesuffix('_seconds'): float(
-          np.median([x[name] for x in lines])
+          np.mean([x.get(name, 0.0) for x in lines])
       )
-      for name in lines[0]
+      for name in sorted(set().union(*lines))
       if name.startswith('time/') and name.endswith('_seconds')
   }
   stalls = [lines[i]['refresh/last_stall_seconds'] for i in swapped]
@@ -938,8 +937,13 @@ def _job_figures(
       'batch': batch,
       'step_milliseconds': 1e3 * step_seconds,
       'examples_per_second': batch / step_seconds,
-      **{f'{part}_milliseconds': 1e3 * x for part, x in parts.items()},
-      'mfu': lines[-1].get('time/mfu'),
+      'step_mean_milliseconds': 1e3 * float(seconds.mean()),
+      **{f'{part}_mean_milliseconds': 1e3 * x for part, x in parts.items()},
+      'mfu': (
+          statistics.median(x['time/mfu'] for x in lines)
+          if 'time/mfu' in lines[0]
+          else None
+      ),
       'adoptions': len(stalls),
   }
   if stalls:
@@ -1027,6 +1031,8 @@ def main() -> None:
     sys.exit(1)
   if arguments.stage != 'probe':
     context.report(compile_cache_hits=len(hits))
+  sys.stderr.flush()
+  os._exit(0)  # Without the seconds in which the libraries clean up.
 
 
 if __name__ == '__main__':

@@ -22,6 +22,8 @@ class _Side:
 
   def __init__(self, spec: dict[str, Any]):
     self._device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if self._device.type == 'cpu':  # Toy sizes, which threads only slow down.
+      torch.set_num_threads(1)
     torch.manual_seed(0)
     width, vocab_size = spec['width'], spec['vocab_size']
     config = transformers.BertConfig(
