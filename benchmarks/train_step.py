@@ -1,17 +1,14 @@
-"""Our pretraining step next to that of transformers 4.40.2, and on a GPU.
+"""Our pretraining step and that of transformers 4.40.2, in turns on a CPU.
 
   python benchmarks/train_step.py --torch_python=hf/bin/python \
       --output=FILE.json [--small] [--rounds=N] [--threads=2]
 
-Embedder and reader, forward, backward and AdamW; the same wordpieces, weights
-and candidates in both. On CPU, in float32: two processes that live as long as
-the benchmark are told in turn to do one step each, so that what else the
-machine does meets both. PyTorch runs as shipped and in the variants that
-benchmarks/train_step_torch.py lists. On a GPU, in bfloat16: the largest batch
-that fits, FLOP utilisation against the measured matmul peak, the search of
-13,353,718 rows and embedding; where there is none the figures say 'not
-measured', and --small runs the same code at toy sizes. Figures of other sizes
-that the output already has are kept.
+Embedder and reader, forward, backward and AdamW in float32; the same
+wordpieces, weights and candidates in both. Two processes that live as long as
+the benchmark do one step each in turn, so that what else the machine does meets
+both. PyTorch runs as shipped and in the variants that
+benchmarks/train_step_torch.py lists. Figures of other sizes that the output
+already has are kept. benchmarks/accelerator.py measures a GPU.
 """
 
 import argparse
@@ -35,12 +32,6 @@ _ALTERNATING = ('ours', 'shipped', 'masked_head')
 _PARTS = ('embed_forward', 'embed', 'read_forward', 'read', 'optimizer')
 _SPECIAL = {'cls': 101, 'sep': 102, 'mask': 103}
 _NULL = (_SPECIAL['cls'], _SPECIAL['sep'], _SPECIAL['sep'])
-_NOT_MEASURED = 'not measured'
-_GPU_FIGURES = (
-    'gpu_matmul_tflops gpu_batch gpu_step_seconds gpu_mfu gpu_torch_batch'
-    ' gpu_torch_step_seconds gpu_torch_mfu gpu_ratio_to_torch'
-    ' gpu_search_milliseconds gpu_search_share_of_step gpu_embed_mfu'
-).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,7 +360,6 @@ def _compare(
         'dtype': 'float32',
         'threads': threads,
         'inputs': inputs,
-        'device': 'cpu',
     }
     ours = _Process([sys.executable, str(here), '--worker'], threads)
     theirs = _torch(arguments)
@@ -419,76 +409,6 @@ def _compare(
   return figures, versions
 
 
-def _on_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
-  """The figures of a GPU; all of them say so where there is none."""
-  here = pathlib.Path(__file__).resolve()
-  figures: dict[str, Any] = dict.fromkeys(_GPU_FIGURES, _NOT_MEASURED)
-  platform_ = subprocess.run(
-      [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
-      check=True,
-      capture_output=True,
-      text=True,
-  ).stdout.split()[-1]
-  if platform_ != 'gpu' and not arguments.small:
-    return figures
-  small = [] if platform_ == 'gpu' else ['--small']
-  found = subprocess.run(
-      [sys.executable, str(here.with_name('train_step_gpu.py')), *small],
-      check=True,
-      stdout=subprocess.PIPE,
-      text=True,
-      env={**os.environ, 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92'},
-  ).stdout.splitlines()[-1]
-  if small:  # That it runs is all that this shows.
-    return {**figures, 'gpu_part_at_toy_sizes_ran_on': platform_}
-  figures |= json.loads(found)
-  figures |= _torch_on_gpu(arguments, figures)
-  return figures
-
-
-def _torch_on_gpu(
-    arguments: argparse.Namespace, ours: dict[str, Any]
-) -> dict[str, Any]:
-  """PyTorch with SDPA and bfloat16 at the largest batch that fits it."""
-  size = _Size(12, 768, 12, batch=8, candidates=8, masks=10)
-  batch = best = 0
-  best_seconds = 0.0
-  while True:
-    size = dataclasses.replace(size, batch=max(8, 2 * batch))
-    with tempfile.TemporaryDirectory() as folder:
-      np.savez(f'{folder}/inputs.npz', **_inputs(size))
-      side = _torch(arguments)
-      answer = side.ask(
-          'open',
-          **dataclasses.asdict(size),
-          dropout=arguments.dropout,
-          inputs=f'{folder}/inputs.npz',
-          device='cuda',
-          threads=os.cpu_count(),
-      )
-      seconds = []
-      if 'out_of_memory' not in answer:
-        side.ask('use', variant='sdpa')
-        for _ in range(10):
-          answer = side.ask('time', part='step')
-          if 'out_of_memory' in answer:
-            break
-          seconds.append(answer['seconds'])
-      side.close()
-    if 'out_of_memory' in answer:
-      break
-    batch = best = size.batch
-    best_seconds = statistics.median(seconds[3:])
-  flop = _flop(dataclasses.replace(size, batch=best), 'sdpa')
-  ours_rate = ours['gpu_batch'] / ours['gpu_step_seconds']
-  return {
-      'gpu_torch_batch': best,
-      'gpu_torch_step_seconds': best_seconds,
-      'gpu_torch_mfu': flop / best_seconds / ours['gpu_matmul_tflops'] / 1e12,
-      'gpu_ratio_to_torch': ours_rate * best_seconds / best,
-  }
-
-
 def _torch(arguments: argparse.Namespace) -> _Process:
   here = pathlib.Path(__file__).resolve()
   return _Process(
@@ -531,7 +451,6 @@ def main() -> int:
         ['python benchmarks/train_step.py --torch_python=hf/bin/python']
         + [a for a in sys.argv[1:] if not a.startswith('--torch_python')]
     )
-  figures |= _on_gpu(arguments)
   for key, value in figures.items():
     if isinstance(value, float):
       print(f'{key:44} {value:.4g}')

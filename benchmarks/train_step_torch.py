@@ -42,9 +42,7 @@ class _Side:
 
   def __init__(self, spec: dict[str, Any]):
     self.spec = spec
-    self.device = torch.device(spec['device'])
-    if self.device.type == 'cpu':
-      torch.set_num_threads(spec['threads'])
+    torch.set_num_threads(spec['threads'])
     config = transformers.RealmConfig(
         vocab_size=spec['vocab_size'],
         hidden_size=spec['width'],
@@ -58,10 +56,8 @@ class _Side:
         hidden_dropout_prob=spec['dropout'],
         attention_probs_dropout_prob=spec['dropout'],
     )
-    self.scorer = modeling_realm.RealmScorer(config).to(self.device)
-    self.encoder = modeling_realm.RealmKnowledgeAugEncoder(config).to(
-        self.device
-    )
+    self.scorer = modeling_realm.RealmScorer(config)
+    self.encoder = modeling_realm.RealmKnowledgeAugEncoder(config)
     self.parameters = list(
         {
             id(p): p
@@ -74,9 +70,7 @@ class _Side:
     )
     with np.load(spec['inputs']) as file:
       self.inputs = {
-          name: torch.as_tensor(
-              file[name].astype(np.int64), device=self.device
-          )
+          name: torch.as_tensor(file[name].astype(np.int64))
           for name in file.files
       }
     self.plain = [
@@ -161,10 +155,7 @@ class _Side:
     self.update()
 
   def forward(self) -> torch.Tensor:
-    if self.device.type == 'cpu':
-      return self.loss(self.scores())
-    with torch.autocast(self.device.type, torch.bfloat16):
-      return self.loss(self.scores().float())
+    return self.loss(self.scores())
 
   def update(self) -> None:
     torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -180,28 +171,21 @@ class _Side:
       self.scores().sum().backward()
     elif name in ('read', 'read_forward'):
       shape = self.inputs['doc_ids'].shape[:2]
-      loss = self.loss(torch.zeros(shape, device=self.device))
+      loss = self.loss(torch.zeros(shape))
       if name == 'read':
         loss.backward()
     elif name == 'optimizer':
       for p in self.parameters:
         if p.grad is None:
           p.grad = torch.zeros_like(p)
-      self.synchronize()
       start = time.perf_counter()
       self.update()
-      self.synchronize()
       self.seconds = time.perf_counter() - start
-
-  def synchronize(self) -> None:
-    if self.device.type == 'cuda':
-      torch.cuda.synchronize()
 
   def time(self, name: str) -> float:
     self.seconds = 0.0
     start = time.perf_counter()
     self.part(name)
-    self.synchronize()
     return self.seconds or time.perf_counter() - start
 
   def drop_gradients(self) -> None:
@@ -213,34 +197,31 @@ def main() -> None:
   for line in sys.stdin:
     request = json.loads(line)
     answer: dict[str, Any] = {}
-    try:
-      match request['do']:
-        case 'open':
-          threads = request['threads']
-          cores = sorted(os.sched_getaffinity(0))[:threads]
-          os.sched_setaffinity(0, cores)
-          side = _Side(request)
-          answer = {
-              'torch': torch.__version__,
-              'transformers': transformers.__version__,
-          }
-        case 'load':
-          side.load(request['folder'])
-        case 'use':
-          side.use(request['variant'])
-        case 'loss':
-          for model in (side.scorer, side.encoder):
-            model.eval()
-          with torch.no_grad():
-            answer['value'] = float(side.forward())
-          for model in (side.scorer, side.encoder):
-            model.train()
-        case 'time':
-          answer['seconds'] = side.time(request['part'])
-          if request['part'] != 'step':
-            side.drop_gradients()
-    except torch.OutOfMemoryError as error:
-      answer = {'out_of_memory': str(error).splitlines()[0]}
+    match request['do']:
+      case 'open':
+        threads = request['threads']
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        os.sched_setaffinity(0, cores)
+        side = _Side(request)
+        answer = {
+            'torch': torch.__version__,
+            'transformers': transformers.__version__,
+        }
+      case 'load':
+        side.load(request['folder'])
+      case 'use':
+        side.use(request['variant'])
+      case 'loss':
+        for model in (side.scorer, side.encoder):
+          model.eval()
+        with torch.no_grad():
+          answer['value'] = float(side.forward())
+        for model in (side.scorer, side.encoder):
+          model.train()
+      case 'time':
+        answer['seconds'] = side.time(request['part'])
+        if request['part'] != 'step':
+          side.drop_gradients()
     print(json.dumps(answer), flush=True)
 
 

@@ -1,0 +1,1039 @@
+"""One stage of benchmarks/accelerator.py, which starts this file.
+
+Prints its figures as lines of JSON as soon as it has them: `error` is why the
+stage failed, `skipped` why it did not apply.
+"""
+
+import argparse
+from collections.abc import Callable
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.index import embedding
+from realm_jax.index import mips
+from realm_jax.index import topk
+from realm_jax.models import attention
+from realm_jax.models import components as components_lib
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.training import costs
+from realm_jax.training import optimizer
+from realm_jax.training import steps
+
+_HERE = pathlib.Path(__file__).resolve().parent
+_NULL = (101, 102, 102)
+_MOST_BYTES = 16e6  # Of a file that is kept.
+_K = 8  # Of the search.
+_CHECKED = 16  # Queries whose result is compared with a plain computation.
+_STOP_SECONDS = 8  # For the trainer to save and end.
+_CUT = 3  # Exit code of a stage that noticed that its time is over.
+
+Figures = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Size:
+  """What is measured: the paper's sizes, or toy sizes."""
+
+  preset: Any = 'base'
+  vocab_size: int = 30522
+  query: int = 96
+  document: int = 288
+  candidates: int = 8
+  quick_layers: int = 3
+  batch: int = 16  # Of all layers; twice as many with `quick_layers`.
+  rounds: int = 3  # Of which the median is taken.
+  matmul: int = 8192
+  floats: int = 2**28  # Copied.
+  rows: int = 13_353_718  # Of the paper's corpus.
+  queries: int = 512
+  embed_rows: int = 224  # As many as the index builder embeds at once.
+  ict_batch: int = 4096
+  ict_accumulate: int = 16
+  world: str = 'world:0:2000'
+  interval: int = 50  # Steps between two refreshes.
+  refreshes: int = 8
+
+
+_PAPER = _Size()
+_TOY = _Size(
+    preset='tiny',
+    vocab_size=2000,
+    query=24,
+    document=40,
+    candidates=3,
+    quick_layers=1,
+    batch=2,
+    rounds=2,
+    matmul=256,
+    floats=2**20,
+    rows=20_000,
+    queries=16,
+    embed_rows=8,
+    ict_batch=16,
+    ict_accumulate=4,
+    world='world:0:100',
+    interval=10,
+    refreshes=3,
+)
+
+
+@dataclasses.dataclass
+class _Context:
+  """What a stage is told."""
+
+  stage: str
+  small: bool
+  deadline: float  # Of time.monotonic().
+  scratch: pathlib.Path
+  keep: pathlib.Path  # Where files that are kept go, without their suffix.
+  torch_python: str
+  texts: str
+  peak_flops: float  # 0: unknown.
+  out: Any
+  measured: int = 0  # Cases of a step.
+
+  @property
+  def size(self) -> _Size:
+    return _TOY if self.small else _PAPER
+
+  @property
+  def left(self) -> float:
+    """Seconds until the stage is cut."""
+    return self.deadline - time.monotonic()
+
+  def report(self, prefix: str = '', **figures: Any) -> None:
+    if prefix:
+      figures = {f'{prefix}_{name}': x for name, x in figures.items()}
+    for name, x in figures.items():
+      if isinstance(x, float):  # Six digits are what anyone reads.
+        figures[name] = float(f'{x:.6g}')
+    print(json.dumps(figures), file=self.out, flush=True)
+
+  def rate(self, flop: float, seconds: float) -> Figures:
+    """TFLOP/s, and their share of the matrix products of stage `peak`."""
+    rate = flop / seconds
+    share = rate / self.peak_flops if self.peak_flops else None
+    return {'tflops': rate / 1e12, 'mfu': share}
+
+
+def _seconds(run: Callable[[], Any], rounds: int, calls: int = 1) -> float:
+  """Median seconds of a call, of `calls` that are queued without waiting."""
+  jax.block_until_ready(run())  # Compiles it.
+  found = []
+  for _ in range(rounds):
+    start = time.perf_counter()
+    for _ in range(calls):
+      result = run()
+    jax.block_until_ready(result)
+    found.append((time.perf_counter() - start) / calls)
+  return statistics.median(found)
+
+
+def _memory_limit() -> float | None:
+  """Bytes that JAX may take of the device; None where it does not say."""
+  return (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
+
+
+def _peak_gigabytes() -> float | None:
+  """GB that the process held at its peak so far."""
+  stats = jax.devices()[0].memory_stats() or {}
+  peak = stats.get('peak_bytes_in_use')
+  return None if peak is None else peak / 1e9
+
+
+def _short(error: BaseException) -> str:
+  return f'{type(error).__name__}: {error}'[:500]
+
+
+def probe(context: _Context) -> None:
+  device = jax.devices()[0]
+  limit = _memory_limit()
+  context.report(
+      platform=device.platform,
+      device=device.device_kind,
+      device_memory_gigabytes=limit and limit / 1e9,
+  )
+
+
+# ----------------------------------------------------------------------- peak
+
+
+def peak(context: _Context) -> None:
+  """What the device can do at best."""
+  size = context.size
+  n, chain = size.matmul, 8
+  key = jax.random.key(0)
+
+  def tflops(dtype: Any, precision: str) -> float:
+    @jax.jit
+    def products(x: jax.Array, y: jax.Array) -> jax.Array:
+      for _ in range(chain):  # Neither grows nor vanishes.
+        x = jnp.matmul(x, y, precision=precision) * (1 / n)
+      return x
+
+    x = jax.random.normal(key, (n, n), dtype)
+    seconds = _seconds(lambda: products(x, x), 3 * size.rounds)
+    return chain * 2 * n**3 / seconds / 1e12
+
+  context.report(bfloat16_tflops=tflops(jnp.bfloat16, 'default'))
+  # On GPUs that have TF32, this is it.
+  context.report(float32_default_tflops=tflops(jnp.float32, 'default'))
+  # Read and written: 4 bytes each.
+  negative = functools.partial(
+      jax.jit(jnp.negative), jnp.full(size.floats, 1.5, jnp.float32)
+  )
+  seconds = _seconds(negative, size.rounds, 8)
+  context.report(copy_gigabytes_per_second=8 * size.floats / seconds / 1e9)
+  # Many small kernels in a row: what each costs, whatever it computes.
+  rounds = 2000
+  small = jnp.ones((8, 128))
+  loop = jax.jit(
+      lambda x: jax.lax.fori_loop(
+          0, rounds, lambda i, x: jax.lax.sort(x + i, dimension=1), x
+      )
+  )
+  seconds = _seconds(lambda: loop(small), size.rounds)
+  context.report(kernel_microseconds=1e6 * seconds / rounds)
+  context.report(float32_highest_tflops=tflops(jnp.float32, 'highest'))
+
+
+# ----------------------------------------------------------------------- step
+
+
+def _config(size: _Size, objective: Any = 'realm') -> config_lib.Config:
+  """The paper's sizes in bfloat16, with weights of attention not dropped."""
+  config = config_lib.Config(objective=objective, corpus='none')
+  config.model.preset = size.preset
+  config.model.vocab_size = size.vocab_size
+  config.model.compute_dtype = config.mips.dtype = 'bfloat16'
+  config.model.attention_dropout = 0.0  # Fused kernels drop none.
+  config.lengths.query, config.lengths.document = size.query, size.document
+  config.num_candidates, config.batch_size = size.candidates, size.batch
+  if objective == 'ict':
+    config.lengths.query = min(64, size.query)
+    config.batch_size = size.ict_batch
+    config.accumulate = size.ict_accumulate
+  return config_lib.resolve(config)
+
+
+def _quick(size: _Size, objective: Any = 'realm') -> config_lib.Config:
+  """The same with few layers, which compile in a fraction of the time."""
+  config = _config(size, objective)
+  config.model.num_layers = size.quick_layers
+  if objective == 'realm':
+    config.batch_size = 2 * size.batch
+  return config
+
+
+def _with(config: config_lib.Config, **changes: Any) -> config_lib.Config:
+  """A copy with another batch size, or other fields of `model`."""
+  batch_size = changes.pop('batch_size', config.batch_size)
+  model = dataclasses.replace(config.model, **changes)
+  return dataclasses.replace(config, model=model, batch_size=batch_size)
+
+
+def _batch(config: config_lib.Config) -> dict[str, np.ndarray]:
+  """Inputs of full length, of random wordpieces."""
+  rng = np.random.default_rng(0)
+  b, k, m = config.batch_size, config.num_candidates, config.lengths.masks
+  q, s, t = config.lengths.query, config.lengths.document, config.lengths.joint
+
+  def ids(*shape: int) -> np.ndarray:
+    return rng.integers(5, config.model.vocab_size, shape, np.int32)
+
+  if config.objective == 'ict':
+    return {
+        'query_ids_BQ': ids(b, q),
+        'doc_ids_BS': ids(b, s),
+        'doc_types_BS': np.ones((b, s), np.int32),
+    }
+  return {
+      'query_ids_BQ': ids(b, q),
+      'doc_ids_BJS': ids(b, k - 1, s),
+      'doc_types_BJS': np.ones((b, k - 1, s), np.int32),
+      'joint_ids_BKT': ids(b, k, t),
+      'joint_types_BKT': np.ones((b, k, t), np.int32),
+      'positions_BM': np.tile(np.arange(1, m + 1, dtype=np.int32), (b, 1)),
+      'targets_BM': ids(b, m),
+      'mask_BM': np.ones((b, m), bool),
+  }
+
+
+class _Step:
+  """A training step, compiled apart from being run."""
+
+  def __init__(self, config: config_lib.Config):
+    """Traces it."""
+    self.config = config
+    self._components = components_lib.make_all(config)
+    self._tx = optimizer.make_optimizer(config, tuple(self._components))
+    self._mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+    self._batch = _batch(config)
+    step = steps.make_train_step(
+        config, self._components, self._tx, _NULL, self._mesh
+    )
+    start = time.perf_counter()
+    self._state = self._arrays = None
+    self._lowered = step.lower(
+        steps.abstract_state(self._components, self._tx),
+        {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+            for name, x in self._batch.items()
+        },
+    )
+    self._trace_seconds = time.perf_counter() - start
+
+  def compile(self) -> '_Step':
+    start = time.perf_counter()
+    self._step = self._lowered.compile()
+    self.compile_seconds = time.perf_counter() - start
+    return self
+
+  @property
+  def bytes(self) -> float:
+    """Memory of the device while it runs, by XLA's own analysis."""
+    memory = self._step.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+  def start(self) -> None:
+    """Puts state and batch on the device."""
+    params = {
+        name: _random_params(component)
+        for name, component in self._components.items()
+    }
+    self._state = jax.device_put(
+        steps.TrainState(
+            jnp.int32(0), params, self._tx.init(params), jax.random.key(0)
+        ),
+        steps.state_shardings(
+            self.config, self._components, self._tx, self._mesh
+        ),
+    )
+    self._arrays = mesh_lib.to_devices(self._mesh, self._batch)
+
+  def run(self, count: int) -> float:
+    """Seconds of a step, of `count` in a row.
+
+    As in the training loop of mlm and ict, the metrics of a step are fetched
+    while the next one runs.
+    """
+    start, before = time.perf_counter(), None
+    for _ in range(count):
+      self._state, metrics = self._step(self._state, self._arrays)
+      if before is not None:
+        jax.device_get(before)
+      before = metrics
+    metrics = jax.device_get(metrics)
+    jax.block_until_ready(self._state)
+    seconds = (time.perf_counter() - start) / count
+    if not np.isfinite(metrics['loss']):
+      raise FloatingPointError(f'The loss is {metrics["loss"]}.')
+    return seconds
+
+  def stop(self) -> None:
+    """Frees state and batch."""
+    self._state = self._arrays = None
+
+  def about(self) -> Figures:
+    """What is known once it is traced."""
+    model = self.config.model
+    return {
+        'layers': model.num_layers,
+        'batch': self.config.batch_size,
+        'attention': attention.choose(model),
+        'trace_seconds': self._trace_seconds,
+    }
+
+
+def _random_params(component: components_lib.Component) -> Any:
+  """Parameters as BERT starts, without compiling the initialisation."""
+  keys = jax.random.split(jax.random.key(0), len(component.abstract))
+  draw = jax.jit(
+      lambda key, shape: 0.02 * jax.random.normal(key, shape),
+      static_argnums=1,
+  )
+
+  def value(name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    if name.endswith('bias'):
+      return jnp.zeros(shape)
+    return jnp.ones(shape) if name.endswith('scale') else draw(key, shape)
+
+  return {
+      name: value(name, x.shape, key)
+      for (name, x), key in zip(component.abstract.items(), keys, strict=True)
+  }
+
+
+def _count(context: _Context, seconds: float) -> int:
+  """How many steps to time at once: about a second of them."""
+  return 2 if context.small else int(np.clip(1 / seconds, 2, 20))
+
+
+def _measure(context: _Context, case: str, step: _Step) -> None:
+  """Runs a compiled step and reports it, or why it does not run."""
+  try:
+    step.start()
+    step.run(1)
+    count = _count(context, step.run(1))
+    seconds = statistics.median(
+        step.run(count) for _ in range(context.size.rounds)
+    )
+    config = step.config
+    hardware = context.rate(costs.hardware_flop(config), seconds)
+    context.report(
+        case,
+        seconds=seconds,
+        examples_per_second=config.batch_size / seconds,
+        **context.rate(costs.model_flop(config), seconds),
+        hardware_mfu=hardware['mfu'],
+        peak_gigabytes=_peak_gigabytes(),
+    )
+    context.measured += 1
+  except Exception as error:  # Too large, most of all.
+    context.report(case, error=_short(error))
+  finally:
+    step.stop()
+
+
+def _cases(
+    context: _Context, **cases: config_lib.Config
+) -> dict[str, _Step]:
+  """Compiles steps at once, on all cores, and measures one by one.
+
+  Returns those that could be compiled.
+  """
+  traced: dict[str, _Step] = {}
+  for case, config in cases.items():
+    try:
+      traced[case] = _Step(config)
+      context.report(case, **traced[case].about())
+    except Exception as error:
+      context.report(case, error=_short(error))
+  compiled: dict[str, _Step] = {}
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    futures = {pool.submit(step.compile): case for case, step in traced.items()}
+    for future in concurrent.futures.as_completed(futures):
+      case = futures[future]
+      if error := future.exception():
+        context.report(case, error=_short(error))
+        continue
+      step = compiled[case] = future.result()
+      context.report(
+          case,
+          compile_seconds=step.compile_seconds,
+          # They share the cores: each takes longer than it would alone.
+          compiled_at_once=len(futures),
+          planned_gigabytes=step.bytes / 1e9,
+      )
+  for case, step in compiled.items():
+    _measure(context, case, step)
+  return compiled
+
+
+def quick(context: _Context) -> None:
+  """Few layers: kernels of attention, dropout of its weights, remat."""
+  config = _quick(context.size)
+  _cases(context, fused=config)
+  _cases(
+      context,
+      xla=_with(config, attention='xla'),
+      dots=_with(config, remat='dots'),
+      attention_dropout=_with(config, attention_dropout=0.1),
+      no_dropout=_with(config, dropout=0.0),
+  )
+
+
+def step(context: _Context) -> None:
+  """All layers, and the largest batch that fits."""
+  config = _config(context.size)
+  batch = config.batch_size
+  found = _cases(context, fused=config)
+  found |= _cases(
+      context,
+      twice=_with(config, batch_size=2 * batch),
+      dots=_with(config, batch_size=2 * batch, remat='dots'),
+  )
+  if not {'fused', 'twice'} <= found.keys():
+    raise RuntimeError('The largest batch needs two that could be compiled.')
+  each = (found['twice'].bytes - found['fused'].bytes) / batch
+  fixed = found['fused'].bytes - each * batch
+  # Where the device does not say, as if it had room for five times the first.
+  limit = _memory_limit() or fixed + 5 * each * batch
+  # XLA's allocator divides memory into pieces: a part stays unused.
+  largest = int((0.97 * limit - fixed) / each)
+  largest -= largest % (8 if largest > 8 else 1)
+  context.report(
+      largest_batch=largest,
+      gigabytes_of_an_example=each / 1e9,
+      gigabytes_of_no_example=fixed / 1e9,
+  )
+  if largest > 2 * batch:  # Else it is measured already.
+    _cases(context, largest=_with(config, batch_size=largest))
+
+
+# ---------------------------------------------------------------------- torch
+
+
+class _Torch:
+  """benchmarks/accelerator_torch.py as a child."""
+
+  def __init__(self, python: str):
+    self._process = subprocess.Popen(
+        [python, str(_HERE / 'accelerator_torch.py')],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+  def ask(self, do: str, **request: Any) -> Figures:
+    assert self._process.stdin and self._process.stdout
+    print(
+        json.dumps({'do': do, **request}), file=self._process.stdin, flush=True
+    )
+    line = self._process.stdout.readline()
+    if not line:
+      raise RuntimeError(
+          f'PyTorch ended, exit code {self._process.wait()}, asked for {do}.'
+      )
+    answer = json.loads(line)
+    if 'error' in answer:
+      raise RuntimeError(f'PyTorch, asked for {do}: {answer["error"]}')
+    return answer
+
+
+def _torch_flop(config: config_lib.Config) -> float:
+  """FLOP of the step of accelerator_torch.py.
+
+  It computes the last layer at all positions.
+  """
+  model, lengths = config.model, config.lengths
+  b, k = config.batch_size, config.num_candidates
+  flop = costs.head_flop(model, b * k * lengths.masks)
+  for rows, length in (
+      (b, lengths.query),
+      (1, len(_NULL)),
+      (b * (k - 1), lengths.document),
+      (b * k, lengths.joint),
+  ):
+    flop += costs.pass_flop(model, rows, length, length)
+  return 3 * flop
+
+
+def torch(context: _Context) -> None:
+  """PyTorch and ours in turns, first with few layers, then with all."""
+  probe = subprocess.run(
+      [
+          context.torch_python,
+          '-c',
+          'import importlib.util as i; print([n for n in ("torch",'
+          ' "transformers") if i.find_spec(n) is None])',
+      ],
+      check=True,
+      capture_output=True,
+      text=True,
+  )
+  missing = probe.stdout.strip()
+  if missing != '[]':
+    context.report(
+        skipped=f'not installed: {missing}; --torch_python=PYTHON names a'
+        ' Python that has them'
+    )
+    return
+  theirs = _Torch(context.torch_python)
+  for case, config in (
+      ('quick', _quick(context.size)), ('', _config(context.size))
+  ):
+    _in_turns(context, case, config, theirs)
+
+
+def _in_turns(
+    context: _Context, case: str, config: config_lib.Config, theirs: _Torch
+) -> None:
+  model, lengths = config.model, config.lengths
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    opened = pool.submit(
+        theirs.ask,
+        'open',
+        batch=config.batch_size,
+        candidates=config.num_candidates,
+        query=lengths.query,
+        document=lengths.document,
+        masks=lengths.masks,
+        layers=model.num_layers,
+        width=model.width,
+        heads=model.num_heads,
+        vocab_size=model.vocab_size,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+    )
+    ours = _Step(config).compile()
+    versions = opened.result()
+  ours.start()
+  ours.run(2), theirs.ask('steps', count=2)  # Both compile, or tune, kernels.
+  count = _count(context, ours.run(1))
+  pairs = [
+      (ours.run(count), theirs.ask('steps', count=count)['seconds'])
+      for _ in range(2 * context.size.rounds)
+  ]
+  ours.stop()
+  seconds, their_seconds = map(statistics.median, zip(*pairs, strict=True))
+  rates = context.rate(_torch_flop(config), their_seconds)
+  context.report(
+      case,
+      layers=model.num_layers,
+      batch=config.batch_size,
+      ours_seconds=seconds,
+      ours_mfu=context.rate(costs.model_flop(config), seconds)['mfu'],
+      torch_seconds=their_seconds,
+      torch_mfu=rates['mfu'],
+      ours_times_faster=statistics.median(b / a for a, b in pairs),
+      torch_peak_gigabytes=theirs.ask('memory')['gigabytes'],
+  )
+  context.report(versions=versions)
+
+
+# --------------------------------------------------------------------- search
+
+
+def search(context: _Context) -> None:
+  """Search over a table of random embeddings, made on the device."""
+  size, mesh = context.size, topk.one_device()
+  width = _config(size).model.embedding_width
+  rows = size.rows
+  if limit := _memory_limit():  # Half of it: the table is drawn there, too.
+    rows = min(rows, int(limit / 2 / (2 * width)))
+  key = jax.random.key(0, impl='rbg')
+  draw = jax.jit(
+      lambda: jax.random.normal(
+          key, (topk.aligned(rows, mesh), width), jnp.bfloat16
+      ),
+      out_shardings=jax.NamedSharding(mesh, jax.P(mesh.axis_names)),
+  )
+  part = topk.Part(draw(), None, (0, rows))
+  rng = np.random.default_rng(0)
+  queries = rng.standard_normal((size.queries, width)).astype(np.float32)
+  context.report(rows=rows, queries=size.queries, k=_K)
+
+  def find(
+      count: int, exclude_BR2: np.ndarray, recall_target: float | None = None
+  ) -> np.ndarray:
+    return topk.search(
+        part, queries[:count], exclude_BR2[:count], mesh, _K, recall_target
+    )[1]
+
+  def measure(case: str, run: Callable[[], np.ndarray]) -> np.ndarray:
+    start = time.perf_counter()
+    found = run()
+    first = time.perf_counter() - start
+    context.report(
+        case,
+        first_seconds=first,
+        milliseconds=1e3 * _seconds(run, 2 * size.rounds),
+    )
+    return found
+
+  none = np.zeros((size.queries, 1, 2), np.int32)
+  exact = measure('exact', lambda: find(size.queries, none))
+  arrays = jax.device_put(
+      (queries, none, np.array(part.rows, np.int32)),
+      jax.NamedSharding(mesh, jax.P()),
+  )
+  seconds = _seconds(
+      lambda: topk.top_rows(
+          part.table_NE, arrays[0], arrays[1], None, arrays[2],
+          mesh=mesh, k=_K,
+      ),
+      2 * size.rounds,
+      4,
+  )
+  flop = 2.0 * size.queries * rows * width
+  context.report(
+      'exact',
+      device_milliseconds=1e3 * seconds,
+      **context.rate(flop, seconds),
+      table_gigabytes_per_second=2 * width * rows / seconds / 1e9,
+  )
+  # As in training: the passage that a sentence is from, here the best one.
+  best = np.stack([exact[:, :1], exact[:, :1] + 1], axis=-1)
+  others = measure('exact_excluding', lambda: find(size.queries, best))
+  context.report(
+      exact_excluding_right=bool((others[:, :-1] == exact[:, 1:]).all())
+  )
+  count = min(_CHECKED, size.queries)
+  plain = _plain_search(part.table_NE, rows, queries[:count])
+  context.report(
+      exact_overlap_with_plain=mips.overlap(exact[:count], plain)
+  )
+  found = measure('approx', lambda: find(size.queries, none, 0.95))
+  context.report(approx_recall=mips.overlap(found, exact))
+  for count in (64, 8):
+    if count < size.queries:
+      measure(f'exact_{count}_queries', functools.partial(find, count, none))
+
+
+def _plain_search(
+    table_NE: jax.Array, rows: int, queries: np.ndarray
+) -> np.ndarray:
+  """The best rows by products in float32 and numpy's sort."""
+  block = min(2**20, rows)
+
+  @jax.jit
+  def score(table_NE: jax.Array, start: int) -> jax.Array:
+    some = jax.lax.dynamic_slice_in_dim(table_NE, start, block)
+    return jnp.einsum(
+        'BE,NE->BN', queries, some.astype(jnp.float32), precision='highest'
+    )
+
+  row_BN = np.zeros((len(queries), 0), np.int64)
+  score_BN = np.zeros((len(queries), 0), np.float32)
+  for start in range(0, rows, block):
+    at = min(start, rows - block)  # The last one is whole, too.
+    score_BM = np.array(jax.device_get(score(table_NE, at)))
+    score_BM[:, : start - at] = -np.inf
+    top_BK = np.argpartition(-score_BM, _K, axis=1)[:, :_K]
+    row_BN = np.concatenate([row_BN, at + top_BK], axis=1)
+    score_BN = np.concatenate(
+        [score_BN, np.take_along_axis(score_BM, top_BK, 1)], axis=1
+    )
+  order = np.lexsort((row_BN, -score_BN), axis=1)[:, :_K]
+  return np.take_along_axis(row_BN, order, 1)
+
+
+# ---------------------------------------------------------------------- embed
+
+
+def embed(context: _Context) -> None:
+  """Passages of full length, by the model alone and from host to host."""
+  size = context.size
+  config = _config(size)
+  shape = (8 * size.embed_rows, config.lengths.document)
+  ids = jax.random.randint(jax.random.key(0), shape, 5, size.vocab_size)
+
+  def report(case: str, rows: int, seconds: float, **more: Any) -> None:
+    flop = costs.embed_flop(config.model, rows, config.lengths.document)
+    context.report(
+        case,
+        passages_per_second=rows / seconds,
+        **context.rate(flop, seconds),
+        **more,
+    )
+
+  component = components_lib.make('embedder', config.model)
+  params = _random_params(component)
+  for case, kernel, rows in (
+      ('fused', 'auto', size.embed_rows),
+      ('fused_large', 'auto', 8 * size.embed_rows),
+      ('xla', 'xla', size.embed_rows),
+  ):
+    model = _with(config, attention=kernel).model
+    embedder = components_lib.make('embedder', model)
+    run = jax.jit(functools.partial(_embed_documents, embedder))
+    some = ids[:rows]
+    start = time.perf_counter()
+    jax.block_until_ready(run(params, some, jnp.ones_like(some)))
+    first = time.perf_counter() - start
+    seconds = _seconds(
+        functools.partial(run, params, some, jnp.ones_like(some)),
+        size.rounds,
+        4,
+    )
+    report(
+        case,
+        rows,
+        seconds,
+        attention=attention.choose(model),
+        first_seconds=first,
+    )
+  # As the index builder does it, but for the corpus.
+  host_ids = np.asarray(ids)
+  encoder = embedding.RowEncoder(
+      functools.partial(_embed_documents, component),
+      np.full(len(ids), config.lengths.document),
+      config.lengths.document,
+      mesh_lib.make_mesh(config.mesh),
+  )
+
+  def all_rows() -> None:
+    for _ in encoder(
+        params,
+        np.arange(len(ids)),
+        lambda rows, width: (
+            host_ids[rows, :width],
+            np.ones((len(rows), width), np.int32),
+        ),
+    ):
+      pass
+
+  report('builder', len(ids), _seconds(all_rows, size.rounds))
+
+
+def _embed_documents(
+    component: components_lib.Component,
+    params: components_lib.Params,
+    ids_NS: jax.Array,
+    types_NS: jax.Array,
+) -> jax.Array:
+  return component.apply(params, 'embed_document', ids_NS, types_NS)
+
+
+# ------------------------------------------------------------------------ ict
+
+
+def ict(context: _Context) -> None:
+  """The ICT step with a large batch, in parts, by gradient cache."""
+  for case, config in (
+      ('quick', _quick(context.size, 'ict')),
+      ('fused', _config(context.size, 'ict')),
+  ):
+    context.report(case, accumulate=config.accumulate)
+    _cases(context, **{case: config})
+
+
+# ---------------------------------------------------------------------- realm
+
+
+def realm(context: _Context) -> None:
+  """A real job with its index builder, both on one device."""
+  size, small = context.size, context.small
+  # The two processes share the device: each may have less than half.
+  os.environ['XLA_CLIENT_MEM_FRACTION'] = '0.45'
+  corpus, workdir = context.scratch / 'corpus', context.scratch / 'realm'
+  shutil.rmtree(workdir, ignore_errors=True)
+  overrides = {
+      'corpus': corpus,
+      'steps': size.interval * (size.refreshes + 1),
+      'batch_size': 4 if small else 64,
+      'num_candidates': size.candidates,
+      'log_interval': 1,
+      'lengths.query': 24 if small else 48,
+      'lengths.document': 40 if small else 160,
+      'model.preset': 'tiny' if small else 'small',
+      'model.compute_dtype': 'bfloat16',
+      'mips.dtype': 'bfloat16',
+      'refresh.interval': size.interval,
+      # Adopted while the next snapshot is not yet due, to tell them apart.
+      'refresh.lag': size.interval * 4 // 5,
+      'checkpoint.interval': 10**6,
+      'peak_tflops': context.peak_flops / 1e12,
+  }
+  experiment = _HERE.parent / 'experiments' / 'small_corpus.py'
+  prepare = [
+      'prepare',
+      f'--source={context.texts or size.world}',
+      f'--output={corpus}',
+      f'--max_wordpieces={overrides["lengths.document"]}',
+      '--overwrite',
+  ]
+  train = [
+      'train',
+      f'--config={experiment}:realm',
+      f'--workdir={workdir}',
+      '--with_index_builder',
+      *(f'--config.{name}={value}' for name, value in overrides.items()),
+  ]
+  context.report(
+      commands=[_shown(words, context) for words in (prepare, train)]
+  )
+  start = time.monotonic()
+  subprocess.run(
+      [sys.executable, '-m', 'realm_jax', *prepare],
+      check=True,
+      stdout=sys.stderr,
+  )
+  context.report(prepare_seconds=time.monotonic() - start)
+  start = time.monotonic()
+  trainer = subprocess.Popen(
+      [sys.executable, '-m', 'realm_jax', *train], stdout=sys.stderr
+  )
+  first = None
+  while trainer.poll() is None and context.left > _STOP_SECONDS:
+    time.sleep(0.1)
+    if first is None and metrics_lib.read_metrics(workdir):
+      first = time.monotonic() - start
+      context.report(seconds_to_first_step=first)
+  cut = trainer.poll() is None
+  # The figures come first: the trainer may not end in time.
+  lines = metrics_lib.read_metrics(workdir)
+  if cut:
+    trainer.send_signal(signal.SIGTERM)
+  context.report(steps=len(lines))
+  if len(lines) > size.interval + 2:
+    context.report(
+        **_job_figures(lines, size.interval, overrides['batch_size'])
+    )
+  if cut:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      trainer.wait(_STOP_SECONDS - 2)
+    sys.exit(_CUT)
+  if trainer.returncode:
+    raise RuntimeError(
+        f'The trainer ended with exit code {trainer.returncode}; the log has'
+        ' what it said.'
+    )
+
+
+def _shown(words: list[str], context: _Context) -> str:
+  """A command as it would be in the root of the repository."""
+  text = shlex.join(['realm-jax', *words])
+  for folder in (context.scratch, _HERE.parent):
+    text = text.replace(f'{folder}/', '')
+  if context.texts:
+    text = text.replace(context.texts, pathlib.Path(context.texts).name)
+  return text
+
+
+def _job_figures(
+    lines: list[Figures], interval: int, batch: int
+) -> Figures:
+  """Figures of a job that logged every step, from the second interval on."""
+  lines = lines[interval:]
+  seconds = np.array([batch / x['time/examples_per_second'] for x in lines])
+  adopted = np.array([x['refresh/adopted'] for x in lines])
+  swapped = np.flatnonzero(np.diff(adopted, prepend=adopted[0]) > 0)
+  loading = np.array([bool(x['refresh/loading']) for x in lines])
+  # A line is written during the next step, so it covers parts of two.
+  near = loading.copy()
+  near[swapped] = True
+  near[:-1] |= near[1:]
+  near |= [(x['step'] - 1) % interval in (0, 1, 2, interval - 1) for x in lines]
+  quiet = seconds[~near] if not near.all() else seconds
+  step_seconds = float(np.median(quiet))
+  # A line names the parts that took time. Means, so that they add up.
+  parts = {
+      name.removeprefix('time/').removesuffix('_seconds'): float(
+          np.mean([x.get(name, 0.0) for x in lines])
+      )
+      for name in sorted(set().union(*lines))
+      if name.startswith('time/') and name.endswith('_seconds')
+  }
+  stalls = [lines[i]['refresh/last_stall_seconds'] for i in swapped]
+  waits = [lines[i]['refresh/last_wait_seconds'] for i in swapped]
+  figures: Figures = {
+      'batch': batch,
+      'step_milliseconds': 1e3 * step_seconds,
+      'examples_per_second': batch / step_seconds,
+      'step_mean_milliseconds': 1e3 * float(seconds.mean()),
+      **{f'{part}_mean_milliseconds': 1e3 * x for part, x in parts.items()},
+      'mfu': (
+          statistics.median(x['time/mfu'] for x in lines)
+          if 'time/mfu' in lines[0]
+          else None
+      ),
+      'adoptions': len(stalls),
+  }
+  if stalls:
+    figures |= {
+        'stall_median_seconds': statistics.median(stalls),
+        'stall_worst_seconds': max(stalls),
+        'stall_of_which_waiting_seconds': statistics.median(waits),
+        'stall_median_steps': statistics.median(stalls) / step_seconds,
+    }
+  if loading.any():
+    figures['step_while_loading_milliseconds'] = 1e3 * float(
+        np.median(seconds[loading])
+    )
+  return figures
+
+
+# -------------------------------------------------------------------- profile
+
+
+def profile(context: _Context) -> None:
+  """Three steps of `quick`, traced; the files go next to the output."""
+  step = _Step(_quick(context.size)).compile()
+  step.start()
+  step.run(2)
+  folder = context.scratch / 'trace'
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0  # The device is of interest, and files small.
+  with jax.profiler.trace(str(folder), profiler_options=options):
+    step.run(3)
+  for suffix in ('.trace.json.gz', '.xplane.pb'):
+    for path in folder.rglob(f'*{suffix}'):
+      figures = {'megabytes': path.stat().st_size / 1e6}
+      if path.stat().st_size < _MOST_BYTES:
+        target = context.keep.with_name(context.keep.name + suffix)
+        shutil.copyfile(path, target)
+        figures['file'] = target.name
+      context.report(suffix.strip('.').replace('.', '_'), **figures)
+
+
+_STAGES = {
+    stage.__name__: stage
+    for stage in (
+        probe, peak, quick, step, torch, search, embed, ict, realm, profile
+    )
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('stage', choices=_STAGES)
+  parser.add_argument('--seconds', type=float, required=True)
+  parser.add_argument('--scratch', type=pathlib.Path, required=True)
+  parser.add_argument('--keep', type=pathlib.Path, required=True)
+  parser.add_argument('--torch_python', default=sys.executable)
+  parser.add_argument('--texts', default='')
+  parser.add_argument('--peak_tflops', type=float, default=0.0)
+  parser.add_argument('--small', action='store_true')
+  arguments = parser.parse_args()
+  out = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)  # What libraries print is no figure.
+  context = _Context(
+      arguments.stage,
+      arguments.small,
+      time.monotonic() + arguments.seconds,
+      arguments.scratch,
+      arguments.keep,
+      arguments.torch_python,
+      arguments.texts,
+      1e12 * arguments.peak_tflops,
+      out,
+  )
+  hits: list[str] = []
+  jax.monitoring.register_event_listener(
+      lambda event, **_: (
+          hits.append(event) if event.endswith('/cache_hits') else None
+      )
+  )
+  try:
+    _STAGES[arguments.stage](context)
+    if arguments.stage in ('quick', 'step', 'ict') and not context.measured:
+      raise RuntimeError('No case could be measured; each has its own error.')
+  except Exception as error:
+    traceback.print_exc()
+    context.report(error=_short(error))
+    sys.exit(1)
+  if arguments.stage != 'probe':
+    context.report(compile_cache_hits=len(hits))
+  sys.stderr.flush()
+  os._exit(0)  # Without the seconds in which the libraries clean up.
+
+
+if __name__ == '__main__':
+  main()
