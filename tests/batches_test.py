@@ -233,7 +233,8 @@ def test_a_warm_up_without_own_passages_sees_null_as_often_as_asked(
   for batch in _take(corpus, config, 10):
     # Of segment 1: [SEP] alone, or a body and [SEP].
     assert ((batch['joint_types_BT'].sum(axis=1) == 1) == alone).all()
-    for ids, row in zip(batch['joint_ids_BT'], batch['sentence_B'], strict=True):
+    for i, row in enumerate(batch['sentence_B']):
+      ids = batch['joint_ids_BT'][i]
       sentence, read = trained_on.ids(row), ids[1 : trained_on.lengths[row] + 1]
       masked = read == corpus.tokenizer.mask_id
       np.testing.assert_array_equal(read[~masked], sentence[~masked])

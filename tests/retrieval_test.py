@@ -279,7 +279,7 @@ def test_intervals_resample_articles(workdir, corpus, questions):
     assert (one['cluster'] == other['cluster']) == (names[0] == names[1])
   # Its validation sentences are of no passage: each is a cluster.
   masked = result['masked']
-  assert masked['clusters'] == masked['sentences'] == 60
+  assert masked['clusters'] == masked['sentences'] > 20
   low, high = masked['accuracy_with_retrieval_interval']
   assert low <= masked['accuracy_with_retrieval'] <= high
 

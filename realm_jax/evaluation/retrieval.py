@@ -1,9 +1,9 @@
 """How good are retriever and reader? The driver of `realm-jax evaluate`.
 
-Public: `evaluate`. Questions measure the retriever alone (zero-shot, as in Guu
-et al. 2020, table 2, "zero-shot retrieval recall"); masked sentences of the
-split `validation`, on which nothing is trained, measure retriever and reader
-together.
+Public: `evaluate`, `sentence_clusters`. Questions measure the retriever alone
+(zero-shot, as in Guu et al. 2020, table 2, "zero-shot retrieval recall").
+Masked sentences of the split `validation`, on which nothing is trained,
+measure retriever and reader together.
 """
 
 from collections.abc import Sequence
@@ -54,11 +54,11 @@ def evaluate(
   string, for all of them and, where they say so, apart for `held_out` and
   `seen` facts. For a workdir with a reader: the share of masked spans of the
   corpus' `validation` sentences that are filled in with every wordpiece right,
-  with retrieval (marginal over the candidates) and without (the same reader with
+  with retrieval (marginal over the candidates) and without (the same reader,
   the null document alone), and what training also logs
-  (`objectives.retrieval_metrics`). Passages that give a masked span away are
-  excluded as in training, but at least the sentence's own. The search is exact,
-  so that the retriever is measured and not the backend.
+  (`objectives.retrieval_metrics`). Trivial candidates are excluded as in
+  training, but at least the sentence's own passage. The search is exact, so
+  that the retriever is measured and not the backend.
 
   Args:
     workdir: of `train`.
@@ -408,13 +408,7 @@ def _masked_metrics(
         trained, params, search, size, config.batch_size, batch
     ).items():
       totals.setdefault(name, []).append(values)
-  table = trained.corpus.sentences['validation']
-  passages_B = table.passages[np.concatenate(rows)]
-  articles = trained.corpus.passages.articles
-  cluster_B = statistics.clusters(
-      int(articles[passage]) if passage >= 0 else None
-      for passage in passages_B.tolist()
-  )
+  cluster_B = sentence_clusters(trained.corpus, np.concatenate(rows))
   metrics: dict[str, Any] = {
       'sentences': len(cluster_B),
       'clusters': len(np.unique(cluster_B)),
@@ -422,12 +416,30 @@ def _masked_metrics(
   }
   if search is not None:
     metrics |= {'trivial': config.trivial, 'trivial_in_training': trivial}
-  for name, values in totals.items():
-    values_B = np.concatenate(values)
+  for name, parts in totals.items():
+    values_B = np.concatenate(parts)
     metrics[name] = float(values_B.mean())
     if name.startswith('accuracy'):
       metrics |= statistics.named_interval(name, values_B, cluster_B)
   return metrics
+
+
+def sentence_clusters(
+    corpus: corpus_lib.Corpus, sentence_B: np.ndarray
+) -> np.ndarray:
+  """What intervals over masked `validation` sentences resample.
+
+  Args:
+    corpus: the opened corpus.
+    sentence_B: rows of the sentences.
+
+  Returns:
+    int64 [B]: the sentence's article; a negative number of its own for each
+    sentence that is from no passage.
+  """
+  passage_B = corpus.sentences['validation'].passages[sentence_B]
+  article_B = corpus.passages.articles[np.maximum(passage_B, 0)]
+  return np.where(passage_B >= 0, article_B, -1 - sentence_B)
 
 
 def _read_batch(

@@ -187,11 +187,11 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
   if all('exact_match' in record for record in (*a, *b)):
     names = ('exact_match', *names)
   for name in names:
-    values = [_figure(name, records) for records in (a, b)]
+    ours_B, theirs_B = _figure(name, a), _figure(name, b)
     figures[name] = {
-        'ours': float(values[0].mean()),
-        'theirs': float(values[1].mean()),
-        **statistics.paired_test(*values, cluster_B),
+        'ours': float(ours_B.mean()),
+        'theirs': float(theirs_B.mean()),
+        **statistics.paired_test(ours_B, theirs_B, cluster_B),
     }
   return figures
 

@@ -1,10 +1,10 @@
 """How sure a mean over questions is, and whether two runs differ.
 
-Public: `clusters`, `interval`, `named_interval`, `paired_test`, `UNIT`. They take
-one figure per question, such as 1 for a right answer and 0 for a wrong one, and
-resample clusters of questions: questions about one article are not independent,
-and an interval that treats them so is too narrow. The same figures give the
-same result.
+Public: `clusters`, `interval`, `named_interval`, `paired_test`, `UNIT`. One
+figure per question comes in, such as 1 for a right answer and 0 for a wrong
+one. Clusters of questions are resampled: questions about one article are not
+independent, and an interval that treats them so is too narrow. The same
+figures give the same result.
 """
 
 from collections.abc import Hashable, Iterable
@@ -51,8 +51,8 @@ def interval(
 
   Args:
     values_B: one figure per question.
-    cluster_B: the cluster of each question, of `clusters`; None: each question
-      is one.
+    cluster_B: integers, equal for the questions of one cluster, such as
+      `clusters` makes; None: each question is one.
     confidence: of the interval.
 
   Returns:
@@ -102,8 +102,8 @@ def paired_test(
   Args:
     ours_B: one figure per question.
     theirs_B: of the same questions, in the same order.
-    cluster_B: the cluster of each question, of `clusters`; None: each question
-      is one.
+    cluster_B: integers, equal for the questions of one cluster, such as
+      `clusters` makes; None: each question is one.
 
   Returns:
     difference (ours - theirs), its 95 % interval `low` and `high`, p_value,
