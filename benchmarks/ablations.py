@@ -8,8 +8,9 @@ world, initial parameters and batches are of that seed, and all rows of a seed
 start from the same reader and retriever. What is finished is not run again, so
 rows and seeds can be added later; the results are made from all that is there,
 and rows of which the workdir has nothing are kept as the output has them.
-Figures are of questions, and of masked sentences, about facts that training
-never saw; intervals are those of Student's t over the seeds.
+Figures are of questions, and of masked sentences, about facts that no sentence
+of the pretraining corpus states (its passages do, and the warm-up reads them);
+intervals are those of Student's t over the seeds.
 """
 
 import argparse

@@ -260,7 +260,7 @@ def plot(figures: dict[str, Any], path: pathlib.Path) -> None:
     if f'ict_{name}_mean' in figures:  # Where all rows start.
       start = figures[f'ict_{name}_mean']
       axis.axhline(start, color='0.4', linestyle='--', label=ROWS['ict'])
-    axis.set(title=f'{FIGURES[name][1]}, facts never seen', ylim=(0, 1))
+    axis.set(title=f'{FIGURES[name][1]}, held-out facts', ylim=(0, 1))
   null = ['realm', 'random_token', 'own_corpus', 'trivial', 'never', 'k16']
   curves(axes[1, 1], null, 'train_steps', 'train_null_share')
   axes[1, 1].set(title='p(null | x) in training', ylim=(0, 1))

@@ -8,7 +8,8 @@ A small masked language model is trained on the corpus' sentences with BERT's
 random-token masks, then fills in masks of sentences that were set aside: random
 wordpieces, random spans (as long as the salient ones), and salient spans by
 their kind. What it gets right without any passage teaches a retriever nothing
-(Guu et al. 2020, section 3.4).
+(Guu et al. 2020, section 3.4). Intervals are resampled by article, where the
+sentence is from a passage, else by sentence.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import tensorflow_datasets as tfds
 from realm_jax.data import batches as batches_lib
 from realm_jax.data import inputs
 from realm_jax.data import spans as spans_lib
+from realm_jax.evaluation import retrieval
 from realm_jax.evaluation import statistics
 from realm_jax.evaluation import trained as trained_lib
 from realm_jax.runtime import checkpoint
@@ -60,8 +62,9 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
   source = tfds.builder_from_directory(
       str(trained.corpus.directory / 'sentences')
   ).as_data_source(split='validation')
-  right: dict[str, list[bool]] = {}
-  pieces: dict[str, list[bool]] = {}
+  # Of each kind, whether it is right, and the row of the sentence.
+  right: dict[str, list[tuple[bool, int]]] = {}
+  pieces: dict[str, list[tuple[bool, int]]] = {}
   for masking in _MASKS:
     config = dataclasses.replace(
         trained.config,
@@ -86,22 +89,25 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
       best_BM = trained.read(params, batch)['best_BKM'][:size, 0]
       correct_BM = best_BM == batch['targets_BM'][:size]
       for i in range(size):
-        kind = masking
+        kind, row = masking, int(batch['sentence_B'][i])
         if masking == 'salient':
           first = int(batch['positions_BM'][i, 0]) - 1  # Without [CLS].
-          kind = _kind(trained, source, int(batch['sentence_B'][i]), first)
+          kind = _kind(trained, source, row, first)
         correct = correct_BM[i][mask_BM[i]]
-        pieces.setdefault(kind, []).extend(correct.tolist())
+        pieces.setdefault(kind, []).extend((x, row) for x in correct.tolist())
         if masking != 'random_token':  # There each is a mask of its own.
-          right.setdefault(kind, []).append(bool(correct.all()))
+          right.setdefault(kind, []).append((bool(correct.all()), row))
   for found in (right, pieces):
     found['salient'] = [
         x for kind in ('name', 'date', 'number') for x in found.get(kind, [])
     ]
   figures: dict[str, Any] = {'steps': step}
   for what, found in (('filled_in', right), ('wordpieces', pieces)):
-    for kind, values in found.items():
-      low, high = statistics.interval(np.array(values, float))
+    for kind, results in found.items():
+      values, rows = np.array(results, np.int64).reshape(-1, 2).T
+      low, high = statistics.interval(
+          values, retrieval.sentence_clusters(trained.corpus, rows)
+      )
       figures |= {
           f'{kind}_{what}': round(float(np.mean(values)), 4),
           f'{kind}_{what}_interval': [round(low, 4), round(high, 4)],

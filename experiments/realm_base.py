@@ -2,7 +2,8 @@
 
 Guu et al. 2020, section 4 and appendix A: 200,000 steps of 512 examples with 8
 candidates (the null document among them) at 3e-5, after 100,000 steps of ICT
-with batches of 4,096 at 1e-4; 64 chips train, 16 embed the corpus. Table 1:
+with batches of 4,096 at 1e-4; 64 chips train, 16 embed the corpus. A refresh
+every 250 steps, the default, takes more of them: docs/scaling.md. Table 1:
 exact match 39.2 on NaturalQuestions-Open; table 2: zero-shot recall@5 38.5 with
 REALM, 13.9 with ICT alone. Not run here at this size.
 

@@ -225,6 +225,23 @@ def test_every_batch_of_the_warm_up_mixes_its_two_kinds(corpus):
   assert 50 < null < 110  # Half of the 160 others.
 
 
+@pytest.mark.parametrize(('null_rate', 'alone'), [(0.0, 0), (1.0, 1)])
+def test_a_warm_up_without_own_passages_sees_null_as_often_as_asked(
+    corpus, null_rate, alone
+):
+  """With the null document only, it trains the baseline without retrieval."""
+  config = _config(corpus, 'mlm', mlm=config_lib.MlmConfig(0.0, null_rate))
+  trained_on = corpus.sentences['pretraining']
+  for batch in _take(corpus, config, 10):
+    # Of segment 1: [SEP] alone, or a body and [SEP].
+    assert ((batch['joint_types_BT'].sum(axis=1) == 1) == alone).all()
+    for i, row in enumerate(batch['sentence_B']):
+      ids = batch['joint_ids_BT'][i]
+      sentence, read = trained_on.ids(row), ids[1 : trained_on.lengths[row] + 1]
+      masked = read == corpus.tokenizer.mask_id
+      np.testing.assert_array_equal(read[~masked], sentence[~masked])
+
+
 def test_exclusions_follow_the_config(corpus):
   table = corpus.sentences['knowledge']
   for trivial in ('passage', 'article', 'none'):

@@ -1,5 +1,6 @@
 """The config tree: what it refuses, and what counts as the same job."""
 
+import copy
 import importlib.util
 import json
 import pathlib
@@ -41,7 +42,7 @@ def test_the_defaults_are_valid_but_for_the_corpus():
         ({'model__dropout': 1.5}, r'config\.model\.dropout=1\.5'),
         ({'model__dropout': 'no'}, r"model\.dropout='no': must be a number"),
         ({'lengths__document': 500}, r'longest input, 596 wordpieces'),
-        ({'refresh__lag': 501}, r'between 1 and refresh\.interval \(500\)'),
+        ({'refresh__lag': 251}, r'between 1 and refresh\.interval \(250\)'),
         ({'refresh__lag': 0}, r'config\.refresh\.lag=0'),
         ({'optimizer__frozen': ('tagger',)}, r"\('embedder', 'reader'\)"),
         ({'optimizer__frozen': 'embedder'}, r'must be a tuple of strings'),
@@ -78,6 +79,23 @@ def test_json_round_trip():
   config = _config(optimizer__frozen=('embedder',), model__preset='mini')
   text = json.dumps(config_lib.to_dict(config))
   assert config_lib.from_dict(json.loads(text)) == config
+
+
+def test_an_older_config_keeps_what_it_was_trained_with():
+  """Fields that are newer than it take a value that changes nothing."""
+  values = config_lib.to_dict(_config(refresh__interval=500, refresh__lag=500))
+  older = copy.deepcopy(values)
+  del older['mlm']['null_rate']
+  read = config_lib.from_dict(older)
+  assert (read.refresh.interval, read.refresh.lag) == (500, 500)
+  assert config_lib.digest(read) == config_lib.digest(
+      config_lib.from_dict(values)
+  )
+  # An experiment file that relies on the defaults is another job by now.
+  assert config_lib.differences(_config(), read) == [
+      'config.refresh.interval: 500 there, 250 here',
+      'config.refresh.lag: 500 there, 250 here',
+  ]
 
 
 @pytest.mark.parametrize(

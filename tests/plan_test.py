@@ -125,7 +125,7 @@ def test_the_papers_setting():
       ]['lag_steps']
       for n in (needed, needed - 1)
   ]
-  assert lags[0] <= 500 < lags[1]
+  assert lags[0] <= 250 < lags[1]
   advice = '\n'.join(result['advice'].values())
   assert f'take {needed} builder devices' in advice
   assert 'step seconds' in plan.as_text(result)

@@ -63,10 +63,34 @@ def test_table():
   assert retrieval[2][:5] == ['0', 'all', '8', '25.0', '50.0']
   assert retrieval[5][:5] == ['50', 'held_out', '8', '87.5', '50.0']
   assert retrieval[2][5] == ''  # recall@20 was not measured.
-  masked = [row for row in rows if len(row) == 6]
-  assert masked[2] == ['50', '12', '0.750', '0.020', '3.250', '0.010']
+  masked = [row for row in rows if len(row) == 7]
+  assert masked[0][4] == 'same reader, null document alone'
+  assert masked[2] == ['50', '12', '', '0.750', '0.020', '3.250', '0.010']
   assert len(masked) == 3
   assert report.table([]) == ''
+
+
+def test_the_table_says_what_was_resampled_and_what_was_excluded():
+  result = _result(50)
+  group = result['questions']['all']
+  group['clusters'] = 3
+  group['open_qa'] = {'exact_match': 0.5, 'exact_match_interval': [0.25, 0.75]}
+  result['masked'] |= {
+      'clusters': 4,
+      'accuracy_with_retrieval_interval': [0.5, 1.0],
+      'trivial': 'passage',
+      'trivial_in_training': 'passage',
+  }
+  text = report.table([result])
+  assert '95 % interval, resampled by cluster: the article of the gold' in text
+  assert '| 50 | all | 8 | 3 | 50.0 (25.0 to 75.0) |' in text
+  assert '| 50 | 12 | 4 | 0.750 (0.500 to 1.000) | 0.020 |' in text
+  assert 'trained with' not in text
+  result['masked']['trivial_in_training'] = 'none'
+  assert (
+      'Step 50: measured with config.trivial=passage, trained with none.'
+      in report.table([result])
+  )
 
 
 def test_write_draws_what_there_is(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from realm_jax.data import inputs
 from realm_jax.data import qa
 from realm_jax.evaluation import inspect
 from realm_jax.evaluation import retrieval
+from realm_jax.evaluation import runs
 from realm_jax.evaluation import trained as trained_lib
 from realm_jax.index import generation
 from realm_jax.models import components as components_lib
@@ -265,6 +267,93 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
     assert masked[name] == pytest.approx(value / 20, rel=1e-3, abs=1e-5), name
 
 
+def test_intervals_resample_articles(workdir, corpus, questions):
+  (result,) = retrieval.evaluate(workdir, questions, limit=60)
+  # In the world an article is an entity, KIND-NUMBER, and passages of it are
+  # KIND-NUMBER#0, ...; several questions are about each.
+  entities = {q.passage_id.partition('#')[0] for q in questions[:60]}
+  assert result['questions']['all']['clusters'] == len(entities) < 60
+  records = runs.read_questions(workdir / 'evaluation' / '30.questions.jsonl')
+  for one, other in itertools.combinations(records, 2):
+    names = [r['passage_id'].partition('#')[0] for r in (one, other)]
+    assert (one['cluster'] == other['cluster']) == (names[0] == names[1])
+  # Its validation sentences are of no passage: each is a cluster.
+  masked = result['masked']
+  assert masked['clusters'] == masked['sentences'] > 20
+  low, high = masked['accuracy_with_retrieval_interval']
+  assert low <= masked['accuracy_with_retrieval'] <= high
+
+
+def test_a_question_without_a_gold_passage_is_its_own_cluster(workdir, corpus):
+  there = corpus.passage_text(0)['id']
+  (result,) = retrieval.evaluate(
+      workdir,
+      [
+          qa.Question('Who?', ('x',), passage_id=name)
+          for name in (there, there, 'not there', 'not there', None, None)
+      ],
+      limit=6,
+  )
+  assert result['questions']['all']['clusters'] == 4
+
+
+def test_trivial_candidates_are_excluded_whatever_training_allowed(
+    tmp_path, monkeypatch
+):
+  """Passages of which validation sentences are sentences themselves."""
+  from realm_jax.data import prepare
+
+  places = ('Paris', 'London', 'Berlin', 'Vienna', 'Lisbon')
+  with (tmp_path / 'texts.jsonl').open('w') as file:
+    for i in range(30):
+      text = ' '.join(
+          f'The number {i} sent {10 * i + j} letters to {place}.'
+          for j, place in enumerate(places)
+      )
+      file.write(json.dumps({'id': f'a{i}', 'text': text}) + '\n')
+  prepare.prepare(
+      [str(tmp_path / 'texts.jsonl')],
+      str(tmp_path / 'corpus'),
+      vocab_size=200,
+      validation_fraction=0.5,
+      workers=1,
+      progress=False,
+  )
+  corpus = corpus_lib.Corpus.open(tmp_path / 'corpus')
+  seen = []
+  with_candidates = inputs.with_candidates
+
+  def recorded(batch, retrieved_BJ, *others):
+    seen.append((batch['sentence_B'], retrieved_BJ))
+    return with_candidates(batch, retrieved_BJ, *others)
+
+  monkeypatch.setattr(inputs, 'with_candidates', recorded)
+  masked = {}
+  for trivial in ('none', 'passage'):
+    config = _config(corpus)
+    config.trivial = trivial
+    workdir = _make_workdir(
+        tmp_path / trivial, corpus, config, {0: _params(config)}
+    )
+    masked[trivial] = retrieval.evaluate(workdir)[0]['masked']
+  passages = corpus.sentences['validation'].passages
+  assert len(seen) > 2
+  for rows_B, retrieved_BJ in seen:
+    own_B = passages[rows_B]
+    assert (own_B >= 0).all()
+    assert not (retrieved_BJ == own_B[:, None]).any()
+  # So that rows with and without can be compared; and it says so.
+  assert masked['none'].pop('trivial_in_training') == 'none'
+  assert masked['passage'].pop('trivial_in_training') == 'passage'
+  assert masked['none'] == masked['passage']
+  assert masked['none']['trivial'] == 'passage'
+  # Sentences of one article are one cluster.
+  assert masked['none']['sentences'] > masked['none']['clusters']
+  assert masked['none']['clusters'] == len(
+      np.unique(corpus.passages.articles[passages])
+  )
+
+
 def test_a_span_counts_only_if_every_wordpiece_is_right(
     tmp_path, config, corpus, saved
 ):
@@ -354,7 +443,8 @@ def test_a_workdir_with_one_component_is_measured_by_it(
     with pytest.raises(ValueError, match='no retriever to ask questions of'):
       retrieval.evaluate(workdir, questions)
     assert set(result['masked']) == {
-        'sentences', 'num_candidates', 'accuracy_without_retrieval',
+        'sentences', 'clusters', 'num_candidates', 'accuracy_without_retrieval',
+        'accuracy_without_retrieval_interval',
     }
   else:
     with pytest.raises(ValueError, match='nothing to measure'):

@@ -34,6 +34,54 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
   assert 88 <= covered <= 99
 
 
+def test_the_interval_resamples_clusters():
+  rng = np.random.default_rng(1)
+  outcomes = (rng.random(100) < 0.3).astype(float)
+  four_times = np.repeat(outcomes, 4)
+  low, high = statistics.interval(four_times, np.repeat(np.arange(100), 4))
+  # Four questions with one outcome say no more than one of them.
+  assert (low, high) == pytest.approx(statistics.interval(outcomes))
+  narrow_low, narrow_high = statistics.interval(four_times)
+  assert 1.9 < (high - low) / (narrow_high - narrow_low) < 2.1
+  # Names and order of the clusters do not count, and one for each is none.
+  each = rng.permutation(400)
+  assert statistics.interval(four_times, each) == pytest.approx(
+      (narrow_low, narrow_high), abs=0.006
+  )
+  assert np.isnan(statistics.interval(four_times, np.zeros(400))).all()
+  with pytest.raises(ValueError, match='3 clusters for 4 questions'):
+    statistics.interval(np.zeros(4), np.arange(3))
+
+
+def test_large_clusters_count_as_often_as_they_have_questions():
+  rng = np.random.default_rng(3)
+  cluster_B = np.repeat(np.arange(80), rng.integers(1, 9, 80))
+  values_B = rng.random(80)[cluster_B] + rng.normal(size=len(cluster_B))
+  # The same draws, but with the questions themselves put together.
+  drawn = np.random.default_rng(0).integers(80, size=(2000, 80))
+  members = [values_B[cluster_B == cluster] for cluster in range(80)]
+  means = [np.concatenate([members[c] for c in row]).mean() for row in drawn]
+  assert statistics.interval(values_B, cluster_B) == pytest.approx(
+      tuple(np.quantile(means, (0.025, 0.975)))
+  )
+
+
+def test_equal_keys_are_one_cluster_and_none_is_its_own():
+  keys = [7, None, 'a', 7, None, 'a', '7']
+  assert statistics.clusters(keys).tolist() == [0, 1, 2, 0, 3, 2, 4]
+
+
+@pytest.mark.parametrize(('size', 'p'), [(1, 2 / 2**8), (2, 2 / 2**4), (8, 1)])
+def test_a_paired_test_tosses_for_clusters(size, p):
+  """Eight questions better, in clusters of one, two or eight."""
+  theirs = np.zeros(200)
+  ours = theirs.copy()
+  ours[:8] = 1
+  found = statistics.paired_test(ours, theirs, np.arange(200) // size)
+  assert found['p_value'] == pytest.approx(p, abs=0.01)
+  assert (found['better'], found['clusters']) == (8, 200 // size)
+
+
 def test_a_paired_test_sees_what_differs_only():
   theirs = np.array([0, 1] * 100)
   same = statistics.paired_test(theirs, theirs)
@@ -104,6 +152,19 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
   assert figures['recall_at_1']['theirs'] == 0
   assert figures['recall_at_5']['better'] == 1
   assert figures['reciprocal_rank']['difference'] == pytest.approx(0.5)
+  assert figures['recall_at_1']['clusters'] == 2
+  # Of one article: which run gave what is tossed up once for both.
+  one = dataclasses.replace(_RUN, cluster_B=np.array([5, 5]))
+  runs.write_questions(ours, one, _Corpus())
+  figures = runs.compare(ours, theirs)
+  assert figures['recall_at_1']['clusters'] == 1
+  assert '2 questions in 1 clusters' in runs.as_text(figures)
+  # A file of before has no clusters, but the gold passages.
+  records = runs.read_questions(ours)
+  for record in records:
+    del record['cluster']
+  ours.write_text(''.join(json.dumps(r) + '\n' for r in records))
+  assert runs.compare(ours, theirs)['recall_at_1']['clusters'] == 2
   record = runs.read_questions(ours)[0]
   assert record['retrieved'][0] == {'id': 'B_1', 'score': 2.5}
 

@@ -26,8 +26,8 @@ _AT_LEAST_ONE = (
     ' model.max_span_width lengths.masks open_qa.retrieved open_qa.read'
 ).split()
 _SHARES = (
-    'mlm.own_passage_rate ict.remove_rate model.dropout refresh.overlap_bound'
-    ' optimizer.b1 optimizer.b2 mips.recall_target'
+    'mlm.own_passage_rate mlm.null_rate ict.remove_rate model.dropout'
+    ' refresh.overlap_bound optimizer.b1 optimizer.b2 mips.recall_target'
 ).split()
 
 

@@ -2,7 +2,7 @@
 
 Public: `Config` and its sections, `PRESETS`, `COMPONENTS`, `SEARCHING`,
 `resolve`, `attention_rate`. The defaults are the paper's (Guu et al. 2020,
-section 4 and appendix A).
+section 4 and appendix A), except those of `refresh`.
 """
 
 import copy
@@ -97,6 +97,9 @@ class MlmConfig:
   # that REALM will mask, with a passage at random or the null document: the
   # reader learns to read, and that most passages are of no use.
   own_passage_rate: float = 0.8
+  # Share of the null document in those other batches. 1, with own_passage_rate
+  # 0: trains a reader without passages, the baseline of REALM's.
+  null_rate: float = 0.5
 
 
 @dataclasses.dataclass
@@ -170,8 +173,11 @@ class RefreshConfig:
   policy: Literal['none', 'sync', 'scheduled', 'eager', 'adaptive'] = (
       'scheduled'
   )
-  interval: int = 500  # Steps between two snapshots of the retriever.
-  lag: int = 500  # Steps from snapshot to adoption: `scheduled`, `adaptive`.
+  # The index in use is `lag` to lag + interval - 1 steps old: with these, never
+  # older than the 500 steps between two refreshes of the paper; docs/refresh.md
+  # has the reason.
+  interval: int = 250  # Steps between two snapshots of the retriever.
+  lag: int = 250  # Steps from snapshot to adoption: `scheduled`, `adaptive`.
   # `adaptive`: a snapshot is taken when the share of the probe queries' top k
   # that is still right falls below.
   overlap_bound: float = 0.8

@@ -281,9 +281,9 @@ class _MaskedExamples(_Examples):
     """The passage that a sentence of the warm-up sees."""
     if self._own_passage:
       return int(self._table.passages[row])
-    # Of no use or none at all, as often: else the reader would trust any
+    # A passage that is of no use, or none: else the reader would trust any
     # passage, and the null document would beat all that are not gold.
-    if rng.random() < 0.5:
+    if rng.random() < self._config.mlm.null_rate:
       return inputs.NULL_DOCUMENT
     return int(rng.integers(len(self._corpus.passages)))
 

@@ -30,8 +30,9 @@ class Question:
   normalisation, or `regex`, the answer being a regular expression (not checked
   here: CuratedTREC as published has a broken one, which matches nothing).
   `passage_id` is the gold passage, `title` its title or the
-  article the question is about, `held_out` whether pretraining never saw the
-  fact; each is None where the file does not say.
+  article the question is about, `held_out` whether no sentence of the
+  pretraining corpus states the fact (a passage does); each is None where the
+  file does not say.
   """
 
   question: str

@@ -345,15 +345,28 @@ def measure(
   return figures, found
 
 
-def summarize(figures: dict[str, np.ndarray]) -> dict[str, Any]:
-  """Means over questions, with 95 % bootstrap intervals of the main ones."""
+def summarize(
+    figures: dict[str, np.ndarray], cluster_B: np.ndarray | None = None
+) -> dict[str, Any]:
+  """Means over questions, with 95 % bootstrap intervals of the main ones.
+
+  Args:
+    figures: of `measure`, each [B]; nan where a question has none.
+    cluster_B: what the intervals resample, see `statistics.interval`. Of fewer
+      than two clusters there is no interval.
+  """
   summary: dict[str, Any] = {}
   for name, values in figures.items():
-    known = values[~np.isnan(values.astype(float))].astype(float)
-    if known.size:
-      summary[name] = float(known.mean())
+    values_B = values.astype(float)
+    known_B = ~np.isnan(values_B)
+    if known_B.any():
+      summary[name] = float(values_B[known_B].mean())
       if name in ('exact_match', 'f1'):
-        summary[f'{name}_interval'] = list(statistics.interval(known))
+        summary |= statistics.named_interval(
+            name,
+            values_B[known_B],
+            None if cluster_B is None else cluster_B[known_B],
+        )
   return summary
 
 

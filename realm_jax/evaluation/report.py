@@ -4,6 +4,7 @@ Public: `save`, `load_all`, `table`, `plot`, `write`, `FOLDER`, `QUESTIONS`.
 Everything lies in `workdir`/evaluation; `save` writes what the rest is made of.
 """
 
+from collections.abc import Callable, Iterator
 import json
 import logging
 import pathlib
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax.evaluation import statistics
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import metrics as metrics_lib
 
@@ -38,8 +40,9 @@ _QUESTION_COLUMNS = (
 )
 _MASKED_COLUMNS = (
     ('sentences', 'sentences'),
+    ('clusters', 'clusters'),
     ('accuracy with retrieval', 'accuracy_with_retrieval'),
-    ('without', 'accuracy_without_retrieval'),
+    ('same reader, null document alone', 'accuracy_without_retrieval'),
     ('retrieval utility', 'retrieval_utility'),
     ('null-document share', 'null_share'),
 )
@@ -100,6 +103,7 @@ def table(results: list[Result]) -> str:
     parts.append(_markdown(heads, rows))
   rows = [
       [str(result['step']), name, str(group['questions'])]
+      + [str(group.get('clusters', ''))]
       + [
           _percent(group['open_qa'].get(figure))
           + _interval(group['open_qa'].get(f'{figure}_interval'))
@@ -110,8 +114,12 @@ def table(results: list[Result]) -> str:
       if 'open_qa' in group
   ]
   if rows:
-    heads = ['step', 'facts', 'questions', *(h for h, _ in _ANSWER_COLUMNS)]
-    parts.append('\nQuestions answered, in per cent (95 % interval)\n')
+    heads = ['step', 'facts', 'questions', 'clusters']
+    heads += [head for head, _ in _ANSWER_COLUMNS]
+    parts.append(
+        '\nQuestions answered, in per cent (95 % interval, resampled by'
+        f' cluster: {statistics.UNIT})\n'
+    )
     parts.append(_markdown(heads, rows))
   rows = [
       [str(result['step']), name, str(score['count'])]
@@ -125,14 +133,22 @@ def table(results: list[Result]) -> str:
     parts.append(_markdown(heads, rows))
   rows = [
       [str(result['step'])]
-      + [_number(result['masked'].get(name)) for _, name in _MASKED_COLUMNS]
+      + [
+          _number(result['masked'].get(name))
+          + _interval(result['masked'].get(f'{name}_interval'), _number)
+          for _, name in _MASKED_COLUMNS
+      ]
       for result in results
       if result.get('masked')
   ]
   if rows:
     heads = ['step', *(head for head, _ in _MASKED_COLUMNS)]
-    parts.append('\nMasked spans filled in\n')
+    parts.append(
+        '\nMasked spans filled in (95 % interval, resampled by cluster: the'
+        " sentence's article where it is known, else the sentence)\n"
+    )
     parts.append(_markdown(heads, rows))
+    parts += _trivial_notes(results)
   return '\n'.join(parts) + '\n' if parts else ''
 
 
@@ -303,6 +319,18 @@ def _training_panels(lines: list[dict[str, Any]]) -> Panels:
   return panels
 
 
+def _trivial_notes(results: list[Result]) -> Iterator[str]:
+  """Says where training allowed candidates that evaluation excludes."""
+  for result in results:
+    masked = result.get('masked') or {}
+    trained = masked.get('trivial_in_training')
+    if trained != masked.get('trivial'):
+      yield (
+          f'\nStep {result["step"]}: measured with config.trivial='
+          f'{masked["trivial"]}, trained with {trained}.'
+      )
+
+
 def _markdown(heads: list[str], rows: list[list[str]]) -> str:
   lines = [heads, ['---'] * len(heads), *rows]
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
@@ -312,8 +340,11 @@ def _percent(value: float | None) -> str:
   return '' if value is None else f'{100 * value:.1f}'
 
 
-def _interval(bounds: list[float] | None) -> str:
-  return f' ({_percent(bounds[0])} to {_percent(bounds[1])})' if bounds else ''
+def _interval(
+    bounds: list[float] | None,
+    written: Callable[[float | None], str] = _percent,
+) -> str:
+  return f' ({written(bounds[0])} to {written(bounds[1])})' if bounds else ''
 
 
 def _number(value: float | None) -> str:

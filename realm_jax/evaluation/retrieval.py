@@ -1,8 +1,9 @@
 """How good are retriever and reader? The driver of `realm-jax evaluate`.
 
-Public: `evaluate`. Questions measure the retriever alone (zero-shot, as in Guu
-et al. 2020, table 2, "zero-shot retrieval recall"); masked sentences that
-training never saw measure retriever and reader together.
+Public: `evaluate`, `sentence_clusters`. Questions measure the retriever alone
+(zero-shot, as in Guu et al. 2020, table 2, "zero-shot retrieval recall").
+Masked sentences of the split `validation`, on which nothing is trained,
+measure retriever and reader together.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from realm_jax.evaluation import answers
 from realm_jax.evaluation import ranking
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
+from realm_jax.evaluation import statistics
 from realm_jax.evaluation import trained as trained_lib
 from realm_jax.index import mips
 
@@ -52,9 +54,11 @@ def evaluate(
   string, for all of them and, where they say so, apart for `held_out` and
   `seen` facts. For a workdir with a reader: the share of masked spans of the
   corpus' `validation` sentences that are filled in with every wordpiece right,
-  with retrieval (marginal over the candidates) and without (the null document
-  alone), and what training also logs (`objectives.retrieval_metrics`).
-  The search is exact, so that the retriever is measured and not the backend.
+  with retrieval (marginal over the candidates) and without (the same reader,
+  the null document alone), and what training also logs
+  (`objectives.retrieval_metrics`). Trivial candidates are excluded as in
+  training, but at least the sentence's own passage. The search is exact, so
+  that the retriever is measured and not the backend.
 
   Args:
     workdir: of `train`.
@@ -149,6 +153,7 @@ class _Asked:
 
   table: questions_lib.QuestionTable
   gold_rows: list[list[int]]  # Empty where the gold passage is not known.
+  cluster_B: np.ndarray  # For the intervals: the questions about one article.
   texts: '_Texts'
 
   @classmethod
@@ -159,8 +164,18 @@ class _Asked:
     table = questions_lib.QuestionTable.of(
         list(questions), trained.config.lengths.query, trained.corpus.tokenizer
     )
-    gold_rows = answers.gold_rows(trained.corpus, questions)
-    return cls(table, [rows.tolist() for rows in gold_rows], texts)
+    gold_rows = [
+        rows.tolist()
+        for rows in answers.gold_rows(trained.corpus, questions)
+    ]
+    # An article that the corpus does not have is not known, its passage may be.
+    cluster_B = statistics.clusters(
+        int(trained.corpus.passages.articles[rows[0]])
+        if rows
+        else question.passage_id
+        for question, rows in zip(questions, gold_rows, strict=True)
+    )
+    return cls(table, gold_rows, cluster_B, texts)
 
 
 class _Texts:
@@ -276,6 +291,7 @@ def _retrieve(
           [question.match for question in questions],
           asked.texts,
       ),
+      asked.cluster_B,
   )
 
 
@@ -296,6 +312,7 @@ def _question_metrics(
       continue
     metrics[name] = {
         'questions': int(members.sum()),
+        'clusters': len(np.unique(asked.cluster_B[members])),
         'with_gold_passage': int((members & has_gold).sum()),
         'answer': ranking.summarize(
             run.answer_rank_B[members], depth, num_live
@@ -316,7 +333,8 @@ def _question_metrics(
           & (run.figures['exact_match'] == 0),
       }
       metrics[name]['open_qa'] = answering.summarize(
-          {what: values[members] for what, values in figures.items()}
+          {what: values[members] for what, values in figures.items()},
+          asked.cluster_B[members],
       )
   return metrics
 
@@ -327,30 +345,65 @@ def _masked_metrics(
     search: mips.Search | None,
     max_sentences: int,
 ) -> dict[str, Any]:
-  """Without a search, as after reader warm-up, the null document is all."""
+  """Masked `validation` sentences filled in.
+
+  Without a search, as after reader warm-up, the null document is all. A passage
+  that gives the answer away is never a candidate here, whatever training
+  allowed: else rows of an ablation could not be compared.
+  """
+  trivial = trained.config.trivial
   size = trained.config.num_candidates if search is not None else 1
   config = dataclasses.replace(
       trained.config,
       objective='realm',
       masking='salient',
+      trivial='passage' if trivial == 'none' else trivial,
       batch_size=trained.reading_batch_size(
           size, trained.config.lengths.masks
       ),
   )
   totals: dict[str, list[np.ndarray]] = {}
+  rows = []
   for batch in batches.evaluation_batches(
       trained.corpus, config, 'validation', max_sentences
   ):
+    rows.append(batch['sentence_B'])
     for name, values in _read_batch(
         trained, params, search, size, config.batch_size, batch
     ).items():
       totals.setdefault(name, []).append(values)
-  means = {
-      name: float(np.concatenate(values).mean())
-      for name, values in totals.items()
+  cluster_B = sentence_clusters(trained.corpus, np.concatenate(rows))
+  metrics: dict[str, Any] = {
+      'sentences': len(cluster_B),
+      'clusters': len(np.unique(cluster_B)),
+      'num_candidates': size,
   }
-  count = sum(len(v) for v in totals['accuracy_without_retrieval'])
-  return {'sentences': count, 'num_candidates': size, **means}
+  if search is not None:
+    metrics |= {'trivial': config.trivial, 'trivial_in_training': trivial}
+  for name, parts in totals.items():
+    values_B = np.concatenate(parts)
+    metrics[name] = float(values_B.mean())
+    if name.startswith('accuracy'):
+      metrics |= statistics.named_interval(name, values_B, cluster_B)
+  return metrics
+
+
+def sentence_clusters(
+    corpus: corpus_lib.Corpus, sentence_B: np.ndarray
+) -> np.ndarray:
+  """What intervals over masked `validation` sentences resample.
+
+  Args:
+    corpus: the opened corpus.
+    sentence_B: rows of the sentences.
+
+  Returns:
+    int64 [B]: the sentence's article; a negative number of its own for each
+    sentence that is from no passage.
+  """
+  passage_B = corpus.sentences['validation'].passages[sentence_B]
+  article_B = corpus.passages.articles[np.maximum(passage_B, 0)]
+  return np.where(passage_B >= 0, article_B, -1 - sentence_B)
 
 
 def _read_batch(

@@ -35,6 +35,8 @@ class Run:
   score_BK: np.ndarray  # Inner products.
   gold_rank_B: np.ndarray  # From 1; 0: not retrieved, or not known.
   answer_rank_B: np.ndarray
+  # Of each question, for the intervals; None: each is one. See `statistics`.
+  cluster_B: np.ndarray | None = None
   # Of a reader, if there was one: see `answering.measure`.
   figures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   answers: Sequence[answering.Answer] = ()
@@ -112,6 +114,7 @@ def write_questions(
           passage_id=question.passage_id,
           gold_rank=int(run.gold_rank_B[i]),
           answer_rank=int(run.answer_rank_B[i]),
+          cluster=i if run.cluster_B is None else int(run.cluster_B[i]),
           **_read(run, i),
           retrieved=[
               {'id': names[row], 'score': round(score, 6)}
@@ -147,6 +150,10 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
   """Compares two files of `write_questions` question by question.
 
+  The test resamples the clusters that `ours` names: questions about one
+  article. A file without them, of an older version, is resampled by the gold
+  passage.
+
   Args:
     ours: of the run that is hoped to be better.
     theirs: of the run that it is compared with.
@@ -172,16 +179,19 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
           f' {other["question"]!r} in {theirs}: only runs over the same'
           ' questions, in the same order, can be compared.'
       )
+  cluster_B = statistics.clusters(
+      record.get('cluster', record.get('passage_id')) for record in a
+  )
   figures = {}
   names: Sequence[str] = _FIGURES
   if all('exact_match' in record for record in (*a, *b)):
     names = ('exact_match', *names)
   for name in names:
-    values = [_figure(name, records) for records in (a, b)]
+    ours_B, theirs_B = _figure(name, a), _figure(name, b)
     figures[name] = {
-        'ours': float(values[0].mean()),
-        'theirs': float(values[1].mean()),
-        **statistics.paired_test(*values),
+        'ours': float(ours_B.mean()),
+        'theirs': float(theirs_B.mean()),
+        **statistics.paired_test(ours_B, theirs_B, cluster_B),
     }
   return figures
 
@@ -200,6 +210,11 @@ def as_text(figures: dict[str, dict[str, float]]) -> str:
         f' {figure["p_value"]:.4f} | {figure["better"]:.0f} |'
         f' {figure["worse"]:.0f} |'
     )
+  counts = next(iter(figures.values()))
+  lines.append(
+      f'\n{counts["questions"]:.0f} questions in {counts["clusters"]:.0f}'
+      f' clusters. Interval and p: resampled by {statistics.UNIT}.'
+  )
   return '\n'.join(lines)
 
 

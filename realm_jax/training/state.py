@@ -241,6 +241,11 @@ def _check_corpus_size(
 def _warn_of_cuts(
     config: config_lib.Config, corpus: corpus_lib.Corpus
 ) -> None:
+  mlm = config.mlm
+  if config.objective == 'mlm' and (mlm.own_passage_rate, mlm.null_rate) == (
+      0, 1
+  ):
+    return  # It reads the null document only.
   length = config.lengths.document
   too_long = int((corpus.passages.lengths > length).sum())
   if too_long:
