@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -229,3 +230,60 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
   assert half.dtype == jnp.float32
   assert not np.array_equal(half, full)
   np.testing.assert_allclose(half, full, atol=0.15)
+
+
+def _products(jaxpr):
+  """Yields the results of all matmuls, nested ones as well."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      yield equation.outvars[0].aval
+    for inner in core.jaxprs_in_params(equation.params):
+      yield from _products(inner)
+
+
+@pytest.mark.parametrize(
+    ('name', 'method', 'outputs'),
+    [
+        ('reader', 'mlm_logits', 50),
+        ('span_reader', 'span_logits', 1),
+        ('tagger', 'label_logits', 7),
+    ],
+)
+def test_logits_are_products_in_float32(name, method, outputs):
+  # Rounded to bfloat16, a logit of 16 is wrong by up to 0.03.
+  config = dataclasses.replace(
+      CONFIG, compute_dtype='bfloat16', entity_types=('A', 'B', 'C')
+  )
+  component = components.make(name, config)
+  ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+  arrays = [ids, ids] + [ids] * (name != 'tagger')
+  traced = jax.make_jaxpr(
+      lambda params, *arrays: component.apply(params, method, *arrays)
+  )(component.abstract, *arrays)
+  found = [x for x in _products(traced.jaxpr) if x.shape[-1] == outputs]
+  assert [x.dtype for x in found] == [jnp.float32]
+  assert traced.out_avals[0].dtype == jnp.float32
+
+
+def test_scores_are_products_in_float32():
+  config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
+  embedder = components.make('embedder', config)
+
+  def ids(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+  def scores(params, query, document):
+    return realm.candidate_scores(
+        embedder, params, query, document, document, (2, 3, 3)
+    )
+
+  traced = jax.make_jaxpr(scores)(embedder.abstract, ids(2, 6), ids(2, 5, 9))
+  # Of the query and the null document, and of the query and 5 documents.
+  found = [
+      x.dtype for x in _products(traced.jaxpr) if x.shape in ((2, 1), (2, 5))
+  ]
+  assert found == [jnp.float32] * 2
+  pairs = jax.make_jaxpr(objectives.in_batch_softmax)(
+      *[jax.eval_shape(lambda: jnp.zeros((2, 8)))] * 2
+  )
+  assert [x.dtype for x in _products(pairs.jaxpr)] == [jnp.float32]

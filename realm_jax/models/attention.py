@@ -1,15 +1,15 @@
 """Scaled dot-product attention over padded inputs, by the kernel that suits.
 
-Public: `attend`, `choose`, `check`. The kernels: `xla`, matmuls and a softmax,
-which run everywhere; `cudnn`, NVIDIA's flash attention; `flash`, the one that
-JAX has for TPU. The fused ones never hold the M x L weights, skip the padding
-and know no dropout of the weights.
+Public: `attend`, `choose`, `check`, `Kernel`. The kernels: `xla`, matmuls and a
+softmax, which run everywhere; `cudnn`, NVIDIA's flash attention; `flash`, the
+one that JAX has for TPU. The fused ones never hold the M x L weights, skip the
+padding and know no dropout of the weights.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental.pallas.ops.tpu import flash_attention
@@ -19,14 +19,16 @@ from realm_jax import config as config_lib
 from realm_jax.models import dropout
 from realm_jax.runtime.mesh import MODEL
 
+Kernel = Literal['xla', 'cudnn', 'flash']
+
 _LANES = 128  # Of a TPU's vector registers.
 _MAX_BLOCK = 512
 
 
 def choose(
     config: config_lib.ModelConfig, device: jax.Device | None = None
-) -> str:
-  """Returns the kernel to use on a device: 'xla', 'cudnn' or 'flash'.
+) -> Kernel:
+  """Returns the kernel to use on a device.
 
   That is the one that `config.attention` names, or for 'auto' the fused one;
   'xla' where the device cannot run it, since all compute the same.
@@ -36,9 +38,10 @@ def choose(
     device: None for the one that JAX computes on.
   """
   device = device or jax.devices()[0]
-  wanted = config.attention
-  for kernel in ('cudnn', 'flash') if wanted == 'auto' else (wanted,):
-    if not _obstacles(kernel, config, device):
+  kernels: tuple[Kernel, ...] = ('cudnn', 'flash')
+  for kernel in kernels:
+    wanted = config.attention in ('auto', kernel)
+    if wanted and not _obstacles(kernel, config, device):
       return kernel
   return 'xla'
 
@@ -199,7 +202,7 @@ def _fused(
   gradients. There, `real` selects 0 in both: the layers that follow multiply
   padding by a weight of 0, and 0 * nan is nan.
   """
-  attend, multiple = _FUSED[kernel]
+  compute, multiple = _FUSED[kernel]
   length = query_BLHC.shape[1]
   more = -length % multiple
   position_L11 = jnp.arange(length)[:, None, None]
@@ -211,7 +214,7 @@ def _fused(
   def padded(x_BLHC: jax.Array) -> jax.Array:
     return jnp.pad(real(x_BLHC), ((0, 0), (0, more), (0, 0), (0, 0)))
 
-  mixed_BLHC = attend(
+  mixed_BLHC = compute(
       padded(query_BLHC), padded(key_BLHC), padded(value_BLHC), length_B
   )
   return real(mixed_BLHC[:, :length])
