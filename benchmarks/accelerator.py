@@ -127,7 +127,7 @@ class _Run:
 
   def probe(self) -> str | None:
     """Records the device; returns why there is none to measure on."""
-    self._stage('probe', _PROBE_SECONDS)
+    self._stage('probe', min(_PROBE_SECONDS, self._arguments.seconds))
     error = self._figures.pop('probe_error', None)
     status = self._figures.pop('probe_status')
     for name in ('wall_seconds', 'limit_seconds'):
