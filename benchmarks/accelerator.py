@@ -25,6 +25,7 @@ about a GPU. docs/scaling.md says what the figures mean.
 """
 
 import argparse
+from importlib import metadata
 import json
 import os
 import pathlib
@@ -95,12 +96,12 @@ def _about() -> dict[str, Any]:
   for package in _PACKAGES:
     try:
       found['versions'] |= commands.about(package)['versions']
-    except ModuleNotFoundError:  # importlib.metadata.PackageNotFoundError.
+    except metadata.PackageNotFoundError:
       continue
   words = ['python', 'benchmarks/accelerator.py']
   for word in sys.argv[1:]:
-    flag, equals, value = word.partition('=')
-    words.append(flag + equals + value.rpartition('/')[2])
+    parts = word.split('=', 1)
+    words.append('='.join(part.rpartition('/')[2] for part in parts))
   return found | {'command': shlex.join(words)}
 
 
@@ -126,7 +127,7 @@ class _Run:
 
   def probe(self) -> str | None:
     """Records the device; returns why there is none to measure on."""
-    self._stage('probe', _PROBE_SECONDS)
+    self._stage('probe', min(_PROBE_SECONDS, self._arguments.seconds))
     error = self._figures.pop('probe_error', None)
     status = self._figures.pop('probe_status')
     for name in ('wall_seconds', 'limit_seconds'):
@@ -158,7 +159,7 @@ class _Run:
         sys.executable,
         str(_HERE / 'accelerator_stages.py'),
         stage,
-        f'--seconds={limit:.1f}',
+        f'--until={time.time() + limit}',
         f'--scratch={self._scratch}',
         f'--keep={arguments.output.with_suffix("")}',
         f'--torch_python={arguments.torch_python}',

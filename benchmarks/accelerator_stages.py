@@ -103,7 +103,7 @@ class _Context:
 
   stage: str
   small: bool
-  deadline: float  # Of time.monotonic().
+  deadline: float  # Of time.time().
   scratch: pathlib.Path
   keep: pathlib.Path  # Where files that are kept go, without their suffix.
   torch_python: str
@@ -119,7 +119,7 @@ class _Context:
   @property
   def left(self) -> float:
     """Seconds until the stage is cut."""
-    return self.deadline - time.monotonic()
+    return self.deadline - time.time()
 
   def report(self, prefix: str = '', **figures: Any) -> None:
     if prefix:
@@ -994,7 +994,7 @@ _STAGES = {
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('stage', choices=_STAGES)
-  parser.add_argument('--seconds', type=float, required=True)
+  parser.add_argument('--until', type=float, required=True)
   parser.add_argument('--scratch', type=pathlib.Path, required=True)
   parser.add_argument('--keep', type=pathlib.Path, required=True)
   parser.add_argument('--torch_python', default=sys.executable)
@@ -1007,7 +1007,7 @@ def main() -> None:
   context = _Context(
       arguments.stage,
       arguments.small,
-      time.monotonic() + arguments.seconds,
+      arguments.until,
       arguments.scratch,
       arguments.keep,
       arguments.torch_python,

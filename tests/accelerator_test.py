@@ -100,6 +100,21 @@ def test_a_stage_that_takes_too_long_is_cut(accelerator, tmp_path):
   assert run.failed == []
 
 
+def test_the_time_in_all_is_kept(tmp_path, monkeypatch):
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')  # All must be compiled.
+  output = tmp_path / 'figures.json'
+  start = time.monotonic()
+  done = _run(
+      '--small', '--seconds=10', '--stages=step,ict', f'--output={output}'
+  )
+  assert time.monotonic() - start < 20  # Minutes, if it were not kept.
+  assert done.returncode == 0, done.stdout + done.stderr
+  found = json.loads(output.read_text())
+  # A stage leaves the next one its share, however much it could use itself.
+  assert found['step_status'] == 'cut'
+  assert found['step_limit_seconds'] < 10 * 70 / 92
+
+
 def test_without_a_gpu_toy_sizes_must_be_asked_for(tmp_path):
   done = _run(f'--output={tmp_path / "figures.json"}', '--stages=peak')
   assert done.returncode == 2
