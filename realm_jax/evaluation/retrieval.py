@@ -165,7 +165,8 @@ class _Asked:
         list(questions), trained.config.lengths.query, trained.corpus.tokenizer
     )
     gold_rows = _gold_rows(trained.corpus, questions)
-    # An article that the corpus does not have is not known, its passage may be.
+    # The id of a gold passage that the corpus lacks still says which questions
+    # share it.
     cluster_B = statistics.clusters(
         int(trained.corpus.passages.articles[rows[0]])
         if rows
