@@ -168,7 +168,8 @@ class _Asked:
         rows.tolist()
         for rows in answers.gold_rows(trained.corpus, questions)
     ]
-    # An article that the corpus does not have is not known, its passage may be.
+    # The id of a gold passage that the corpus lacks still says which questions
+    # share it.
     cluster_B = statistics.clusters(
         int(trained.corpus.passages.articles[rows[0]])
         if rows
