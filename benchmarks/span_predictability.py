@@ -62,7 +62,7 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
   source = tfds.builder_from_directory(
       str(trained.corpus.directory / 'sentences')
   ).as_data_source(split='validation')
-  # Of each kind, whether it is right, and the row of the sentence.
+  # By kind: whether a span is right, and the row of its sentence.
   right: dict[str, list[tuple[bool, int]]] = {}
   pieces: dict[str, list[tuple[bool, int]]] = {}
   for masking in _MASKS:

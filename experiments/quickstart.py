@@ -156,7 +156,7 @@ def _report(
       'recall_at_5_seen': recall(5, 'seen'),
       'masked_accuracy': {
           'with_retrieval': masked['accuracy_with_retrieval'],
-          # Of the same reader, and of one trained on the null document alone.
+          # The same reader, and one trained on the null document alone.
           'without_retrieval': masked['accuracy_without_retrieval'],
           'null_reader': null_reader['accuracy_without_retrieval'],
       },

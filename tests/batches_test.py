@@ -233,7 +233,7 @@ def test_a_warm_up_without_own_passages_sees_null_as_often_as_asked(
   config = _config(corpus, 'mlm', mlm=config_lib.MlmConfig(0.0, null_rate))
   trained_on = corpus.sentences['pretraining']
   for batch in _take(corpus, config, 10):
-    # Of segment 1: [SEP] alone, or a body and [SEP].
+    # Segment 1 is [SEP] alone, or a body and [SEP].
     assert ((batch['joint_types_BT'].sum(axis=1) == 1) == alone).all()
     for i, row in enumerate(batch['sentence_B']):
       ids = batch['joint_ids_BT'][i]

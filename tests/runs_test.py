@@ -153,13 +153,13 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
   assert figures['recall_at_5']['better'] == 1
   assert figures['reciprocal_rank']['difference'] == pytest.approx(0.5)
   assert figures['recall_at_1']['clusters'] == 2
-  # Of one article: which run gave what is tossed up once for both.
+  # Two questions of one article are tossed up together.
   one = dataclasses.replace(_RUN, cluster_B=np.array([5, 5]))
   runs.write_questions(ours, one, _Corpus())
   figures = runs.compare(ours, theirs)
   assert figures['recall_at_1']['clusters'] == 1
   assert '2 questions in 1 clusters' in runs.as_text(figures)
-  # A file of before has no clusters, but the gold passages.
+  # An older file has no clusters, but the gold passages.
   records = runs.read_questions(ours)
   for record in records:
     del record['cluster']

@@ -35,7 +35,7 @@ class Run:
   score_BK: np.ndarray  # Inner products.
   gold_rank_B: np.ndarray  # From 1; 0: not retrieved, or not known.
   answer_rank_B: np.ndarray
-  # Of each question, for the intervals; None: each is one. See `statistics`.
+  # The cluster of each question, see `statistics`; None: each is one.
   cluster_B: np.ndarray | None = None
   # Of a reader, if there was one: see `answering.measure`.
   figures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
