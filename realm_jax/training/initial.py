@@ -228,7 +228,7 @@ def _say(
 def _check_same_tokenizer(
     config: config_lib.Config, source: str, ours: str
 ) -> None:
-  """Of another vocabulary, though as large, each row is another wordpiece's."""
+  """Refuses another vocabulary, which may be of the same size."""
   saved = checkpoint.saved_about(source, checkpoint.newest_step(source))
   theirs = saved['tokenizer_digest']
   if theirs != ours:
