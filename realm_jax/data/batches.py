@@ -201,6 +201,13 @@ class _Examples:
   def assemble(self, batch: inputs.Batch) -> inputs.Batch:
     raise NotImplementedError
 
+  def _ends(self) -> np.ndarray:
+    """Where each sentence ends in the body of its passage, int64 [n]."""
+    passages = np.asarray(self._table.passages)
+    table = self._corpus.passages
+    body = table.offsets[passages] + table.title_lengths[passages]
+    return self._table.starts - body + self._table.lengths
+
   def _queries(
       self, rows: np.ndarray, masks: tuple[np.ndarray, np.ndarray] | None
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -244,13 +251,19 @@ class _MaskedExamples(_Examples):
     self._spans = spans[fits]
     self._span_offsets = before[np.asarray(self._table.span_offsets)]
     self._rows = np.flatnonzero(np.diff(self._span_offsets))
+    if own_passage:  # Shown as far as the reader's input goes.
+      shown = config.lengths.joint - 1 - np.minimum(
+          self._table.lengths[self._rows] + 2, config.lengths.query
+      )
+      self._rows = self._rows[self._ends()[self._rows] <= shown]
     if not len(self._rows):
       raise ValueError(
           f'The corpus {corpus.directory} has no salient span to mask in its'
           f' {len(self._table)} sentences of the split {split!r}: none lies'
           ' within the first lengths.query - 2 ='
           f' {config.lengths.query - 2} wordpieces and has at most'
-          f' lengths.masks = {config.lengths.masks}.'
+          f' lengths.masks = {config.lengths.masks}'
+          + (', in a sentence that its passage shows.' if own_passage else '.')
       )
 
   def sample(self, row: int, rng: np.random.Generator) -> Example:
@@ -332,15 +345,20 @@ class _ClozeExamples(_Examples):
       self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
   ):
     super().__init__(corpus, config, split)
-    # Something of the passage has to remain: other sentences, or a title.
+    # Something of the passage has to remain: other sentences, or a title. And
+    # the sentence must lie in what is read of the passage, title first.
     table, passages = corpus.passages, np.asarray(self._table.passages)
     whole = table.offsets[passages + 1] - table.offsets[passages]
-    self._rows = np.flatnonzero(np.asarray(self._table.lengths) < whole)
+    room = config.lengths.document - 3 - table.title_lengths[passages]
+    self._rows = np.flatnonzero(
+        (self._table.lengths < whole) & (self._ends() <= room)
+    )
     if not len(self._rows):
       raise ValueError(
           f'The corpus {corpus.directory} has no passage with a title or a'
           ' second sentence, which ICT needs: it finds a passage from a'
-          ' sentence cut out of it.'
+          ' sentence cut out of it. The sentence must lie within the first'
+          f' lengths.document = {config.lengths.document} wordpieces.'
       )
 
   def sample(self, row: int, rng: np.random.Generator) -> Example:
