@@ -327,10 +327,10 @@ class _MaskedExamples(_Examples):
     return batch
 
   def _trivial(self, passages: np.ndarray) -> np.ndarray:
-    """Row ranges that would give the answer away, int64 [B, 1, 2]."""
+    """Row ranges that would give the answer away, int64 [B, R, 2]."""
     if self._config.trivial == 'article':
-      ranges = self._corpus.passages.article_rows(passages)
-    elif self._config.trivial == 'passage':
+      return self._corpus.passages.article_rows(passages)
+    if self._config.trivial == 'passage':
       ranges = np.stack([passages, passages + 1], axis=-1)
       ranges = np.where(passages[:, None] >= 0, ranges, 0)
     else:

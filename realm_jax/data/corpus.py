@@ -36,7 +36,7 @@ class PassageTable:
   tokens: uint16 or uint32, flat: of each passage the title's, then the body's.
   offsets: int64 [N + 1]: where passage i begins and ends in `tokens`.
   title_lengths: int32 [N]: how many of its wordpieces are the title's.
-  articles: int32 [N]: number of its article; never decreases.
+  articles: int32 [N]: number of its article.
   """
 
   tokens: Tokens
@@ -65,18 +65,38 @@ class PassageTable:
       passages: rows, any shape; -1 for a sentence that is from no passage.
 
     Returns:
-      int64 [..., 2]: half-open range of rows; [0, 0) for -1.
+      int64 [..., R, 2]: half-open ranges of rows, as many as the article has
+      that is in the most places, filled up with [0, 0); for -1 only those.
     """
     passages = np.asarray(passages, np.int64)
+    first, starts, limits = self.article_runs
     articles = self.articles[np.maximum(passages, 0)]
-    rows = np.stack(
-        [
-            np.searchsorted(self.articles, articles, 'left'),
-            np.searchsorted(self.articles, articles, 'right'),
-        ],
-        axis=-1,
-    ).astype(np.int64)
-    return np.where(passages[..., None] >= 0, rows, 0)
+    begin, end = first[articles, None], first[articles + 1, None]
+    at = begin + np.arange(np.diff(first).max())
+    known = (at < end) & (passages[..., None] >= 0)
+    at = np.where(known, at, 0)
+    rows = np.stack([starts[at], limits[at]], axis=-1)
+    return np.where(known[..., None], rows, 0)
+
+  @functools.cached_property
+  def article_runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of an article that stand together, in order of the articles.
+
+    int64: which of the runs is the first of each article, and of one more; the
+    rows where each begins; and where it ends.
+    """
+    articles = np.asarray(self.articles)
+    starts = np.flatnonzero(np.diff(articles, prepend=-1))
+    limits = np.append(starts[1:], len(articles))
+    order = np.argsort(articles[starts], kind='stable')
+    counts = np.bincount(articles[starts])
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return first, starts[order], limits[order]
+
+  @property
+  def num_articles(self) -> int:
+    """One more than the highest number of an article."""
+    return int(self.articles.max()) + 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _joined(
     offsets.append(table.offsets[1:] + num_tokens)
     articles.append(table.articles + num_articles)
     num_tokens += len(table.tokens)
-    num_articles += int(table.articles[-1]) + 1
+    num_articles += table.num_articles
   return corpus_lib.PassageTable(
       chained.Chained([table.tokens for table in tables]),
       np.concatenate(offsets),

@@ -23,7 +23,8 @@ from realm_jax.data import packing
 from realm_jax.data import tokenizer as tokenizer_lib
 
 FORMAT = 'realm_jax corpus'
-_MAX_VALIDATION = 5000  # Sentences, where the input marks none.
+# Sentences, where the input marks none; an article that was begun is finished.
+_MAX_VALIDATION = 5000
 
 _PASSAGE_FEATURES = {
     'id': tfds.features.Text(),
@@ -132,6 +133,7 @@ class CorpusWriter:
             'validation.tokens.bin' if pretraining else 'passage_tokens.bin'
         ),
     }
+    self._begun: set[int] = set()  # Articles of which something is set aside.
     self.counts: collections.Counter[str] = collections.Counter()
 
   def add(self, chunk: packing.Chunk, passages: bool, limited: bool) -> None:
@@ -150,14 +152,9 @@ class CorpusWriter:
       self.num_passages += len(chunk.lengths)
       for record in chunk.passage_records:
         self._passages.append('train', record)
-    aside = chunk.sentence_validation
+    aside = chunk.sentence_aside >= 0
     if limited:
-      have = (
-          self._splits['validation'].count
-          if ('validation' in self._splits)
-          else 0
-      )
-      aside = aside & (have + np.cumsum(aside) <= _MAX_VALIDATION)
+      aside = self._limited(chunk.sentence_aside)
     rows = np.where(
         chunk.sentence_passages >= 0, chunk.sentence_passages + base_row, -1
     )
@@ -241,6 +238,20 @@ class CorpusWriter:
             'token_dtype': self._dtype.name,
         },
     )
+
+  def _limited(self, articles: np.ndarray) -> np.ndarray:
+    """Returns which sentences to set aside: no article is divided."""
+    have = 0
+    if 'validation' in self._splits:
+      have = self._splits['validation'].count
+    chosen = np.zeros(len(articles), bool)
+    for i in np.flatnonzero(articles >= 0):
+      article = int(articles[i])
+      if have < _MAX_VALIDATION or article in self._begun:
+        self._begun.add(article)
+        chosen[i] = True
+        have += 1
+    return chosen
 
   def _token_file(self, name: str) -> growing.TokenWriter:
     if name not in self._tokens:
