@@ -14,6 +14,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import exclusion
 from realm_jax.data import inputs
 from realm_jax.data import questions as questions_lib
 from realm_jax.data import tagging
@@ -265,6 +266,26 @@ class _MaskedExamples(_Examples):
           f' lengths.masks = {config.lengths.masks}'
           + (', in a sentence that its passage shows.' if own_passage else '.')
       )
+    if config.objective == 'realm':
+      self._exclude()
+
+  def _exclude(self) -> None:
+    """Finds the trivial candidates, and leaves out what has too few others."""
+    self._exclusion = exclusion.Exclusion(
+        self._corpus, self._split, self._config.trivial
+    )
+    needed = self._config.num_candidates - 1
+    left = self._corpus.num_live - self._exclusion.sizes[self._rows]
+    if not (left >= needed).any():
+      raise ValueError(
+          f'The corpus {self._corpus.directory} leaves none of the'
+          f' {len(self._rows)} sentences of the split {self._split!r}'
+          f' num_candidates - 1 = {needed} passages that do not hold its text'
+          f' (config.trivial={self._config.trivial!r}), but'
+          f' {left.max()} at most.'
+      )
+    self._rows = self._rows[left >= needed]
+    self._exclusion.use(self._rows)
 
   def sample(self, row: int, rng: np.random.Generator) -> Example:
     start, limit = rng.choice(
@@ -309,7 +330,6 @@ class _MaskedExamples(_Examples):
     )
     batch['targets_BM'] = targets.astype(np.int32)
     batch['positions_BM'] = positions.astype(np.int32)
-    passages = np.asarray(self._table.passages[rows])
     if self._config.objective == 'mlm':
       ids, types = inputs.assemble_joint(
           self._corpus.passages,
@@ -323,19 +343,8 @@ class _MaskedExamples(_Examples):
     else:
       batch['query_ids_BQ'] = query_ids
       batch['query_lengths_B'] = query_lengths
-      batch['exclude_BR2'] = self._trivial(passages)
+      batch['exclude_BR2'] = self._exclusion.ranges(rows)
     return batch
-
-  def _trivial(self, passages: np.ndarray) -> np.ndarray:
-    """Row ranges that would give the answer away, int64 [B, R, 2]."""
-    if self._config.trivial == 'article':
-      return self._corpus.passages.article_rows(passages)
-    if self._config.trivial == 'passage':
-      ranges = np.stack([passages, passages + 1], axis=-1)
-      ranges = np.where(passages[:, None] >= 0, ranges, 0)
-    else:
-      ranges = np.zeros((len(passages), 2), np.int64)
-    return ranges[:, None]
 
 
 class _ClozeExamples(_Examples):
