@@ -242,6 +242,49 @@ def test_a_warm_up_without_own_passages_sees_null_as_often_as_asked(
       np.testing.assert_array_equal(read[~masked], sentence[~masked])
 
 
+@pytest.mark.parametrize('objective', ['ict', 'mlm'])
+def test_what_is_not_read_is_no_example(corpus, objective):
+  config = _config(corpus, objective, mlm=config_lib.MlmConfig(1.0))
+  table = corpus.sentences['knowledge']
+
+  def usable():
+    examples = batches._examples(corpus, config, 'knowledge', True)
+    return {examples[i] for i in range(len(examples))}
+
+  everything = usable()
+  # Room for 13 wordpieces of title and body, or for 23 of sentence and body.
+  some, none = {'ict': (16, 4), 'mlm': (2, -16)}[objective]
+  config.lengths.document = some
+  expected = set()
+  for row in everything:
+    title, body = corpus.passages.title_and_body(table.passages[row])
+    room = 13 - len(title)
+    if objective == 'mlm':
+      room = 25 - min(len(table.ids(row)) + 2, 24)
+    ids, seen = table.ids(row).tolist(), body[: max(room, 0)].tolist()
+    if any(
+        seen[i : i + len(ids)] == ids for i in range(len(seen) - len(ids) + 1)
+    ):
+      expected.add(row)
+  assert usable() == expected
+  assert 0.1 * len(everything) < len(expected) < 0.95 * len(everything)
+  # What is left can be seen: in all of them, unless it was cut out for ICT.
+  shown = total = 0
+  for batch in _take(corpus, config, 10):
+    for i, row in enumerate(batch['sentence_B']):
+      name = 'doc_ids_BS' if objective == 'ict' else 'joint_ids_BT'
+      read = batch[name][i].tolist()
+      ids = table.ids(row).tolist()
+      shown += any(
+          read[j : j + len(ids)] == ids for j in range(len(read) - len(ids) + 1)
+      )
+      total += 1
+  assert shown == total if objective == 'mlm' else 0 < shown < 0.2 * total
+  config.lengths.document = none
+  with pytest.raises(ValueError, match='which ICT|its passage shows'):
+    usable()
+
+
 def test_exclusions_follow_the_config(corpus):
   table = corpus.sentences['knowledge']
   for trivial in ('passage', 'article', 'none'):

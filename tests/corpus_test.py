@@ -17,6 +17,7 @@ from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import examples
 from realm_jax.data import growing
 from realm_jax.data import prepare
+from realm_jax.data import records as records_lib
 from realm_jax.data import spans as spans_lib
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.data import writer
@@ -196,7 +197,12 @@ def test_sentences_set_aside_are_limited(tmp_path, articles, monkeypatch):
   monkeypatch.setattr(writer, '_MAX_VALIDATION', 7)
   source = _write(tmp_path / 'a.jsonl', articles)
   made = _prepare(source, tmp_path / 'made', validation_fraction=0.5)
-  assert len(made.sentences['validation']) == 7
+  counts = np.bincount(
+      made.passages.articles[made.sentences['validation'].passages]
+  )
+  counts = counts[counts > 0]
+  # The article that reaches the limit is finished, and no other is begun.
+  assert counts[:-1].sum() < 7 <= counts.sum()
   made = _prepare(source, tmp_path / 'none', validation_fraction=0.0)
   assert set(made.sentences) == {'knowledge'}
 
@@ -276,7 +282,7 @@ def test_a_record_that_fits_is_one_passage_with_its_id(tmp_path):
   assert [t['title'] for t in texts] == ['T', '', '']
 
 
-def test_articles_are_consecutive_records(tmp_path):
+def test_articles_are_records_of_one_key(tmp_path):
   text = 'In 1990 somebody came to Rome by train.'
   fields = [
       {'title': 'A'},
@@ -291,11 +297,61 @@ def test_articles_are_consecutive_records(tmp_path):
   source = _write(tmp_path / 'a.jsonl', [{**f, 'text': text} for f in fields])
   made = _prepare(source, tmp_path / 'made')
   np.testing.assert_array_equal(
-      made.passages.articles, [0, 0, 1, 2, 3, 4, 4, 5]
+      made.passages.articles, [0, 0, 1, 2, 3, 4, 4, 0]
   )
   rows = made.passages.article_rows(np.array([[0, 1], [6, -1]]))
-  np.testing.assert_array_equal(rows, [[[0, 2], [0, 2]], [[5, 7], [0, 0]]])
+  both, none = [[0, 2], [7, 8]], [0, 0]
+  np.testing.assert_array_equal(
+      rows, [[both, both], [[[5, 7], none], [none, none]]]
+  )
   assert rows.dtype == np.int64
+
+
+@pytest.mark.parametrize('limit', [5000, 9])
+def test_no_article_is_in_training_and_validation(
+    tmp_path, monkeypatch, limit
+):
+  """Also if its records are far apart, and for more hashes than are recent."""
+  monkeypatch.setattr(writer, '_MAX_VALIDATION', limit)
+  monkeypatch.setattr(records_lib, '_RECENT', 3)
+  monkeypatch.setattr(prepare, '_CHUNK_BYTES', 300)
+  items = [
+      {
+          'id': f'{town} {i}',
+          'title': f'Town {town}',
+          'text': f'Town {town} was founded in {1800 + i} by John Smith.',
+      }
+      for town in range(20)
+      for i in range(4)
+  ]
+  set_aside = []
+  for seed in (0, 1):
+    random.Random(seed).shuffle(items)
+    source = _write(tmp_path / f'{seed}.jsonl', items)
+    made = _prepare(
+        source, tmp_path / str(seed), validation_fraction=0.3, vocab_size=100
+    )
+    np.testing.assert_array_equal(
+        np.bincount(made.passages.articles), [4] * 20
+    )
+    titles = {
+        split: {
+            made.passage_text(int(row))['title']
+            for row in made.sentences[split].passages
+        }
+        for split in _SPLITS
+    }
+    assert not titles['knowledge'] & titles['validation']
+    assert len(titles['knowledge'] | titles['validation']) == 20
+    first = made.passage_text(0)['title']  # Never set aside.
+    set_aside.append(titles['validation'] - {first})
+    size = len(made.sentences['validation'])
+    assert size == 4 * len(titles['validation'])
+    if limit == 9:
+      assert 9 <= size < 36
+  if limit == 5000:  # The article decides, whatever the order.
+    assert len(set_aside[0] ^ set_aside[1]) <= 2
+    assert len(set_aside[0]) >= 3
 
 
 def test_a_long_sentence_is_split_between_words(tmp_path):

@@ -293,8 +293,8 @@ def test_what_reads_a_corpus_reads_an_overlay(tmp_path, corpus):
   np.testing.assert_array_equal(
       both.passages.article_rows(np.array([base_rows, base_rows + 3, 0])),
       [
-          [base_rows, base_rows + 1],
-          [base_rows + 1, base_rows + rows],
+          [[base_rows, base_rows + 1]],
+          [[base_rows + 1, base_rows + rows]],
           corpus.passages.article_rows(np.array(0)),
       ],
   )
@@ -308,7 +308,7 @@ def test_what_reads_a_corpus_reads_an_overlay(tmp_path, corpus):
       both.passage_rows_by_id(['b', gone, 'a']), [b_rows[0], -1, base_rows]
   )
   # Sentences of an article of which something was removed are left out.
-  first, limit = corpus.passages.article_rows(np.array(2))
+  ((first, limit),) = corpus.passages.article_rows(np.array(2))
   for split, table in corpus.sentences.items():
     passages = np.asarray(table.passages)
     left = (passages < first) | (passages >= limit)

@@ -454,7 +454,7 @@ def test_a_trivial_candidate_is_never_read(world, tmp_path):
       own = corpus.sentences['knowledge'].passages[batch['sentence_B']]
       found.append((retrieved == own[:, None]).any(1).mean())
       if trivial == 'article':
-        lo, hi = corpus.passages.article_rows(own).T
+        (lo, hi), = corpus.passages.article_rows(own).T.swapaxes(0, 1)
         inside = (retrieved >= lo[:, None]) & (retrieved < hi[:, None])
         assert not inside.any()
       return original(batch, retrieved, corpus, lengths)

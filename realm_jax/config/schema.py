@@ -241,8 +241,9 @@ class Config:
   # `knowledge` (the sentences of the passages), `auto` (X if there is one).
   sentences: Literal['auto', 'pretraining', 'knowledge'] = 'auto'
   masking: Literal['salient', 'random_span', 'random_token'] = 'salient'
-  # Candidates that give the answer away: the passage that the sentence is
-  # from, its whole article, or none removed (an ablation).
+  # Candidates that give the answer away: the passage that the sentence is from
+  # and those that hold its text, their whole articles, or none removed (an
+  # ablation).
   trivial: Literal['passage', 'article', 'none'] = 'passage'
   # span: sum_z p(z|x) prod_j p(y_j|z,x), the paper. token: per masked
   # wordpiece, the released code.

@@ -14,6 +14,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import exclusion
 from realm_jax.data import inputs
 from realm_jax.data import questions as questions_lib
 from realm_jax.data import tagging
@@ -198,6 +199,13 @@ class _Examples:
   def assemble(self, batch: inputs.Batch) -> inputs.Batch:
     raise NotImplementedError
 
+  def _ends(self) -> np.ndarray:
+    """Where each sentence ends in the body of its passage, int64 [n]."""
+    passages = np.asarray(self._table.passages)
+    table = self._corpus.passages
+    body = table.offsets[passages] + table.title_lengths[passages]
+    return self._table.starts - body + self._table.lengths
+
   def _queries(
       self, rows: np.ndarray, masks: tuple[np.ndarray, np.ndarray] | None
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -241,14 +249,40 @@ class _MaskedExamples(_Examples):
     self._spans = spans[fits]
     self._span_offsets = before[np.asarray(self._table.span_offsets)]
     self._rows = np.flatnonzero(np.diff(self._span_offsets))
+    if own_passage:  # Shown as far as the reader's input goes.
+      shown = config.lengths.joint - 1 - np.minimum(
+          self._table.lengths[self._rows] + 2, config.lengths.query
+      )
+      self._rows = self._rows[self._ends()[self._rows] <= shown]
     if not len(self._rows):
       raise ValueError(
           f'The corpus {corpus.directory} has no salient span to mask in its'
           f' {len(self._table)} sentences of the split {split!r}: none lies'
           ' within the first lengths.query - 2 ='
           f' {config.lengths.query - 2} wordpieces and has at most'
-          f' lengths.masks = {config.lengths.masks}.'
+          f' lengths.masks = {config.lengths.masks}'
+          + (', in a sentence that its passage shows.' if own_passage else '.')
       )
+    if config.objective == 'realm':
+      self._exclude()
+
+  def _exclude(self) -> None:
+    """Finds the trivial candidates, and leaves out what has too few others."""
+    self._exclusion = exclusion.Exclusion(
+        self._corpus, self._split, self._config.trivial
+    )
+    needed = self._config.num_candidates - 1
+    left = self._corpus.num_live - self._exclusion.sizes[self._rows]
+    if not (left >= needed).any():
+      raise ValueError(
+          f'The corpus {self._corpus.directory} leaves none of the'
+          f' {len(self._rows)} sentences of the split {self._split!r}'
+          f' num_candidates - 1 = {needed} passages that do not hold its text'
+          f' (config.trivial={self._config.trivial!r}), but'
+          f' {left.max()} at most.'
+      )
+    self._rows = self._rows[left >= needed]
+    self._exclusion.use(self._rows)
 
   def sample(self, row: int, rng: np.random.Generator) -> Example:
     start, limit = rng.choice(
@@ -294,7 +328,6 @@ class _MaskedExamples(_Examples):
     )
     batch['targets_BM'] = targets.astype(np.int32)
     batch['positions_BM'] = positions.astype(np.int32)
-    passages = np.asarray(self._table.passages[rows])
     if self._config.objective == 'mlm':
       del batch['own']
       ids, types = inputs.assemble_joint(
@@ -309,19 +342,8 @@ class _MaskedExamples(_Examples):
     else:
       batch['query_ids_BQ'] = query_ids
       batch['query_lengths_B'] = query_lengths
-      batch['exclude_BR2'] = self._trivial(passages)
+      batch['exclude_BR2'] = self._exclusion.ranges(rows)
     return batch
-
-  def _trivial(self, passages: np.ndarray) -> np.ndarray:
-    """Row ranges that would give the answer away, int64 [B, 1, 2]."""
-    if self._config.trivial == 'article':
-      ranges = self._corpus.passages.article_rows(passages)
-    elif self._config.trivial == 'passage':
-      ranges = np.stack([passages, passages + 1], axis=-1)
-      ranges = np.where(passages[:, None] >= 0, ranges, 0)
-    else:
-      ranges = np.zeros((len(passages), 2), np.int64)
-    return ranges[:, None]
 
 
 class _WarmUpExamples:
@@ -367,15 +389,20 @@ class _ClozeExamples(_Examples):
       self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
   ):
     super().__init__(corpus, config, split)
-    # Something of the passage has to remain: other sentences, or a title.
+    # Something of the passage has to remain: other sentences, or a title. And
+    # the sentence must lie in what is read of the passage, title first.
     table, passages = corpus.passages, np.asarray(self._table.passages)
     whole = table.offsets[passages + 1] - table.offsets[passages]
-    self._rows = np.flatnonzero(np.asarray(self._table.lengths) < whole)
+    room = config.lengths.document - 3 - table.title_lengths[passages]
+    self._rows = np.flatnonzero(
+        (self._table.lengths < whole) & (self._ends() <= room)
+    )
     if not len(self._rows):
       raise ValueError(
           f'The corpus {corpus.directory} has no passage with a title or a'
           ' second sentence, which ICT needs: it finds a passage from a'
-          ' sentence cut out of it.'
+          ' sentence cut out of it. The sentence must lie within the first'
+          f' lengths.document = {config.lengths.document} wordpieces.'
       )
 
   def sample(self, row: int, rng: np.random.Generator) -> Example:

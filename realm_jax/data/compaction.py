@@ -30,7 +30,7 @@ _SENTENCE_FIELDS = {
     'sentence_starts': np.zeros(0, np.int64),
     'sentence_lengths': np.zeros(0, np.int32),
     'sentence_passages': np.zeros(0, np.int64),
-    'sentence_validation': np.zeros(0, bool),
+    'sentence_aside': np.zeros(0, np.int64),
     'sentence_fields': [],
     'span_counts': np.zeros(0, np.int64),
     'spans': np.zeros((0, 2), np.int32),
@@ -83,7 +83,7 @@ def compact(
           writer.add(source.passages(start, limit), True, limited=False)
           bar.update(limit - start)
         first_row += size
-        first_article += int(part.passages.articles[-1]) + 1
+        first_article += part.passages.num_articles
     # Of no passage, so that nothing of theirs was removed.
     for chunk in _Source(base, np.ones(0, bool), 0).loose_sentences():
       writer.add(chunk, False, limited=False)
@@ -230,7 +230,9 @@ class _Source:
         'sentence_starts': starts.astype(np.int64),
         'sentence_lengths': np.asarray(table.lengths[chosen]),
         'sentence_passages': passages.astype(np.int64),
-        'sentence_validation': np.full(len(chosen), split == 'validation'),
+        'sentence_aside': np.full(
+            len(chosen), 0 if split == 'validation' else -1
+        ),
         'sentence_fields': self._records[split].without_first(chosen, before),
         'span_counts': np.array([len(s) for s in spans], np.int64),
         'spans': np.concatenate([np.zeros((0, 2), np.int32), *spans]),

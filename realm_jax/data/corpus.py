@@ -1,9 +1,9 @@
 """The corpus artifact that `prepare` writes, for reading.
 
-Public: `Corpus`, `PassageTable`, `SentenceTable`, `FORMAT_VERSION`, `id_hash`,
-`find_hashes`. Tables are memory-mapped numpy arrays, so that a corpus of any
-size opens at once and no training step ever tokenises a passage. A passage's
-number is its row.
+Public: `Corpus`, `PassageTable`, `SentenceTable`, `Ranges`, `FORMAT_VERSION`,
+`id_hash`, `find_hashes`. Tables are memory-mapped numpy arrays, so that a
+corpus of any size opens at once and no training step ever tokenises a passage.
+A passage's number is its row.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,8 +20,10 @@ import numpy as np
 from realm_jax.data import chained
 from realm_jax.data import tokenizer as tokenizer_lib
 
-# Of the files and their meaning; a reader refuses any other.
-FORMAT_VERSION = 1
+# Of the files and their meaning. Version 1 had no table of trivial candidates,
+# and its articles were runs of records.
+FORMAT_VERSION = 2
+_READABLE = (1, 2)  # A reader refuses any other.
 _NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
 _IDS_AT_ONCE = 2**20  # Hashes of ids that are looked through.
 
@@ -36,7 +38,7 @@ class PassageTable:
   tokens: uint16 or uint32, flat: of each passage the title's, then the body's.
   offsets: int64 [N + 1]: where passage i begins and ends in `tokens`.
   title_lengths: int32 [N]: how many of its wordpieces are the title's.
-  articles: int32 [N]: number of its article; never decreases.
+  articles: int32 [N]: number of its article.
   """
 
   tokens: Tokens
@@ -65,18 +67,38 @@ class PassageTable:
       passages: rows, any shape; -1 for a sentence that is from no passage.
 
     Returns:
-      int64 [..., 2]: half-open range of rows; [0, 0) for -1.
+      int64 [..., R, 2]: half-open ranges of rows, as many as the article has
+      that is in the most places, filled up with [0, 0); for -1 only those.
     """
     passages = np.asarray(passages, np.int64)
+    first, starts, limits = self.article_runs
     articles = self.articles[np.maximum(passages, 0)]
-    rows = np.stack(
-        [
-            np.searchsorted(self.articles, articles, 'left'),
-            np.searchsorted(self.articles, articles, 'right'),
-        ],
-        axis=-1,
-    ).astype(np.int64)
-    return np.where(passages[..., None] >= 0, rows, 0)
+    begin, end = first[articles, None], first[articles + 1, None]
+    at = begin + np.arange(np.diff(first).max())
+    known = (at < end) & (passages[..., None] >= 0)
+    at = np.where(known, at, 0)
+    rows = np.stack([starts[at], limits[at]], axis=-1)
+    return np.where(known[..., None], rows, 0)
+
+  @functools.cached_property
+  def article_runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of an article that stand together, in order of the articles.
+
+    int64: which of the runs is the first of each article, and of one more; the
+    rows where each begins; and where it ends.
+    """
+    articles = np.asarray(self.articles)
+    starts = np.flatnonzero(np.diff(articles, prepend=-1))
+    limits = np.append(starts[1:], len(articles))
+    order = np.argsort(articles[starts], kind='stable')
+    counts = np.bincount(articles[starts])
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return first, starts[order], limits[order]
+
+  @property
+  def num_articles(self) -> int:
+    """One more than the highest number of an article."""
+    return int(self.articles.max()) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +113,7 @@ class SentenceTable:
   spans: int32 [total, 2]: half-open ranges of wordpieces of the sentence.
   """
 
-  tokens: np.ndarray
+  tokens: Tokens
   starts: np.ndarray
   lengths: np.ndarray
   passages: np.ndarray
@@ -109,6 +131,18 @@ class SentenceTable:
   def spans_of(self, row: int) -> np.ndarray:
     """Returns int32 [spans, 2], relative to the sentence's wordpieces."""
     return self.spans[self.span_offsets[row] : self.span_offsets[row + 1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+  """Ranges of passages for each sentence, in order and disjoint.
+
+  offsets: int64 [n + 1]: where those of sentence i begin and end in `rows`.
+  rows: int32 [total, 2]: half-open ranges of rows.
+  """
+
+  offsets: np.ndarray
+  rows: np.ndarray
 
 
 class Corpus:
@@ -173,10 +207,10 @@ class Corpus:
       version = manifest['version']
     except (ValueError, KeyError, TypeError):
       raise ValueError(f'{path} is damaged: no readable manifest.') from None
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
       raise ValueError(
           f'{directory} has corpus format {version!r}; this realm_jax reads '
-          f'format {FORMAT_VERSION}. Prepare the corpus again.'
+          f'the formats {_READABLE}. Prepare the corpus again.'
       )
     for name, facts in manifest['files'].items():
       file = directory / name
@@ -231,6 +265,18 @@ class Corpus:
     return {
         name: record[name].decode('utf-8') for name in ('id', 'title', 'text')
     }
+
+  def trivial(self, split: str) -> Ranges | None:
+    """Returns which other passages hold each sentence of a split (`trivial`).
+
+    None: not known, as `prepare` found none before format version 2.
+    """
+    if self.manifest['version'] < 2:
+      return None
+    return Ranges(
+        self._load(f'{split}.trivial_offsets.npy'),
+        self._load(f'{split}.trivial.npy'),
+    )
 
   @property
   def num_live(self) -> int:

@@ -1,6 +1,6 @@
 """Files of a corpus that grow: arrays, wordpieces, and records for TFDS.
 
-Public: `ArrayWriter`, `TokenWriter`, `DatasetWriter`.
+Public: `ArrayWriter`, `TokenWriter`, `TokenReader`, `DatasetWriter`.
 """
 
 from collections.abc import Iterator
@@ -75,6 +75,22 @@ class TokenWriter:
   def close(self) -> None:
     """Finishes the file."""
     self._file.close()
+
+
+class TokenReader:
+  """A flat file of wordpieces that is read part by part, and not mapped.
+
+  What is mapped counts as memory of the process as soon as it was read once.
+  """
+
+  def __init__(self, path: pathlib.Path, dtype: Any):
+    self._path, self.dtype = path, np.dtype(dtype)
+    self.shape = (path.stat().st_size // self.dtype.itemsize,)
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    start, limit, _ = rows.indices(self.shape[0])
+    offset = start * self.dtype.itemsize
+    return np.fromfile(self._path, self.dtype, limit - start, offset=offset)
 
 
 class DatasetWriter:

@@ -12,6 +12,7 @@ import numpy as np
 
 from realm_jax.data import chained
 from realm_jax.data import corpus as corpus_lib
+from realm_jax.data import trivial
 
 
 class Overlay(corpus_lib.Corpus):
@@ -51,15 +52,42 @@ class Overlay(corpus_lib.Corpus):
       )
     # A removed row beyond the first corpus is of no sentence here.
     gone = base.passages.articles[removed[: np.searchsorted(removed, sizes[0])]]
-    kept = {
-        name: _without(table, base.passages.articles, np.unique(gone))
+    self._kept = {
+        name: _outside(table, base.passages.articles, np.unique(gone))
         for name, table in base.sentences.items()
     }
-    self.sentences = {n: table for n, table in kept.items() if len(table)}
+    self.sentences = {
+        name: table if kept.all() else _chosen(table, kept)
+        for name, kept in self._kept.items()
+        if kept.any()
+        for table in [base.sentences[name]]
+    }
 
   def verify(self) -> None:
     for part in self.parts:
       part.verify()
+
+  def trivial(self, split: str) -> corpus_lib.Ranges | None:
+    """As of a `Corpus`; what was added is looked through now."""
+    known = self.parts[0].trivial(split)
+    if known is None:
+      return None
+    kept = self._kept[split]
+    counts = np.where(kept, np.diff(known.offsets), 0)
+    table = self.sentences[split]
+    owners = [np.repeat(np.cumsum(kept) - 1, counts)]
+    rows = [known.rows[np.repeat(kept, np.diff(known.offsets))]]
+    for start, part in zip(self._starts[1:], self.parts[1:], strict=False):
+      found = trivial.find(
+          part.passages,
+          # Its passages are none of these.
+          dataclasses.replace(table, passages=np.full(len(table), -1)),
+      )
+      owners.append(np.repeat(np.arange(len(table)), np.diff(found.offsets)))
+      rows.append(found.rows + start)
+    return trivial.by_sentence(
+        np.concatenate(owners), np.concatenate(rows), len(table)
+    )
 
   def passage_text(self, row: int) -> dict[str, str]:
     if not 0 <= row < len(self.passages):
@@ -94,7 +122,7 @@ def _joined(
     offsets.append(table.offsets[1:] + num_tokens)
     articles.append(table.articles + num_articles)
     num_tokens += len(table.tokens)
-    num_articles += int(table.articles[-1]) + 1
+    num_articles += table.num_articles
   return corpus_lib.PassageTable(
       chained.Chained([table.tokens for table in tables]),
       np.concatenate(offsets),
@@ -103,20 +131,23 @@ def _joined(
   )
 
 
-def _without(
+def _outside(
     table: corpus_lib.SentenceTable, articles: np.ndarray, gone: np.ndarray
-) -> corpus_lib.SentenceTable:
-  """Returns the sentences that are not of some articles."""
-  if not len(gone):
-    return table
+) -> np.ndarray:
+  """Returns which sentences are not of some articles."""
   passages = np.asarray(table.passages)
-  kept = (passages < 0) | ~np.isin(articles[np.maximum(passages, 0)], gone)
+  return (passages < 0) | ~np.isin(articles[np.maximum(passages, 0)], gone)
+
+
+def _chosen(
+    table: corpus_lib.SentenceTable, kept: np.ndarray
+) -> corpus_lib.SentenceTable:
   counts = np.diff(table.span_offsets)
   return dataclasses.replace(
       table,
       starts=table.starts[kept],
       lengths=table.lengths[kept],
-      passages=passages[kept],
+      passages=table.passages[kept],
       span_offsets=np.concatenate([[0], np.cumsum(counts[kept])]),
       spans=table.spans[np.repeat(kept, counts)],
   )

@@ -94,7 +94,7 @@ class Chunk:
   sentence_starts: np.ndarray  # int64 [S], in `tokens`.
   sentence_lengths: np.ndarray  # int32 [S]
   sentence_passages: np.ndarray  # int64 [S], -1: of none.
-  sentence_validation: np.ndarray  # bool [S]
+  sentence_aside: np.ndarray  # int64 [S], article if for validation, or -1.
   sentence_fields: list[bytes]  # Of their records, all after `passage`.
   span_counts: np.ndarray  # int64 [S]
   spans: np.ndarray  # int32 [total, 2]
@@ -176,7 +176,8 @@ class Packer:
       text = _Text(record.text, ids, starts, limits)
       if task.passages:
         self._add_passages(builder, record, article, title, text)
-      self._add_sentences(builder, record, text, validation, task.passages)
+      aside = article if validation else -1
+      self._add_sentences(builder, record, text, aside, task.passages)
     return builder.chunk(task.passages)
 
   def _is_excluded(
@@ -266,7 +267,7 @@ class Packer:
       builder: '_Builder',
       record: records.Record,
       text: '_Text',
-      validation: bool,
+      aside: int,
       passages: bool,
   ) -> None:
     settings, counts = self._settings, builder.counts
@@ -320,7 +321,7 @@ class Packer:
       builder.add_sentence(
           sentence,
           record.title,
-          validation,
+          aside,
           start + base,
           length,
           passage,
@@ -375,7 +376,7 @@ class _Builder:
     self._tokens: list[np.ndarray] = []
     self._passages: list[tuple[int, int, int, int]] = []
     self._passage_records: list[bytes] = []
-    self._sentences: list[tuple[int, int, int, bool, int]] = []
+    self._sentences: list[tuple[int, int, int, int, int]] = []
     self._sentence_fields: list[bytes] = []
     self._spans: list[tuple[int, int]] = []
 
@@ -420,14 +421,14 @@ class _Builder:
       self,
       sentence: str,
       title: str,
-      validation: bool,
+      aside: int,
       start: int,
       length: int,
       passage: int,
       spans: dict[tuple[int, int], tuple[int, int]],
   ) -> None:
     """Appends a sentence with spans: wordpieces -> bytes."""
-    self._sentences.append((start, length, passage, validation, len(spans)))
+    self._sentences.append((start, length, passage, aside, len(spans)))
     self._spans += spans
     self._sentence_fields.append(
         examples.number_field('span_limits', [b for _, b in spans.values()])
@@ -453,7 +454,7 @@ class _Builder:
         sentence_starts=found[:, 0],
         sentence_lengths=found[:, 1].astype(np.int32),
         sentence_passages=found[:, 2],
-        sentence_validation=found[:, 3].astype(bool),
+        sentence_aside=found[:, 3],
         sentence_fields=self._sentence_fields,
         span_counts=found[:, 4],
         spans=np.array(self._spans, np.int32).reshape(-1, 2),

@@ -74,8 +74,9 @@ def prepare(
     max_wordpieces: of a passage with its title and 3 special tokens.
     min_sentence: wordpieces of a sentence to learn from, at least.
     max_sentence: the same, at most.
-    validation_fraction: of the articles, whose sentences are set aside (at
-      most 5,000) if no record is marked with `split: 'validation'`.
+    validation_fraction: of the articles, whose sentences are set aside if no
+      record is marked with `split: 'validation'`; no further article is begun
+      once there are 5,000 sentences.
     exclude: kinds of records to leave out, of `filters.KINDS`.
     near_duplicates: similarity, over 0 to 1, from which on a record is left out
       if an earlier one of the same sources is that similar; None: all stay.
@@ -233,6 +234,7 @@ def _made_with(
   return {
       **_about(settings, 0.0),
       'program': f'realm_jax {realm_jax.__version__}',
+      'format': corpus_lib.FORMAT_VERSION,
       'tokenizer': tokenizer.digest,
   }
 
@@ -446,14 +448,20 @@ def _tasks(
     left_out: numbers of records.
   """
   task = packing.Task([], [], [], passages)
-  article, key, aside, size = -1, None, False, 0
+  article, num_articles, key, aside, size = -1, 0, None, False, 0
+  known = records_lib.HashNumbers()
   for number, record in enumerate(source):
     if number in left_out:
       continue
     if record.article is None or record.article != key:
-      article, key = article + 1, record.article
+      article, key = num_articles, record.article
+      if key is not None:  # Its records need not stand together.
+        article = known.setdefault(corpus_lib.id_hash(key), article)
+      num_articles = max(num_articles, article + 1)
       # The first article is never set aside, so that something is left.
-      aside = article > 0 and records_lib.is_validation(record.id, fraction)
+      aside = article > 0 and records_lib.is_validation(
+          key or record.id, fraction
+      )
     task.records.append(record)
     task.articles.append(article)
     task.validation.append(aside or record.validation)

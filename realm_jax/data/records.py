@@ -1,8 +1,8 @@
 """Input records of `prepare`: what each must say, and that it says it.
 
 Public: `Record`, `Records` (sources that can be read several times),
-`read_ids`, `is_validation`. A record is a line of JSON, UTF-8, or what another
-kind of source makes of its texts:
+`HashNumbers`, `read_ids`, `is_validation`. A record is a line of JSON, UTF-8,
+or what another kind of source makes of its texts:
 
   {"id": "12", "title": "Anarchism", "text": "...", "article": "12",
    "spans": [[0, 9]], "split": "validation", "markup": "wikitext"}
@@ -23,7 +23,7 @@ from realm_jax.data import files as files_lib
 from realm_jax.data import sources as sources_lib
 
 _LISTED = 20  # Of the skipped records; the others are only counted.
-_RECENT = 1 << 20  # Ids kept as Python objects; older ones take 8 bytes each.
+_RECENT = 1 << 19  # Hashes kept as Python objects; older ones take 12 bytes.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Record:
   id: str  # Given, or the number of the record.
   title: str
   text: str
-  article: str | None  # What groups consecutive records, None: nothing.
+  article: str | None  # Key of its article; None: it is one by itself.
   spans: tuple[tuple[int, int], ...] | None  # Bytes; None: find them.
   validation: bool  # Marked with `split: 'validation'`.
   wikitext: bool = False  # The text is in MediaWiki's markup.
@@ -72,11 +72,11 @@ class Records:
       ValueError: naming file and line of the first bad record, unless bad ones
         are skipped; if a file is damaged; if no good record is left.
     """
-    seen = _SeenHashes()
+    seen = HashNumbers()
     for number, place, content in self._contents():
       try:
         record = _parse(content, None if self._need_ids else number)
-        if seen.add(corpus.id_hash(record.id)):
+        if seen.setdefault(corpus.id_hash(record.id), number) != number:
           first = self._place_of(record.id, before=number)
           if first is not None:
             raise ValueError(
@@ -167,26 +167,32 @@ def is_validation(key: str, fraction: float) -> bool:
   return corpus.id_hash(f'validation {key}') < fraction * 2**64
 
 
-class _SeenHashes:
-  """A set of 64-bit hashes that takes 8 bytes for each, in the long run."""
+class HashNumbers:
+  """Maps 64-bit hashes to int32; 12 bytes for each, in the long run."""
 
   def __init__(self) -> None:
-    self._recent: set[int] = set()
+    self._recent: dict[int, int] = {}
     self._older = np.zeros(0, np.uint64)
+    self._numbers = np.zeros(0, np.int32)
 
-  def add(self, value: int) -> bool:
-    """Adds a hash and returns whether it was there."""
+  def setdefault(self, value: int, number: int) -> int:
+    """Returns the number of a hash, which is `number` if it is a new one."""
     if value in self._recent:
-      return True
+      return self._recent[value]
     at = int(np.searchsorted(self._older, np.uint64(value)))
     if at < len(self._older) and int(self._older[at]) == value:
-      return True
-    self._recent.add(value)
+      return int(self._numbers[at])
+    self._recent[value] = number
     if len(self._recent) >= _RECENT:
-      recent = np.fromiter(self._recent, np.uint64, len(self._recent))
-      self._older = np.sort(np.concatenate([self._older, recent]))
+      size = len(self._recent)
+      hashes = np.fromiter(self._recent, np.uint64, size)
+      numbers = np.fromiter(self._recent.values(), np.int32, size)
+      hashes = np.concatenate([self._older, hashes])
+      order = np.argsort(hashes, kind='stable')  # Fast, as most is in order.
+      self._older = hashes[order]
+      self._numbers = np.concatenate([self._numbers, numbers])[order]
       self._recent.clear()
-    return False
+    return number
 
 
 def _parse(content: sources_lib.Content, number: int | None) -> Record:

@@ -12,18 +12,22 @@ import json
 import pathlib
 from typing import Any
 
+from absl import logging
 import numpy as np
 import tensorflow_datasets as tfds
 
 import realm_jax
+from realm_jax.data import chained
 from realm_jax.data import corpus as corpus_lib
 from realm_jax.data import examples
 from realm_jax.data import growing
 from realm_jax.data import packing
 from realm_jax.data import tokenizer as tokenizer_lib
+from realm_jax.data import trivial
 
 FORMAT = 'realm_jax corpus'
-_MAX_VALIDATION = 5000  # Sentences, where the input marks none.
+# Sentences, where the input marks none; an article that was begun is finished.
+_MAX_VALIDATION = 5000
 
 _PASSAGE_FEATURES = {
     'id': tfds.features.Text(),
@@ -132,6 +136,7 @@ class CorpusWriter:
             'validation.tokens.bin' if pretraining else 'passage_tokens.bin'
         ),
     }
+    self._begun: set[int] = set()  # Articles of which something is set aside.
     self.counts: collections.Counter[str] = collections.Counter()
 
   def add(self, chunk: packing.Chunk, passages: bool, limited: bool) -> None:
@@ -150,14 +155,9 @@ class CorpusWriter:
       self.num_passages += len(chunk.lengths)
       for record in chunk.passage_records:
         self._passages.append('train', record)
-    aside = chunk.sentence_validation
+    aside = chunk.sentence_aside >= 0
     if limited:
-      have = (
-          self._splits['validation'].count
-          if ('validation' in self._splits)
-          else 0
-      )
-      aside = aside & (have + np.cumsum(aside) <= _MAX_VALIDATION)
+      aside = self._limited(chunk.sentence_aside)
     rows = np.where(
         chunk.sentence_passages >= 0, chunk.sentence_passages + base_row, -1
     )
@@ -218,6 +218,7 @@ class CorpusWriter:
     for file in self._tokens.values():
       file.close()
     self._check_passage_ids()
+    self.counts.update(self._find_trivial(splits))
     digests = {
         'passages': self._passages.close(),
         'sentences': self._sentences.close(),
@@ -241,6 +242,61 @@ class CorpusWriter:
             'token_dtype': self._dtype.name,
         },
     )
+
+  def _limited(self, articles: np.ndarray) -> np.ndarray:
+    """Returns which sentences to set aside: no article is divided."""
+    have = 0
+    if 'validation' in self._splits:
+      have = self._splits['validation'].count
+    chosen = np.zeros(len(articles), bool)
+    for i in np.flatnonzero(articles >= 0):
+      article = int(articles[i])
+      if have < _MAX_VALIDATION or article in self._begun:
+        self._begun.add(article)
+        chosen[i] = True
+        have += 1
+    return chosen
+
+  def _find_trivial(self, splits: dict[str, Any]) -> dict[str, int]:
+    """Writes the tables of trivial candidates; all others must be closed."""
+
+    def load(name: str) -> np.ndarray:
+      return np.load(self._tables / f'{name}.npy', mmap_mode='r')
+
+    tokens = {
+        name: chained.Chained(
+            [growing.TokenReader(self._tables / name, self._dtype)]
+        )
+        for name in self._tokens
+    }
+    passages = corpus_lib.PassageTable(
+        tokens['passage_tokens.bin'],
+        load('passage_offsets'),
+        load('title_lengths'),
+        load('articles'),
+    )
+    sentences = {
+        split: corpus_lib.SentenceTable(
+            tokens[facts['tokens']],
+            load(f'{split}.starts'),
+            load(f'{split}.lengths'),
+            load(f'{split}.passages'),
+            load(f'{split}.span_offsets'),
+            load(f'{split}.spans'),
+        )
+        for split, facts in splits.items()
+    }
+    counts = trivial.write(self._tables, passages, sentences)
+    logging.info(
+        'Sentences that passages besides their own hold: %s.',
+        '; '.join(
+            f'{split} {counts[f"{split}_sentences_in_other_passages"]} of'
+            f' {len(table)}, {counts[f"{split}_sentences_in_too_many"]} of'
+            f' these in more than {trivial.MOST}'
+            for split, table in sentences.items()
+        ),
+    )
+    return counts
 
   def _token_file(self, name: str) -> growing.TokenWriter:
     if name not in self._tokens:
@@ -332,6 +388,11 @@ class SpanWriter:
       for column in columns.values():
         column.close()
     before = corpus.manifest
+    if before['version'] < 2:
+      counts = trivial.write(
+          self._directory / 'tables', corpus.passages, corpus.sentences
+      )
+      before = {**before, 'counts': {**before['counts'], **counts}}
     return _write_manifest(
         self._directory,
         before['tokenizer'],

@@ -1,0 +1,71 @@
+"""Hashes of runs of wordpieces.
+
+Public: `runs`, `whole`, `aranges`. The hash of wordpieces in a row is the same
+wherever they stand, and whichever function it is of: 64 bits of their
+polynomial in BASE.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+def runs(ids: np.ndarray, lengths: Sequence[int]) -> Iterator[np.ndarray]:
+  """Yields hashes of all runs of wordpieces of each length, in order.
+
+  That of a run is the sum of BASE**i times its i-th wordpiece.
+  """
+  doubled = [_mixed(ids)]  # Of 1, 2, 4, ... wordpieces.
+  for length in lengths:
+    while 2 ** len(doubled) <= length:
+      run, size = doubled[-1], 2 ** (len(doubled) - 1)
+      doubled.append(run[: max(len(run) - size, 0)] + _power(size) * run[size:])
+    total, done = None, 0
+    for i, run in enumerate(doubled):
+      if length & 2**i:
+        if total is None:
+          total = run
+        else:
+          total = total[: max(len(run) - done, 0)] + _power(done) * run[done:]
+        done += 2**i
+    assert total is not None
+    yield _finished(total, length)
+
+
+def whole(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  """Hashes of whole sentences, which lie in a row."""
+  powers = np.full(int(lengths.max()), _BASE)
+  powers[0] = 1
+  values = _mixed(ids) * np.cumprod(powers)[aranges(lengths)]
+  begins = np.cumsum(lengths) - lengths
+  return _finished(np.add.reduceat(values, begins), lengths)
+
+
+def aranges(sizes: np.ndarray) -> np.ndarray:
+  """Returns 0, 1, ... for each size, one after the other."""
+  total = int(sizes.sum())
+  return np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _power(exponent: int) -> np.uint64:
+  return np.uint64(pow(int(_BASE), exponent, 2**64))
+
+
+def _mixed(ids: np.ndarray) -> np.ndarray:
+  values = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(
+      0xBF58476D1CE4E5B9
+  )
+  values ^= values >> np.uint64(27)
+  return values
+
+
+def _finished(hashes: np.ndarray, length: Any) -> np.ndarray:
+  """Spreads sums of products over all 64 bits."""
+  hashes = hashes ^ (np.asarray(length).astype(np.uint64) << np.uint64(56))
+  hashes ^= hashes >> np.uint64(31)
+  hashes *= np.uint64(0x94D049BB133111EB)
+  hashes ^= hashes >> np.uint64(29)
+  return hashes
