@@ -9,10 +9,10 @@ import collections
 from collections.abc import Sequence
 import hashlib
 import json
+import logging
 import pathlib
 from typing import Any
 
-from absl import logging
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -24,6 +24,8 @@ from realm_jax.data import growing
 from realm_jax.data import packing
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.data import trivial
+
+log = logging.getLogger(__name__)
 
 FORMAT = 'realm_jax corpus'
 # Sentences, where the input marks none; an article that was begun is finished.
@@ -287,7 +289,7 @@ class CorpusWriter:
         for split, facts in splits.items()
     }
     counts = trivial.write(self._tables, passages, sentences)
-    logging.info(
+    log.info(
         'Sentences that passages besides their own hold: %s.',
         '; '.join(
             f'{split} {counts[f"{split}_sentences_in_other_passages"]} of'
