@@ -484,8 +484,8 @@ def step(context: _Context) -> None:
   fixed = found['fused'].bytes - each * batch
   # Where the device does not say, as if it had room for five times the first.
   limit = _memory_limit() or fixed + 5 * each * batch
-  # XLA's allocator divides memory into pieces: a part stays unused.
-  largest = int((0.97 * limit - fixed) / each)
+  # Memory is not quite linear in the batch, and the allocator leaves gaps.
+  largest = int((0.94 * limit - fixed) / each)
   largest -= largest % (8 if largest > 8 else 1)
   context.report(
       largest_batch=largest,
