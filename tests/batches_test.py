@@ -248,7 +248,10 @@ def test_what_is_not_read_is_no_example(corpus, objective):
   table = corpus.sentences['knowledge']
 
   def usable():
-    examples = batches._examples(corpus, config, 'knowledge', True)
+    if objective == 'ict':
+      examples = batches._ClozeExamples(corpus, config, 'knowledge')
+    else:
+      examples = batches._MaskedExamples(corpus, config, 'knowledge', True)
     return {examples[i] for i in range(len(examples))}
 
   everything = usable()
