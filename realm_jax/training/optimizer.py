@@ -45,7 +45,8 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the transformation for params {component: {name: array}}.
 
-  Its `update` takes the number of the step as the keyword `step`.
+  Its `update` takes the number of the step as the keyword `step`, which the
+  clip needs while a retriever waits; without it, every component learns.
   """
   c = config.optimizer
 
@@ -84,12 +85,16 @@ def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
   c = config.optimizer
 
   def update(
-      grads: Any, state: optax.EmptyState, params: Any = None, *, step: Any
+      grads: Any,
+      state: optax.EmptyState,
+      params: Any = None,
+      *,
+      step: jax.typing.ArrayLike | None = None,
   ) -> tuple[Any, optax.EmptyState]:
     del params
     learned = {name: x for name, x in grads.items() if name not in c.frozen}
     norm = whole = optax.tree.norm(learned)
-    if c.retriever_delay:
+    if c.retriever_delay and step is not None:
       others = {name: x for name, x in learned.items() if name != 'embedder'}
       norm = jnp.where(
           step >= c.retriever_delay, whole, optax.tree.norm(others)
