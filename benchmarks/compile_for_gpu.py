@@ -1,0 +1,273 @@
+"""Compiles the training steps and the exact search for an H100, without one.
+
+  python benchmarks/compile_for_gpu.py \
+      --output=benchmarks/results/compile_for_gpu.json
+
+XLA compiles for the description of a GPU, on a machine that has no GPU and no
+driver. It needs JAX's CUDA plugin and the CUDA libraries as wheels, all for the
+version of JAX that is installed:
+
+  pip install "jax[cuda13]==$(python -c 'import jax; print(jax.__version__)')"
+
+The programs are the exact search of 512 queries in all 13,353,718 passages, and
+the steps of ICT and REALM in bfloat16, at BERT-base and the batch that the
+paper gives one of 64 devices (64 pairs, 8 examples of 8 candidates):
+
+  search           bfloat16 rows, k of 7
+  ict, realm       model.attention=auto without dropout of the attention
+                   weights, so by cuDNN
+  realm_dropout    the default: attention weights are dropped as all else is, so
+                   queries and reader attend by XLA
+
+The figures of each:
+
+  arguments_gb     state and batch, or table and queries; by XLA's own count
+  temporaries_gb   all that XLA allocates besides; the same
+  kernels          operations that run on the device, those of a loop as often
+                   as it runs; a sort or a call of a library counts once
+  cudnn_calls      attention's among them
+  trace_seconds, compile_seconds
+                   CPU time of all threads; wall-clock time is less on an idle
+                   machine of several cores
+
+XLA tunes the matmuls on the device. Without one it takes Triton kernels, so the
+temporaries and kernels of the matmuls may be others on a GPU.
+
+All layers of a step are alike. `a_layer` is what each layer adds, from the
+difference of the depths given by --layers; --layers=2,12 compiles the whole
+model. --small compiles toy sizes.
+"""
+
+import argparse
+import collections
+import importlib.util
+import json
+import pathlib
+import re
+import time
+from typing import Any
+
+import commands
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.index import topk
+from realm_jax.models import attention
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.training import plan
+
+_GB = 1e9
+_ROWS = 13_353_718  # Of the paper's corpus.
+_QUERIES = 512
+_PROGRAMS = ('search', 'ict', 'realm', 'realm_dropout')
+_BATCH = {'ict': 64, 'realm': 8}  # 4,096 and 512 on 64 devices.
+
+# The H100 SXM5, 80 GB: xla.gpu.GpuTargetConfigProto.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+# What no kernel is launched for.
+_FREE = frozenset(
+    'bitcast constant get-tuple-element iota parameter tuple'.split()
+)
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][a-z0-9-]*)\(')
+_CALLED = re.compile(r'(?:body|to_apply|calls)=%?([\w.-]+)')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def kernels(hlo: str) -> int:
+  """Counts what the optimised module launches, see above.
+
+  Raises:
+    ValueError: for a loop of unknown length.
+  """
+  bodies: dict[str, list[str]] = {}
+  name = entry = ''
+  for line in hlo.splitlines():
+    if found := _COMPUTATION.match(line):
+      name = found[2]
+      bodies[name] = []
+      entry = name if found[1] else entry
+    elif name:
+      bodies[name].append(line)
+
+  def count(name: str) -> int:
+    total = 0
+    for line in bodies[name]:
+      found = _INSTRUCTION.match(line)
+      operation = found[1] if found else 'constant'
+      if operation in ('call', 'while'):
+        trips = _TRIPS.search(line)
+        if operation == 'while' and not trips:
+          raise ValueError(f'XLA does not know how often it runs: {line}')
+        called = _CALLED.search(line)[1]
+        total += count(called) * (int(trips[1]) if trips else 1)
+      elif operation not in _FREE:
+        total += 1
+    return total
+
+  return count(entry)
+
+
+def _plugin() -> list[str]:
+  """Returns the packages that JAX's CUDA plugin consists of."""
+  for cuda in ('cuda13', 'cuda12'):
+    if importlib.util.find_spec(f'jax_{cuda}_plugin'):
+      return [f'jax-{cuda}-plugin', f'jax-{cuda}-pjrt']
+  raise SystemExit(
+      "JAX's CUDA plugin is not installed: pip install"
+      f" 'jax[cuda13]=={jax.__version__}'"
+  )
+
+
+def _mesh() -> jax.sharding.Mesh:
+  """Returns the mesh of one H100 that is only described."""
+  topology = topologies.get_topology_desc(
+      platform='cuda', topology_name='1x1x1', topology='1x1x1',
+      target_config=_H100,
+  )
+  return jax.sharding.Mesh(
+      np.array(topology.devices).reshape(1, 1),
+      (mesh_lib.DATA, mesh_lib.MODEL),
+  )
+
+
+def _config(program: str, layers: int, small: bool) -> config_lib.Config:
+  objective = program.partition('_')[0]
+  config = config_lib.Config(objective=objective, corpus='none')
+  config.batch_size = _BATCH[objective]
+  config.model.compute_dtype = 'bfloat16'
+  config.model.vocab_size = 30_522
+  if program != 'realm_dropout':
+    config.model.attention_dropout = 0.0
+  if small:
+    config.model.preset, config.model.vocab_size = 'tiny', 2000
+    config.lengths.query, config.lengths.document = 24, 40
+    config.batch_size, config.num_candidates = 4, 3
+  config.model.num_layers = layers
+  return config_lib.resolve(config)
+
+
+def _trace_search(mesh: jax.sharding.Mesh, small: bool) -> jax.stages.Traced:
+  queries, rows = (8, 20_000) if small else (_QUERIES, _ROWS)
+  divided = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+  whole = mesh_lib.replicated(mesh)
+  width = config_lib.resolve(config_lib.Config()).model.embedding_width
+
+  def array(shape: tuple[int, ...], dtype: Any, where: Any = whole) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+  return topk.top_rows.trace(
+      array((topk.aligned(rows, mesh), width), jnp.bfloat16, divided),
+      array((queries, width), jnp.float32),
+      array((queries, 1, 2), jnp.int32),
+      None,
+      array((2,), jnp.int32),
+      mesh=mesh,
+      k=config_lib.Config().num_candidates - 1,
+  )
+
+
+def _figures(trace: Any) -> dict[str, Any]:
+  start = time.process_time()
+  lowered = trace().lower()
+  traced = time.process_time()
+  compiled = lowered.compile()
+  done = time.process_time()
+  memory, hlo = compiled.memory_analysis(), compiled.as_text()
+  calls = re.findall(r'custom_call_target="(__cudnn\$\w+)"', hlo)
+  return {
+      'arguments_gb': memory.argument_size_in_bytes / _GB,
+      'temporaries_gb': memory.temp_size_in_bytes / _GB,
+      'kernels': kernels(hlo),
+      'cudnn_calls': dict(collections.Counter(calls)),
+      'trace_seconds': traced - start,
+      'compile_seconds': done - traced,
+  }
+
+
+def _a_layer(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+  """What a layer adds, from the figures of two depths."""
+  layers = other['layers'] - one['layers']
+  return {
+      name: (other[name] - one[name]) / layers
+      for name in ('arguments_gb', 'temporaries_gb', 'kernels')
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--layers', default='2,4', help='of the steps')
+  parser.add_argument('--programs', default=','.join(_PROGRAMS))
+  parser.add_argument('--small', action='store_true')
+  parser.add_argument('--output', type=pathlib.Path)
+  arguments = parser.parse_args()
+  depths = sorted(map(int, arguments.layers.split(',')))
+  # All arrays stay abstract; JAX must not look for a driver.
+  jax.config.update('jax_platforms', 'cpu')
+  plugin, mesh = _plugin(), _mesh()
+  device = mesh.devices.flat[0]
+  found: list[dict[str, Any]] = []
+  for program in arguments.programs.split(','):
+    if program == 'search':
+      found.append(
+          {'program': program}
+          | _figures(lambda: _trace_search(mesh, arguments.small))
+      )
+      print(json.dumps(found[-1]), flush=True)
+      continue
+    for layers in depths:
+      config = _config(program, layers, arguments.small)
+      found.append(
+          {
+              'program': program,
+              'layers': layers,
+              'batch': config.batch_size,
+              'attention': attention.choose(config.model, device),
+          }
+          | _figures(lambda config=config: plan.trace_step(config, mesh))
+      )
+      print(json.dumps(found[-1]), flush=True)
+    if len(depths) > 1:
+      found[-1]['a_layer'] = _a_layer(found[-len(depths)], found[-1])
+  result = {'device': device.device_kind, 'programs': found}
+  result |= commands.about('jax', *plugin)
+  text = json.dumps(result, indent=2) + '\n'
+  print(text)
+  if arguments.output:
+    arguments.output.write_text(text, encoding='utf-8')
+
+
+if __name__ == '__main__':
+  main()
