@@ -41,7 +41,7 @@ _SHARE = 0.5  # Of the sentence's wordpieces.
 # Sentences of a block with the same anchor. More have no rarer n-gram: they
 # are boilerplate of the sentences, and treated like that of the passages.
 _MOST_SHARING = 16
-_BLOCK = 2**18  # Sentences; each takes about 500 bytes.
+_BLOCK = 2**16  # Sentences; each takes about 500 bytes.
 _BLOCKS = 8  # At most, where there are that many sentences.
 _AT_ONCE = 2**16  # Wordpieces that are hashed at a time.
 
