@@ -524,6 +524,16 @@ assert 'jax' not in sys.modules
   subprocess.run([sys.executable, '-c', script], check=True)
 
 
+def test_training_starts_without_tfds():
+  """Importing it takes seconds; only what reads texts needs it."""
+  script = """
+import sys
+from realm_jax.training import loop
+assert 'tensorflow_datasets' not in sys.modules
+"""
+  subprocess.run([sys.executable, '-c', script], check=True)
+
+
 def test_records_are_encoded_as_tfds_does():
   for spans in ([], [0, 127, 128, 300, 70_000]):
     values = {

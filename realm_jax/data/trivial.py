@@ -1,10 +1,10 @@
 """Which passages hold the text of a sentence: its trivial candidates.
 
-Public: `find`, `write`, `by_sentence`, `MOST`. A passage that shows a masked
-sentence unmasked gives the answer away, so that REALM must not retrieve it (Guu
-et al. 2020, section 3.4). The passage that a sentence is from is known by its
-row. This module finds the others by content, also for sentences of another
-source.
+Public: `find`, `find_in_blocks`, `by_sentence`, `MOST`. A passage that shows a
+masked sentence unmasked gives the answer away, so that REALM must not retrieve
+it (Guu et al. 2020, section 3.4). The passage that a sentence is from is known
+by its row. This module finds the others by content, also for sentences of
+another source.
 
 A passage holds a sentence if they have 8 wordpieces in a row in common and,
 with the sentence laid there on the passage's body, at least half of the
@@ -26,12 +26,10 @@ anchors and is always found; one that holds only most of it can lack them all.
 """
 
 from collections.abc import Iterator, Sequence
-import pathlib
 
 import numpy as np
 
 from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import growing
 from realm_jax.data import ngrams
 
 _NGRAM = 8  # Wordpieces.
@@ -46,52 +44,6 @@ _BLOCKS = 8  # At most, where there are that many sentences.
 _AT_ONCE = 2**16  # Wordpieces that are hashed at a time.
 
 
-def write(
-    tables: pathlib.Path,
-    passages: corpus_lib.PassageTable,
-    sentences: dict[str, corpus_lib.SentenceTable],
-) -> dict[str, int]:
-  """Writes `SPLIT.trivial_offsets.npy` and `SPLIT.trivial.npy` for each split.
-
-  Args:
-    tables: the folder.
-    passages: all passages of the corpus.
-    sentences: the splits.
-
-  Returns:
-    For each split two counts: `SPLIT_sentences_in_other_passages`, and of those
-    `SPLIT_sentences_in_too_many`, for which nothing may be retrieved.
-  """
-  files, counts = {}, {}
-  totals = dict.fromkeys(sentences, 0)
-  for split in sentences:
-    offsets = growing.ArrayWriter(
-        tables / f'{split}.trivial_offsets.npy', np.int64
-    )
-    offsets.append(np.zeros(1, np.int64))
-    files[split] = offsets, growing.ArrayWriter(
-        tables / f'{split}.trivial.npy', np.int32, (2,)
-    )
-    counts[f'{split}_sentences_in_other_passages'] = 0
-    counts[f'{split}_sentences_in_too_many'] = 0
-  names = list(sentences)
-  for number, found in _blocks(passages, list(sentences.values())):
-    split = names[number]
-    files[split][0].append(totals[split] + found.offsets[1:])
-    files[split][1].append(found.rows)
-    totals[split] += len(found.rows)
-    counts[f'{split}_sentences_in_other_passages'] += int(
-        np.count_nonzero(np.diff(found.offsets))
-    )
-    counts[f'{split}_sentences_in_too_many'] += int(
-        (found.rows == [0, len(passages)]).all(axis=1).sum()
-    )
-  for pair in files.values():
-    for file in pair:
-      file.close()
-  return counts
-
-
 def find(
     passages: corpus_lib.PassageTable, sentences: corpus_lib.SentenceTable
 ) -> corpus_lib.Ranges:
@@ -101,7 +53,7 @@ def find(
     passages: all that are looked through.
     sentences: of which the tokens and the rows of their passages are used.
   """
-  parts = [part for _, part in _blocks(passages, [sentences])]
+  parts = [part for _, part in find_in_blocks(passages, [sentences])]
   counts = [np.diff(part.offsets) for part in parts]
   return corpus_lib.Ranges(
       np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts])),
@@ -124,7 +76,7 @@ def by_sentence(
 _Piece = tuple[int, int, int]  # Of a table by number: start, limit.
 
 
-def _blocks(
+def find_in_blocks(
     passages: corpus_lib.PassageTable,
     tables: Sequence[corpus_lib.SentenceTable],
 ) -> Iterator[tuple[int, corpus_lib.Ranges]]:

@@ -24,6 +24,7 @@ from realm_jax.data import growing
 from realm_jax.data import packing
 from realm_jax.data import tokenizer as tokenizer_lib
 from realm_jax.data import trivial
+from realm_jax.data import trivial_tables
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ class CorpusWriter:
         )
         for split, facts in splits.items()
     }
-    counts = trivial.write(self._tables, passages, sentences)
+    counts = trivial_tables.write(self._tables, passages, sentences)
     log.info(
         'Sentences that passages besides their own hold: %s.',
         '; '.join(
@@ -391,7 +392,7 @@ class SpanWriter:
         column.close()
     before = corpus.manifest
     if before['version'] < 2:
-      counts = trivial.write(
+      counts = trivial_tables.write(
           self._directory / 'tables', corpus.passages, corpus.sentences
       )
       before = {**before, 'counts': {**before['counts'], **counts}}
