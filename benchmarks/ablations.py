@@ -26,8 +26,8 @@ from typing import Any
 import ablations_table
 import commands
 
-from realm_jax.data import world
 from realm_jax.evaluation import report
+from realm_jax.prepare import world
 from realm_jax.runtime import checkpoint
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -29,15 +29,15 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.index import embedding
-from realm_jax.index import mips
+from realm_jax.index import search as search_lib
 from realm_jax.index import topk
 from realm_jax.models import attention
 from realm_jax.models import components as components_lib
+from realm_jax.models import flops
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.training import costs
-from realm_jax.training import optimizer
-from realm_jax.training import steps
+from realm_jax.trainer import optimizer
+from realm_jax.trainer import step as step_lib
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _NULL = (101, 102, 102)
@@ -289,13 +289,13 @@ class _Step:
     self._tx = optimizer.make_optimizer(config, tuple(self._components))
     self._mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
     self._batch = _batch(config)
-    step = steps.make_train_step(
+    step = step_lib.make_train_step(
         config, self._components, self._tx, _NULL, self._mesh
     )
     start = time.perf_counter()
     self._state = self._arrays = None
     self._lowered = step.lower(
-        steps.abstract_state(self._components, self._tx),
+        step_lib.abstract_state(self._components, self._tx),
         {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype)
             for name, x in self._batch.items()
@@ -327,10 +327,10 @@ class _Step:
         for name, component in self._components.items()
     }
     self._state = jax.device_put(
-        steps.TrainState(
+        step_lib.TrainState(
             jnp.int32(0), params, self._tx.init(params), jax.random.key(0)
         ),
-        steps.state_shardings(
+        step_lib.state_shardings(
             self.config, self._components, self._tx, self._mesh
         ),
     )
@@ -404,12 +404,12 @@ def _measure(context: _Context, case: str, step: _Step) -> None:
         step.run(count) for _ in range(context.size.rounds)
     )
     config = step.config
-    hardware = context.rate(costs.hardware_flop(config), seconds)
+    hardware = context.rate(flops.hardware_flop(config), seconds)
     context.report(
         case,
         seconds=seconds,
         examples_per_second=config.batch_size / seconds,
-        **context.rate(costs.model_flop(config), seconds),
+        **context.rate(flops.model_flop(config), seconds),
         hardware_mfu=hardware['mfu'],
         peak_gigabytes=_peak_gigabytes(),
     )
@@ -533,14 +533,14 @@ def _torch_flop(config: config_lib.Config) -> float:
   """
   model, lengths = config.model, config.lengths
   b, k = config.batch_size, config.num_candidates
-  flop = costs.head_flop(model, b * k * lengths.masks)
+  flop = flops.head_flop(model, b * k * lengths.masks)
   for rows, length in (
       (b, lengths.query),
       (1, len(_NULL)),
       (b * (k - 1), lengths.document),
       (b * k, lengths.joint),
   ):
-    flop += costs.pass_flop(model, rows, length, length)
+    flop += flops.pass_flop(model, rows, length, length)
   return 3 * flop
 
 
@@ -608,7 +608,7 @@ def _in_turns(
       layers=model.num_layers,
       batch=config.batch_size,
       ours_seconds=seconds,
-      ours_mfu=context.rate(costs.model_flop(config), seconds)['mfu'],
+      ours_mfu=context.rate(flops.model_flop(config), seconds)['mfu'],
       torch_seconds=their_seconds,
       torch_mfu=rates['mfu'],
       ours_times_faster=statistics.median(b / a for a, b in pairs),
@@ -687,10 +687,10 @@ def search(context: _Context) -> None:
   count = min(_CHECKED, size.queries)
   plain = _plain_search(part.table_NE, rows, queries[:count])
   context.report(
-      exact_overlap_with_plain=mips.overlap(exact[:count], plain)
+      exact_overlap_with_plain=search_lib.overlap(exact[:count], plain)
   )
   found = measure('approx', lambda: find(size.queries, none, 0.95))
-  context.report(approx_recall=mips.overlap(found, exact))
+  context.report(approx_recall=search_lib.overlap(found, exact))
   for count in (64, 8):
     if count < size.queries:
       measure(f'exact_{count}_queries', functools.partial(find, count, none))
@@ -735,7 +735,7 @@ def embed(context: _Context) -> None:
   ids = jax.random.randint(jax.random.key(0), shape, 5, size.vocab_size)
 
   def report(case: str, rows: int, seconds: float, **more: Any) -> None:
-    flop = costs.embed_flop(config.model, rows, config.lengths.document)
+    flop = flops.embed_flop(config.model, rows, config.lengths.document)
     context.report(
         case,
         passages_per_second=rows / seconds,

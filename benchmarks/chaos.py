@@ -36,11 +36,11 @@ from typing import Any
 
 import commands
 
-from realm_jax.data import prepare
 from realm_jax.index import generation
-from realm_jax.index import presence
+from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -140,7 +140,7 @@ class _Run:
       )
 
   def _doing(self, pid: int) -> str:
-    heartbeat = presence.read_heartbeat(self.workdir / generation.DIRECTORY)
+    heartbeat = process.read_heartbeat(self.workdir / generation.DIRECTORY)
     if heartbeat is None or heartbeat['pid'] != pid:
       return 'starting'  # Python and JAX.
     return heartbeat['state']

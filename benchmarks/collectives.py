@@ -45,8 +45,8 @@ from realm_jax.index import topk  # noqa: E402
 from realm_jax.models import components as components_lib  # noqa: E402
 from realm_jax.runtime import collectives  # noqa: E402
 from realm_jax.runtime import mesh as mesh_lib  # noqa: E402
-from realm_jax.training import optimizer  # noqa: E402
-from realm_jax.training import steps  # noqa: E402
+from realm_jax.trainer import optimizer  # noqa: E402
+from realm_jax.trainer import step  # noqa: E402
 
 _ROWS = 13_353_718
 _PER_DEVICE = 8
@@ -99,8 +99,8 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
   tx = optimizer.make_optimizer(config, tuple(components))
   state = jax.tree.map(
       lambda x, place: array(x.shape, place, x.dtype),
-      steps.abstract_state(components, tx),
-      steps.state_shardings(config, components, tx, mesh),
+      step.abstract_state(components, tx),
+      step.state_shardings(config, components, tx, mesh),
   )
   batch = {name: array(x, rows) for name, x in _batch(config).items()}
   batch['mask_BM'] = array(batch['mask_BM'].shape, rows, jnp.bool_)
@@ -108,10 +108,10 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
   per_device = -(-_ROWS // n // topk.ALIGN) * topk.ALIGN
   k = config.num_candidates - 1
   programs = {
-      'step': steps.make_train_step(
+      'step': step.make_train_step(
           config, components, tx, _NULL, mesh
       ).lower(state, batch),
-      'queries': steps.make_query_embedder(
+      'queries': step.make_query_embedder(
           components['embedder'], mesh
       ).lower(state.params['embedder'], batch['query_ids_BQ']),
       'top_k': topk.top_rows.lower(

@@ -56,8 +56,8 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.index import topk
 from realm_jax.models import attention
+from realm_jax.planner import plan
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.training import plan
 
 _GB = 1e9
 _ROWS = 13_353_718  # Of the paper's corpus.

@@ -25,11 +25,11 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import prepare
-from realm_jax.index import editing
+from realm_jax.builder import editing
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.models import components
+from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import snapshots as snapshots_lib
 

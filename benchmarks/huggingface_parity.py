@@ -25,15 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.export import exporting
-from realm_jax.export import importing
+from realm_jax.interop import convert
+from realm_jax.interop import exporting
+from realm_jax.interop import importing
+from realm_jax.interop import tensor_files
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
-from realm_jax.models import pretrained
 from realm_jax.models import realm
 from realm_jax.models import span_reader
-from realm_jax.models import tensor_files
 
 _SCRIPT = (
     pathlib.Path(__file__).resolve().parent.parent
@@ -59,9 +59,9 @@ def _difference(ours: Any, theirs: np.ndarray) -> float:
   return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
-def _load(folder: pathlib.Path, activation: str) -> pretrained.Loaded:
+def _load(folder: pathlib.Path, activation: str) -> convert.Loaded:
   values = json.loads((folder / 'config.json').read_bytes())
-  return pretrained.load(
+  return convert.load(
       tensor_files.open_folder(folder), values | {'hidden_act': activation}
   )
 
@@ -127,7 +127,7 @@ def _pretraining(
       ('encoder', 'reader', gradients[1], 'gradient/encoder/'),
   ):
     config = retriever.config if kind == 'embedder' else reader.config
-    for name, ours in pretrained.tensors_of(
+    for name, ours in convert.tensors_of(
         kind, config, {component: values}
     ).items():
       target = want.get(theirs + name)

@@ -48,8 +48,8 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.index import generation
-from realm_jax.index import mips
-from realm_jax.index import scann_tree
+from realm_jax.index import scann
+from realm_jax.index import search as search_lib
 
 ROWS = 13_353_718
 WIDTH = 128
@@ -131,16 +131,16 @@ def _lineage(rows: int) -> generation.Lineage:
 def _write(folder: pathlib.Path, rows: int, seed: int) -> Figures:
   vectors = Vectors(seed)
   spent = 0.0
-  make = mips.make_search
+  make = search_lib.make_search
 
-  def timed(*args: Any, **kwargs: Any) -> mips.Search:
+  def timed(*args: Any, **kwargs: Any) -> search_lib.Search:
     nonlocal spent
     start = time.perf_counter()
     search = make(*args, **kwargs)
     spent = time.perf_counter() - start
     return search
 
-  mips.make_search = timed
+  search_lib.make_search = timed
   start = time.perf_counter()
   with generation.Writer(folder / 'index', _lineage(rows)) as writer:
     for number, first in enumerate(range(0, rows, generation.ROWS_PER_SHARD)):
@@ -153,7 +153,7 @@ def _write(folder: pathlib.Path, rows: int, seed: int) -> Figures:
     path = writer.publish()
     done = time.perf_counter()
   np.save(folder / 'queries.npy', vectors.queries(rows))
-  leaves, to_search, reorder = scann_tree.settings(_config(), rows)
+  leaves, to_search, reorder = scann.settings(_config(), rows)
   return {
       'write_shards_seconds': shards - start,
       'build_seconds': spent,
@@ -177,7 +177,7 @@ def _open(folder: pathlib.Path, rows: int) -> generation.Generation:
 def _exact(folder: pathlib.Path, rows: int) -> Figures:
   queries = np.load(folder / 'queries.npy')
   table = _open(folder, rows).embeddings
-  search = mips.StreamedSearch(table)
+  search = search_lib.StreamedSearch(table)
   seconds = []
   for count in (len(queries), len(queries), _BATCH):  # The first one compiles.
     start = time.perf_counter()
@@ -197,7 +197,7 @@ def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
 
   faiss.omp_set_num_threads(os.cpu_count() or 1)
   table = _open(folder, rows).embeddings
-  leaves, _, _ = scann_tree.settings(_config(), rows)
+  leaves, _, _ = scann.settings(_config(), rows)
   lists = leaves or round(2 * rows**0.5)
   start = time.perf_counter()
   sample = table[np.arange(0, rows, max(rows // (40 * lists), 1))[: 40 * lists]]
@@ -258,7 +258,7 @@ class _Faiss:
     self._index.nprobe = lists
     _, found = self._index.search(queries, candidates)
     found = np.where(found < 0, self._rows, found)
-    return mips.rank(self._table, queries, found, found < self._rows, K)
+    return search_lib.rank(self._table, queries, found, found < self._rows, K)
 
 
 def _serve(side: str, folder: pathlib.Path, rows: int) -> None:
@@ -276,7 +276,7 @@ def _serve(side: str, folder: pathlib.Path, rows: int) -> None:
     setting = asked['setting']
     if asked['what'] == 'recall':
       found = server.search(*setting, queries)
-      answer = {'recall': mips.overlap(found, exact)}
+      answer = {'recall': search_lib.overlap(found, exact)}
     else:
       start = time.perf_counter()
       server.search(*setting, queries[:_BATCH])
@@ -292,11 +292,11 @@ def _growth(sizes: list[int], seed: int) -> Figures:
       ]
   )
   queries = vectors.queries(min(sizes))
-  searches = {n: mips.make_search(_config(), table[:n]) for n in sizes}
+  searches = {n: search_lib.make_search(_config(), table[:n]) for n in sizes}
   figures: Figures = {}
   for n, search in searches.items():
-    figures[f'growth_recall_{n}'] = mips.recall(
-        search, mips.StreamedSearch(table[:n]), queries, K
+    figures[f'growth_recall_{n}'] = search_lib.recall(
+        search, search_lib.StreamedSearch(table[:n]), queries, K
     )
   for batch in (32, 128, 512):
     times: dict[int, list[float]] = {n: [] for n in sizes}

@@ -29,17 +29,17 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import questions as questions_lib
-from realm_jax.index import mips
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import search
 from realm_jax.models import components as components_lib
+from realm_jax.qa import question_table as question_table_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.training import optimizer
-from realm_jax.training import reading
-from realm_jax.training import state as state_lib
-from realm_jax.training import steps as steps_lib
+from realm_jax.trainer import batches
+from realm_jax.trainer import job as job_lib
+from realm_jax.trainer import optimizer
+from realm_jax.trainer import retrieve
+from realm_jax.trainer import step as step_lib
 
 _QUERY, _DOCUMENT = 32, 288  # Together 320, as published.
 
@@ -48,7 +48,7 @@ class _Index:
   """Embeddings in the place of a published index."""
 
   def __init__(self, embeddings_NE: np.ndarray):
-    self.search = mips.ExactSearch(embeddings_NE)
+    self.search = search.ExactSearch(embeddings_NE)
     self.embeddings = embeddings_NE
 
 
@@ -68,12 +68,12 @@ class _Ours:
     config = config_lib.resolve(config)
     corpus = corpus_lib.Corpus.open(arguments.corpus)
     config.model.vocab_size = corpus.tokenizer.vocab_size
-    table = questions_lib.QuestionTable.read(
+    table = question_table_lib.QuestionTable.read(
         arguments.questions, _QUERY, corpus.tokenizer
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
     components = components_lib.make_all(config)
-    job = state_lib.Job(
+    job = job_lib.Job(
         pathlib.Path(), config, corpus, mesh, components, {}, table
     )
     rows = min(arguments.passages, len(corpus.passages))
@@ -82,18 +82,18 @@ class _Ours:
     self.corpus, self.table = corpus, table
     self._config, self._size = config, config.batch_size
     index: Any = _Index(embeddings_NE)
-    self._retrieval = reading.Retrieval(job, index, np.arange(self._size))
+    self._retrieval = retrieve.Retrieval(job, index, np.arange(self._size))
     self._batches = batches.training_batches(corpus, config, questions=table)
     tx = optimizer.make_optimizer(config, tuple(components))
     params = {name: c.init(0) for name, c in components.items()}
-    self._state = steps_lib.TrainState(
+    self._state = step_lib.TrainState(
         step=jax.numpy.int32(0),
         params=params,
         opt_state=tx.init(params),
         rng=jax.random.key(0),
     )
     ids = corpus.tokenizer
-    self._step = steps_lib.make_train_step(
+    self._step = step_lib.make_train_step(
         config, components, tx, (ids.cls_id, ids.sep_id, ids.sep_id), mesh
     )
     self._mesh = mesh
@@ -103,7 +103,7 @@ class _Ours:
     batch = next(self._batches)
     batch = self._retrieval(batch, self._state.params['embedder'])
     retrieved = time.perf_counter()
-    names = steps_lib.input_names(self._config)
+    names = step_lib.input_names(self._config)
     arrays = mesh_lib.to_devices(
         self._mesh, {name: batch[name] for name in names}
     )

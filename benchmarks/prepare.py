@@ -27,7 +27,7 @@ from typing import Any
 
 import commands
 
-from realm_jax.data import corpus as corpus_lib
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.runtime import checkpoint
 
 # Per second and core: generate_retrieval_corpus of the original takes three

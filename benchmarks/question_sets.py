@@ -19,10 +19,10 @@ from typing import Any
 import commands
 import squad_open
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import question_sets
-from realm_jax.evaluation import open_qa
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
+from realm_jax.qa import answers
+from realm_jax.qa import question_sets
 from realm_jax.runtime import checkpoint
 
 _DEPTHS = (1, 5, 20, 100)
@@ -88,14 +88,14 @@ def _in_corpus(directory: pathlib.Path, dev: str) -> dict[str, Any]:
   text = '\n'.join(
       corpus.passage_text(row)['text'] for row in range(len(corpus.passages))
   )
-  whole = f' {open_qa.normalize_answer(text)} '
+  whole = f' {answers.normalize_answer(text)} '
   questions = question_sets.read(dev)
   strings = [q for q in questions if q.match == 'string']
   figures: dict[str, Any] = {'questions': len(questions)}
   if strings:
     figures['answer_anywhere'] = round(
         sum(
-            any(f' {open_qa.normalize_answer(a)} ' in whole for a in q.answers)
+            any(f' {answers.normalize_answer(a)} ' in whole for a in q.answers)
             for q in strings
         ) / len(strings),
         4,

@@ -23,7 +23,7 @@ from typing import Any
 
 import commands
 
-from realm_jax.data import corpus as corpus_lib
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
 from realm_jax.index import generation
 from realm_jax.runtime import checkpoint

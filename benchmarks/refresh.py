@@ -43,23 +43,23 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
-from realm_jax.data import prepare
-from realm_jax.index import builder
+from realm_jax.builder import builder
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.index import embedding
 from realm_jax.index import generation
-from realm_jax.index import mips
-from realm_jax.index import presence
+from realm_jax.index import search
+from realm_jax.interop import convert
 from realm_jax.models import components
-from realm_jax.models import pretrained
+from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
-from realm_jax.training import optimizer
-from realm_jax.training import steps as steps_lib
+from realm_jax.trainer import batches
+from realm_jax.trainer import optimizer
+from realm_jax.trainer import step as step_lib
 
 _HERE = pathlib.Path(__file__).resolve().parent
 PARTS = ('embedding', 'growth', 'stall', 'steps')
@@ -130,7 +130,7 @@ class _Torch:
   ):
     np.savez(
         folder / 'weights.npz',
-        **pretrained.tensors_of(
+        **convert.tensors_of(
             'embedder', config.model, {'embedder': params}
         ),
     )
@@ -155,7 +155,7 @@ class _Torch:
     )
     self.versions = self.ask({
         'threads': len(os.sched_getaffinity(0)),
-        'config': pretrained.foreign_config('embedder', config.model, None),
+        'config': convert.foreign_config('embedder', config.model, None),
         'weights': str(folder / 'weights.npz'),
         'passages': str(folder / 'passages.npz'),
         'longest': _LONGEST,
@@ -444,7 +444,7 @@ def _builder_pid(
     workdir: pathlib.Path, trainer: subprocess.Popen[bytes]
 ) -> int:
   while trainer.poll() is None:
-    heartbeat = presence.read_heartbeat(workdir / generation.DIRECTORY)
+    heartbeat = process.read_heartbeat(workdir / generation.DIRECTORY)
     if heartbeat is not None:
       return heartbeat['pid']
     time.sleep(0.05)
@@ -519,25 +519,25 @@ def measure_steps(
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   tx = optimizer.make_optimizer(config, tuple(parts))
   tokenizer = corpus.tokenizer
-  train_step = steps_lib.make_train_step(
+  train_step = step_lib.make_train_step(
       config,
       parts,
       tx,
       (tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id),
       mesh,
   )
-  embed = steps_lib.make_query_embedder(parts['embedder'], mesh)
+  embed = step_lib.make_query_embedder(parts['embedder'], mesh)
   params = {name: part.init(0) for name, part in parts.items()}
   state = jax.device_put(
-      steps_lib.TrainState(
+      step_lib.TrainState(
           np.int32(0), params, tx.init(params), jax.random.key(0)
       ),
-      steps_lib.state_shardings(config, parts, tx, mesh),
+      step_lib.state_shardings(config, parts, tx, mesh),
   )
   searches = {}
   for size in sizes:
     print(f'Building an index of {size} rows', flush=True)
-    searches[size] = mips.make_search(config.mips, _clustered(size, 128))
+    searches[size] = search.make_search(config.mips, _clustered(size, 128))
   data = batches.training_batches(corpus, config)
   seconds: dict[int, list[float]] = {size: [] for size in sizes}
   search_seconds: dict[int, list[float]] = {size: [] for size in sizes}
@@ -558,7 +558,7 @@ def measure_steps(
           batch, rows_BJ % len(corpus.passages), corpus, config.lengths
       )
       arrays = mesh_lib.to_devices(
-          mesh, {name: batch[name] for name in steps_lib.input_names(config)}
+          mesh, {name: batch[name] for name in step_lib.input_names(config)}
       )
       state, _ = train_step(state, arrays)
       jax.block_until_ready(state)

@@ -32,15 +32,15 @@ import optax
 from scipy import stats
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches as batches_lib
-from realm_jax.data import inputs
-from realm_jax.evaluation import trained as trained_lib
+from realm_jax.corpus import inputs
+from realm_jax.inference import trained as trained_lib
 from realm_jax.models import objectives
 from realm_jax.models import realm
 from realm_jax.runtime import checkpoint
-from realm_jax.training import optimizer
-from realm_jax.training import state as state_lib
-from realm_jax.training import steps as steps_lib
+from realm_jax.trainer import batches as batches_lib
+from realm_jax.trainer import job as job_lib
+from realm_jax.trainer import optimizer
+from realm_jax.trainer import step as step_lib
 
 _UPDATES = {
     'sentence': 'gradient descent on one sentence',
@@ -88,7 +88,7 @@ class _Measurement:
       # p(z|x) p(y|z,x) / p(y|x) is p(z|x,y).
       return aux['posterior_BK'] - jnp.exp(aux['retriever_logp_BK'])
 
-    loss = steps_lib.loss_function(self._config, components, null_ids)
+    loss = step_lib.loss_function(self._config, components, null_ids)
 
     def descend(params: Any, batch: Any) -> jax.Array:
       """The change of the scores by a small step of the embedder alone."""
@@ -131,7 +131,7 @@ class _Measurement:
           batch, retrieved_BJ, trained.corpus, config.lengths
       )
       found.append(
-          {name: batch[name] for name in steps_lib.input_names(config)}
+          {name: batch[name] for name in step_lib.input_names(config)}
       )
     return found
 
@@ -162,15 +162,15 @@ class _Measurement:
           self._workdir / 'checkpoints' / str(self._step),
           copy / 'checkpoints' / str(self._step),
       )
-      job = state_lib.open_job(config_lib.read(copy), copy)
+      job = job_lib.open_job(config_lib.read(copy), copy)
       tx = optimizer.make_optimizer(job.config, tuple(job.components))
-      train_step = steps_lib.make_train_step(
+      train_step = step_lib.make_train_step(
           job.config, job.components, tx, self._trained.null_ids, job.mesh
       )
       checkpoints = checkpoint.Checkpoints(copy, keep=0)
       for batch in batches:
         # A step takes its state over, so each has one of its own.
-        state, _ = state_lib.start_or_resume(job, checkpoints, tx)
+        state, _ = job_lib.start_or_resume(job, checkpoints, tx)
         before = np.asarray(self._scores(state.params, batch))
         state, _ = train_step(state, batch)
         after = np.asarray(self._scores(state.params, batch))

@@ -24,9 +24,9 @@ from typing import Any
 
 import commands
 
-from realm_jax.data import spans as spans_lib
-from realm_jax.data import tagging
-from realm_jax.evaluation import tagging as evaluation
+from realm_jax.corpus import entities
+from realm_jax.inference import tagging
+from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.runtime import checkpoint
 
 _FOREIGN = ('wikigold.jsonl', 'uner-ewt-dev.jsonl')
@@ -40,14 +40,14 @@ _NEAREST = {  # Of WNUT's types.
 }
 _DATES = 'tim'  # Of GMB's types.
 
-Sentences = list[tagging.TaggedSentence]
-Entities = list[list[tagging.Entity]]
+Sentences = list[entities.TaggedSentence]
+Entities = list[list[entities.Entity]]
 
 
 def divide(arguments: argparse.Namespace) -> dict[str, pathlib.Path]:
   """Writes what is trained on, and the tenth that is not."""
-  gmb = tagging.read(str(arguments.ner / 'gmb.jsonl.xz'))
-  wnut = tagging.read(str(arguments.ner / 'wnut17-train.jsonl'))
+  gmb = entities.read(str(arguments.ner / 'gmb.jsonl.xz'))
+  wnut = entities.read(str(arguments.ner / 'wnut17-train.jsonl'))
   limit = len(gmb) * 9 // 10
   renamed = [
       dataclasses.replace(
@@ -90,9 +90,9 @@ def by_rules(sentences: Sentences, names_only: bool) -> Entities:
       starts[position], limits[position + size] = word, word + 1
       position += size + 1
     encoded = text.encode()
-    of_one: list[tagging.Entity] = []
-    for start, limit in spans_lib.find_spans(text):
-      kind = spans_lib.kind(encoded[start:limit].decode())
+    of_one: list[entities.Entity] = []
+    for start, limit in salient_spans_lib.find_spans(text):
+      kind = salient_spans_lib.kind(encoded[start:limit].decode())
       if names_only and kind != 'name':
         continue
       if start in starts and limit in limits:
@@ -101,19 +101,19 @@ def by_rules(sentences: Sentences, names_only: bool) -> Entities:
   return found
 
 
-def by_tagger(tagger: evaluation.SentenceTagger, sentences: Sentences) -> Any:
+def by_tagger(tagger: tagging.SentenceTagger, sentences: Sentences) -> Any:
   """The entities that a tagger finds, and wordpieces a second."""
-  table = tagging.TaggedTable.of(
+  table = entities.TaggedTable.of(
       sentences, None, tagger.config.tagger.length, tagger.tokenizer
   )
   start = time.perf_counter()
   labels_NL = tagger(table)
   seconds = time.perf_counter() - start
-  tags = tagging.tags_of_words(
+  tags = entities.tags_of_words(
       table, labels_NL, tagger.types, [len(s.tokens) for s in sentences]
   )
   wordpieces = int((table.ids_NL != tagger.tokenizer.pad_id).sum())
-  return [tagging.entities(t) for t in tags], wordpieces / seconds
+  return [entities.entities(t) for t in tags], wordpieces / seconds
 
 
 def measure(
@@ -122,21 +122,21 @@ def measure(
   """Returns flat figures of the rules and of all taggers that are trained."""
   figures: dict[str, Any] = {}
   sets = {
-      name.split('.')[0].replace('-', '_'): tagging.read(
+      name.split('.')[0].replace('-', '_'): entities.read(
           str(arguments.ner / name)
       )
       for name in _FOREIGN
   }
-  sets['gmb'] = tagging.read(str(held_out))
+  sets['gmb'] = entities.read(str(held_out))
 
   def record(method: str, name: str, found: Entities, gold: Entities) -> None:
-    score = tagging.score(gold, found)['any']
+    score = entities.score(gold, found)['any']
     for what in ('precision', 'recall', 'f1'):
       value = round(getattr(score, what), 4)
       figures[f'{method}_{name}_{what}'] = value
 
   gold = {
-      name: [tagging.entities(s.tags) for s in sentences]
+      name: [entities.entities(s.tags) for s in sentences]
       for name, sentences in sets.items()
   }
   for name, sentences in sets.items():
@@ -149,11 +149,11 @@ def measure(
     summary = checkpoint.read_json(workdir / 'summary.json')
     figures[f'{method}_steps'] = summary['step']
     figures[f'{method}_seconds'] = summary['seconds']
-    tagger = evaluation.SentenceTagger(workdir)
+    tagger = tagging.SentenceTagger(workdir)
     for name, sentences in sets.items():
       found, rate = by_tagger(tagger, sentences)
       if name == 'gmb':
-        for kind, score in tagging.score(gold[name], found).items():
+        for kind, score in entities.score(gold[name], found).items():
           figures[f'{method}_{name}_{kind}_f1'] = round(score.f1, 4)
         # It comes last, when all is compiled.
         figures[f'{method}_wordpieces_per_second'] = round(rate)

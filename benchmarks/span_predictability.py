@@ -23,14 +23,14 @@ import commands
 import numpy as np
 import tensorflow_datasets as tfds
 
-from realm_jax.data import batches as batches_lib
-from realm_jax.data import inputs
-from realm_jax.data import spans as spans_lib
-from realm_jax.evaluation import retrieval
+from realm_jax.corpus import inputs
+from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import statistics
-from realm_jax.evaluation import trained as trained_lib
+from realm_jax.inference import trained as trained_lib
+from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.trainer import batches as batches_lib
 
 _MASKS = ('random_token', 'random_span', 'salient')
 
@@ -106,7 +106,7 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
     for kind, results in found.items():
       values, rows = np.array(results, np.int64).reshape(-1, 2).T
       low, high = statistics.interval(
-          values, retrieval.sentence_clusters(trained.corpus, rows)
+          values, evaluate.sentence_clusters(trained.corpus, rows)
       )
       figures |= {
           f'{kind}_{what}': round(float(np.mean(values)), 4),
@@ -124,7 +124,7 @@ def _kind(
   number = int(np.flatnonzero(spans_S2[:, 0] == first)[0])
   record = source[row]
   start, limit = record['span_starts'][number], record['span_limits'][number]
-  return spans_lib.kind(record['text'][start:limit].decode())
+  return salient_spans_lib.kind(record['text'][start:limit].decode())
 
 
 def main() -> int:

@@ -23,10 +23,10 @@ import commands
 from matplotlib import figure as figure_lib
 import numpy as np
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import question_sets
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import ranking
 from realm_jax.evaluation import report
+from realm_jax.qa import question_sets
 from realm_jax.runtime import checkpoint
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -108,21 +108,21 @@ class _Side:
     from realm_jax.models import dropout
     from realm_jax.models import realm
     from realm_jax.runtime import mesh as mesh_lib
-    from realm_jax.training import optimizer
-    from realm_jax.training import steps
+    from realm_jax.trainer import optimizer
+    from realm_jax.trainer import step
 
     self._jax = jax
     self.config = config = config_lib.resolve(_config(spec))
     self.components = components.make_all(config)
     tx = optimizer.make_optimizer(config, tuple(self.components))
     mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-    self._step = steps.make_train_step(
+    self._step = step.make_train_step(
         config, self.components, tx, _NULL, mesh
     )
 
-    def fresh() -> steps.TrainState:
+    def fresh() -> step.TrainState:
       params = {n: c.init(0) for n, c in self.components.items()}
-      return steps.TrainState(
+      return step.TrainState(
           step=jnp.int32(0),
           params=params,
           opt_state=tx.init(params),
@@ -147,7 +147,7 @@ class _Side:
     )
     embedder, reader = (self.components[n] for n in ('embedder', 'reader'))
     self._loss = jax.jit(
-        lambda params, batch: steps.loss_function(
+        lambda params, batch: step.loss_function(
             dataclasses.replace(
                 config, model=dataclasses.replace(config.model, dropout=0.0)
             ),
@@ -200,14 +200,14 @@ class _Side:
 
   def save(self, folder: str) -> None:
     """Writes the weights under the names that transformers has for them."""
-    from realm_jax.models import pretrained
+    from realm_jax.interop import convert
 
     params = self._jax.device_get(self.state.params)
     for kind, name, component, prefix in (
         ('embedder', 'scorer', 'embedder', 'embedder.'),
         ('encoder', 'encoder', 'reader', ''),
     ):
-      tensors = pretrained.tensors_of(
+      tensors = convert.tensors_of(
           kind, self.config.model, {component: params[component]}
       )
       np.savez(
@@ -320,20 +320,20 @@ def _processor() -> str:
 
 
 def _flop(size: _Size, side: str) -> float:
-  """FLOP of the matmuls of a step; see realm_jax/training/costs.py."""
+  """FLOP of the matmuls of a step; see realm_jax/models/flops.py."""
   from realm_jax import config as config_lib
-  from realm_jax.training import costs
+  from realm_jax.models import flops
 
   spec = {**dataclasses.asdict(size), 'dropout': 0.0, 'dtype': 'float32'}
   config = config_lib.resolve(_config(spec))
   if side == 'ours':
-    return costs.model_flop(config)
+    return flops.model_flop(config)
   # Theirs: the last layer everywhere; the null document as long as any.
   rows = size.batch * size.candidates
   model, joint = config.model, size.query + size.document
 
   def bert(rows: int, length: int) -> float:
-    return costs.pass_flop(model, rows, length, length)
+    return flops.pass_flop(model, rows, length, length)
 
   flop = bert(size.batch, size.query) + bert(rows, joint)
   if side in ('shipped', 'masked_head'):
@@ -341,7 +341,7 @@ def _flop(size: _Size, side: str) -> float:
   else:
     flop += bert(1, 3) + bert(rows - size.batch, size.document)
   positions = joint if side == 'shipped' else size.masks
-  flop += costs.head_flop(model, rows * positions)
+  flop += flops.head_flop(model, rows * positions)
   return 3 * flop
 
 

@@ -18,10 +18,10 @@ from absl import flags
 from absl import logging as absl_logging
 
 from realm_jax.cli import ask
-from realm_jax.cli import command as command_lib
 from realm_jax.cli import convert
 from realm_jax.cli import documents
 from realm_jax.cli import evaluate
+from realm_jax.cli import flags as flags_lib
 from realm_jax.cli import index
 from realm_jax.cli import plan
 from realm_jax.cli import prepare
@@ -51,7 +51,7 @@ def run() -> None:
   name, arguments = _name(sys.argv[1:])
   if name in ('', '-h', '--help', '--helpfull', 'help'):
     print(_usage())
-    sys.exit(0 if name else command_lib.USAGE)
+    sys.exit(0 if name else flags_lib.USAGE)
   if name == '--version':
     import realm_jax
 
@@ -61,7 +61,7 @@ def run() -> None:
     close = difflib.get_close_matches(name, COMMANDS, 1)
     hint = f' Did you mean `{close[0]}`?' if close else ''
     print(f'No command {name!r}.{hint}\n\n{_usage()}', file=sys.stderr)
-    sys.exit(command_lib.USAGE)
+    sys.exit(flags_lib.USAGE)
   command = COMMANDS[name]
   if {'-h', '--help', '--helpshort', '--helpfull'} & set(arguments):
     print(_help(name, command))
@@ -80,7 +80,7 @@ def run() -> None:
       command.run(argv)
     except app.UsageError as error:
       print(f'realm-jax {name}: {error}\n{_line(name)}', file=sys.stderr)
-      sys.exit(command_lib.USAGE)
+      sys.exit(flags_lib.USAGE)
     except (
         ValueError, OSError, ImportError, FloatingPointError, RuntimeError
     ) as error:
@@ -95,7 +95,7 @@ def run() -> None:
       sys.exit(1)
     except KeyboardInterrupt:
       print(f'realm-jax {name}: interrupted.', file=sys.stderr)
-      sys.exit(command_lib.INTERRUPTED)
+      sys.exit(flags_lib.INTERRUPTED)
 
   def parse(argv: Sequence[str]) -> list[str]:
     try:
@@ -106,7 +106,7 @@ def run() -> None:
       text = str(error.args[0] if error.args else error).strip()
       reason = _explained(text.splitlines()[-1], arguments)
       print(f'realm-jax {name}: {reason}', file=sys.stderr)
-      sys.exit(command_lib.USAGE)
+      sys.exit(flags_lib.USAGE)
 
   app.run(
       main, argv=[f'realm-jax {name}', *arguments], flags_parser=parse
@@ -160,7 +160,7 @@ def _explained(reason: str, arguments: Sequence[str]) -> str:
   return reason
 
 
-def _help(name: str, command: command_lib.Command) -> str:
+def _help(name: str, command: flags_lib.Command) -> str:
   before = set(FLAGS)
   command.define_flags()
   lines = [

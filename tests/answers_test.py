@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import prepare
-from realm_jax.data import qa
-from realm_jax.evaluation import answers
-from realm_jax.evaluation import open_qa
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.prepare import prepare
+from realm_jax.qa import answers as answers_lib
+from realm_jax.qa import passage_answers
+from realm_jax.qa import questions
 
 
 @pytest.fixture(scope='module')
@@ -31,22 +31,22 @@ def corpus(tmp_path_factory):
 
 
 _QUESTIONS = [
-    qa.Question('?', ('Zoë Saldana',)),
-    qa.Question('?', ('art', 'US Army')),
-    qa.Question('?', ('king of hill', 'nowhere')),
-    qa.Question('?', (r'19\d\d',), match='regex'),
-    qa.Question('?', ('1978',)),
-    qa.Question('?', ('東京', 'The')),
-    qa.Question('?', ('absent',)),
+    questions.Question('?', ('Zoë Saldana',)),
+    questions.Question('?', ('art', 'US Army')),
+    questions.Question('?', ('king of hill', 'nowhere')),
+    questions.Question('?', (r'19\d\d',), match='regex'),
+    questions.Question('?', ('1978',)),
+    questions.Question('?', ('東京', 'The')),
+    questions.Question('?', ('absent',)),
 ]
 
 
 @pytest.mark.parametrize('question', _QUESTIONS)
 def test_verdicts_are_those_of_the_evaluation(corpus, question):
-  found = answers.PassageAnswers(corpus)
+  found = passage_answers.PassageAnswers(corpus)
   rows = np.array([3, 0, 1, 2, 0])
   expected = [
-      open_qa.has_answer(
+      answers_lib.has_answer(
           corpus.passage_text(int(row))['text'],
           question.answers,
           question.match,
@@ -59,7 +59,7 @@ def test_verdicts_are_those_of_the_evaluation(corpus, question):
 
 
 def test_a_verdict_is_found_once(corpus, monkeypatch):
-  found = answers.PassageAnswers(corpus)
+  found = passage_answers.PassageAnswers(corpus)
   found.has_answer(_QUESTIONS[0], np.arange(4))
   monkeypatch.setattr(corpus, 'passage_text', None)
   assert found.has_answer(_QUESTIONS[0], np.array([2, 0])).tolist() == [
@@ -69,7 +69,7 @@ def test_a_verdict_is_found_once(corpus, monkeypatch):
 
 @pytest.mark.parametrize('question', _QUESTIONS)
 def test_spans_are_wordpieces_of_the_body(corpus, question):
-  found = answers.PassageAnswers(corpus)
+  found = passage_answers.PassageAnswers(corpus)
   for row in range(4):
     text = corpus.passage_text(row)['text'].encode()
     _, body = corpus.passages.title_and_body(row)
@@ -79,7 +79,7 @@ def test_spans_are_wordpieces_of_the_body(corpus, question):
     assert bool(spans) == found.has_answer(question, np.array([row]))[0]
     for first, last in spans:
       part = text[offsets[first, 0] : offsets[last, 1]].decode()
-      assert open_qa.exact_match(part, question.answers, question.match)
+      assert answers_lib.exact_match(part, question.answers, question.match)
 
 
 def test_gold_passages_of_a_divided_record_hold_the_answer():
@@ -94,8 +94,8 @@ def test_gold_passages_of_a_divided_record_hold_the_answer():
       return {'id': '', 'text': self.texts[row]}
 
   def gold(passage_id, answer, match='string'):
-    question = qa.Question('?', (answer,), match, passage_id=passage_id)
-    (rows,) = answers.gold_rows(Divided(), [question])
+    question = questions.Question('?', (answer,), match, passage_id=passage_id)
+    (rows,) = passage_answers.gold_rows(Divided(), [question])
     return rows.tolist()
 
   assert gold('a', 'zz') == [0]

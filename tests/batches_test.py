@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
+from realm_jax.trainer import batches
 
 
 @pytest.fixture(scope='module')

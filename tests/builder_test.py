@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
-from realm_jax.data import prepare
-from realm_jax.index import builder
+from realm_jax.builder import builder
+from realm_jax.builder import status
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.index import embedding
 from realm_jax.index import generation
-from realm_jax.index import presence
-from realm_jax.index import status
 from realm_jax.models import components
+from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import process as process_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 
 
@@ -268,7 +268,7 @@ def test_follow_builds_the_newest_and_leaves_when_training_is_done(
   index = workdir / 'index'
   follower = _Follower(workdir, start_timeout=60)
   _until((index / 'heartbeat.json').exists)
-  assert presence.read_heartbeat(index)['state'] in (
+  assert process_lib.read_heartbeat(index)['state'] in (
       'starting', 'waiting for the trainer'
   )
   for step in (0, 10, 20):  # A backlog: only the newest is of use.
@@ -283,7 +283,7 @@ def test_follow_builds_the_newest_and_leaves_when_training_is_done(
   follower.end()  # Not before the generation of the last snapshot.
   assert checkpoint.steps_in(index) == [20, 30]
   assert generation.read_manifest(index / '30')['params_digest'] == digest
-  heartbeat = presence.read_heartbeat(index)
+  heartbeat = process_lib.read_heartbeat(index)
   assert heartbeat['state'] == 'gone' and heartbeat['pid'] == os.getpid()
 
 
@@ -389,11 +389,11 @@ def _stop_in_shard(monkeypatch, number):
 
   def stopping(writer, rows, shard=None):
     if shard == number:
-      raise presence.Stopped('SIGTERM')
+      raise process_lib.Stopped('SIGTERM')
     add(writer, rows, shard)
 
   def stopped(*_):
-    raise presence.Stopped('SIGTERM')
+    raise process_lib.Stopped('SIGTERM')
 
   context = patch.__enter__()
   if number < 0:
@@ -490,7 +490,7 @@ def test_what_was_begun_for_something_else_is_thrown_away(
 
 def test_a_second_builder_names_the_first(workdir, component):
   _snapshot(workdir, component, 0)
-  with presence.Lock(workdir / 'index'):
+  with process_lib.Lock(workdir / 'index'):
     for start in (builder.build, builder.follow):
       with pytest.raises(RuntimeError, match=f'process {os.getpid()} on '):
         start(workdir)
@@ -501,19 +501,19 @@ def test_storage_without_locks_is_spoken_of(tmp_path, monkeypatch, caplog):
   def flock(file, how):
     raise OSError(errno.ENOLCK, 'No locks available')
 
-  monkeypatch.setattr(presence.fcntl, 'flock', flock)
-  with presence.Lock(tmp_path):
+  monkeypatch.setattr(process_lib.fcntl, 'flock', flock)
+  with process_lib.Lock(tmp_path):
     pass
   assert 'see to it that no second index builder works on' in caplog.text
 
 
 def test_the_lock_is_waited_for_if_asked(tmp_path):
-  first = presence.Lock(tmp_path)
+  first = process_lib.Lock(tmp_path)
   first.__enter__()
   timer = threading.Timer(0.3, first.__exit__)
   timer.start()
   start = time.monotonic()
-  with presence.Lock(tmp_path, patience=30):
+  with process_lib.Lock(tmp_path, patience=30):
     assert 0.2 < time.monotonic() - start < 20
   timer.join()
 
@@ -564,12 +564,13 @@ def test_as_a_process_it_leaves_on_sigterm_and_with_its_parent(
     assert process.wait(30) == 0
     assert 'leaves: SIGTERM' in (tmp_path / 'log').read_text()
     _until((orphaned / 'index' / 'heartbeat.json').exists)
-    child = presence.read_heartbeat(orphaned / 'index')['pid']
+    child = process_lib.read_heartbeat(orphaned / 'index')['pid']
     os.kill(child, 0)  # It is there.
     shell.kill()
     shell.wait()
     _until(
-        lambda: presence.read_heartbeat(orphaned / 'index')['state'] == 'gone'
+        lambda: process_lib.read_heartbeat(orphaned / 'index')['state']
+        == 'gone'
     )
   finally:
     process.kill()

@@ -38,7 +38,7 @@ flags.FLAGS.mark_as_parsed()
 @pytest.fixture(scope='session')
 def world(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """A prepared corpus of 20 entities with its questions; not to be changed."""
-  from realm_jax.data import prepare
+  from realm_jax.prepare import prepare
 
   directory = tmp_path_factory.mktemp('world') / 'corpus'
   prepare.prepare(['world:3:20'], str(directory), workers=1, progress=False)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import examples
-from realm_jax.data import growing
-from realm_jax.data import prepare
-from realm_jax.data import records as records_lib
-from realm_jax.data import spans as spans_lib
-from realm_jax.data import tokenizer as tokenizer_lib
-from realm_jax.data import writer
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.prepare import appending
+from realm_jax.prepare import prepare
+from realm_jax.prepare import records as records_lib
+from realm_jax.prepare import salient_spans as salient_spans_lib
+from realm_jax.prepare import tf_example
+from realm_jax.prepare import writer
 
 _SPLITS = ('knowledge', 'validation')
 
@@ -99,7 +99,7 @@ def test_passages_are_whole_sentences_packed_greedily(made, articles):
   for article in articles:
     room = 288 - 3 - len(encode(article['title']))
     passage: list[int] = []
-    for start, limit in spans_lib.split_sentences(article['text']):
+    for start, limit in salient_spans_lib.split_sentences(article['text']):
       sentence = encode(article['text'][start:limit])
       if len(passage) + len(sentence) > room:
         expected.append(passage)
@@ -217,7 +217,7 @@ def _contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def test_same_bytes_for_any_number_of_workers(tmp_path, articles, monkeypatch):
   monkeypatch.setattr(prepare, '_CHUNK_BYTES', 4000)
-  monkeypatch.setattr(growing, '_RECORDS_PER_SHARD', 100)
+  monkeypatch.setattr(appending, '_RECORDS_PER_SHARD', 100)
   source = _write(tmp_path / 'articles.jsonl', articles)
   made = {}
   for workers in (1, 2, 4):
@@ -514,7 +514,8 @@ def test_a_world_brings_everything(tmp_path):
 def test_nothing_imports_tensorflow(tmp_path):
   script = f"""
 import sys
-from realm_jax.data import corpus, prepare
+from realm_jax.corpus import corpus
+from realm_jax.prepare import prepare
 out = {str(tmp_path / 'made')!r}
 prepare.prepare(['world:1:40'], out, workers=1, progress=False)
 corpus.Corpus.open(out).passage_text(0)
@@ -548,12 +549,12 @@ def test_records_are_encoded_as_tfds_does():
     expected = serializer.get_tf_example(
         features.encode_example(values)
     ).SerializeToString(deterministic=True)
-    found = examples.example(
-        examples.number_field('passage', [values['passage']])
-        + examples.number_field('span_limits', values['span_limits'])
-        + examples.number_field('span_starts', values['span_starts'])
-        + examples.text_field('text', values['text'])
-        + examples.text_field('title', values['title'])
+    found = tf_example.example(
+        tf_example.number_field('passage', [values['passage']])
+        + tf_example.number_field('span_limits', values['span_limits'])
+        + tf_example.number_field('span_starts', values['span_starts'])
+        + tf_example.text_field('text', values['text'])
+        + tf_example.text_field('title', values['title'])
     )
     assert found == expected
 

@@ -20,17 +20,17 @@ import pytest
 import training_test
 
 from realm_jax import config as config_lib
-from realm_jax.index import builder
+from realm_jax.builder import builder
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import snapshots as snapshots_lib
-from realm_jax.training import loop
+from realm_jax.trainer import loop
 
 _TESTS = pathlib.Path(__file__).parent
-_STOPPED = 143  # See cli/command.py.
+_STOPPED = 143  # See cli/flags.py.
 
 # Notes what a step reads, gathered from all devices, and who writes a shard;
 # stops at a given step.
@@ -40,7 +40,7 @@ import distributed_test
 from realm_jax import main
 from realm_jax.index import builder
 from realm_jax.index import generation
-from realm_jax.training import loop
+from realm_jax.trainer import loop
 
 builder._SHARD_ROWS = {'cpu': 16}
 distributed_test.note_batches(os.environ['NOTES'])

@@ -16,26 +16,26 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.api import retriever
-from realm_jax.data import compaction as data_compaction
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import overlay as overlay_lib
-from realm_jax.data import prepare
-from realm_jax.data import qa
+from realm_jax.builder import builder
+from realm_jax.builder import compaction
+from realm_jax.builder import documents as documents_lib
+from realm_jax.builder import editing
+from realm_jax.builder import edition
+from realm_jax.builder import merged_search
+from realm_jax.builder import status
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import overlay as overlay_lib
+from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import inspect
-from realm_jax.evaluation import retrieval
-from realm_jax.export import exporting
-from realm_jax.index import beside
-from realm_jax.index import builder
-from realm_jax.index import compaction
-from realm_jax.index import documents as documents_lib
-from realm_jax.index import editing
-from realm_jax.index import edition
 from realm_jax.index import generation
-from realm_jax.index import mips
-from realm_jax.index import presence
-from realm_jax.index import status
+from realm_jax.index import search as search_lib
+from realm_jax.interop import exporting
 from realm_jax.models import components
+from realm_jax.prepare import compaction as data_compaction
+from realm_jax.prepare import prepare
+from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 
 _LONG = ' '.join(
@@ -121,7 +121,7 @@ def workdir(tmp_path, _original):
 
 @pytest.fixture(scope='module')
 def queries(world):
-  questions = qa.read_questions(world / 'questions.jsonl')
+  questions = questions_lib.read_questions(world / 'questions.jsonl')
   return [q.question for q in questions[:20]] + ['who lit the lamp', 'zeppelin']
 
 
@@ -418,22 +418,22 @@ def test_scann_is_kept_and_what_was_added_is_searched_beside_it(
     published, table, scann_config, monkeypatch
 ):
   built = []
-  original = mips.ScannSearch.__init__
+  original = search_lib.ScannSearch.__init__
 
   def record(self, embeddings, config, directory=None, *args):
     built.append(directory)
     original(self, embeddings, config, directory, *args)
 
-  monkeypatch.setattr(mips.ScannSearch, '__init__', record)
+  monkeypatch.setattr(search_lib.ScannSearch, '__init__', record)
   rng = np.random.default_rng(1)
   removed = np.sort(rng.choice(3040, 200, replace=False)).astype(np.int64)
   index = documents_lib.Index(
       published, (published.embeddings, table[3000:3010], table[3010:]), removed
   )
   search = index.make_search(scann_config)
-  assert isinstance(search, beside.Beside)
+  assert isinstance(search, merged_search.Beside)
   assert built == [published.path / 'scann']
-  exact = mips.ExactSearch(table, removed=removed)
+  exact = search_lib.ExactSearch(table, removed=removed)
   queries = table[rng.choice(3040, 200)] + rng.normal(size=(200, 16)) / 5
   queries = queries.astype(np.float32)
   exclude = np.zeros((200, 2, 2), np.int64)
@@ -443,7 +443,7 @@ def test_scann_is_kept_and_what_was_added_is_searched_beside_it(
     found = search.search(queries, 8, ranges)
     wanted = exact.search(queries, 8, ranges)
     assert not np.isin(found, removed).any()
-    assert mips.overlap(found, wanted) > 0.95
+    assert search_lib.overlap(found, wanted) > 0.95
     assert (np.diff(np.sort(found, axis=1), axis=1) > 0).all()
     # What was added is searched exactly.
     for mine, theirs in zip(found, wanted, strict=True):
@@ -461,15 +461,15 @@ def test_two_searches_side_by_side_equal_one(table):
   for removed in ([], [0, 1, 2, 3, 4], [3, 20, 21, 22], list(range(20, 25))):
     removed = np.array(removed, np.int64)
     split = np.searchsorted(removed, 20)
-    search = beside.Beside(
+    search = merged_search.Beside(
         (
-            mips.ExactSearch(table[:20], removed=removed[:split]),
-            mips.ExactSearch(table[20:25], removed=removed[split:] - 20),
+            search_lib.ExactSearch(table[:20], removed=removed[:split]),
+            search_lib.ExactSearch(table[20:25], removed=removed[split:] - 20),
         ),
         table[:25],
         removed,
     )
-    whole = mips.ExactSearch(table[:25], removed=removed)
+    whole = search_lib.ExactSearch(table[:25], removed=removed)
     exclude = np.zeros((6, 3, 2), np.int64)
     exclude[1:, 0] = [0, 12]
     exclude[2:, 1] = [5, 18]
@@ -580,7 +580,7 @@ def test_errors_name_what_is_wrong(workdir, tmp_path, corpus):
     editing.add(tmp_path / 'nowhere', [str(ids)])
   assert not (tmp_path / 'nowhere').exists()
   with (
-      presence.Lock(
+      process.Lock(
           workdir / 'documents', what='command that changes documents'
       ),
       pytest.raises(RuntimeError, match='Another command that changes docu'),
@@ -800,10 +800,12 @@ def test_evaluate_inspect_and_export_see_the_documents(
   editing.delete(workdir, ids)
   _add(workdir, _A, _B)
   questions = [
-      qa.Question('Who lit the lamp of Bremen?', ['Ada Brown'], passage_id=name)
+      questions_lib.Question(
+          'Who lit the lamp of Bremen?', ['Ada Brown'], passage_id=name
+      )
       for name in ('a', 'b', gone)
   ]
-  (result,) = retrieval.evaluate(workdir, questions, limit=8)
+  (result,) = evaluate.evaluate(workdir, questions, limit=8)
   live = _open(workdir).corpus.num_live
   assert result['passages'] == live
   assert result['index_generation'] == 10
@@ -812,12 +814,12 @@ def test_evaluate_inspect_and_export_see_the_documents(
   assert result['questions']['all']['gold']['recall_at_100'] == 1.0
   # Without the index it is embedded, and the same is found.
   os.rename(workdir / 'index', tmp_path / 'index')
-  (again,) = retrieval.evaluate(workdir, questions, limit=8)
+  (again,) = evaluate.evaluate(workdir, questions, limit=8)
   assert again['index_generation'] is None
   assert again['questions'] == result['questions']
   os.rename(tmp_path / 'index', workdir / 'index')
   # The corpus alone, if that is asked for.
-  (plain,) = retrieval.evaluate(
+  (plain,) = evaluate.evaluate(
       workdir, questions, limit=8, corpus=corpus.directory
   )
   assert plain['passages'] == len(corpus.passages)

@@ -14,19 +14,19 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.api import open_qa as open_qa_lib
 from realm_jax.api import retriever as retriever_lib
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
-from realm_jax.data import prepare
-from realm_jax.data import tokenizer as tokenizer_lib
-from realm_jax.export import exporting
-from realm_jax.export import importing
-from realm_jax.export import opened
-from realm_jax.export import sources
-from realm_jax.index import builder
+from realm_jax.builder import builder
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
+from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
+from realm_jax.interop import checkpoint_sources
+from realm_jax.interop import convert
+from realm_jax.interop import exported
+from realm_jax.interop import exporting
+from realm_jax.interop import importing
+from realm_jax.interop import tensor_files
 from realm_jax.models import components as components_lib
-from realm_jax.models import pretrained
-from realm_jax.models import tensor_files
+from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 
@@ -85,7 +85,7 @@ def test_a_round_trip_is_exact(workdirs, tmp_path, name):
 
 
 def test_two_sources_make_one_job(workdirs, tmp_path):
-  workdir = opened.open_workdir(workdirs / 'both')
+  workdir = exported.open_workdir(workdirs / 'both')
   assert set(workdir.params) == {'embedder', 'reader'}
   assert workdir.config.objective == 'realm'
   folders = exporting.run(workdirs / 'both', 'huggingface', tmp_path / 'out')
@@ -100,7 +100,7 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   """Every name of each class, also where nothing was imported."""
   workdir = tmp_path / 'trained'
   shutil.copytree(workdirs / 'both', workdir)
-  params = opened.open_workdir(workdir).params
+  params = exported.open_workdir(workdir).params
   changed = jax.tree.map(lambda x: np.asarray(x) + 1, params)
   about = checkpoint.saved_about(workdir, 0) | {'corpus_fingerprint': 'f00d'}
   checkpoint.save_params(workdir, 7, changed, about)
@@ -119,8 +119,8 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
     names = set(tensor_files.open_folder(_FIXTURES / fixture))
     found = set(tensor_files.open_folder(tmp_path / 'out' / kind))
     assert {n for n in names if 'position_ids' not in n} <= found
-  again = sources.open_source(tmp_path / 'out/encoder')
-  reader = pretrained.load(again.tensors, again.config).params['reader']
+  again = checkpoint_sources.open_source(tmp_path / 'out/encoder')
+  reader = convert.load(again.tensors, again.config).params['reader']
   for name, value in changed['reader'].items():
     np.testing.assert_array_equal(reader[name], value)
   bert = tensor_files.open_folder(tmp_path / 'out/bert')
@@ -188,8 +188,8 @@ def test_an_import_is_a_workdir(workdirs):
       workdirs / 'bert', {'reader': _abstract(workdirs / 'bert', 'reader')}
   )
   assert step == 0
-  source = sources.open_source(_FIXTURES / 'bert')
-  loaded = pretrained.load(source.tensors, source.config)
+  source = checkpoint_sources.open_source(_FIXTURES / 'bert')
+  loaded = convert.load(source.tensors, source.config)
   for name, value in loaded.params['reader'].items():
     np.testing.assert_array_equal(found['reader'][name], value)
 
@@ -300,7 +300,7 @@ def test_the_retriever_embeds_as_training_does(workdirs):
   )
   texts = ['the cat', '', 'red ' * 30, 'who']
   ids = inputs.encode_queries(texts, 8, tokenizer)
-  workdir = opened.open_workdir(workdirs / 'embedder')
+  workdir = exported.open_workdir(workdirs / 'embedder')
   component, params = workdir.components['embedder'], workdir.params['embedder']
   want = component.apply(params, 'embed_query', ids)
   np.testing.assert_allclose(
@@ -365,7 +365,7 @@ def _st_embed(folder, ids, types):
   assert [k for k, on in pooling.items() if on is True] == [
       'pooling_mode_cls_token'
   ]
-  loaded = pretrained.load(
+  loaded = convert.load(
       tensor_files.open_folder(folder), values, ['embedder']
   )
   component = components_lib.make('embedder', loaded.config)
@@ -392,7 +392,7 @@ def test_sentence_transformers(workdirs, tmp_path, name):
   )
   names = ['query', 'document'] if name == 'scorer' else ['']
   assert folders == [tmp_path / 'out' / tower for tower in names]
-  workdir = opened.open_workdir(workdirs / name)
+  workdir = exported.open_workdir(workdirs / name)
   embedder, params = workdir.components['embedder'], workdir.params['embedder']
   ids = np.array([[3, 9, 8, 4, 7, 4], [3, 10, 4, 0, 0, 0]], np.int32)
   types = np.array([[0, 0, 0, 0, 1, 1], [0] * 6], np.int32)
@@ -627,7 +627,7 @@ def test_what_cannot_be_exported(workdirs, tmp_path):
 
 def test_a_built_index_is_of_the_embeddings(workdirs, tmp_path):
   """The builder's embeddings of the blocks are those of the checkpoint."""
-  workdir = opened.open_workdir(workdirs / 'open_qa')
+  workdir = exported.open_workdir(workdirs / 'open_qa')
   embedder = embedding.PassageEmbedder(
       workdir.components['embedder'],
       workdir.corpus.passages,

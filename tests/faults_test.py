@@ -21,19 +21,19 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.index import builder
+from realm_jax.builder import builder
+from realm_jax.builder import status
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import embedding
 from realm_jax.index import generation
-from realm_jax.index import loading
-from realm_jax.index import presence
-from realm_jax.index import refresh
-from realm_jax.index import scann_tree
+from realm_jax.index import scann
 from realm_jax.index import shards
-from realm_jax.index import status
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import process as process_lib
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import loader
+from realm_jax.trainer import refresh
 
 _INTERVAL = 10
 
@@ -83,7 +83,7 @@ def workdir(built, tmp_path):
 def quick(monkeypatch):
   monkeypatch.setattr(builder, '_SHARD_ROWS', {'cpu': 16})
   monkeypatch.setattr(builder, '_ROOM_SECONDS', 0.05)
-  monkeypatch.setattr(presence, '_BEAT_SECONDS', 0.05)
+  monkeypatch.setattr(process_lib, '_BEAT_SECONDS', 0.05)
 
 
 def _snapshot(workdir, component, step, seed=None):
@@ -139,7 +139,7 @@ def _no_file_beyond(size):
 
 
 def _state(workdir):
-  return presence.read_heartbeat(workdir / 'index')['state']
+  return process_lib.read_heartbeat(workdir / 'index')['state']
 
 
 def test_a_full_disk_while_building(workdir, config, corpus, component, caplog):
@@ -211,7 +211,7 @@ def test_a_disk_that_is_really_full(workdir, component):
 @pytest.mark.parametrize('size', [40, 400, 4000])
 def test_a_full_disk_under_scann(tmp_path, monkeypatch, size):
   """Its files are written by native code, which has words of its own."""
-  monkeypatch.setattr(scann_tree, 'BRUTE_FORCE', 400)
+  monkeypatch.setattr(scann, 'BRUTE_FORCE', 400)
   table = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
   lineage = generation.Lineage(3, 'p', 't', 'c', *table.shape)
   with generation.Writer(tmp_path, lineage) as writer:
@@ -399,7 +399,7 @@ def test_a_stopped_builder(
     workdir, config, corpus, component, monkeypatch, caplog
 ):
   """`scheduled` waits and says for whom, `eager` goes on; then all is well."""
-  monkeypatch.setattr(loading, '_STALE_SECONDS', 0.2)
+  monkeypatch.setattr(loader, '_STALE_SECONDS', 0.2)
   command = f'-m realm_jax index --workdir={workdir} --follow'.split()
   with open(workdir / 'log', 'wb') as file:
     process = subprocess.Popen([sys.executable, *command], stderr=file)

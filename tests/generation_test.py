@@ -12,8 +12,8 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.index import generation
-from realm_jax.index import mips
-from realm_jax.index import scann_tree
+from realm_jax.index import scann
+from realm_jax.index import search as search_lib
 from realm_jax.runtime import checkpoint
 
 _ROWS, _WIDTH = 500, 8
@@ -58,7 +58,8 @@ def test_what_is_published_is_loaded(tmp_path, table, small_shards):
   np.testing.assert_array_equal(loaded.embeddings[:], table)
   search = loaded.make_search(config_lib.MipsConfig(), None)
   np.testing.assert_array_equal(
-      search.search(table[:9], 5), mips.ExactSearch(table).search(table[:9], 5)
+      search.search(table[:9], 5),
+      search_lib.ExactSearch(table).search(table[:9], 5),
   )
 
 
@@ -86,7 +87,7 @@ def test_bfloat16_halves_the_files(tmp_path, table):
 
 
 def test_scann_assets_and_measured_recall(tmp_path, monkeypatch):
-  monkeypatch.setattr(scann_tree, 'BRUTE_FORCE', 400)
+  monkeypatch.setattr(scann, 'BRUTE_FORCE', 400)
   rng = np.random.default_rng(0)
   table = rng.normal(size=(_ROWS, _WIDTH)).astype(np.float32)
   config = config_lib.MipsConfig(backend='scann')
@@ -95,18 +96,18 @@ def test_scann_assets_and_measured_recall(tmp_path, monkeypatch):
   assert loaded.manifest['recall']['k'] == 8
   assert (loaded.path / 'scann' / 'scann_assets.pbtxt').is_file()
   built = []
-  make = mips.make_search
+  make = search_lib.make_search
 
   def spy(config, table, mesh, directory, removed):
     built.append(directory)
     return make(config, table, mesh, directory, removed)
 
-  monkeypatch.setattr(mips, 'make_search', spy)
+  monkeypatch.setattr(search_lib, 'make_search', spy)
   expected = make(config_lib.MipsConfig(), table).search(table[:50], 3)
   for leaves in (0, 7):  # Other settings: the saved index does not serve.
     config.num_leaves = leaves
     found = loaded.make_search(config, None).search(table[:50], 3)
-    assert mips.overlap(found, expected) > 0.9
+    assert search_lib.overlap(found, expected) > 0.9
   assert built == [loaded.path / 'scann', None]
   # A trainer that wants another backend finds all it needs.
   search = loaded.make_search(config_lib.MipsConfig(), None)
@@ -233,8 +234,10 @@ def test_a_generation_may_be_moved(tmp_path, table):
   shutil.move(tmp_path / 'a', tmp_path / 'b')
   loaded = generation.load(tmp_path / 'b' / '20', _LINEAGE)
   search = loaded.make_search(config_lib.MipsConfig(backend='scann'), None)
-  exact = mips.ExactSearch(table, jax.sharding.Mesh(jax.devices()[:2], 'data'))
-  assert mips.recall(search, exact, table[:20], 4) == 1
+  exact = search_lib.ExactSearch(
+      table, jax.sharding.Mesh(jax.devices()[:2], 'data')
+  )
+  assert search_lib.recall(search, exact, table[:20], 4) == 1
 
 
 def test_leftovers_and_marks(tmp_path, table):

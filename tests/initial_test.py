@@ -9,13 +9,13 @@ import pytest
 import training_test
 
 from realm_jax import config as config_lib
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import prepare
-from realm_jax.export import importing
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.interop import importing
 from realm_jax.models import components as components_lib
+from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
-from realm_jax.training import optimizer
-from realm_jax.training import state as state_lib
+from realm_jax.trainer import job as job_lib
+from realm_jax.trainer import optimizer
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 _TOWERS = ('shared', 'shared_bert', 'separate')
@@ -57,10 +57,10 @@ def _begin(workdir, world, objective, init_from, **values):
   config = training_test.make_config(
       world, objective, init_from=','.join(map(str, init_from)), **values
   )
-  job = state_lib.open_job(config, workdir)
+  job = job_lib.open_job(config, workdir)
   checkpoints = checkpoint.Checkpoints(workdir, 1)
   tx = optimizer.make_optimizer(job.config, tuple(job.components))
-  state, _ = state_lib.start_or_resume(job, checkpoints, tx)
+  state, _ = job_lib.start_or_resume(job, checkpoints, tx)
   checkpoints.close()
   fresh = {n: c.init(job.config.seed) for n, c in job.components.items()}
   for name, component in job.components.items():
@@ -72,7 +72,7 @@ def _said(caplog):
   return {
       record.message: record.levelname
       for record in caplog.records
-      if record.name == 'realm_jax.training.initial'
+      if record.name == 'realm_jax.trainer.initial'
   }
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.planner import plan
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.training import plan
 
 _EVEN = {'query': 16, 'document': 24}
 _ODD = {'query': 15, 'document': 25}

@@ -16,9 +16,9 @@ _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 _AFTER_A_KILLED_RUN = """
 import json
 from realm_jax import main
-from realm_jax.data import parts
+from realm_jax.prepare import chunk_files
 
-kept = parts.kept
+kept = chunk_files.kept
 
 def after_a_killed_run(output, made_with):
   directory = output.parent / f'.{output.name}.parts'
@@ -28,7 +28,7 @@ def after_a_killed_run(output, made_with):
   (directory / 'f00d.part').touch()
   return kept(output, made_with)
 
-parts.kept = after_a_killed_run
+chunk_files.kept = after_a_killed_run
 main.run()
 """
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.index import mips
-from realm_jax.index import scann_tree
+from realm_jax.index import scann
+from realm_jax.index import search as search_lib
 from realm_jax.index import topk
 
 
@@ -63,7 +63,7 @@ def test_equals_brute_force_with_ties_and_exclusions(shape, rows, backend):
   rng = np.random.default_rng(rows)
   table, queries = _integers(rng, rows, 8), _integers(rng, 6, 8)
   config = config_lib.MipsConfig(backend=backend)
-  search = mips.make_search(config, table, _mesh(*shape))
+  search = search_lib.make_search(config, table, _mesh(*shape))
   assert search.num_documents == rows
   k = min(7, rows)
   found = search.search(queries, k)
@@ -81,7 +81,7 @@ def test_many_chunks_on_each_device(shape, monkeypatch):
   jax.clear_caches()
   rng = np.random.default_rng(0)
   table, queries = _integers(rng, 3001, 8), _integers(rng, 5, 8)
-  search = mips.ExactSearch(table, _mesh(*shape))
+  search = search_lib.ExactSearch(table, _mesh(*shape))
   for k in (1, 20, 300):
     np.testing.assert_array_equal(
         search.search(queries, k), _reference(table, queries, k)
@@ -92,7 +92,7 @@ def test_many_chunks_on_each_device(shape, monkeypatch):
 def test_all_rows_in_order_and_no_padding():
   rng = np.random.default_rng(0)
   table, queries = -np.abs(_integers(rng, 130, 4)), np.ones((2, 4), np.float32)
-  found = mips.ExactSearch(table, _mesh(8)).search(queries, 130)
+  found = search_lib.ExactSearch(table, _mesh(8)).search(queries, 130)
   # Padding rows score 0, which is more than any row.
   np.testing.assert_array_equal(found, _reference(table, queries, 130))
 
@@ -102,7 +102,9 @@ def test_minus_zero_does_not_break_a_tie():
   table = np.array([[-0.0], [0.0], [-0.0], [0.0]], np.float32)
   queries = np.array([[1], [-1]], np.float32)
   for backend in ('exact', 'approx', 'scann'):
-    search = mips.make_search(config_lib.MipsConfig(backend=backend), table)
+    search = search_lib.make_search(
+        config_lib.MipsConfig(backend=backend), table
+    )
     found = search.search(queries, 4)
     np.testing.assert_array_equal(found, [[0, 1, 2, 3]] * 2, backend)
 
@@ -113,7 +115,9 @@ def test_queries_that_are_not_finite_still_get_distinct_allowed_rows():
   queries[1] = -np.inf
   exclude = np.tile(np.array([[[0, 10]]]), (2, 1, 1))
   for backend in ('exact', 'approx'):
-    search = mips.make_search(config_lib.MipsConfig(backend=backend), table)
+    search = search_lib.make_search(
+        config_lib.MipsConfig(backend=backend), table
+    )
     for row in search.search(queries, 40, exclude):
       assert sorted(row) == list(range(10, 50))
 
@@ -122,13 +126,13 @@ def test_real_numbers_float32_and_bfloat16():
   rng = np.random.default_rng(1)
   table = rng.normal(size=(2000, 64)).astype(np.float32)
   queries = rng.normal(size=(9, 64)).astype(np.float32)
-  found = mips.ExactSearch(table, _mesh(4, 2)).search(queries, 10)
+  found = search_lib.ExactSearch(table, _mesh(4, 2)).search(queries, 10)
   np.testing.assert_array_equal(found, _reference(table, queries, 10))
   rounded = table.astype(jnp.bfloat16)
   expected = _reference(rounded.astype(np.float32), queries, 10)
   assert (expected != found).any()  # The rounding matters to some.
   for given in (table, rounded):
-    half = mips.ExactSearch(given, _mesh(4, 2), 'bfloat16')
+    half = search_lib.ExactSearch(given, _mesh(4, 2), 'bfloat16')
     assert half._part.table_NE.dtype == jnp.bfloat16
     # Scores are in float32, queries unrounded.
     np.testing.assert_array_equal(half.search(queries, 10), expected)
@@ -140,7 +144,7 @@ def test_one_compilation_for_each_batch_size_and_k():
   before = topk.top_rows._cache_size()
   for seed in range(3):  # New tables of one shape: as after each refresh.
     table = _integers(np.random.default_rng(seed), 777, 8)
-    search = mips.ExactSearch(table, _mesh(8))
+    search = search_lib.ExactSearch(table, _mesh(8))
     search.search(queries, 5)
     search.search(jnp.asarray(queries), 5, np.zeros((13, 1, 2), np.int64))
   assert topk.top_rows._cache_size() - before == 1
@@ -160,7 +164,7 @@ def test_the_table_is_read_in_slices():
       return table[rows]
 
   rows = Rows()
-  search = mips.ExactSearch(rows, _mesh(8))
+  search = search_lib.ExactSearch(rows, _mesh(8))
   assert max(r.stop - r.start for r in rows.asked) == 128
   np.testing.assert_array_equal(
       search.search(table[:3], 4), _reference(table, table[:3], 4)
@@ -168,18 +172,18 @@ def test_the_table_is_read_in_slices():
 
 
 def test_exact_rows_visits_a_large_table_part_by_part(monkeypatch):
-  monkeypatch.setattr(mips, '_PART_ROWS', 100)
+  monkeypatch.setattr(search_lib, '_PART_ROWS', 100)
   rng = np.random.default_rng(3)
   table, queries = _integers(rng, 505, 8), _integers(rng, 4, 8)
   np.testing.assert_array_equal(
-      mips.exact_rows(table, queries, 9), _reference(table, queries, 9)
+      search_lib.exact_rows(table, queries, 9), _reference(table, queries, 9)
   )
 
 
 @pytest.mark.parametrize('backend', ['exact', 'approx', 'scann'])
 def test_too_few_rows_are_an_error_that_counts_them(backend):
   table = np.ones((10, 4), np.float32)
-  search = mips.make_search(config_lib.MipsConfig(backend=backend), table)
+  search = search_lib.make_search(config_lib.MipsConfig(backend=backend), table)
   queries = np.ones((2, 4), np.float32)
   with pytest.raises(ValueError, match='k=11.*only 10'):
     search.search(queries, 11)
@@ -200,13 +204,13 @@ def test_bad_tables_are_refused():
   for backend in ('exact', 'scann'):
     config = config_lib.MipsConfig(backend=backend)
     with pytest.raises(ValueError, match='matrix'):
-      mips.make_search(config, np.zeros((0, 4), np.float32))
+      search_lib.make_search(config, np.zeros((0, 4), np.float32))
     table = np.ones((300, 4), np.float32)
     table[200, 1] = np.inf
     with pytest.raises(ValueError, match='finite'):
-      mips.make_search(config, table, _mesh(2))
+      search_lib.make_search(config, table, _mesh(2))
   with pytest.raises(ValueError, match='backend'):
-    mips.make_search(config_lib.MipsConfig(backend='faiss'), table)
+    search_lib.make_search(config_lib.MipsConfig(backend='faiss'), table)
 
 
 def _clustered(rows, width=32, seed=0):
@@ -220,7 +224,7 @@ def _clustered(rows, width=32, seed=0):
 def test_scann_below_the_threshold_is_exact():
   rng = np.random.default_rng(4)
   table, queries = _integers(rng, 600, 8), _integers(rng, 70, 8)
-  search = mips.make_search(config_lib.MipsConfig(backend='scann'), table)
+  search = search_lib.make_search(config_lib.MipsConfig(backend='scann'), table)
   # Ties at the border of what ScaNN hands over are its own choice; inside they
   # go by row. So compare where all 600 are handed over.
   exclude = _ranges(rng, 70, 600)
@@ -230,13 +234,13 @@ def test_scann_below_the_threshold_is_exact():
 
 
 def test_scann_tree_finds_what_exact_search_finds(tmp_path):
-  table = _clustered(scann_tree.BRUTE_FORCE)
+  table = _clustered(scann.BRUTE_FORCE)
   queries = _clustered(200, seed=0)[:100] + 0.1
   config = config_lib.MipsConfig(backend='scann')
-  search = mips.make_search(config, table)
+  search = search_lib.make_search(config, table)
   assert search._leaves == 283
-  exact = mips.ExactSearch(table)
-  assert mips.recall(search, exact, queries, 8) > 0.95
+  exact = search_lib.ExactSearch(table)
+  assert search_lib.recall(search, exact, queries, 8) > 0.95
   # What is found is ranked exactly.
   found = search.search(queries, 8)
   scores = np.einsum('BE,BKE->BK', queries, table[found])
@@ -246,7 +250,7 @@ def test_scann_tree_finds_what_exact_search_finds(tmp_path):
   exclude = np.stack([best, best + 1], axis=-1)
   again = search.search(queries, 7, exclude)
   assert not (again == best).any()
-  assert mips.overlap(again, found[:, 1:]) > 0.95
+  assert search_lib.overlap(again, found[:, 1:]) > 0.95
   # Hardly anything but the worst rows: it searches on until it has k.
   everything_but = np.array([[[0, 19_990], [0, 0]]] * 100)
   rows = search.search(queries, 10, everything_but)
@@ -258,7 +262,7 @@ def test_scann_tree_finds_what_exact_search_finds(tmp_path):
   # The table itself is not written a second time.
   size = sum(f.stat().st_size for f in (tmp_path / 'here').iterdir())
   assert size < table.nbytes / 2
-  loaded = mips.make_search(
+  loaded = search_lib.make_search(
       config, table, scann_directory=tmp_path / 'here'
   )
   np.testing.assert_array_equal(loaded.search(queries, 8), found)
@@ -268,14 +272,14 @@ def test_scann_refuses_what_it_did_not_write(tmp_path):
   table = np.ones((30, 4), np.float32)
   config = config_lib.MipsConfig(backend='scann')
   with pytest.raises(FileNotFoundError, match='no ScaNN index'):
-    mips.make_search(config, table, scann_directory=tmp_path)
-  mips.make_search(config, table).save(tmp_path)
+    search_lib.make_search(config, table, scann_directory=tmp_path)
+  search_lib.make_search(config, table).save(tmp_path)
   (tmp_path / 'scann_docids.pkl').write_bytes(b'cos\nsystem\n')
   with pytest.raises(ValueError, match='pickle'):
-    mips.make_search(config, table, scann_directory=tmp_path)
+    search_lib.make_search(config, table, scann_directory=tmp_path)
   config.num_leaves = 31
   with pytest.raises(ValueError, match='more than the 30 rows'):
-    mips.make_search(config, table)
+    search_lib.make_search(config, table)
 
 
 @pytest.mark.parametrize(
@@ -289,15 +293,15 @@ def test_scann_refuses_what_it_did_not_write(tmp_path):
 )
 def test_settings_of_scann_follow_from_the_rows_unless_given(rows, expected):
   config = config_lib.MipsConfig(backend='scann')
-  assert scann_tree.settings(config, rows) == expected
+  assert scann.settings(config, rows) == expected
   config.num_leaves, config.leaves_to_search, config.reorder = 20, 3, 50
-  assert scann_tree.settings(config, rows) == (20, 3, 50)
+  assert scann.settings(config, rows) == (20, 3, 50)
 
 
 def test_recall_counts_common_rows():
   a = np.array([[0, 1, 2, 3], [4, 5, 6, 7]])
   b = np.array([[3, 2, 9, 8], [7, 6, 5, 4]])
-  assert mips.overlap(a, b) == 0.75
+  assert search_lib.overlap(a, b) == 0.75
 
 
 # ----------------------------------------------------------- removed, streamed
@@ -311,7 +315,7 @@ def test_removed_rows_are_as_if_excluded_on_any_mesh(shape):
   removed = np.union1d(removed, np.arange(1200, 1500))
   exclude = _ranges(rng, 6, 1500)
   for backend in ('exact', 'approx'):
-    search = mips.make_search(
+    search = search_lib.make_search(
         config_lib.MipsConfig(backend=backend),
         table,
         _mesh(*shape),
@@ -338,7 +342,7 @@ def test_how_many_rows_are_left_is_counted(data):
   for start, limit in ranges:
     gone |= {*range(start, min(limit, rows))}
   table = np.arange(rows, dtype=np.float32)[:, None]
-  search = mips.ScannSearch(
+  search = search_lib.ScannSearch(
       table,
       config_lib.MipsConfig(backend='scann'),
       removed=np.array(sorted(removed), np.int64),
@@ -356,18 +360,18 @@ def test_how_many_rows_are_left_is_counted(data):
 def test_a_streamed_table_gives_what_one_on_the_devices_gives(
     shape, monkeypatch
 ):
-  monkeypatch.setattr(mips, '_PART_ROWS', 1024)
+  monkeypatch.setattr(search_lib, '_PART_ROWS', 1024)
   rng = np.random.default_rng(6)
   table, queries = _integers(rng, 2500, 8), _integers(rng, 5, 8)
   removed = np.sort(rng.choice(2500, 1000, replace=False))
   exclude = _ranges(rng, 5, 2500)
   for dtype in ('float32', 'bfloat16'):
     before = topk.top_rows._cache_size()
-    search = mips.StreamedSearch(table, _mesh(*shape), dtype, removed)
+    search = search_lib.StreamedSearch(table, _mesh(*shape), dtype, removed)
     found = search.search(queries, 30, exclude)
     # The last part, which is padded, too.
     assert topk.top_rows._cache_size() - before == 1
-    whole = mips.ExactSearch(table, _mesh(*shape), dtype, removed)
+    whole = search_lib.ExactSearch(table, _mesh(*shape), dtype, removed)
     np.testing.assert_array_equal(found, whole.search(queries, 30, exclude))
 
 
@@ -393,12 +397,12 @@ def test_the_top_of_many_groups_with_ties_across_them():
 def parts():
   """Rows added in parts of 700, the last of them smaller."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(scann_tree, '_PART_ROWS', 700)
+    patch.setattr(scann, '_PART_ROWS', 700)
     table = _clustered(6000)
     config = config_lib.MipsConfig(
         backend='scann', num_leaves=60, leaves_to_search=30
     )
-    yield table, config, mips.make_search(config, table)
+    yield table, config, search_lib.make_search(config, table)
 
 
 def test_scann_built_in_parts_numbers_the_rows_as_the_table(parts, tmp_path):
@@ -406,16 +410,16 @@ def test_scann_built_in_parts_numbers_the_rows_as_the_table(parts, tmp_path):
   # The row itself is its own best by far, once it is longer.
   rows = np.arange(0, 6000, 97)
   queries = 3 * table[rows]
-  exact = mips.ExactSearch(table)
-  assert mips.recall(search, exact, queries, 8) > 0.95
+  exact = search_lib.ExactSearch(table)
+  assert search_lib.recall(search, exact, queries, 8) > 0.95
   search.save(tmp_path)
   assert not list(tmp_path.glob('dataset*'))  # Codes, but no vectors.
-  loaded = mips.make_search(config, table, scann_directory=tmp_path)
+  loaded = search_lib.make_search(config, table, scann_directory=tmp_path)
   np.testing.assert_array_equal(
       loaded.search(queries, 8), search.search(queries, 8)
   )
   with pytest.raises(ValueError, match='of 6000 rows; the table has 5999'):
-    mips.make_search(config, table[:-1], scann_directory=tmp_path)
+    search_lib.make_search(config, table[:-1], scann_directory=tmp_path)
 
 
 def test_scann_never_finds_removed_rows_however_many(parts, tmp_path):
@@ -425,21 +429,23 @@ def test_scann_never_finds_removed_rows_however_many(parts, tmp_path):
   queries = table[rng.integers(0, 6000, 64)] + 0.1
   some = np.sort(rng.choice(6000, 3000, replace=False))
   # Those that are like the queries: whole leaves hold nothing else.
-  exact = mips.ExactSearch(table)
+  exact = search_lib.ExactSearch(table)
   near = np.unique(exact.search(queries, 250))
   for removed in (some, near, np.arange(20, 6000)):
-    search = mips.ScannSearch(table, config, tmp_path, removed)
+    search = search_lib.ScannSearch(table, config, tmp_path, removed)
     found = search.search(queries, 8)
     assert not np.isin(found, removed).any()
-    expected = mips.ExactSearch(table, removed=removed).search(queries, 8)
-    assert mips.overlap(found, expected) > 0.95
+    expected = search_lib.ExactSearch(table, removed=removed).search(queries, 8)
+    assert search_lib.overlap(found, expected) > 0.95
   # 20 rows are left: all of them, by exact search in the end.
   np.testing.assert_array_equal(found, expected)
 
 
 def test_scann_with_queries_that_are_not_finite(parts):
   table, _, tree = parts
-  small = mips.make_search(config_lib.MipsConfig(backend='scann'), table[:50])
+  small = search_lib.make_search(
+      config_lib.MipsConfig(backend='scann'), table[:50]
+  )
   for search in (tree, small):
     queries = np.full((2, 32), np.nan, np.float32)
     queries[1] = np.inf

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from realm_jax.evaluation import open_qa
+from realm_jax.qa import answers as answers_lib
 
 # What makes normalisation hard: marks, punctuation, articles, odd spaces.
 _TEXTS = st.text(
@@ -41,15 +41,15 @@ _TEXTS = st.text(
     ],
 )
 def test_normalize_answer(text, expected):
-  assert open_qa.normalize_answer(text) == expected
+  assert answers_lib.normalize_answer(text) == expected
 
 
 @given(_TEXTS)
 def test_normalisation_ignores_case_form_and_space(text):
-  plain = open_qa.normalize_answer(text)
+  plain = answers_lib.normalize_answer(text)
   composed = unicodedata.normalize('NFC', text)
-  assert open_qa.normalize_answer(composed) == plain
-  assert open_qa.normalize_answer(f'  {text}\n') == plain
+  assert answers_lib.normalize_answer(composed) == plain
+  assert answers_lib.normalize_answer(f'  {text}\n') == plain
   assert plain == ' '.join(plain.split())
   assert not set(plain) & set('.,-\'"$_!')
 
@@ -67,18 +67,18 @@ def test_normalisation_ignores_case_form_and_space(text):
     ],
 )
 def test_exact_match(prediction, answers, expected):
-  assert open_qa.exact_match(prediction, answers) is expected
+  assert answers_lib.exact_match(prediction, answers) is expected
 
 
 @given(_TEXTS, st.lists(_TEXTS, max_size=3))
 def test_exact_match_implies_f1_and_containment(prediction, answers):
-  if open_qa.exact_match(prediction, answers):
-    assert open_qa.f1(prediction, answers) == 1.0
-    if open_qa.normalize_answer(prediction):
-      assert open_qa.has_answer(prediction, answers)
-  score = open_qa.f1(prediction, answers)
+  if answers_lib.exact_match(prediction, answers):
+    assert answers_lib.f1(prediction, answers) == 1.0
+    if answers_lib.normalize_answer(prediction):
+      assert answers_lib.has_answer(prediction, answers)
+  score = answers_lib.f1(prediction, answers)
   assert 0.0 <= score <= 1.0
-  assert open_qa.f1(prediction, answers[::-1]) == score
+  assert answers_lib.f1(prediction, answers[::-1]) == score
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_exact_match_implies_f1_and_containment(prediction, answers):
     ],
 )
 def test_f1(prediction, answers, expected):
-  assert open_qa.f1(prediction, answers) == pytest.approx(expected)
+  assert answers_lib.f1(prediction, answers) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -110,39 +110,39 @@ def test_f1(prediction, answers, expected):
     ],
 )
 def test_exact_match_by_regex(prediction, pattern, expected):
-  assert open_qa.exact_match(prediction, [pattern], 'regex') is expected
+  assert answers_lib.exact_match(prediction, [pattern], 'regex') is expected
 
 
 def test_regex_is_searched_for_in_a_text():
   text = 'It was signed\nin the Fall of 1789.'
-  assert open_qa.has_answer(text, ['zz', 'fall.of \\d{4}'], 'regex')
-  assert open_qa.has_answer(text, ['^in'], 'regex')  # Lines count.
-  assert not open_qa.has_answer(text, ['^the'], 'regex')
+  assert answers_lib.has_answer(text, ['zz', 'fall.of \\d{4}'], 'regex')
+  assert answers_lib.has_answer(text, ['^in'], 'regex')  # Lines count.
+  assert not answers_lib.has_answer(text, ['^the'], 'regex')
 
 
 @pytest.mark.parametrize('pattern', ['(', 'a{2,1}', '[', '*', '(?P<1>x)'])
 def test_an_invalid_regex_never_matches_and_warns(pattern):
-  open_qa._compiled.cache_clear()
+  answers_lib._compiled.cache_clear()
   with pytest.warns(UserWarning, match='no regular expression'):
-    assert not open_qa.exact_match('(', [pattern], 'regex')
-  assert open_qa.exact_match('x', [pattern, 'x'], 'regex')
+    assert not answers_lib.exact_match('(', [pattern], 'regex')
+  assert answers_lib.exact_match('x', [pattern, 'x'], 'regex')
 
 
 @pytest.mark.parametrize('pattern', ['(a|aa)+$', '(a+)+$', '(a|b|ab)*c'])
 def test_a_catastrophic_regex_is_given_up(pattern, monkeypatch):
-  monkeypatch.setattr(open_qa, '_REGEX_SECONDS', 0.1)
+  monkeypatch.setattr(answers_lib, '_REGEX_SECONDS', 0.1)
   start = time.monotonic()
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
-    assert not open_qa.has_answer('ab' * 3000 + '!', [pattern], 'regex')
-    assert not open_qa.exact_match('a' * 6000 + '!', [pattern], 'regex')
+    assert not answers_lib.has_answer('ab' * 3000 + '!', [pattern], 'regex')
+    assert not answers_lib.exact_match('a' * 6000 + '!', [pattern], 'regex')
   assert time.monotonic() - start < 5
 
 
 def test_giving_up_warns(monkeypatch):
-  monkeypatch.setattr(open_qa, '_REGEX_SECONDS', 0.05)
+  monkeypatch.setattr(answers_lib, '_REGEX_SECONDS', 0.05)
   with pytest.warns(UserWarning, match='took longer'):
-    open_qa.has_answer('a' * 6000 + '!', ['(a|aa)+$'], 'regex')
+    answers_lib.has_answer('a' * 6000 + '!', ['(a|aa)+$'], 'regex')
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_giving_up_warns(monkeypatch):
     ],
 )
 def test_has_answer(text, answer, expected):
-  assert open_qa.has_answer(text, [answer]) is expected
-  assert open_qa.has_answer(text, ['zzzz', answer]) is expected
+  assert answers_lib.has_answer(text, [answer]) is expected
+  assert answers_lib.has_answer(text, ['zzzz', answer]) is expected
 
 
 @given(
@@ -185,8 +185,8 @@ def test_has_answer(text, answer, expected):
 )
 def test_a_quoted_answer_is_found(before, answer, after):
   text = ' '.join([*before, f'"{answer}",', *after])
-  assert open_qa.has_answer(text, [answer])
-  assert open_qa.has_answer(text, [answer.upper()])
+  assert answers_lib.has_answer(text, [answer])
+  assert answers_lib.has_answer(text, [answer.upper()])
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_quoted_answer_is_found(before, answer, after):
 )
 def test_answer_spans(text, answers, match, expected):
   data = text.encode()
-  spans = open_qa.answer_spans(text, answers, match)
+  spans = answers_lib.answer_spans(text, answers, match)
   assert [data[start:limit].decode() for start, limit in spans] == expected
 
 
@@ -223,17 +223,19 @@ _UNMARKED = st.text(
 
 @given(_UNMARKED, _UNMARKED)
 def test_spans_are_found_just_where_there_is_an_answer(text, answer):
-  spans = open_qa.answer_spans(text, [answer])
-  assert bool(spans) == open_qa.has_answer(text, [answer])
+  spans = answers_lib.answer_spans(text, [answer])
+  assert bool(spans) == answers_lib.has_answer(text, [answer])
   for start, limit in spans:
     found = text.encode()[start:limit].decode()
-    if open_qa.normalize_answer(answer):
-      assert open_qa.exact_match(found, [answer])
+    if answers_lib.normalize_answer(answer):
+      assert answers_lib.exact_match(found, [answer])
 
 
 def test_one_string_is_not_a_list_of_answers():
-  for function in (open_qa.exact_match, open_qa.f1, open_qa.has_answer):
+  for function in (
+      answers_lib.exact_match, answers_lib.f1, answers_lib.has_answer
+  ):
     with pytest.raises(ValueError, match='list of strings'):
       function('x', 'xyz')
   with pytest.raises(ValueError, match="'string' or 'regex'"):
-    open_qa.exact_match('x', ['x'], 'fuzzy')
+    answers_lib.exact_match('x', ['x'], 'fuzzy')

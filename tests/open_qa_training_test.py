@@ -10,25 +10,25 @@ import pytest
 import training_test
 
 from realm_jax.api import open_qa as open_qa_api
-from realm_jax.data import batches
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
-from realm_jax.data import prepare
-from realm_jax.data import qa
-from realm_jax.data import question_sets
-from realm_jax.data import questions as questions_lib
-from realm_jax.evaluation import answers
-from realm_jax.evaluation import open_qa
-from realm_jax.evaluation import retrieval
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
+from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import runs
 from realm_jax.models import components as components_lib
 from realm_jax.models import span_reader
+from realm_jax.prepare import prepare
+from realm_jax.qa import answers as answers_lib
+from realm_jax.qa import passage_answers
+from realm_jax.qa import question_sets
+from realm_jax.qa import question_table as question_table_lib
+from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
-from realm_jax.training import loop
-from realm_jax.training import optimizer
-from realm_jax.training import reading
-from realm_jax.training import state as state_lib
-from realm_jax.training import steps as steps_lib
+from realm_jax.trainer import batches
+from realm_jax.trainer import job as job_lib
+from realm_jax.trainer import loop
+from realm_jax.trainer import optimizer
+from realm_jax.trainer import retrieve
+from realm_jax.trainer import step as step_lib
 
 
 def make_config(world, **values):
@@ -149,7 +149,7 @@ def test_documents_that_learn_are_refreshed(world, realm, tmp_path):
 
 def test_held_out_questions_are_not_trained_on(world, caplog):
   corpus = corpus_lib.Corpus.open(world)
-  table = questions_lib.QuestionTable.read(
+  table = question_table_lib.QuestionTable.read(
       str(world / 'questions.jsonl'), 24, corpus.tokenizer
   )
   everything = question_sets.read(world / 'questions.jsonl')
@@ -159,8 +159,11 @@ def test_held_out_questions_are_not_trained_on(world, caplog):
 
 def test_long_questions_are_cut_and_said_so(world, caplog):
   tokenizer = corpus_lib.Corpus.open(world).tokenizer
-  table = questions_lib.QuestionTable.of(
-      [qa.Question('what ' * 9, ('x',)), qa.Question('who', ('x',))],
+  table = question_table_lib.QuestionTable.of(
+      [
+          questions_lib.Question('what ' * 9, ('x',)),
+          questions_lib.Question('who', ('x',)),
+      ],
       8,
       tokenizer,
   )
@@ -173,7 +176,7 @@ def _inputs(world, **values):
   config = make_config(world, **values)
   corpus = corpus_lib.Corpus.open(world)
   config.model.vocab_size = corpus.tokenizer.vocab_size
-  table = questions_lib.QuestionTable.read(
+  table = question_table_lib.QuestionTable.read(
       config.open_qa.questions, config.lengths.query, corpus.tokenizer
   )
   batch = next(batches.training_batches(corpus, config, questions=table))
@@ -183,7 +186,7 @@ def _inputs(world, **values):
   others = np.arange(11)[None] + np.zeros((len(gold), 1), int)
   rows_BN = np.concatenate([gold[:, None], others], axis=1)
   doc_emb_BNE = np.random.default_rng(0).normal(size=(*rows_BN.shape, 16))
-  made = reading.OpenQaInputs(config, corpus, table)(
+  made = retrieve.OpenQaInputs(config, corpus, table)(
       batch, rows_BN, doc_emb_BNE
   )
   return config, corpus, table, rows_BN, made
@@ -208,7 +211,7 @@ def test_labels_are_spans_that_evaluate_as_right(world, titles):
         corpus.tokenizer.decode(corpus.tokenizer.encode(answer))
         for answer in question.answers
     ]
-    assert open_qa.exact_match(text, wanted), (text, wanted)
+    assert answers_lib.exact_match(text, wanted), (text, wanted)
     seen += 1
   assert seen >= len(rows_BN)
   # The body alone may be answered from.
@@ -237,23 +240,23 @@ def test_nothing_retrieved_changes_nothing(world):
         (mesh_lib.DATA, mesh_lib.MODEL),
     )
     params = {name: c.init(0) for name, c in components.items()}
-    state = steps_lib.TrainState(
+    state = step_lib.TrainState(
         step=jnp.int32(5),
         params=params,
         opt_state=tx.init(params),
         rng=jax.random.key(0),
     )
     before = jax.device_get(params)
-    train_step = steps_lib.make_train_step(
+    train_step = step_lib.make_train_step(
         config, components, tx, (2, 3, 3), mesh
     )
     state, metrics = train_step(
-        state, {name: batch[name] for name in steps_lib.input_names(config)}
+        state, {name: batch[name] for name in step_lib.input_names(config)}
     )
     same = jax.tree.map(
         lambda a, b: bool((a == b).all()), before, jax.device_get(state.params)
     )
-    is_schedule = steps_lib._is_schedule
+    is_schedule = step_lib._is_schedule
     schedules = [
         int(x.count)
         for x in jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
@@ -296,7 +299,7 @@ def test_an_answer_is_a_part_of_its_passage(trained, world):
 
 def test_evaluation_of_answers(trained, world, tmp_path):
   _, workdir = trained
-  (result,) = retrieval.evaluate(
+  (result,) = evaluate.evaluate(
       workdir, limit=40, run_file=tmp_path / 'run.txt', beir=tmp_path / 'beir'
   )
   figures = result['questions']['all']['open_qa']
@@ -323,7 +326,7 @@ def test_evaluation_of_answers(trained, world, tmp_path):
 def test_all_steps_can_be_evaluated(trained):
   """Of step 0 there is a snapshot only."""
   _, workdir = trained
-  results = retrieval.evaluate(workdir, limit=4, steps='all')
+  results = evaluate.evaluate(workdir, limit=4, steps='all')
   assert [r['step'] for r in results] == [0, 5, 10, training_test._STEPS]
   assert {r['index_generation'] for r in results} == {0}
 
@@ -344,10 +347,10 @@ def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
       world, 'ict', ict__questions=str(world / 'questions.jsonl')
   )
   corpus = corpus_lib.Corpus.open(world)
-  table = questions_lib.QuestionTable.read(
+  table = question_table_lib.QuestionTable.read(
       config.ict.questions, config.lengths.query, corpus.tokenizer
   )
-  gold_rows = answers.gold_rows(corpus, table.questions)
+  gold_rows = passage_answers.gold_rows(corpus, table.questions)
   batch = next(
       batches.training_batches(
           corpus, config, questions=table, gold_rows=gold_rows
@@ -373,7 +376,7 @@ def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
         corpus,
         config,
         questions=foreign,
-        gold_rows=answers.gold_rows(corpus, foreign.questions),
+        gold_rows=passage_answers.gold_rows(corpus, foreign.questions),
     )
 
 
@@ -413,7 +416,7 @@ def test_a_question_is_paired_with_the_parts_that_answer_it(
       divided / 'corpus', 'ict',
       ict__questions=str(divided / 'questions.jsonl'),
   )
-  job = state_lib.open_job(config, tmp_path)
+  job = job_lib.open_job(config, tmp_path)
   corpus, table = job.corpus, job.questions
   records = corpus.record_rows([q.passage_id for q in table.questions])
   assert min(map(len, records)) >= 4
@@ -445,7 +448,7 @@ def test_a_question_is_paired_with_the_parts_that_answer_it(
     seen = {text for asked, text in drawn if asked == number}
     own = [texts[row] for row in records[number]]
     holding = {
-        text for text in own if open_qa.has_answer(text, question.answers)
+        text for text in own if answers_lib.has_answer(text, question.answers)
     }
     # Each part that answers is drawn; where none does, each part.
     assert seen == (holding or set(own))

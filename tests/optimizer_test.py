@@ -7,10 +7,10 @@ import optax
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.models import flops
+from realm_jax.planner import plan
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.training import costs
-from realm_jax.training import optimizer
-from realm_jax.training import plan
+from realm_jax.trainer import optimizer
 
 _BOTH = ('embedder', 'reader')
 
@@ -102,6 +102,6 @@ def test_frozen_components_have_no_backward_pass():
       (mesh_lib.DATA, mesh_lib.MODEL),
   )
   flop = plan.compile_step(config, mesh).cost_analysis()['flops']
-  assert costs.hardware_flop(config) == pytest.approx(flop, rel=0.15)
+  assert flops.hardware_flop(config) == pytest.approx(flop, rel=0.15)
   config.optimizer.frozen = ()
-  assert costs.hardware_flop(config) > 1.25 * flop
+  assert flops.hardware_flop(config) > 1.25 * flop

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import corpus as corpus_lib
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.models import components
+from realm_jax.models import flops
+from realm_jax.planner import plan
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.training import costs
-from realm_jax.training import plan
 
 _ROWS = 13_353_718
 
@@ -49,13 +49,13 @@ def test_flop_and_memory_are_near_what_xla_reports(objective, model):
   step = plan.compile_step(config, _one_device())
   # XLA counts what is done to single elements too, and one part of several.
   flop = step.cost_analysis()['flops'] * config.accumulate
-  assert costs.hardware_flop(config) == pytest.approx(flop, rel=0.15)
+  assert flops.hardware_flop(config) == pytest.approx(flop, rel=0.15)
   # On CPU it keeps what it could forget.
   config.model.remat = 'none'
   reported = step.memory_analysis()
   # Parameters and optimizer, which the step takes over, and all the rest.
   memory = reported.argument_size_in_bytes + reported.temp_size_in_bytes
-  estimate = sum(costs.step_memory(config, 1, 1).values())
+  estimate = sum(flops.step_memory(config, 1, 1).values())
   assert estimate == pytest.approx(memory, rel=0.15)
 
 
@@ -65,21 +65,21 @@ def test_flop_of_a_bert_by_hand():
   # and the products of attention.
   weights = 12 * (4 * 768**2 + 2 * 768 * 3072)
   attention = 12 * 4 * 288**2 * 768
-  assert costs.pass_flop(model, 10, 288, 288) == 10 * (
+  assert flops.pass_flop(model, 10, 288, 288) == 10 * (
       2 * 288 * weights + attention
   )
   # With one output the last layer is keys and values, all but.
-  saved = costs.pass_flop(model, 1, 288, 288) - costs.pass_flop(
+  saved = flops.pass_flop(model, 1, 288, 288) - flops.pass_flop(
       model, 1, 288, 1
   )
-  one_layer = costs.pass_flop(model, 1, 288, 288) / 12
+  one_layer = flops.pass_flop(model, 1, 288, 288) / 12
   assert 0.7 * one_layer < saved < 0.85 * one_layer
 
 
 def test_parameters_are_those_of_the_published_model():
   config = config_lib.Config(objective='realm')
   config.model.vocab_size = 30522
-  count = costs.parameters(config_lib.resolve(config))
+  count = flops.parameters(config_lib.resolve(config))
   bert = 109_482_240  # bert-base-uncased, with pooler.
   assert count['embedder'] == bert + 768 * 128 + 128 + 2 * 128
   head = 768 * 768 + 768 + 2 * 768 + 30522
@@ -90,7 +90,7 @@ def test_parameters_are_those_of_the_published_model():
 @pytest.mark.parametrize('objective', ['realm', 'open_qa'])
 def test_parameters_are_those_of_our_modules(objective, towers):
   config = _config(objective, towers=towers, mlp_width=200, span_width=24)
-  assert costs.parameters(config) == {
+  assert flops.parameters(config) == {
       name: sum(x.size for x in component.abstract.values())
       for name, component in components.make_all(config).items()
   }

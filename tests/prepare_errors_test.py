@@ -14,10 +14,10 @@ import time
 from backports import zstd
 import pytest
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import prepare
-from realm_jax.data import records
-from realm_jax.data import sources
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.prepare import prepare
+from realm_jax.prepare import records
+from realm_jax.prepare import sources
 
 _GOOD = b'{"id": "a", "text": "In 1990 somebody came to Rome."}\n'
 
@@ -252,7 +252,7 @@ def test_a_folder_that_is_no_corpus_is_never_replaced(tmp_path):
 
 _LIMITED = """
 import resource, sys
-from realm_jax.data import prepare
+from realm_jax.prepare import prepare
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
   prepare.prepare(sys.argv[1:2], sys.argv[2], workers=1, progress=False)
@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, limit):
 
 _KILLED = """
 import sys
-from realm_jax.data import prepare
+from realm_jax.prepare import prepare
 if __name__ == '__main__':
   prepare._CHUNK_BYTES = 1000
   prepare.prepare(

@@ -15,13 +15,13 @@ from hypothesis import strategies
 import numpy as np
 import pytest
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import packing
-from realm_jax.data import parts as parts_lib
-from realm_jax.data import prepare
-from realm_jax.data import stats
-from realm_jax.data import tokenizer as tokenizer_lib
-from realm_jax.data import words
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.corpus import word_cache
+from realm_jax.evaluation import corpus_stats
+from realm_jax.prepare import chunk_files as chunk_files_lib
+from realm_jax.prepare import passages
+from realm_jax.prepare import prepare
 
 _SENTENCE = 'In {} somebody came to Rome with a friend of his. '
 
@@ -51,14 +51,14 @@ def _same(first: corpus_lib.Corpus, second: corpus_lib.Corpus) -> bool:
 
 _RUN = """
 import sys, time
-from realm_jax.data import packing, prepare
+from realm_jax.prepare import passages, prepare
 if __name__ == '__main__':
   prepare._CHUNK_BYTES = 5000
-  work = packing.Packer.__call__
+  work = passages.Packer.__call__
   def slow(self, task):
     time.sleep(0.05)
     return work(self, task)
-  packing.Packer.__call__ = slow
+  passages.Packer.__call__ = slow
   prepare.prepare(
       [sys.argv[1]], sys.argv[2], vocab=sys.argv[3], workers=1, progress=False
   )
@@ -103,13 +103,13 @@ def _fixture_made(tmp_path, monkeypatch, killed):
 def _fixture_tasks(monkeypatch):
   """The tasks that are worked out, rather than found."""
   done = []
-  work = packing.Packer.__call__
+  work = passages.Packer.__call__
 
   def counted(self, task):
     done.append(task)
     return work(self, task)
 
-  monkeypatch.setattr(packing.Packer, '__call__', counted)
+  monkeypatch.setattr(passages.Packer, '__call__', counted)
   return done
 
 
@@ -160,10 +160,10 @@ def test_an_interruption_keeps_the_parts_and_an_error_does_not(
     tmp_path, made, monkeypatch
 ):
   _, source, vocab, parts = made
-  work = packing.Packer.__call__
+  work = passages.Packer.__call__
   for error, kept in ((KeyboardInterrupt, True), (OSError, False)):
     monkeypatch.setattr(
-        packing.Packer,
+        passages.Packer,
         '__call__',
         lambda self, task, error=error: (
             work(self, task) if task.articles[0] < 40 else _raise(error)
@@ -183,15 +183,15 @@ def _raise(error: type[BaseException]):
 def test_a_part_is_what_was_worked_out(tmp_path, monkeypatch):
   source = _source(tmp_path, 5)
   made = _prepare(source, tmp_path / 'made')
-  packer = packing.Packer(made.tokenizer, packing.Settings())
+  packer = passages.Packer(made.tokenizer, passages.Settings())
   found = prepare.records_lib.Records(prepare.sources_lib.find([str(source)]))
   assert len(list(found.check())) == 5
   (task,) = prepare._tasks(found, True, 0.5)
-  assert packing.Task.from_bytes(task.to_bytes()) == task
+  assert passages.Task.from_bytes(task.to_bytes()) == task
   chunk = packer(task)
   path = tmp_path / 'x.part'
-  parts_lib.save(path, chunk)
-  again = parts_lib.load(path)
+  chunk_files_lib.save(path, chunk)
+  again = chunk_files_lib.load(path)
   for name, value in vars(chunk).items():
     if isinstance(value, np.ndarray):
       np.testing.assert_array_equal(getattr(again, name), value)
@@ -200,7 +200,7 @@ def test_a_part_is_what_was_worked_out(tmp_path, monkeypatch):
       assert getattr(again, name) == value
   path.write_bytes(path.read_bytes().replace(b'Rome', b'Roma', 1))
   with pytest.raises(ValueError, match='damaged'):
-    parts_lib.load(path)
+    chunk_files_lib.load(path)
 
 
 _VOCAB = [
@@ -224,7 +224,7 @@ _VOCAB = [
 )
 def test_remembered_words_are_cut_as_the_library_does(texts, lowercase):
   tokenizer = tokenizer_lib.Tokenizer(_VOCAB, lowercase)
-  memo = words.WordMemo(tokenizer)
+  memo = word_cache.WordMemo(tokenizer)
   for _ in range(2):  # Then from the table.
     for found, expected in zip(
         memo(texts), tokenizer.encode_arrays(texts), strict=True
@@ -235,9 +235,9 @@ def test_remembered_words_are_cut_as_the_library_does(texts, lowercase):
 
 
 def test_words_are_forgotten_when_there_are_too_many(monkeypatch):
-  monkeypatch.setattr(words, '_MAX_CHARACTERS', 10)
+  monkeypatch.setattr(word_cache, '_MAX_CHARACTERS', 10)
   tokenizer = tokenizer_lib.Tokenizer(_VOCAB)
-  memo = words.WordMemo(tokenizer)
+  memo = word_cache.WordMemo(tokenizer)
   for text in ('rome is', 'rome is caf s', 'rome', 'is rome'):
     assert memo([text])[0][0].tolist() == tokenizer.encode(text)
   assert memo._numbers.characters <= 10
@@ -322,7 +322,7 @@ def test_stats_of_a_corpus(tmp_path):
   made = corpus_lib.Corpus.open(output)
   made.verify()
   figures = json.loads((output / 'stats.json').read_text())
-  assert figures == stats.measure(made)
+  assert figures == corpus_stats.measure(made)
   assert json.loads(done.stdout) == figures
   assert figures['passages'] == len(made.passages)
   assert figures['articles'] == 9

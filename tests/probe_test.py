@@ -8,12 +8,12 @@ import pytest
 import training_test
 
 from realm_jax import config as config_lib
-from realm_jax.data import corpus as corpus_lib
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import embedding
-from realm_jax.index import mips
+from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.training import probe as probe_lib
+from realm_jax.trainer import probe as probe_lib
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +41,7 @@ def _embed_all(job, params):
 def test_what_is_still_right_is_that_of_brute_force(job):
   stale, other = (job.components['embedder'].init(seed) for seed in (0, 1))
   fresh = jax.tree.map(lambda a, b: 0.95 * a + 0.05 * b, stale, other)
-  search = mips.ExactSearch(_embed_all(job, stale))
+  search = search_lib.ExactSearch(_embed_all(job, stale))
   probe = probe_lib.Probe(job)
   found = probe.still_right(fresh, search)
   query_emb_BE = probe.embed(fresh)
@@ -65,7 +65,7 @@ def test_what_is_still_right_is_that_of_brute_force(job):
 def test_of_many_candidates_more_are_embedded(job):
   """Of as many as are compared, all would be right."""
   stale, other = (job.components['embedder'].init(seed) for seed in (0, 1))
-  search = mips.ExactSearch(_embed_all(job, stale))
+  search = search_lib.ExactSearch(_embed_all(job, stale))
   probe = probe_lib.Probe(job)
   probe.k = len(job.corpus.passages) // 4
   fresh = probe.still_right(other, search)
@@ -91,6 +91,7 @@ def test_the_same_queries_and_result_on_one_device(job):
   )
   assert len(probes[0]._query_ids_BQ) > 16
   found = [
-      probe.still_right(params, mips.ExactSearch(table)) for probe in probes
+      probe.still_right(params, search_lib.ExactSearch(table))
+      for probe in probes
   ]
   np.testing.assert_allclose(*found, atol=0.02)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realm_jax.export import sources
+from realm_jax.interop import checkpoint_sources
+from realm_jax.interop import convert
+from realm_jax.interop import pickled
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
-from realm_jax.models import pickled
-from realm_jax.models import pretrained
 from realm_jax.models import span_reader
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
@@ -33,8 +33,8 @@ _if_all = pytest.mark.skipif(
 
 
 def _load(name, component, **changes):
-  source = sources.open_source(name, blocks=False)
-  loaded = pretrained.load(
+  source = checkpoint_sources.open_source(name, blocks=False)
+  loaded = convert.load(
       source.tensors, source.config | changes, [component]
   )
   params = loaded.params[component]
@@ -123,7 +123,7 @@ def test_open_qa():
 
 def test_open_qa_of_the_fixture():
   answer, row = _answer(str(_FIXTURES / 'open_qa'), 'who is the cat of')
-  tokenizer = sources.open_source(_FIXTURES / 'open_qa').tokenizer
+  tokenizer = checkpoint_sources.open_source(_FIXTURES / 'open_qa').tokenizer
   with np.load(_FIXTURES / 'expected.npz') as file:
     assert answer == tokenizer.decode(file['open_qa/answer_ids'])
     # The block that the reader chose, by its words.
@@ -135,8 +135,8 @@ def test_open_qa_of_the_fixture():
 
 def _answer(name, question):
   """Asks an open-QA checkpoint as transformers does: text and row."""
-  source = sources.open_source(name)
-  loaded = pretrained.load(source.tensors, source.config)
+  source = checkpoint_sources.open_source(name)
+  loaded = convert.load(source.tensors, source.config)
   config, tokenizer = loaded.config, source.tokenizer
   beam = source.config['reader_beam_size']
   length = source.config['reader_seq_len']

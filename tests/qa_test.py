@@ -6,8 +6,8 @@ import lzma
 
 import pytest
 
-from realm_jax.data import qa
-from realm_jax.data import world
+from realm_jax.prepare import world
+from realm_jax.qa import questions as questions_lib
 
 
 def _write(path, *lines):
@@ -32,8 +32,8 @@ def test_reads_all_fields_and_ignores_others(tmp_path):
       }),
       _GOOD,
   )
-  full, bare = qa.read_questions(path)
-  assert full == qa.Question(
+  full, bare = questions_lib.read_questions(path)
+  assert full == questions_lib.Question(
       question='Which pet was owned by Névek?',
       answers=('toad', 'a toad'),
       match='regex',
@@ -41,7 +41,7 @@ def test_reads_all_fields_and_ignores_others(tmp_path):
       held_out=True,
       title='Névek',
   )
-  assert bare == qa.Question('Where is it?', ('here',), 'string')
+  assert bare == questions_lib.Question('Where is it?', ('here',), 'string')
   assert bare.passage_id is None
   assert bare.held_out is None
   assert bare.title is None
@@ -54,13 +54,13 @@ def test_reads_compressed_files(tmp_path, ending, opener):
   path = tmp_path / f'questions.jsonl{ending}'
   with opener(path, 'wb') as file:
     file.write(b'\xef\xbb\xbf' + _GOOD.encode() + b'\r\n' + _GOOD.encode())
-  assert len(qa.read_questions(str(path))) == 2
+  assert len(questions_lib.read_questions(str(path))) == 2
 
 
 def test_reads_the_questions_of_a_world(tmp_path):
   questions = world.generate(seed=0, entities=20).questions
   path = _write(tmp_path / 'q.jsonl', *map(json.dumps, questions))
-  read = qa.read_questions(path)
+  read = questions_lib.read_questions(path)
   assert [q.question for q in read] == [q['question'] for q in questions]
   assert sum(bool(q.held_out) for q in read) == sum(
       q['held_out'] for q in questions
@@ -101,7 +101,7 @@ def test_errors_name_the_file_the_line_and_what_is_expected(
 ):
   path = _write(tmp_path / 'questions.jsonl', _GOOD, line, _GOOD)
   with pytest.raises(ValueError, match=message) as error:
-    qa.read_questions(path)
+    questions_lib.read_questions(path)
   assert str(error.value).startswith(f'{path}:2: ')
   assert '"answers": [text, ...]' in str(error.value)
 
@@ -110,18 +110,18 @@ def test_not_utf8_names_its_line(tmp_path):
   path = tmp_path / 'questions.jsonl'
   path.write_bytes(_GOOD.encode() + b'\n{"question": "caf\xe9"}\n')
   with pytest.raises(ValueError, match=':2: not UTF-8 at byte 17'):
-    qa.read_questions(path)
+    questions_lib.read_questions(path)
 
 
 def test_an_empty_file_is_refused(tmp_path):
   path = _write(tmp_path / 'questions.jsonl')
   with pytest.raises(ValueError, match='holds no question'):
-    qa.read_questions(path)
+    questions_lib.read_questions(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match='nowhere.jsonl'):
-    qa.read_questions(tmp_path / 'nowhere.jsonl')
+    questions_lib.read_questions(tmp_path / 'nowhere.jsonl')
 
 
 @pytest.mark.parametrize('ending, module', [('.gz', gzip), ('.xz', lzma)])
@@ -131,4 +131,4 @@ def test_a_damaged_file_is_named(tmp_path, ending, module):
   for damaged in (data[:-9], b'not compressed at all'):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=f'questions.jsonl{ending} cannot'):
-      qa.read_questions(path)
+      questions_lib.read_questions(path)

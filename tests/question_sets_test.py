@@ -6,8 +6,8 @@ import json
 import pytest
 import tensorflow_datasets as tfds
 
-from realm_jax.data import qa
-from realm_jax.data import question_sets
+from realm_jax.qa import question_sets
+from realm_jax.qa import questions
 
 
 def _json(path, value):
@@ -30,7 +30,7 @@ def test_nq_open_says_answer_for_answers(tmp_path):
       {'question': 'when did it end', 'answer': ['1918', 'November 1918']},
   )
   assert question_sets.read(path) == [
-      qa.Question('when did it end', ('1918', 'November 1918'))
+      questions.Question('when did it end', ('1918', 'November 1918'))
   ]
 
 
@@ -67,7 +67,7 @@ def test_natural_questions_are_filtered_as_published(tmp_path):
   ]
   path = _lines(tmp_path / 'nq-dev-00.jsonl.gz', *records)
   assert question_sets.read(path) == [
-      qa.Question('whose café', ('Zoë & Söhne',), title='Café')
+      questions.Question('whose café', ('Zoë & Söhne',), title='Café')
   ]
 
 
@@ -111,7 +111,7 @@ def test_curated_trec_is_matched_by_regular_expressions(tmp_path):
       encoding='utf-8',
   )
   assert question_sets.read(path) == [
-      qa.Question(
+      questions.Question(
           'When is it?', ('Sept?(ember)?|Feb(ruary)?',), match='regex'
       )
   ]
@@ -159,7 +159,7 @@ def test_squad_as_open_questions(tmp_path):
       },
   )
   assert question_sets.read(path) == [
-      qa.Question(
+      questions.Question(
           'Where?', ('Juneau',), passage_id='State_Capitals#1',
           title='State Capitals',
       )
@@ -260,8 +260,8 @@ def test_tfds_sets_are_read_by_their_features(
 
 def test_the_published_re_split(tmp_path):
   """Buckets of two questions are published (reference implementation)."""
-  dev = qa.Question('who was vincent van gogh inspired by?', ('Millet',))
-  train = qa.Question('what type of fuel goes in a zippo', ('butane',))
+  dev = questions.Question('who was vincent van gogh inspired by?', ('Millet',))
+  train = questions.Question('what type of fuel goes in a zippo', ('butane',))
   assert question_sets.resplit([train, dev]) == ([train], [dev])
   path = _lines(
       tmp_path / 'train.jsonl',

@@ -6,10 +6,10 @@ import pathlib
 
 import pytest
 
-from realm_jax.data import batches
-from realm_jax.data import corpus as corpus_lib
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
-from realm_jax.training import state
+from realm_jax.trainer import batches
+from realm_jax.trainer import job
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,10 +45,10 @@ def test_the_null_reader_is_not_warned_of_passages_that_it_never_reads(
 ):
   config = quickstart.get_config('null_reader')
   corpus = corpus_lib.Corpus.open(world)
-  state._warn_of_cuts(config, corpus)
+  job._warn_of_cuts(config, corpus)
   assert not caplog.records
   config.mlm.null_rate = 0.5
-  state._warn_of_cuts(config, corpus)
+  job._warn_of_cuts(config, corpus)
   assert 'what is beyond is not seen' in caplog.text
 
 

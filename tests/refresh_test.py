@@ -16,13 +16,13 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.index import generation
-from realm_jax.index import loading
-from realm_jax.index import mips
-from realm_jax.index import presence
-from realm_jax.index import refresh
+from realm_jax.index import search
 from realm_jax.index import topk
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import loader
+from realm_jax.trainer import refresh
 
 _ROWS, _WIDTH, _INTERVAL = 60, 4, 4
 _CORPUS = types.SimpleNamespace(
@@ -76,7 +76,7 @@ def _refresher(workdir, policy='sync', *, lag=4, **kwargs):
 
 
 def _begin_step(refresher, workdir, policy, step, publish):
-  """The order of the training loop: see training/loop.py."""
+  """The order of the training loop: see trainer/loop.py."""
   first = step == 0 or (policy == 'sync' and step % _INTERVAL == 0)
   if first:
     _snapshot(workdir, step)
@@ -101,7 +101,7 @@ def _run(workdir, policy, steps, publish, start=0, saved=None, lag=4):
     # What is searched is that generation indeed.
     number = refresher.generation_step
     found = refresher.search.search(_embeddings(number)[:5] * 100, 3)
-    expected = mips.ExactSearch(_embeddings(number)).search(
+    expected = search.ExactSearch(_embeddings(number)).search(
         _embeddings(number)[:5] * 100, 3
     )
     np.testing.assert_array_equal(found, expected)
@@ -383,11 +383,11 @@ def test_waiting_ends(tmp_path, monkeypatch):
   config.refresh.timeout = 0.2
   refresher = refresh.Refresher(tmp_path, config, corpus=_CORPUS)
   _snapshot(tmp_path, 0)
-  with presence.Heartbeat(tmp_path / 'index') as heartbeat:
+  with process.Heartbeat(tmp_path / 'index') as heartbeat:
     heartbeat.beat('embedding', done=7, total=60, at_once=True)
     with pytest.raises(TimeoutError, match=r'index/0.*embedding 7 of 60'):
       refresher.adopt(0)
-  monkeypatch.setattr(loading, '_SNAPSHOT_SECONDS', 0.1)
+  monkeypatch.setattr(loader, '_SNAPSHOT_SECONDS', 0.1)
   config.refresh.timeout = 20.0
   shutil.rmtree(tmp_path / 'retriever')
   with pytest.raises(FileNotFoundError, match='its snapshot.*is gone'):
@@ -417,8 +417,8 @@ def test_the_builders_health_is_looked_at(tmp_path):
 
 
 def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(loading, '_STALE_SECONDS', 0.1)
-  monkeypatch.setattr(loading, '_SAY_SECONDS', 0.3)
+  monkeypatch.setattr(loader, '_STALE_SECONDS', 0.1)
+  monkeypatch.setattr(loader, '_SAY_SECONDS', 0.3)
   refresher = _refresher(tmp_path)
   _snapshot(tmp_path, 0)
   timer = threading.Timer(1.5, _publish, (tmp_path, 0))
@@ -434,7 +434,7 @@ def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
   done = threading.Event()
 
   def beat():
-    with presence.Heartbeat(tmp_path / 'index') as heartbeat:
+    with process.Heartbeat(tmp_path / 'index') as heartbeat:
       while not done.wait(0.02):
         heartbeat.beat('embedding', at_once=True)
 
@@ -442,7 +442,7 @@ def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
   thread.start()
   timer = threading.Timer(1.0, _publish, (tmp_path, 4))
   timer.start()
-  monkeypatch.setattr(loading, '_STALE_SECONDS', 0.7)
+  monkeypatch.setattr(loader, '_STALE_SECONDS', 0.7)
   with caplog.at_level(logging.WARNING):
     refresher.adopt(4)
   done.set()
@@ -486,9 +486,9 @@ def test_staleness_is_measured(tmp_path):
   _publish(tmp_path, 4)
   assert refresher.adopt(4)
   old, new = _embeddings(0), _embeddings(4)
-  expected = mips.overlap(
-      mips.ExactSearch(old).search(queries, 5),
-      mips.ExactSearch(new).search(queries, 5),
+  expected = search.overlap(
+      search.ExactSearch(old).search(queries, 5),
+      search.ExactSearch(new).search(queries, 5),
   )
   assert refresher.probe_overlap(queries, 5) == expected
   assert refresher.probe_overlap(queries, 5) is None  # The old one is let go.
@@ -576,7 +576,7 @@ def _live(shape):
 
 def test_the_old_generation_is_freed(tmp_path, monkeypatch):
   """Neither its search nor its table outlives the swap and its probe."""
-  monkeypatch.setattr(loading, '_SAMPLE_ROWS', 7)
+  monkeypatch.setattr(loader, '_SAMPLE_ROWS', 7)
   refresher = _refresher(tmp_path, 'scheduled', lag=4)
   searches, most = [], 0
   # Of the table on the device, padded; nothing else has this shape.

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
-from realm_jax.data import qa
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
+from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import inspect
-from realm_jax.evaluation import retrieval
 from realm_jax.evaluation import runs
-from realm_jax.evaluation import trained as trained_lib
 from realm_jax.index import generation
+from realm_jax.inference import trained as trained_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import objectives
+from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import batches
 
 
 def _config(corpus, objective='realm'):
@@ -91,7 +91,7 @@ def saved(config):
 
 @pytest.fixture(scope='module')
 def questions(world):
-  return qa.read_questions(world / 'questions.jsonl')
+  return questions_lib.read_questions(world / 'questions.jsonl')
 
 
 @pytest.fixture(scope='module')
@@ -140,7 +140,7 @@ def _publish(workdir, config, corpus, params, step, embeddings=None):
 def test_question_metrics_equal_those_by_hand(
     workdir, config, corpus, saved, questions
 ):
-  (result,) = retrieval.evaluate(workdir, questions)
+  (result,) = evaluate.evaluate(workdir, questions)
   assert result['step'] == 30
   assert result['passages'] == len(corpus.passages)
   assert result['index_generation'] is None
@@ -204,7 +204,7 @@ def test_question_metrics_equal_those_by_hand(
 
 
 def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
-  (result,) = retrieval.evaluate(workdir, [], limit=20)
+  (result,) = evaluate.evaluate(workdir, [], limit=20)
   assert 'questions' not in result
   masked = result['masked']
   assert masked['sentences'] == 20
@@ -268,7 +268,7 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
 
 
 def test_intervals_resample_articles(workdir, corpus, questions):
-  (result,) = retrieval.evaluate(workdir, questions, limit=60)
+  (result,) = evaluate.evaluate(workdir, questions, limit=60)
   # In the world an article is an entity, KIND-NUMBER, and passages of it are
   # KIND-NUMBER#0, ...; several questions are about each.
   entities = {q.passage_id.partition('#')[0] for q in questions[:60]}
@@ -286,10 +286,10 @@ def test_intervals_resample_articles(workdir, corpus, questions):
 
 def test_a_question_without_a_gold_passage_is_its_own_cluster(workdir, corpus):
   there = corpus.passage_text(0)['id']
-  (result,) = retrieval.evaluate(
+  (result,) = evaluate.evaluate(
       workdir,
       [
-          qa.Question('Who?', ('x',), passage_id=name)
+          questions_lib.Question('Who?', ('x',), passage_id=name)
           for name in (there, there, 'not there', 'not there', None, None)
       ],
       limit=6,
@@ -301,7 +301,7 @@ def test_trivial_candidates_are_excluded_whatever_training_allowed(
     tmp_path, monkeypatch
 ):
   """Passages of which validation sentences are sentences themselves."""
-  from realm_jax.data import prepare
+  from realm_jax.prepare import prepare
 
   places = ('Paris', 'London', 'Berlin', 'Vienna', 'Lisbon')
   with (tmp_path / 'texts.jsonl').open('w') as file:
@@ -335,7 +335,7 @@ def test_trivial_candidates_are_excluded_whatever_training_allowed(
     workdir = _make_workdir(
         tmp_path / trivial, corpus, config, {0: _params(config)}
     )
-    masked[trivial] = retrieval.evaluate(workdir)[0]['masked']
+    masked[trivial] = evaluate.evaluate(workdir)[0]['masked']
   passages = corpus.sentences['validation'].passages
   assert len(seen) > 2
   for rows_B, retrieved_BJ in seen:
@@ -370,7 +370,7 @@ def test_a_span_counts_only_if_every_wordpiece_is_right(
   bias[word] = 1e4
   params['reader']['output_bias'] = bias
   workdir = _make_workdir(tmp_path / 'job', corpus, config, {0: params})
-  masked = retrieval.evaluate(workdir, [])[0]['masked']
+  masked = evaluate.evaluate(workdir, [])[0]['masked']
   expected = sum(set(s) == {word} for s in sentences) / len(sentences)
   assert masked['sentences'] == len(sentences)
   assert 0 < expected < 1
@@ -381,12 +381,12 @@ def test_a_span_counts_only_if_every_wordpiece_is_right(
 def test_a_fresh_generation_is_used_and_a_stale_one_is_not(
     workdir, config, corpus, saved, questions
 ):
-  (before,) = retrieval.evaluate(workdir, questions, limit=40)
+  (before,) = evaluate.evaluate(workdir, questions, limit=40)
   _publish(workdir, config, corpus, saved[30], 25)
-  (same,) = retrieval.evaluate(workdir, questions, limit=40)
+  (same,) = evaluate.evaluate(workdir, questions, limit=40)
   assert (before['index_generation'], same['index_generation']) == (None, 25)
   assert same['questions'] == before['questions']
-  old, new = retrieval.evaluate(workdir, questions, steps='30,0', limit=40)
+  old, new = evaluate.evaluate(workdir, questions, steps='30,0', limit=40)
   assert (old['step'], new) == (0, {**same, 'seconds': new['seconds']})
   assert old['index_generation'] is None  # That of step 25 has other params.
   # It is read, not just found: nonsense in it is seen.
@@ -394,13 +394,13 @@ def test_a_fresh_generation_is_used_and_a_stale_one_is_not(
       size=(len(corpus.passages), config.model.embedding_width)
   )
   _publish(workdir, config, corpus, saved[30], 25, nonsense.astype(np.float32))
-  (other,) = retrieval.evaluate(workdir, questions, limit=40)
+  (other,) = evaluate.evaluate(workdir, questions, limit=40)
   assert other['questions'] != before['questions']
 
 
 def test_all_steps_are_checkpoints_and_snapshots(workdir, saved, questions):
   snapshots_lib.save(workdir, 10, saved[30]['embedder'])
-  results = retrieval.evaluate(workdir, questions, 'all', limit=20)
+  results = evaluate.evaluate(workdir, questions, 'all', limit=20)
   assert [r['step'] for r in results] == [0, 10, 30]
   assert ['masked' in r for r in results] == [True, False, True]
   assert results[1]['questions'] == results[2]['questions']
@@ -413,13 +413,13 @@ def test_all_steps_are_checkpoints_and_snapshots(workdir, saved, questions):
 def test_questions_come_with_the_corpus_or_from_a_file(
     workdir, world, tmp_path
 ):
-  (own,) = retrieval.evaluate(workdir, limit=10)
-  (given,) = retrieval.evaluate(workdir, world / 'questions.jsonl', limit=10)
+  (own,) = evaluate.evaluate(workdir, limit=10)
+  (given,) = evaluate.evaluate(workdir, world / 'questions.jsonl', limit=10)
   assert own['questions'] == given['questions']
   assert own['questions']['all']['questions'] == 10
   bare = tmp_path / 'bare.jsonl'
   bare.write_text('{"question": "Who?", "answers": ["Nobody at all"]}\n')
-  (result,) = retrieval.evaluate(workdir, bare, limit=5)
+  (result,) = evaluate.evaluate(workdir, bare, limit=5)
   assert set(result['questions']) == {'all'}
   group = result['questions']['all']
   assert group['with_gold_passage'] == 0 and 'gold' not in group
@@ -437,48 +437,48 @@ def test_a_workdir_with_one_component_is_measured_by_it(
       tmp_path / 'job', corpus, config, {7: _params(config)}
   )
   asked = None if objective == 'mlm' else questions
-  (result,) = retrieval.evaluate(workdir, asked, limit=12)
+  (result,) = evaluate.evaluate(workdir, asked, limit=12)
   assert [n for n in ('questions', 'masked') if n in result] == [parts]
   if objective == 'mlm':
     with pytest.raises(ValueError, match='no retriever to ask questions of'):
-      retrieval.evaluate(workdir, questions)
+      evaluate.evaluate(workdir, questions)
     assert set(result['masked']) == {
         'sentences', 'clusters', 'num_candidates', 'accuracy_without_retrieval',
         'accuracy_without_retrieval_interval',
     }
   else:
     with pytest.raises(ValueError, match='nothing to measure'):
-      retrieval.evaluate(workdir, [])
+      evaluate.evaluate(workdir, [])
 
 
 def test_clear_errors(workdir, questions, tmp_path, corpus, config):
   with pytest.raises(FileNotFoundError, match=r'step 7.*\[0, 30\]'):
-    retrieval.evaluate(workdir, questions, steps=7)
+    evaluate.evaluate(workdir, questions, steps=7)
   with pytest.raises(FileNotFoundError, match=r'step 7.*\[0, 30\]'):
-    retrieval.evaluate(workdir, questions, steps='0,7')
+    evaluate.evaluate(workdir, questions, steps='0,7')
   for wrong in ('newest', '0,', '-1'):
     with pytest.raises(ValueError, match="'latest', 'all', or numbers"):
-      retrieval.evaluate(workdir, questions, steps=wrong)
+      evaluate.evaluate(workdir, questions, steps=wrong)
   with pytest.raises(ValueError, match='limit=0'):
-    retrieval.evaluate(workdir, questions, limit=0)
+    evaluate.evaluate(workdir, questions, limit=0)
   for wrong in (0, 101):
     with pytest.raises(ValueError, match=f'read={wrong}: must be between 1'):
-      retrieval.evaluate(workdir, questions, read=wrong)
+      evaluate.evaluate(workdir, questions, read=wrong)
   with pytest.raises(FileNotFoundError):
-    retrieval.evaluate(tmp_path / 'nowhere', questions)
+    evaluate.evaluate(tmp_path / 'nowhere', questions)
   empty = tmp_path / 'empty'
   checkpoint.write_json(empty / 'config.json', config_lib.to_dict(config))
   with pytest.raises(FileNotFoundError, match='no checkpoint'):
-    retrieval.evaluate(empty, questions)
+    evaluate.evaluate(empty, questions)
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(workdir, tmp_path, corpus):
-  from realm_jax.data import prepare
+  from realm_jax.prepare import prepare
 
   other = tmp_path / 'other'
   prepare.prepare(['world:5:20'], str(other), workers=1, progress=False)
   with pytest.raises(ValueError, match='tokenizer_digest'):
-    retrieval.evaluate(workdir, corpus=other)
+    evaluate.evaluate(workdir, corpus=other)
   shared = tmp_path / 'shared'
   prepare.prepare(
       ['world:5:20'],
@@ -487,7 +487,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(workdir, tmp_path, corpus):
       workers=1,
       progress=False,
   )
-  (result,) = retrieval.evaluate(workdir, corpus=shared, limit=5)
+  (result,) = evaluate.evaluate(workdir, corpus=shared, limit=5)
   assert result['corpus_fingerprint'] != corpus.fingerprint
   # Not by mistake, though.
   edited = config_lib.to_dict(trained_lib.Trained.open(workdir).config)
@@ -495,7 +495,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(workdir, tmp_path, corpus):
       workdir / 'config.json', {**edited, 'corpus': str(shared)}
   )
   with pytest.raises(ValueError, match='corpus_fingerprint'):
-    retrieval.evaluate(workdir, limit=5)
+    evaluate.evaluate(workdir, limit=5)
 
 
 # inspect

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from realm_jax.data import qa
 from realm_jax.evaluation import runs
 from realm_jax.evaluation import statistics
+from realm_jax.qa import questions
 
 
 def test_the_interval_is_that_of_theory():
@@ -110,8 +110,8 @@ class _Corpus:
 
 _RUN = runs.Run(
     questions=[
-        qa.Question('one', ('x',), passage_id='B 1'),
-        qa.Question('two', ('y',)),
+        questions.Question('one', ('x',), passage_id='B 1'),
+        questions.Question('two', ('y',)),
     ],
     doc_ids_BK=np.array([[1, 0], [2, 1]]),
     score_BK=np.array([[2.5, 0.25], [1.0, 1.0]]),

@@ -18,9 +18,9 @@ from realm_jax.models import dropout
 from realm_jax.runtime import collectives
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import sharding
-from realm_jax.training import gradients
-from realm_jax.training import optimizer
-from realm_jax.training import steps
+from realm_jax.trainer import gradients
+from realm_jax.trainer import optimizer
+from realm_jax.trainer import step as step_lib
 
 _ROWS, _VOCAB, _NULL = 16, 96, (2, 3, 3)
 # Most of the time of these tests is the compiler's.
@@ -90,7 +90,7 @@ def _batch(config):
       'targets_BM': rng.integers(5, _VOCAB, (_ROWS, m)).astype(np.int32),
       'mask_BM': mask_BM,
   }
-  return {name: everything[name] for name in steps.input_names(config)}
+  return {name: everything[name] for name in step_lib.input_names(config)}
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
   rows = mesh_lib.over_batch(mesh)
   run = jax.jit(
       gradients.make_gradients(
-          steps.objective_of(config, components, _NULL),
+          step_lib.objective_of(config, components, _NULL),
           jax.tree.map(lambda x: x.spec, placed),
           mesh,
           accumulate,
@@ -176,13 +176,13 @@ def test_whole_steps_are_the_same_and_compile_once():
   def train(mesh, zero):
     config.mesh.zero = zero
     traces = []
-    step = steps.make_train_step(
+    step = step_lib.make_train_step(
         config, components, tx, _NULL, mesh, lambda: traces.append(1)
     )
-    placed = steps.state_shardings(config, components, tx, mesh)
+    placed = step_lib.state_shardings(config, components, tx, mesh)
     params = {name: c.init(0) for name, c in components.items()}
     state = jax.device_put(
-        steps.TrainState(
+        step_lib.TrainState(
             jnp.int32(0), params, tx.init(params), jax.random.key(0)
         ),
         placed,
@@ -190,7 +190,7 @@ def test_whole_steps_are_the_same_and_compile_once():
     for _ in range(3):
       state, metrics = step(state, mesh_lib.to_devices(mesh, batch))
     assert len(traces) == 1
-    embed = steps.make_query_embedder(components['embedder'], mesh)
+    embed = step_lib.make_query_embedder(components['embedder'], mesh)
     emb_BE = embed(state.params['embedder'], batch['query_ids_BQ'])
     return state, jax.device_get((metrics, emb_BE)), placed
 
@@ -218,8 +218,8 @@ def test_bfloat16_leaves_weights_gradients_and_losses_in_float32():
   config.model.compute_dtype = 'bfloat16'
   components = components_lib.make_all(config)
   tx = optimizer.make_optimizer(config, tuple(components))
-  step = steps.make_train_step(config, components, tx, _NULL, _mesh(1, 1))
-  traced = step.trace(steps.abstract_state(components, tx), _batch(config))
+  step = step_lib.make_train_step(config, components, tx, _NULL, _mesh(1, 1))
+  traced = step.trace(step_lib.abstract_state(components, tx), _batch(config))
   state, metrics = traced.out_info
   kinds = {str(x.dtype) for x in jax.tree.leaves((state, metrics))}
   assert kinds == {'float32', 'int32', 'key<fry>'}
@@ -233,14 +233,13 @@ def test_the_gradient_cache_needs_the_memory_of_one_part():
     components = components_lib.make_all(config)
     tx = optimizer.make_optimizer(config, tuple(components))
     mesh = _mesh(1, 1)
-    step = steps.make_train_step(config, components, tx, _NULL, mesh)
+    step = step_lib.make_train_step(config, components, tx, _NULL, mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
         for name, array in _batch(config).items()
     }
-    compiled = step.lower(steps.abstract_state(components, tx), batch).compile(
-        _QUICKLY
-    )
+    state = step_lib.abstract_state(components, tx)
+    compiled = step.lower(state, batch).compile(_QUICKLY)
     return compiled.memory_analysis().temp_size_in_bytes
 
   # At once it would be eight times as much. What is added are the scores of
@@ -278,7 +277,7 @@ def test_every_rule_is_of_use_and_optimizer_state_lies_as_its_parameter():
   config = _config('realm')
   components = components_lib.make_all(config)
   tx = optimizer.make_optimizer(config, tuple(components))
-  placed = steps.state_shardings(config, components, tx, _mesh(4, 2))
+  placed = step_lib.state_shardings(config, components, tx, _mesh(4, 2))
   divided = {
       name: place.spec
       for leaves in placed.params.values()

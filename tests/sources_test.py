@@ -10,12 +10,12 @@ import shutil
 from backports import zstd
 import pytest
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import dumps
-from realm_jax.data import filters
-from realm_jax.data import prepare
-from realm_jax.data import records
-from realm_jax.data import sources
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.prepare import filters
+from realm_jax.prepare import mediawiki
+from realm_jax.prepare import prepare
+from realm_jax.prepare import records
+from realm_jax.prepare import sources
 
 _TEXT = 'In 1990 somebody came to Rome with his old friend Paul.'
 
@@ -192,7 +192,7 @@ def test_a_dump_of_mediawiki(tmp_path):
 def test_markup_that_is_unbalanced_is_no_error():
   pytest.importorskip('mwparserfromhell')
   for text in ('[[File:x|[[y]]', '{{a|{{b}}', '<ref>x', '{| x', "'''''", ''):
-    assert isinstance(dumps.plain_text(text), str)
+    assert isinstance(mediawiki.plain_text(text), str)
 
 
 def test_a_dataset_of_tfds_by_name(tmp_path, monkeypatch):
@@ -352,9 +352,9 @@ def _near(count: int) -> list[dict]:
 
 def test_near_duplicates_are_left_out(tmp_path, monkeypatch):
   pytest.importorskip('rensa')
-  from realm_jax.data import duplicates
+  from realm_jax.prepare import near_duplicates
 
-  monkeypatch.setattr(duplicates, '_BATCH_CHARACTERS', 5000)
+  monkeypatch.setattr(near_duplicates, '_BATCH_CHARACTERS', 5000)
   source = tmp_path / 'in.jsonl'
   items = [*_near(60), {'id': 'z', 'text': '...'}, {'id': 'y', 'text': '...'}]
   source.write_text('\n'.join(map(json.dumps, items)))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from realm_jax.data import spans
+from realm_jax.prepare import salient_spans
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ from realm_jax.data import spans
 def test_find_spans(marked):
   sentence = marked.replace('<', '').replace('>', '')
   data = sentence.encode()
-  found = spans.find_spans(sentence)
+  found = salient_spans.find_spans(sentence)
   assert found == sorted(found)
   shown = b''
   position = 0
@@ -89,7 +89,7 @@ def test_find_spans(marked):
     position = limit
   assert (shown + data[position:]).decode() == marked
   # ASCII has patterns of its own, which must find the same.
-  assert spans.find_spans(sentence + ' ñ') == found
+  assert salient_spans.find_spans(sentence + ' ñ') == found
 
 
 def test_document_tells_names_from_first_words():
@@ -97,14 +97,14 @@ def test_document_tells_names_from_first_words():
       'Historians like Paris. Paris is big. Workers came; most workers left. '
       'So did historians.'
   )
-  names = spans.document_names(text)
+  names = salient_spans.document_names(text)
   assert 'Paris' in names
   assert not names & {'Historians', 'Workers', 'So'}
-  assert spans.find_spans('Paris is big.', names) == [(0, 5)]
-  assert spans.find_spans('Workers came.', names) == []
+  assert salient_spans.find_spans('Paris is big.', names) == [(0, 5)]
+  assert salient_spans.find_spans('Workers came.', names) == []
   # Two words with capital letters are a name in any case; so are acronyms.
-  assert spans.find_spans('Anna Lee came.', names) == [(0, 8)]
-  assert spans.find_spans('NATO came.', names) == [(0, 4)]
+  assert salient_spans.find_spans('Anna Lee came.', names) == [(0, 8)]
+  assert salient_spans.find_spans('NATO came.', names) == [(0, 4)]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,8 @@ def test_document_tells_names_from_first_words():
 )
 def test_split_sentences(sentences):
   text = ' '.join(sentences)
-  assert [text[a:b] for a, b in spans.split_sentences(text)] == sentences
+  found = salient_spans.split_sentences(text)
+  assert [text[a:b] for a, b in found] == sentences
 
 
 @pytest.mark.parametrize(
@@ -129,12 +130,12 @@ def test_split_sentences(sentences):
 )
 def test_a_line_ends_a_sentence(end):
   text = f'  History{end}It began in a shed.{end}'
-  found = [text[a:b] for a, b in spans.split_sentences(text)]
+  found = [text[a:b] for a, b in salient_spans.split_sentences(text)]
   assert found == ['History', 'It began in a shed.']
 
 
 def test_no_sentence_in_space():
-  assert spans.split_sentences(' \n\t\n') == []
+  assert salient_spans.split_sentences(' \n\t\n') == []
 
 
 @pytest.mark.parametrize(
@@ -150,4 +151,4 @@ def test_no_sentence_in_space():
     ],
 )
 def test_kinds(span, kind):
-  assert spans.kind(span) == kind
+  assert salient_spans.kind(span) == kind

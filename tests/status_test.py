@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.index import builder
+from realm_jax.builder import builder
+from realm_jax.builder import status
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
-from realm_jax.index import status
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import snapshots as snapshots_lib

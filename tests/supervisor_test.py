@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from realm_jax.index import supervisor
+from realm_jax.trainer import supervise
 
 
-class _Child(supervisor.IndexBuilderProcess):
+class _Child(supervise.IndexBuilderProcess):
   """Runs a line of Python in the place of the builder."""
 
   def __init__(self, workdir, program, backoff_seconds=0.01, **kwargs):
@@ -127,7 +127,7 @@ def test_left_with_an_error_it_ends_the_builder_at_once(tmp_path):
 
 
 def test_one_that_does_not_listen_is_killed(tmp_path, monkeypatch):
-  monkeypatch.setattr(supervisor.presence, 'GRACE_SECONDS', 0.2)
+  monkeypatch.setattr(supervise.presence, 'GRACE_SECONDS', 0.2)
   program = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

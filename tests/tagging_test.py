@@ -10,17 +10,18 @@ import pytest
 import tensorflow_datasets as tfds
 import training_test
 
-from realm_jax.data import batches
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import respan
-from realm_jax.data import tagging
-from realm_jax.data import tokenizer as tokenizer_lib
-from realm_jax.evaluation import tagging as evaluation
-from realm_jax.evaluation import trained as trained_lib
-from realm_jax.export import exporting
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import entities
+from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.evaluation import tagger as tagger_metrics
+from realm_jax.inference import tagging
+from realm_jax.inference import trained as trained_lib
+from realm_jax.interop import exporting
 from realm_jax.models import tagger as tagger_lib
+from realm_jax.prepare import respan
 from realm_jax.runtime import checkpoint
-from realm_jax.training import loop
+from realm_jax.trainer import batches
+from realm_jax.trainer import loop
 
 _VOCAB = (
     '[PAD] [UNK] [CLS] [SEP] [MASK] ann lives in u s . new york york ##er'
@@ -34,7 +35,7 @@ def tokenizer():
 
 
 def sentence(text, tags):
-  return tagging.TaggedSentence(text.split(), tags.split())
+  return entities.TaggedSentence(text.split(), tags.split())
 
 
 # ---------------------------------------------------------------------- files
@@ -56,7 +57,7 @@ def test_notations_become_iob2(tmp_path, given, want):
   path = tmp_path / 'a.jsonl'
   tags = given.split()
   path.write_text(json.dumps({'tokens': ['x'] * len(tags), 'tags': tags}))
-  assert tagging.read(str(path))[0].tags == want.split()
+  assert entities.read(str(path))[0].tags == want.split()
 
 
 def test_conll_and_json_lines_give_the_same(tmp_path):
@@ -69,9 +70,9 @@ def test_conll_and_json_lines_give_the_same(tmp_path):
     file.write('{"tokens": ["Ann", "lives"], "tags": ["I-PER", "O"]}\n\n')
     file.write('{"tokens": ["York"], "tags": ["I-LOC"]}\n')
   want = [sentence('Ann lives', 'B-PER O'), sentence('York', 'B-LOC')]
-  assert tagging.read(str(conll)) == want
-  assert tagging.read(f'{lines}, {conll}') == want + want
-  assert tagging.types_of(want) == ('LOC', 'PER')
+  assert entities.read(str(conll)) == want
+  assert entities.read(f'{lines}, {conll}') == want + want
+  assert entities.types_of(want) == ('LOC', 'PER')
 
 
 @pytest.mark.parametrize(
@@ -95,12 +96,12 @@ def test_bad_files_name_the_line(tmp_path, name, text, message):
   data = text if isinstance(text, bytes) else text.encode()
   (tmp_path / name).write_bytes(data)
   with pytest.raises(ValueError, match=message):
-    tagging.read(str(tmp_path / name))
+    entities.read(str(tmp_path / name))
 
 
 def test_a_missing_file_is_named():
   with pytest.raises(FileNotFoundError, match='nowhere'):
-    tagging.read('nowhere.conll')
+    entities.read('nowhere.conll')
 
 
 # ----------------------------------------------------------------- wordpieces
@@ -108,7 +109,7 @@ def test_a_missing_file_is_named():
 
 def test_labels_are_those_of_words(tokenizer):
   given = sentence('Ann lives in U.S. Yorker', 'B-PER O O B-LOC I-LOC')
-  table = tagging.TaggedTable.of([given], ('LOC', 'PER'), 16, tokenizer)
+  table = entities.TaggedTable.of([given], ('LOC', 'PER'), 16, tokenizer)
   pieces = [tokenizer.vocab[i] for i in table.ids_NL[0]]
   assert pieces[:11] == (
       '[CLS] ann lives in u . s . york ##er [SEP]'.split()
@@ -127,25 +128,25 @@ def test_labels_become_tags_again(tokenizer, length):
   given = [
       sentence('Ann lives in New York , U.S.', 'B-PER O O B-LOC I-LOC O B-LOC'),
       # Unknown to the vocabulary, no wordpiece at all, combining accents.
-      tagging.TaggedSentence(
+      entities.TaggedSentence(
           ['Zoë', '\u200b', 'x\u0301', '北京', 'Ann'],
           ['B-PER', 'O', 'O', 'B-LOC', 'B-PER'],
       ),
   ]
-  types = tagging.types_of(given)
-  table = tagging.TaggedTable.of(given, types, length, tokenizer)
+  types = entities.types_of(given)
+  table = entities.TaggedTable.of(given, types, length, tokenizer)
   assert (table.ids_NL != 0).sum(axis=1).max() <= length
-  tags = tagging.tags_of_words(
+  tags = entities.tags_of_words(
       table, table.labels_NL, types, [len(s.tokens) for s in given]
   )
   assert tags == [s.tags for s in given]
   found = zip(
-      *tagging.entities_of_words(table, table.labels_NL), strict=True
+      *entities.entities_of_words(table, table.labels_NL), strict=True
   )
   assert [tuple(map(int, entity)) for entity in found] == [
       (i, first, behind)
       for i, s in enumerate(given)
-      for _, first, behind in tagging.entities(s.tags)
+      for _, first, behind in entities.entities(s.tags)
   ]
 
 
@@ -154,12 +155,12 @@ def test_running_text_is_tagged_as_its_words(tokenizer, length):
   text = 'Ann lives in Zoë , New York xyz'
   ((ids, starts, _),) = tokenizer.encode_arrays([text])
   begins = tokenizer.starts_word[ids]
-  table = tagging.TaggedTable.of_wordpieces(
-      [tagging.Wordpieces.of_text(text, ids, starts, begins)],
+  table = entities.TaggedTable.of_wordpieces(
+      [entities.Wordpieces.of_text(text, ids, starts, begins)],
       length,
       tokenizer,
   )
-  words = tagging.TaggedTable.of(
+  words = entities.TaggedTable.of(
       [sentence(text, 'O O O O O O O O')], None, length, tokenizer
   )
   for name in ('ids_NL', 'types_NL', 'begins_NL', 'words_NL', 'sentences_N'):
@@ -168,7 +169,7 @@ def test_running_text_is_tagged_as_its_words(tokenizer, length):
 
 def test_an_unknown_type_is_refused(tokenizer):
   with pytest.raises(ValueError, match="'B-LOC' of the token 'York'.*'PER'"):
-    tagging.TaggedTable.of(
+    entities.TaggedTable.of(
         [sentence('York', 'B-LOC')], ('PER',), 8, tokenizer
     )
 
@@ -179,30 +180,30 @@ def test_an_unknown_type_is_refused(tokenizer):
 def test_scores_by_hand():
   gold = [[('PER', 0, 2), ('LOC', 3, 4)], [('LOC', 0, 1)]]
   found = [[('PER', 0, 2), ('PER', 3, 4)], [('LOC', 0, 2)]]
-  scores = tagging.score(gold, found)
+  scores = entities.score(gold, found)
   assert scores['micro'].f1 == pytest.approx(1 / 3)
   assert scores['any'].precision == pytest.approx(2 / 3)
-  assert scores['PER'] == tagging.Score(0.5, 1.0, pytest.approx(2 / 3), 1)
+  assert scores['PER'] == entities.Score(0.5, 1.0, pytest.approx(2 / 3), 1)
   assert scores['LOC'].f1 == 0 and scores['LOC'].count == 2
-  assert tagging.score([[]], [[]])['micro'] == tagging.Score(0, 0, 0, 0)
+  assert entities.score([[]], [[]])['micro'] == entities.Score(0, 0, 0, 0)
 
 
 def test_scores_are_those_of_seqeval():
   metrics = pytest.importorskip('seqeval.metrics', reason='pip install seqeval')
   rng = np.random.default_rng(0)
-  tags = tagging.labels(('LOC', 'PER'))
+  tags = entities.labels(('LOC', 'PER'))
 
   def draw():
     made = []
     for _ in range(40):
       # Any order: an I- behind an O begins an entity for seqeval, and here.
       raw = [tags[i] for i in rng.integers(len(tags), size=8)]
-      made.append(tagging._iob2(raw, [''] * 8))
+      made.append(entities._iob2(raw, [''] * 8))
     return made
 
   gold, found = draw(), draw()
-  ours = tagging.score(
-      *([tagging.entities(t) for t in of_all] for of_all in (gold, found))
+  ours = entities.score(
+      *([entities.entities(t) for t in of_all] for of_all in (gold, found))
   )['micro']
   assert ours.precision == pytest.approx(metrics.precision_score(gold, found))
   assert ours.recall == pytest.approx(metrics.recall_score(gold, found))
@@ -294,7 +295,7 @@ def workdir(world, files, tmp_path_factory):
 def test_a_tagger_learns_and_is_measured(workdir, files):
   config = checkpoint.read_json(workdir / 'config.json')
   assert config['model']['entity_types'] == ['VAL']
-  result = evaluation.evaluate(workdir, str(files))
+  result = tagger_metrics.evaluate(workdir, str(files))
   assert result['entities']['VAL']['f1'] > 0.5
   assert result['entities']['any']['count'] == 200
   assert (workdir / 'evaluation' / '40.json').is_file()
@@ -360,7 +361,7 @@ def test_it_begins_with_the_bert_of_a_reader(world, files, tmp_path):
 def test_a_corpus_is_tagged(world, workdir, tmp_path):
   before = corpus_lib.Corpus.open(world)
   output = tmp_path / 'tagged'
-  manifest = evaluation.tag_corpus(before, workdir, output)
+  manifest = tagging.tag_corpus(before, workdir, output)
   after = corpus_lib.Corpus.open(output)
   after.verify()
   assert manifest['fingerprint'] != before.fingerprint
@@ -391,7 +392,7 @@ def test_tagging_goes_on_where_it_was_killed(
 ):
   before = corpus_lib.Corpus.open(world)
   monkeypatch.setattr(respan, '_SENTENCES', 64)
-  expected = evaluation.tag_corpus(before, workdir, tmp_path / 'undisturbed')
+  expected = tagging.tag_corpus(before, workdir, tmp_path / 'undisturbed')
   original, calls = respan._save, []
 
   def save(path, found):
@@ -403,11 +404,11 @@ def test_tagging_goes_on_where_it_was_killed(
   with monkeypatch.context() as patch:
     patch.setattr(respan, '_save', save)
     with pytest.raises(KeyboardInterrupt):
-      evaluation.tag_corpus(before, workdir, tmp_path / 'killed')
+      tagging.tag_corpus(before, workdir, tmp_path / 'killed')
     assert not (tmp_path / 'killed').exists()
     calls[1].write_bytes(calls[1].read_bytes()[:-1])  # A loss of power.
     calls += [None]
-    manifest = evaluation.tag_corpus(before, workdir, tmp_path / 'killed')
+    manifest = tagging.tag_corpus(before, workdir, tmp_path / 'killed')
   assert manifest['fingerprint'] == expected['fingerprint']
   assert calls[0] not in calls[3:] and calls[1] == calls[3]
   assert not list(tmp_path.glob('.killed*'))
@@ -432,7 +433,7 @@ def test_an_odd_sentence_keeps_its_spans(
   sentence = next(respan._read(before, 'pretraining'))[2][5]
   monkeypatch.setattr(_Otherwise, 'word', sentence.text)
   monkeypatch.setattr(respan.words_lib, 'WordMemo', _Otherwise)
-  evaluation.tag_corpus(before, workdir, tmp_path / 'tagged')
+  tagging.tag_corpus(before, workdir, tmp_path / 'tagged')
   after = corpus_lib.Corpus.open(tmp_path / 'tagged')
   rows = [
       row
@@ -450,18 +451,18 @@ def test_an_odd_sentence_keeps_its_spans(
     ]
   monkeypatch.setattr(_Otherwise, 'word', '')  # All of them.
   with pytest.raises(ValueError, match='other wordpieces than the table has'):
-    evaluation.tag_corpus(before, workdir, tmp_path / 'other')
+    tagging.tag_corpus(before, workdir, tmp_path / 'other')
   assert not (tmp_path / 'other').exists()
 
 
 def test_a_tagger_of_another_vocabulary_is_refused(workdir, tmp_path):
-  from realm_jax.data import prepare
+  from realm_jax.prepare import prepare
 
   prepare.prepare(
       ['world:9:20'], tmp_path / 'other', workers=1, progress=False
   )
   with pytest.raises(ValueError, match='another vocabulary'):
-    evaluation.tag_corpus(
+    tagging.tag_corpus(
         corpus_lib.Corpus.open(tmp_path / 'other'), workdir, tmp_path / 'out'
     )
   assert not (tmp_path / 'out').exists()

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from realm_jax.models import pickled
-from realm_jax.models import tensor_files
+from realm_jax.interop import pickled
+from realm_jax.interop import tensor_files
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 _BIN = _FIXTURES / 'embedder' / 'pytorch_model.bin'

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 
-from realm_jax.data import tokenizer as tokenizer_lib
+from realm_jax.corpus import tokenizer as tokenizer_lib
 
 _PIECES = (
     '[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat un ##aff ##able emile zola na '
@@ -182,7 +182,7 @@ def test_source_may_be_on_the_hub(tmp_path, monkeypatch):
 
 
 _TRAIN = """
-from realm_jax.data import tokenizer
+from realm_jax.corpus import tokenizer
 texts = [f'Ümlaut {i % 7} walked-{i * 37 % 101}, $x§ «y»' for i in range(400)]
 print(tokenizer.Tokenizer.train(texts, 300).digest)
 """

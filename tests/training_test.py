@@ -17,19 +17,19 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
-from realm_jax.data import prepare
-from realm_jax.index import builder
-from realm_jax.index import presence
+from realm_jax.builder import builder
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.models import components as components_lib
+from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
-from realm_jax.training import loop
-from realm_jax.training import steps as steps_lib
+from realm_jax.trainer import batches
+from realm_jax.trainer import loop
+from realm_jax.trainer import step as step_lib
 
 _STEPS = 12
 
@@ -160,7 +160,7 @@ import os, pathlib, signal, sys
 sys.path.insert(0, {tests!r})
 import conftest
 import training_test
-from realm_jax.training import loop
+from realm_jax.trainer import loop
 
 kill_at = int(sys.argv[1])
 original = loop._Loop._refresh
@@ -306,9 +306,9 @@ def test_old_checkpoints_can_be_resumed_from(world, tmp_path, saved, killed):
 
 
 def test_a_second_trainer_names_the_first(world, tmp_path, monkeypatch):
-  monkeypatch.setattr(presence, 'GRACE_SECONDS', 0.0)
+  monkeypatch.setattr(process, 'GRACE_SECONDS', 0.0)
   with (
-      presence.Lock(tmp_path, what='trainer'),
+      process.Lock(tmp_path, what='trainer'),
       pytest.raises(RuntimeError, match=f'Another trainer .*{os.getpid()} on'),
   ):
     run(make_config(world, 'mlm'), tmp_path)
@@ -479,8 +479,8 @@ def test_scores_come_from_current_parameters_not_from_the_index(world):
       next(batches.training_batches(corpus, config)),
       np.arange(16).reshape(8, 2), corpus, config.lengths,
   )
-  loss = jax.jit(steps_lib.loss_function(config, components, (2, 3, 3)))
-  arrays = {name: batch[name] for name in steps_lib.INPUTS['realm'].split()}
+  loss = jax.jit(step_lib.loss_function(config, components, (2, 3, 3)))
+  arrays = {name: batch[name] for name in step_lib.INPUTS['realm'].split()}
   reader = components['reader'].init(0)
   shares = [
       loss({'embedder': components['embedder'].init(seed), 'reader': reader},
@@ -496,9 +496,9 @@ def test_documents_are_embedded_without_dropout(world):
   config.model.vocab_size = corpus.tokenizer.vocab_size
   components = components_lib.make_all(config)
   batch = next(batches.training_batches(corpus, config))
-  loss = jax.jit(steps_lib.loss_function(config, components, (2, 3, 3)))
+  loss = jax.jit(step_lib.loss_function(config, components, (2, 3, 3)))
   params = {'embedder': components['embedder'].init(0)}
-  arrays = {name: batch[name] for name in steps_lib.INPUTS['ict'].split()}
+  arrays = {name: batch[name] for name in step_lib.INPUTS['ict'].split()}
   first, second = (
       loss(params, arrays, jax.random.key(seed))[0] for seed in (0, 1)
   )

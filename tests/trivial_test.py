@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.data import batches
-from realm_jax.data import compaction
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import overlay as overlay_lib
-from realm_jax.data import prepare
-from realm_jax.data import respan
-from realm_jax.data import trivial
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import overlay as overlay_lib
+from realm_jax.corpus import trivial
+from realm_jax.prepare import compaction
+from realm_jax.prepare import prepare
+from realm_jax.prepare import respan
+from realm_jax.trainer import batches
 
 _PEOPLE = ['Ada Brown', 'Ben Stone', 'Cleo Marsh', 'Dora Finch', 'Egon Frost']
 

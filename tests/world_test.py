@@ -8,8 +8,8 @@ import unicodedata
 
 import pytest
 
-from realm_jax.data import world
-from realm_jax.data import world_text
+from realm_jax.prepare import world
+from realm_jax.prepare import world_text
 
 # Words that relate nothing; every other word of a wording does.
 _FUNCTION_WORDS = set(

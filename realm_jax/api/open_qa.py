@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import os
 import time
 
-from realm_jax.evaluation import answering
-from realm_jax.evaluation import trained as trained_lib
 from realm_jax.index import generation as generation_lib
+from realm_jax.inference import answering
+from realm_jax.inference import trained as trained_lib
 
 Path = str | os.PathLike[str]
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import tokenizer as tokenizer_lib
-from realm_jax.export import opened
-from realm_jax.export import sources
-from realm_jax.index import mips
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.index import search as search_lib
+from realm_jax.interop import checkpoint_sources
+from realm_jax.interop import convert
+from realm_jax.interop import exported
 from realm_jax.models import components as components_lib
-from realm_jax.models import pretrained
 
 _WIDTH_STEP = 32  # Wordpieces between two bucket widths.
 _BATCH_TOKENS = 2**13  # Of one batch, at most.
@@ -47,7 +47,8 @@ class Retriever:
       params: components_lib.Params,
       tokenizer: tokenizer_lib.Tokenizer,
       lengths: config_lib.LengthsConfig,
-      open_search: Callable[[], tuple[mips.Search, mips.Rows]] | None = None,
+      open_search: Callable[[], tuple[search_lib.Search, search_lib.Rows]]
+      | None = None,
       corpus: corpus_lib.Corpus | None = None,
   ):
     """Takes the parts; `open_search` is called at the first search."""
@@ -56,7 +57,7 @@ class Retriever:
     self.width = component.config.embedding_width
     self._params = jax.device_put(params)
     self._open_search = open_search
-    self._searched: tuple[mips.Search, mips.Rows] | None = None
+    self._searched: tuple[search_lib.Search, search_lib.Rows] | None = None
     self._corpus = corpus
     self._embed_query = jax.jit(
         lambda params, ids_BQ, types_BQ: component.apply(
@@ -91,17 +92,17 @@ class Retriever:
       FileNotFoundError: if there is nothing of that name.
       ValueError: if it has no retriever, or is damaged.
     """
-    if sources.looks_foreign(path):
+    if checkpoint_sources.looks_foreign(path):
       if step is not None:
         raise ValueError(f'{path} is a checkpoint, it has no steps.')
       return cls._from_checkpoint(path, query_length, passage_length)
-    workdir = opened.open_workdir(path, step)
+    workdir = exported.open_workdir(path, step)
     if 'embedder' not in workdir.params:
       raise ValueError(
           f'{path} has no retriever, only {", ".join(workdir.params)}.'
       )
 
-    def open_search() -> tuple[mips.Search, mips.Rows]:
+    def open_search() -> tuple[search_lib.Search, search_lib.Rows]:
       index = workdir.index()
       return index.make_search(workdir.config.mips), index.table
 
@@ -123,10 +124,10 @@ class Retriever:
           f'{path} is a folder of sentence-transformers; give the workdir, or'
           ' an export with --format=huggingface.'
       )
-    source = sources.open_source(path, blocks=False)
-    if 'embedder' not in pretrained.components_in(source.tensors):
+    source = checkpoint_sources.open_source(path, blocks=False)
+    if 'embedder' not in convert.components_in(source.tensors):
       raise ValueError(f'{path} has no retriever.')
-    loaded = pretrained.load(source.tensors, source.config, ['embedder'])
+    loaded = convert.load(source.tensors, source.config, ['embedder'])
     if loaded.fresh:
       raise ValueError(
           f'{path} is a BERT without a retriever: it lacks'
@@ -135,10 +136,10 @@ class Retriever:
       )
     table = loaded.block_emb
 
-    def open_search() -> tuple[mips.Search, mips.Rows]:
+    def open_search() -> tuple[search_lib.Search, search_lib.Rows]:
       assert table is not None
       rows = table.mapped()
-      return mips.ExactSearch(rows), rows
+      return search_lib.ExactSearch(rows), rows
 
     config = config_lib.resolve(config_lib.Config(model=loaded.config))
     return cls(

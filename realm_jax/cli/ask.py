@@ -12,13 +12,13 @@ from typing import Any
 from absl import app
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 FLAGS = flags.FLAGS
 
 
 def _ask_flags() -> None:
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_integer(
       'k', None, 'Passages to read; default: as many as in training.'
   )
@@ -31,7 +31,7 @@ def _ask(argv: Sequence[str]) -> None:
     raise app.UsageError(
         f'Give one question, in quotes, or none; got {len(argv) - 1}.'
     )
-  command.quiet_jax()
+  flags_lib.quiet_jax()
   from realm_jax.api import open_qa
 
   loaded = open_qa.OpenQA.load(FLAGS.workdir, FLAGS.step)
@@ -101,7 +101,7 @@ def _ago(seconds: float) -> str:
 
 
 COMMANDS = {
-    'ask': command.Command(
+    'ask': flags_lib.Command(
         'Answers questions from the passages of a corpus.',
         'realm-jax ask --workdir=runs/open_qa "who founded Delatuk?"',
         _ask_flags,

@@ -8,7 +8,7 @@ import json
 
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 FLAGS = flags.FLAGS
 
@@ -21,7 +21,7 @@ def _import_flags() -> None:
       ' comma-separated, which together make one job.',
       required=True,
   )
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_string(
       'components',
       None,
@@ -51,13 +51,13 @@ def _import_flags() -> None:
 
 def _import(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
-  from realm_jax.export import importing
+  flags_lib.quiet_jax()
+  from realm_jax.interop import importing
 
   summary = importing.run(
-      command.split_list(FLAGS.source),
+      flags_lib.split_list(FLAGS.source),
       FLAGS.workdir,
-      components=command.split_list(FLAGS.components) or None,
+      components=flags_lib.split_list(FLAGS.components) or None,
       corpus=FLAGS.corpus,
       vocab=FLAGS.vocab,
       blocks=FLAGS.blocks,
@@ -68,7 +68,7 @@ def _import(argv: Sequence[str]) -> None:
 
 
 def _export_flags() -> None:
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_enum(
       'format',
       None,
@@ -96,28 +96,28 @@ def _export_flags() -> None:
 
 def _export(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
-  from realm_jax.export import exporting
+  flags_lib.quiet_jax()
+  from realm_jax.interop import exporting
 
   folders = exporting.run(
       FLAGS.workdir,
       FLAGS.format,
       FLAGS.output,
       step=FLAGS.step,
-      classes=command.split_list(FLAGS.classes) or None,
+      classes=flags_lib.split_list(FLAGS.classes) or None,
       dtype=FLAGS.dtype,
   )
   print('\n'.join(map(str, folders)))
 
 
 COMMANDS = {
-    'import': command.Command(
+    'import': flags_lib.Command(
         'Makes a workdir of published checkpoints of BERT or REALM.',
         'realm-jax import --source=bert-base-uncased --workdir=runs/bert',
         _import_flags,
         _import,
     ),
-    'export': command.Command(
+    'export': flags_lib.Command(
         'Writes what transformers, sentence-transformers or FAISS read.',
         'realm-jax export --workdir=runs/realm --format=huggingface'
         ' --output=model',

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 if TYPE_CHECKING:
-  from realm_jax.index import editing
+  from realm_jax.builder import editing
 
 FLAGS = flags.FLAGS
 
 
 def _input_flags(what: str) -> None:
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_string('input', None, what, required=True)
 
 
@@ -52,7 +52,7 @@ def _delete_flags() -> None:
 
 
 def _compact_flags() -> None:
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_string(
       'output',
       None,
@@ -62,13 +62,13 @@ def _compact_flags() -> None:
 
 def _add(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
-  from realm_jax.index import editing
+  flags_lib.quiet_jax()
+  from realm_jax.builder import editing
 
   _report(
       editing.add(
           FLAGS.workdir,
-          command.split_list(FLAGS.input),
+          flags_lib.split_list(FLAGS.input),
           skip_bad_records=FLAGS.skip_bad_records,
           workers=FLAGS.workers,
       )
@@ -77,13 +77,13 @@ def _add(argv: Sequence[str]) -> None:
 
 def _update(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
-  from realm_jax.index import editing
+  flags_lib.quiet_jax()
+  from realm_jax.builder import editing
 
   _report(
       editing.update(
           FLAGS.workdir,
-          command.split_list(FLAGS.input),
+          flags_lib.split_list(FLAGS.input),
           ignore_missing=FLAGS.ignore_missing,
           skip_bad_records=FLAGS.skip_bad_records,
           workers=FLAGS.workers,
@@ -93,8 +93,8 @@ def _update(argv: Sequence[str]) -> None:
 
 def _delete(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
-  from realm_jax.index import editing
+  flags_lib.quiet_jax()
+  from realm_jax.builder import editing
 
   _report(
       editing.delete(
@@ -105,8 +105,8 @@ def _delete(argv: Sequence[str]) -> None:
 
 def _compact(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
-  from realm_jax.index import compaction
+  flags_lib.quiet_jax()
+  from realm_jax.builder import compaction
 
   change = compaction.compact(FLAGS.workdir, FLAGS.output)
   if change is None:
@@ -149,8 +149,8 @@ def _command(
     define_flags: Callable[[], None],
     run: Callable[[Sequence[str]], None],
     example: str = '--input=more.jsonl',
-) -> command.Command:
-  return command.Command(
+) -> flags_lib.Command:
+  return flags_lib.Command(
       summary,
       f'realm-jax index {word} --workdir=runs/realm {example}'.strip(),
       define_flags,

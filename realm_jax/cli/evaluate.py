@@ -9,13 +9,13 @@ import pathlib
 from absl import app
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 FLAGS = flags.FLAGS
 
 
 def _evaluate_flags() -> None:
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_string(
       'questions',
       None,
@@ -61,18 +61,18 @@ def _evaluate_flags() -> None:
 
 def _evaluate(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
+  flags_lib.quiet_jax()
   from realm_jax.evaluation import report
 
   if FLAGS.tagged:
-    from realm_jax.evaluation import tagging
+    from realm_jax.evaluation import tagger
 
-    result = tagging.evaluate(FLAGS.workdir, FLAGS.tagged)
+    result = tagger.evaluate(FLAGS.workdir, FLAGS.tagged)
     print(report.write(FLAGS.workdir, [result]))
     return
-  from realm_jax.evaluation import retrieval
+  from realm_jax.evaluation import evaluate
 
-  results = retrieval.evaluate(
+  results = evaluate.evaluate(
       FLAGS.workdir,
       FLAGS.questions,
       steps=FLAGS.steps,
@@ -97,7 +97,7 @@ def _compare(argv: Sequence[str]) -> None:
 
 
 def _inspect_flags() -> None:
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_integer(
       'k', None, "Candidates, null document included; default: the config's."
   )
@@ -110,7 +110,7 @@ def _inspect(argv: Sequence[str]) -> None:
         'Give one sentence with a [MASK] in it, in quotes; got'
         f' {len(argv) - 1} arguments.'
     )
-  command.quiet_jax()
+  flags_lib.quiet_jax()
   from realm_jax.evaluation import inspect
 
   found = inspect.inspect(FLAGS.workdir, argv[1], FLAGS.k)
@@ -121,13 +121,13 @@ def _inspect(argv: Sequence[str]) -> None:
 
 
 COMMANDS = {
-    'evaluate': command.Command(
+    'evaluate': flags_lib.Command(
         'Measures retrieval and reading: JSON, a table and a plot.',
         'realm-jax evaluate --workdir=runs/realm --questions=dev.jsonl',
         _evaluate_flags,
         _evaluate,
     ),
-    'compare': command.Command(
+    'compare': flags_lib.Command(
         'Compares two evaluations question by question, with a paired test.',
         'realm-jax compare runs/a/evaluation/600.questions.jsonl'
         ' runs/b/evaluation/600.questions.jsonl',
@@ -135,7 +135,7 @@ COMMANDS = {
         _compare,
         positional='OURS THEIRS',
     ),
-    'inspect': command.Command(
+    'inspect': flags_lib.Command(
         'Shows what is retrieved for one sentence, and what it changes.',
         'realm-jax inspect --workdir=runs/realm "The capital is [MASK]."',
         _inspect_flags,

@@ -9,14 +9,14 @@ import sys
 
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 FLAGS = flags.FLAGS
 
 
 def _index_flags() -> None:
-  command.workdir_flag()
-  command.process_flags()
+  flags_lib.workdir_flag()
+  flags_lib.process_flags()
   flags.DEFINE_boolean(
       'follow',
       False,
@@ -38,11 +38,11 @@ def _index_flags() -> None:
 
 def _index(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
-  from realm_jax.index import builder
+  flags_lib.quiet_jax()
+  from realm_jax.builder import builder
   from realm_jax.runtime import distributed
 
-  with command.processes():
+  with flags_lib.processes():
     if FLAGS.follow:
       builder.follow(
           FLAGS.workdir,
@@ -56,7 +56,7 @@ def _index(argv: Sequence[str]) -> None:
 
 
 def _verify_flags() -> None:
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_integer(
       'step', None, 'Look at this generation alone; default: at all of them.'
   )
@@ -64,7 +64,7 @@ def _verify_flags() -> None:
 
 def _verify(argv: Sequence[str]) -> None:
   del argv
-  from realm_jax.index import status
+  from realm_jax.builder import status
 
   bad = 0
   for found in status.verify(FLAGS.workdir, FLAGS.step):
@@ -78,32 +78,32 @@ def _verify(argv: Sequence[str]) -> None:
 
 
 def _info_flags() -> None:
-  command.workdir_flag()
+  flags_lib.workdir_flag()
   flags.DEFINE_boolean('json', False, 'As JSON instead of a table.')
 
 
 def _info(argv: Sequence[str]) -> None:
   del argv
-  from realm_jax.index import status
+  from realm_jax.builder import status
 
   found = status.info(FLAGS.workdir)
   print(json.dumps(found, indent=2) if FLAGS.json else status.as_text(found))
 
 
 COMMANDS = {
-    'index': command.Command(
+    'index': flags_lib.Command(
         'Builds index generations beside a running trainer.',
         'realm-jax index --workdir=runs/realm --follow',
         _index_flags,
         _index,
     ),
-    'index verify': command.Command(
+    'index verify': flags_lib.Command(
         'Checks every byte of the index, and what it was made from.',
         'realm-jax index verify --workdir=runs/realm',
         _verify_flags,
         _verify,
     ),
-    'index info': command.Command(
+    'index info': flags_lib.Command(
         'Lists the generations, who uses them, and what the builder does.',
         'realm-jax index info --workdir=runs/realm --json',
         _info_flags,

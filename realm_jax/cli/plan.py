@@ -10,13 +10,13 @@ import json
 from absl import app
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 FLAGS = flags.FLAGS
 
 
 def _plan_flags() -> None:
-  command.config_flag(required=False)  # Not for a list of the chips.
+  flags_lib.config_flag(required=False)  # Not for a list of the chips.
   flags.DEFINE_integer(
       'passages', None, "Of the corpus; default: config.corpus'."
   )
@@ -50,9 +50,9 @@ def _plan_flags() -> None:
 
 def _plan(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
+  flags_lib.quiet_jax()
   from realm_jax import config as config_lib
-  from realm_jax.training import plan
+  from realm_jax.planner import plan
 
   if FLAGS.chip == 'list':
     for name, chip in plan.CHIPS.items():
@@ -99,7 +99,7 @@ def _plan(argv: Sequence[str]) -> None:
 
 
 COMMANDS = {
-    'plan': command.Command(
+    'plan': flags_lib.Command(
         'Estimates memory, disk, FLOP, time and devices of a job.',
         'realm-jax plan --config=experiments/realm_base.py:realm'
         ' --passages=13353718 --config.model.vocab_size=30522 --chip=h100'

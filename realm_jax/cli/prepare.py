@@ -11,7 +11,7 @@ import shlex
 
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 log = logging.getLogger(__name__)
 FLAGS = flags.FLAGS
@@ -94,27 +94,27 @@ def _prepare(argv: Sequence[str]) -> None:
 
 
 def _describe(directory: pathlib.Path) -> None:
-  from realm_jax.data import corpus as corpus_lib
-  from realm_jax.data import stats
+  from realm_jax.corpus import corpus as corpus_lib
+  from realm_jax.evaluation import corpus_stats
   from realm_jax.runtime import checkpoint
 
-  figures = stats.measure(corpus_lib.Corpus.open(directory))
+  figures = corpus_stats.measure(corpus_lib.Corpus.open(directory))
   checkpoint.write_json(directory / 'stats.json', figures)
   print(json.dumps(figures, indent=2, ensure_ascii=False))
   try:
-    stats.plot(figures, directory / 'stats.png')
+    corpus_stats.plot(figures, directory / 'stats.png')
   except ImportError as error:  # The figures are there all the same.
     log.warning('%s', error)
 
 
 def _make_corpus() -> None:
-  from realm_jax.data import filters
-  from realm_jax.data import prepare
+  from realm_jax.prepare import filters
+  from realm_jax.prepare import prepare
 
   manifest = prepare.prepare(
-      command.split_list(FLAGS.source),
+      flags_lib.split_list(FLAGS.source),
       FLAGS.output,
-      pretraining_sources=command.split_list(FLAGS.pretraining_source),
+      pretraining_sources=flags_lib.split_list(FLAGS.pretraining_source),
       vocab=FLAGS.vocab,
       vocab_size=FLAGS.vocab_size,
       max_wordpieces=FLAGS.max_wordpieces,
@@ -146,9 +146,9 @@ def _tag_flags() -> None:
 
 def _tag(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
-  from realm_jax.data import corpus
-  from realm_jax.evaluation import tagging
+  flags_lib.quiet_jax()
+  from realm_jax.corpus import corpus
+  from realm_jax.inference import tagging
 
   manifest = tagging.tag_corpus(
       corpus.Corpus.open(FLAGS.corpus),
@@ -161,13 +161,13 @@ def _tag(argv: Sequence[str]) -> None:
 
 
 COMMANDS = {
-    'prepare': command.Command(
+    'prepare': flags_lib.Command(
         'Turns text into a corpus: passages, sentences, salient spans.',
         'realm-jax prepare --source=articles/*.jsonl --output=corpus',
         _prepare_flags,
         _prepare,
     ),
-    'tag': command.Command(
+    'tag': flags_lib.Command(
         'Marks the names that a tagger finds to be masked, in a new corpus.',
         'realm-jax tag --corpus=corpus --tagger=runs/tagger --output=tagged',
         _tag_flags,

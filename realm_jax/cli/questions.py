@@ -5,7 +5,7 @@ import json
 
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 FLAGS = flags.FLAGS
 
@@ -34,7 +34,7 @@ def _questions_flags() -> None:
 
 def _questions(argv: Sequence[str]) -> None:
   del argv
-  from realm_jax.data import question_sets
+  from realm_jax.qa import question_sets
 
   counts = question_sets.convert(
       FLAGS.source, FLAGS.output, format=FLAGS.format, split=FLAGS.split
@@ -43,7 +43,7 @@ def _questions(argv: Sequence[str]) -> None:
 
 
 COMMANDS = {
-    'questions': command.Command(
+    'questions': flags_lib.Command(
         'Converts a published question set, and splits it as ORQA did.',
         'realm-jax questions --source=trainmodel.json --output=webquestions'
         ' --split',

@@ -9,15 +9,15 @@ import sys
 
 from absl import flags
 
-from realm_jax.cli import command
+from realm_jax.cli import flags as flags_lib
 
 FLAGS = flags.FLAGS
 
 
 def _train_flags() -> None:
-  command.config_flag()
-  command.workdir_flag()
-  command.process_flags()
+  flags_lib.config_flag()
+  flags_lib.workdir_flag()
+  flags_lib.process_flags()
   flags.DEFINE_string(
       'profile',
       None,
@@ -33,24 +33,24 @@ def _train_flags() -> None:
 
 def _train(argv: Sequence[str]) -> None:
   del argv
-  command.quiet_jax()
+  flags_lib.quiet_jax()
   from realm_jax import config as config_lib
   from realm_jax.runtime import distributed
   from realm_jax.runtime import profile as profile_lib
-  from realm_jax.training import loop
+  from realm_jax.trainer import loop
 
   config = FLAGS.config
   profile = profile_lib.parse_steps(FLAGS.profile) if FLAGS.profile else None
-  with command.processes():
+  with flags_lib.processes():
     try:
       supervise = (
           FLAGS.with_index_builder
           and config.objective in config_lib.SEARCHING
       )
       if supervise and distributed.is_main():
-        from realm_jax.index import supervisor
+        from realm_jax.trainer import supervise as supervise_lib
 
-        with supervisor.IndexBuilderProcess(
+        with supervise_lib.IndexBuilderProcess(
             FLAGS.workdir, max_failures=config.refresh.max_builder_failures
         ) as builder:
           summary = loop.train(
@@ -63,13 +63,13 @@ def _train(argv: Sequence[str]) -> None:
       summary = None
     main = distributed.is_main()
   if summary is None:
-    sys.exit(command.TERMINATED)
+    sys.exit(flags_lib.TERMINATED)
   if main:
     print(json.dumps(summary, indent=2))
 
 
 COMMANDS = {
-    'train': command.Command(
+    'train': flags_lib.Command(
         'Trains one objective: mlm, ict, realm, open_qa or tagger.',
         'realm-jax train --config=experiments/quickstart.py:ict'
         ' --workdir=runs/ict --config.corpus=corpus',

@@ -5,14 +5,13 @@ defaults in `schema`; `--config.section.field=value` overrides both. `checks`
 says what is wrong with one, `files` reads and compares them.
 """
 
-from realm_jax.config.checks import validate as validate
-from realm_jax.config.files import differences as differences
-from realm_jax.config.files import digest as digest
-from realm_jax.config.files import fields as fields
-from realm_jax.config.files import from_dict as from_dict
-from realm_jax.config.files import identity as identity
-from realm_jax.config.files import read as read
-from realm_jax.config.files import to_dict as to_dict
+from realm_jax.config.identity import differences as differences
+from realm_jax.config.identity import digest as digest
+from realm_jax.config.identity import fields as fields
+from realm_jax.config.identity import from_dict as from_dict
+from realm_jax.config.identity import identity as identity
+from realm_jax.config.identity import read as read
+from realm_jax.config.identity import to_dict as to_dict
 from realm_jax.config.schema import COMPONENTS as COMPONENTS
 from realm_jax.config.schema import PRESETS as PRESETS
 from realm_jax.config.schema import SEARCHING as SEARCHING
@@ -29,3 +28,4 @@ from realm_jax.config.schema import OptimizerConfig as OptimizerConfig
 from realm_jax.config.schema import RefreshConfig as RefreshConfig
 from realm_jax.config.schema import attention_rate as attention_rate
 from realm_jax.config.schema import resolve as resolve
+from realm_jax.config.validation import validate as validate

@@ -195,7 +195,7 @@ class MipsConfig:
   backend: Literal['exact', 'approx', 'scann'] = 'exact'
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # Of the embedding table.
   recall_target: float = 0.95  # Of `approx`.
-  # ScaNN; 0: chosen from the number of rows (see index/mips.py).
+  # ScaNN; 0: chosen from the number of rows (see index/search.py).
   num_leaves: int = 0
   leaves_to_search: int = 0
   reorder: int = 0

@@ -14,8 +14,8 @@ import rich.console
 import rich.table
 import rich.text
 
-from realm_jax.data import inputs
-from realm_jax.evaluation import trained as trained_lib
+from realm_jax.corpus import inputs
+from realm_jax.inference import trained as trained_lib
 
 MASK = '[MASK]'
 

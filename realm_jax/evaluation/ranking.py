@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from realm_jax.evaluation import open_qa
+from realm_jax.qa import answers as answers_lib
 
 # Recall is reported at these depths, and nothing deeper is looked at.
 CUTOFFS = (1, 5, 20, 50, 100)
@@ -39,7 +39,7 @@ def gold_ranks(
 def answer_ranks(
     doc_ids_BK: np.ndarray,
     answers: Sequence[Sequence[str]],
-    matches: Sequence[open_qa.Match],
+    matches: Sequence[answers_lib.Match],
     text_of: Callable[[int], str],
 ) -> np.ndarray:
   """Ranks of the first passage that contains an answer.
@@ -62,7 +62,7 @@ def answer_ranks(
       zip(doc_ids_BK, answers, matches, strict=True)
   ):
     for rank, row in enumerate(doc_ids, start=1):
-      if open_qa.has_answer(text_of(int(row)), wanted, match):
+      if answers_lib.has_answer(text_of(int(row)), wanted, match):
         ranks[i] = rank
         break
   return ranks

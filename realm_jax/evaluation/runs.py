@@ -16,10 +16,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import qa
-from realm_jax.evaluation import answering
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import statistics
+from realm_jax.inference import answering
+from realm_jax.qa import questions as questions_lib
 
 Path = str | os.PathLike[str]
 # Figures of a question that two runs are compared in.
@@ -30,14 +30,14 @@ _FIGURES = ('reciprocal_rank', 'recall_at_1', 'recall_at_5', 'recall_at_20')
 class Run:
   """What was retrieved for each question, best first."""
 
-  questions: Sequence[qa.Question]
+  questions: Sequence[questions_lib.Question]
   doc_ids_BK: np.ndarray  # Passage rows.
   score_BK: np.ndarray  # Inner products.
   gold_rank_B: np.ndarray  # From 1; 0: not retrieved, or not known.
   answer_rank_B: np.ndarray
   # The cluster of each question, see `statistics`; None: each is one.
   cluster_B: np.ndarray | None = None
-  # Of a reader, if there was one: see `answering.measure`.
+  # Of a reader, if there was one: see `answer_metrics.measure`.
   figures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   answers: Sequence[answering.Answer] = ()
 
@@ -64,7 +64,7 @@ def write_trec(
 
 def write_beir(
     folder: Path,
-    questions: Sequence[qa.Question],
+    questions: Sequence[questions_lib.Question],
     gold_rows: Sequence[Sequence[int]],
     corpus: corpus_lib.Corpus,
 ) -> None:
@@ -131,7 +131,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     ValueError: a line is not of such a file; names it.
   """
   records = []
-  for number, line in qa.numbered_lines(pathlib.Path(path)):
+  for number, line in questions_lib.numbered_lines(pathlib.Path(path)):
     try:
       record = json.loads(line)
       record['question'], record['answer_rank'], record['gold_rank']

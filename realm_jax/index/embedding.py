@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from realm_jax.data import corpus as corpus_lib
-from realm_jax.data import inputs
-from realm_jax.data import tokenizer as tokenizer_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
+from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.models import components
 from realm_jax.runtime import mesh as mesh_lib
 

@@ -24,9 +24,9 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.data import chained
-from realm_jax.index import mips
-from realm_jax.index import scann_tree
+from realm_jax.corpus import concatenated
+from realm_jax.index import scann
+from realm_jax.index import search as search_lib
 from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
 
@@ -77,14 +77,14 @@ class Generation:
   path: pathlib.Path
   lineage: Lineage
   manifest: dict[str, Any]
-  embeddings: chained.Chained
+  embeddings: concatenated.Chained
 
   def make_search(
       self,
       config: config_lib.MipsConfig,
       mesh: jax.sharding.Mesh | None,
       removed: np.ndarray | None = None,
-  ) -> mips.Search:
+  ) -> search_lib.Search:
     """Returns the backend of `config` over this generation.
 
     A saved ScaNN index serves if it has as many leaves; else one is built.
@@ -96,7 +96,7 @@ class Generation:
         self.manifest['mips'].get(name) == ours.get(name)
         for name in ('backend', 'num_leaves')  # The rest is of a search.
     )
-    return mips.make_search(
+    return search_lib.make_search(
         config,
         self.embeddings,
         mesh,
@@ -241,9 +241,9 @@ class Writer:
     if config.backend == 'exact':
       return
     with _scann_writing(path / _SCANN):
-      search = mips.make_search(config, table, mesh)
+      search = search_lib.make_search(config, table, mesh)
       self._about['recall'] = _measure(search, table, mesh)
-      if isinstance(search, mips.ScannSearch):
+      if isinstance(search, search_lib.ScannSearch):
         (path / _SCANN).mkdir()
         search.save(path / _SCANN)
         saved = [
@@ -434,7 +434,7 @@ def _settings(config: config_lib.MipsConfig, num_rows: int) -> dict[str, Any]:
   if config.backend == 'approx':
     settings['recall_target'] = config.recall_target
   if config.backend == 'scann':
-    leaves, to_search, reorder = scann_tree.settings(config, num_rows)
+    leaves, to_search, reorder = scann.settings(config, num_rows)
     settings |= {
         'num_leaves': leaves,
         'leaves_to_search': to_search,
@@ -456,18 +456,22 @@ def _scann_writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def _measure(
-    search: mips.Search, table: chained.Chained, mesh: jax.sharding.Mesh | None
+    search: search_lib.Search,
+    table: concatenated.Chained,
+    mesh: jax.sharding.Mesh | None,
 ) -> dict[str, Any]:
   count = min(_RECALL_QUERIES, len(table))
   rows = np.linspace(0, len(table) - 1, count).astype(np.int64)
   queries = table[rows].astype(np.float32)
   k = min(_RECALL_K, len(table))
-  exact_BK = mips.exact_rows(table, queries, k, mesh)
-  value = mips.overlap(search.search(queries, k), exact_BK)
+  exact_BK = search_lib.exact_rows(table, queries, k, mesh)
+  value = search_lib.overlap(search.search(queries, k), exact_BK)
   return {'value': value, 'k': k, 'queries': count}
 
 
-def _table(path: pathlib.Path, manifest: dict[str, Any]) -> chained.Chained:
+def _table(
+    path: pathlib.Path, manifest: dict[str, Any]
+) -> concatenated.Chained:
   files = manifest['files'][: manifest['num_shards']]
   return shards.open_table(path, files, manifest['dtype'])
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.data import chained
+from realm_jax.corpus import concatenated
 from realm_jax.runtime import checkpoint
 
 RECORDS = 'records'  # A folder, deleted once all shards are there.
@@ -140,7 +140,7 @@ def begun(path: pathlib.Path) -> dict[str, Any] | None:
 
 def open_table(
     directory: pathlib.Path, files: list[dict[str, Any]], dtype: str
-) -> chained.Chained:
+) -> concatenated.Chained:
   """Maps shards into memory, in the order given."""
   shards = []
   for one in files:
@@ -149,7 +149,7 @@ def open_table(
     if dtype == 'bfloat16':
       shard = shard.view(jnp.bfloat16)
     shards.append(shard)
-  return chained.Chained(shards)
+  return concatenated.Chained(shards)
 
 
 def facts(directory: pathlib.Path, name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Public: `Tagger`, `tagging_loss`, `decode`. The paper's salient spans come from
 such a tagger, trained on CoNLL 2003 (Guu et al. 2020, section 3.4); it was
-never released. The labels are those of data/tagging.py.
+never released. The labels are those of corpus/entities.py.
 """
 
 from flax import nnx

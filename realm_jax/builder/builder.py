@@ -1,0 +1,463 @@
+"""The index builder: snapshots of the retriever in, index generations out.
+
+Public: `follow` (the process beside the trainer), `build` (one generation). It
+shares nothing with the trainer but the workdir, and begins with the newest
+snapshot only. What it was killed in, it goes on with, shard by shard. As a job
+of several processes, each embeds its part of the shards; process 0 does the
+rest.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import time
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import embedding
+from realm_jax.index import generation
+from realm_jax.index import shards
+from realm_jax.models import components
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import distributed
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import process
+from realm_jax.runtime import snapshots as snapshots_lib
+
+log = logging.getLogger(__name__)
+
+# Rows of a shard, which is lost if the builder is killed in it: fewer where
+# embedding takes long. There are at most so many shards, as all are opened, and
+# of a large corpus so many for each process, as all should be done at once.
+_SHARD_ROWS = {'cpu': 2**11}
+_SHARD_ROWS_ELSEWHERE = 2**16
+_LEAST_SHARD_ROWS = 2**11
+_MOST_SHARDS = 256
+_ROUNDS = 8
+_LOW_RECALL = 0.9  # Of an approximate backend; below, that is said aloud.
+_POLL_SECONDS = 0.25
+_SAY_SECONDS = 30.0
+_ROOM_SECONDS = 30.0  # Until it is looked whether the disk has room again.
+
+Path = pathlib.Path | str
+T = TypeVar('T')
+
+
+def build(workdir: Path, step: int | None = None) -> pathlib.Path:
+  """Builds the generation of one snapshot, by default the newest.
+
+  Where training took none, as of `ict`, or none at its end, one is taken of the
+  newest checkpoint.
+
+  Returns:
+    The path of the generation.
+
+  Raises:
+    FileNotFoundError: if there is no config, or no such snapshot.
+    ValueError: if corpus, config and snapshot do not fit together.
+    RuntimeError: if an index builder is at work on this workdir.
+    OSError: if the disk is full; the next call goes on from there.
+  """
+  workdir = pathlib.Path(workdir)
+  config = config_lib.read(workdir)
+  steps = snapshots_lib.steps_of(workdir)
+  untaken = _untaken(workdir, config, steps)
+  known = steps if untaken is None else sorted({*steps, untaken})
+  if not known or step not in (None, *known):
+    raise FileNotFoundError(
+        f'{workdir} has retrievers of the steps {known}, not of'
+        f' {"any" if step is None else step}: `realm-jax train` writes'
+        f' snapshots of them to {snapshots_lib.DIRECTORY}/ (objectives realm'
+        ' and open_qa) or checkpoints (ict, too).'
+    )
+  with process.stop_signals(), _alone(workdir) as heartbeat:
+    job = _Job.open(workdir, config, heartbeat)
+    step = distributed.broadcast(known[-1] if step is None else step)
+    if step == untaken and distributed.is_main():
+      params, _ = checkpoint.load_params(
+          workdir, {'embedder': job.component.abstract}, step
+      )
+      snapshots_lib.save(workdir, step, params['embedder'])
+    distributed.barrier('the snapshot is there')
+    path = job.build(step)
+  if path is None:
+    raise FileNotFoundError(
+        f'The snapshot of step {step} was replaced while it was being read.'
+    )
+  return path
+
+
+def follow(
+    workdir: Path,
+    *,
+    start_timeout: float | None = None,
+    parent_pid: int | None = None,
+) -> None:
+  """Builds a generation from the newest snapshot whenever there is one.
+
+  Returns when training is done (summary.json is there and the newest snapshot
+  has its generation) or on SIGTERM. With `parent_pid`, that process decides
+  when it is time to leave. While the disk is full it waits for room.
+
+  Args:
+    workdir: of the training job; it need not exist yet.
+    start_timeout: seconds to wait for the job's config and first snapshot;
+      None: for ever.
+    parent_pid: leave when this is no longer the parent process.
+
+  Raises:
+    RuntimeError: if another index builder is at work on this workdir.
+    TimeoutError: if the job does not start.
+    ValueError, FileNotFoundError: if corpus, config and snapshot do not fit.
+  """
+  workdir = pathlib.Path(workdir)
+  # The builder of a trainer that was just killed may still be leaving.
+  patience = process.GRACE_SECONDS + 5 if parent_pid else 0.0
+  try:
+    with (
+        process.stop_signals(parent_pid),
+        _alone(workdir, patience) as heartbeat,
+    ):
+      if distributed.is_main():
+        _wait_for_start(workdir, heartbeat, start_timeout)
+      distributed.barrier('the job to follow has started')
+      config = config_lib.read(workdir)
+      _Job.open(workdir, config, heartbeat).follow(supervised=bool(parent_pid))
+  except process.Stopped as stopped:
+    log.info('The index builder leaves: %s.', stopped)
+
+
+def _untaken(
+    workdir: pathlib.Path, config: config_lib.Config, snapshots: list[int]
+) -> int | None:
+  """The newest checkpoint, if its retriever has no snapshot and needs one."""
+  saved = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
+  if not saved:
+    return None
+  if snapshots:
+    frozen = config.objective == 'open_qa' and (
+        config.open_qa.documents == 'frozen'
+    )
+    done = (workdir / 'summary.json').exists()
+    if frozen or not done or saved[-1] <= snapshots[-1]:
+      return None
+  return saved[-1] if 'embedder' in checkpoint.components_in(workdir) else None
+
+
+@contextlib.contextmanager
+def _alone(
+    workdir: pathlib.Path, patience: float = 0.0
+) -> Iterator[process.Heartbeat]:
+  """Keeps other builders away; process 0 stands for all of this one."""
+  directory = workdir / generation.DIRECTORY
+  heartbeat = process.Heartbeat(directory, silent=not distributed.is_main())
+  if not distributed.is_main():
+    yield heartbeat
+    return
+  with process.Lock(directory, patience), heartbeat:
+    yield heartbeat
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """What stays the same from snapshot to snapshot."""
+
+  workdir: pathlib.Path
+  config: config_lib.Config
+  corpus: corpus_lib.Corpus
+  mesh: jax.sharding.Mesh
+  component: components.Component
+  embedder: embedding.PassageEmbedder
+  heartbeat: process.Heartbeat
+
+  @classmethod
+  def open(
+      cls,
+      workdir: pathlib.Path,
+      config: config_lib.Config,
+      heartbeat: process.Heartbeat,
+  ) -> '_Job':
+    config = config_lib.resolve(config)
+    corpus = corpus_lib.Corpus.open(config.corpus)
+    config.model.vocab_size = (
+        config.model.vocab_size or corpus.tokenizer.vocab_size
+    )
+    # All devices of this process, whatever the trainer and the others have.
+    devices = np.array(jax.local_devices()).reshape(-1, 1)
+    mesh = jax.sharding.Mesh(devices, (mesh_lib.DATA, mesh_lib.MODEL))
+    component = components.make('embedder', config.model)
+    embedder = embedding.PassageEmbedder(
+        component,
+        corpus.passages,
+        corpus.tokenizer,
+        config.lengths.document,
+        mesh,
+    )
+    return cls(workdir, config, corpus, mesh, component, embedder, heartbeat)
+
+  @property
+  def directory(self) -> pathlib.Path:
+    return self.workdir / generation.DIRECTORY
+
+  def follow(self, supervised: bool) -> None:
+    waiting = None  # For room on the disk, since then.
+    while True:
+      step, leave = distributed.broadcast(
+          self._look(supervised) if distributed.is_main() else None
+      )
+      if leave:
+        generation.remove_leftovers(self.directory)
+        log.info('Training is done and its newest snapshot has an index.')
+        return
+      if step is None:
+        time.sleep(_POLL_SECONDS)
+        continue
+      try:
+        self.build(step)
+        waiting = None
+      except shards.NoRoom as error:
+        if waiting is None:
+          log.error(
+              '%s The index stays as it is; trying again every %.0f s.',
+              error, _ROOM_SECONDS,
+          )
+        waiting = waiting or time.monotonic()
+        self.heartbeat.beat('waiting for room on the disk', step, at_once=True)
+        time.sleep(_ROOM_SECONDS)
+
+  def _look(self, supervised: bool) -> tuple[int | None, bool]:
+    """Returns which snapshot to build from, if any, and whether to leave."""
+    # Looked for first: a snapshot written after it can then not be missed.
+    done = (self.workdir / 'summary.json').exists()
+    steps = snapshots_lib.steps_of(self.workdir)
+    if steps and self._is_missing(steps[-1]):
+      return steps[-1], False
+    if done and not supervised:
+      return None, True
+    self.heartbeat.beat('waiting', steps[-1] if steps else None)
+    return None, False
+
+  def _is_missing(self, step: int) -> bool:
+    """Whether the snapshot has no generation made from these parameters."""
+    path = self.directory / str(step)
+    try:
+      made_from = generation.read_manifest(path)['params_digest']
+      if made_from == snapshots_lib.digest_of(self.workdir, step):
+        return False
+      log.warning('%s is of an earlier run; it is built anew.', path)
+    except FileNotFoundError:
+      pass  # No generation yet, or the snapshot was just taken away.
+    except generation.Damaged as error:
+      log.warning('%s', error)
+    return True
+
+  def build(self, step: int) -> pathlib.Path | None:
+    """Returns the path, or None if the snapshot went away meanwhile."""
+    self.heartbeat.beat('loading', step, at_once=True)
+    started = time.perf_counter()
+    if distributed.is_main():
+      # A newer snapshot makes what was begun for an older one worthless.
+      for name in generation.remove_leftovers(self.directory, resume=step):
+        log.info('Removed %s/%s, left unfinished.', self.directory, name)
+    loaded = self._load(step)
+    if loaded is None:
+      return None
+    params, digest = loaded
+    rows = len(self.corpus.passages)
+    lineage = generation.Lineage(
+        step=step,
+        params_digest=digest,
+        tokenizer_digest=self.corpus.tokenizer.digest,
+        corpus_fingerprint=self.corpus.fingerprint,
+        num_rows=rows,
+        width=self.config.model.embedding_width,
+    )
+    writer = generation.Writer(
+        self.directory,
+        lineage,
+        self.config.mips.dtype,
+        shard_rows=_shard_rows(rows, self.mesh),
+        resume={
+            'length': self.config.lengths.document,
+            'compute_dtype': self.config.model.compute_dtype,
+        },
+        main=distributed.is_main(),
+    )
+    missing = _together(writer.begin)[0]
+    todo = sum(len(writer.rows(shard)) for shard in missing)
+    if todo < rows:
+      log.info(
+          'Going on with the generation of step %d: %d of its %d passages are '
+          'embedded.',
+          step, rows - todo, rows,
+      )
+    embedding_started = time.perf_counter()
+    with process.Progress(
+        self.heartbeat, step, rows - todo, rows, jax.process_count()
+    ) as progress:
+      mine = missing[jax.process_index() :: jax.process_count()]
+      whole = _together(
+          lambda: self._embed(writer, mine, params, digest, progress)
+      )
+    seconds = time.perf_counter() - embedding_started
+    path = None
+    if all(whole):
+      path = _together(lambda: self._finish(writer, digest))[0]
+    if path is None:
+      log.info('The snapshot of step %d was taken back; not published.', step)
+      writer.discard()
+      return None
+    if distributed.is_main():
+      log.info(
+          'Published %s: %d passages, %d of them embedded in %.1f s (%.0f/s), '
+          'in all %.1f s.',
+          path, rows, todo, seconds, todo / seconds,
+          time.perf_counter() - started,
+      )
+    return pathlib.Path(path)
+
+  def _load(self, step: int) -> tuple[components.Params, str] | None:
+    """Loads a snapshot, the same one in all processes; None if it is gone."""
+    found = None
+    try:
+      found = snapshots_lib.load(
+          self.workdir, step, self.component.abstract
+      )
+    except (ValueError, OSError) as error:
+      if step in snapshots_lib.steps_of(self.workdir):
+        raise
+      log.info('The snapshot of step %d is gone: %s', step, error)
+    digests = set(distributed.gather(found and found[1]))
+    return None if len(digests) > 1 else found
+
+  def _embed(
+      self,
+      writer: generation.Writer,
+      numbers: list[int],
+      params: components.Params,
+      digest: str,
+      progress: process.Progress,
+  ) -> bool:
+    """Writes shards; False if the snapshot was taken back meanwhile.
+
+    A newer snapshot is no reason to stop: a builder that is slower than the
+    interval would then never publish anything.
+    """
+    for number in numbers:
+      if not self._is_still(writer.step, digest):
+        return False
+      rows = writer.rows(number)
+      writer.add(self.embedder(params, rows, progress), number)
+    return True
+
+  def _finish(self, writer: generation.Writer, digest: str) -> str | None:
+    """Publishes what is embedded; None if the snapshot was taken back."""
+    if not distributed.is_main():
+      return None
+    self.heartbeat.beat('indexing', writer.step, at_once=True)
+    writer.add_backend(self.config.mips, self.mesh)
+    if not self._is_still(writer.step, digest):
+      return None
+    path = writer.publish()
+    if not self._is_still(writer.step, digest):  # Taken back just now.
+      checkpoint.remove(path)
+      return None
+    recall = writer.recall
+    if recall is not None:
+      say = log.warning if recall < _LOW_RECALL else log.info
+      say(
+          'The backend %s finds %.1f %% of what exact search finds.',
+          self.config.mips.backend, 100 * recall,
+      )
+    self._prune(writer.step)
+    return str(path)
+
+  def _is_still(self, step: int, digest: str) -> bool:
+    """A trainer that resumed takes back the snapshots after its checkpoint."""
+    try:
+      return snapshots_lib.digest_of(self.workdir, step) == digest
+    except FileNotFoundError:
+      return False
+
+  def _prune(self, newest: int) -> None:
+    keep = self.config.refresh.keep
+    if not keep:
+      return
+    steps = checkpoint.steps_in(self.directory)
+    # At least two: a checkpoint that is being written may refer to the one
+    # before the newest, which the trainer holds until it adopts this one.
+    wanted = {newest, *steps[-max(keep, 2) :]}
+    try:
+      wanted |= checkpoint.referenced_generations(self.workdir)
+      wanted |= generation.in_use(self.directory)
+    except ValueError as error:  # A damaged file: who knows what it wants.
+      log.warning('No old generation is deleted: %s', error)
+      return
+    for step in set(steps) - wanted:
+      checkpoint.remove(self.directory / str(step))
+
+
+def _shard_rows(num_rows: int, mesh: jax.sharding.Mesh) -> int:
+  platform = mesh.devices.flat[0].platform
+  rows = _SHARD_ROWS.get(platform, _SHARD_ROWS_ELSEWHERE)
+  least = min(rows, _LEAST_SHARD_ROWS)
+  while rows > least and rows * _ROUNDS * jax.process_count() > num_rows:
+    rows //= 2
+  while rows * _MOST_SHARDS < num_rows:
+    rows *= 2
+  return rows
+
+
+def _together(work: Callable[[], T]) -> list[T]:
+  """Calls `work` in all processes; a full disk in one is an error in all.
+
+  Returns:
+    What it returned in each: small, and JSON.
+  """
+  result, failure = None, None
+  try:
+    result = work()
+  except shards.NoRoom as error:
+    failure = [error.errno, error.strerror]
+  found = distributed.gather([result, failure])
+  for _, failed in found:
+    if failed is not None:
+      raise shards.NoRoom(*failed)
+  return [each for each, _ in found]
+
+
+def _wait_for_start(
+    workdir: pathlib.Path,
+    heartbeat: process.Heartbeat,
+    timeout: float | None,
+) -> None:
+  started = said = time.monotonic()
+  while True:
+    if not (workdir / 'config.json').is_file():
+      missing = 'config.json'
+    elif not snapshots_lib.steps_of(workdir):
+      if (workdir / 'summary.json').exists():
+        raise ValueError(
+            f'Training in {workdir} is done and took no snapshot of a '
+            'retriever: only the objective `realm` has an index.'
+        )
+      missing = f'first snapshot in {snapshots_lib.DIRECTORY}/'
+    else:
+      return
+    now = time.monotonic()
+    if timeout is not None and now - started > timeout:
+      raise TimeoutError(
+          f'{workdir} had no {missing} after {timeout:.0f} s: does '
+          f'`realm-jax train --workdir={workdir}` run?'
+      )
+    if now - said > _SAY_SECONDS or said == started:
+      log.info('Waiting for the trainer: %s has no %s yet.', workdir, missing)
+      said = now
+    heartbeat.beat('waiting for the trainer')
+    time.sleep(_POLL_SECONDS)

@@ -1,0 +1,88 @@
+"""A search over two tables in a row, as if they were one.
+
+Public: `Beside`. A saved ScaNN index serves for the first, which is large; the
+rows added since are few and are searched exactly.
+"""
+
+import jax
+import numpy as np
+
+from realm_jax.index import search as search_lib
+
+
+class Beside:
+  """Merges what two searches find, by inner product in float32."""
+
+  def __init__(
+      self,
+      searches: tuple[search_lib.Search, search_lib.Search],
+      table_NE: search_lib.Rows,
+      removed: np.ndarray,
+  ):
+    """Joins two searches.
+
+    Args:
+      searches: over the first rows of the table and over the rest of them.
+      table_NE: all rows.
+      removed: sorted rows that neither search returns.
+    """
+    self._searches, self._table_NE, self._removed = searches, table_NE, removed
+    self._border = searches[0].num_documents
+    self.num_documents = self._border + searches[1].num_documents
+
+  def search(
+      self,
+      query_emb_BE: np.ndarray | jax.Array,
+      k: int,
+      exclude_BR2: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """As `mips.Search.search`."""
+    query_emb_BE = np.asarray(jax.device_get(query_emb_BE), np.float32)
+    size = len(query_emb_BE)
+    if exclude_BR2 is None:
+      exclude_BR2 = np.zeros((size, 1, 2), np.int64)
+    exclude_BR2 = np.asarray(exclude_BR2, np.int64)
+    borders = (0, self._border, self.num_documents)
+    allowed = [
+        search_lib.num_allowed(
+            np.clip(exclude_BR2, first, limit), self._removed, first, limit
+        )
+        for first, limit in zip(borders, borders[1:], strict=False)
+    ]
+    if size and k > (allowed[0] + allowed[1]).min():
+      worst = int((allowed[0] + allowed[1]).argmin())
+      raise ValueError(
+          f'k={k} documents were asked for, but query {worst} may have only '
+          f'{(allowed[0] + allowed[1])[worst]}.'
+      )
+    rows_BK = np.zeros((size, k), np.int32)
+    # Mostly one group: few queries exclude nearly all of a part.
+    wanted_B2 = np.minimum(np.stack(allowed, axis=1), k)
+    for wanted in np.unique(wanted_B2, axis=0):
+      mine = np.flatnonzero((wanted_B2 == wanted).all(axis=1))
+      rows_BK[mine] = self._merged(
+          query_emb_BE[mine], k, exclude_BR2[mine], wanted.tolist()
+      )
+    return rows_BK
+
+  def _merged(
+      self,
+      query_emb_BE: np.ndarray,
+      k: int,
+      exclude_BR2: np.ndarray,
+      wanted: list[int],
+  ) -> np.ndarray:
+    found = [
+        search.search(query_emb_BE, count, exclude_BR2 - first) + first
+        for search, count, first in zip(
+            self._searches, wanted, (0, self._border), strict=True
+        )
+        if count
+    ]
+    rows_BN = np.concatenate(found, axis=1).astype(np.int32)
+    emb_BNE = self._table_NE[rows_BN.reshape(-1)].astype(np.float32)
+    emb_BNE = emb_BNE.reshape(*rows_BN.shape, -1)
+    # Not matmul: its last bit may depend on where a row stands.
+    score_BN = np.einsum('BE,BNE->BN', query_emb_BE, emb_BNE)
+    order = np.lexsort((rows_BN, -score_BN), axis=1)[:, :k]
+    return np.take_along_axis(rows_BN, order, 1)

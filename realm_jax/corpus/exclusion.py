@@ -1,0 +1,111 @@
+"""Rows of passages that no search may return for a sentence.
+
+Public: `Exclusion`. These are the passage that the sentence is from and the
+others that hold its text (`trivial`), or the whole articles of all these.
+"""
+
+import logging
+
+import numpy as np
+
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import ngrams
+from realm_jax.corpus import trivial
+
+log = logging.getLogger(__name__)
+
+
+class Exclusion:
+  """The trivial candidates of the sentences of a split.
+
+  sizes: int64 [n]: how many rows are excluded for each sentence, at most.
+  """
+
+  def __init__(self, corpus: corpus_lib.Corpus, split: str, extent: str):
+    """Takes what `config.trivial` says: 'passage', 'article' or 'none'."""
+    self._table, self._extent = corpus.passages, extent
+    self._own = corpus.sentences[split].passages
+    count = len(self._own)
+    empty = trivial.by_sentence(
+        np.zeros(0, np.int64), np.zeros((0, 2), np.int32), count
+    )
+    found = empty if extent == 'none' else corpus.trivial(split)
+    if found is None:
+      log.warning(
+          'The corpus %s was prepared by an older version, which did not look'
+          ' for the text of its sentences in the passages: apart from the'
+          ' passage that a sentence is from, any passage that gives its answer'
+          ' away may be retrieved. To exclude these too, run `realm-jax'
+          ' prepare` again.',
+          corpus.directory,
+      )
+      found = empty
+    if extent == 'article':
+      found = self._articles_of(found)
+    self._found = found
+    self.sizes = self._own_sizes() + _sums(found)
+    self._width = 0
+    self.use(np.arange(count))
+
+  def use(self, rows: np.ndarray) -> None:
+    """Says which sentences are asked for; that fixes the number of ranges."""
+    counts = np.diff(self._found.offsets)[rows]
+    self._width = int(counts.max(initial=0))
+
+  def ranges(self, rows: np.ndarray) -> np.ndarray:
+    """Returns half-open ranges of rows, int64 [B, R, 2], some of them empty.
+
+    R is the same for all batches of a job.
+    """
+    own = np.asarray(self._own[rows])
+    if self._extent == 'article':
+      mine = self._table.article_rows(own)
+    else:
+      mine = np.stack([own, own + 1], axis=-1)[:, None]
+      mine[(own < 0) | (self._extent == 'none')] = 0
+    first, limit = self._found.offsets[rows], self._found.offsets[rows + 1]
+    at = first[:, None] + np.arange(self._width)
+    known = at < limit[:, None]
+    others = np.zeros((*at.shape, 2), np.int64)
+    others[known] = self._found.rows[at[known]]
+    return np.concatenate([mine, others], axis=1)
+
+  def _own_sizes(self) -> np.ndarray:
+    own = np.asarray(self._own)
+    if self._extent == 'none':
+      return np.zeros(len(own), np.int64)
+    if self._extent == 'passage':
+      return (own >= 0).astype(np.int64)
+    sizes = np.bincount(self._table.articles)
+    return np.where(own >= 0, sizes[self._table.articles[own]], 0)
+
+  def _articles_of(self, found: corpus_lib.Ranges) -> corpus_lib.Ranges:
+    """Returns the ranges of all articles of passages but the own article."""
+    owners = np.repeat(np.arange(len(self._own)), np.diff(found.offsets))
+    sizes = found.rows[:, 1] - found.rows[:, 0]
+    # More rows than a sentence can be in: it has all of the corpus excluded.
+    whole = sizes > trivial.MOST
+    sizes = np.where(whole, 0, sizes)
+    sentences = np.repeat(owners, sizes)
+    rows = np.repeat(found.rows[:, 0], sizes) + ngrams.aranges(sizes)
+    articles = self._table.articles[rows]
+    own = np.asarray(self._own[sentences])
+    other = (own < 0) | (self._table.articles[own] != articles)
+    pairs = np.unique(np.stack([sentences, articles])[:, other], axis=1)
+    first, starts, limits = self._table.article_runs
+    counts = first[pairs[1] + 1] - first[pairs[1]]
+    at = np.repeat(first[pairs[1]], counts) + ngrams.aranges(counts)
+    return trivial.by_sentence(
+        np.concatenate([np.repeat(pairs[0], counts), owners[whole]]),
+        np.concatenate(
+            [np.stack([starts[at], limits[at]], axis=-1), found.rows[whole]]
+        ),
+        len(self._own),
+    )
+
+
+def _sums(found: corpus_lib.Ranges) -> np.ndarray:
+  """Rows in the ranges of each sentence."""
+  sizes = (found.rows[:, 1] - found.rows[:, 0]).astype(np.int64)
+  before = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+  return before[found.offsets[1:]] - before[found.offsets[:-1]]

@@ -1,0 +1,256 @@
+"""What the models read: rows of wordpieces with [CLS] and [SEP], in numpy.
+
+Public: `assemble_documents`, `assemble_joint`, `body_bounds`,
+`assemble_queries`, `with_candidates`, `encode_queries`, `NULL_DOCUMENT`,
+`Batch`. Whole batches at a time, from the tables of a corpus and from nowhere
+else.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import tokenizer as tokenizer_lib
+
+Batch = dict[str, np.ndarray]
+
+NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
+
+
+def assemble_documents(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    length: int,
+    tokenizer: tokenizer_lib.Tokenizer,
+    cut: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `[CLS] title [SEP] body [SEP]` of passages, padded.
+
+  Args:
+    passages: the table.
+    rows: passage numbers, any shape; NULL_DOCUMENT for the null document.
+    length: S; the title has priority, the body gets what remains.
+    tokenizer: for the special ids.
+    cut: for each row, a range (start, limit) of body wordpieces to leave out.
+
+  Returns:
+    ids and types (segments 0 up to the first [SEP], 1 after), int32 [..., S].
+  """
+  title, body = _title_and_body(passages, rows.reshape(-1), cut)
+  return _join(
+      [tokenizer.cls_id, title, tokenizer.sep_id, body, tokenizer.sep_id],
+      length,
+      first_segment=3,
+      shape=rows.shape,
+  )
+
+
+def assemble_joint(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    query_ids: np.ndarray,
+    query_lengths: np.ndarray,
+    length: int,
+    tokenizer: tokenizer_lib.Tokenizer,
+    titles: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `[CLS] x [SEP] body [SEP]`, the reader's input, padded.
+
+  Args:
+    passages: the table.
+    rows: passage numbers [B, K]; NULL_DOCUMENT for the null document.
+    query_ids: `[CLS] x [SEP]`, padded, [B, Q].
+    query_lengths: wordpieces of each, with the specials, [B].
+    length: T.
+    tokenizer: for the special ids.
+    titles: whether to put `title [SEP]` in front of the body.
+
+  Returns:
+    ids and types (0 for the sentence, 1 for the rest), int32 [B, K, T].
+  """
+  num_queries, width = query_ids.shape
+  starts = np.arange(num_queries) * width
+  query = _Pieces(
+      query_ids.reshape(-1),
+      np.repeat(starts, rows.shape[1]),
+      np.repeat(query_lengths, rows.shape[1]),
+  )
+  title, body = _title_and_body(passages, rows.reshape(-1), None)
+  before: list[_Pieces | int] = [title, tokenizer.sep_id] if titles else []
+  return _join(
+      [query, *before, body, tokenizer.sep_id],
+      length,
+      first_segment=1,
+      shape=rows.shape,
+  )
+
+
+def body_bounds(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    query_lengths: np.ndarray,
+    length: int,
+    titles: bool = False,
+) -> np.ndarray:
+  """Where the body lies in the rows of `assemble_joint`: int32 [B, K, 2].
+
+  The arguments are those of `assemble_joint`; the ranges are half-open.
+  """
+  title, body = _title_and_body(passages, rows.reshape(-1), None)
+  starts = np.repeat(query_lengths, rows.shape[1]).astype(np.int64)
+  if titles:
+    starts = starts + np.minimum(title.lengths, length - 2 - starts) + 1
+  limits = np.minimum(starts + body.lengths, length - 1)
+  return np.stack([starts, limits], -1).astype(np.int32).reshape(*rows.shape, 2)
+
+
+def assemble_queries(
+    table: corpus_lib.SentenceTable,
+    rows: np.ndarray,
+    length: int,
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `[CLS] x [SEP]` of sentences, padded.
+
+  Args:
+    table: the sentences.
+    rows: which of them, [B].
+    length: Q; a longer sentence is cut.
+    tokenizer: for the special ids.
+
+  Returns:
+    ids, int32 [B, Q], and how many of them are not padding, int32 [B].
+  """
+  pieces = _Pieces(table.tokens, table.starts[rows], table.lengths[rows])
+  ids, _ = _join(
+      [tokenizer.cls_id, pieces, tokenizer.sep_id],
+      length,
+      first_segment=3,
+      shape=rows.shape,
+  )
+  return ids, np.minimum(pieces.lengths + 2, length).astype(np.int32)
+
+
+def with_candidates(
+    batch: Batch,
+    retrieved: np.ndarray,
+    corpus: corpus_lib.Corpus,
+    lengths: config_lib.LengthsConfig,
+) -> Batch:
+  """Adds the candidates' texts to a `realm` batch.
+
+  Args:
+    batch: of `training_batches`.
+    retrieved: passage rows from the search, [B, J].
+    corpus: the opened corpus.
+    lengths: static shapes.
+
+  Returns:
+    The batch with doc_ids_BJS and doc_types_BJS of the retrieved documents,
+    joint_ids_BKT and joint_types_BKT of all candidates (candidate 0 is the null
+    document), without exclude_BR2.
+  """
+  null = np.full((len(retrieved), 1), NULL_DOCUMENT, np.int64)
+  candidates = np.concatenate([null, retrieved], axis=1)
+  batch = {name: x for name, x in batch.items() if name != 'exclude_BR2'}
+  batch['doc_ids_BJS'], batch['doc_types_BJS'] = assemble_documents(
+      corpus.passages, retrieved, lengths.document, corpus.tokenizer
+  )
+  batch['joint_ids_BKT'], batch['joint_types_BKT'] = assemble_joint(
+      corpus.passages,
+      candidates,
+      batch['query_ids_BQ'],
+      batch['query_lengths_B'],
+      lengths.joint,
+      corpus.tokenizer,
+  )
+  return batch
+
+
+def encode_queries(
+    texts: list[str], length: int, tokenizer: tokenizer_lib.Tokenizer
+) -> np.ndarray:
+  """Returns `[CLS] text [SEP]` of questions, cut to `length`, int32 [B, Q]."""
+  ids = np.full((len(texts), length), tokenizer.pad_id, np.int32)
+  for row, pieces in zip(ids, tokenizer.encode_batch(texts), strict=True):
+    pieces = pieces[: length - 2]
+    row[: len(pieces) + 2] = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
+  return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+  """For each row, a run of wordpieces: where it begins and how long it is.
+
+  With a gap, `gap_sizes` wordpieces are skipped after the first `gap_starts`.
+  """
+
+  tokens: corpus_lib.Tokens
+  starts: np.ndarray
+  lengths: np.ndarray
+  gap_starts: np.ndarray | None = None
+  gap_sizes: np.ndarray | None = None
+
+
+def _title_and_body(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    cut: tuple[np.ndarray, np.ndarray] | None,
+) -> tuple[_Pieces, _Pieces]:
+  real, safe = rows >= 0, np.maximum(rows, 0)
+  starts, limits = passages.offsets[safe], passages.offsets[safe + 1]
+  titles = np.where(real, passages.title_lengths[safe], 0)
+  bodies = np.where(real, limits - starts, 0) - titles
+  tokens = passages.tokens
+  title = _Pieces(tokens, starts, titles)
+  body = _Pieces(tokens, starts + titles, bodies)
+  if cut is not None:
+    gap_starts, gap_limits = cut
+    sizes = gap_limits - gap_starts
+    body = _Pieces(tokens, body.starts, bodies - sizes, gap_starts, sizes)
+  return title, body
+
+
+def _join(
+    parts: list[_Pieces | int],
+    length: int,
+    first_segment: int,
+    shape: tuple[int, ...],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Concatenates runs of wordpieces and single ids in each row.
+
+  A run is cut so that what follows it still fits. Parts from `first_segment`
+  on are of segment 1.
+  """
+  num_rows = next(len(p.lengths) for p in parts if isinstance(p, _Pieces))
+  column = np.arange(length)[None]
+  ids = np.zeros((num_rows, length), np.int32)
+  types = np.zeros((num_rows, length), np.int32)
+  filled = np.zeros(num_rows, np.int64)
+  for i, part in enumerate(parts):
+    if isinstance(part, int):
+      size = np.ones(num_rows, np.int64)
+    else:
+      singles = sum(isinstance(later, int) for later in parts[i + 1 :])
+      size = np.minimum(part.lengths, length - singles - filled)
+    inside = column - filled[:, None]
+    here = (inside >= 0) & (inside < size[:, None])
+    if isinstance(part, int):
+      values: Any = part
+    else:
+      if part.gap_starts is not None and part.gap_sizes is not None:
+        after = inside >= part.gap_starts[:, None]
+        inside = inside + np.where(after, part.gap_sizes[:, None], 0)
+      flat = np.where(here, part.starts[:, None] + inside, 0)
+      values = part.tokens[flat]
+    ids = np.where(here, values, ids)
+    if i >= first_segment:
+      types = np.where(here, 1, types)
+    filled = filled + size
+  return (
+      ids.astype(np.int32).reshape(*shape, length),
+      types.astype(np.int32).reshape(*shape, length),
+  )

@@ -1,0 +1,449 @@
+"""Which passages hold the text of a sentence: its trivial candidates.
+
+Public: `find`, `find_in_blocks`, `by_sentence`, `MOST`. A passage that shows a
+masked sentence unmasked gives the answer away, so that REALM must not retrieve
+it (Guu et al. 2020, section 3.4). The passage that a sentence is from is known
+by its row. This module finds the others by content, also for sentences of
+another source.
+
+A passage holds a sentence if they have 8 wordpieces in a row in common and,
+with the sentence laid there on the passage's body, at least half of the
+sentence's wordpieces agree. Several such places count together, so that a word
+can be replaced or inserted. A sentence that two passages share is in each that
+has half of it. A sentence of fewer than 8 wordpieces must be there whole.
+
+A sentence that more than `MOST` other passages hold is boilerplate. It gets one
+range, that of all rows: nothing may be retrieved for it, and REALM leaves it
+out. This bounds the ranges of a sentence, and allows no trivial candidate.
+
+The search reads all passages once for each block of sentences, so that memory
+depends on the block alone. An index of every n-gram of the passages would take
+8 bytes for each wordpiece, 20 GB for the paper's corpus. Up to four n-grams of
+a sentence, its anchors, are looked up: the one with the least hash in each
+quarter of the sentence. A passage with an anchor is then compared with the
+sentence wordpiece by wordpiece. A passage that holds the whole sentence has all
+anchors and is always found; one that holds only most of it can lack them all.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import ngrams
+
+_NGRAM = 8  # Wordpieces.
+MOST = 8  # Other passages that hold a sentence that is still used.
+_ANCHORS = 4
+_SHARE = 0.5  # Of the sentence's wordpieces.
+# Sentences of a block with the same anchor. More have no rarer n-gram: they
+# are boilerplate of the sentences, and treated like that of the passages.
+_MOST_SHARING = 16
+_BLOCK = 2**16  # Sentences; each takes about 500 bytes.
+_BLOCKS = 8  # At most, where there are that many sentences.
+_AT_ONCE = 2**16  # Wordpieces that are hashed at a time.
+
+
+def find(
+    passages: corpus_lib.PassageTable, sentences: corpus_lib.SentenceTable
+) -> corpus_lib.Ranges:
+  """Returns the rows of passages, but for the own one, that hold a sentence.
+
+  Args:
+    passages: all that are looked through.
+    sentences: of which the tokens and the rows of their passages are used.
+  """
+  parts = [part for _, part in find_in_blocks(passages, [sentences])]
+  counts = [np.diff(part.offsets) for part in parts]
+  return corpus_lib.Ranges(
+      np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts])),
+      np.concatenate([np.zeros((0, 2), np.int32), *(p.rows for p in parts)]),
+  )
+
+
+def by_sentence(
+    sentences: np.ndarray, rows: np.ndarray, count: int
+) -> corpus_lib.Ranges:
+  """Returns ranges by the sentence that each is of; `count` sentences."""
+  offsets = np.cumsum(np.bincount(sentences, minlength=count))
+  order = np.argsort(sentences, kind='stable')
+  return corpus_lib.Ranges(
+      np.concatenate([np.zeros(1, np.int64), offsets]),
+      rows[order].astype(np.int32),
+  )
+
+
+_Piece = tuple[int, int, int]  # Of a table by number: start, limit.
+
+
+def find_in_blocks(
+    passages: corpus_lib.PassageTable,
+    tables: Sequence[corpus_lib.SentenceTable],
+) -> Iterator[tuple[int, corpus_lib.Ranges]]:
+  """Yields number of a table and what was found for its next sentences."""
+  size = max(_BLOCK, -(-sum(map(len, tables)) // _BLOCKS))
+  pieces: list[_Piece] = []
+  room = size
+  for number, table in enumerate(tables):
+    start = 0
+    while start < len(table):
+      limit = min(start + room, len(table))
+      pieces.append((number, start, limit))
+      room -= limit - start
+      start = limit
+      if not room:
+        yield from _found(passages, tables, pieces)
+        pieces, room = [], size
+  if pieces:
+    yield from _found(passages, tables, pieces)
+
+
+def _found(
+    passages: corpus_lib.PassageTable,
+    tables: Sequence[corpus_lib.SentenceTable],
+    pieces: Sequence[_Piece],
+) -> Iterator[tuple[int, corpus_lib.Ranges]]:
+  found = _Block(tables, pieces).ranges(passages)
+  first = 0
+  for number, start, limit in pieces:
+    offsets = found.offsets[first : first + limit - start + 1]
+    rows = found.rows[offsets[0] : offsets[-1]]
+    yield number, corpus_lib.Ranges(offsets - offsets[0], rows)
+    first += limit - start
+
+
+class _Block:
+  """Some sentences, made ready to be looked up.
+
+  Equal sentences are one here: `self._of` is the number of each.
+  """
+
+  def __init__(
+      self,
+      tables: Sequence[corpus_lib.SentenceTable],
+      pieces: Sequence[_Piece],
+  ):
+    self._passages = np.concatenate(
+        [tables[number].passages[a:b] for number, a, b in pieces]
+    )
+    lengths = np.concatenate(
+        [tables[number].lengths[a:b] for number, a, b in pieces]
+    )
+    tokens = [
+        some
+        for number, a, b in pieces
+        for some in _tokens(tables[number], a, b)
+    ]
+    hashes = [ngrams.whole(*some) for some in tokens]
+    _, first, inverse, counts = np.unique(
+        np.concatenate(hashes),
+        return_index=True,
+        return_inverse=True,
+        return_counts=True,
+    )
+    del hashes
+    order = np.argsort(first)  # As they are in the table.
+    first, counts = first[order], counts[order]
+    numbers = np.empty(len(order), np.int32)
+    numbers[order] = np.arange(len(order))
+    self._of = numbers[inverse]
+    self._lengths = lengths[first]
+    # Copies can be of several passages.
+    self._own = np.where(counts == 1, self._passages[first], -1)
+    self._starts = (np.cumsum(lengths) - lengths)[first]
+    self._tokens = np.concatenate([ids for ids, _ in tokens])
+    del tokens
+    self._anchor()
+
+  def _anchor(self) -> None:
+    """Chooses the anchors, and puts them in order of their hashes."""
+    count = len(self._lengths)
+    every = np.arange(count, dtype=np.int32)
+    hashes, numbers, places = self._chosen(every)
+    # Sentences of which all anchors are boilerplate get the rarest n-grams
+    # that they have.
+    usable = np.zeros(count, bool)
+    usable[numbers[_num_equal(hashes) <= _MOST_SHARING]] = True
+    if not usable.all():
+      others = self._chosen(every[~usable], rare=True)
+      kept = usable[numbers]
+      hashes = np.concatenate([hashes[kept], others[0]])
+      numbers = np.concatenate([numbers[kept], others[1]])
+      places = np.concatenate([places[kept], others[2]])
+    kept = _num_equal(hashes) <= _MOST_SHARING
+    hashes, numbers, places = hashes[kept], numbers[kept], places[kept]
+    self._lost = np.ones(count, bool)  # Without an anchor.
+    self._lost[numbers] = False
+    order = np.argsort(hashes, kind='stable')
+    hashes = hashes[order]
+    self._numbers, self._places = numbers[order], places[order]
+    first = np.flatnonzero(np.diff(hashes, prepend=~hashes[:1]))
+    self._hashes = hashes[first]
+    self._first = np.append(first, len(hashes))
+    # Most n-grams of the passages are no anchor, which a bit says quickly.
+    self._bits = {}
+    sizes = np.minimum(self._lengths[self._numbers[first]], _NGRAM)
+    for size in np.unique(sizes).tolist():
+      these = self._hashes[sizes == size]
+      bits = np.zeros(_power_of_two(4 * len(these)), np.uint8)
+      cells = these % np.uint64(8 * len(bits))
+      np.bitwise_or.at(bits, cells >> np.uint64(3), _bit(cells))
+      self._bits[size] = bits
+
+  def _chosen(
+      self, sentences: np.ndarray, rare: bool = False
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns hash, sentence and place of the anchors of sentences in order.
+
+    Each is the n-gram of the least hash in its part of the sentence or, if
+    `rare`, that which the fewest of these sentences have.
+    """
+    found = []
+    for numbers, hashes, places in self._ngrams(sentences):
+      counts = np.maximum(self._lengths[numbers] - _NGRAM + 1, 1)
+      parts = _ANCHORS * numbers.astype(np.int64)
+      parts += _ANCHORS * places // counts
+      if rare:
+        found.append((hashes, numbers, places, parts))
+      else:
+        at = _least(hashes, parts)
+        found.append((hashes[at], numbers[at], places[at], parts[:0]))
+    hashes, numbers, places, parts = map(
+        np.concatenate, zip(*found, strict=True)
+    )
+    if rare:
+      at = _least(_num_equal(hashes), parts)
+      hashes, numbers, places = hashes[at], numbers[at], places[at]
+    return hashes, numbers, places
+
+  def _ngrams(
+      self, sentences: np.ndarray
+  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields sentence, hash and place of n-grams, in order; some at a time.
+
+    A sentence that is shorter than an n-gram is one by itself.
+    """
+    step = max(1, _AT_ONCE // 32)
+    for i in range(0, len(sentences), step):
+      some = sentences[i : i + step]
+      lengths = self._lengths[some].astype(np.int64)
+      starts = self._starts[some]
+      ids = self._tokens[starts[0] : starts[-1] + lengths[-1]]
+      counts = np.maximum(lengths - _NGRAM + 1, 1)
+      places = ngrams.aranges(counts)
+      at = np.repeat(starts - starts[0], counts) + places
+      sizes = np.repeat(np.minimum(lengths, _NGRAM), counts)
+      hashes = np.zeros(len(at), np.uint64)
+      wanted = np.unique(sizes).tolist()
+      for size, runs in zip(wanted, ngrams.runs(ids, wanted), strict=True):
+        these = sizes == size
+        hashes[these] = runs[at[these]]
+      yield np.repeat(some, counts), hashes, places.astype(np.int32)
+
+  def ranges(self, passages: corpus_lib.PassageTable) -> corpus_lib.Ranges:
+    """Looks for the sentences in all passages."""
+    count = np.zeros(len(self._lengths), np.int64)
+    count[self._lost] = MOST + 2
+    numbers, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for first, ids, begins, limits in _bodies(passages):
+      for number, row in self._held(ids, begins, limits, first, count):
+        count += np.bincount(number, minlength=len(count))
+        numbers.append(number)
+        rows.append(row)
+    return self._joined(
+        np.concatenate(numbers), np.concatenate(rows), count, len(passages)
+    )
+
+  def _held(
+      self,
+      ids: np.ndarray,
+      begins: np.ndarray,
+      limits: np.ndarray,
+      first: int,
+      count: np.ndarray,
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields pairs of a sentence and a row of some passages that hold it."""
+    runs = ngrams.runs(ids, list(self._bits))
+    found = list(map(self._hits, runs, self._bits.values()))
+    if not found:  # No sentence has an anchor.
+      return
+    at, anchors = (np.concatenate(f) for f in zip(*found, strict=True))
+    local = np.searchsorted(limits, at, 'right')
+    numbers = self._numbers[anchors].astype(np.int64)
+    length = np.minimum(self._lengths[numbers], _NGRAM)
+    # A sentence is known to be in its own passage. With more than MOST + 1
+    # others, of which one may be its own, no further one counts.
+    kept = (at >= begins[local]) & (at + length <= limits[local])
+    kept &= self._own[numbers] != first + local
+    kept &= count[numbers] <= MOST + 1
+    numbers, local = numbers[kept], local[kept]
+    shifts = at[kept] - self._places[anchors[kept]]
+    order = np.lexsort((shifts, local, numbers))
+    numbers, local, shifts = numbers[order], local[order], shifts[order]
+    pair_begins = np.diff(numbers, prepend=-1) != 0
+    pair_begins |= np.diff(local, prepend=-1) != 0
+    fresh = pair_begins | (np.diff(shifts, prepend=0) != 0)
+    numbers, local, shifts = numbers[fresh], local[fresh], shifts[fresh]
+    pairs = np.cumsum(pair_begins[fresh]) - 1
+    # Of bounded size; no pair is parted.
+    sizes = np.cumsum(self._lengths[numbers])
+    cuts = np.flatnonzero(np.diff(sizes // (8 * _AT_ONCE), prepend=0))
+    cuts = np.searchsorted(pairs, pairs[cuts], 'left')
+    for some in np.split(np.arange(len(numbers)), np.unique(cuts)):
+      if len(some):
+        yield self._verified(
+            numbers[some], local[some], shifts[some], pairs[some],
+            ids, begins, limits, first,
+        )
+
+  def _hits(
+      self, hashes: np.ndarray, bits: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where n-grams are that are anchors, and which anchors."""
+    cells = hashes & np.uint64(8 * len(bits) - 1)
+    at = np.flatnonzero(bits[cells >> np.uint64(3)] & _bit(cells))
+    wanted = hashes[at]
+    order = np.argsort(wanted)  # Looked up faster.
+    at, wanted = at[order], wanted[order]
+    found = np.searchsorted(self._hashes, wanted)
+    known = found < len(self._hashes)
+    known[known] = self._hashes[found[known]] == wanted[known]
+    at, first = at[known], self._first[found[known]]
+    sizes = self._first[found[known] + 1] - first
+    return np.repeat(at, sizes), np.repeat(first, sizes) + ngrams.aranges(sizes)
+
+  def _verified(
+      self,
+      numbers: np.ndarray,
+      local: np.ndarray,
+      shifts: np.ndarray,
+      pairs: np.ndarray,
+      ids: np.ndarray,
+      begins: np.ndarray,
+      limits: np.ndarray,
+      first: int,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Compares sentences with passages, wordpiece by wordpiece.
+
+    Args:
+      numbers, local: sentences and passages.
+      shifts: where the sentence would begin in `ids`.
+      pairs: number of each pair of a sentence and a passage, in order.
+      ids, begins, limits: wordpieces, and where the bodies lie in them.
+      first: row of the first passage.
+
+    Returns:
+      Sentences and rows of the pairs of which the one holds the other.
+    """
+    lengths = self._lengths[numbers].astype(np.int64)
+    places = ngrams.aranges(lengths)
+    at = np.repeat(shifts, lengths) + places
+    inside = at >= np.repeat(begins[local], lengths)
+    inside &= at < np.repeat(limits[local], lengths)
+    mine = self._tokens[np.repeat(self._starts[numbers], lengths) + places]
+    same = inside & (ids[np.where(inside, at, 0)] == mine)
+    fresh = np.diff(pairs, prepend=-1) != 0
+    sizes = lengths[fresh]
+    bases = np.cumsum(sizes) - sizes
+    covered = np.zeros(int(sizes.sum()), bool)
+    base = bases[pairs - pairs[0]]
+    covered[(np.repeat(base, lengths) + places)[same]] = True
+    share = np.add.reduceat(covered.astype(np.int64), bases)
+    # All wordpieces of a short sentence are an anchor.
+    held = np.where(sizes < _NGRAM, share == sizes, share >= _SHARE * sizes)
+    return numbers[fresh][held], first + local[fresh][held]
+
+  def _joined(
+      self,
+      numbers: np.ndarray,
+      rows: np.ndarray,
+      count: np.ndarray,
+      num_rows: int,
+  ) -> corpus_lib.Ranges:
+    """Returns ranges for all sentences, also for those that are equal."""
+    order = np.lexsort((rows, numbers))
+    numbers, rows = numbers[order], rows[order]
+    counts = np.bincount(numbers, minlength=len(count))
+    first = np.cumsum(counts) - counts
+    sizes = np.where(count[self._of] > MOST + 1, 0, counts[self._of])
+    sentences = np.repeat(np.arange(len(sizes)), sizes)
+    rows = rows[np.repeat(first[self._of], sizes) + ngrams.aranges(sizes)]
+    other = rows != self._passages[sentences]
+    sentences, rows = sentences[other], rows[other]
+    # With one left that is not its own, there are exactly MOST + 1.
+    too_often = count[self._of] > MOST + 1
+    too_often |= np.bincount(sentences, minlength=len(sizes)) > MOST
+    kept = ~too_often[sentences]
+    sentences, rows = sentences[kept], rows[kept]
+    begins = (np.diff(sentences, prepend=-1) != 0) | (
+        np.diff(rows, prepend=-1) != 1
+    )
+    ends = np.append(begins[1:], True)[: len(begins)]
+    ranges = np.stack([rows[begins], rows[ends] + 1], axis=-1)
+    owners = np.concatenate([sentences[begins], np.flatnonzero(too_often)])
+    ranges = np.concatenate(
+        [ranges, np.tile([[0, num_rows]], (int(too_often.sum()), 1))]
+    )
+    return by_sentence(owners, ranges, len(sizes))
+
+
+def _tokens(
+    table: corpus_lib.SentenceTable, start: int, limit: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields wordpieces of sentences in a row, and their lengths."""
+  step = max(1, _AT_ONCE // 32)
+  for first in range(start, limit, step):
+    rows = slice(first, min(first + step, limit))
+    starts = np.asarray(table.starts[rows])
+    lengths = np.asarray(table.lengths[rows]).astype(np.int64)
+    # They are in order in the file, so that all between is little.
+    low, high = int(starts.min()), int((starts + lengths).max())
+    ids = table.tokens[low:high]
+    at = np.repeat(starts - low, lengths) + ngrams.aranges(lengths)
+    yield ids[at], lengths
+
+
+def _bodies(
+    passages: corpus_lib.PassageTable,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+  """Yields the first row, wordpieces, and where each body begins and ends."""
+  row = 0
+  while row < len(passages):
+    offsets = passages.offsets[row : row + _AT_ONCE // 8 + 1]
+    count = np.searchsorted(offsets, offsets[0] + _AT_ONCE, 'right') - 1
+    count = max(1, int(count))
+    offsets = np.asarray(offsets[: count + 1])
+    ids = passages.tokens[int(offsets[0]) : int(offsets[-1])]
+    offsets = offsets - offsets[0]
+    titles = np.asarray(passages.title_lengths[row : row + count])
+    yield row, ids, offsets[:-1] + titles, offsets[1:]
+    row += count
+
+
+def _num_equal(hashes: np.ndarray) -> np.ndarray:
+  """Returns how often each hash is there."""
+  order = np.argsort(hashes)
+  ordered = hashes[order]
+  first = np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]))
+  sizes = np.diff(first, append=len(hashes))
+  counts = np.empty(len(hashes), np.int64)
+  counts[order] = np.repeat(sizes, sizes)
+  return counts
+
+
+def _least(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+  """Returns where the first of the least values of each group is, in order."""
+  begins = np.flatnonzero(np.diff(groups, prepend=-1))
+  least = np.minimum.reduceat(values, begins)
+  sizes = np.diff(begins, append=len(groups))
+  at = np.flatnonzero(values == np.repeat(least, sizes))
+  return at[np.diff(groups[at], prepend=-1) != 0]
+
+
+def _bit(cells: np.ndarray) -> np.ndarray:
+  """Returns the bit, in its byte, that is for each cell."""
+  return np.uint8(1) << (cells & np.uint64(7)).astype(np.uint8)
+
+
+def _power_of_two(number: int) -> int:
+  return 1 << max(10, (number - 1).bit_length())

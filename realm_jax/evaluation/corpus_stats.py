@@ -1,0 +1,232 @@
+"""What is in a corpus, in figures and as a picture: `prepare --stats`.
+
+Public: `measure`, `plot`. Everything comes from the tables and the manifest;
+spans are counted in blocks, so that memory does not depend on the corpus.
+"""
+
+import collections
+import os
+from typing import Any
+
+import numpy as np
+
+from realm_jax.corpus import corpus as corpus_lib
+
+_BIN = 16  # Wordpieces, of the histogram of lengths.
+_MOST_SPANS = 10  # In a sentence; the last number counts those with more, too.
+_LONGEST_NAME = 12  # Wordpieces; longer spans are no entity met often.
+_BLOCK = 1 << 20  # Spans.
+_MAX_NAMES = 2_000_000  # Kept while counting.
+# Reasons, as the writer counts them, and what they are a share of.
+_DROPPED = {
+    'records': (
+        'excluded_lists',
+        'excluded_indices',
+        'excluded_outlines',
+        'excluded_disambiguation',
+        'near_duplicates',
+        'records_without_wordpieces',
+    ),
+    'sentences': (
+        'sentences_without_spans',
+        'sentences_too_short_or_long',
+        'sentences_split',
+    ),
+}
+
+
+def measure(corpus: corpus_lib.Corpus, most_frequent: int = 30) -> dict:
+  """Returns figures of a corpus, for JSON.
+
+  Args:
+    corpus: any.
+    most_frequent: how many of the spans that occur most often are listed. They
+      are exact up to two million different spans; beyond, the rarest of them
+      are forgotten from time to time.
+  """
+  counts = corpus.manifest['counts']
+  lengths = np.asarray(corpus.passages.lengths)
+  histogram = np.bincount((lengths - 1) // _BIN)
+  return {
+      'fingerprint': corpus.fingerprint,
+      'passages': len(lengths),
+      'articles': len(np.unique(corpus.passages.articles)),
+      'passage_length': {
+          'mean': round(float(lengths.mean()), 1),
+          'median': float(np.median(lengths)),
+          'longest': int(lengths.max()),
+          # Passages of 1 to 16 wordpieces, of 17 to 32, and so on.
+          'bin': _BIN,
+          'histogram': histogram.tolist(),
+      },
+      'unknown_wordpieces': _share(counts, 'unknown_wordpieces', 'wordpieces'),
+      'sentences': {
+          name: _sentences(table) for name, table in corpus.sentences.items()
+      },
+      'dropped': _dropped(corpus.manifest),
+      'most_frequent': _most_frequent(corpus, most_frequent),
+  }
+
+
+def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
+  """Draws what `measure` returned, as a PNG.
+
+  Raises:
+    ImportError: if matplotlib is not installed.
+  """
+  try:
+    from matplotlib import figure
+  except ImportError as error:
+    raise ImportError(
+        "The plot needs the package matplotlib; run `pip install 'realm_jax"
+        "[plot]'`."
+    ) from error
+  canvas = figure.Figure(figsize=(11, 8), layout='constrained')
+  lengths, spans, names, dropped = canvas.subplots(2, 2).flat
+  about = figures['passage_length']
+  lengths.bar(
+      np.arange(len(about['histogram'])) * about['bin'],
+      about['histogram'],
+      width=about['bin'],
+      align='edge',
+  )
+  lengths.set(
+      title=f'{figures["passages"]:,} passages',
+      xlabel='wordpieces, with title and special tokens',
+      ylabel='passages',
+  )
+  width = 0.8 / max(1, len(figures['sentences']))
+  for i, (split, values) in enumerate(figures['sentences'].items()):
+    share = np.array(values['histogram']) / max(1, values['sentences'])
+    spans.bar(
+        np.arange(1, _MOST_SPANS + 1) + width * i,
+        share,
+        width=width,
+        label=f'{split}: {values["sentences"]:,}',
+    )
+  spans.set(
+      title='Sentences with salient spans',
+      xlabel=f'spans ({_MOST_SPANS}: or more)',
+      ylabel='share of the sentences',
+  )
+  spans.legend()
+  rows = figures['most_frequent']['names'][:15][::-1]
+  names.barh([row['span'] for row in rows], [row['count'] for row in rows])
+  names.set(title='Most frequent names', xlabel='spans')
+  reasons = [
+      (f'{what}: {reason.removeprefix(what + "_").replace("_", " ")}', share)
+      for what, found in figures['dropped'].items()
+      for reason, share in found['shares'].items()
+      if share
+  ][::-1]
+  dropped.barh(
+      [reason for reason, _ in reasons], [100 * share for _, share in reasons]
+  )
+  dropped.set(title='Dropped, and why', xlabel='% of the records or sentences')
+  canvas.savefig(path, dpi=110)
+
+
+def _share(counts: dict[str, int], part: str, whole: str) -> dict[str, Any]:
+  found = counts.get(part, 0)
+  return {
+      'count': found,
+      'share': round(found / max(1, counts.get(whole, 0)), 6),
+  }
+
+
+def _sentences(table: corpus_lib.SentenceTable) -> dict[str, Any]:
+  spans = np.diff(table.span_offsets)
+  histogram = np.bincount(
+      np.minimum(spans, _MOST_SPANS), minlength=_MOST_SPANS + 1
+  )
+  return {
+      'sentences': len(table),
+      'spans': int(spans.sum()),
+      'spans_per_sentence': round(float(spans.mean()), 3),
+      'histogram': histogram[1:].tolist(),
+      'wordpieces_per_sentence': round(float(table.lengths.mean()), 1),
+  }
+
+
+def _dropped(manifest: dict[str, Any]) -> dict[str, Any]:
+  """Returns of each thing that is counted how many are gone for which reason.
+
+  What `--skip_bad_records` left out is among no records: it was never one.
+  """
+  counts = manifest['counts']
+  found: dict[str, Any] = {}
+  for prefix in ('', 'pretraining_'):
+    for whole, reasons in _DROPPED.items():
+      if f'{prefix}{whole}' not in counts:
+        continue
+      total = counts[f'{prefix}{whole}']
+      if whole == 'records':  # Duplicates never reach those who count records.
+        total += counts.get(f'{prefix}near_duplicates', 0)
+      dropped = {
+          reason: counts[prefix + reason]
+          for reason in reasons
+          if prefix + reason in counts
+      }
+      found[f'{prefix}{whole}'] = {
+          'total': total,
+          'counts': dropped,
+          'shares': {
+              reason: round(count / max(1, total), 6)
+              for reason, count in dropped.items()
+          },
+      }
+  found['malformed'] = {
+      'total': manifest['skipped_records']['count'],
+      'counts': {},
+      'shares': {},
+  }
+  return found
+
+
+def _most_frequent(
+    corpus: corpus_lib.Corpus, count: int
+) -> dict[str, list[dict[str, Any]]]:
+  """Returns the spans met most often: names, and dates and numbers."""
+  counter: collections.Counter[bytes] = collections.Counter()
+  for table in corpus.sentences.values():
+    _count_spans(table, counter)
+  found: dict[str, list[dict[str, Any]]] = {
+      'names': [],
+      'dates_and_numbers': [],
+  }
+  # By number, then by wordpieces: the same for any order of counting.
+  for key, number in sorted(counter.items(), key=lambda x: (-x[1], x[0])):
+    text = corpus.tokenizer.decode(np.frombuffer(key, np.uint32).tolist())
+    digits = any(c.isdigit() for c in text)
+    listed = found['dates_and_numbers' if digits else 'names']
+    if len(listed) < count:
+      listed.append({'span': text, 'count': number})
+    if all(len(rows) == count for rows in found.values()):
+      break
+  return found
+
+
+def _count_spans(
+    table: corpus_lib.SentenceTable, counter: collections.Counter[bytes]
+) -> None:
+  offsets = np.asarray(table.span_offsets)
+  for block in range(0, int(offsets[-1]), _BLOCK):
+    spans = np.asarray(table.spans[block : block + _BLOCK], np.int64)
+    numbers = np.arange(block, block + len(spans))
+    sentences = np.searchsorted(offsets, numbers, 'right') - 1
+    starts = table.starts[sentences] + spans[:, 0]
+    sizes = spans[:, 1] - spans[:, 0]
+    for size in range(1, _LONGEST_NAME + 1):
+      chosen = starts[sizes == size]
+      if not len(chosen):
+        continue
+      rows = table.tokens[chosen[:, None] + np.arange(size)].astype(np.uint32)
+      found, times = np.unique(
+          np.ascontiguousarray(rows).view(f'V{4 * size}').ravel(),
+          return_counts=True,
+      )
+      for row, number in zip(found, times.tolist(), strict=True):
+        counter[row.tobytes()] += number
+    if len(counter) > _MAX_NAMES:
+      for key in [key for key, number in counter.items() if number == 1]:
+        del counter[key]

@@ -1,0 +1,165 @@
+"""A trained tagger in use: labels of sentences, and a corpus with its spans.
+
+Public: `SentenceTagger`, `tag_corpus`.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from realm_jax import config as config_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import entities
+from realm_jax.index import embedding
+from realm_jax.inference import trained as trained_lib
+from realm_jax.models import components as components_lib
+from realm_jax.prepare import respan
+from realm_jax.prepare import salient_spans
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import mesh as mesh_lib
+
+
+class SentenceTagger:
+  """The tagger of a workdir, on all devices."""
+
+  def __init__(self, workdir: pathlib.Path | str):
+    """Loads the newest checkpoint.
+
+    Raises:
+      FileNotFoundError, ValueError: see `trained.Trained.open`; or it is no
+        workdir of the objective `tagger`.
+    """
+    trained = trained_lib.Trained.open(workdir)
+    if 'tagger' not in trained.components:
+      raise ValueError(
+          f'{workdir} has no tagger: its objective is'
+          f' {trained.config.objective!r}. Train the objective `tagger`:'
+          ' docs/tagging.md.'
+      )
+    self.config = trained.config
+    self.tokenizer = trained.corpus.tokenizer
+    self.types = trained.config.model.entity_types
+    self.step = trained_lib.steps_available(workdir)[0][-1]
+    self.params = trained.load(self.step)['tagger']
+    self._component = trained.components['tagger']
+    self._mesh = mesh_lib.make_mesh(config_lib.MeshConfig())
+    self._encoder: embedding.RowEncoder | None = None
+
+  def __call__(self, table: entities.TaggedTable) -> np.ndarray:
+    """Returns the labels of sentences, int32 NL; those without are -1."""
+    lengths_N = (table.ids_NL != self.tokenizer.pad_id).sum(axis=1)
+
+    def tag(
+        params: components_lib.Params, *arrays_BL: jax.Array
+    ) -> jax.Array:
+      return self._component.apply(params, 'tags', *arrays_BL)
+
+    def assemble(rows: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
+      # Of -1, for which there is no row, the last serves as well.
+      return tuple(
+          array_NL[rows, :width]
+          for array_NL in (table.ids_NL, table.types_NL, table.begins_NL)
+      )
+
+    if self._encoder is None:  # Planned for what comes first.
+      length = self.config.tagger.length  # Which may come later.
+      self._encoder = embedding.RowEncoder(
+          tag, np.append(lengths_N, length), length, self._mesh
+      )
+    labels_NL = np.full(table.ids_NL.shape, entities.NO_LABEL, np.int32)
+    with tqdm.tqdm(
+        total=len(table), desc='tagging', unit='sentence', disable=None
+    ) as bar:
+      for rows, labels_BL in self._encoder(
+          self.params, np.arange(len(table)), assemble, lengths_N
+      ):
+        labels_NL[rows, : labels_BL.shape[1]] = labels_BL
+        bar.update(len(rows))
+    return labels_NL
+
+
+def tag_corpus(
+    corpus: corpus_lib.Corpus,
+    workdir: pathlib.Path | str,
+    output: pathlib.Path | str,
+    *,
+    dates_and_numbers: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+  """Writes a corpus again with the names that a tagger finds to be masked.
+
+  The rules' names give way to the tagger's spans; their dates and numbers stay.
+  Where two spans overlap, the longer one does, and of equally long ones the
+  tagger's.
+
+  Args:
+    corpus: as `prepare` wrote it, with the tokenizer of the tagger.
+    workdir: of the objective `tagger`.
+    output: folder to write.
+    dates_and_numbers: whether to keep those of the corpus.
+    overwrite: whether to replace a corpus at `output`.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    ValueError: another tokenizer; see also `respan.respan`.
+  """
+  tagger = SentenceTagger(workdir)
+  if tagger.tokenizer.digest != corpus.tokenizer.digest:
+    raise ValueError(
+        f'{workdir} was trained with another vocabulary than that of'
+        f' {corpus.directory}: tokenizer {tagger.tokenizer.digest[:16]} there,'
+        f' {corpus.tokenizer.digest[:16]} here.'
+    )
+
+  def find(sentences: list[respan.Sentence]) -> list[list[respan.Span]]:
+    table = entities.TaggedTable.of_wordpieces(
+        [
+            entities.Wordpieces.of_text(s.text, s.ids, s.starts, s.begins)
+            for s in sentences
+        ],
+        tagger.config.tagger.length,
+        tagger.tokenizer,
+    )
+    names: list[list[respan.Span]] = [[] for _ in sentences]
+    words = [np.append(np.flatnonzero(s.begins), len(s.ids)) for s in sentences]
+    for number, first, behind in zip(
+        *entities.entities_of_words(table, tagger(table)), strict=True
+    ):
+      start, limit = words[number][[first, behind]].tolist()
+      s = sentences[number]
+      names[number].append(
+          respan.Span(
+              start, limit, int(s.starts[start]), int(s.limits[limit - 1])
+          )
+      )
+    found = []
+    for s, of_one in zip(sentences, names, strict=True):
+      text = s.text.encode()
+      kept = [
+          span
+          for span in s.spans
+          if dates_and_numbers
+          and salient_spans.kind(
+              text[span.byte_start : span.byte_limit].decode()
+          )
+          != 'name'
+      ]
+      found.append(respan.longest(of_one, kept))
+    return found
+
+  return respan.respan(
+      corpus,
+      output,
+      find,
+      {
+          'tagger': checkpoint.params_digest(tagger.params),
+          'tagger_types': list(tagger.types),
+          'rules_dates_and_numbers': dates_and_numbers,
+      },
+      overwrite=overwrite,
+  )

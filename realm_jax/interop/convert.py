@@ -1,0 +1,420 @@
+"""Weights of published checkpoints, into our parameters and back.
+
+Public: `load`, `Loaded`, `components_in`, `tensors_of`, `tower_tensors`,
+`foreign_tensor`, `model_config`, `foreign_config`. Known are BERT and the five
+REALM classes of transformers 4.40.2; `layouts` has their names. Each tensor of
+a checkpoint is a parameter of ours, a copy of another tensor, or one that the
+class holds and never uses; any other, or a missing one, is an error.
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.interop import huggingface_names
+from realm_jax.interop import tensor_files
+from realm_jax.models import components
+
+_BLOCK_EMB = 'block_emb'
+# 'gelu_pytorch_tanh' is the same function as 'gelu_new'.
+_ACTIVATIONS: dict[Any, Literal['gelu', 'gelu_new']] = {
+    'gelu': 'gelu',
+    'gelu_new': 'gelu_new',
+    'gelu_pytorch_tanh': 'gelu_new',
+}
+# Field of ours, key in config.json, and the value where the key is absent.
+_SIZES: tuple[tuple[str, str, Any], ...] = (
+    ('num_layers', 'num_hidden_layers', 12),
+    ('width', 'hidden_size', 768),
+    ('num_heads', 'num_attention_heads', 12),
+    ('mlp_width', 'intermediate_size', 3072),
+    ('vocab_size', 'vocab_size', 30522),
+    ('max_positions', 'max_position_embeddings', 512),
+    ('layer_norm_eps', 'layer_norm_eps', 1e-12),
+    ('dropout', 'hidden_dropout_prob', 0.1),
+    ('init_stddev', 'initializer_range', 0.02),
+    ('embedding_width', 'retriever_proj_size', 128),
+    ('span_width', 'span_hidden_size', 256),
+    ('max_span_width', 'max_span_width', 10),
+    ('span_norm_eps', 'reader_layer_norm_eps', 1e-3),
+)
+_MAX_LISTED = 20
+
+Tensor = np.ndarray | tensor_files.FileTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A checkpoint, as our parameters.
+
+  kind: one of `layouts.KINDS`.
+  config: sizes of the model; its `towers` are as found.
+  params: of each component, float32 numpy arrays.
+  sources: for each tensor that became a parameter, its name in the file and
+    'component/name' of ours.
+  copies: for each tensor in the file that is a copy, the name of the other.
+  unused: what the class never uses, still in its file.
+  fresh: 'component/name' of what the checkpoint does not have, at its random
+    initial value.
+  block_emb: the document embeddings of an open-QA checkpoint, in its file.
+  """
+
+  kind: str
+  config: config_lib.ModelConfig
+  params: dict[str, components.Params]
+  sources: dict[str, str]
+  copies: dict[str, str]
+  unused: dict[str, tensor_files.FileTensor]
+  fresh: list[str]
+  block_emb: tensor_files.FileTensor | None
+
+
+# Configurations.
+
+
+def model_config(values: Mapping[str, Any]) -> config_lib.ModelConfig:
+  """Returns our model's config for the contents of a config.json.
+
+  Unknown keys are no error; a missing one has the value that transformers
+  gives it.
+
+  Raises:
+    ValueError: if it is of another architecture, or asks for something that
+      is not BERT as it was published.
+  """
+  kind = values.get('model_type', 'bert')
+  if kind not in ('bert', 'realm'):
+    raise ValueError(
+        f"config.json is of the architecture {kind!r}; only 'bert' and 'realm'"
+        ' can be read.'
+    )
+  act = values.get('hidden_act', 'gelu' if kind == 'bert' else 'gelu_new')
+  if act not in _ACTIVATIONS:
+    raise ValueError(
+        f'config.json has hidden_act={act!r}; known are {[*_ACTIVATIONS]}.'
+    )
+  for key, only in (
+      ('position_embedding_type', 'absolute'),
+      ('type_vocab_size', 2),
+      ('is_decoder', False),
+      ('add_cross_attention', False),
+  ):
+    if values.get(key, only) != only:
+      raise ValueError(
+          f'config.json has {key}={values[key]!r}; only {only!r} can be read.'
+      )
+  config = config_lib.ModelConfig()
+  config.activation = _ACTIVATIONS[act]
+  for field, key, default in _SIZES:
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise ValueError(f'config.json has {key}={value!r}; expected a number.')
+    setattr(config, field, type(default)(value))
+  if config.width % config.num_heads:
+    raise ValueError(
+        f'config.json has hidden_size={config.width}, not a multiple of '
+        f'num_attention_heads={config.num_heads}.'
+    )
+  return config
+
+
+def foreign_config(
+    kind: str,
+    config: config_lib.ModelConfig,
+    base: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Returns the contents of config.json for a model of ours.
+
+  Args:
+    kind: one of `layouts.KINDS`.
+    config: resolved.
+    base: further keys, such as those of the checkpoint that was imported.
+  """
+  values = dict(base or {})
+  values |= {
+      'architectures': [huggingface_names.KINDS[kind]],
+      'model_type': 'bert' if kind in huggingface_names.BERT_KINDS else 'realm',
+      'hidden_act': config.activation,
+      'type_vocab_size': 2,
+      'torch_dtype': 'float32',
+      **{key: getattr(config, field) for field, key, _ in _SIZES},
+  }
+  # [PAD]; the default of REALM's class is another row, which it then does not
+  # train.
+  values.setdefault('pad_token_id', 0)
+  values.setdefault('attention_probs_dropout_prob', config.dropout)
+  if kind in huggingface_names.BERT_KINDS:
+    for field in ('embedding_width', 'span_width', 'max_span_width'):
+      values.pop(next(key for name, key, _ in _SIZES if name == field))
+    values.pop('reader_layer_norm_eps')
+  return values
+
+
+# Reading.
+
+
+def components_in(
+    tensors: Mapping[str, tensor_files.FileTensor],
+) -> list[str]:
+  """Names of the components that a checkpoint gives.
+
+  Raises:
+    ValueError: if it is neither BERT nor REALM.
+  """
+  kind, _ = huggingface_names.kind_of(
+      map(huggingface_names.modern_name, tensors)
+  )
+  return {
+      'bert': ['embedder', 'reader'],
+      'embedder': ['embedder'],
+      'scorer': ['embedder'],
+      'encoder': ['reader'],
+      'reader': ['span_reader'],
+      'openqa': ['embedder', 'span_reader'],
+  }[kind]
+
+
+def load(
+    tensors: Mapping[str, tensor_files.FileTensor],
+    values: Mapping[str, Any],
+    wanted: Iterable[str] | None = None,
+    seed: int = 0,
+) -> Loaded:
+  """Reads a checkpoint of any known kind, told by its names.
+
+  Args:
+    tensors: of the checkpoint's files, by name.
+    values: its config.json.
+    wanted: components to take of those it has; None for all.
+    seed: for parameters that a BERT does not have.
+
+  Raises:
+    ValueError: listing every tensor that is missing, unexpected, of a wrong
+      shape, or differs from what it is a copy of; or naming a component that
+      is not in it.
+  """
+  config = model_config(values)
+  named = {
+      huggingface_names.modern_name(name): tensor
+      for name, tensor in tensors.items()
+      if not name.endswith('embeddings.position_ids')
+  }
+  kind, prefix = huggingface_names.kind_of(named)
+  if kind == 'scorer' and _differ(named):
+    config.towers = 'separate'
+  layout = (
+      huggingface_names.bert_layout(config, named, prefix)
+      if kind == 'bert'
+      else huggingface_names.layout_of(kind, config)
+  )
+  there = sorted({e.ours.partition('/')[0] for e in layout.entries})
+  names = there if wanted is None else list(wanted)
+  if not names or set(names) - set(there):
+    raise ValueError(
+        f'The checkpoint is of the kind {kind!r} and has the components '
+        f'{there}; asked for: {names}.'
+    )
+  parts = {name: components.make(name, config) for name in there}
+  block_emb = named.pop(_BLOCK_EMB, None) if kind == 'openqa' else None
+  _check(kind, config, layout, parts, named, block_emb)
+  params, sources = _read(layout, named, names)
+  fresh = []
+  for name in names:
+    missing = parts[name].abstract.keys() - params[name].keys()
+    if missing:
+      initial = parts[name].init(seed)
+      params[name] |= {key: np.asarray(initial[key]) for key in missing}
+      fresh += [f'{name}/{key}' for key in sorted(missing)]
+  unused = {n: named[n] for n in layout.unused if n in named}
+  copies = {
+      tensor.name: named[layout.copies[name]].name
+      for name, tensor in named.items()
+      if name in layout.copies
+  }
+  return Loaded(
+      kind, config, params, sources, copies, unused, fresh, block_emb
+  )
+
+
+def _differ(named: Mapping[str, tensor_files.FileTensor]) -> bool:
+  """Whether the towers of a scorer are two."""
+  for name, tensor in named.items():
+    if name.startswith('query_embedder.') and 'predictions' not in name:
+      other = named.get(name.removeprefix('query_'))
+      if other is not None and not _equal(tensor, other):
+        return True
+  return False
+
+
+def _equal(
+    a: tensor_files.FileTensor, b: tensor_files.FileTensor
+) -> bool:
+  if a.same_storage(b):
+    return True
+  return a.shape == b.shape and np.array_equal(a.read(), b.read())
+
+
+def _check(
+    kind: str,
+    config: config_lib.ModelConfig,
+    layout: huggingface_names.Layout,
+    parts: Mapping[str, components.Component],
+    named: Mapping[str, tensor_files.FileTensor],
+    block_emb: tensor_files.FileTensor | None,
+) -> None:
+  shapes = dict(layout.unused)
+  for entry in layout.entries:
+    component, _, name = entry.ours.partition('/')
+    shape = tuple(parts[component].abstract[name].shape)
+    shapes[entry.theirs] = shape[::-1] if entry.transposed else shape
+  problems = [
+      f'missing: {e.theirs} {shapes[e.theirs]}'
+      for e in layout.entries
+      if e.theirs not in named
+  ]
+  for name, tensor in named.items():
+    if name in layout.copies:
+      target = layout.copies[name]
+      if target in named and not _equal(tensor, named[target]):
+        problems.append(f'differs from {target}: {name}')
+    elif name not in shapes:
+      problems.append(f'unexpected: {name} {tensor.shape}')
+    elif tensor.shape != shapes[name]:
+      problems.append(
+          f'of shape {tensor.shape}, expected {shapes[name]}: {name}'
+      )
+    elif tensor.dtype.kind not in 'fV':  # 'V' is bfloat16.
+      problems.append(f'of type {tensor.dtype}, expected floats: {name}')
+  if kind == 'openqa':
+    width = config.embedding_width
+    if block_emb is None:
+      problems.append(f'missing: {_BLOCK_EMB} (documents, {width})')
+    elif block_emb.shape[1:] != (width,):
+      problems.append(
+          f'of shape {block_emb.shape}, expected (documents, {width}): '
+          + _BLOCK_EMB
+      )
+  if problems:
+    problems = list(dict.fromkeys(problems))  # BERT's appear twice.
+    more = len(problems) - _MAX_LISTED
+    raise ValueError(
+        'The checkpoint does not fit its config.json as a'
+        f' {huggingface_names.KINDS[kind]}:\n  '
+        + '\n  '.join(problems[:_MAX_LISTED])
+        + (f'\n  and {more} more' if more > 0 else '')
+    )
+
+
+def _read(
+    layout: huggingface_names.Layout,
+    named: Mapping[str, tensor_files.FileTensor],
+    wanted: Iterable[str],
+) -> tuple[dict[str, components.Params], dict[str, str]]:
+  params: dict[str, components.Params] = {name: {} for name in wanted}
+  sources: dict[str, str] = {}
+  arrays: dict[str, np.ndarray] = {}
+  shared = {}
+  for entry in layout.entries:
+    shared[entry.theirs] = entry.theirs in shared
+  for entry in layout.entries:
+    component, _, name = entry.ours.partition('/')
+    if component not in params:
+      continue
+    array = arrays.get(entry.theirs)
+    if array is None:
+      array = named[entry.theirs].read()
+      if entry.transposed:
+        array = np.ascontiguousarray(array.T)
+      array = array.astype(np.float32, copy=False)
+      if shared[entry.theirs]:  # Components of one BERT share the memory.
+        arrays[entry.theirs] = array
+      sources[named[entry.theirs].name] = entry.ours
+    params[component][name] = array
+  return params, sources
+
+
+# Writing.
+
+
+def tensors_of(
+    kind: str,
+    config: config_lib.ModelConfig,
+    params: Mapping[str, components.Params],
+    unused: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+  """Returns every tensor that transformers has in a class, by name.
+
+  Args:
+    kind: one of `layouts.KINDS`; 'bert' is the reader.
+    config: resolved.
+    params: of the components that the class consists of.
+    unused: values of those that the class never uses; the others are 0, and 1
+      for the scale of a LayerNorm.
+
+  Returns:
+    float32 arrays; those of `unused` as given. Copies are the same objects.
+    `block_emb` of an open-QA model is not among them.
+
+  Raises:
+    ValueError: if a component is missing, or the class cannot hold the towers.
+  """
+  layout = huggingface_names.layout_of(kind, config)
+  needs_tower = any(e.ours.startswith('embedder/') for e in layout.entries)
+  if needs_tower and kind != 'scorer' and config.towers != 'shared':
+    raise ValueError(
+        f'The retriever has config.model.towers={config.towers!r}; of the '
+        "classes of transformers only 'scorer' has a tower for queries."
+    )
+  found: dict[str, Tensor] = {}
+  for entry in layout.entries:
+    found[entry.theirs] = foreign_tensor(entry.ours, params)
+  given = unused or {}
+  for name, shape in layout.unused.items():
+    tensor = given.get(name)
+    if tensor is None:
+      make = np.ones if name.endswith('LayerNorm.weight') else np.zeros
+      tensor = make(shape, np.float32)
+    elif tensor.shape != shape:
+      raise ValueError(f'{name} has the shape {tensor.shape}, not {shape}.')
+    found[name] = tensor
+  for name, target in layout.copies.items():
+    found[name] = found[target]
+  return found
+
+
+def tower_tensors(
+    config: config_lib.ModelConfig, params: components.Params, encoder: str
+) -> dict[str, np.ndarray]:
+  """Returns one tower of an embedder as a BertModel, with its pooler.
+
+  Args:
+    config: resolved.
+    params: of the embedder.
+    encoder: 'encoder' or 'query_encoder'.
+  """
+  return {
+      entry.theirs: foreign_tensor(entry.ours, {'embedder': params})
+      for entry in huggingface_names.tower(config, encoder)
+  }
+
+
+def foreign_tensor(
+    ours: str, params: Mapping[str, components.Params]
+) -> np.ndarray:
+  """Returns 'component/name' as PyTorch holds it.
+
+  Raises:
+    ValueError: if there is no such component.
+  """
+  component, _, name = ours.partition('/')
+  if component not in params:
+    raise ValueError(
+        f'There is no {component}; only {", ".join(sorted(params))}.'
+    )
+  array = np.asarray(params[component][name])
+  if name.endswith('.kernel'):
+    array = np.ascontiguousarray(array.T)
+  return array

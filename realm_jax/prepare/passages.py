@@ -1,0 +1,480 @@
+"""From records to passages and tagged sentences: the work of one chunk.
+
+Public: `Settings`, `Task`, `Chunk`, `Packer`. A chunk is what one process does
+at a time; what comes out depends on the chunk's records alone.
+
+Passages as in ORQA (Lee et al. 2019, section 9): whole sentences, greedily,
+while 3 + title + body <= 288 wordpieces.
+"""
+
+import bisect
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+from typing import Any
+
+import numpy as np
+
+from realm_jax.corpus import corpus
+from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.corpus import word_cache as word_cache_lib
+from realm_jax.prepare import filters
+from realm_jax.prepare import mediawiki
+from realm_jax.prepare import records
+from realm_jax.prepare import salient_spans as salient_spans_lib
+from realm_jax.prepare import tf_example
+
+_NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
+_CHECKSUM_BYTES = 16
+# Ends of lines, and so of sentences, that BERT drops as control characters,
+# making one word of what is on either side. Their stand-ins are as many bytes.
+_LINE_ENDS = '\v\f\x1c\x1d\x1e\x85'
+_LINE_ENDS_OF_BERT = str.maketrans(_LINE_ENDS, '\n\n\n\n\n\xa0')
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How text becomes passages and sentences; part of the manifest."""
+
+  max_wordpieces: int = 288  # Of a passage with title and special tokens.
+  min_sentence: int = 4  # Wordpieces of a sentence to learn from, at least
+  max_sentence: int = 200  # and at most.
+  min_context: int = 3  # Wordpieces around a span, at least.
+  exclude: tuple[str, ...] = ()  # Kinds of records, of `filters.KINDS`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a process is given: some records in order."""
+
+  records: list[records.Record]
+  articles: list[int]  # Number of the article of each.
+  validation: list[bool]  # Whether its sentences are for validation.
+  passages: bool  # False: only sentences are wanted.
+
+  def to_bytes(self) -> bytes:
+    """Returns everything, as JSON."""
+    return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode()
+
+  @classmethod
+  def from_bytes(cls, data: bytes) -> 'Task':
+    """Returns what `to_bytes` wrote."""
+    values = json.loads(data)
+    found = [records.Record(**record) for record in values.pop('records')]
+    return cls(
+        records=[
+            record
+            if record.spans is None
+            else dataclasses.replace(
+                record, spans=tuple((a, b) for a, b in record.spans)
+            )
+            for record in found
+        ],
+        **values,
+    )
+
+  @property
+  def digest(self) -> str:
+    """Of everything that is in it, 32 hexadecimal digits."""
+    return hashlib.blake2b(self.to_bytes(), digest_size=16).hexdigest()
+
+
+@dataclasses.dataclass
+class Chunk:
+  """What a process gives back. Numbers are relative to the chunk."""
+
+  tokens: np.ndarray  # uint32, flat.
+  ids: np.ndarray  # uint64 [P], hashes.
+  lengths: np.ndarray  # int64 [P], wordpieces of title and body.
+  title_lengths: np.ndarray  # int32 [P]
+  articles: np.ndarray  # int32 [P]
+  passage_records: list[bytes]
+  sentence_starts: np.ndarray  # int64 [S], in `tokens`.
+  sentence_lengths: np.ndarray  # int32 [S]
+  sentence_passages: np.ndarray  # int64 [S], -1: of none.
+  sentence_aside: np.ndarray  # int64 [S], article if for validation, or -1.
+  sentence_fields: list[bytes]  # Of their records, all after `passage`.
+  span_counts: np.ndarray  # int64 [S]
+  spans: np.ndarray  # int32 [total, 2]
+  counts: collections.Counter[str]
+  num_records: int
+
+  def to_bytes(self) -> bytes:
+    """Returns everything, as numpy stores arrays, behind a checksum."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in vars(self).items():
+      if isinstance(value, np.ndarray):
+        arrays[name] = value
+      elif isinstance(value, list):
+        arrays[f'{name}.sizes'] = np.array([*map(len, value)], np.int64)
+        arrays[name] = np.frombuffer(b''.join(value), np.uint8)
+    counts = json.dumps(self.counts).encode()
+    arrays['counts'] = np.frombuffer(counts, np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    data = buffer.getvalue()
+    return _checksum(data) + data
+
+  @classmethod
+  def from_bytes(cls, data: bytes) -> 'Chunk':
+    """Returns what `to_bytes` wrote; ValueError if it is damaged."""
+    if data[:_CHECKSUM_BYTES] != _checksum(data[_CHECKSUM_BYTES:]):
+      raise ValueError('damaged or cut off')
+    values: dict[str, Any] = dict(
+        np.load(io.BytesIO(data[_CHECKSUM_BYTES:]), allow_pickle=False)
+    )
+    for name in [n for n in values if f'{n}.sizes' in values]:
+      limits = np.cumsum(values.pop(f'{name}.sizes')).tolist()
+      whole = values[name].tobytes()
+      values[name] = [
+          whole[start:limit]
+          for start, limit in zip([0, *limits], limits, strict=False)
+      ]
+    counts = collections.Counter(json.loads(values['counts'].tobytes()))
+    return cls(**{
+        **values, 'counts': counts, 'num_records': counts['records']
+    })
+
+
+class Packer:
+  """Turns tasks into chunks."""
+
+  def __init__(
+      self, tokenizer: tokenizer_lib.Tokenizer, settings: Settings
+  ) -> None:
+    self._tokenizer = tokenizer
+    self._encode = word_cache_lib.WordMemo(tokenizer)
+    self._settings = settings
+
+  def __call__(self, task: Task) -> Chunk:
+    """Does the work."""
+    builder = _Builder()
+    counts = builder.counts
+    counts['records'] = len(task.records)
+    kept = [
+        (_plain(record), article, validation)
+        for record, article, validation in zip(
+            task.records, task.articles, task.validation, strict=True
+        )
+        if not self._is_excluded(record, counts)
+    ]
+    encoded = self._encode([_lines(record.text) for record, _, _ in kept])
+    titles = self._encode([record.title for record, _, _ in kept])
+    for (record, article, validation), arrays, (title, _, _) in zip(
+        kept, encoded, titles, strict=True
+    ):
+      ids, starts, limits = arrays
+      counts['wordpieces'] += len(ids)
+      counts['unknown_wordpieces'] += int(
+          np.count_nonzero(ids == self._tokenizer.unk_id)
+      )
+      if not len(ids):
+        counts['records_without_wordpieces'] += 1
+        continue
+      text = _Text(record.text, ids, starts, limits)
+      if task.passages:
+        self._add_passages(builder, record, article, title, text)
+      aside = article if validation else -1
+      self._add_sentences(builder, record, text, aside, task.passages)
+    return builder.chunk(task.passages)
+
+  def _is_excluded(
+      self, record: records.Record, counts: collections.Counter[str]
+  ) -> bool:
+    exclude = self._settings.exclude
+    kind = exclude and filters.reason(
+        record.title, record.text, exclude, record.wikitext
+    )
+    if kind:
+      counts[f'excluded_{kind}'] += 1
+    return bool(kind)
+
+  def _add_passages(
+      self,
+      builder: '_Builder',
+      record: records.Record,
+      article: int,
+      title: np.ndarray,
+      text: '_Text',
+  ) -> None:
+    # A longer title would leave less than half of the passage to the text.
+    longest = (self._settings.max_wordpieces - _NUM_SPECIALS) // 2
+    if len(title) > longest:
+      builder.counts['shortened_titles'] += 1
+      title = title[:longest]
+    budget = self._settings.max_wordpieces - _NUM_SPECIALS - len(title)
+    ranges = self._pack(text, budget, builder.counts)
+    for i, (start, limit, byte_start, byte_limit) in enumerate(ranges):
+      name = record.id if len(ranges) == 1 else f'{record.id}#{i}'
+      text.passages.append((
+          limit,
+          builder.add_passage(
+              name,
+              article,
+              record.title,
+              title,
+              text,
+              start,
+              limit,
+              text.slice(byte_start, byte_limit),
+          ),
+          builder.position - limit,
+      ))
+
+  def _pack(
+      self, text: '_Text', budget: int, counts: collections.Counter[str]
+  ) -> list[tuple[int, int, int, int]]:
+    """Returns passages as (wordpiece range, byte range)."""
+    packed: list[list[int]] = []
+    for start, limit, byte_start, byte_limit in text.sentences:
+      if limit - start > budget:
+        counts['split_sentences'] += 1
+        units = self._split(text, start, limit, byte_start, byte_limit, budget)
+      else:
+        units = [[start, limit, byte_start, byte_limit]]
+      for unit in units:
+        if packed and unit[1] - packed[-1][0] <= budget:
+          packed[-1][1], packed[-1][3] = unit[1], unit[3]
+        else:
+          packed.append(list(unit))
+    return [(a, b, c, d) for a, b, c, d in packed]
+
+  def _split(
+      self,
+      text: '_Text',
+      start: int,
+      limit: int,
+      byte_start: int,
+      byte_limit: int,
+      budget: int,
+  ) -> list[list[int]]:
+    """Cuts a sentence before words, or inside a word longer than a passage."""
+    words = self._tokenizer.starts_word[text.ids]
+    pieces = []
+    while limit - start > budget:
+      cut = start + budget
+      while cut > start and not words[cut]:
+        cut -= 1
+      cut = cut if cut > start else start + budget
+      pieces.append([start, cut, byte_start, int(text.starts[cut])])
+      start, byte_start = cut, int(text.starts[cut])
+    return [*pieces, [start, limit, byte_start, byte_limit]]
+
+  def _add_sentences(
+      self,
+      builder: '_Builder',
+      record: records.Record,
+      text: '_Text',
+      aside: int,
+      passages: bool,
+  ) -> None:
+    settings, counts = self._settings, builder.counts
+    names = None
+    if record.spans is None:
+      names = salient_spans_lib.document_names(record.text)
+    given, used = record.spans or (), 0
+    for start, limit, byte_start, byte_limit in text.sentences:
+      counts['sentences'] += 1
+      length = limit - start
+      passage, base = -1, 0
+      if passages:
+        at = bisect.bisect_left(text.passages, limit, key=lambda p: p[0])
+        _, passage, base = text.passages[at]
+        if start + base < builder.starts[passage]:  # It was split.
+          counts['sentences_split'] += 1
+          continue
+      if not settings.min_sentence <= length <= settings.max_sentence:
+        counts['sentences_too_short_or_long'] += 1
+        continue
+      sentence = text.slice(byte_start, byte_limit)
+      if record.spans is None:
+        found = salient_spans_lib.find_spans(sentence, names)
+      else:
+        inside = [
+            (a - byte_start, b - byte_start)
+            for a, b in given
+            if byte_start <= a and b <= byte_limit
+        ]
+        used += len(inside)
+        found = inside
+      ranges: dict[tuple[int, int], tuple[int, int]] = {}
+      for a, b in found:
+        first = bisect.bisect_left(
+            text.starts_list, a + byte_start, start, limit
+        )
+        last = bisect.bisect_right(
+            text.limits_list, b + byte_start, start, limit
+        )
+        if first >= last:
+          counts['spans_without_wordpieces'] += 1
+        elif length - (last - first) < settings.min_context:
+          counts['spans_without_context'] += 1
+        else:
+          ranges.setdefault((first - start, last - start), (a, b))
+      if not ranges:
+        counts['sentences_without_spans'] += 1
+        continue
+      if not passages:
+        base = builder.add_tokens(text.ids[start:limit]) - start
+      builder.add_sentence(
+          sentence,
+          record.title,
+          aside,
+          start + base,
+          length,
+          passage,
+          ranges,
+      )
+    counts['spans_outside_sentences'] += len(given) - used
+
+
+class _Text:
+  """A record's text with its wordpieces and sentences."""
+
+  def __init__(
+      self, text: str, ids: np.ndarray, starts: np.ndarray, limits: np.ndarray
+  ):
+    self._data = text.encode('utf-8')
+    self.ids, self.starts, self.limits = ids, starts, limits
+    self.starts_list, self.limits_list = starts.tolist(), limits.tolist()
+    # Last wordpiece + 1, number in the chunk, distance from a wordpiece of the
+    # text to its place in the chunk: of each passage.
+    self.passages: list[tuple[int, int, int]] = []
+    self.sentences = self._find_sentences(text)
+
+  def slice(self, start: int, limit: int) -> str:
+    """Returns what is between two bytes, without the spaces around."""
+    return self._data[start:limit].decode('utf-8', 'ignore').strip()
+
+  def _find_sentences(self, text: str) -> list[tuple[int, int, int, int]]:
+    """Returns sentences as (wordpiece range, byte range), all wordpieces."""
+    to_byte = tokenizer_lib.byte_positions(text)
+    characters = salient_spans_lib.split_sentences(text) or [(0, len(text))]
+    found = to_byte[np.array(characters)]
+    # Each goes on to the start of the next, so that none is between them.
+    cuts = np.searchsorted(self.starts, found[1:, 0], 'left')
+    first = [0, *cuts.tolist()]
+    last = [*cuts.tolist(), len(self.ids)]
+    return [
+        (a, b, byte_start, byte_limit)
+        for a, b, (byte_start, byte_limit) in zip(
+            first, last, found.tolist(), strict=True
+        )
+        if a < b
+    ]
+
+
+class _Builder:
+  """Collects the parts of a chunk."""
+
+  def __init__(self) -> None:
+    self.counts: collections.Counter[str] = collections.Counter()
+    self.position = 0
+    self.starts: list[int] = []  # Of each passage's body, in the tokens.
+    self._tokens: list[np.ndarray] = []
+    self._passages: list[tuple[int, int, int, int]] = []
+    self._passage_records: list[bytes] = []
+    self._sentences: list[tuple[int, int, int, int, int]] = []
+    self._sentence_fields: list[bytes] = []
+    self._spans: list[tuple[int, int]] = []
+
+  def add_tokens(self, ids: np.ndarray) -> int:
+    """Appends wordpieces and returns where they begin."""
+    start = self.position
+    self._tokens.append(ids)
+    self.position += len(ids)
+    return start
+
+  def add_passage(
+      self,
+      name: str,
+      article: int,
+      title: str,
+      title_ids: np.ndarray,
+      text: _Text,
+      start: int,
+      limit: int,
+      body: str,
+  ) -> int:
+    """Appends a passage and returns its number."""
+    self.add_tokens(title_ids)
+    self.starts.append(self.add_tokens(text.ids[start:limit]))
+    self._passages.append((
+        corpus.id_hash(name),
+        len(title_ids) + limit - start,
+        len(title_ids),
+        article,
+    ))
+    self._passage_records.append(
+        tf_example.example(
+            tf_example.number_field('article', [article])
+            + tf_example.text_field('id', name)
+            + tf_example.text_field('text', body)
+            + tf_example.text_field('title', title)
+        )
+    )
+    return len(self._passages) - 1
+
+  def add_sentence(
+      self,
+      sentence: str,
+      title: str,
+      aside: int,
+      start: int,
+      length: int,
+      passage: int,
+      spans: dict[tuple[int, int], tuple[int, int]],
+  ) -> None:
+    """Appends a sentence with spans: wordpieces -> bytes."""
+    self._sentences.append((start, length, passage, aside, len(spans)))
+    self._spans += spans
+    self._sentence_fields.append(
+        tf_example.number_field('span_limits', [b for _, b in spans.values()])
+        + tf_example.number_field('span_starts', [a for a, _ in spans.values()])
+        + tf_example.text_field('text', sentence)
+        + tf_example.text_field('title', title)
+    )
+
+  def chunk(self, passages: bool) -> Chunk:
+    """Returns everything as arrays."""
+    hashes = [p[0] for p in self._passages]
+    table = np.array([p[1:] for p in self._passages], np.int64).reshape(-1, 3)
+    found = np.array(self._sentences, np.int64).reshape(-1, 5)
+    return Chunk(
+        tokens=np.concatenate(
+            [np.zeros(0, np.uint32), *self._tokens], dtype=np.uint32
+        ),
+        ids=np.array(hashes, np.uint64),
+        lengths=table[:, 0],
+        title_lengths=table[:, 1].astype(np.int32),
+        articles=table[:, 2].astype(np.int32),
+        passage_records=self._passage_records,
+        sentence_starts=found[:, 0],
+        sentence_lengths=found[:, 1].astype(np.int32),
+        sentence_passages=found[:, 2],
+        sentence_aside=found[:, 3],
+        sentence_fields=self._sentence_fields,
+        span_counts=found[:, 4],
+        spans=np.array(self._spans, np.int32).reshape(-1, 2),
+        counts=self.counts,
+        num_records=self.counts['records'],
+    )
+
+
+def _lines(text: str) -> str:
+  """Returns the text, as many bytes, with line ends that BERT knows."""
+  if any(end in text for end in _LINE_ENDS):
+    return text.translate(_LINE_ENDS_OF_BERT)
+  return text
+
+
+def _plain(record: records.Record) -> records.Record:
+  if not record.wikitext:
+    return record
+  return dataclasses.replace(record, text=mediawiki.plain_text(record.text))
+
+
+def _checksum(data: bytes) -> bytes:
+  return hashlib.blake2b(data, digest_size=_CHECKSUM_BYTES).digest()

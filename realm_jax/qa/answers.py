@@ -1,0 +1,283 @@
+"""Is an answer right? The one matcher of labels, training and evaluation.
+
+Public: `normalize_answer`, `exact_match`, `f1`, `has_answer`, `answer_spans`,
+`find_answer`, `lower_with_origins`. A data set states how its answers are to be
+compared: `string` is the official normalisation of SQuAD and open-domain QA,
+`regex` that of CuratedTREC, whose answers are regular expressions.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+import functools
+import re
+import string
+from typing import Any, Literal
+import unicodedata
+import warnings
+
+# Like `re`, but a search can be given a time limit: patterns come from data.
+import regex
+
+Match = Literal['string', 'regex']
+
+_REGEX_SECONDS = 1.0
+_DELETE_PUNCTUATION = str.maketrans('', '', string.punctuation)
+_ARTICLES = re.compile(r'\b(a|an|the)\b')
+# The official normalisation leaves the combining marks of NFD in place; they
+# belong to the word.
+_LETTER = r'[\p{L}\p{N}\p{M}]'
+_TOKEN = regex.compile(rf'{_LETTER}+|\S')  # Words and single marks.
+_PUNCTUATION = r'!-/:-@\[-`{-~'  # As ranges: that of ASCII.
+_SPACE = r'\s\x1c-\x1f'  # What `str.split` divides at.
+
+
+def normalize_answer(text: str) -> str:
+  """Normalises as the official evaluation of open-domain QA does.
+
+  Unicode NFD (the marks stay), lower case, ASCII punctuation deleted, the
+  words a, an, the replaced by a space, white space collapsed.
+  """
+  text = unicodedata.normalize('NFD', text).lower()
+  text = text.translate(_DELETE_PUNCTUATION)
+  return ' '.join(_ARTICLES.sub(' ', text).split())
+
+
+def exact_match(
+    prediction: str, answers: Sequence[str], match: Match = 'string'
+) -> bool:
+  """Whether the prediction equals one of the answers.
+
+  Args:
+    prediction: what a reader answered.
+    answers: the references; any of them will do. None: never right.
+    match: `string` compares after `normalize_answer`. `regex` wants one of the
+      patterns to match the raw prediction from its start, not to its end, case
+      ignored (the official rule); a pattern that is invalid, or that takes
+      longer than a second, matches nothing and gives a warning.
+
+  Raises:
+    ValueError: `answers` is one string, or `match` is unknown.
+  """
+  _check(answers, match)
+  if match == 'regex':
+    return any(_regex_matches('match', a, prediction) for a in answers)
+  normalized = normalize_answer(prediction)
+  return any(normalize_answer(answer) == normalized for answer in answers)
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+  """Overlap of the normalised words with the best answer, in [0, 1] (SQuAD).
+
+  Raises:
+    ValueError: `answers` is one string.
+  """
+  _check(answers, 'string')
+  ours = normalize_answer(prediction).split()
+  return max(
+      (_word_f1(ours, normalize_answer(answer).split()) for answer in answers),
+      default=0.0,
+  )
+
+
+def has_answer(
+    text: str, answers: Sequence[str], match: Match = 'string'
+) -> bool:
+  """Whether a passage contains one of the answers.
+
+  `string`: a run of whole words of the text is an `exact_match`. What ends a
+  word is white space or a mark, as in DPR: `Paris` is in `Paris's`, `US` in
+  `the U.S. Army`, but `art` is not in `Bart`. `regex`: a pattern is found
+  anywhere in the text, with the rules of `exact_match` otherwise.
+
+  Raises:
+    ValueError: `answers` is one string, or `match` is unknown.
+  """
+  _check(answers, match)
+  if match == 'regex':
+    return any(_regex_matches('search', a, text) for a in answers)
+  return any(_contains(text, answer) for answer in answers)
+
+
+def _check(answers: Sequence[str], match: str) -> None:
+  if isinstance(answers, str):
+    raise ValueError(
+        f'answers must be a list of strings, not the string {answers!r}.'
+    )
+  if match not in ('string', 'regex'):
+    raise ValueError(f"match must be 'string' or 'regex', not {match!r}.")
+
+
+def _word_f1(ours: list[str], theirs: list[str]) -> float:
+  if not ours or not theirs:
+    return float(ours == theirs)
+  common = collections.Counter(ours) & collections.Counter(theirs)
+  return 2 * common.total() / (len(ours) + len(theirs))
+
+
+# An evaluation asks about the same passages and answers many times.
+_normalized = functools.lru_cache(maxsize=2**14)(normalize_answer)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _without_punctuation(text: str) -> str:
+  return lower_with_origins(text)[0].translate(_DELETE_PUNCTUATION)
+
+
+def answer_spans(
+    text: str, answers: Sequence[str], match: Match = 'string'
+) -> list[tuple[int, int]]:
+  """Finds the parts of a passage that are an answer, by `has_answer`'s rules.
+
+  Returns:
+    Half-open ranges of UTF-8 bytes of the text, in order, without doubles.
+    Those of one answer do not overlap.
+
+  Raises:
+    ValueError: `answers` is one string, or `match` is unknown.
+  """
+  _check(answers, match)
+  if match == 'regex':
+    found = {
+        span for answer in answers for span in _regex_spans(answer, text)
+    }
+    origins: Sequence[int] = range(len(text) + 1)
+  else:
+    lowered, origins = lower_with_origins(text)
+    found = {
+        span for answer in answers for span in _spans_of(answer, lowered)
+    }
+  characters = sorted(
+      (origins[start], origins[limit]) for start, limit in found
+  )
+  if text.isascii():
+    return characters
+  sizes = [0]
+  for character in text:
+    sizes.append(sizes[-1] + len(character.encode('utf-8', 'surrogatepass')))
+  return [(sizes[start], sizes[limit]) for start, limit in characters]
+
+
+def _contains(text: str, answer: str) -> bool:
+  wanted = _normalized(answer)
+  if wanted and f' {wanted} ' in f' {_normalized(text)} ':
+    return True
+  # A match holds each word, perhaps with punctuation inside. This spares most
+  # answers their pattern, which takes milliseconds to compile.
+  if not all(word in _without_punctuation(text) for word in wanted.split()):
+    return False
+  return find_answer(lower_with_origins(text)[0], answer) is not None
+
+
+def find_answer(
+    lowered: str, answer: str, start: int = 0
+) -> tuple[int, int] | None:
+  """Returns where an answer first stands in a text of `lower_with_origins`.
+
+  By the rule `string`; None if nowhere from `start` on.
+  """
+  if not _tokens(answer):
+    return None
+  wanted = _normalized(answer)
+  for found in _answer_pattern(answer).finditer(lowered, start):
+    # The pattern is generous; the official normalisation decides.
+    if not wanted or normalize_answer(found.group()) == wanted:
+      return found.span()
+  return None
+
+
+def lower_with_origins(text: str) -> tuple[str, Sequence[int]]:
+  """NFD and lower case, and from which character each one came."""
+  if text.isascii():
+    return text.lower(), range(len(text) + 1)
+  parts, origins = [], []
+  for i, character in enumerate(text):
+    part = unicodedata.normalize('NFD', character).lower()
+    parts.append(part)
+    origins += [i] * len(part)
+  return ''.join(parts), [*origins, len(text)]
+
+
+def _spans_of(answer: str, lowered: str) -> Iterator[tuple[int, int]]:
+  span = find_answer(lowered, answer)
+  while span is not None:
+    yield span
+    span = find_answer(lowered, answer, span[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _answer_pattern(answer: str) -> Any:
+  """Finds runs of whole words that may normalise to the answer."""
+  words = _normalized(answer).split()
+  if words:
+    inside = f'[{_PUNCTUATION}]*'
+    article = '|'.join(map(inside.join, ('a', 'an', 'the')))
+    article = rf'(?<!{_LETTER})(?:{article})(?!{_LETTER})'
+    between = rf'(?:[{_PUNCTUATION}{_SPACE}]|{article})+'
+    pattern = between.join(
+        inside.join(map(regex.escape, word)) for word in words
+    )
+  else:
+    # Nothing is left of `The The` or `?`: look for what was written.
+    words = _tokens(answer)
+    pattern = rf'[{_SPACE}]*'.join(map(regex.escape, words))
+  # A word is whole, a mark always is.
+  before = f'(?<!{_LETTER})' if regex.match(_LETTER, words[0]) else ''
+  after = f'(?!{_LETTER})' if regex.match(_LETTER, words[-1][-1]) else ''
+  return regex.compile(f'{before}(?:{pattern}){after}')
+
+
+def _tokens(text: str) -> list[str]:
+  return _TOKEN.findall(unicodedata.normalize('NFD', text).lower())
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> Any:
+  """The pattern, or None with a warning where it is not one."""
+  flags = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
+  try:
+    re.compile(pattern)  # `re` decides what is valid, as officially.
+    return regex.compile(pattern, flags)
+  except (re.error, regex.error, OverflowError, RecursionError) as error:
+    warnings.warn(
+        f'The answer {pattern!r} is no regular expression ({error}); it '
+        'counts as never matched.',
+        stacklevel=2,
+    )
+    return None
+
+
+def _regex_spans(pattern: str, text: str) -> list[tuple[int, int]]:
+  """Where a pattern is found in a text; nowhere if it takes too long."""
+  compiled = _compiled(pattern)
+  if compiled is None:
+    return []
+  try:
+    return [
+        found.span()
+        for found in compiled.finditer(text, timeout=_REGEX_SECONDS)
+        if found.group()
+    ]
+  except TimeoutError:
+    _warn_of_time(pattern, text)
+    return []
+
+
+def _regex_matches(
+    how: Literal['match', 'search'], pattern: str, text: str
+) -> bool:
+  compiled = _compiled(pattern)
+  if compiled is None:
+    return False
+  try:
+    return bool(getattr(compiled, how)(text, timeout=_REGEX_SECONDS))
+  except TimeoutError:
+    _warn_of_time(pattern, text)
+    return False
+
+
+def _warn_of_time(pattern: str, text: str) -> None:
+  warnings.warn(
+      f'The answer pattern {pattern!r} took longer than {_REGEX_SECONDS} s on a'
+      f' text of {len(text)} characters; it counts as not matched.',
+      stacklevel=3,
+  )

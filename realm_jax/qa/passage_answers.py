@@ -1,0 +1,163 @@
+"""Where the passages of a corpus hold an answer: labels of open-domain QA.
+
+Public: `PassageAnswers`, `gold_rows`. `PassageAnswers` gives the verdicts of
+`open_qa.has_answer`, the matcher of the evaluation, for thousands of passages
+at once: a passage is read and made ready once, and a verdict is found once.
+"""
+
+from collections.abc import Sequence
+import functools
+
+import numpy as np
+
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.qa import answers
+from realm_jax.qa import questions as questions_lib
+
+# Bounds of what is kept: passages (about 1 kB each), and verdicts.
+_MAX_TEXTS = 2_000_000
+_MAX_VERDICTS = 200_000_000
+_GOLD_TEXTS = 2**14  # Questions about one record usually follow each other.
+
+
+def gold_rows(
+    corpus: corpus_lib.Corpus, questions: Sequence[questions_lib.Question]
+) -> list[np.ndarray]:
+  """Returns the rows of each question's gold passages.
+
+  Training (`ict.questions`) and evaluation both take them from here. `prepare`
+  divides a record that is too long for one passage; the parts that hold an
+  answer, by `open_qa.has_answer`, are then gold. If no part does, all parts
+  are: the answer may stand across a boundary, or only in the title.
+
+  Args:
+    corpus: the passages.
+    questions: `passage_id` is the id of a passage or of a divided record.
+
+  Returns:
+    For each question int64 rows in order; none if it has no `passage_id`, or
+    one that is not in the corpus.
+  """
+  known = sorted({q.passage_id for q in questions if q.passage_id is not None})
+  records = dict(zip(known, corpus.record_rows(known), strict=True))
+
+  @functools.lru_cache(maxsize=_GOLD_TEXTS)
+  def text_of(row: int) -> str:
+    return corpus.passage_text(row)['text']
+
+  found = []
+  for question in questions:
+    rows = np.zeros(0, np.int64)
+    if question.passage_id is not None:
+      rows = records[question.passage_id]
+    if len(rows) > 1:
+      holding = [
+          row
+          for row in rows.tolist()
+          if answers.has_answer(text_of(row), question.answers, question.match)
+      ]
+      rows = np.array(holding or rows, np.int64)
+    found.append(rows)
+  return found
+
+
+class PassageAnswers:
+  """Finds answers in passages of one corpus."""
+
+  def __init__(self, corpus: corpus_lib.Corpus):
+    self._corpus = corpus
+    self._lowered: dict[int, str] = {}
+    self._offsets: dict[int, np.ndarray] = {}
+    # By question: rows in order, and whether each holds an answer.
+    self._verdicts: dict[
+        questions_lib.Question, tuple[np.ndarray, np.ndarray]
+    ] = {}
+    self._num_verdicts = 0
+
+  def has_answer(
+      self, question: questions_lib.Question, rows_N: np.ndarray
+  ) -> np.ndarray:
+    """Tells which passages hold an answer in their body, bool [N].
+
+    Args:
+      question: with its answers and how they match.
+      rows_N: passage rows.
+    """
+    known, verdicts = self._verdicts.get(
+        question, (np.zeros(0, np.int64), np.zeros(0, bool))
+    )
+    new = np.setdiff1d(rows_N, known)
+    if new.size:
+      rows = np.concatenate([known, new])
+      order = np.argsort(rows)
+      found = np.concatenate([verdicts, self._search(question, new)])
+      known, verdicts = rows[order], found[order]
+      self._num_verdicts += len(new)
+      if self._num_verdicts > _MAX_VERDICTS:
+        self._verdicts.clear()
+        self._num_verdicts = len(known)
+      self._verdicts[question] = known, verdicts
+    return verdicts[np.searchsorted(known, rows_N)]
+
+  def spans(
+      self, question: questions_lib.Question, row: int
+  ) -> list[tuple[int, int]]:
+    """Where a reader should find an answer.
+
+    Returns:
+      First and last wordpiece of each, in the passage's body, in order.
+    """
+    text = self._corpus.passage_text(row)['text']
+    offsets_L2 = self.wordpieces(row, text)
+    found = set()
+    for start, limit in answers.answer_spans(
+        text, question.answers, question.match
+    ):
+      # The wordpieces that share a byte with the answer.
+      first = np.searchsorted(offsets_L2[:, 1], start, side='right')
+      last = np.searchsorted(offsets_L2[:, 0], limit, side='left') - 1
+      if first <= last:
+        found.add((int(first), int(last)))
+    return sorted(found)
+
+  def wordpieces(self, row: int, text: str) -> np.ndarray:
+    """The bytes of a body that each wordpiece stands for, int32 [L, 2]."""
+    if row not in self._offsets:
+      if len(self._offsets) >= _MAX_TEXTS:
+        self._offsets.clear()
+      ((_, starts, limits),) = self._corpus.tokenizer.encode_arrays([text])
+      self._offsets[row] = np.stack([starts, limits], axis=1).astype(np.int32)
+    return self._offsets[row]
+
+  def _search(
+      self, question: questions_lib.Question, rows: np.ndarray
+  ) -> np.ndarray:
+    if question.match == 'regex':
+      return np.array([
+          answers.has_answer(
+              self._corpus.passage_text(row)['text'], question.answers, 'regex'
+          )
+          for row in rows.tolist()
+      ])
+    texts = self._lowered_texts(rows.tolist())
+    # One long text is searched faster than thousands of short ones. What stands
+    # between them belongs to no answer.
+    joined = '\0'.join(texts)
+    limits = np.cumsum([len(text) + 1 for text in texts])
+    found = np.zeros(len(rows), bool)
+    for answer in question.answers:
+      span = answers.find_answer(joined, answer)
+      while span is not None:
+        i = int(np.searchsorted(limits, span[0], side='right'))
+        found[i] = True
+        span = answers.find_answer(joined, answer, int(limits[i]))
+    return found
+
+  def _lowered_texts(self, rows: list[int]) -> list[str]:
+    for row in rows:
+      if row not in self._lowered:
+        if len(self._lowered) >= _MAX_TEXTS:
+          self._lowered.clear()
+        text = self._corpus.passage_text(row)['text']
+        self._lowered[row], _ = answers.lower_with_origins(text)
+    return [self._lowered[row] for row in rows]

@@ -1,0 +1,330 @@
+"""How a job begins: checks, then initial parameters or those it left off with.
+
+Public: `Job`, `open_job`, `start_or_resume`.
+"""
+
+import dataclasses
+import logging
+import pathlib
+import socket
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from realm_jax import config as config_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import entities
+from realm_jax.models import attention
+from realm_jax.models import components as components_lib
+from realm_jax.qa import passage_answers
+from realm_jax.qa import question_table as question_table_lib
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import distributed
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import sharding
+from realm_jax.trainer import initial
+from realm_jax.trainer import step
+
+log = logging.getLogger(__name__)
+
+_SHARED_SECONDS = 30.0  # Until a file of another host is seen.
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Everything that is fixed while a job runs."""
+
+  workdir: pathlib.Path
+  config: config_lib.Config  # Resolved.
+  corpus: corpus_lib.Corpus
+  mesh: jax.sharding.Mesh
+  components: step.Components
+  lineage: dict[str, str]  # Saved with every checkpoint, compared on resume.
+  # The questions that it learns from.
+  questions: question_table_lib.QuestionTable | None = None
+  tagged: entities.TaggedTable | None = None  # The same, of `tagger`.
+  # Of `ict` with questions: the passages that answer each.
+  gold_rows: list[np.ndarray] | None = None
+
+  @property
+  def layout(self) -> str:
+    """On what it runs, in words: saved with every checkpoint, too."""
+    axes = ', '.join(f'{name} {n}' for name, n in self.mesh.shape.items())
+    return (
+        f'{jax.process_count()} process(es) x {jax.local_device_count()}'
+        f' device(s) ({axes})'
+    )
+
+
+def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
+  """Checks all that can be checked before any expensive work.
+
+  The first job in a workdir writes config.json; a later one must agree with it
+  in everything that determines the result.
+
+  Raises:
+    ValueError: a wrong config, a workdir of another config or corpus, a corpus
+      too small, a mesh that does not fit; processes that differ in any of it,
+      or do not see the same folder.
+    FileNotFoundError: no corpus, or no workdir to start from.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  config_lib.validate(config)
+  corpus = corpus_lib.Corpus.open(config.corpus)
+  config = config_lib.resolve(config)
+  vocab_size = corpus.tokenizer.vocab_size
+  if config.model.vocab_size not in (0, vocab_size):
+    raise ValueError(
+        f'config.model.vocab_size={config.model.vocab_size}, but the tokenizer'
+        f' of {config.corpus} has {vocab_size} wordpieces; 0 takes it over.'
+    )
+  config.model.vocab_size = vocab_size
+  # The index builder and `evaluate` may run in another folder.
+  config.corpus = str(corpus.directory.absolute())
+  _check_corpus_size(config, corpus)
+  sentences: list[entities.TaggedSentence] = []
+  if config.objective == 'tagger':
+    sentences = entities.read(config.tagger.files)
+    types = config.model.entity_types or entities.types_of(sentences)
+    config.model.entity_types = types
+  lineage = {
+      'config_digest': config_lib.digest(config),
+      'corpus_fingerprint': corpus.fingerprint,
+      'tokenizer_digest': corpus.tokenizer.digest,
+  }
+  questions = None
+  asked = config.open_qa.questions
+  if config.objective == 'ict':
+    asked = config.ict.questions
+  if config.objective in ('ict', 'open_qa') and asked:
+    questions = question_table_lib.QuestionTable.read(
+        asked, config.lengths.query, corpus.tokenizer
+    )
+    lineage['questions_digest'] = questions.digest
+  tagged = None
+  if sentences:
+    tagged = entities.TaggedTable.of(
+        sentences,
+        config.model.entity_types,
+        config.tagger.length,
+        corpus.tokenizer,
+    )
+    lineage['tagged_digest'] = tagged.digest
+  _check_same_processes(config, lineage)
+  _check_same_job(workdir, config, lineage)
+  _warn_of_cuts(config, corpus)
+  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
+  sharding.check(config, mesh)
+  attention.check(config.model, mesh.devices.flat[0])
+  for source in initial.sources(config):
+    config_lib.read(source)  # Raises if there is none.
+  if distributed.is_main():
+    checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  _check_shared(workdir)
+  components = components_lib.make_all(config)
+  gold_rows = None
+  if config.objective == 'ict' and questions is not None:
+    gold_rows = passage_answers.gold_rows(corpus, questions.questions)
+  return Job(
+      workdir,
+      config,
+      corpus,
+      mesh,
+      components,
+      lineage,
+      questions,
+      tagged,
+      gold_rows,
+  )
+
+
+def start_or_resume(
+    job: Job,
+    checkpoints: checkpoint.Checkpoints,
+    tx: optax.GradientTransformation,
+) -> tuple[step.TrainState, dict[str, Any]]:
+  """Returns the state to go on from, and what was saved about it.
+
+  In this order:
+    1. the newest checkpoint of the workdir itself, on whatever devices and
+       processes it was saved;
+    2. parameters of the workdirs in config.init_from, see `initial.load`;
+    3. at random, by config.seed.
+
+  Raises:
+    ValueError: naming the parameters whose presence or shape differs.
+  """
+  root = jax.random.key(job.config.seed)
+  shardings = step.state_shardings(
+      job.config, job.components, tx, job.mesh
+  )
+  # A shared folder may not show all of them the same at once.
+  latest = distributed.broadcast(checkpoints.latest)
+  if latest is not None:
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=place
+        ),
+        step.abstract_state(job.components, tx),
+        shardings,
+    )
+    rest = {
+        'step': state.step, 'opt_state': state.opt_state, 'rng': state.rng
+    }
+    params, rest = checkpoints.restore(latest, state.params, rest)
+    log.info('Resuming %s at step %d.', job.workdir, latest)
+    about = checkpoint.saved_about(job.workdir, latest)
+    before = about.get('layout', job.layout)
+    if before != job.layout:
+      log.info(
+          'It was on %s, now it is on %s. The batches stay the same, in the'
+          ' same order; sums over devices may differ in their last bits.',
+          before,
+          job.layout,
+      )
+    return step.TrainState(params=params, **rest), about
+  given = initial.load(
+      job.config, job.components, job.lineage['tokenizer_digest']
+  )
+  state = jax.jit(
+      lambda given: _fresh(job, tx, root, given), out_shardings=shardings
+  )(given)
+  return state, {}
+
+
+def _fresh(
+    job: Job,
+    tx: optax.GradientTransformation,
+    root: jax.Array,
+    given: dict[str, components_lib.Params] | None = None,
+) -> step.TrainState:
+  given = given or {}
+  params = {}
+  for name, component in job.components.items():
+    params[name] = given.get(name, {})
+    if params[name].keys() != component.abstract.keys():
+      params[name] = {**component.init(job.config.seed), **params[name]}
+  return step.TrainState(
+      step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=root
+  )
+
+
+def _check_corpus_size(
+    config: config_lib.Config, corpus: corpus_lib.Corpus
+) -> None:
+  rows = len(corpus.passages)
+  if config.objective == 'open_qa' and rows < config.open_qa.read:
+    raise ValueError(
+        f'The corpus {corpus.directory} has {rows} passages;'
+        f' config.open_qa.read={config.open_qa.read} is more.'
+    )
+  if config.objective != 'realm':
+    return
+  needed = config.num_candidates - 1
+  excluded, what = 0, 'passages'
+  if config.trivial == 'passage':
+    excluded, what = 1, 'passages besides the one a sentence is from'
+  elif config.trivial == 'article':
+    excluded = int(np.bincount(corpus.passages.articles).max())
+    what = 'passages outside the largest article'
+  if rows - excluded < needed:
+    raise ValueError(
+        f'The corpus {corpus.directory} has {rows - excluded} {what};'
+        f' config.num_candidates={config.num_candidates} (null document'
+        f' included) needs {needed}. Use a larger corpus or fewer candidates.'
+    )
+
+
+def _warn_of_cuts(
+    config: config_lib.Config, corpus: corpus_lib.Corpus
+) -> None:
+  mlm = config.mlm
+  if config.objective == 'mlm' and (mlm.own_passage_rate, mlm.null_rate) == (
+      0, 1
+  ):
+    return  # It reads the null document only.
+  length = config.lengths.document
+  too_long = int((corpus.passages.lengths > length).sum())
+  if too_long:
+    log.warning(
+        '%d of the %d passages have more than config.lengths.document=%d'
+        ' wordpieces, up to %d; what is beyond is not seen. A corpus of'
+        ' `realm-jax prepare --max_wordpieces=%d` has shorter ones.',
+        too_long,
+        len(corpus.passages),
+        length,
+        corpus.passages.lengths.max(),
+        length,
+    )
+
+
+def _check_same_processes(
+    config: config_lib.Config, lineage: dict[str, str]
+) -> None:
+  """All of them compute one thing, and save and wait at the same steps."""
+  values = {}
+  for name, value in config_lib.to_dict(config).items():
+    if isinstance(value, dict):
+      values.update({f'{name}.{field}': v for field, v in value.items()})
+    elif name != 'corpus':  # It may lie elsewhere on each host.
+      values[name] = value
+  distributed.same('config', values)
+  distributed.same(
+      'corpus',
+      {name: lineage[name] for name in lineage if name != 'config_digest'},
+  )
+  device = jax.local_devices()[0]
+  distributed.same(
+      'host',
+      {
+          'devices': jax.local_device_count(),
+          'device': device.device_kind,
+          'jax': jax.__version__,
+      },
+  )
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+  distributed.barrier('config.json is written')
+  deadline = time.monotonic() + _SHARED_SECONDS
+  while not (workdir / 'config.json').exists():
+    if time.monotonic() > deadline:
+      raise ValueError(
+          f'{workdir} on {socket.gethostname()} is not the folder that process'
+          ' 0 writes to: --workdir must be on storage that all hosts share.'
+      )
+    time.sleep(0.1)
+
+
+def _check_same_job(
+    workdir: pathlib.Path, config: config_lib.Config, lineage: dict[str, str]
+) -> None:
+  if not (workdir / 'config.json').exists():
+    return
+  theirs = config_lib.read(workdir)
+  if config_lib.digest(theirs) != lineage['config_digest']:
+    differing = '\n  '.join(config_lib.differences(config, theirs))
+    raise ValueError(
+        f'{workdir} is the workdir of another config:\n  {differing}\nResume'
+        ' with the same config, or give another --workdir.'
+    )
+  steps_saved = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
+  if not steps_saved:
+    return
+  saved = checkpoint.saved_about(workdir, steps_saved[-1])
+  for name, digest in lineage.items():
+    if name != 'config_digest' and saved[name] != digest:
+      where = config.corpus
+      if name == 'questions_digest':
+        where = config.open_qa.questions or config.ict.questions
+      elif name == 'tagged_digest':
+        where = config.tagger.files
+      raise ValueError(
+          f'{workdir} was trained on something else: {name}'
+          f' {saved[name][:16]} in its checkpoint {steps_saved[-1]},'
+          f' {digest[:16]} in {where}.'
+      )

@@ -1,0 +1,401 @@
+"""The training loop of all objectives.
+
+Public: `train`. It reads top to bottom; the order inside a step is fixed:
+adopt an index generation, snapshot the retriever, save, draw the batch,
+retrieve, step, log the step before.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import logging
+import pathlib
+import signal
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+
+from realm_jax import config as config_lib
+from realm_jax.models import flops
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import distributed
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import process
+from realm_jax.runtime import profile as profile_lib
+from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import batches
+from realm_jax.trainer import job as job_lib
+from realm_jax.trainer import optimizer
+from realm_jax.trainer import probe as probe_lib
+from realm_jax.trainer import refresh as refresh_lib
+from realm_jax.trainer import retrieve
+from realm_jax.trainer import step as step_lib
+
+log = logging.getLogger(__name__)
+
+SUMMARY = 'summary.json'
+
+
+class Interrupted(Exception):
+  """SIGTERM came: the job saved a checkpoint and stopped."""
+
+
+def train(
+    config: config_lib.Config,
+    workdir: pathlib.Path | str,
+    *,
+    health: Callable[[], int | None] = lambda: None,
+    profile: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+  """Trains to config.steps, or goes on from where the workdir left off.
+
+  Args:
+    config: of the job; see `config.validate`.
+    workdir: folder of the job; see the README, Layout.
+    health: called at every step and while waiting for the index builder;
+      returns how often that has failed, raises if there is no use in going on.
+    profile: first and last step to trace, to `workdir`/profile.
+
+  Returns:
+    What is also written to `workdir`/summary.json: step, params_sha256,
+    index_generation, seconds, compilations.
+
+  Raises:
+    ValueError, FileNotFoundError: see `state.open_job`.
+    RuntimeError: another process trains in this workdir.
+    FloatingPointError: the loss is not finite; the last checkpoint is from
+      before.
+    Interrupted: on SIGTERM, after saving.
+  """
+  start_time = time.perf_counter()
+  job = job_lib.open_job(config, workdir)
+  with contextlib.ExitStack() as stack:
+    if distributed.is_main():
+      # One that was told to leave may still be saving.
+      stack.enter_context(
+          process.Lock(job.workdir, process.GRACE_SECONDS, 'trainer')
+      )
+      (job.workdir / SUMMARY).unlink(missing_ok=True)
+    if config.objective in config_lib.SEARCHING:
+      health()  # The builder may begin: config.json is checked and written.
+    loop = _Loop(job, health, profile, stack)
+    loop.run()
+    summary = {
+        'step': int(loop.state.step),
+        'params_sha256': checkpoint.params_digest(loop.state.params),
+        'index_generation': loop.generation,
+        'seconds': round(time.perf_counter() - start_time, 3),
+        'compilations': loop.compilations,
+    }
+  if distributed.is_main():
+    checkpoint.write_json(job.workdir / SUMMARY, summary)
+  return summary
+
+
+class _Stopping(Exception):
+  """SIGTERM came while the next index generation was waited for."""
+
+
+class _Pending(NamedTuple):
+  """What a step left to be logged, once the device is done with it."""
+
+  step: int  # Updates done with it.
+  rows: np.ndarray  # Of the sentence table, or of the questions.
+  metrics: step_lib.Metrics
+  staleness: dict[str, float]  # Of the index that it searched.
+
+
+class _Loop:
+  """The state of a running job."""
+
+  def __init__(
+      self,
+      job: job_lib.Job,
+      health: Callable[[], int | None],
+      profile: tuple[int, int] | None,
+      stack: contextlib.ExitStack,
+  ):
+    self._job, config = job, job.config
+    tokenizer = job.corpus.tokenizer
+    null_ids = (tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id)
+    tx = optimizer.make_optimizer(config, tuple(job.components))
+    self._checkpoints = checkpoint.Checkpoints(
+        job.workdir, config.checkpoint.keep
+    )
+    stack.callback(self._checkpoints.close)
+    self.state, about = job_lib.start_or_resume(job, self._checkpoints, tx)
+    self._step = int(self.state.step)
+    self._saved: int | None = self._step if about else None
+    # This process' rows of each batch, from the one that is next.
+    self._rows = mesh_lib.local_rows(job.mesh, config.batch_size)
+    self._data = batches.training_batches(
+        job.corpus,
+        config,
+        self._step,
+        self._rows,
+        job.questions,
+        job.tagged,
+        job.gold_rows,
+    )
+    # How often the training step was compiled; 1, whatever the batches.
+    self.compilations = 0
+    self._train_step = step_lib.make_train_step(
+        config, job.components, tx, null_ids, job.mesh, self._count_trace
+    )
+    self._sigterm = stack.enter_context(_on_sigterm())
+    self._any_sigterm = distributed.LateAny(job.mesh)
+
+    def interrupt() -> None:  # Nobody will search what is waited for.
+      if distributed.any(bool(self._sigterm)):
+        raise _Stopping
+
+    self._refresher: refresh_lib.Refresher | None = None
+    if config.objective in config_lib.SEARCHING:
+      self._refresher = refresh_lib.Refresher(
+          job.workdir,
+          config,
+          corpus=job.corpus,
+          mesh=job.mesh,
+          step=self._step,
+          generation=about.get('index_generation'),
+          pending=about.get('index_pending'),
+          health=health,
+          interrupt=interrupt,
+      )
+      stack.callback(self._refresher.close)
+      self._retrieval = retrieve.Retrieval(job, self._refresher, self._rows)
+      self._probe = probe_lib.Probe(job)
+    self._snapshots = snapshots_lib.Snapshots(
+        job.workdir,
+        config.refresh.keep,
+        # Else resuming would need the generation of a snapshot that is not.
+        required=config.refresh.policy != 'eager',
+    )
+    stack.callback(self._snapshots.close)
+    self._writer = metrics_lib.MetricsWriter(
+        job.workdir, self._step, config.tensorboard
+    )
+    stack.callback(self._writer.close)
+    self._profile = profile_lib.StepProfile(job.workdir, profile)
+    stack.callback(self._profile.close)
+    self._step_flop = flops.model_flop(config)
+    self._clock = metrics_lib.Clock()
+    self._means = metrics_lib.Means(about.get('metrics'))
+    self._bar = stack.enter_context(
+        tqdm.tqdm(
+            total=config.steps,
+            initial=self._step,
+            desc=config.objective,
+            unit='step',
+            # Not on a terminal: lines instead of a bar.
+            disable=None if distributed.is_main() else True,
+            mininterval=0.5,
+        )
+    )
+    self._pending: _Pending | None = None
+    self._logged = (self._step, time.perf_counter())
+    self._said = time.perf_counter()
+
+  @property
+  def generation(self) -> int | None:
+    """The index generation in use, None where there is no index."""
+    return self._refresher.generation_step if self._refresher else None
+
+  def _count_trace(self) -> None:
+    self.compilations += 1
+
+  def run(self) -> None:
+    config, asked = self._job.config, self._job.questions
+    first = self._step
+    while self._step < config.steps:
+      step = self._step
+      self._profile.before(step + 1, self.state)
+      try:
+        with self._clock.measure('refresh'):
+          self._refresh(step)
+        stop = self._any_sigterm(bool(self._sigterm))
+      except _Stopping:
+        stop = True
+      if stop:
+        self._save(step)
+        raise Interrupted(f'Stopped by SIGTERM; step {step} is saved.')
+      if step > first and step % config.checkpoint.interval == 0:
+        self._save(step)
+      with self._clock.measure('data'):
+        batch = next(self._data)
+      if self._refresher is not None:
+        with self._clock.measure('compute'):
+          # The step before: the queries are embedded with what it learned.
+          jax.block_until_ready(self.state.params)
+        with self._clock.measure('retrieve'):
+          batch = self._retrieval(batch, self.state.params['embedder'])
+      with self._clock.measure('compute'):
+        arrays = mesh_lib.to_devices(
+            self._job.mesh,
+            {name: batch[name] for name in step_lib.input_names(config)},
+        )
+        self.state, metrics = self._train_step(self.state, arrays)
+        # Of the step before: by now it is done, and nobody waits for it.
+        self._log_pending()
+      staleness = self._refresher.metrics(step) if self._refresher else {}
+      rows = batch['sentence_B' if asked is None else 'question_B']
+      self._pending = _Pending(step + 1, rows, metrics, staleness)
+      self._step += 1
+      self._bar.update()
+    self._log_pending()
+    self._profile.close()
+    if self._refresher is not None and config.refresh.policy != 'none':
+      self._take_snapshot(self._step)  # For a last, fresh generation.
+    self._save(self._step)
+
+  def _refresh(self, step: int) -> None:
+    """Adopts the generation due at this step, and takes a snapshot if due."""
+    refresher, config = self._refresher, self._job.config
+    if refresher is None:
+      return
+    at_interval = step % config.refresh.interval == 0
+    if at_interval:
+      self._finish_step()
+    # The first generation, and every one of `sync`, is made from the snapshot
+    # of this very step. Otherwise adopt first: the builder works on the newest
+    # snapshot only, and must finish the one that this step waits for.
+    first = step == 0 or (at_interval and config.refresh.policy == 'sync')
+    with refresher.standing_still():
+      if first:
+        self._take_snapshot(step)
+        self._snapshots.wait()
+        distributed.barrier('a snapshot is there')
+      if refresher.adopt(step):
+        with refresher.training_goes_on():
+          self._finish_step()
+        refresher.probe_overlap(
+            self._probe.embed(self.state.params['embedder']), self._probe.k
+        )
+      if not first and refresher.snapshot_due(
+          step,
+          lambda: self._probe.still_right(
+              self.state.params['embedder'], refresher.search
+          ),
+      ):
+        self._take_snapshot(step)
+
+  def _finish_step(self) -> None:
+    """Waits for the device, which may be at the step before."""
+    jax.block_until_ready(self.state.params)
+
+  def _take_snapshot(self, step: int) -> None:
+    """Publishes the embedder for the index builder, in the background."""
+    self._snapshots.save(
+        step,
+        self.state.params['embedder'],
+        in_use=self.generation or 0,
+        saving=self._checkpoints.saving,
+    )
+
+  def _save(self, step: int) -> None:
+    with self._clock.measure('checkpoint'):
+      self._log_pending()  # Raises if the parameters are not worth saving.
+      if step == self._saved:
+        return  # Resumed here, and nothing has changed.
+      # A checkpoint must find the snapshots that came before it.
+      self._snapshots.wait()
+      rest = {
+          'step': self.state.step,
+          'opt_state': self.state.opt_state,
+          'rng': self.state.rng,
+      }
+      self._checkpoints.save(
+          step,
+          self.state.params,
+          rest,
+          {
+              **self._job.lineage,
+              'layout': self._job.layout,
+              'index_generation': self.generation,
+              'index_pending': (
+                  self._refresher.pending if self._refresher else None
+              ),
+              'metrics': self._means.saved(),
+          },
+      )
+
+  def _log_pending(self) -> None:
+    """Fetches and checks the metrics of the last step, and records means."""
+    if self._pending is None:
+      return
+    pending, self._pending = self._pending, None
+    step = pending.step
+    values = {
+        f'train/{name}': float(value)
+        for name, value in jax.device_get(pending.metrics).items()
+    }
+    loss = values['train/loss']
+    if not np.isfinite(loss) or not np.isfinite(values['train/grad_norm']):
+      self._writer.write(step, {'train/loss': str(loss)})
+      self._checkpoints.wait()  # For the one that may still be on its way.
+      raise FloatingPointError(
+          f'The loss of step {step} is {loss}, its gradient norm'
+          f' {values["train/grad_norm"]}. Rows of the batch:'
+          f' {pending.rows.tolist()}. The last checkpoint, from before it,'
+          f' is kept: step {self._checkpoints.latest}.'
+      )
+    self._means.add(values)
+    if step % self._job.config.log_interval:
+      return
+    values = self._means.take()
+    now = time.perf_counter()
+    since_step, since_time = self._logged
+    rate = (step - since_step) / (now - since_time)
+    self._logged = (step, now)
+    values['time/examples_per_second'] = rate * self._job.config.batch_size
+    flop_rate = rate * self._step_flop
+    values['time/model_tflops'] = flop_rate / 1e12
+    if self._job.config.peak_tflops:
+      peak = self._job.config.peak_tflops * 1e12 * self._job.mesh.size
+      values['time/mfu'] = flop_rate / peak
+    for part, seconds in self._clock.take().items():
+      values[f'time/{part}_seconds'] = seconds
+    values.update(pending.staleness)
+    self._writer.write(step, values)
+    shown = {
+        'loss': f'{values["train/loss"]:.3f}',
+        'examples/s': f'{values["time/examples_per_second"]:.0f}',
+    }
+    if self._refresher is not None:
+      shown['staleness'] = f'{values["refresh/age_steps"]:.0f}'
+      name = 'null_share' if self._job.questions is None else 'exact_match'
+      shown[name] = f'{values[f"train/{name}"]:.2f}'
+    self._bar.set_postfix(shown, refresh=False)
+    if not distributed.is_main():
+      return
+    if self._bar.disable and now - self._said > 10:
+      self._said = now
+      text = ' '.join(f'{name}={value}' for name, value in shown.items())
+      log.info('step %d/%d %s', step, self._job.config.steps, text)
+
+
+@contextlib.contextmanager
+def _on_sigterm() -> Iterator[list[int]]:
+  """Yields a list that is no longer empty once SIGTERM has come.
+
+  A second one ends the process at once.
+  """
+  came: list[int] = []
+
+  def note(number: int, frame: Any) -> None:
+    del frame
+    came.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+  try:
+    before = signal.signal(signal.SIGTERM, note)
+  except ValueError:  # Not the main thread: whoever owns it handles signals.
+    yield came
+    return
+  try:
+    yield came
+  finally:
+    signal.signal(signal.SIGTERM, before)

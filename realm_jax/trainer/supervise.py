@@ -1,0 +1,181 @@
+"""The index builder as a child of the trainer: `train --with_index_builder`.
+
+Public: `IndexBuilderProcess`.
+"""
+
+from collections.abc import Sequence
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from realm_jax.index import generation
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import process
+from realm_jax.runtime import snapshots as snapshots_lib
+
+log = logging.getLogger(__name__)
+
+LOG = 'index_builder.log'
+_FIRST_BACKOFF_SECONDS = 1.0
+_MAX_BACKOFF_SECONDS = 60.0
+_TAIL_LINES = 20
+# The last generation, from the last snapshot, once training is done.
+_FINISH_SECONDS = 600.0
+
+
+class IndexBuilderProcess:
+  """Runs `realm-jax index --follow` from the first `health` on, as a context.
+
+  Left without an error, it gives the builder time for its last generation.
+  """
+
+  def __init__(
+      self,
+      workdir: pathlib.Path | str,
+      argv: Sequence[str] = (),
+      *,
+      max_failures: int = 3,
+      backoff_seconds: float = _FIRST_BACKOFF_SECONDS,
+  ):
+    """Plans the command.
+
+    Args:
+      workdir: of the job.
+      argv: further flags of `realm-jax index`.
+      max_failures: in a row, without a generation published in between; 0:
+        however many.
+      backoff_seconds: from the first failure to the new start; doubled with
+        each further failure in a row.
+    """
+    self._workdir = pathlib.Path(workdir)
+    self._log = self._workdir / LOG
+    self._command = [
+        sys.executable,
+        '-m',
+        'realm_jax',
+        'index',
+        f'--workdir={workdir}',
+        '--follow',
+        f'--parent_pid={os.getpid()}',
+        *argv,
+    ]
+    self._max_failures = max_failures
+    self._backoff_seconds = backoff_seconds
+    self._process: subprocess.Popen[bytes] | None = None
+    self._failures = 0  # In a row.
+    self._all_failures = 0
+    self._published: set[int] = set()
+    self._start_at = 0.0
+
+  def __enter__(self) -> 'IndexBuilderProcess':
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+    if kind is None:
+      self._finish()
+    self.stop()
+
+  @property
+  def pid(self) -> int | None:
+    """Of the child, None while there is none."""
+    return None if self._process is None else self._process.pid
+
+  def health(self) -> int:
+    """Starts the builder, again if it died; to be called now and then.
+
+    Returns:
+      How often it has died so far.
+
+    Raises:
+      RuntimeError: if it died too often without publishing anything in
+        between; the message ends with what it said last.
+    """
+    if self._process is None:
+      if time.monotonic() >= self._start_at:
+        self._start()
+      return self._all_failures
+    code = self._process.poll()
+    if code is None:
+      return self._all_failures
+    self._process = None
+    if self._generations() - self._published:
+      self._failures = 0
+    self._failures += 1
+    self._all_failures += 1
+    what = f'signal {-code}' if code < 0 else f'exit code {code}'
+    if self._max_failures and self._failures >= self._max_failures:
+      raise RuntimeError(
+          f'The index builder of {self._workdir} ended {self._failures} times '
+          f'without publishing anything, the last time with {what}. '
+          f'From {self._log}:\n{self._tail()}'
+      )
+    wait = min(
+        self._backoff_seconds * 2 ** (self._failures - 1), _MAX_BACKOFF_SECONDS
+    )
+    log.warning(
+        'The index builder ended with %s; it is started again in %.0f s. See '
+        '%s.', what, wait, self._log,
+    )
+    self._start_at = time.monotonic() + wait
+    return self._all_failures
+
+  def stop(self) -> None:
+    """Ends the builder: asks, waits, then insists."""
+    if self._process is None:
+      return
+    if self._process.poll() is None:
+      self._process.terminate()
+      try:
+        self._process.wait(process.GRACE_SECONDS)
+      except subprocess.TimeoutExpired:
+        log.warning('The index builder does not leave; it is killed.')
+        self._process.kill()
+        self._process.wait()
+    self._process = None
+
+  def _start(self) -> None:
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    self._published = self._generations()
+    environment = {
+        # Trainer and builder may share one accelerator: take memory as needed.
+        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+        # Else what it printed comes after the error that ended it.
+        'PYTHONUNBUFFERED': '1',
+        **os.environ,
+    }
+    with open(self._log, 'ab') as file:
+      self._process = subprocess.Popen(
+          self._command,
+          stdin=subprocess.DEVNULL,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+          env=environment,
+      )
+
+  def _finish(self) -> None:
+    """Waits until the newest snapshot has its generation."""
+    deadline = time.monotonic() + _FINISH_SECONDS
+    while time.monotonic() < deadline:
+      snapshots = snapshots_lib.steps_of(self._workdir)
+      if not snapshots or snapshots[-1] in self._generations():
+        return
+      try:
+        self.health()
+      except RuntimeError as error:
+        log.error('Training is done, but its last index is missing: %s', error)
+        return
+      time.sleep(0.1)
+    log.error('Training is done, but its last index was not built in time.')
+
+  def _generations(self) -> set[int]:
+    return set(checkpoint.steps_in(self._workdir / generation.DIRECTORY))
+
+  def _tail(self) -> str:
+    try:
+      text = self._log.read_text(encoding='utf-8', errors='replace')
+    except FileNotFoundError:
+      return '(no log)'
+    return '\n'.join(text.splitlines()[-_TAIL_LINES:])
