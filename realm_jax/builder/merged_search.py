@@ -36,7 +36,7 @@ class Beside:
       k: int,
       exclude_BR2: np.ndarray | None = None,
   ) -> np.ndarray:
-    """As `mips.Search.search`."""
+    """As `search.Search.search`."""
     query_emb_BE = np.asarray(jax.device_get(query_emb_BE), np.float32)
     size = len(query_emb_BE)
     if exclude_BR2 is None:

@@ -2,9 +2,9 @@
 
 Public: `load`, `Loaded`, `components_in`, `tensors_of`, `tower_tensors`,
 `foreign_tensor`, `model_config`, `foreign_config`. Known are BERT and the five
-REALM classes of transformers 4.40.2; `layouts` has their names. Each tensor of
-a checkpoint is a parameter of ours, a copy of another tensor, or one that the
-class holds and never uses; any other, or a missing one, is an error.
+REALM classes of transformers 4.40.2; `huggingface_names` has their names. Each
+tensor of a checkpoint is a parameter of ours, a copy of another tensor, or one
+that the class holds and never uses; any other, or a missing one, is an error.
 """
 
 from collections.abc import Iterable, Mapping
@@ -50,7 +50,7 @@ Tensor = np.ndarray | tensor_files.FileTensor
 class Loaded:
   """A checkpoint, as our parameters.
 
-  kind: one of `layouts.KINDS`.
+  kind: one of `huggingface_names.KINDS`.
   config: sizes of the model; its `towers` are as found.
   params: of each component, float32 numpy arrays.
   sources: for each tensor that became a parameter, its name in the file and
@@ -129,7 +129,7 @@ def foreign_config(
   """Returns the contents of config.json for a model of ours.
 
   Args:
-    kind: one of `layouts.KINDS`.
+    kind: one of `huggingface_names.KINDS`.
     config: resolved.
     base: further keys, such as those of the checkpoint that was imported.
   """
@@ -348,7 +348,7 @@ def tensors_of(
   """Returns every tensor that transformers has in a class, by name.
 
   Args:
-    kind: one of `layouts.KINDS`; 'bert' is the reader.
+    kind: one of `huggingface_names.KINDS`; 'bert' is the reader.
     config: resolved.
     params: of the components that the class consists of.
     unused: values of those that the class never uses; the others are 0, and 1

@@ -121,7 +121,7 @@ def export(
   Args:
     workdir: opened.
     output: folder to write; it appears, complete, at the very end.
-    kinds: of `layouts.KINDS`; None: `default_kinds`.
+    kinds: of `huggingface_names.KINDS`; None: `default_kinds`.
 
   Returns:
     The folders.

@@ -31,8 +31,8 @@ def run(
     output: folder to write; it appears, complete, at the very end.
     step: of a checkpoint or of a snapshot of the retriever; None: the newest
       checkpoint.
-    classes: of 'huggingface': of `layouts.KINDS`, the first in `output`
-      itself, each further one in a folder of its name.
+    classes: of 'huggingface': of `huggingface_names.KINDS`, the first in
+      `output` itself, each further one in a folder of its name.
     dtype: of 'index': 'float32' or 'float16'.
 
   Returns:

@@ -44,7 +44,7 @@ _BLANK = '[UNK]'  # In the place of a block without text.
 class Imported:
   """What is remembered of a checkpoint that was imported.
 
-  kind: one of `layouts.KINDS`.
+  kind: one of `huggingface_names.KINDS`.
   name: of the source.
   config: its config.json.
   tensors: their names to 'component/name' of ours.

@@ -1,7 +1,7 @@
 """What a job needs and how long it takes, before it is started: estimates.
 
 Public: `Setting`, `Chip`, `CHIPS`, `of_corpus`, `plan`, `as_text`,
-`trace_step`, `compile_step`, `compiled`. The formulas are in costs.py. A plan
+`trace_step`, `compile_step`, `compiled`. The formulas are in flops.py. A plan
 is JSON: {section: {what: figure}}.
 """
 

@@ -40,7 +40,7 @@ def run(
 
   Args:
     tasks: they are written down first, one after the other.
-    tokenizer, settings: as of `packing.Packer`.
+    tokenizer, settings: as of `passages.Packer`.
     parts: in a folder that the workers can write to.
     options: of the pipeline, such as '--runner=FlinkRunner'.
 

@@ -126,7 +126,7 @@ class _Records:
 
 
 class _Source:
-  """A corpus, cut into chunks as `packing` makes them of texts."""
+  """A corpus, cut into chunks as `passages` makes them of texts."""
 
   def __init__(
       self, corpus: corpus_lib.Corpus, kept: np.ndarray, first_article: int

@@ -188,7 +188,7 @@ def _usable(
     sentences: list[Sentence],
     corpus: corpus_lib.Corpus,
 ) -> list[list[Span]]:
-  """Leaves out what hides too much, as `packing` does."""
+  """Leaves out what hides too much, as `passages` does."""
   context = corpus.manifest['settings']['min_context']
   return [
       sentence.spans

@@ -1,7 +1,7 @@
 """Where the passages of a corpus hold an answer: labels of open-domain QA.
 
 Public: `PassageAnswers`, `gold_rows`. `PassageAnswers` gives the verdicts of
-`open_qa.has_answer`, the matcher of the evaluation, for thousands of passages
+`answers.has_answer`, the matcher of the evaluation, for thousands of passages
 at once: a passage is read and made ready once, and a verdict is found once.
 """
 
@@ -27,7 +27,7 @@ def gold_rows(
 
   Training (`ict.questions`) and evaluation both take them from here. `prepare`
   divides a record that is too long for one passage; the parts that hold an
-  answer, by `open_qa.has_answer`, are then gold. If no part does, all parts
+  answer, by `answers.has_answer`, are then gold. If no part does, all parts
   are: the answer may stand across a boundary, or only in the title.
 
   Args:

@@ -1,7 +1,7 @@
 """Published question sets, read as they were published.
 
 Public: `read`, `FORMATS`, `convert`, `resplit`. Every set becomes a list of
-`qa.Question`; how a prediction is compared with an answer (`match`) is a
+`questions.Question`; how a prediction is compared with an answer (`match`) is a
 property of the set. The format is recognised from the content, so that
 `--questions=` takes any of these files; a TFDS data set is named
 `tfds:NAME[/CONFIG][:SPLIT]`.
