@@ -294,15 +294,19 @@ class CorpusWriter:
         for split, facts in splits.items()
     }
     counts = trivial_tables.write(self._tables, passages, sentences)
-    log.info(
-        'Sentences that passages besides their own hold: %s.',
-        '; '.join(
-            f'{split} {counts[f"{split}_sentences_in_other_passages"]} of'
-            f' {len(table)}, {counts[f"{split}_sentences_in_too_many"]} of'
-            f' these in more than {trivial.MOST}'
-            for split, table in sentences.items()
-        ),
-    )
+    for split, table in sentences.items():
+      held = counts[f'{split}_sentences_in_other_passages']
+      log.info(
+          'Split %s: other passages hold the text of %d of the %d sentences'
+          ' (%.1f %%); REALM never retrieves these passages for them. %d'
+          ' sentences are in more than %d passages and are left out.',
+          split,
+          held,
+          len(table),
+          100 * held / max(len(table), 1),
+          counts[f'{split}_sentences_in_too_many'],
+          trivial.MOST,
+      )
     return counts
 
   def _token_file(self, name: str) -> appending.TokenWriter:
