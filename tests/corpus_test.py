@@ -529,7 +529,7 @@ def test_training_starts_without_tfds():
   """Importing it takes seconds; only what reads texts needs it."""
   script = """
 import sys
-from realm_jax.training import loop
+from realm_jax.trainer import loop
 assert 'tensorflow_datasets' not in sys.modules
 """
   subprocess.run([sys.executable, '-c', script], check=True)

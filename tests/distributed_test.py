@@ -38,7 +38,7 @@ _DRIVER = """
 import os, signal, sys
 import distributed_test
 from realm_jax import main
-from realm_jax.index import builder
+from realm_jax.builder import builder
 from realm_jax.index import generation
 from realm_jax.trainer import loop
 

@@ -636,7 +636,7 @@ def test_a_full_disk_leaves_nothing_of_a_compaction(
 _KILLED = """
 import os, signal, sys
 from realm_jax import main
-from realm_jax.index import edition
+from realm_jax.builder import edition
 
 def kill(*args):
   os.kill(os.getpid(), signal.SIGKILL)

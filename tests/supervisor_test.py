@@ -146,8 +146,8 @@ time.sleep(100)
 def test_the_builder_does_not_outlive_a_killed_trainer(tmp_path):
   program = f"""
 import time
-from realm_jax.index import supervisor
-with supervisor.IndexBuilderProcess({str(tmp_path)!r}) as child:
+from realm_jax.trainer import supervise
+with supervise.IndexBuilderProcess({str(tmp_path)!r}) as child:
   child.health()
   print(child.pid, flush=True)
   time.sleep(100)
