@@ -19,10 +19,10 @@ from realm_jax.cli.flags import Flag
 
 
 class Command:
-  """What `realm-jax NAME` is.
+  """One command, `realm-jax NAME`.
 
   summary: one sentence.
-  example: what follows the name in an example.
+  example: arguments, as they follow the name.
   action: called with the positional arguments, and the flags as keywords.
   flags: a missing flag is reported in this order.
   positional: describes the positional arguments; empty: there are none.

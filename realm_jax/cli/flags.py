@@ -60,7 +60,7 @@ class Flag:
 
 
 class ConfigFlag(Flag):
-  """A flag with the name of a Python file, and a flag for each field of it."""
+  """A file that returns a `Config`, and a flag for each of its fields."""
 
   def define(self) -> None:
     from ml_collections import config_flags
@@ -108,7 +108,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 
   Args:
     error: raised while the flags were parsed.
-    arguments: what was parsed.
+    arguments: the command line after the name of the command.
   """
   # An error in a config file comes with its traceback, which ends in the cause.
   text = str(error.args[0] if error.args else error).strip()
