@@ -30,7 +30,7 @@ from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loop
 
 _TESTS = pathlib.Path(__file__).parent
-_STOPPED = 143  # See cli/flags.py.
+_STOPPED = 143  # See cli/actions.py.
 
 # Notes what a step reads, gathered from all devices, and who writes a shard;
 # stops at a given step.

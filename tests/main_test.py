@@ -1,5 +1,6 @@
 """The command line, as a user has it: processes, exit codes, messages."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from realm_jax.cli import commands
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _STAGE = f'{_ROOT}/experiments/quickstart.py'
@@ -87,6 +90,14 @@ def test_all_of_it_with_a_separate_index_builder(tmp_path):
   assert f'{realm}/index/8: 1 PROBLEM(S)' in done.stdout
 
 
+@pytest.mark.parametrize('name', commands.COMMANDS)
+def test_an_action_takes_the_flags_of_its_command(name):
+  command = commands.COMMANDS[name]
+  names = [flag.name for flag in command.flags]
+  assert len(set(names)) == len(names)
+  inspect.signature(command.action).bind(**dict.fromkeys(names))
+
+
 def test_help_lists_commands_and_flags():
   usage = _works('--help')
   for command in ('prepare', 'train', 'index', 'index verify', 'inspect'):
@@ -108,6 +119,14 @@ def test_help_lists_commands_and_flags():
         (['plan'], '--config is missing'),
         (['index', '--workdir=/nowhere/at/all'], 'is not a workdir'),
         (['evaluate', '--workdir=/nowhere/at/all'], '/nowhere/at/all'),
+        (['index', 'update', '--workdir=/nowhere/at/all', '--input=x'],
+         '/nowhere/at/all'),
+        (['index', 'delete', '--workdir=/nowhere/at/all', '--input=x'],
+         '/nowhere/at/all'),
+        (['export', '--workdir=/nowhere/at/all', '--format=index',
+          '--output=/tmp/never'], '/nowhere/at/all'),
+        (['questions', '--source=/no/such.jsonl', '--output=/tmp/never'],
+         '/no/such.jsonl'),
         (['inspect', '--workdir=x'], 'Give one sentence with a [MASK]'),
         (['compare', 'a'], 'usage: realm-jax compare [--flag=value ...]'),
         (['index', '--workdir=x', 'extra'], "what is 'extra'"),

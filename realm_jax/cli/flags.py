@@ -1,109 +1,129 @@
-"""What a command of `realm-jax` is made of.
+"""Flags of the command line: their types, and those that several commands have.
 
-Public: `Command`, `config_flag`, `workdir_flag`, `process_flags`, `processes`,
-`split_list`, `quiet_jax`, the exit codes.
-A module beside this one has a group of commands in a table `COMMANDS`, by the
-words after `realm-jax`; `main.py` puts the tables together.
+Public: `Flag`, `REQUIRED`, the flags in capitals, `explain`.
 """
 
-from collections.abc import Callable, Sequence
-import contextlib
+from collections.abc import Sequence
 import dataclasses
-import logging
-from typing import Literal
+import difflib
+import re
+from typing import Any, Literal
 
 from absl import flags
 
-# Exit codes beside 0 and 1: of a wrong command line, of Ctrl-C, and of a job
-# that SIGTERM stopped after it saved a checkpoint (128 + 2 and 128 + 15, as a
-# shell reports signals).
-USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
+REQUIRED: Any = object()  # As a default: the flag must be given.
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
-  """One word after `realm-jax`, or two: `index verify`."""
+class Flag:
+  """One flag of a command.
 
-  summary: str
-  example: str
-  define_flags: Callable[[], None]
-  run: Callable[[Sequence[str]], None]
-  positional: str = ''  # What it takes besides flags.
-
-
-def config_flag(required: bool = True) -> None:
-  """Defines --config, and --config.FIELD for each of its fields."""
-  from ml_collections import config_flags
-
-  # A choice among strings, which config.validate checks.
-  config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
-  config_flags.DEFINE_config_file(
-      'config',
-      None,
-      'Experiment file, FILE.py or FILE.py:ARGUMENT; override its fields with'
-      ' --config.FIELD=VALUE.',
-      lock_config=True,
-  )
-  if required:
-    flags.mark_flag_as_required('config')
-
-
-def workdir_flag() -> None:
-  """Defines --workdir."""
-  flags.DEFINE_string(
-      'workdir',
-      None,
-      'Folder of the job: config, checkpoints, index, metrics.',
-      required=True,
-  )
-
-
-def process_flags() -> None:
-  """Defines how the processes of a job find each other."""
-  flags.DEFINE_string(
-      'coordinator',
-      None,
-      'HOST:PORT of process 0, where a job has several, one on each host.',
-  )
-  flags.DEFINE_integer('num_processes', None, 'How many the job has.')
-  flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0 on.')
-  flags.DEFINE_boolean(
-      'distributed',
-      False,
-      'Find out these three from SLURM, Kubernetes, Open MPI or the TPU slice.',
-  )
-  flags.DEFINE_float(
-      'coordinator_timeout', 300.0, 'Seconds to wait for the other processes.'
-  )
-
-
-def processes() -> contextlib.AbstractContextManager[None]:
-  """Joins the other processes of the job that the flags speak of, if any.
-
-  Raises:
-    ValueError: if the flags do not fit together.
-    TimeoutError: if the others did not come; see `distributed.job`.
+  name: `--name` on the command line, and the argument of the command's action.
+  type: `bool`, `float`, `int`, `str`, `list` for names between commas, or a
+    tuple of the strings to choose from.
+  help: one sentence.
+  default: the value without the flag, or `REQUIRED`.
   """
-  values = flags.FLAGS
-  given = (values.coordinator, values.num_processes, values.process_id)
-  if not values.distributed and given == (None, None, None):
-    return contextlib.nullcontext()
-  if values.distributed and given != (None, None, None):
-    raise ValueError(
-        '--distributed finds out by itself what --coordinator, --num_processes'
-        ' and --process_id say: give it alone, or these three.'
+
+  name: str
+  type: type | tuple[str, ...]
+  help: str
+  default: Any = None
+
+  def define(self) -> None:
+    """Makes `absl.flags.FLAGS` accept the flag."""
+    required = self.default is REQUIRED
+    default = None if required else self.default
+    if isinstance(self.type, tuple):
+      flags.DEFINE_enum(
+          self.name, default, self.type, self.help, required=required
+      )
+      return
+    define = {
+        bool: flags.DEFINE_boolean,
+        float: flags.DEFINE_float,
+        int: flags.DEFINE_integer,
+        list: flags.DEFINE_list,
+        str: flags.DEFINE_string,
+    }[self.type]
+    define(self.name, default, self.help, required=required)
+
+  def __str__(self) -> str:
+    """The line of the flag in the help of its command."""
+    text = f'  --{self.name}: '
+    if isinstance(self.type, tuple):
+      text += f'<{"|".join(self.type)}>: '
+    text += self.help
+    if self.default is REQUIRED:
+      return f'{text} (required)'
+    return text if self.default is None else f'{text} (default {self.default})'
+
+
+class ConfigFlag(Flag):
+  """A file that returns a `Config`, and a flag for each of its fields."""
+
+  def define(self) -> None:
+    from ml_collections import config_flags
+
+    # A field of type Literal is a string here; config.validate checks it.
+    config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
+    config_flags.DEFINE_config_file(
+        self.name, None, self.help, lock_config=True
     )
-  from realm_jax.runtime import distributed
-
-  return distributed.job(*given, timeout=values.coordinator_timeout)
-
-
-def split_list(text: str | None) -> list[str]:
-  """Returns the parts of a comma-separated flag; none of an absent one."""
-  return [part.strip() for part in (text or '').split(',') if part.strip()]
+    if self.default is REQUIRED:
+      flags.mark_flag_as_required(self.name)
 
 
-def quiet_jax() -> None:
-  """Keeps the libraries' running commentary out of the user's log."""
-  for name in ('orbax', 'absl', 'jax'):
-    logging.getLogger(name).setLevel(logging.WARNING)
+CONFIG = ConfigFlag(
+    'config', str,
+    'Experiment file, FILE.py or FILE.py:ARGUMENT; override its fields with'
+    ' --config.FIELD=VALUE.', REQUIRED,
+)
+WORKDIR = Flag(
+    'workdir', str, 'Folder of the job: config, checkpoints, index, metrics.',
+    REQUIRED,
+)
+OUTPUT = Flag('output', str, 'Folder to write.', REQUIRED)
+OVERWRITE = Flag('overwrite', bool, 'Replace the output folder.', False)
+SKIP_BAD_RECORDS = Flag(
+    'skip_bad_records', bool,
+    'Count and list malformed lines, do not stop.', False,
+)
+WORKERS = Flag('workers', int, 'Processes; default: one for each core.')
+# How the processes of a job find each other.
+PROCESSES = (
+    Flag('coordinator', str,
+         'HOST:PORT of process 0, where a job has several, one on each host.'),
+    Flag('num_processes', int, 'How many the job has.'),
+    Flag('process_id', int, 'Which of them this is, from 0 on.'),
+    Flag('distributed', bool, 'Find out these three from SLURM, Kubernetes,'
+         ' Open MPI or the TPU slice.', False),
+    Flag('coordinator_timeout', float,
+         'Seconds to wait for the other processes.', 300.0),
+)
+
+
+def explain(error: Exception, arguments: Sequence[str]) -> str:
+  """Describes an error of the flag libraries in terms of the command line.
+
+  Args:
+    error: raised while the flags were parsed.
+    arguments: the command line after the name of the command.
+  """
+  # An error in a config file comes with its traceback, which ends in the cause.
+  text = str(error.args[0] if error.args else error).strip()
+  reason = text.splitlines()[-1]
+  if match := re.match(r'flag --(\S+)=None: .*must have a value other', reason):
+    return f'--{match[1]} is missing.'
+  if match := re.match(r'Field (\S+) not found on dataclass', reason):
+    given = [word.partition('=')[0] for word in arguments]
+    words = [w for w in given if match[1] in w.removeprefix('--').split('.')]
+    if words:
+      from realm_jax import config as config_lib
+
+      known = config_lib.fields()
+      field = words[0].removeprefix('--config.')
+      close = difflib.get_close_matches(field, known, 1)
+      hint = f' Did you mean --config.{close[0]}?' if close else ''
+      return f'{words[0]}: there is no such field.{hint}'
+  return reason

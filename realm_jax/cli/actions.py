@@ -1,0 +1,467 @@
+"""The functions that run the commands of `realm-jax`.
+
+Public: one function for each row of `commands.COMMANDS`. Its keywords are the
+flags of the row; flags that the program behind it takes by the same names pass
+through. Each function imports its own program, so that no command waits for
+the libraries of another.
+"""
+
+import contextlib
+import dataclasses
+import json as json_lib
+import logging
+import pathlib
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import app
+
+if TYPE_CHECKING:
+  from realm_jax.api import open_qa
+  from realm_jax.builder import editing
+  from realm_jax.config import Config
+
+# Exit code of a job that SIGTERM stopped after it saved a checkpoint: 128 + 15,
+# as a shell reports the signal.
+_TERMINATED = 143
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+    *,
+    source: str | None,
+    output: str,
+    pretraining_source: str | None,
+    exclude: list[str],
+    beam: str | None,
+    stats: bool,
+    **options: Any,
+) -> None:
+  if not source and not stats:
+    raise ValueError(
+        'Give --source, the texts to prepare; without it, --stats describes the'
+        ' corpus that is there.'
+    )
+  if source:
+    from realm_jax.prepare import filters
+    from realm_jax.prepare import prepare as prepare_lib
+
+    manifest = prepare_lib.prepare(
+        _split(source),
+        output,
+        pretraining_sources=_split(pretraining_source),
+        exclude=filters.KINDS if exclude == ['all'] else exclude,
+        beam=None if beam is None else shlex.split(beam),
+        **options,
+    )
+    if not stats:
+      print(_indented(manifest['counts']))
+  if stats:
+    _describe(pathlib.Path(output))
+
+
+def _describe(directory: pathlib.Path) -> None:
+  from realm_jax.corpus import corpus as corpus_lib
+  from realm_jax.evaluation import corpus_stats
+  from realm_jax.runtime import checkpoint
+
+  figures = corpus_stats.measure(corpus_lib.Corpus.open(directory))
+  checkpoint.write_json(directory / 'stats.json', figures)
+  print(json_lib.dumps(figures, indent=2, ensure_ascii=False))
+  try:
+    corpus_stats.plot(figures, directory / 'stats.png')
+  except ImportError as error:  # The figures do not need matplotlib.
+    log.warning('%s', error)
+
+
+def tag(*, corpus: str, tagger: str, output: str, **options: bool) -> None:
+  _quiet_jax()
+  from realm_jax.corpus import corpus as corpus_lib
+  from realm_jax.inference import tagging
+
+  opened = corpus_lib.Corpus.open(corpus)
+  manifest = tagging.tag_corpus(opened, tagger, output, **options)
+  print(_indented(manifest['splits']))
+
+
+def plan(
+    *,
+    config: 'Config | None',
+    passages: int | None,
+    mean_wordpieces: float | None,
+    chip: str,
+    peak_tflops: float | None,
+    memory_gb: float | None,
+    compile: bool,
+    json: bool,
+    **setting: Any,
+) -> None:
+  _quiet_jax()
+  from realm_jax import config as config_lib
+  from realm_jax.planner import plan as plan_lib
+
+  if chip == 'list':
+    for name, one in plan_lib.CHIPS.items():
+      print(
+          f'{name:12}{one.tflops:6g} TFLOP/s {one.memory_gb:5g} GB'
+          f' {one.memory_gb_per_second:6g} GB/s'
+      )
+    return
+  if config is None:
+    raise app.UsageError('--config is missing.')
+  if chip not in plan_lib.CHIPS:
+    raise ValueError(
+        f'--chip={chip}: there are {", ".join(plan_lib.CHIPS)}; for another,'
+        ' take one like it with --peak_tflops and --memory_gb.'
+    )
+  device = plan_lib.CHIPS[chip]
+  if peak_tflops is not None:
+    device = dataclasses.replace(device, tflops=peak_tflops)
+  if memory_gb is not None:
+    device = dataclasses.replace(device, memory_gb=memory_gb)
+  corpus = config.corpus or '(none)'  # A plan does not need one.
+  config_lib.validate(dataclasses.replace(config, corpus=corpus))
+  config, passages, mean_wordpieces, corpus_bytes = plan_lib.of_corpus(
+      config, passages, mean_wordpieces
+  )
+  result = plan_lib.plan(
+      config,
+      plan_lib.Setting(
+          passages=passages,
+          mean_wordpieces=mean_wordpieces,
+          corpus_bytes=corpus_bytes,
+          chip=device,
+          **setting,
+      ),
+  )
+  if compile:
+    result['compiled_here'] = plan_lib.compiled(config)
+  print(_indented(result) if json else plan_lib.as_text(result))
+
+
+def train(
+    *,
+    config: 'Config',
+    workdir: str,
+    profile: str | None,
+    with_index_builder: bool,
+    **processes: Any,
+) -> None:
+  _quiet_jax()
+  from realm_jax import config as config_lib
+  from realm_jax.runtime import distributed
+  from realm_jax.runtime import profile as profile_lib
+  from realm_jax.trainer import loop
+
+  steps = profile_lib.parse_steps(profile) if profile else None
+  summary = None
+  with _processes(**processes):
+    main = distributed.is_main()
+    try:
+      supervised = (
+          with_index_builder and config.objective in config_lib.SEARCHING
+      )
+      if supervised and main:
+        from realm_jax.trainer import supervise
+
+        with supervise.IndexBuilderProcess(
+            workdir, max_failures=config.refresh.max_builder_failures
+        ) as builder:
+          summary = loop.train(
+              config, workdir, health=builder.health, profile=steps
+          )
+      else:
+        summary = loop.train(config, workdir, profile=steps)
+    except loop.Interrupted as error:  # In all processes.
+      print(error, file=sys.stderr)
+  if summary is None:
+    sys.exit(_TERMINATED)
+  if main:
+    print(_indented(summary))
+
+
+def index(
+    *,
+    workdir: str,
+    follow: bool,
+    step: int | None,
+    start_timeout: float,
+    parent_pid: int,
+    **processes: Any,
+) -> None:
+  _quiet_jax()
+  from realm_jax.builder import builder
+  from realm_jax.runtime import distributed
+
+  with _processes(**processes):
+    if follow:
+      builder.follow(
+          workdir, start_timeout=start_timeout, parent_pid=parent_pid or None
+      )
+    else:
+      path = builder.build(workdir, step)
+      if distributed.is_main():
+        print(path)
+
+
+def _processes(
+    *, distributed: bool, coordinator_timeout: float, **explicit: Any
+) -> contextlib.AbstractContextManager[None]:
+  """Joins the other processes of the job, if it has several."""
+  is_explicit = any(value is not None for value in explicit.values())
+  if not distributed and not is_explicit:
+    return contextlib.nullcontext()
+  if distributed and is_explicit:
+    raise ValueError(
+        '--distributed finds out by itself what --coordinator, --num_processes'
+        ' and --process_id say: give it alone, or these three.'
+    )
+  from realm_jax.runtime import distributed as distributed_lib
+
+  return distributed_lib.job(**explicit, timeout=coordinator_timeout)
+
+
+def verify(*, workdir: str, step: int | None) -> None:
+  from realm_jax.builder import status
+
+  bad = 0
+  for found in status.verify(workdir, step):
+    bad += bool(found.problems)
+    verdict = f'{len(found.problems)} PROBLEM(S)' if found.problems else 'sound'
+    print(': '.join(filter(None, [str(found.path), verdict, found.about])))
+    for problem in found.problems:
+      print('  ' + problem.replace('\n', '\n  '))
+  if bad:
+    sys.exit(1)
+
+
+def info(*, workdir: str, json: bool) -> None:
+  from realm_jax.builder import status
+
+  found = status.info(workdir)
+  print(_indented(found) if json else status.as_text(found))
+
+
+def add(*, workdir: str, input: str, **options: Any) -> None:
+  _quiet_jax()
+  from realm_jax.builder import editing
+
+  _report(workdir, editing.add(workdir, _split(input), **options))
+
+
+def update(*, workdir: str, input: str, **options: Any) -> None:
+  _quiet_jax()
+  from realm_jax.builder import editing
+
+  _report(workdir, editing.update(workdir, _split(input), **options))
+
+
+def delete(*, workdir: str, input: str, ignore_missing: bool) -> None:
+  _quiet_jax()
+  from realm_jax.builder import editing
+
+  change = editing.delete(workdir, input, ignore_missing=ignore_missing)
+  _report(workdir, change)
+
+
+def compact(*, workdir: str, output: str | None) -> None:
+  _quiet_jax()
+  from realm_jax.builder import compaction
+
+  change = compaction.compact(workdir, output)
+  if change is None:
+    print('There is nothing to compact.')
+    return
+  print(
+      f'Wrote {change.output}: {change.live:,} passages (version'
+      f' {change.version}); {change.removed:,} removed ones are left out.'
+  )
+  _report_embedding(change)
+
+
+def _report(workdir: str, change: 'editing.Change') -> None:
+  print(
+      f'Passages added: {change.added:,}, removed: {change.removed:,}; now'
+      f' {change.live:,} can be found (version {change.version}).'
+  )
+  if change.missing:
+    print(f'Documents that were not there: {change.missing:,}.')
+  _report_embedding(change)
+  if change.compact:
+    print(
+        'So much was added and removed that searches are slower for it: it is'
+        f' time for `realm-jax index compact --workdir={workdir}`.'
+    )
+
+
+def _report_embedding(change: 'editing.Change') -> None:
+  if change.embedded:
+    print(
+        f'Passages embedded: {change.embedded:,} by the parameters of step'
+        f' {change.step}, in {change.seconds:.1f} s with the start'
+        f' ({change.embedded / change.seconds:,.1f}/s).'
+    )
+
+
+def evaluate(*, workdir: str, tagged: str | None, **options: Any) -> None:
+  _quiet_jax()
+  from realm_jax.evaluation import report
+
+  if tagged:
+    from realm_jax.evaluation import tagger
+
+    results = [tagger.evaluate(workdir, tagged)]
+  else:
+    from realm_jax.evaluation import evaluate as evaluate_lib
+
+    results = evaluate_lib.evaluate(workdir, **options)
+  print(report.write(workdir, results))
+
+
+def compare(*paths: str) -> None:
+  if len(paths) != 2:
+    raise app.UsageError(
+        'Give two files evaluation/STEP.questions.jsonl, that of the run hoped'
+        f' to be better first; got {len(paths)} arguments.'
+    )
+  from realm_jax.evaluation import runs
+
+  print(runs.as_text(runs.compare(*paths)))
+
+
+def inspect(
+    *sentences: str, workdir: str, k: int | None, html: str | None
+) -> None:
+  if len(sentences) != 1:
+    raise app.UsageError(
+        'Give one sentence with a [MASK] in it, in quotes; got'
+        f' {len(sentences)} arguments.'
+    )
+  _quiet_jax()
+  from realm_jax.evaluation import inspect as inspect_lib
+
+  found = inspect_lib.inspect(workdir, sentences[0], k)
+  print(inspect_lib.as_text(found))
+  if html:
+    pathlib.Path(html).write_text(inspect_lib.as_html(found), 'utf-8')
+    print(f'Written to {html}.')
+
+
+def import_(
+    *, source: str, workdir: str, components: str | None, **options: Any
+) -> None:
+  _quiet_jax()
+  from realm_jax.interop import importing
+
+  summary = importing.run(
+      _split(source), workdir, components=_split(components) or None, **options
+  )
+  print(_indented(summary))
+
+
+def export(*, classes: str | None, **options: Any) -> None:
+  _quiet_jax()
+  from realm_jax.interop import exporting
+
+  folders = exporting.run(classes=_split(classes) or None, **options)
+  print('\n'.join(map(str, folders)))
+
+
+def questions(**options: Any) -> None:
+  from realm_jax.qa import question_sets
+
+  print(_indented(question_sets.convert(**options)))
+
+
+def ask(
+    *asked: str, workdir: str, k: int | None, step: int | None, json: bool
+) -> None:
+  if len(asked) > 1:
+    raise app.UsageError(
+        f'Give one question, in quotes, or none; got {len(asked)}.'
+    )
+  _quiet_jax()
+  from realm_jax.api import open_qa
+
+  loaded = open_qa.OpenQA.load(workdir, step)
+  show = _as_json if json else _as_text
+  if asked:
+    print(show(loaded, loaded.answer(asked[0], k)))
+    return
+  terminal = sys.stdin.isatty()
+  if terminal:
+    print('A question in each line; an empty line ends.')
+  while True:
+    if terminal:
+      print('> ', end='', flush=True)
+    line = sys.stdin.readline().strip()
+    if not line:
+      return
+    print(show(loaded, loaded.answer(line, k)), flush=True)
+
+
+def _as_json(loaded: 'open_qa.OpenQA', answer: Any) -> str:
+  age = loaded.index_age_seconds
+  values = {
+      **dataclasses.asdict(answer),
+      # A reader of spans has nothing to read from without a passage.
+      'without_retrieval': '',
+      'checkpoint': loaded.step,
+      'index_generation': loaded.index_generation,
+      'index_age_seconds': None if age is None else round(age),
+  }
+  return json_lib.dumps(values, ensure_ascii=False)
+
+
+def _as_text(loaded: 'open_qa.OpenQA', answer: Any) -> str:
+  lines = [f'{answer.text or "(no answer)"}   p={answer.probability:.2f}', '']
+  for number, passage in enumerate(answer.passages):
+    mark = '*' if number == answer.best else ' '
+    lines += [
+        f'{mark} p(z|x)={passage.probability:.2f}'
+        f' answer p={passage.answer_probability:.2f}  {passage.id}'
+        f'  {passage.title}',
+        f'    {_marked(passage)}',
+    ]
+  age = loaded.index_age_seconds
+  lines += [
+      '',
+      'Without retrieval: nothing; this reader answers with a part of a'
+      ' passage.',
+      f'Checkpoint {loaded.step}, index generation {loaded.index_generation}'
+      + ('.' if age is None else f', published {_duration(age)} ago.'),
+  ]
+  return '\n'.join(lines)
+
+
+def _marked(passage: Any) -> str:
+  """The text of a passage with brackets around its answer."""
+  text = passage.text.encode('utf-8')  # `start` and `limit` count bytes.
+  before = text[: passage.start].decode('utf-8')
+  answer = text[passage.start : passage.limit].decode('utf-8')
+  after = text[passage.limit :].decode('utf-8')
+  return f'{before}[{answer}]{after}' if answer else before + after
+
+
+def _duration(seconds: float) -> str:
+  for unit, size in (('days', 86_400), ('hours', 3_600), ('minutes', 60)):
+    if seconds >= 2 * size:
+      return f'{seconds / size:.0f} {unit}'
+  return f'{seconds:.0f} seconds'
+
+
+def _split(names: str | None) -> list[str]:
+  """The names between the commas of a flag; none of an absent flag."""
+  return [name.strip() for name in (names or '').split(',') if name.strip()]
+
+
+def _indented(value: Any) -> str:
+  return json_lib.dumps(value, indent=2)
+
+
+def _quiet_jax() -> None:
+  """Lets JAX, Orbax and absl log warnings and errors only."""
+  for name in ('orbax', 'absl', 'jax'):
+    logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,308 @@
+"""The table of the commands of `realm-jax`, with all their flags.
+
+Public: `Command`, `COMMANDS`.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+from realm_jax.cli import actions
+from realm_jax.cli.flags import CONFIG
+from realm_jax.cli.flags import OUTPUT
+from realm_jax.cli.flags import OVERWRITE
+from realm_jax.cli.flags import PROCESSES
+from realm_jax.cli.flags import REQUIRED
+from realm_jax.cli.flags import SKIP_BAD_RECORDS
+from realm_jax.cli.flags import WORKDIR
+from realm_jax.cli.flags import WORKERS
+from realm_jax.cli.flags import Flag
+
+
+class Command:
+  """One command, `realm-jax NAME`.
+
+  summary: one sentence.
+  example: arguments, as they follow the name.
+  action: called with the positional arguments, and the flags as keywords.
+  flags: a missing flag is reported in this order.
+  positional: describes the positional arguments; empty: there are none.
+  """
+
+  def __init__(
+      self,
+      summary: str,
+      example: str,
+      action: Callable[..., None],
+      *flags: Flag,
+      positional: str = '',
+  ):
+    self.summary = summary
+    self.example = example
+    self.action = action
+    self.flags = flags
+    self.positional = positional
+
+
+_RECORDS = Flag(
+    'input', str,
+    'Records as `prepare` reads them, each with an `id`: JSON Lines files'
+    ' (.gz, .xz too), folders or globs, comma-separated.', REQUIRED,
+)
+
+# By name, in the order of the help. A name of two words, `index verify`, has
+# flags of its own, apart from those of its first word.
+COMMANDS = {
+    'prepare': Command(
+        'Turns text into a corpus: passages, sentences, salient spans.',
+        '--source=articles/*.jsonl --output=corpus',
+        actions.prepare,
+        Flag('source', str, 'Articles or passages, comma-separated: files (JSON'
+             ' Lines, text, WikiExtractor, dumps of MediaWiki; .gz, .xz, .bz2,'
+             ' .zst too), folders, globs, tfds:NAME, hf:NAME; or'
+             ' world:SEED[:ENTITIES].'),
+        Flag('pretraining_source', str, 'A separate corpus to take the masked'
+             ' sentences from; default: the source itself.'),
+        OUTPUT,
+        Flag('vocab', str, 'vocab.txt, tokenizer folder or hub id; default:'
+             ' trained on the source.'),
+        Flag('vocab_size', int, 'Wordpieces of a vocabulary trained here.',
+             30522),
+        Flag('max_wordpieces', int,
+             'Longest passage, with title and specials.', 288),
+        Flag('validation_fraction', float, 'Share of the articles whose'
+             ' sentences are set aside for evaluation.', 0.01),
+        Flag('exclude', list, 'Kinds of articles to leave out, of lists,'
+             ' indices, outlines, disambiguation; or `all`.', []),
+        Flag('near_duplicates', float, 'Leave out what is that similar to an'
+             ' earlier record, such as 0.8.'),
+        WORKERS,
+        SKIP_BAD_RECORDS,
+        Flag('beam', str, 'Options of an Apache Beam pipeline to do the work,'
+             " in one string: '' or '--runner=FlinkRunner"
+             " --flink_master=host:8081'."),
+        Flag('stats', bool, 'Describe the corpus: figures in stats.json, a plot'
+             ' in stats.png; without --source, the corpus that is at --output'
+             ' already.', False),
+        OVERWRITE,
+    ),
+    'tag': Command(
+        'Marks the names that a tagger finds to be masked, in a new corpus.',
+        '--corpus=corpus --tagger=runs/tagger --output=tagged',
+        actions.tag,
+        Flag('corpus', str, 'Folder that `prepare` wrote.', REQUIRED),
+        Flag('tagger', str, 'Workdir of the objective `tagger`.', REQUIRED),
+        OUTPUT,
+        Flag('dates_and_numbers', bool, 'Keep those that the rules found.',
+             True),
+        OVERWRITE,
+    ),
+    'plan': Command(
+        'Estimates memory, disk, FLOP, time and devices of a job.',
+        '--config=experiments/realm_base.py:realm --passages=13353718'
+        ' --config.model.vocab_size=30522 --chip=h100 --trainer_devices=64'
+        ' --builder_devices=16',
+        actions.plan,
+        dataclasses.replace(CONFIG, default=None),  # --chip=list needs none.
+        Flag('passages', int, "Of the corpus; default: config.corpus'."),
+        Flag('mean_wordpieces', float, 'Of a passage, with title and specials;'
+             " default: config.corpus', or else config.lengths.document, the"
+             ' most there can be.'),
+        Flag('chip', str, 'Of all devices; `--chip=list`: which.', 'h100'),
+        Flag('trainer_devices', int, 'Chips that train.', 1),
+        Flag('builder_devices', int, 'Chips that embed the corpus; 0: those'
+             ' that train do it, in turns.', 1),
+        Flag('peak_tflops', float, "Of a chip, instead of its vendor's."),
+        Flag('memory_gb', float, "Of a chip, instead of its vendor's."),
+        Flag('utilization', float,
+             'Share of the peak that a training step reaches.', 0.4),
+        Flag('builder_utilization', float,
+             'The same of the embedding of passages.', 0.5),
+        Flag('price', float, 'Of a chip for an hour, for the cost.', 0.0),
+        Flag('compile', bool,
+             'Compile the step here, and show what XLA says of it.', False),
+        Flag('json', bool, 'Print JSON.', False),
+    ),
+    'train': Command(
+        'Trains one objective: mlm, ict, realm, open_qa or tagger.',
+        '--config=experiments/quickstart.py:ict --workdir=runs/ict'
+        ' --config.corpus=corpus',
+        actions.train,
+        CONFIG,
+        WORKDIR,
+        *PROCESSES,
+        Flag('profile', str,
+             'Steps to trace, for example 10-15, to WORKDIR/profile.'),
+        Flag('with_index_builder', bool, 'Start and supervise the index'
+             ' builder, for one machine. Else run `realm-jax index --follow`'
+             ' beside this job.', False),
+    ),
+    'index': Command(
+        'Builds index generations beside a running trainer.',
+        '--workdir=runs/realm --follow',
+        actions.index,
+        WORKDIR,
+        *PROCESSES,
+        Flag('follow', bool, 'Stay until training is done, and build a'
+             ' generation from the newest snapshot each time there is one. Else'
+             ' build one and leave.', False),
+        Flag('step', int,
+             'Build that of this snapshot; default: of the newest.'),
+        Flag('start_timeout', float, 'Seconds to wait for the trainer to write'
+             ' its config and first snapshot.', 600.0),
+        Flag('parent_pid', int,
+             'Leave when this process is gone; 0: do not look.', 0),
+    ),
+    'index verify': Command(
+        'Checks every byte of the index, and what it was made from.',
+        '--workdir=runs/realm',
+        actions.verify,
+        WORKDIR,
+        Flag('step', int,
+             'Look at this generation alone; default: at all of them.'),
+    ),
+    'index info': Command(
+        'Lists the generations, who uses them, and what the builder does.',
+        '--workdir=runs/realm --json',
+        actions.info,
+        WORKDIR,
+        Flag('json', bool, 'As JSON instead of a table.', False),
+    ),
+    'index add': Command(
+        'Adds documents to a trained job.',
+        '--workdir=runs/realm --input=more.jsonl',
+        actions.add,
+        WORKDIR,
+        _RECORDS,
+        SKIP_BAD_RECORDS,
+        WORKERS,
+    ),
+    'index update': Command(
+        'Replaces documents by their ids.',
+        '--workdir=runs/realm --input=more.jsonl',
+        actions.update,
+        WORKDIR,
+        _RECORDS,
+        SKIP_BAD_RECORDS,
+        WORKERS,
+        Flag('ignore_missing', bool, 'Add the documents that are not there.',
+             False),
+    ),
+    'index delete': Command(
+        'Removes documents by their ids.',
+        '--workdir=runs/realm --input=ids.txt',
+        actions.delete,
+        WORKDIR,
+        Flag('input', str, 'Which: JSON Lines (.gz, .xz too) of objects with an'
+             ' `id`, or any other file, with an id a line.', REQUIRED),
+        Flag('ignore_missing', bool,
+             'Pass over the documents that are not there.', False),
+    ),
+    'index compact': Command(
+        'Writes what was added and removed as a plain corpus.',
+        '--workdir=runs/realm',
+        actions.compact,
+        WORKDIR,
+        Flag('output', str, 'Folder for the corpus; default: documents/corpus-N'
+             ' in the workdir.'),
+    ),
+    'evaluate': Command(
+        'Measures retrieval and reading: JSON, a table and a plot.',
+        '--workdir=runs/realm --questions=dev.jsonl',
+        actions.evaluate,
+        WORKDIR,
+        Flag('questions', str, 'JSON Lines of {question, answers, match,'
+             ' passage_id}, or a question set as published (see `realm-jax'
+             " questions --help`); default: the corpus' questions.jsonl if it"
+             ' has one.'),
+        Flag('tagged', str, 'Of a tagger: files of tagged sentences,'
+             ' comma-separated; CoNLL, or JSON Lines of {tokens, tags}.'),
+        Flag('corpus', str, 'Search this corpus instead of the one trained on;'
+             ' same tokenizer.'),
+        Flag('steps', str, 'Which steps: `latest`, `all` (every snapshot and'
+             ' checkpoint still there), or numbers, comma-separated.',
+             'latest'),
+        Flag('limit', int,
+             'Evaluate the first questions and sentences only.'),
+        Flag('read', int, 'Passages that are read for a question; default: as'
+             ' many as in training.'),
+        Flag('run_file', str, 'Also write what was retrieved to this file, for'
+             ' trec_eval, ir-measures or pyserini.'),
+        Flag('beir', str,
+             'Also write corpus and questions to this folder, as BEIR.'),
+    ),
+    'compare': Command(
+        'Compares two evaluations question by question, with a paired test.',
+        'runs/a/evaluation/600.questions.jsonl'
+        ' runs/b/evaluation/600.questions.jsonl',
+        actions.compare,
+        positional='OURS THEIRS',
+    ),
+    'inspect': Command(
+        'Shows what is retrieved for one sentence, and what it changes.',
+        '--workdir=runs/realm "The capital is [MASK]."',
+        actions.inspect,
+        WORKDIR,
+        Flag('k', int,
+             "Candidates, null document included; default: the config's."),
+        Flag('html', str, 'Also write a page to this file.'),
+        positional='SENTENCE',
+    ),
+    'import': Command(
+        'Makes a workdir of published checkpoints of BERT or REALM.',
+        '--source=bert-base-uncased --workdir=runs/bert',
+        actions.import_,
+        Flag('source', str, 'Checkpoints of BERT or REALM: folders or Hugging'
+             ' Face hub ids, comma-separated, which together make one job.',
+             REQUIRED),
+        WORKDIR,
+        Flag('components', str, 'Which to take, of embedder, reader,'
+             ' span_reader; default: all of them.'),
+        Flag('corpus', str, 'A corpus prepared with the vocabulary of the'
+             ' checkpoint, for `index` and `evaluate`. An open-QA checkpoint'
+             ' brings its own.'),
+        Flag('vocab', str, "Vocabulary to take instead of the checkpoint's."),
+        Flag('blocks', str, 'block_records.npy of an open-QA checkpoint that'
+             ' has none beside it.'),
+        Flag('workers', int,
+             'Processes for a corpus; default: one for each core.'),
+        Flag('seed', int, 'For parameters that a checkpoint does not have.', 0),
+    ),
+    'export': Command(
+        'Writes what transformers, sentence-transformers or FAISS read.',
+        '--workdir=runs/realm --format=huggingface --output=model',
+        actions.export,
+        WORKDIR,
+        Flag('format', ('huggingface', 'sentence-transformers', 'index'),
+             'What to write.', REQUIRED),
+        OUTPUT,
+        Flag('step', int, 'Of a checkpoint or of a snapshot of the retriever;'
+             ' default: the newest checkpoint.'),
+        Flag('classes', str, 'Of huggingface: some of embedder, scorer,'
+             ' encoder, reader, openqa, bert, tagger, comma-separated; default:'
+             ' what the workdir has.'),
+        Flag('dtype', ('float32', 'float16'), 'Of the embeddings of index.',
+             'float32'),
+    ),
+    'questions': Command(
+        'Converts a published question set, and splits it as ORQA did.',
+        '--source=trainmodel.json --output=webquestions --split',
+        actions.questions,
+        Flag('source', str, 'A question set as it was published, or'
+             ' tfds:NAME[/CONFIG][:SPLIT].', REQUIRED),
+        OUTPUT,
+        Flag('format', str, 'auto, jsonl, natural_questions, web_questions,'
+             ' trivia_qa, squad, entity_questions or curated_trec.', 'auto'),
+        Flag('split', bool, 'Divide a published training set into train and'
+             ' dev as ORQA and REALM did.', False),
+    ),
+    'ask': Command(
+        'Answers questions from the passages of a corpus.',
+        '--workdir=runs/open_qa "who founded Delatuk?"',
+        actions.ask,
+        WORKDIR,
+        Flag('k', int, 'Passages to read; default: as many as in training.'),
+        Flag('step', int, 'Of a checkpoint; default: the newest.'),
+        Flag('json', bool, 'One JSON object for each question.', False),
+        positional='[QUESTION]',
+    ),
+}
