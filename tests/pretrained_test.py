@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from realm_jax.interop import convert
-from realm_jax.interop import tensor_files
+from realm_jax.interop import weights
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
@@ -49,7 +49,7 @@ def _load(name, activation='gelu_new', **changes):
   folder = _FIXTURES / name
   values = json.loads((folder / 'config.json').read_bytes())
   values |= {'hidden_act': activation, **changes}
-  return convert.load(tensor_files.open_folder(folder), values)
+  return convert.load(weights.open_folder(folder), values)
 
 
 def _apply(component, method, params, *arrays):
@@ -329,13 +329,13 @@ def test_bert_of_2019(expected):
 def test_bert_bodies_by_any_prefix(tmp_path, prefix):
   tensors = {
       name.replace('bert.', prefix): tensor
-      for name, tensor in tensor_files.open_folder(_FIXTURES / 'bert').items()
+      for name, tensor in weights.open_folder(_FIXTURES / 'bert').items()
       if name.startswith('bert.') and 'pooler' not in name
   }
-  tensor_files.write_safetensors(tmp_path / 'x.safetensors', tensors)
+  weights.write_safetensors(tmp_path / 'x.safetensors', tensors)
   values = json.loads((_FIXTURES / 'bert/config.json').read_bytes())
   loaded = convert.load(
-      tensor_files.open_file(tmp_path / 'x.safetensors'), values
+      weights.open_file(tmp_path / 'x.safetensors'), values
   )
   whole = _load('bert', 'gelu').params
   for component, missing in (
@@ -348,7 +348,7 @@ def test_bert_bodies_by_any_prefix(tmp_path, prefix):
       else:
         np.testing.assert_array_equal(loaded.params[component][name], value)
   again = convert.load(
-      tensor_files.open_file(tmp_path / 'x.safetensors'), values
+      weights.open_file(tmp_path / 'x.safetensors'), values
   )
   for name in loaded.fresh:
     component, _, key = name.partition('/')
@@ -362,7 +362,7 @@ def test_bert_bodies_by_any_prefix(tmp_path, prefix):
 )
 def test_every_tensor_comes_back_as_it_was(name):
   loaded = _load(name)
-  there = tensor_files.open_folder(_FIXTURES / name)
+  there = weights.open_folder(_FIXTURES / name)
   back = convert.tensors_of(
       loaded.kind, loaded.config, loaded.params, loaded.unused
   )
@@ -370,7 +370,7 @@ def test_every_tensor_comes_back_as_it_was(name):
     if key.endswith('position_ids') or key == 'block_emb':
       continue
     found = back[key]
-    if isinstance(found, tensor_files.FileTensor):
+    if isinstance(found, weights.FileTensor):
       found = found.read()
     assert found.dtype == np.float32
     assert found.tobytes() == tensor.read().tobytes(), key
@@ -378,7 +378,7 @@ def test_every_tensor_comes_back_as_it_was(name):
 
 def test_parts_are_picked_by_component():
   folder = _FIXTURES / 'open_qa'
-  tensors = tensor_files.open_folder(folder)
+  tensors = weights.open_folder(folder)
   values = json.loads((folder / 'config.json').read_bytes())
   assert convert.components_in(tensors) == ['embedder', 'span_reader']
   alone = convert.load(tensors, values, ['embedder'])
@@ -391,7 +391,7 @@ def test_parts_are_picked_by_component():
 
 
 def _changed(name, change):
-  tensors = tensor_files.open_folder(_FIXTURES / name)
+  tensors = weights.open_folder(_FIXTURES / name)
   change(tensors)
   values = json.loads((_FIXTURES / name / 'config.json').read_bytes())
   return convert.load(tensors, values)
@@ -446,7 +446,7 @@ def test_a_shared_scorer_is_one_tower():
   dropped = _changed('scorer', drop)
   assert dropped.config.towers == 'shared'
   names = convert.tensors_of('scorer', dropped.config, dropped.params)
-  assert set(names) == set(tensor_files.open_folder(_FIXTURES / 'scorer'))
+  assert set(names) == set(weights.open_folder(_FIXTURES / 'scorer'))
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ def test_a_bert_that_was_trained():
   folder = pathlib.Path(spec.origin).parent / 'model'
   values = json.loads((folder / 'config.json').read_bytes())
   loaded = convert.load(
-      tensor_files.open_folder(folder), values, ['embedder']
+      weights.open_folder(folder), values, ['embedder']
   )
   want = np.load(_FIXTURES / 'minilm.npz')
   embedder = components.make('embedder', loaded.config)

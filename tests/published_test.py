@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realm_jax.interop import block_records
 from realm_jax.interop import checkpoint_sources
 from realm_jax.interop import convert
-from realm_jax.interop import pickled
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import span_reader
@@ -128,7 +128,8 @@ def test_open_qa_of_the_fixture():
     assert answer == tokenizer.decode(file['open_qa/answer_ids'])
     # The block that the reader chose, by its words.
     reader_ids = file['open_qa/reader_ids'][file['open_qa/block_idx']]
-  _, records = pickled.byte_records(_FIXTURES / 'open_qa/block_records.npy')
+  path = _FIXTURES / 'open_qa/block_records.npy'
+  _, records = block_records.byte_records(path)
   block = tokenizer.encode([*records][row].decode())
   assert set(block) <= set(reader_ids.tolist())
 
@@ -150,7 +151,7 @@ def _answer(name, question):
   )
   rows = np.argsort(-scores, kind='stable')[:beam]
   wanted, texts = set(rows.tolist()), {}
-  for row, record in enumerate(pickled.byte_records(source.blocks)[1]):
+  for row, record in enumerate(block_records.byte_records(source.blocks)[1]):
     if row in wanted:
       texts[row] = record.decode()
   ids = np.zeros((beam, length), np.int32)

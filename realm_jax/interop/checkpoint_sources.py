@@ -15,7 +15,7 @@ from typing import Any
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.interop import convert
 from realm_jax.interop import huggingface_names
-from realm_jax.interop import tensor_files
+from realm_jax.interop import weights
 
 BLOCK_RECORDS = 'block_records.npy'
 _TOKENIZER_FILES = ('vocab.txt', 'tokenizer_config.json', 'tokenizer.json')
@@ -38,7 +38,7 @@ class Source:
   name: str
   folder: pathlib.Path
   config: dict[str, Any]
-  tensors: dict[str, tensor_files.FileTensor]
+  tensors: dict[str, weights.FileTensor]
   vocab: str
 
   @functools.cached_property
@@ -72,7 +72,7 @@ def looks_foreign(name: Path) -> bool:
   if not path.exists():
     return bool(_HUB_ID.fullmatch(str(name)))
   return path.is_dir() and any(
-      (path / file).is_file() for file in tensor_files.WEIGHT_FILES
+      (path / file).is_file() for file in weights.WEIGHT_FILES
   )
 
 
@@ -117,7 +117,7 @@ def open_source(
       str(name),
       folder,
       config,
-      tensor_files.open_folder(folder),
+      weights.open_folder(folder),
       vocab or str(folder),
   )
 
@@ -151,7 +151,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
     )
   for file in _TOKENIZER_FILES:
     get(file)
-  for file in tensor_files.WEIGHT_FILES:
+  for file in weights.WEIGHT_FILES:
     found = get(file)
     if found is None:
       continue

@@ -15,7 +15,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.interop import huggingface_names
-from realm_jax.interop import tensor_files
+from realm_jax.interop import weights
 from realm_jax.models import components
 
 _BLOCK_EMB = 'block_emb'
@@ -43,7 +43,7 @@ _SIZES: tuple[tuple[str, str, Any], ...] = (
 )
 _MAX_LISTED = 20
 
-Tensor = np.ndarray | tensor_files.FileTensor
+Tensor = np.ndarray | weights.FileTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Loaded:
   params: dict[str, components.Params]
   sources: dict[str, str]
   copies: dict[str, str]
-  unused: dict[str, tensor_files.FileTensor]
+  unused: dict[str, weights.FileTensor]
   fresh: list[str]
-  block_emb: tensor_files.FileTensor | None
+  block_emb: weights.FileTensor | None
 
 
 # Configurations.
@@ -157,7 +157,7 @@ def foreign_config(
 
 
 def components_in(
-    tensors: Mapping[str, tensor_files.FileTensor],
+    tensors: Mapping[str, weights.FileTensor],
 ) -> list[str]:
   """Names of the components that a checkpoint gives.
 
@@ -178,7 +178,7 @@ def components_in(
 
 
 def load(
-    tensors: Mapping[str, tensor_files.FileTensor],
+    tensors: Mapping[str, weights.FileTensor],
     values: Mapping[str, Any],
     wanted: Iterable[str] | None = None,
     seed: int = 0,
@@ -239,7 +239,7 @@ def load(
   )
 
 
-def _differ(named: Mapping[str, tensor_files.FileTensor]) -> bool:
+def _differ(named: Mapping[str, weights.FileTensor]) -> bool:
   """Whether the towers of a scorer are two."""
   for name, tensor in named.items():
     if name.startswith('query_embedder.') and 'predictions' not in name:
@@ -250,7 +250,7 @@ def _differ(named: Mapping[str, tensor_files.FileTensor]) -> bool:
 
 
 def _equal(
-    a: tensor_files.FileTensor, b: tensor_files.FileTensor
+    a: weights.FileTensor, b: weights.FileTensor
 ) -> bool:
   if a.same_storage(b):
     return True
@@ -262,8 +262,8 @@ def _check(
     config: config_lib.ModelConfig,
     layout: huggingface_names.Layout,
     parts: Mapping[str, components.Component],
-    named: Mapping[str, tensor_files.FileTensor],
-    block_emb: tensor_files.FileTensor | None,
+    named: Mapping[str, weights.FileTensor],
+    block_emb: weights.FileTensor | None,
 ) -> None:
   shapes = dict(layout.unused)
   for entry in layout.entries:
@@ -310,7 +310,7 @@ def _check(
 
 def _read(
     layout: huggingface_names.Layout,
-    named: Mapping[str, tensor_files.FileTensor],
+    named: Mapping[str, weights.FileTensor],
     wanted: Iterable[str],
 ) -> tuple[dict[str, components.Params], dict[str, str]]:
   params: dict[str, components.Params] = {name: {} for name in wanted}

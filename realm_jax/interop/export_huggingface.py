@@ -16,14 +16,14 @@ import numpy as np
 from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import entities
+from realm_jax.interop import block_records
 from realm_jax.interop import card
 from realm_jax.interop import checkpoint_sources
 from realm_jax.interop import convert
 from realm_jax.interop import exported
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import importing
-from realm_jax.interop import pickled
-from realm_jax.interop import tensor_files
+from realm_jax.interop import weights
 
 _SUMMARIES = {
     'bert': 'The reader of REALM as a BERT with its masked-LM head.',
@@ -163,7 +163,7 @@ def _write(
     tags = entities.labels(model.entity_types)
     values['id2label'] = {str(label): tag for label, tag in enumerate(tags)}
     values['label2id'] = {tag: label for label, tag in enumerate(tags)}
-  tensors: dict[str, np.ndarray | tensor_files.Chunked]
+  tensors: dict[str, np.ndarray | weights.Chunked]
   if kind == 'bert' and source is not None:
     values['architectures'] = source.config.get('architectures', ['BertModel'])
     tensors = {
@@ -191,13 +191,13 @@ def _write(
       json.dumps(values, indent=2, sort_keys=True) + '\n', 'utf-8'
   )
   # transformers refuses a file that does not say so.
-  tensor_files.write_safetensors(
+  weights.write_safetensors(
       folder / 'model.safetensors', tensors, {'format': 'pt'}
   )
   if kind == 'openqa':
     assert workdir.corpus is not None  # Else there were no generation.
     blanks = source.blanks if source else []
-    pickled.byte_records_writer(
+    block_records.byte_records_writer(
         folder / checkpoint_sources.BLOCK_RECORDS,
         values['num_block_records'],
         _blocks(workdir.corpus, live, set(blanks)),
@@ -219,7 +219,7 @@ def _write(
 
 
 def _as_it_was(
-    tensors: dict[str, np.ndarray | tensor_files.Chunked],
+    tensors: dict[str, np.ndarray | weights.Chunked],
     source: importing.Imported,
 ) -> dict[str, np.ndarray]:
   """Gives half-precision tensors back in half precision: exact both ways."""
@@ -227,7 +227,7 @@ def _as_it_was(
   for name, dtype in source.dtypes.items():
     tensor = tensors[name]
     if isinstance(tensor, np.ndarray):
-      found[name] = tensor.astype(tensor_files.dtype_of(dtype))
+      found[name] = tensor.astype(np.dtype(dtype))
   return found
 
 

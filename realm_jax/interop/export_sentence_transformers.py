@@ -14,7 +14,7 @@ import numpy as np
 from realm_jax.interop import card
 from realm_jax.interop import convert
 from realm_jax.interop import exported
-from realm_jax.interop import tensor_files
+from realm_jax.interop import weights
 
 # Their LayerNorm has an epsilon of 1e-5 that no file can change, ours 1e-12.
 # LayerNorm does not see the scale of its input but for epsilon: a projection
@@ -105,7 +105,7 @@ def _write(
   values = convert.foreign_config('bert', model)
   values['architectures'] = ['BertModel']
   _json(folder / 'config.json', values)
-  tensor_files.write_safetensors(
+  weights.write_safetensors(
       folder / 'model.safetensors',
       convert.tower_tensors(model, params, encoder),
       {'format': 'pt'},
@@ -153,7 +153,7 @@ def _write(
       folder / '4_LayerNorm' / 'config.json',
       {'dimension': model.embedding_width},
   )
-  tensor_files.write_safetensors(
+  weights.write_safetensors(
       folder / '4_LayerNorm' / 'model.safetensors',
       {
           'norm.weight': np.asarray(params[f'{projection}.norm.scale']),
@@ -189,7 +189,7 @@ def _dense(
           'activation_function': activation,
       },
   )
-  tensor_files.write_safetensors(
+  weights.write_safetensors(
       folder / 'model.safetensors',
       {
           'linear.weight': np.ascontiguousarray(kernel.T),

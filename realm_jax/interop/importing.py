@@ -22,10 +22,10 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import generation
+from realm_jax.interop import block_records
 from realm_jax.interop import checkpoint_sources
 from realm_jax.interop import convert
-from realm_jax.interop import pickled
-from realm_jax.interop import tensor_files
+from realm_jax.interop import weights
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import snapshots as snapshots_lib
@@ -61,7 +61,7 @@ class Imported:
   copies: dict[str, str]
   dtypes: dict[str, str]
   blanks: list[int]
-  unused: dict[str, tensor_files.FileTensor]
+  unused: dict[str, weights.FileTensor]
 
 
 def read_imported(workdir: checkpoint_sources.Path) -> list[Imported]:
@@ -73,7 +73,7 @@ def read_imported(workdir: checkpoint_sources.Path) -> list[Imported]:
         Imported(
             **checkpoint.read_json(path),
             unused=(
-                tensor_files.open_file(unused) if unused.is_file() else {}
+                weights.open_file(unused) if unused.is_file() else {}
             ),
         )
     )
@@ -306,7 +306,7 @@ def _remember(
     folder = folder.with_name(folder.name + '_')
   folder.mkdir(parents=True)
   if loaded.unused:
-    tensor_files.write_safetensors(folder / _UNUSED, loaded.unused)
+    weights.write_safetensors(folder / _UNUSED, loaded.unused)
   checkpoint.write_json(
       folder / 'source.json',
       {
@@ -353,7 +353,7 @@ def _open_qa_corpus(
           source.name, one.block_emb.shape[0], checkpoint_sources.BLOCK_RECORDS,
       )
       return None
-    number, records = pickled.byte_records(path)
+    number, records = block_records.byte_records(path)
     if number != one.block_emb.shape[0]:
       raise ValueError(
           f'{path} has {number} documents, {source.name} has embeddings of '
