@@ -127,7 +127,7 @@ def test_left_with_an_error_it_ends_the_builder_at_once(tmp_path):
 
 
 def test_one_that_does_not_listen_is_killed(tmp_path, monkeypatch):
-  monkeypatch.setattr(supervise.presence, 'GRACE_SECONDS', 0.2)
+  monkeypatch.setattr(supervise.process, 'GRACE_SECONDS', 0.2)
   program = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -414,7 +414,7 @@ def test_tagging_goes_on_where_it_was_killed(
   assert not list(tmp_path.glob('.killed*'))
 
 
-class _Otherwise(respan.words_lib.WordMemo):
+class _Otherwise(respan.word_cache_lib.WordMemo):
   """Cuts sentences that have a word into other wordpieces."""
 
   word = ''
@@ -432,7 +432,7 @@ def test_an_odd_sentence_keeps_its_spans(
   before = corpus_lib.Corpus.open(world)
   sentence = next(respan._read(before, 'pretraining'))[2][5]
   monkeypatch.setattr(_Otherwise, 'word', sentence.text)
-  monkeypatch.setattr(respan.words_lib, 'WordMemo', _Otherwise)
+  monkeypatch.setattr(respan.word_cache_lib, 'WordMemo', _Otherwise)
   tagging.tag_corpus(before, workdir, tmp_path / 'tagged')
   after = corpus_lib.Corpus.open(tmp_path / 'tagged')
   rows = [
