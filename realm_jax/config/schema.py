@@ -97,7 +97,7 @@ class MlmConfig:
   # that REALM will mask, with a passage at random or the null document: the
   # reader learns to read, and that most passages are of no use.
   own_passage_rate: float = 0.8
-  # Share of the null document in those other batches. 1, with own_passage_rate
+  # Share of the null document in those other examples. 1, with own_passage_rate
   # 0: trains a reader without passages, the baseline of REALM's.
   null_rate: float = 0.5
 
