@@ -263,7 +263,7 @@ def main() -> int:
     parser.error(f'--output={arguments.output}: is a folder; give a file')
   end = time.monotonic() + arguments.seconds
   arguments.output.parent.mkdir(parents=True, exist_ok=True)
-  # What ends this process ends the stage as well.
+  # A signal that ends this process ends the stage as well.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   with (
       tempfile.TemporaryDirectory() as scratch,

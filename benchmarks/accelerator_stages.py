@@ -41,8 +41,8 @@ from realm_jax.trainer import step as step_lib
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _NULL = (101, 102, 102)
-_MOST_BYTES = 16e6  # Of a file that is kept.
-_K = 8  # Of the search.
+_MOST_BYTES = 16e6  # Limit for a file that is kept.
+_K = 8  # Passages per query.
 _CHECKED = 16  # Queries whose result is compared with a plain computation.
 _STOP_SECONDS = 8  # For the trainer to save and end.
 _CUT = 3  # Exit code of a stage that noticed that its time is over.
@@ -52,7 +52,7 @@ Figures = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-  """What is measured: the paper's sizes, or toy sizes."""
+  """Sizes of the measured programs: the paper's, or toy sizes."""
 
   preset: Any = 'base'
   vocab_size: int = 30522
@@ -60,11 +60,11 @@ class _Size:
   document: int = 288
   candidates: int = 8
   quick_layers: int = 3
-  batch: int = 16  # Of all layers; twice as many with `quick_layers`.
-  rounds: int = 3  # Of which the median is taken.
+  batch: int = 16  # With all layers; doubled for `quick_layers`.
+  rounds: int = 3  # The median of these is reported.
   matmul: int = 8192
   floats: int = 2**28  # Copied.
-  rows: int = 13_353_718  # Of the paper's corpus.
+  rows: int = 13_353_718  # Passages of the paper's corpus.
   queries: int = 512
   embed_rows: int = 224  # As many as the index builder embeds at once.
   ict_batch: int = 4096
@@ -99,11 +99,11 @@ _TOY = _Size(
 
 @dataclasses.dataclass
 class _Context:
-  """What a stage is told."""
+  """Arguments of a stage."""
 
   stage: str
   small: bool
-  deadline: float  # Of time.time().
+  deadline: float  # In seconds, as time.time().
   scratch: pathlib.Path
   keep: pathlib.Path  # Where files that are kept go, without their suffix.
   torch_python: str
@@ -179,7 +179,7 @@ def probe(context: _Context) -> None:
 
 
 def peak(context: _Context) -> None:
-  """What the device can do at best."""
+  """Peak throughput of the device: matrix products and memory."""
   size = context.size
   n, chain = size.matmul, 8
   key = jax.random.key(0)
@@ -360,7 +360,7 @@ class _Step:
     self._state = self._arrays = None
 
   def about(self) -> Figures:
-    """What is known once it is traced."""
+    """Figures of the traced step, before it is compiled."""
     model = self.config.model
     return {
         'layers': model.num_layers,
@@ -1003,7 +1003,7 @@ def main() -> None:
   parser.add_argument('--small', action='store_true')
   arguments = parser.parse_args()
   out = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # What libraries print is no figure.
+  os.dup2(2, 1)  # Output of libraries must not mix with the figures.
   context = _Context(
       arguments.stage,
       arguments.small,

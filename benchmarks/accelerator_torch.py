@@ -126,7 +126,7 @@ class _Side:
 
 def main() -> None:
   out = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # What libraries print is no answer.
+  os.dup2(2, 1)  # Output of libraries must not mix with the answers.
   side: Any = None
   for line in sys.stdin:
     request = json.loads(line)

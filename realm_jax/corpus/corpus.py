@@ -20,8 +20,8 @@ import numpy as np
 from realm_jax.corpus import concatenated
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
-# Of the files and their meaning. Version 1 had no table of trivial candidates,
-# and its articles were runs of records.
+# Version of the files and of their meaning. Version 1 had no table of trivial
+# candidates, and its articles were runs of records.
 FORMAT_VERSION = 2
 _READABLE = (1, 2)  # A reader refuses any other.
 _NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].

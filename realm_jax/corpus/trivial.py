@@ -285,7 +285,7 @@ class _Block:
     fresh = pair_begins | (np.diff(shifts, prepend=0) != 0)
     numbers, local, shifts = numbers[fresh], local[fresh], shifts[fresh]
     pairs = np.cumsum(pair_begins[fresh]) - 1
-    # Of bounded size; no pair is parted.
+    # Parts of bounded size; a pair stays in one part.
     sizes = np.cumsum(self._lengths[numbers])
     cuts = np.flatnonzero(np.diff(sizes // (8 * _AT_ONCE), prepend=0))
     cuts = np.searchsorted(pairs, pairs[cuts], 'left')

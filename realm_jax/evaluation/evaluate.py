@@ -398,7 +398,7 @@ def _masked_metrics(
 def sentence_clusters(
     corpus: corpus_lib.Corpus, sentence_B: np.ndarray
 ) -> np.ndarray:
-  """What intervals over masked `validation` sentences resample.
+  """Clusters that intervals over masked `validation` sentences resample.
 
   Args:
     corpus: the opened corpus.

@@ -21,7 +21,7 @@ from realm_jax.runtime.mesh import MODEL
 
 Kernel = Literal['xla', 'cudnn', 'flash']
 
-_LANES = 128  # Of a TPU's vector registers.
+_LANES = 128  # Lanes of a TPU's vector registers.
 _MAX_BLOCK = 512
 
 

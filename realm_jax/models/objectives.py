@@ -120,9 +120,9 @@ def in_batch_softmax(
   loss = (jax.nn.logsumexp(logits_BC, axis=1) - own_B).mean()
   # A tie of n best documents counts 1/n, the chance of a draw among them: a
   # retriever whose embeddings are all equal is right once in C.
-  best_BC = logits_BC == logits_BC.max(axis=1, keepdims=True)
-  right_B = jnp.take_along_axis(best_BC, own[:, None], axis=1)[:, 0]
-  return loss, {'accuracy': (right_B / best_BC.sum(axis=1)).mean()}
+  best_B = logits_BC.max(axis=1)
+  ties_B = (logits_BC == best_B[:, None]).sum(axis=1)
+  return loss, {'accuracy': ((own_B == best_B) / ties_B).mean()}
 
 
 def retrieval_metrics(aux: Aux, counts_B: Any) -> dict[str, jax.Array]:

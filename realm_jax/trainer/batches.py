@@ -151,7 +151,7 @@ def _source(
 
 
 class _Rows:
-  """Of a stream that is cut into batches, some rows of each batch."""
+  """Some rows of each batch of a stream that is cut into batches."""
 
   def __init__(
       self, examples: grain.MapDataset, batch_size: int, rows: np.ndarray

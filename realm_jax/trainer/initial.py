@@ -155,7 +155,7 @@ def _offers(
 
 
 def _bert_name(ours: str, giver: str) -> str | None:
-  """What a parameter of our BERT is called in the giver; None if of none."""
+  """Name in the giver of a parameter of our BERT; None outside a BERT."""
   match = _IN_BERT.fullmatch(ours)
   if match is None:
     return None

@@ -47,7 +47,7 @@ class Job:
   # The questions that it learns from.
   questions: question_table_lib.QuestionTable | None = None
   tagged: entities.TaggedTable | None = None  # The same, of `tagger`.
-  # Of `ict` with questions: the passages that answer each.
+  # Passages that answer each question: `ict` with questions.
   gold_rows: list[np.ndarray] | None = None
 
   @property
