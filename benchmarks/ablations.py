@@ -29,6 +29,7 @@ import commands
 from realm_jax.evaluation import report
 from realm_jax.prepare import world
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _EXPERIMENT = _ROOT / 'experiments' / 'ablations.py'
@@ -210,10 +211,10 @@ def main() -> int:
     sys.exit(str(error))
   recorded = None
   if arguments.output.exists():
-    recorded = checkpoint.read_json(arguments.output)
+    recorded = files.read_json(arguments.output)
   figures = ablations_table.collect(arguments.workdir, recorded)
   figures |= commands.about('jax', 'flax')
-  checkpoint.write_json(arguments.output, figures)
+  files.write_json(arguments.output, figures)
   table = ablations_table.markdown(figures)
   arguments.output.with_suffix('.md').write_text(table, encoding='utf-8')
   ablations_table.plot(figures, arguments.output.with_suffix('.png'))

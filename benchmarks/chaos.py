@@ -39,6 +39,7 @@ import commands
 from realm_jax.index import generation
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
@@ -215,7 +216,7 @@ def _check(peace: _Run, chaos: _Run) -> dict[str, Any]:
       if _shards(peace.workdir, step) != _shards(chaos.workdir, step)
   ]
   summaries = [
-      checkpoint.read_json(run.workdir / 'summary.json')
+      files.read_json(run.workdir / 'summary.json')
       for run in (peace, chaos)
   ]
   curves = [
@@ -396,7 +397,7 @@ def main() -> int:
       **commands.about('jax', 'flax'),
   }
   figures['ok'] = figures['ok'] and figures['all_kills_done']
-  checkpoint.write_json(arguments.output, figures)
+  files.write_json(arguments.output, figures)
   _plot(arguments.output.with_suffix('.png'), chaos, kills, adoptions, began)
   shown = {k: v for k, v in figures.items() if k != 'kills'}
   print(json.dumps(shown, indent=2))

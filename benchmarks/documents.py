@@ -30,7 +30,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.models import components
 from realm_jax.prepare import prepare
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
 
 _DOCUMENTS = 100  # That a command changes.
@@ -65,7 +65,7 @@ def _make_workdir(folder: pathlib.Path, size: int) -> pathlib.Path:
   config = config_lib.resolve(config)
   config.model.vocab_size = corpus.tokenizer.vocab_size
   workdir = folder / 'job'
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   params = components.make('embedder', config.model).init(0)
   width = config.model.embedding_width
   lineage = generation.Lineage(

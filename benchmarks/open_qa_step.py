@@ -33,7 +33,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import search
 from realm_jax.models import components as components_lib
 from realm_jax.qa import question_table as question_table_lib
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import batches
 from realm_jax.trainer import job as job_lib
@@ -207,7 +207,7 @@ def main() -> None:
       'rounds': arguments.rounds,
       **figures,
   }
-  checkpoint.write_json(arguments.output, values)
+  files.write_json(arguments.output, values)
   print(json.dumps(values, indent=2))
 
 

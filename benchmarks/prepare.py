@@ -28,7 +28,7 @@ from typing import Any
 import commands
 
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files as files_lib
 
 # Per second and core: generate_retrieval_corpus of the original takes three
 # hours on 12 cores for Wikipedia, by its README.
@@ -208,7 +208,7 @@ def main() -> None:
     arguments.kill_at = 2
   about = commands.about('nupunkt', 'tokenizers')
   for figures in measure(arguments):
-    checkpoint.write_json(arguments.output, figures | about)
+    files_lib.write_json(arguments.output, figures | about)
     print(json.dumps(figures, indent=2), flush=True)
 
 

@@ -23,7 +23,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
 from realm_jax.qa import answers
 from realm_jax.qa import question_sets
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 _DEPTHS = (1, 5, 20, 100)
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     realm_jax('evaluate', f'--workdir={job}', f'--questions={dev}')
     found = {
         'trained_on': len(question_sets.read(str(folder / 'train.jsonl'))),
-        'seconds': checkpoint.read_json(job / 'summary.json')['seconds'],
+        'seconds': files.read_json(job / 'summary.json')['seconds'],
         **_in_corpus(arguments.corpus, str(dev)),
         **{
             key: value
@@ -114,7 +114,7 @@ def main() -> None:
   )
   parser.add_argument('--output', type=pathlib.Path, required=True)
   arguments = parser.parse_args()
-  checkpoint.write_json(arguments.output, run(arguments))
+  files.write_json(arguments.output, run(arguments))
 
 
 if __name__ == '__main__':

@@ -27,6 +27,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
 from realm_jax.index import generation
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import metrics as metrics_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -60,14 +61,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
           f'--config.corpus={arguments.corpus}',
           *more,
       )
-      checkpoint.write_json(
+      files.write_json(
           spent,
           {
               'seconds': round(time.perf_counter() - before, 1),
               'cpu_minutes': round((_cpu_seconds() - cpu) / 60, 2),
           },
       )
-    for name, value in checkpoint.read_json(spent).items():
+    for name, value in files.read_json(spent).items():
       figures[f'{stage}_{name}'] = value
   for stage, steps in (('ict', 'latest'), ('realm', 'all')):
     realm_jax(
@@ -106,7 +107,7 @@ def _corpus_figures(directory: pathlib.Path) -> dict[str, Any]:
 def _training_figures(workdir: pathlib.Path) -> dict[str, Any]:
   figures: dict[str, Any] = {}
   for stage in STAGES:
-    config = checkpoint.read_json(workdir / stage / 'config.json')
+    config = files.read_json(workdir / stage / 'config.json')
     lengths, k = config['lengths'], config['num_candidates']
     query, document = lengths['query'], lengths['document']
     # Of the static shapes that one example takes, padding included.
@@ -179,7 +180,7 @@ def main() -> None:
   )
   arguments = parser.parse_args()
   figures = run(arguments)
-  checkpoint.write_json(arguments.output, figures)
+  files.write_json(arguments.output, figures)
   shutil.copy(
       arguments.workdir / 'realm' / report.FOLDER / 'recall.png',
       arguments.output.with_suffix('.png'),

@@ -52,7 +52,7 @@ from realm_jax.index import search
 from realm_jax.interop import convert
 from realm_jax.models import components
 from realm_jax.prepare import prepare
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
@@ -329,7 +329,7 @@ def measure_growth(
       config = _job(corpus)
       config.mips.backend = arguments.backend
       component = components.make('embedder', config.model)
-      checkpoint.write_json(
+      files.write_json(
           workdir / 'config.json', config_lib.to_dict(config)
       )
       snapshots_lib.save(workdir, 0, component.init(0))
@@ -696,7 +696,7 @@ def main() -> None:
   # Another job, or another corpus, may have been recorded before.
   figures: Figures = {}
   if arguments.output.exists() and parts != list(PARTS):
-    figures = checkpoint.read_json(arguments.output)
+    figures = files.read_json(arguments.output)
   commands = figures.get('commands', [])
   for part in parts:
     print(f'-- {part}', flush=True)
@@ -729,7 +729,7 @@ def main() -> None:
           'numpy': np.__version__,
       },
   }
-  checkpoint.write_json(arguments.output, figures)
+  files.write_json(arguments.output, figures)
   _plot(figures, arguments.output.with_suffix('.png'))
 
 

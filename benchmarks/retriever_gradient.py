@@ -37,6 +37,7 @@ from realm_jax.inference import trained as trained_lib
 from realm_jax.models import objectives
 from realm_jax.models import realm
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.trainer import batches as batches_lib
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import optimizer
@@ -264,7 +265,7 @@ def main() -> int:
       axis.title.set_fontsize(9)
   result = figures | commands.about('jax', 'flax')
   print(json.dumps(result, indent=2))
-  checkpoint.write_json(arguments.output, result)
+  files.write_json(arguments.output, result)
   figure.savefig(arguments.output.with_suffix('.png'), dpi=110)
   return 0
 

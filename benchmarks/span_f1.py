@@ -27,7 +27,7 @@ import commands
 from realm_jax.corpus import entities
 from realm_jax.inference import tagging
 from realm_jax.prepare import salient_spans as salient_spans_lib
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 _FOREIGN = ('wikigold.jsonl', 'uner-ewt-dev.jsonl')
 _NEAREST = {  # Of WNUT's types.
@@ -146,7 +146,7 @@ def measure(
       record('rules_all', name, by_rules(sentences, False), gold[name])
   for method in arguments.init_from:
     workdir = arguments.workdir / method
-    summary = checkpoint.read_json(workdir / 'summary.json')
+    summary = files.read_json(workdir / 'summary.json')
     figures[f'{method}_steps'] = summary['step']
     figures[f'{method}_seconds'] = summary['seconds']
     tagger = tagging.SentenceTagger(workdir)
@@ -210,7 +210,7 @@ def main() -> int:
       'commands': realm_jax.done,
   }
   print(json.dumps(figures, indent=2))
-  checkpoint.write_json(arguments.output, figures)
+  files.write_json(arguments.output, figures)
   return 0
 
 

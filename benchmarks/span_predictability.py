@@ -28,7 +28,7 @@ from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import statistics
 from realm_jax.inference import trained as trained_lib
 from realm_jax.prepare import salient_spans as salient_spans_lib
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.trainer import batches as batches_lib
 
@@ -147,7 +147,7 @@ def main() -> int:
       'commands': done,
   }
   print(json.dumps(figures, indent=2))
-  checkpoint.write_json(arguments.output, figures)
+  files.write_json(arguments.output, figures)
   return 0
 
 

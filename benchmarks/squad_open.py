@@ -27,7 +27,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import ranking
 from realm_jax.evaluation import report
 from realm_jax.qa import question_sets
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _BM25_DEPTH = 100
@@ -57,9 +57,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
           *more,
           *small,
       )
-      checkpoint.write_json(spent, round((_cpu_seconds() - before) / 60, 2))
-    figures[f'{name}_cpu_minutes'] = checkpoint.read_json(spent)
-    summary = checkpoint.read_json(jobs[name] / 'summary.json')
+      files.write_json(spent, round((_cpu_seconds() - before) / 60, 2))
+    figures[f'{name}_cpu_minutes'] = files.read_json(spent)
+    summary = files.read_json(jobs[name] / 'summary.json')
     figures[f'{name}_steps'] = summary['step']
     figures[f'{name}_seconds'] = summary['seconds']
 
@@ -204,7 +204,7 @@ def main() -> None:
   arguments = parser.parse_args()
   os.chdir(_ROOT)
   figures = run(arguments)
-  checkpoint.write_json(arguments.output, figures)
+  files.write_json(arguments.output, figures)
   _plot(figures, arguments.output.with_suffix('.png'))
   print(json.dumps(figures, indent=2))
 

@@ -25,6 +25,7 @@ from realm_jax.index import generation
 from realm_jax.models import components
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process as process_lib
 from realm_jax.runtime import snapshots as snapshots_lib
@@ -59,7 +60,7 @@ def component(config):
 
 @pytest.fixture
 def workdir(tmp_path, config):
-  checkpoint.write_json(tmp_path / 'config.json', config_lib.to_dict(config))
+  files.write_json(tmp_path / 'config.json', config_lib.to_dict(config))
   return tmp_path
 
 
@@ -208,7 +209,7 @@ def test_build_takes_the_snapshot_that_training_did_not(
   )
   if left:  # It may be of a step that is yet to come.
     assert builder.build(workdir).name == '5'
-  checkpoint.write_json(workdir / 'summary.json', {})
+  files.write_json(workdir / 'summary.json', {})
   path = builder.build(workdir)
   assert path.name == '20'
   manifest = generation.read_manifest(path)
@@ -275,11 +276,11 @@ def test_follow_builds_the_newest_and_leaves_when_training_is_done(
     _snapshot(workdir, component, step)
   (index / '.tmp-20-1-dead').mkdir()
   (index / '.building-10').mkdir()
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   _until((index / '20').exists)
   assert checkpoint.steps_in(index) == [20]
   _, digest = _snapshot(workdir, component, 30)
-  checkpoint.write_json(workdir / 'summary.json', {})
+  files.write_json(workdir / 'summary.json', {})
   follower.end()  # Not before the generation of the last snapshot.
   assert checkpoint.steps_in(index) == [20, 30]
   assert generation.read_manifest(index / '30')['params_digest'] == digest
@@ -292,7 +293,7 @@ def test_a_builder_removes_what_a_killed_one_left(workdir, component):
   left = workdir / 'index' / '.tmp-0-4711-dead'
   left.mkdir(parents=True)
   (left / 'shard-00000.npy').write_bytes(b'half')
-  checkpoint.write_json(workdir / 'summary.json', {})
+  files.write_json(workdir / 'summary.json', {})
   builder.follow(workdir)
   assert not left.exists()
   assert checkpoint.steps_in(workdir / 'index') == [0]
@@ -334,7 +335,7 @@ def test_retention(workdir, component):
 def test_keep_zero_keeps_all(workdir, config, component):
   config = config_lib.from_dict(config_lib.to_dict(config))
   config.refresh.keep = 0
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   for step in range(0, 60, 10):
     (workdir / 'index' / str(step)).mkdir(parents=True)
   _snapshot(workdir, component, 60)
@@ -348,7 +349,7 @@ def test_a_generation_of_an_earlier_run_or_a_damaged_one_is_built_anew(
   index = workdir / 'index'
   _snapshot(workdir, component, 0, seed=1)
   builder.build(workdir)
-  checkpoint.write_json(workdir / 'summary.json', {})
+  files.write_json(workdir / 'summary.json', {})
   before = (index / '0' / 'manifest.json').read_bytes()
   builder.follow(workdir)
   assert (index / '0' / 'manifest.json').read_bytes() == before  # As it was.
@@ -420,7 +421,7 @@ def test_a_build_is_gone_on_with_where_it_was_interrupted(
   expected = _files(path)
   assert len(expected) > 5
   rows = generation.read_manifest(path)['num_rows']
-  checkpoint.remove(path)
+  files.remove(path)
   embedded = []
   add = generation.Writer.add
   for number in (3, 5, -1):
@@ -473,7 +474,7 @@ def test_what_was_begun_for_something_else_is_thrown_away(
     case 'newer':
       step = 10
       _snapshot(workdir, component, 10)
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   embedded = []
   add = generation.Writer.add
 
@@ -523,7 +524,7 @@ def test_waits_no_longer_than_told(tmp_path, workdir, monkeypatch):
     builder.follow(tmp_path / 'new', start_timeout=0.1)
   with pytest.raises(TimeoutError, match='no first snapshot'):
     builder.follow(workdir, start_timeout=0.1)
-  checkpoint.write_json(workdir / 'summary.json', {})
+  files.write_json(workdir / 'summary.json', {})
   with pytest.raises(ValueError, match='took no snapshot'):
     builder.follow(workdir)
 

@@ -35,6 +35,7 @@ from realm_jax.prepare import compaction as data_compaction
 from realm_jax.prepare import prepare
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 
@@ -74,7 +75,7 @@ def _make_workdir(path, corpus, params, step=10, **changes):
   config = _config(corpus)
   for name, value in changes.items():
     setattr(config.mips, name, value)
-  checkpoint.write_json(path / 'config.json', config_lib.to_dict(config))
+  files.write_json(path / 'config.json', config_lib.to_dict(config))
   _train(path, corpus, params, step)
   return path
 
@@ -641,7 +642,7 @@ from realm_jax.builder import edition
 def kill(*args):
   os.kill(os.getpid(), signal.SIGKILL)
 
-edition.checkpoint.write_json = kill
+edition.files.write_json = kill
 main.run()
 """
 
@@ -722,7 +723,7 @@ def test_damage_and_foreign_corpora_are_refused(workdir, tmp_path, corpus):
   config = config_lib.to_dict(
       dataclasses.replace(_config(corpus), corpus=str(tmp_path / 'other'))
   )
-  checkpoint.write_json(workdir / 'config.json', config)
+  files.write_json(workdir / 'config.json', config)
   made = corpus_lib.Corpus.open(tmp_path / 'other').fingerprint[:16]
   with pytest.raises(
       ValueError, match=rf'{made}, {corpus.fingerprint[:16]} in manifest.json'

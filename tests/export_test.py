@@ -28,6 +28,7 @@ from realm_jax.interop import weights
 from realm_jax.models import components as components_lib
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
@@ -104,7 +105,7 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   changed = jax.tree.map(lambda x: np.asarray(x) + 1, params)
   about = checkpoint.saved_about(workdir, 0) | {'corpus_fingerprint': 'f00d'}
   checkpoint.save_params(workdir, 7, changed, about)
-  checkpoint.write_json(
+  files.write_json(
       workdir / 'evaluation/7.json', {'step': 7, 'gold': {'mrr': 0.25}}
   )
   exporting.run(

@@ -30,6 +30,7 @@ from realm_jax.index import scann
 from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import process as process_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
@@ -68,7 +69,7 @@ def component(config):
 def built(tmp_path_factory, config, component):
   """A workdir with the generation 0."""
   workdir = tmp_path_factory.mktemp('built') / 'workdir'
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   _snapshot(workdir, component, 0)
   builder.build(workdir)
   return workdir
@@ -112,12 +113,12 @@ def _following(workdir):
   thread.start()
   try:
     yield
-    checkpoint.write_json(workdir / 'summary.json', {})
+    files.write_json(workdir / 'summary.json', {})
     thread.join(60)
     assert not thread.is_alive()
     assert not errors, errors
   finally:
-    checkpoint.write_json(workdir / 'summary.json', {})
+    files.write_json(workdir / 'summary.json', {})
 
 
 def _until(condition, seconds=60):
@@ -369,7 +370,7 @@ def test_a_snapshot_deleted_under_the_builder(
 
   monkeypatch.setattr(generation.Writer, 'add', add)
   _snapshot(workdir, component, 10)
-  checkpoint.write_json(workdir / 'summary.json', {})
+  files.write_json(workdir / 'summary.json', {})
   with caplog.at_level(logging.INFO):
     builder.follow(workdir)
   assert written == [(10, 0), (10, 1)]
@@ -386,7 +387,7 @@ def test_a_snapshot_deleted_under_the_builder(
 def test_in_doubt_nothing_is_deleted(workdir, component, caplog, name):
   for step in range(10, 60, 10):
     (workdir / 'index' / str(step)).mkdir()
-  checkpoint.write_json(workdir / name, {'steps': [0]})
+  files.write_json(workdir / name, {'steps': [0]})
   _truncate(workdir / name)
   _truncate(workdir / name)
   _snapshot(workdir, component, 60)

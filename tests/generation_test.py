@@ -15,6 +15,7 @@ from realm_jax.index import generation
 from realm_jax.index import scann
 from realm_jax.index import search as search_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 _ROWS, _WIDTH = 500, 8
 _LINEAGE = generation.Lineage(
@@ -223,8 +224,8 @@ def test_a_step_is_replaced_and_a_mapped_table_lives_on(tmp_path, table):
   new = generation.load(_publish(tmp_path, table + 1)).embeddings
   np.testing.assert_array_equal(old[:], table)
   np.testing.assert_array_equal(new[:], table + 1)
-  checkpoint.remove(tmp_path / '20')
-  checkpoint.remove(tmp_path / '20')  # Twice is no error.
+  files.remove(tmp_path / '20')
+  files.remove(tmp_path / '20')  # Twice is no error.
   assert os.listdir(tmp_path) == []
   np.testing.assert_array_equal(new[:], table + 1)
 

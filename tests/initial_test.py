@@ -14,6 +14,7 @@ from realm_jax.interop import importing
 from realm_jax.models import components as components_lib
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import optimizer
 
@@ -40,7 +41,7 @@ def _source(workdir, world, number, *names, towers='shared', **values):
     }
   about = {'tokenizer_digest': tokenizer.digest}
   checkpoint.save_params(workdir, number, params, about)
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   return params
 
 

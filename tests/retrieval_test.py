@@ -25,6 +25,7 @@ from realm_jax.models import components as components_lib
 from realm_jax.models import objectives
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import batches
 
@@ -55,7 +56,7 @@ def _params(config, seed=0, sharpen=4.0):
 
 def _make_workdir(path, corpus, config, saved):
   """A workdir as `train` leaves it, with {step: params}."""
-  checkpoint.write_json(path / 'config.json', config_lib.to_dict(config))
+  files.write_json(path / 'config.json', config_lib.to_dict(config))
   checkpoints = checkpoint.Checkpoints(path, keep=0)
   for step, params in saved.items():
     checkpoints.save(
@@ -467,7 +468,7 @@ def test_clear_errors(workdir, questions, tmp_path, corpus, config):
   with pytest.raises(FileNotFoundError):
     evaluate.evaluate(tmp_path / 'nowhere', questions)
   empty = tmp_path / 'empty'
-  checkpoint.write_json(empty / 'config.json', config_lib.to_dict(config))
+  files.write_json(empty / 'config.json', config_lib.to_dict(config))
   with pytest.raises(FileNotFoundError, match='no checkpoint'):
     evaluate.evaluate(empty, questions)
 
@@ -491,7 +492,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(workdir, tmp_path, corpus):
   assert result['corpus_fingerprint'] != corpus.fingerprint
   # Not by mistake, though.
   edited = config_lib.to_dict(trained_lib.Trained.open(workdir).config)
-  checkpoint.write_json(
+  files.write_json(
       workdir / 'config.json', {**edited, 'corpus': str(shared)}
   )
   with pytest.raises(ValueError, match='corpus_fingerprint'):

@@ -11,7 +11,7 @@ from realm_jax.builder import status
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.models import components
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
 
 
@@ -30,7 +30,7 @@ def built(tmp_path_factory, world):
           lengths=config_lib.LengthsConfig(query=16, document=40),
       )
   )
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   component = components.make('embedder', config.model)
   for step in (0, 10):
     snapshots_lib.save(workdir, step, component.init(seed=step))
@@ -41,7 +41,7 @@ def built(tmp_path_factory, world):
 
 
 def _refer(workdir, saved, step, fingerprint):
-  checkpoint.write_json(
+  files.write_json(
       workdir / 'checkpoints' / str(saved) / '_CHECKPOINT_METADATA',
       {
           'custom_metadata': {
@@ -107,7 +107,7 @@ def test_another_corpus_and_none(workdir, tmp_path):
   config = config_lib.read(workdir)
   config.corpus = str(tmp_path / 'nowhere')
   config.model.embedding_width = 24
-  checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+  files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   found = _problems(workdir, 10)
   assert found['index/10'] == ['width: 16 in the index, 24 expected']
   assert 'There is no corpus' in found['.'][0]
@@ -116,7 +116,7 @@ def test_another_corpus_and_none(workdir, tmp_path):
 def test_info(workdir):
   index = workdir / 'index'
   (index / '0' / 'manifest.json').write_text('{')
-  checkpoint.write_json(
+  files.write_json(
       index / '.building-20' / 'records' / 'begun.json',
       {
           'started': 0.0,
@@ -127,7 +127,7 @@ def test_info(workdir):
       },
   )
   for number in (0, 2):
-    checkpoint.write_json(
+    files.write_json(
         index / '.building-20' / 'records' / f'{number:05d}.json',
         {'name': '', 'bytes': 1, 'sha256': ''},
     )

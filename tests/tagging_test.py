@@ -20,6 +20,7 @@ from realm_jax.interop import exporting
 from realm_jax.models import tagger as tagger_lib
 from realm_jax.prepare import respan
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files as files_lib
 from realm_jax.trainer import batches
 from realm_jax.trainer import loop
 
@@ -293,7 +294,7 @@ def workdir(world, files, tmp_path_factory):
 
 
 def test_a_tagger_learns_and_is_measured(workdir, files):
-  config = checkpoint.read_json(workdir / 'config.json')
+  config = files_lib.read_json(workdir / 'config.json')
   assert config['model']['entity_types'] == ['VAL']
   result = tagger_metrics.evaluate(workdir, str(files))
   assert result['entities']['VAL']['f1'] > 0.5
@@ -316,7 +317,7 @@ def test_killed_and_resumed_is_the_same(world, files, workdir, tmp_path):
       training_test.run(config, tmp_path)
   assert checkpoint.steps_in(tmp_path / 'checkpoints') == [20]
   summary = training_test.run(config, tmp_path)
-  whole = checkpoint.read_json(workdir / 'summary.json')
+  whole = files_lib.read_json(workdir / 'summary.json')
   assert summary['params_sha256'] == whole['params_sha256']
 
 

@@ -26,6 +26,7 @@ from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
@@ -366,7 +367,7 @@ class _Job:
       return None
     path = writer.publish()
     if not self._is_still(writer.step, digest):  # Taken back just now.
-      checkpoint.remove(path)
+      files.remove(path)
       return None
     recall = writer.recall
     if recall is not None:
@@ -400,7 +401,7 @@ class _Job:
       log.warning('No old generation is deleted: %s', error)
       return
     for step in set(steps) - wanted:
-      checkpoint.remove(self.directory / str(step))
+      files.remove(self.directory / str(step))
 
 
 def _shard_rows(num_rows: int, mesh: jax.sharding.Mesh) -> int:

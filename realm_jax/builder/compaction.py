@@ -21,6 +21,7 @@ from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.index import generation
 from realm_jax.prepare import compaction
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 
 def compact(
@@ -65,7 +66,7 @@ def compact(
     )
     compaction.compact(overlay, path, progress)
     with contextlib.ExitStack() as undo:
-      undo.callback(checkpoint.remove, path)
+      undo.callback(files.remove, path)
       made = documents_lib.Part(
           corpus_lib.Corpus.open(path), documents.folder / f'index-{version}'
       )

@@ -29,6 +29,7 @@ from realm_jax.prepare import prepare
 from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import sources as sources_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import process
 
 log = logging.getLogger(__name__)
@@ -388,4 +389,4 @@ def _prune(parts: Sequence[documents_lib.Part]) -> None:
   wanted = set(checkpoint.steps_in(parts[0].index))
   for part in parts[1:]:
     for step in set(checkpoint.steps_in(part.index)) - wanted:
-      checkpoint.remove(part.index / str(step))
+      files.remove(part.index / str(step))

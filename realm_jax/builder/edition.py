@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 FORMAT_VERSION = 1
 DIRECTORY = 'documents'  # In a workdir.
@@ -64,7 +64,7 @@ def read(folder: pathlib.Path) -> Edition | None:
   path = folder / MANIFEST
   if not path.is_file():
     return None
-  manifest = checkpoint.read_json(path)
+  manifest = files.read_json(path)
   if not isinstance(manifest, dict):
     raise ValueError(f'{path} is damaged: it is not an object.')
   version = manifest.get('format_version')
@@ -121,7 +121,7 @@ def write(
       'change': {**change, 'time': time.time()},
   }
   manifest['manifest_sha256'] = _digest(manifest)
-  checkpoint.write_json(folder / MANIFEST, manifest)
+  files.write_json(folder / MANIFEST, manifest)
 
 
 def _read_removed(

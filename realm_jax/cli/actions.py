@@ -65,10 +65,10 @@ def prepare(
 def _describe(directory: pathlib.Path) -> None:
   from realm_jax.corpus import corpus as corpus_lib
   from realm_jax.evaluation import corpus_stats
-  from realm_jax.runtime import checkpoint
+  from realm_jax.runtime import files
 
   figures = corpus_stats.measure(corpus_lib.Corpus.open(directory))
-  checkpoint.write_json(directory / 'stats.json', figures)
+  files.write_json(directory / 'stats.json', figures)
   print(json_lib.dumps(figures, indent=2, ensure_ascii=False))
   try:
     corpus_stats.plot(figures, directory / 'stats.png')

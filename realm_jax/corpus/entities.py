@@ -21,7 +21,7 @@ import pathlib
 import numpy as np
 
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.runtime import compressed
+from realm_jax.runtime import lines as lines_lib
 
 NO_LABEL = -1  # Of [CLS], [SEP], padding, and wordpieces inside a word.
 _DOCUMENT_START = '-DOCSTART-'  # A line of CoNLL 2003 that is no token.
@@ -49,7 +49,7 @@ def read(sources: str) -> list[TaggedSentence]:
     path = pathlib.Path(source.strip())
     if not path.is_file():
       raise FileNotFoundError(f'There is no file of tagged sentences {path}.')
-    json_lines = compressed.plain_name(path).endswith(('.jsonl', '.json'))
+    json_lines = lines_lib.plain_name(path).endswith(('.jsonl', '.json'))
     found = list(_read_json_lines(path) if json_lines else _read_conll(path))
     if not found:
       raise ValueError(
@@ -61,7 +61,7 @@ def read(sources: str) -> list[TaggedSentence]:
 
 
 def _read_json_lines(path: pathlib.Path) -> Iterator[TaggedSentence]:
-  for number, line in enumerate(compressed.lines(path), start=1):
+  for number, line in enumerate(lines_lib.lines(path), start=1):
     if not line.strip():
       continue
     where = f'{path}:{number}'
@@ -92,7 +92,7 @@ def _read_conll(path: pathlib.Path) -> Iterator[TaggedSentence]:
   tokens: list[str] = []
   tags: list[str] = []
   places: list[str] = []
-  for number, line in enumerate((*compressed.lines(path), b''), start=1):
+  for number, line in enumerate((*lines_lib.lines(path), b''), start=1):
     where = f'{path}:{number}'
     try:
       columns = line.decode('utf-8').split()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.evaluation import statistics
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files as files_lib
 from realm_jax.runtime import metrics as metrics_lib
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ _PANELS = (
 def save(workdir: pathlib.Path | str, result: Result) -> pathlib.Path:
   """Writes evaluation/<step>.json, in place of an earlier one."""
   path = pathlib.Path(workdir) / FOLDER / f'{result["step"]}.json'
-  checkpoint.write_json(path, result)
+  files_lib.write_json(path, result)
   return path
 
 
@@ -80,7 +80,7 @@ def load_all(workdir: pathlib.Path | str) -> list[Result]:
   """Reads all results of a workdir, by step."""
   paths = (pathlib.Path(workdir) / FOLDER).glob('*.json')
   return [
-      checkpoint.read_json(path)
+      files_lib.read_json(path)
       for path in sorted(
           (path for path in paths if path.stem.isdigit()),
           key=lambda path: int(path.stem),

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import pathlib
@@ -28,7 +27,7 @@ from realm_jax.corpus import concatenated
 from realm_jax.index import scann
 from realm_jax.index import search as search_lib
 from realm_jax.index import shards
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files as files_lib
 
 FORMAT_VERSION = 1
 DIRECTORY = 'index'  # In a workdir.
@@ -140,7 +139,7 @@ class Writer:
     name = f'{BUILDING}{self.step}'
     if resume is None:
       unique = f'{os.getpid()}-{uuid.uuid4().hex[:8]}'
-      name = f'{checkpoint.TEMPORARY}{self.step}-{unique}'
+      name = f'{files_lib.TEMPORARY}{self.step}-{unique}'
     self._folder = shards.ShardFolder(self._directory / name, dtype)
     self._about: dict[str, Any] = {}
     self._started = 0.0
@@ -271,11 +270,11 @@ class Writer:
         'seconds': now - self._started,
         'created': now,
     }
-    manifest['manifest_sha256'] = _manifest_digest(manifest)
+    manifest['manifest_sha256'] = files_lib.manifest_digest(manifest)
     with shards.writing(self._folder.path / MANIFEST):
-      checkpoint.write_json(self._folder.path / MANIFEST, manifest)
+      files_lib.write_json(self._folder.path / MANIFEST, manifest)
     path = self._directory / str(self.step)
-    checkpoint.remove(path)
+    files_lib.remove(path)
     os.rename(self._folder.path, path)
     descriptor = os.open(self._directory, os.O_RDONLY)
     try:
@@ -385,7 +384,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         f'reads format {FORMAT_VERSION}. Install the newer version, or build '
         'the index again.'
     )
-  found = _manifest_digest(manifest)
+  found = files_lib.manifest_digest(manifest)
   if found != digest:
     raise Damaged(
         f'{path}/{MANIFEST} is damaged: its SHA-256 is {found}, it says '
@@ -407,7 +406,7 @@ def remove_leftovers(directory: Path, resume: int | None = None) -> list[str]:
   names = [
       name
       for name in os.listdir(directory)
-      if name.startswith((checkpoint.TEMPORARY, BUILDING))
+      if name.startswith((files_lib.TEMPORARY, BUILDING))
       and name != f'{BUILDING}{resume}'
   ]
   for name in names:
@@ -417,13 +416,13 @@ def remove_leftovers(directory: Path, resume: int | None = None) -> list[str]:
 
 def mark_in_use(directory: Path, steps: list[int]) -> None:
   """Asks the builder, which deletes old generations, to keep these."""
-  checkpoint.write_json(pathlib.Path(directory) / _IN_USE, {'steps': steps})
+  files_lib.write_json(pathlib.Path(directory) / _IN_USE, {'steps': steps})
 
 
 def in_use(directory: Path) -> set[int]:
   """The generations that the trainer asked to keep."""
   try:
-    return set(checkpoint.read_json(pathlib.Path(directory) / _IN_USE)['steps'])
+    return set(files_lib.read_json(pathlib.Path(directory) / _IN_USE)['steps'])
   except FileNotFoundError:
     return set()
 
@@ -474,11 +473,6 @@ def _table(
 ) -> concatenated.Chained:
   files = manifest['files'][: manifest['num_shards']]
   return shards.open_table(path, files, manifest['dtype'])
-
-
-def _manifest_digest(manifest: dict[str, Any]) -> str:
-  rest = {k: v for k, v in manifest.items() if k != 'manifest_sha256'}
-  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _remedy(path: pathlib.Path) -> str:

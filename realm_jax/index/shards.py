@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.corpus import concatenated
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files as files_lib
 
 RECORDS = 'records'  # A folder, deleted once all shards are there.
 _BEGUN = f'{RECORDS}/begun.json'
@@ -70,7 +70,7 @@ class ShardFolder:
       NoRoom: if the disk is full.
     """
     try:
-      begun = checkpoint.read_json(self.path / _BEGUN)
+      begun = files_lib.read_json(self.path / _BEGUN)
     except (FileNotFoundError, ValueError):
       begun = {}
     if begun.get('made_from') != made_from:
@@ -78,7 +78,7 @@ class ShardFolder:
       shutil.rmtree(self.path, ignore_errors=True)
       with writing(self.path):
         (self.path / RECORDS).mkdir(parents=True)
-        checkpoint.write_json(self.path / _BEGUN, begun)
+        files_lib.write_json(self.path / _BEGUN, begun)
     keep = {RECORDS}
     for number, record in self.records().items():
       if any(problems(self.path, [record])):
@@ -95,7 +95,7 @@ class ShardFolder:
     found = {}
     for path in sorted((self.path / RECORDS).glob('[0-9]*.json')):
       with contextlib.suppress(ValueError):
-        record = checkpoint.read_json(path)
+        record = files_lib.read_json(path)
         if {*record} == {'name', 'bytes', 'sha256'}:
           found[int(path.stem)] = record
     return found
@@ -119,7 +119,7 @@ class ShardFolder:
           file.write(array.data)
           file.flush()
           os.fsync(file.fileno())
-        checkpoint.write_json(
+        files_lib.write_json(
             self._record(number), facts(self.path, path.name)
         )
       except OSError:
@@ -133,7 +133,7 @@ class ShardFolder:
 def begun(path: pathlib.Path) -> dict[str, Any] | None:
   """What a folder was begun with, and when: made_from, started; or None."""
   try:
-    return checkpoint.read_json(path / _BEGUN)
+    return files_lib.read_json(path / _BEGUN)
   except (FileNotFoundError, NotADirectoryError, ValueError):
     return None
 

@@ -10,6 +10,7 @@ from typing import Any
 import realm_jax
 from realm_jax.interop import exported
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 _HEAD = """---
 library_name: {library}
@@ -84,7 +85,7 @@ def _metrics(workdir: exported.Workdir) -> dict[str, str]:
     elif isinstance(value, float):
       found[prefix] = f'{value:.4g}'
 
-  visit('', checkpoint.read_json(path))
+  visit('', files.read_json(path))
   return found
 
 

@@ -28,6 +28,7 @@ from realm_jax.interop import convert
 from realm_jax.interop import weights
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def read_imported(workdir: checkpoint_sources.Path) -> list[Imported]:
     unused = path.parent / _UNUSED
     found.append(
         Imported(
-            **checkpoint.read_json(path),
+            **files.read_json(path),
             unused=(
                 weights.open_file(unused) if unused.is_file() else {}
             ),
@@ -138,7 +139,7 @@ def run(
     params = {k: v for one in loaded for k, v in one.params.items()}
     config = _config(opened, loaded, list(params))
     tokenizer.save(temporary)
-    checkpoint.write_json(
+    files.write_json(
         temporary / 'tokenizer_config.json',
         {'do_lower_case': tokenizer.lowercase},
     )
@@ -177,7 +178,7 @@ def run(
       _publish(temporary, config, loaded, made, digest)
     for source, one in zip(opened, loaded, strict=True):
       _remember(temporary, source, one, blanks or [])
-    checkpoint.write_json(
+    files.write_json(
         temporary / 'config.json', config_lib.to_dict(config)
     )
     os.replace(temporary, workdir)
@@ -307,7 +308,7 @@ def _remember(
   folder.mkdir(parents=True)
   if loaded.unused:
     weights.write_safetensors(folder / _UNUSED, loaded.unused)
-  checkpoint.write_json(
+  files.write_json(
       folder / 'source.json',
       {
           'kind': loaded.kind,

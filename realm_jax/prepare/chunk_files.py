@@ -76,7 +76,7 @@ def kept(output: pathlib.Path, made_with: dict[str, Any]) -> Iterator[Parts]:
   """
   directory = output.parent / f'.{output.name}.parts'
   directory.mkdir(parents=True, exist_ok=True)
-  with files.locked(directory, output):
+  with files.folder_lock(directory, output):
     parts = Parts(directory)
     about = directory / 'made_with.json'
     wanted = json.dumps(made_with, indent=2, sort_keys=True)

@@ -60,7 +60,7 @@ def compact(
   output = pathlib.Path(output).absolute()
   base = overlay.parts[0]
   has_pretraining = 'pretraining' in base.sentences
-  with files.atomic_directory(output, overwrite=False) as directory:
+  with files.atomic_folder(output, overwrite=False) as directory:
     base.tokenizer.save(directory)
     writer = writer_lib.CorpusWriter(
         directory, base.tokenizer, has_pretraining

@@ -12,7 +12,7 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
-from realm_jax.runtime import compressed as compressed_lib
+from realm_jax.runtime import lines as lines_lib
 
 _MISSING = (
     'Reading a dump of MediaWiki needs the packages mwxml and mwparserfromhell;'
@@ -48,7 +48,7 @@ class Dump:
 
     damaged = (ElementTree.ParseError, mwxml.errors.MalformedXML)
     title = 'the beginning'
-    with compressed_lib.opened(self.path) as file:
+    with lines_lib.opened(self.path) as file:
       try:
         for page in mwxml.Dump.from_file(file):
           title = page.title

@@ -135,7 +135,7 @@ def prepare(
   if any(source.marked for source in inputs):
     validation_fraction = 0.0
   with (
-      files.atomic_directory(output, overwrite) as directory,
+      files.atomic_folder(output, overwrite) as directory,
       chunk_files_lib.kept(output, _made_with(tokenizer, settings)) as parts,
   ):
     tokenizer.save(directory)
@@ -203,7 +203,7 @@ def prepare_more(
   settings = dataclasses.replace(settings, exclude=tuple(settings.exclude))
   fraction = 0.0 if source.marked else about['validation_fraction']
   with (
-      files.atomic_directory(output, overwrite=False) as directory,
+      files.atomic_folder(output, overwrite=False) as directory,
       chunk_files_lib.kept(
           output, _made_with(base.tokenizer, settings)
       ) as parts,
@@ -337,7 +337,7 @@ def _check_settings(
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
   """Refuses what must not be replaced; `--overwrite` is for corpora only."""
   for leftover in files.leftovers(output):
-    with files.locked(leftover, output):
+    with files.folder_lock(leftover, output):
       pass
   if not output.exists():
     return

@@ -12,7 +12,6 @@ Only `text` is required. `spans` are ranges of UTF-8 bytes of `text`.
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from realm_jax.corpus import corpus
 from realm_jax.prepare import sources as sources_lib
-from realm_jax.runtime import compressed as compressed_lib
+from realm_jax.runtime import lines as lines_lib
 
 _LISTED = 20  # Of the skipped records; the others are only counted.
 _RECENT = 1 << 19  # Hashes kept as Python objects; older ones take 12 bytes.
@@ -145,14 +144,14 @@ def read_ids(path: pathlib.Path) -> list[str]:
   if not path.is_file():
     raise FileNotFoundError(f'There is no file {str(path)!r}.')
   ids: dict[str, None] = {}
-  for i, line in enumerate(compressed_lib.lines(path), start=1):
+  for i, line in enumerate(lines_lib.lines(path), start=1):
     try:
       if sources_lib.is_json_lines(path):
-        name = _string(_fields(line), 'id', or_number=True)
+        name = _string(lines_lib.json_object(line), 'id', or_number=True)
         if not name:
           raise ValueError('no field `id`, by which a document is known')
       else:
-        name = _decoded(line).strip()
+        name = lines_lib.decoded(line).strip()
     except ValueError as error:
       raise ValueError(f'{path}:{i}: {error}.') from None
     if name:
@@ -202,7 +201,9 @@ def _parse(content: sources_lib.Content, number: int | None) -> Record:
   """
   if isinstance(content, ValueError):
     raise content
-  fields = content if isinstance(content, dict) else _fields(content)
+  fields = (
+      lines_lib.json_object(content) if isinstance(content, bytes) else content
+  )
   text = _string(fields, 'text')
   if text is None:
     raise ValueError(
@@ -237,36 +238,6 @@ def _parse(content: sources_lib.Content, number: int | None) -> Record:
   )
 
 
-def _fields(line: bytes) -> dict[str, Any]:
-  """Returns the object that a line of JSON is."""
-  if not line.strip():
-    raise ValueError('an empty line; each line must be a JSON object')
-  text = _decoded(line)
-  try:
-    fields = json.loads(text)
-  except RecursionError:
-    raise ValueError('malformed JSON: nested too deeply') from None
-  except ValueError as error:  # Also numbers of too many digits.
-    raise ValueError(f'malformed JSON: {error}') from None
-  if not isinstance(fields, dict):
-    raise ValueError(
-        f'a JSON {type(fields).__name__}; each line must be an object'
-    )
-  return fields
-
-
-def _decoded(data: bytes, what: str = 'the line') -> str:
-  try:
-    return data.decode('utf-8')
-  except UnicodeDecodeError as error:
-    line = data.count(b'\n', 0, error.start)
-    where = f' (its line {line + 1})' if line else ''
-    raise ValueError(
-        f'not UTF-8: byte {error.start} of {what}{where} is '
-        f'0x{data[error.start]:02x}'
-    ) from None
-
-
 def _string(
     fields: dict[str, Any], name: str, or_number: bool = False
 ) -> str | None:
@@ -276,7 +247,7 @@ def _string(
   if or_number and isinstance(value, int) and not isinstance(value, bool):
     return str(value)
   if isinstance(value, bytes):  # What is no JSON may come undecoded.
-    return _decoded(value, f'the {name}')
+    return lines_lib.decoded(value, f'the {name}')
   if not isinstance(value, str):
     raise ValueError(
         f'the field `{name}` is of type {type(value).__name__}; it must be a '

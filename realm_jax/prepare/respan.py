@@ -98,7 +98,7 @@ def respan(
   output = pathlib.Path(output).absolute()
   made_with = {**about, 'corpus': corpus.fingerprint, 'sentences': _SENTENCES}
   with (
-      files.atomic_directory(output, overwrite) as directory,
+      files.atomic_folder(output, overwrite) as directory,
       chunk_files_lib.kept(output, made_with) as parts,
   ):
     for path in sorted(corpus.directory.rglob('*')):

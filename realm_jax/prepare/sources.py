@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from realm_jax.prepare import datasets
 from realm_jax.prepare import mediawiki
-from realm_jax.runtime import compressed as compressed_lib
+from realm_jax.runtime import lines as lines_lib
 
 UNDERSTOOD = """\
 What is understood, files also with .gz, .xz, .bz2 or .zst at the end:
@@ -77,7 +77,7 @@ class JsonLines:
     return str(self.path)
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
-    for i, line in enumerate(compressed_lib.lines(self.path), start=1):
+    for i, line in enumerate(lines_lib.lines(self.path), start=1):
       yield f'{self.path}:{i}', line
 
 
@@ -96,8 +96,8 @@ class PlainText:
     return str(self.path)
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
-    data = b''.join(compressed_lib.lines(self.path))
-    title = pathlib.Path(compressed_lib.plain_name(self.path)).stem
+    data = b''.join(lines_lib.lines(self.path))
+    title = pathlib.Path(lines_lib.plain_name(self.path)).stem
     title = title.replace('_', ' ')
     yield f'{self.path}:1', {
         'id': self.id,
@@ -119,7 +119,7 @@ class WikiExtractor:
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     header: re.Match[str] | None = None
     place, body = '', list[bytes]()
-    for i, line in enumerate(compressed_lib.lines(self.path), start=1):
+    for i, line in enumerate(lines_lib.lines(self.path), start=1):
       here = f'{self.path}:{i}'
       if header is not None:
         if line.strip() == b'</doc>':
@@ -172,7 +172,7 @@ def find(sources: Sequence[str]) -> list[Source]:
 
 def is_json_lines(path: pathlib.Path) -> bool:
   """Whether a file's name says that it holds an object a line."""
-  return compressed_lib.plain_name(path).endswith(_JSON)
+  return lines_lib.plain_name(path).endswith(_JSON)
 
 
 def _files(source: str) -> list[tuple[pathlib.Path, str]]:
@@ -211,7 +211,7 @@ def _without_notes(files: list[pathlib.Path]) -> list[pathlib.Path]:
 
 def _kind(path: pathlib.Path) -> str:
   """Returns what a file's name says of its format; '': nothing."""
-  name = compressed_lib.plain_name(path)
+  name = lines_lib.plain_name(path)
   if name.endswith(_JSON):
     return 'json'
   if _WIKI_EXTRACTOR.fullmatch(name):

@@ -25,6 +25,7 @@ from realm_jax.prepare import appending
 from realm_jax.prepare import passages as passages_lib
 from realm_jax.prepare import tf_example
 from realm_jax.prepare import trivial_tables
+from realm_jax.runtime import files as files_lib
 
 log = logging.getLogger(__name__)
 
@@ -455,7 +456,7 @@ def _write_manifest(
   files = {
       path.relative_to(directory).as_posix(): {
           'bytes': path.stat().st_size,
-          'sha256': _sha256(path),
+          'sha256': files_lib.sha256(path),
       }
       for path in sorted(directory.rglob('*'))
       if path.is_file()
@@ -488,8 +489,3 @@ def _write_manifest(
       encoding='utf-8',
   )
   return manifest
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -3,7 +3,7 @@
 Public: `Checkpoints` (params and train state by step), `save_params`,
 `load_params`, `frugal`, `saved_about`, `params_digest`,
 `referenced_generations`, `steps_in`, `newest_step`, `components_in`,
-`abstract_in`, `check_leaves`, `remove`, `write_json`, `read_json`; for
+`abstract_in`, `check_leaves`; for
 snapshots.py, which has those of the retriever alone: `custom_metadata`,
 `on_one_device`, `alone`, `remove_unfinished`. Orbax writes beside the final
 name and renames, so a number that can be listed is a checkpoint that can be
@@ -13,61 +13,24 @@ of them see; everything else is read by each for itself, and written by process
 """
 
 import hashlib
-import json
 import logging
 import os
 import pathlib
 import shutil
 from typing import Any
-import uuid
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from realm_jax.runtime import distributed
+from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = 'checkpoints'
-TEMPORARY = '.tmp-'  # So begins the name of what is written, or deleted.
 
 Path = pathlib.Path | str
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file so that a reader sees all of it or the one before."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
-  try:
-    with temporary.open('w', encoding='utf-8') as file:
-      json.dump(value, file, indent=2)
-      file.write('\n')
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-  """Reads a JSON file; ValueError names the file if it is none."""
-  try:
-    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is not readable as JSON: {error}') from error
-
-
-def remove(path: Path) -> None:
-  """Deletes a folder; nobody ever sees half of it. No error if it is gone."""
-  path = pathlib.Path(path)
-  aside = path.with_name(f'{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}')
-  try:
-    os.rename(path, aside)
-  except FileNotFoundError:
-    return
-  shutil.rmtree(aside, ignore_errors=True)
 
 
 def params_digest(params: Any) -> str:
@@ -320,7 +283,8 @@ def custom_metadata(path: pathlib.Path) -> dict[str, Any]:
   """The JSON that was saved with what Orbax wrote to a folder."""
   # The file is Orbax' own, public format; going through Orbax costs 100 times
   # as much, as it looks at every array.
-  return read_json(path / '_CHECKPOINT_METADATA').get('custom_metadata') or {}
+  metadata = files.read_json(path / '_CHECKPOINT_METADATA')
+  return metadata.get('custom_metadata') or {}
 
 
 def alone() -> ocp.Context:

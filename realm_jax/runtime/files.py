@@ -1,40 +1,131 @@
-"""A folder that appears complete or not at all, written by one process.
+"""Files and folders that appear complete or not at all; locks; checksums.
 
-Public: `atomic_directory`, `leftovers`, `locked`.
+No JAX: workers of the input pipeline import this module. Temporary names begin
+with a dot, so that no reader takes them for results.
 """
 
 from collections.abc import Iterator
 import contextlib
 import fcntl
 import glob
+import hashlib
+import json
 import os
 import pathlib
 import shutil
+import socket
+import time
+from typing import IO, Any
+import uuid
+
+Path = pathlib.Path | str
+TEMPORARY = '.tmp-'  # First letters of a folder that is being deleted.
+
+
+class Locked(RuntimeError):
+  """Another process holds the lock; `holder` names it."""
+
+  def __init__(self, path: pathlib.Path, holder: str):
+    super().__init__(f'{path} is locked by {holder}.')
+    self.holder = holder
 
 
 @contextlib.contextmanager
-def atomic_directory(
-    output: pathlib.Path, overwrite: bool
-) -> Iterator[pathlib.Path]:
-  """Gives a temporary folder that becomes `output` if all goes well.
+def lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
+  """Holds an exclusive lock on a file; the system frees it with the process.
 
-  What earlier, killed runs left behind is removed first.
+  Args:
+    path: the lock file, which is created and stays.
+    timeout: seconds to wait for the lock.
 
   Raises:
-    FileExistsError: if the output exists and is not to be overwritten, or
-      another process is writing it.
+    Locked: another process holds it.
+    OSError: the file system has no locks.
   """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  deadline = time.monotonic() + timeout
+  with open(path, 'a+', encoding='utf-8') as file:
+    while True:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:
+        if time.monotonic() >= deadline:
+          file.seek(0)
+          holder = file.read().strip() or 'another process'
+          raise Locked(path, holder) from None
+        time.sleep(0.1)
+    file.seek(0)
+    file.truncate()
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    try:
+      yield
+    finally:
+      file.truncate(0)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = 'w') -> Iterator[IO[Any]]:
+  """Opens a temporary file that replaces `path` if the block succeeds.
+
+  A reader sees the whole new content or the whole old one, also after a power
+  failure. `mode` is 'w' (UTF-8 text) or 'wb'.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
+  encoding = None if 'b' in mode else 'utf-8'
+  try:
+    with open(temporary, mode, encoding=encoding) as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file; see `atomic_file`."""
+  with atomic_file(path) as file:
+    json.dump(value, file, indent=2)
+    file.write('\n')
+
+
+def read_json(path: Path) -> Any:
+  """Reads a JSON file; a ValueError names a file that is not JSON."""
+  try:
+    return json.loads(pathlib.Path(path).read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path} is not readable as JSON: {error}') from error
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    output: Path, overwrite: bool = False
+) -> Iterator[pathlib.Path]:
+  """Gives a temporary folder that is renamed to `output` if all succeeds.
+
+  Temporary folders of killed runs are removed first.
+
+  Raises:
+    FileExistsError: the output exists and `overwrite` is False, or another
+      process is writing it.
+  """
+  output = pathlib.Path(output)
   parent, name = output.parent, output.name
   parent.mkdir(parents=True, exist_ok=True)
   for leftover in leftovers(output):
-    with locked(leftover, output):
+    with folder_lock(leftover, output):
       shutil.rmtree(leftover)
-  aside = parent / f'.{name}.old'
-  if aside.exists():  # Killed between the two renames below, or after them.
+  replaced = parent / f'.{name}.old'
+  if replaced.exists():  # A run was killed between or after the two renames.
     if output.exists():
-      shutil.rmtree(aside)
+      shutil.rmtree(replaced)
     else:
-      os.rename(aside, output)
+      os.rename(replaced, output)
   if output.exists() and not overwrite:
     raise FileExistsError(
         f'The output {output} exists; give --overwrite to replace it.'
@@ -42,40 +133,64 @@ def atomic_directory(
   temporary = parent / f'.{name}.tmp-{os.getpid()}'
   temporary.mkdir()
   try:
-    with locked(temporary, output):
+    with folder_lock(temporary, output):
       yield temporary
       if output.exists():
-        os.rename(output, aside)
+        os.rename(output, replaced)
       os.rename(temporary, output)
-      if aside.exists():
-        shutil.rmtree(aside)
+      if replaced.exists():
+        shutil.rmtree(replaced)
   except OSError as error:
     if isinstance(error, (FileExistsError, FileNotFoundError)):
       raise
-    raise OSError(
-        f'Writing {output} failed, so that nothing is there now: {error}'
-    ) from error
+    raise OSError(f'Writing {output} failed; nothing was kept: {error}') from (
+        error
+    )
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def leftovers(output: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the temporary folders of runs that are going on or were killed."""
+def leftovers(output: Path) -> list[pathlib.Path]:
+  """Returns the temporary folders of unfinished or killed writers."""
+  output = pathlib.Path(output)
   return sorted(output.parent.glob(f'.{glob.escape(output.name)}.tmp-*'))
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path, output: pathlib.Path) -> Iterator[None]:
-  """Holds a lock that ends with this process, however it ends."""
+def folder_lock(directory: pathlib.Path, output: Path) -> Iterator[None]:
+  """Locks a folder itself, while it is written or removed."""
   descriptor = os.open(directory, os.O_RDONLY)
   try:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise FileExistsError(
-          f'Another process is writing {output} (in {directory}); wait for it '
-          'or end it.'
+          f'Another process is writing {output} (in {directory}). Wait for it'
+          ' or end it.'
       ) from None
     yield
   finally:
     os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+  """Deletes a folder, which is first renamed: no reader sees half of it."""
+  path = pathlib.Path(path)
+  renamed = path.with_name(f'{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}')
+  try:
+    os.rename(path, renamed)
+  except FileNotFoundError:
+    return
+  shutil.rmtree(renamed, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+  """Returns the SHA-256 of a file as hexadecimal digits."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+  """Returns the SHA-256 of a manifest without its field `manifest_sha256`."""
+  rest = {k: v for k, v in manifest.items() if k != 'manifest_sha256'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

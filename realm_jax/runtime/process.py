@@ -20,7 +20,7 @@ from typing import Any
 
 import tqdm
 
-from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Heartbeat:
         **self._said,
     }
     try:
-      checkpoint.write_json(self._path, values)
+      files.write_json(self._path, values)
     except OSError as error:
       # A full disk: what matters more will say so where it fails.
       if not self._failed:

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
+from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Snapshots:
       wanted.update([step for step in steps if step < resumed][-1:])
     for step in steps:
       if step < in_use and step not in wanted:
-        checkpoint.remove(self._workdir / DIRECTORY / str(step))
+        files.remove(self._workdir / DIRECTORY / str(step))
 
   def _begin(self, step: int, params: Any) -> Callable[[], object]:
     """Does what must be done at once, and returns what is left to do."""

@@ -24,6 +24,7 @@ from realm_jax.qa import passage_answers
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import sharding
 from realm_jax.trainer import initial
@@ -123,7 +124,7 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   for source in initial.sources(config):
     config_lib.read(source)  # Raises if there is none.
   if distributed.is_main():
-    checkpoint.write_json(workdir / 'config.json', config_lib.to_dict(config))
+    files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   _check_shared(workdir)
   components = components_lib.make_all(config)
   gold_rows = None

@@ -21,6 +21,7 @@ from realm_jax import config as config_lib
 from realm_jax.models import flops
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
@@ -91,7 +92,7 @@ def train(
         'compilations': loop.compilations,
     }
   if distributed.is_main():
-    checkpoint.write_json(job.workdir / SUMMARY, summary)
+    files.write_json(job.workdir / SUMMARY, summary)
   return summary
 
 

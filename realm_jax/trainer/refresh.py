@@ -31,6 +31,7 @@ from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
+from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
 
@@ -430,7 +431,7 @@ class Refresher:
             raise
           damaged = error
           log.error('%s It is removed, to be built anew.', error)
-          checkpoint.remove(path)
+          files.remove(path)
       self._look_after_builder(step)
       if not distributed.any(loaded is None):
         break
@@ -451,12 +452,12 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
     return
   workdir = pathlib.Path(workdir)
   snapshots = workdir / snapshots_lib.DIRECTORY
-  for left in snapshots.glob(f'{checkpoint.TEMPORARY}*'):
+  for left in snapshots.glob(f'{files.TEMPORARY}*'):
     shutil.rmtree(left, ignore_errors=True)
   # Snapshots first: a builder does not publish without its snapshot.
   for number in snapshots_lib.steps_of(workdir):
     if number > step:
-      checkpoint.remove(snapshots / str(number))
+      files.remove(snapshots / str(number))
       log.info('Removed the snapshot of step %d: it is run again.', number)
   kept = snapshots_lib.steps_of(workdir)
   directory = workdir / generation_lib.DIRECTORY
@@ -470,7 +471,7 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
         continue  # Whoever needs it will say so.
       stale = theirs != snapshots_lib.digest_of(workdir, number)
     if stale:
-      checkpoint.remove(path)
+      files.remove(path)
       log.info('Removed %s, of steps that are run again.', path)
 
 
