@@ -1,33 +1,25 @@
-"""The documents of a workdir: its corpus, and what was added and removed.
+"""The documents of a workdir: its corpus, and those added and removed since.
 
-Public: `Documents`, `Part`, `Index`, `newest_generation`, `load_params`,
-`problems`. Readers come through here: `evaluate`, `inspect`, `Retriever`, the
-export of the index. The trainer and the index builder do not.
+  documents/manifest.json     the current version: its parts, the removed rows
+  documents/removed-V.npy     rows removed up to version V
+  documents/corpus-V/         corpus that version V added, or compacted
+  documents/index-V/<step>/   its generations
 
-  documents/manifest.json     which version holds; see `edition`
-  documents/removed-V.npy     rows that were removed up to version V
-  documents/corpus-V/         what version V added: a corpus artifact
-  documents/index-V/<step>/   its generations, as those in index/
-
-Rows count through all parts: first the corpus that was trained on, then each
-addition. After a compaction the first part is the compacted corpus.
+The trainer and the index builder read the corpus of the job alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 import copy
 import dataclasses
 import functools
 import logging
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
 from realm_jax import config as config_lib
-from realm_jax.builder import edition as edition_lib
-from realm_jax.builder import merged_search
 from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
@@ -36,17 +28,28 @@ from realm_jax.index import generation as generation_lib
 from realm_jax.index import search
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
+FORMAT_VERSION = 1
+DIRECTORY = 'documents'  # In a workdir.
+MANIFEST = 'manifest.json'
+_UNCHANGED: dict[str, Any] = {
+    'version': 0,
+    'origin': None,  # Fingerprint of the corpus that was trained on.
+    'parts': [{'corpus': None, 'index': None, 'fingerprint': None}],
+    'removed': None,
+    'manifest_sha256': None,
+}
+
 Path = pathlib.Path | str
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """A corpus, and the folder of its generations."""
+class Part(NamedTuple):
+  """A corpus and the folder of its generations."""
 
   corpus: corpus_lib.Corpus
   index: pathlib.Path
@@ -54,12 +57,19 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """What can be found in a workdir; `Documents.open` makes one."""
+  """One version of the documents; rows count through all parts.
+
+  config: resolved.
+  parts: the corpus of the job, or a compacted one, and each addition.
+  removed: sorted rows that no search returns, int64.
+  manifest: of documents/.
+  """
 
   workdir: pathlib.Path
-  config: config_lib.Config  # Resolved.
-  edition: edition_lib.Edition  # Of version 0 if there was no change.
+  config: config_lib.Config
   parts: tuple[Part, ...]
+  removed: np.ndarray
+  manifest: dict[str, Any]
 
   @classmethod
   def open(
@@ -68,71 +78,62 @@ class Documents:
       config: config_lib.Config,
       corpus: Path | None = None,
   ) -> 'Documents':
-    """Opens the corpus of a job with what was added and removed, if anything.
-
-    Args:
-      workdir: of the job.
-      config: resolved.
-      corpus: to be searched instead, just as it is.
+    """Opens the current version, or another corpus instead.
 
     Raises:
-      FileNotFoundError: if a corpus is not there.
-      ValueError: if something is damaged, of a newer format, or the corpus is
-        not that which the documents were added to; names both sides.
+      FileNotFoundError: a corpus or the file of removed rows is missing.
+      ValueError: a file is damaged or of a newer format, or the corpus is not
+        the one that the documents were added to.
     """
-    workdir = pathlib.Path(workdir)
-    if not (corpus or config.corpus):
+    workdir, config = pathlib.Path(workdir), copy.deepcopy(config)
+    folder = workdir / DIRECTORY
+    manifest = _UNCHANGED if corpus else read_manifest(folder)
+    corpus = corpus or config.corpus
+    if not corpus:
       raise ValueError(f'{workdir} has no corpus: its config names none.')
-    folder = workdir / edition_lib.DIRECTORY
-    edition = None if corpus else edition_lib.read(folder)
-    index = workdir / generation_lib.DIRECTORY
     parts = []
-    if edition is None:
-      opened = corpus_lib.Corpus.open(corpus or config.corpus)
+    for names in manifest['parts']:
+      path = folder / names['corpus'] if names['corpus'] else corpus
+      opened, expected = corpus_lib.Corpus.open(path), names['fingerprint']
+      if expected not in (None, opened.fingerprint):
+        raise ValueError(
+            f'The corpus {path} is not the one that {folder} was made for: '
+            f'its fingerprint is {opened.fingerprint[:16]}, {expected[:16]} in '
+            f'{MANIFEST}. Put that corpus back, or remove {folder} and add its '
+            'documents again.'
+        )
+      index = workdir / generation_lib.DIRECTORY
+      index = folder / names['index'] if names['index'] else index
       parts.append(Part(opened, index))
-      edition = edition_lib.Edition(
-          0, opened.fingerprint, (), np.zeros(0, np.int64)
-      )
-    else:
-      for part in edition.parts:
-        path = folder / part.corpus if part.corpus else config.corpus
-        opened = corpus_lib.Corpus.open(path)
-        if opened.fingerprint != part.fingerprint:
-          raise ValueError(
-              f'The corpus {path} is not the one that {folder} was made for: '
-              f'its fingerprint is {opened.fingerprint[:16]}, '
-              f'{part.fingerprint[:16]} in {edition_lib.MANIFEST}. Put that '
-              f'corpus back, or remove {folder} and add its documents anew.'
-          )
-        parts.append(Part(opened, folder / part.index if part.index else index))
-    config = copy.deepcopy(config)
+    base = parts[0].corpus
+    if manifest is _UNCHANGED:
+      names = {**manifest['parts'][0], 'fingerprint': base.fingerprint}
+      manifest = {**manifest, 'origin': base.fingerprint, 'parts': [names]}
     config.model.vocab_size = (
-        config.model.vocab_size or parts[0].corpus.tokenizer.vocab_size
+        config.model.vocab_size or base.tokenizer.vocab_size
     )
-    return cls(workdir, config, edition, tuple(parts))
+    removed = _read_removed(folder, manifest['removed'])
+    return cls(workdir, config, tuple(parts), removed, manifest)
 
   @property
   def folder(self) -> pathlib.Path:
-    return self.workdir / edition_lib.DIRECTORY
+    return self.workdir / DIRECTORY
 
   @property
-  def removed(self) -> np.ndarray:
-    """Rows that count no more, sorted int64."""
-    return self.edition.removed
+  def version(self) -> int:
+    return self.manifest['version']
 
   @property
   def is_compacted(self) -> bool:
-    """Whether the first part is another corpus than was trained on."""
-    return self.parts[0].corpus.fingerprint != self.edition.origin
+    """Whether the first part is not the corpus that was trained on."""
+    return self.parts[0].corpus.fingerprint != self.manifest['origin']
 
   @functools.cached_property
   def corpus(self) -> corpus_lib.Corpus:
     """All parts as one corpus."""
     if len(self.parts) == 1 and not len(self.removed):
       return self.parts[0].corpus
-    return overlay_lib.Overlay(
-        [part.corpus for part in self.parts], self.removed
-    )
+    return overlay_lib.Overlay([p.corpus for p in self.parts], self.removed)
 
   @functools.cached_property
   def component(self) -> components.Component:
@@ -140,285 +141,245 @@ class Documents:
     return components.make('embedder', self.config.model)
 
   def about(self) -> dict[str, Any] | None:
-    """What a result should say of the changes; None if there are none."""
-    if not self.edition.version:
+    """Returns how results describe the changes; None before the first."""
+    if not self.version:
       return None
     return {
-        'version': self.edition.version,
-        'digest': self.edition.digest,
+        'version': self.version,
+        'digest': self.manifest['manifest_sha256'],
         'added': sum(len(part.corpus.passages) for part in self.parts[1:]),
         'removed': len(self.removed),
     }
 
-  def find(self, params_digest: str) -> int | None:
-    """The newest generation of the first part made from these parameters."""
+  def find(self, params_digest: str | None = None) -> dict[str, Any] | None:
+    """Returns the manifest of the newest generation, or of given parameters."""
     base = self.parts[0]
-    for step in reversed(checkpoint.steps_in(base.index)):
-      try:
-        about = generation_lib.read_manifest(base.index / str(step))
-      except FileNotFoundError:  # A builder at work just took it away.
-        continue
-      if (
-          about['params_digest'] == params_digest
-          and about['corpus_fingerprint'] == base.corpus.fingerprint
-      ):
-        return step
-    return None
+    return find(base.index, base.corpus.fingerprint, params_digest)
+
+  def newest(self) -> dict[str, Any]:
+    """Returns the manifest of the newest generation.
+
+    Raises:
+      FileNotFoundError: there is none yet.
+      ValueError: there are only generations of other corpora.
+    """
+    newest, base = self.find(), self.parts[0]
+    if newest is not None:
+      return newest
+    other = find(base.index)
+    if other is not None:
+      raise ValueError(
+          f'The index in {base.index} is of the corpus '
+          f'{other["corpus_fingerprint"][:16]}; {base.corpus.directory} is '
+          f'{base.corpus.fingerprint[:16]}.'
+      )
+    raise FileNotFoundError(
+        f'{self.workdir} has no index yet; build one with `realm-jax index '
+        f'--workdir={self.workdir}`.'
+    )
 
   def index(
       self, step: int, params: Callable[[], components.Params] | None = None
   ) -> 'Index':
-    """Opens a generation, and the embeddings of all that was added.
+    """Opens a generation with the embeddings of all documents added.
 
-    Where those are of other parameters, or damaged, they are made anew in
-    memory: embeddings of different parameters never meet in one table.
+    Where the latter are of other parameters or damaged, they are computed in
+    memory: embeddings of different parameters are never searched together.
 
     Args:
       step: of the generation of the first part.
-      params: gives the parameters that it was made from; None: of whichever
-        snapshot or checkpoint has its digest.
+      params: returns its parameters; None: `load_params`.
 
     Raises:
-      FileNotFoundError: if there is no such generation.
-      ValueError: if it is damaged or of another corpus; if the parameters are
-        needed and nowhere to be found.
+      FileNotFoundError: there is no such generation.
+      ValueError: it is damaged or of another corpus, or the parameters are
+        needed and not found.
     """
     base = self.parts[0]
-    expected = self.lineage(base, step, None)
-    loaded = generation_lib.load(base.index / str(step), expected)
-    tables: list[Any] = [loaded.embeddings]
+    loaded = generation_lib.load(
+        base.index / str(step), self.lineage(base, step)
+    )
+    tables: list[concatenated.Rows] = [loaded.embeddings]
+    embedded = 0
     for part in self.parts[1:]:
-      table: Any = self.embeddings(part, loaded.manifest)
+      table: concatenated.Rows | None = self.table(part, loaded.manifest)
       if table is None:
-        given = self.params(loaded.manifest) if params is None else params()
-        table = np.concatenate(list(self.embed(part, given)))
-        table = table.astype(loaded.embeddings.dtype)
-        log.info(
-            '%d added passages were embedded anew by the parameters of step '
-            '%d; the next `realm-jax index add`, `update`, `delete` or '
-            '`compact` keeps such embeddings.',
-            len(table), step,
-        )
+        given = params() if params else self.load_params(loaded.manifest)
+        table = self.embedder(part)(given).astype(loaded.embeddings.dtype)
+        embedded += len(part.corpus.passages)
       tables.append(table)
-    return Index(loaded, tuple(tables), self.removed)
+    if embedded:
+      log.info(
+          '%d added passages were embedded by the parameters of step %d, in '
+          'memory; the next `realm-jax index add`, `update`, `delete` or '
+          '`compact` saves the embeddings.',
+          embedded, step,
+      )
+    table = concatenated.Chained(tables)
+    return Index(loaded, table, self.removed, embedded)
 
-  def embeddings(
-      self, part: Part, about: dict[str, Any]
+  def table(
+      self, part: Part, like: dict[str, Any]
   ) -> concatenated.Chained | None:
-    """Those of a part made like the generation with this manifest, if any."""
-    path = part.index / str(about['step'])
-    expected = self.lineage(part, about['step'], about['params_digest'])
+    """Returns saved embeddings made like the generation with a manifest."""
+    expected = self.lineage(part, like['step'], like['params_digest'])
     try:
-      if generation_lib.read_manifest(path)['dtype'] != about['dtype']:
-        return None
-      return generation_lib.load(path, expected).embeddings
+      found = generation_lib.load(part.index / str(like['step']), expected)
     except FileNotFoundError:
       return None
     except ValueError as error:  # Damaged, or of other parameters.
       log.warning('Not used: %s', error)
       return None
+    same_dtype = found.manifest['dtype'] == like['dtype']
+    return found.embeddings if same_dtype else None
 
   def lineage(
-      self, part: Part, step: int, digest: str | None
+      self, part: Part, step: int, params_digest: str | None = None
   ) -> generation_lib.Lineage:
-    """What a generation of a part must be made from."""
+    """Returns the expected lineage of a generation of a part."""
     return generation_lib.Lineage(
         step=step,
-        params_digest=digest,
+        params_digest=params_digest,
         tokenizer_digest=part.corpus.tokenizer.digest,
         corpus_fingerprint=part.corpus.fingerprint,
         num_rows=len(part.corpus.passages),
         width=self.config.model.embedding_width,
     )
 
-  def params(self, about: dict[str, Any]) -> components.Params:
-    """Finds those that the generation with this manifest was made from."""
-    return load_params(
-        self.workdir, self.component, about['step'], about['params_digest']
-    )
-
-  def publish(
-      self,
-      part: Part,
-      about: dict[str, Any],
-      blocks: Iterable[np.ndarray],
-      config: config_lib.MipsConfig,
-  ) -> None:
-    """Writes blocks of embeddings as a generation like that of `about`."""
-    lineage = self.lineage(part, about['step'], about['params_digest'])
-    size = generation_lib.ROWS_PER_SHARD
-    with generation_lib.Writer(part.index, lineage, about['dtype']) as writer:
-      waiting = np.zeros((0, self.config.model.embedding_width), np.float32)
-      for block in blocks:
-        waiting = np.concatenate([waiting, block.astype(np.float32)])
-        if len(waiting) >= size:
-          writer.add(waiting[:size])
-          waiting = waiting[size:]
-      if len(waiting):
-        writer.add(waiting)
-      writer.add_backend(config, mesh_lib.make_mesh(config_lib.MeshConfig()))
-      writer.publish()
-
-  def embed(
-      self, part: Part, params: components.Params, progress: bool = False
-  ) -> Iterator[np.ndarray]:
-    """Yields float32 [rows, E] of a part, as many rows as a shard has."""
-    embedder = embedding.PassageEmbedder(
+  def embedder(self, part: Part) -> embedding.PassageEmbedder:
+    return embedding.PassageEmbedder(
         self.component,
         part.corpus.passages,
         part.corpus.tokenizer,
         self.config.lengths.document,
         mesh_lib.make_mesh(config_lib.MeshConfig()),
     )
-    rows = len(part.corpus.passages)
-    with tqdm.tqdm(
-        total=rows,
-        desc='embedding',
-        unit=' passages',
-        disable=None if progress else True,
-    ) as bar:
-      for start in range(0, rows, generation_lib.ROWS_PER_SHARD):
-        limit = min(start + generation_lib.ROWS_PER_SHARD, rows)
-        yield embedder(params, range(start, limit), bar.update)
+
+  def load_params(self, like: dict[str, Any]) -> components.Params:
+    """Loads the parameters of a generation from a snapshot or checkpoint.
+
+    Raises:
+      ValueError: they are in none; names the digests found.
+    """
+    workdir, step, digest = self.workdir, like['step'], like['params_digest']
+    name, abstract = self.component.name, self.component.abstract
+    seen = {}
+
+    def nearest(steps: list[int]) -> list[int]:
+      return sorted(steps, key=lambda one: (one != step, -one))
+
+    for one in nearest(snapshots_lib.steps_of(workdir)):
+      try:
+        seen[f'snapshot {one}'] = snapshots_lib.digest_of(workdir, one)
+        if seen[f'snapshot {one}'] == digest:
+          return snapshots_lib.load(workdir, one, abstract)[0]
+      except FileNotFoundError:  # Just deleted by a trainer.
+        continue
+    for one in nearest(checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)):
+      params = checkpoint.load_params(workdir, {name: abstract}, one)[0][name]
+      seen[f'checkpoint {one}'] = checkpoint.params_digest(params)
+      if seen[f'checkpoint {one}'] == digest:
+        return params
+    found = ', '.join(f'{where}: {d[:16]}' for where, d in seen.items())
+    raise ValueError(
+        f'The index of step {step} was made from the parameters {digest[:16]}, '
+        f'which are no longer in {workdir} ({found or "nothing"}), so that no '
+        'document can be embedded to join it. Build an index of the newest '
+        f'snapshot: `realm-jax index --workdir={workdir}`.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """The embeddings of all parts, made from the same parameters."""
+  """The embeddings of all documents, made from the same parameters.
 
-  generation: generation_lib.Generation  # Of the first part.
-  tables: tuple[concatenated.Rows, ...]  # Of each part.
+  generation: of the first part.
+  table: all rows, the removed ones included.
+  removed: as of `Documents`.
+  embedded: rows that had no saved embeddings.
+  """
+
+  generation: generation_lib.Generation
+  table: concatenated.Rows
   removed: np.ndarray
-
-  @functools.cached_property
-  def table(self) -> concatenated.Rows:
-    """All rows, those removed too."""
-    if len(self.tables) == 1:
-      return self.tables[0]
-    return concatenated.Chained(self.tables)
+  embedded: int = 0
 
   @functools.cached_property
   def live_rows(self) -> np.ndarray:
-    """int64: the rows that were not removed."""
-    live = np.ones(self.table.shape[0], bool)
-    live[self.removed] = False
-    return np.flatnonzero(live)
+    """int64: the rows that are not removed."""
+    return np.delete(np.arange(self.table.shape[0]), self.removed)
 
   def make_search(
       self,
       config: config_lib.MipsConfig,
       mesh: jax.sharding.Mesh | None = None,
   ) -> search.Search:
-    """Returns the backend of `config` over what was not removed.
-
-    A saved ScaNN index of the first part is kept; what was added is searched
-    exactly beside it.
-    """
-    if len(self.tables) == 1:
-      return self.generation.make_search(config, mesh, self.removed)
-    if config.backend != 'scann':
-      return search.make_search(
-          config, self.table, mesh, removed=self.removed
-      )
-    rows = self.tables[0].shape[0]
-    split = np.searchsorted(self.removed, rows)
-    added = (
-        self.tables[1] if len(self.tables) == 2
-        else concatenated.Chained(self.tables[1:])
-    )
-    searches = (
-        self.generation.make_search(config, mesh, self.removed[:split]),
-        search.ExactSearch(added, removed=self.removed[split:] - rows),
-    )
-    return merged_search.Beside(searches, self.table, self.removed)
+    """Returns the backend of `config` over the rows that are not removed."""
+    return self.generation.make_search(config, mesh, self.removed, self.table)
 
 
-def newest_generation(documents: Documents) -> dict[str, Any]:
-  """Returns the manifest of the newest generation of the first part.
-
-  Raises:
-    FileNotFoundError: if there is none yet.
-    ValueError: if there are only generations of another corpus.
-  """
-  base = documents.parts[0]
-  others = []
-  for step in reversed(checkpoint.steps_in(base.index)):
-    try:
-      about = generation_lib.read_manifest(base.index / str(step))
-    except FileNotFoundError:  # A builder at work just took it away.
-      continue
-    if about['corpus_fingerprint'] == base.corpus.fingerprint:
-      return about
-    others.append(about['corpus_fingerprint'][:16])
-  if others:
-    raise ValueError(
-        f'The index in {base.index} is of the corpora {sorted(set(others))}; '
-        f'{base.corpus.directory} is {base.corpus.fingerprint[:16]}.'
-    )
-  raise FileNotFoundError(
-      f'{documents.workdir} has no index yet; build one with `realm-jax index '
-      f'--workdir={documents.workdir}`.'
-  )
-
-
-def load_params(
-    workdir: Path, component: components.Component, step: int, digest: str
-) -> components.Params:
-  """Finds the embedder's parameters that have a digest.
+def find(
+    index: pathlib.Path,
+    fingerprint: str | None = None,
+    params_digest: str | None = None,
+) -> dict[str, Any] | None:
+  """Returns the manifest of the newest generation in a folder.
 
   Args:
-    workdir: whose snapshots and checkpoints are looked through.
-    component: the embedder.
-    step: at which they most likely are.
-    digest: as the manifest of a generation names it.
+    index: the folder.
+    fingerprint: of the corpus; None: any.
+    params_digest: of the embedder's parameters; None: any.
+  """
+  for step in reversed(checkpoint.steps_in(index)):
+    try:
+      found = generation_lib.read_manifest(index / str(step))
+    except FileNotFoundError:  # Just deleted by the index builder.
+      continue
+    if fingerprint in (None, found['corpus_fingerprint']) and (
+        params_digest in (None, found['params_digest'])
+    ):
+      return found
+  return None
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads the manifest of documents/, or that of version 0 if there is none.
 
   Raises:
-    ValueError: if they are nowhere; names the digests that there are.
+    ValueError: it is damaged or of a newer format.
   """
-  workdir = pathlib.Path(workdir)
-  seen = {}
-  snapshots = snapshots_lib.steps_of(workdir)
-  for one in sorted(snapshots, key=lambda s: (s != step, -s)):
-    try:
-      seen[f'snapshot {one}'] = snapshots_lib.digest_of(workdir, one)
-      if seen[f'snapshot {one}'] == digest:
-        return snapshots_lib.load(workdir, one, component.abstract)[0]
-    except FileNotFoundError:  # A trainer at work just took it away.
-      continue
-  checkpoints = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
-  for one in sorted(checkpoints, key=lambda s: (s != step, -s)):
-    params, _ = checkpoint.load_params(
-        workdir, {component.name: component.abstract}, one
+  path = folder / MANIFEST
+  if not path.is_file():
+    return _UNCHANGED
+  manifest = files.read_json(path)
+  if not isinstance(manifest, dict):
+    raise ValueError(f'{path} is damaged: it is not an object.')
+  version = manifest.get('format_version')
+  if isinstance(version, int) and version > FORMAT_VERSION:
+    raise ValueError(
+        f'{path} has format {version}, from a newer realm_jax; this one reads '
+        f'format {FORMAT_VERSION}. Install the newer version.'
     )
-    found = params[component.name]
-    seen[f'checkpoint {one}'] = checkpoint.params_digest(found)
-    if seen[f'checkpoint {one}'] == digest:
-      return found
-  there = ', '.join(f'{name}: {found[:16]}' for name, found in seen.items())
-  raise ValueError(
-      f'The index of step {step} was made from the parameters {digest[:16]}, '
-      f'which are no longer in {workdir} ({there or "nothing"}), so that no '
-      'document can be embedded to join it. Build an index of the newest '
-      f'snapshot: `realm-jax index --workdir={workdir}`.'
-  )
+  found, said = files.manifest_digest(manifest), manifest.get('manifest_sha256')
+  if found != said:
+    raise ValueError(
+        f'{path} is damaged: its SHA-256 is {found}, it says {said}.'
+    )
+  return manifest
 
 
-def problems(documents: Documents) -> Iterator[str]:
-  """Reads every byte of what was added, and says what is wrong with it.
-
-  The corpus and the index that training knows are not part of it.
-  """
-  for part in documents.parts:
-    if part.index == documents.workdir / generation_lib.DIRECTORY:
-      continue
-    try:
-      part.corpus.verify()
-    except (ValueError, OSError) as error:
-      yield str(error)
-    for step in checkpoint.steps_in(part.index):
-      try:
-        generation_lib.load(
-            part.index / str(step), documents.lineage(part, step, None)
-        )
-      except (ValueError, OSError) as error:
-        yield str(error)
+def _read_removed(
+    folder: pathlib.Path, record: dict[str, Any] | None
+) -> np.ndarray:
+  if record is None:
+    return np.zeros(0, np.int64)
+  path = folder / record['file']
+  if not path.is_file():
+    raise FileNotFoundError(f'{folder} lacks the file {record["file"]}.')
+  found = files.sha256(path)
+  if found != record['sha256']:
+    raise ValueError(
+        f'{path} is damaged: its SHA-256 is {found}, {MANIFEST} says '
+        f'{record["sha256"]}.'
+    )
+  return np.load(path, allow_pickle=False)

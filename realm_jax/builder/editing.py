@@ -1,15 +1,14 @@
-"""`realm-jax index add|update|delete`: changes to the documents.
+"""`realm-jax index add|update|delete|compact`: changes to the documents.
 
-Public: `add`, `update`, `delete`, `Change`, `locked`. Nothing is retrained:
-only what is new is embedded, with the parameters of the newest generation of
-the index; what is gone is no longer found. All of a command holds, or, if it
-is killed or fails, nothing of it. See `documents` for the files.
+Nothing is trained: only new texts are embedded, by the parameters of the newest
+generation of the index. A command writes all of its files and then replaces the
+manifest, which commits the change; see `documents` for the files.
 """
 
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import logging
+import functools
 import os
 import pathlib
 import re
@@ -18,26 +17,26 @@ import time
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from realm_jax import config as config_lib
 from realm_jax.builder import documents as documents_lib
-from realm_jax.builder import edition as edition_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.index import generation
+from realm_jax.models import components
+from realm_jax.prepare import compaction
 from realm_jax.prepare import prepare
 from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import sources as sources_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
+from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process
 
-log = logging.getLogger(__name__)
-
-# What a search has to pass over, as a share of all rows, and how many files
-# there are: beyond either, a compaction pays.
-_MANY_CHANGES, _MANY_PARTS = 0.1, 16
-_LISTED = 5  # Of ids that are wrong.
+# Share of rows changed, and number of parts, above which `compact` pays.
+_MAX_CHANGES, _MAX_PARTS = 0.1, 16
+_MAX_LISTED = 5  # Ids in an error message.
 _OURS = re.compile(r'(corpus|index)-\d+|removed-\d+\.npy|\.corpus-\d+\.tmp-\d+')
 
 Path = str | os.PathLike[str]
@@ -45,96 +44,76 @@ Path = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """What a command did.
+  """The effect of a command; counts are of passages."""
 
-  version: of the documents, after it.
-  step: of the generation whose parameters embedded.
-  added, removed: passages.
-  missing: ids that were not there, where that is allowed.
-  embedded, seconds: passages, and how long it took to embed them.
-  live: passages that can be found now.
-  compact: whether it is time to.
-  output: the corpus that a compaction wrote.
-  """
-
-  version: int
-  step: int
+  version: int  # Of the documents, after the command.
+  step: int  # Of the generation whose parameters embed.
   added: int
   removed: int
-  missing: int
+  missing: int  # Unknown ids, where the command allows them.
   embedded: int
-  seconds: float
-  live: int
-  compact: bool
-  output: pathlib.Path | None = None
+  seconds: float  # For embedding, with the start.
+  live: int  # Found by searches now.
+  compact: bool = False  # Whether `compact` is due.
+  output: pathlib.Path | None = None  # Corpus that `compact` wrote.
 
 
 def add(
     workdir: Path,
     sources: Sequence[str],
     *,
-    skip_bad_records: bool = False,
-    workers: int | None = None,
-    progress: bool = True,
-) -> Change:
-  """Adds documents.
-
-  Args:
-    workdir: of a job that has an index.
-    sources: JSON Lines files, folders or glob patterns, as of `prepare`; each
-      record needs an `id`.
-    skip_bad_records: leave bad records out rather than stopping at the first.
-    workers: processes that pack the texts; None: as many as there are cores.
-    progress: whether to show progress bars.
-
-  Raises:
-    FileNotFoundError: if a source, the workdir, or its index is missing.
-    ValueError: if a record is wrong, or an id is there already.
-    RuntimeError: if another such command is at work.
-    OSError: if the disk is full.
-  """
-  with locked(workdir) as documents:
-    source = _records(sources, skip_bad_records)
-    ids = [record.id for record in source.check()]
-    known = [
-        name
-        for name, rows in zip(
-            ids, documents.corpus.record_rows(ids), strict=True
-        )
-        if len(rows)
-    ]
-    if known:
-      raise ValueError(
-          f'{_some(known)} there already; `realm-jax index update` replaces'
-          ' documents.'
-      )
-    return _extend(documents, 'add', source, ids, [], 0, workers, progress)
-
-
-def update(
-    workdir: Path,
-    sources: Sequence[str],
-    *,
+    replace: bool = False,
     ignore_missing: bool = False,
     skip_bad_records: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> Change:
-  """Replaces documents: all passages of each id by those of its new text.
+  """Adds documents, or replaces all passages of documents.
 
   Args:
-    workdir, sources, skip_bad_records, workers, progress: as of `add`.
-    ignore_missing: add the documents that are not there.
+    workdir: of a job that has an index.
+    sources: JSON Lines files, folders or glob patterns, as of `prepare`; each
+      record needs an `id`.
+    replace: require that each id exists, not that it is new.
+    ignore_missing: with `replace`, add the documents that do not exist.
+    skip_bad_records: leave out bad records, instead of failing at the first.
+    workers: processes that tokenise; None: one for each core.
+    progress: whether to show progress bars.
 
-  Raises: as `add`, but ValueError if an id is not there.
+  Raises:
+    FileNotFoundError: a source, the workdir, or its index is missing.
+    ValueError: a record or an id is wrong, or no document would remain.
+    RuntimeError: another such command is running.
+    OSError: the disk is full; then nothing changes.
   """
-  with locked(workdir) as documents:
-    source = _records(sources, skip_bad_records)
-    ids = [record.id for record in source.check()]
-    gone, missing = _rows_of(documents, ids, ignore_missing)
-    return _extend(
-        documents, 'update', source, ids, gone, missing, workers, progress
+  with _locked(workdir) as documents:
+    source = records_lib.Records(
+        sources_lib.find(sources), skip_bad=skip_bad_records, need_ids=True
     )
+    ids = [record.id for record in source.check()]
+    gone, missing = _rows_of(documents, ids, ignore_missing or not replace)
+    if not replace and len(gone):
+      found = documents.corpus.record_rows(ids)
+      known = [i for i, rows in zip(ids, found, strict=True) if len(rows)]
+      raise ValueError(
+          f'{_listed(known)} there already; `realm-jax index update` replaces '
+          'documents.'
+      )
+    documents.newest()  # Fails before any work.
+    path = documents.folder / f'corpus-{documents.version + 1}'
+    base = documents.parts[0].corpus
+    prepare.prepare_more(
+        base, source, path, workers=workers, progress=progress
+    )
+    made = _part(documents, path)
+    _check_ids(documents, gone, made.corpus, ids)
+    command = 'update' if replace else 'add'
+    return _commit(
+        documents, command, gone, made, missing if replace else 0, progress
+    )
+
+
+update = functools.partial(add, replace=True)
 
 
 def delete(
@@ -145,40 +124,85 @@ def delete(
   Args:
     workdir: of a job that has an index.
     source: JSON Lines of objects with an `id`, or a text with an id a line.
-    ignore_missing: pass over the ids that are not there.
+    ignore_missing: skip ids that do not exist.
 
-  Raises:
-    FileNotFoundError: if the source, the workdir, or its index is missing.
-    ValueError: if a line is wrong or an id is not there, or nothing would
-      remain.
-    RuntimeError: if another such command is at work.
-    OSError: if the disk is full.
+  Raises: as `add`; ValueError also if no document would remain.
   """
-  with locked(workdir) as documents:
+  with _locked(workdir) as documents:
     ids = records_lib.read_ids(pathlib.Path(source))
     gone, missing = _rows_of(documents, ids, ignore_missing)
     return _commit(documents, 'delete', gone, None, missing, progress=True)
 
 
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[documents_lib.Documents]:
-  """Opens the documents for one command, which leaves nothing half-done.
+def compact(
+    workdir: Path, output: Path | None = None, *, progress: bool = True
+) -> Change | None:
+  """Writes the documents as one plain corpus with a generation of its own.
 
-  Raises:
-    FileNotFoundError: if there is no such workdir, or a corpus is missing.
-    RuntimeError: if another command is at work.
+  The corpus becomes the first part of the documents. Its generation is of the
+  newest parameters in the workdir; saved embeddings of these are copied.
+
+  Args:
+    workdir: of a job that has an index.
+    output: folder for the corpus; None: documents/corpus-V of the workdir.
+    progress: whether to show progress bars.
+
+  Returns:
+    The change; None if the documents are one plain, current corpus already.
+
+  Raises: as `add`, and FileExistsError if `output` exists.
   """
+  with _locked(workdir) as documents, contextlib.ExitStack() as undo:
+    newest, removed = documents.newest(), documents.removed
+    trained = documents_lib.find(
+        documents.workdir / generation.DIRECTORY, documents.manifest['origin']
+    )
+    if trained and trained['step'] > newest['step']:
+      newest = trained  # Made since the last `compact`.
+    same = documents.find(newest['params_digest'])
+    if len(documents.parts) == 1 and not len(removed) and same:
+      return None
+    path = documents.folder / f'corpus-{documents.version + 1}'
+    if output is not None:
+      path = pathlib.Path(output).absolute()
+    corpora = [part.corpus for part in documents.parts]
+    compaction.compact(overlay_lib.Overlay(corpora, removed), path, progress)
+    undo.callback(files.remove, path)
+    made = _part(documents, path)
+    start, size = time.perf_counter(), len(made.corpus.passages)
+    source: documents_lib.Index | components.Params
+    if same:
+      source = documents.index(same['step'])
+      embedded = source.embedded
+    else:
+      source, embedded = documents.load_params(newest), size
+    mips = documents.config.mips
+    _publish(documents, made, newest, source, mips, progress)
+    seconds = time.perf_counter() - start
+    names = _names(made)
+    if output is not None:
+      names['corpus'] = str(path)
+    version = _write(documents, [names], removed[:0], {'command': 'compact'})
+    undo.pop_all()
+  return Change(
+      version=version, step=newest['step'], added=0, removed=len(removed),
+      missing=0, embedded=embedded, seconds=seconds, live=size, output=path,
+  )
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[documents_lib.Documents]:
+  """Opens the documents for one command and removes what it leaves behind."""
   workdir = pathlib.Path(workdir)
   config = config_lib.resolve(config_lib.read(workdir))
   with process.Lock(
-      workdir / edition_lib.DIRECTORY, what='command that changes documents'
+      workdir / documents_lib.DIRECTORY, what='command that changes documents'
   ):
     documents = documents_lib.Documents.open(workdir, config)
-    # What commands that were killed left behind, and what a compaction made
-    # superfluous: until now somebody may have been reading it.
+    # Also what `compact` superseded: a reader may have used it until now.
     _sweep(documents.folder)
     for part in documents.parts:
-      # Those of the job's own index are the builder's.
+      # Not index/, which is the builder's.
       if part.index.parent == documents.folder and part.index.is_dir():
         generation.remove_leftovers(part.index)
     try:
@@ -189,204 +213,190 @@ def locked(workdir: Path) -> Iterator[documents_lib.Documents]:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-  """Deletes what does not belong to the version that holds."""
-  edition = edition_lib.read(folder)
-  wanted: set[str | None] = set()
-  if edition is not None:
-    wanted = {f'removed-{edition.version}.npy'}
-    wanted |= {name for p in edition.parts for name in (p.corpus, p.index)}
-  for name in sorted(os.listdir(folder)):
-    if name in wanted or not _OURS.fullmatch(name):
+  """Deletes the files that do not belong to the current version."""
+  manifest = documents_lib.read_manifest(folder)
+  wanted = {part[name] for part in manifest['parts'] for name in part}
+  wanted.add(manifest['removed'] and manifest['removed']['file'])
+  for path in folder.iterdir():
+    if path.name in wanted or not _OURS.fullmatch(path.name):
       continue
-    if (folder / name).is_dir():
-      shutil.rmtree(folder / name, ignore_errors=True)
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
     else:
-      (folder / name).unlink()
+      path.unlink()
 
 
-def _records(
-    sources: Sequence[str], skip_bad_records: bool
-) -> records_lib.Records:
-  return records_lib.Records(
-      sources_lib.find(sources), skip_bad=skip_bad_records, need_ids=True
-  )
-
-
-def _some(ids: Sequence[str]) -> str:
-  shown = ', '.join(map(repr, ids[:_LISTED]))
+def _listed(ids: Sequence[str]) -> str:
+  shown = ', '.join(map(repr, ids[:_MAX_LISTED]))
   if len(ids) == 1:
     return f'The document {shown} is'
-  more = f' and {len(ids) - _LISTED} more' if len(ids) > _LISTED else ''
-  return f'The documents {shown}{more} are'
+  more = len(ids) - _MAX_LISTED
+  return f'The documents {shown}{f" and {more} more" if more > 0 else ""} are'
 
 
 def _rows_of(
     documents: documents_lib.Documents, ids: list[str], ignore_missing: bool
-) -> tuple[list[np.ndarray], int]:
-  """Returns the rows of documents, and how many of these are not there."""
+) -> tuple[np.ndarray, int]:
+  """Returns the rows of documents, and the number of unknown ids."""
   found = documents.corpus.record_rows(ids)
-  missing = [
-      name for name, rows in zip(ids, found, strict=True) if not len(rows)
-  ]
+  missing = [i for i, rows in zip(ids, found, strict=True) if not len(rows)]
   if missing and not ignore_missing:
     raise ValueError(
-        f'{_some(missing)} not there; --ignore_missing goes on nevertheless.'
+        f'{_listed(missing)} not there; --ignore_missing accepts that.'
     )
-  return found, len(missing)
-
-
-def _extend(
-    documents: documents_lib.Documents,
-    command: str,
-    source: records_lib.Records,
-    ids: list[str],
-    gone: list[np.ndarray],
-    missing: int,
-    workers: int | None,
-    progress: bool,
-) -> Change:
-  """Writes records as a further part, without the rows that are gone."""
-  documents_lib.newest_generation(documents)  # Before any work.
-  version = documents.edition.version + 1
-  folder = documents.folder
-  prepare.prepare_more(
-      documents.parts[0].corpus,
-      source,
-      folder / f'corpus-{version}',
-      workers=workers,
-      progress=progress,
-  )
-  made = documents_lib.Part(
-      corpus_lib.Corpus.open(folder / f'corpus-{version}'),
-      folder / f'index-{version}',
-  )
-  _check_ids(documents, gone, made.corpus, ids)
-  return _commit(documents, command, gone, made, missing, progress)
+  return np.concatenate([documents.removed[:0], *found]), len(missing)
 
 
 def _check_ids(
     documents: documents_lib.Documents,
-    gone: list[np.ndarray],
+    gone: np.ndarray,
     made: corpus_lib.Corpus,
     ids: list[str],
 ) -> None:
-  """Refuses a part ID#1 of a long record where that id is another's."""
+  """Refuses a part ID#1 of a long record whose id is another document's."""
   hashes = np.load(made.directory / 'tables' / 'passage_ids.npy')
   own = np.array([corpus_lib.id_hash(name) for name in ids], np.uint64)
   names = [
       made.passage_text(int(row))['id']
       for row in np.flatnonzero(~np.isin(hashes, own))
   ]
-  overlay = overlay_lib.Overlay(
-      [part.corpus for part in documents.parts],
-      _union(documents.removed, gone),
-  )
-  for name, rows in zip(names, overlay.record_rows(names), strict=True):
-    if len(rows):
+  found = documents.corpus.record_rows(names)
+  for name, rows in zip(names, found, strict=True):
+    if not np.isin(rows, gone).all():
       raise ValueError(
-          f'A document that is longer than one passage becomes ID#0, ID#1 and '
+          'A document that is longer than one passage becomes ID#0, ID#1 and '
           f'so on, and another document already has the id {name!r}. Give the '
           'record another id.'
       )
 
 
-def _union(removed: np.ndarray, gone: list[np.ndarray]) -> np.ndarray:
-  return np.unique(np.concatenate([removed, *gone])).astype(np.int64)
-
-
 def _commit(
     documents: documents_lib.Documents,
     command: str,
-    gone: list[np.ndarray],
+    gone: np.ndarray,
     made: documents_lib.Part | None,
     missing: int,
     progress: bool,
 ) -> Change:
-  """Embeds what has to be, then makes the next version hold."""
-  removed = _union(documents.removed, gone)
-  parts = [*documents.parts, *([made] if made is not None else [])]
-  total = sum(len(part.corpus.passages) for part in parts)
-  if len(removed) == total:
-    raise ValueError(
-        f'Nothing would remain: all {total} passages would be removed.'
-    )
-  about = documents_lib.newest_generation(documents)
-  start = time.perf_counter()
-  embedded = _embed_missing(documents, parts[1:], about, progress)
-  seconds = time.perf_counter() - start
-  on_disk = list(documents.edition.parts) or [
-      edition_lib.PartOnDisk(None, None, documents.edition.origin)
-  ]
-  added = 0
+  """Saves the embeddings that are missing, then commits the next version."""
+  removed = np.union1d(documents.removed, gone)
+  parts, names = [*documents.parts], documents.manifest['parts']
   if made is not None:
-    added = len(made.corpus.passages)
-    on_disk.append(
-        edition_lib.PartOnDisk(
-            made.corpus.directory.name,
-            made.index.name,
-            made.corpus.fingerprint,
-        )
+    parts.append(made)
+    names = [*names, _names(made)]
+  rows = [len(part.corpus.passages) for part in parts]
+  live = sum(rows) - len(removed)
+  if not live:
+    raise ValueError(
+        f'Nothing would remain: all {sum(rows)} passages would be removed.'
     )
-  edition = edition_lib.Edition(
-      documents.edition.version + 1,
-      documents.edition.origin,
-      tuple(on_disk),
-      removed,
-  )
-  taken = len(removed) - len(documents.removed)
-  edition_lib.write(
-      documents.folder,
-      edition,
-      {'command': command, 'added': added, 'removed': taken},
-  )
-  _prune(parts)
-  rows = len(parts[0].corpus.passages)
-  changes = total - rows + len(removed)
-  return Change(
-      version=edition.version,
-      step=about['step'],
-      missing=missing,
-      added=added,
-      removed=taken,
-      embedded=embedded,
-      seconds=seconds,
-      live=total - len(removed),
-      compact=changes > _MANY_CHANGES * rows or len(parts) > _MANY_PARTS,
-  )
-
-
-def _embed_missing(
-    documents: documents_lib.Documents,
-    parts: Sequence[documents_lib.Part],
-    about: dict[str, Any],
-    progress: bool,
-) -> int:
-  """Writes the embeddings of parts that a generation has none for yet."""
-  lacking = []
-  for part in parts:
-    try:
-      found = generation.read_manifest(part.index / str(about['step']))
-      same = all(
-          found[name] == about[name] for name in ('params_digest', 'dtype')
-      )
-    except (FileNotFoundError, generation.Damaged):
-      same = False
-    if not same:
-      lacking.append(part)
-  if not lacking:
-    return 0
-  params = documents.params(about)
-  # Searched exactly, whatever is searched beside it.
-  exact = dataclasses.replace(documents.config.mips, backend='exact')
-  for part in lacking:
-    blocks = documents.embed(part, params, progress)
-    documents.publish(part, about, blocks, exact)
-  return sum(len(part.corpus.passages) for part in lacking)
-
-
-def _prune(parts: Sequence[documents_lib.Part]) -> None:
-  """Deletes embeddings of additions to generations that are gone."""
+  newest, start = documents.newest(), time.perf_counter()
+  lacking = [p for p in parts[1:] if documents.table(p, newest) is None]
+  if lacking:
+    params = documents.load_params(newest)
+    # Additions have no ScaNN index of their own.
+    exact = dataclasses.replace(documents.config.mips, backend='exact')
+    for part in lacking:
+      _publish(documents, part, newest, params, exact, progress)
+  seconds = time.perf_counter() - start
+  added = 0 if made is None else rows[-1]
+  newly = len(removed) - len(documents.removed)
+  change = {'command': command, 'added': added, 'removed': newly}
+  version = _write(documents, names, removed, change)
+  # Embeddings for generations that the builder has deleted.
   wanted = set(checkpoint.steps_in(parts[0].index))
   for part in parts[1:]:
     for step in set(checkpoint.steps_in(part.index)) - wanted:
       files.remove(part.index / str(step))
+  many = sum(rows[1:]) + len(removed) > _MAX_CHANGES * rows[0]
+  return Change(
+      version=version, step=newest['step'], added=added, removed=newly,
+      missing=missing, embedded=sum(len(p.corpus.passages) for p in lacking),
+      seconds=seconds, live=live, compact=many or len(parts) > _MAX_PARTS,
+  )
+
+
+def _publish(
+    documents: documents_lib.Documents,
+    part: documents_lib.Part,
+    like: dict[str, Any],
+    source: documents_lib.Index | components.Params,
+    config: config_lib.MipsConfig,
+    progress: bool,
+) -> None:
+  """Writes a generation of a part, like that with a manifest.
+
+  Args:
+    documents: that the part belongs to.
+    part: the corpus, and the folder to write to.
+    like: manifest of the step and the parameters.
+    source: parameters to embed with, or an index whose live rows are copied.
+    config: of the backend to build.
+    progress: whether to show a progress bar.
+  """
+  embedder = documents.embedder(part)
+  lineage = documents.lineage(part, like['step'], like['params_digest'])
+  total = len(part.corpus.passages)
+  with (
+      generation.Writer(part.index, lineage, like['dtype']) as writer,
+      tqdm.tqdm(
+          total=total,
+          desc='embedding',
+          unit=' passages',
+          disable=None if progress else True,
+      ) as bar,
+  ):
+    for shard in range(-(-total // generation.ROWS_PER_SHARD)):
+      rows = writer.rows(shard)
+      if isinstance(source, documents_lib.Index):
+        writer.add(source.table[source.live_rows[rows]], shard)
+        bar.update(len(rows))
+      else:
+        writer.add(embedder(source, rows, bar.update), shard)
+    writer.add_backend(config, mesh_lib.make_mesh(config_lib.MeshConfig()))
+    writer.publish()
+
+
+def _part(
+    documents: documents_lib.Documents, corpus: pathlib.Path
+) -> documents_lib.Part:
+  """Returns the part of the next version that has a corpus."""
+  index = documents.folder / f'index-{documents.version + 1}'
+  return documents_lib.Part(corpus_lib.Corpus.open(corpus), index)
+
+
+def _names(part: documents_lib.Part) -> dict[str, str]:
+  return {
+      'corpus': part.corpus.directory.name,
+      'index': part.index.name,
+      'fingerprint': part.corpus.fingerprint,
+  }
+
+
+def _write(
+    documents: documents_lib.Documents,
+    parts: list[dict[str, Any]],
+    removed: np.ndarray,
+    change: dict[str, Any],
+) -> int:
+  """Commits the next version, of which all parts exist; returns it."""
+  folder, version = documents.folder, documents.version + 1
+  record = None
+  if len(removed):
+    path = folder / f'removed-{version}.npy'
+    with files.atomic_file(path, 'wb') as file:
+      np.save(file, removed, allow_pickle=False)
+    record = {
+        'file': path.name, 'rows': len(removed), 'sha256': files.sha256(path)
+    }
+  manifest = {
+      'format_version': documents_lib.FORMAT_VERSION,
+      'version': version,
+      'origin': documents.manifest['origin'],
+      'parts': parts,
+      'removed': record,
+      'change': {**change, 'time': time.time()},
+  }
+  manifest['manifest_sha256'] = files.manifest_digest(manifest)
+  files.write_json(folder / documents_lib.MANIFEST, manifest)
+  return version

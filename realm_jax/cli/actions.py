@@ -251,11 +251,8 @@ def add(*, workdir: str, input: str, **options: Any) -> None:
   _report(workdir, editing.add(workdir, _split(input), **options))
 
 
-def update(*, workdir: str, input: str, **options: Any) -> None:
-  _quiet_jax()
-  from realm_jax.builder import editing
-
-  _report(workdir, editing.update(workdir, _split(input), **options))
+def update(**options: Any) -> None:
+  add(replace=True, **options)
 
 
 def delete(*, workdir: str, input: str, ignore_missing: bool) -> None:
@@ -268,40 +265,38 @@ def delete(*, workdir: str, input: str, ignore_missing: bool) -> None:
 
 def compact(*, workdir: str, output: str | None) -> None:
   _quiet_jax()
-  from realm_jax.builder import compaction
+  from realm_jax.builder import editing
 
-  change = compaction.compact(workdir, output)
+  change = editing.compact(workdir, output)
   if change is None:
-    print('There is nothing to compact.')
-    return
-  print(
-      f'Wrote {change.output}: {change.live:,} passages (version'
-      f' {change.version}); {change.removed:,} removed ones are left out.'
-  )
-  _report_embedding(change)
+    print('Nothing to compact.')
+  else:
+    _report(workdir, change)
 
 
 def _report(workdir: str, change: 'editing.Change') -> None:
-  print(
-      f'Passages added: {change.added:,}, removed: {change.removed:,}; now'
-      f' {change.live:,} can be found (version {change.version}).'
-  )
-  if change.missing:
-    print(f'Documents that were not there: {change.missing:,}.')
-  _report_embedding(change)
-  if change.compact:
+  if change.output:
     print(
-        'So much was added and removed that searches are slower for it: it is'
-        f' time for `realm-jax index compact --workdir={workdir}`.'
+        f'Wrote {change.output}: {change.live:,} passages (version'
+        f' {change.version}) without the {change.removed:,} removed.'
     )
-
-
-def _report_embedding(change: 'editing.Change') -> None:
+  else:
+    print(
+        f'Passages added: {change.added:,}, removed: {change.removed:,}; now'
+        f' {change.live:,} can be found (version {change.version}).'
+    )
+  if change.missing:
+    print(f'Unknown ids: {change.missing:,}.')
   if change.embedded:
     print(
         f'Passages embedded: {change.embedded:,} by the parameters of step'
         f' {change.step}, in {change.seconds:.1f} s with the start'
         f' ({change.embedded / change.seconds:,.1f}/s).'
+    )
+  if change.compact:
+    print(
+        'Many changes have accumulated and slow down search; run `realm-jax'
+        f' index compact --workdir={workdir}`.'
     )
 
 

@@ -184,21 +184,19 @@ COMMANDS = {
         _RECORDS,
         SKIP_BAD_RECORDS,
         WORKERS,
-        Flag('ignore_missing', bool, 'Add the documents that are not there.',
-             False),
+        Flag('ignore_missing', bool, 'Add documents with unknown ids.', False),
     ),
     'index delete': Command(
         'Removes documents by their ids.',
         '--workdir=runs/realm --input=ids.txt',
         actions.delete,
         WORKDIR,
-        Flag('input', str, 'Which: JSON Lines (.gz, .xz too) of objects with an'
-             ' `id`, or any other file, with an id a line.', REQUIRED),
-        Flag('ignore_missing', bool,
-             'Pass over the documents that are not there.', False),
+        Flag('input', str, 'JSON Lines (.gz, .xz too) of objects with an `id`,'
+             ' or any other file, with an id a line.', REQUIRED),
+        Flag('ignore_missing', bool, 'Skip unknown ids.', False),
     ),
     'index compact': Command(
-        'Writes what was added and removed as a plain corpus.',
+        'Writes the documents as one plain corpus.',
         '--workdir=runs/realm',
         actions.compact,
         WORKDIR,

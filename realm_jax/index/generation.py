@@ -83,11 +83,13 @@ class Generation:
       config: config_lib.MipsConfig,
       mesh: jax.sharding.Mesh | None,
       removed: np.ndarray | None = None,
+      table_NE: concatenated.Rows | None = None,
   ) -> search_lib.Search:
     """Returns the backend of `config` over this generation.
 
     A saved ScaNN index serves if it has as many leaves; else one is built.
-    Rows in `removed`, sorted int64, are never found.
+    Rows in `removed`, sorted int64, are never found. `table_NE` has the rows of
+    the generation and further ones behind them.
     """
     saved = self.path / _SCANN
     ours = _settings(config, len(self.embeddings))
@@ -97,7 +99,7 @@ class Generation:
     )
     return search_lib.make_search(
         config,
-        self.embeddings,
+        self.embeddings if table_NE is None else table_NE,
         mesh,
         saved if same and saved.is_dir() else None,
         removed,

@@ -65,6 +65,7 @@ class Tree:
 
   def __init__(self, searcher: Any):
     self._searcher = searcher
+    self.num_rows = int(searcher.size())
 
   @classmethod
   def build(cls, embeddings_NE: topk.Rows, leaves: int) -> 'Tree':
@@ -129,7 +130,7 @@ class Tree:
 
     Raises:
       FileNotFoundError: if `directory` has no ScaNN index.
-      ValueError: if it is of another number of rows, or holds a pickle.
+      ValueError: if it is of more rows, or holds a pickle.
     """
     directory = pathlib.Path(directory)
     if not (directory / _ASSETS).is_file():
@@ -140,7 +141,7 @@ class Tree:
           'realm_jax writes none.'
       )
     searcher = _scann().load_searcher(str(directory))
-    if searcher.size() != num_rows:
+    if searcher.size() > num_rows:
       raise ValueError(
           f'{directory} is a ScaNN index of {searcher.size()} rows; the table '
           f'has {num_rows}.'
@@ -156,8 +157,7 @@ class Tree:
   ) -> np.ndarray:
     """Returns candidates, int32 [B, count], in no order.
 
-    Where the leaves that were looked at hold fewer rows, the rest is the number
-    of rows of the table.
+    Where the leaves searched hold fewer rows, the rest is `num_rows`.
     """
     # A batch for each core: within one, queries share the reading of leaves.
     batch = -(-len(query_emb_BE) // (os.cpu_count() or 1))
@@ -169,7 +169,7 @@ class Tree:
         batch_size=min(max(batch, 16), 256),
     )
     # ScaNN fills what it did not find with row 0 at distance nan.
-    nothing = np.int32(self._searcher.size())
+    nothing = np.int32(self.num_rows)
     return np.where(np.isnan(distance), nothing, found.astype(np.int32))
 
 

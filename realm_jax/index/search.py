@@ -1,9 +1,7 @@
 """Maximum inner product search over the document embeddings.
 
-Public: `Search` (what every backend offers), `ExactSearch`, `ApproxSearch`,
-`StreamedSearch`, `ScannSearch`, `make_search`, `recall`, `overlap`, `rank`,
-`exact_rows`, `num_allowed`. A search returns the k best rows that are neither
-removed nor excluded, best first by inner product in float32, ties by lower row.
+A search returns the k best rows that are neither removed nor excluded, best
+first by inner product in float32, ties by lower row.
 """
 
 from collections.abc import Iterator
@@ -21,7 +19,6 @@ from realm_jax.index import topk
 _PART_ROWS = 2**18  # Of a table that is visited part by part.
 _MAX_CANDIDATES = 2**22  # Of all queries that are searched at once.
 _RANK_ROWS = 2**12  # Scored at once: 2 MiB of width 128 stay in the cache.
-
 
 Rows = topk.Rows
 
@@ -209,7 +206,8 @@ class ScannSearch:
     Args:
       embeddings_NE: it stays in use; it may be memory-mapped.
       config: its settings.
-      directory: of a saved index of the same rows, removed ones included.
+      directory: of a saved index of the first rows, removed ones included;
+        further rows are searched exactly.
       removed: sorted int64 rows that are never returned.
 
     Raises:
@@ -218,20 +216,28 @@ class ScannSearch:
       ImportError: if ScaNN is not installed.
     """
     self.num_documents, self._width = _table_shape(embeddings_NE)
+    removed = np.zeros(0, np.int64) if removed is None else removed
     self._table_NE, self._removed = embeddings_NE, removed
+    rows = self.num_documents
+    if directory is not None:
+      self._tree = scann.Tree.load(directory, rows)
+      rows = self._tree.num_rows
     self._leaves, self._leaves_to_search, self._reorder = scann.settings(
-        config, self.num_documents
+        config, rows
     )
     # The number of rows stands for candidates that are none.
     self._hidden_N = np.zeros(self.num_documents + 1, bool)
     self._hidden_N[-1] = True
-    if removed is not None:
-      self._hidden_N[removed] = True
+    self._hidden_N[removed] = True
     self._live = int(np.count_nonzero(~self._hidden_N))
     if directory is None:
       self._tree = scann.Tree.build(embeddings_NE, self._leaves)
-    else:
-      self._tree = scann.Tree.load(directory, self.num_documents)
+    self._added, self._mesh = None, topk.one_device()
+    if rows < self.num_documents:
+      limit = rows + topk.aligned(self.num_documents - rows, self._mesh)
+      self._added = topk.place(
+          embeddings_NE, removed, (rows, limit), self._mesh, 'float32', True
+      )
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes the index to an existing, empty folder, which may be moved."""
@@ -253,25 +259,32 @@ class ScannSearch:
     finite = np.isfinite(query_emb_BE).all(axis=1, keepdims=True)
     query_emb_BE = np.where(finite, query_emb_BE, 0)
     rows_BK = np.zeros((len(query_emb_BE), k), np.int32)
-    # So many are ranked exactly for each query, if it may have as many.
-    wanted = max(self._reorder, 4 * k)
+    wanted = max(self._reorder, 4 * k)  # Candidates to be ranked exactly.
     excluded = int((self._live - allowed_B).max(initial=0))
     fetch = wanted + min(excluded, wanted)
     fetch = fetch * self.num_documents // max(self._live, 1)
     leaves = self._leaves_to_search
+    indexed_B, added_BK = allowed_B, np.zeros((len(rows_BK), 0), np.int32)
+    if self._added is not None:
+      rows, count = self._tree.num_rows, min(k, self._added.num_rows)
+      indexed_BR2 = np.minimum(exclude_BR2, rows)
+      indexed_B = num_allowed(indexed_BR2, self._removed, 0, rows)
+      score_BK, added_BK = topk.search(
+          self._added, query_emb_BE, exclude_BR2, self._mesh, count
+      )
+      added_BK = np.where(np.isneginf(score_BK), self.num_documents, added_BK)
     todo = np.arange(len(query_emb_BE))
     # Without leaves up to all rows; with them up to where it is no quicker.
-    limit = self.num_documents * 4 - 1
-    limit = limit // 16 if self._leaves else limit
+    limit = (self._tree.num_rows * 4 - 1) // (16 if self._leaves else 1)
     while todo.size and fetch <= limit:
-      fetch = min(fetch, self.num_documents)
+      fetch = min(fetch, self._tree.num_rows)
       again = []
       step = max(_MAX_CANDIDATES // fetch, 1)
       for start in range(0, len(todo), step):
         some = todo[start : start + step]
         rows_BK[some], enough_B = self._attempt(
             query_emb_BE[some], k, exclude_BR2[some], fetch, leaves,
-            np.minimum(wanted, allowed_B[some]),
+            np.minimum(wanted, indexed_B[some]), added_BK[some],
         )
         again.append(some[~enough_B])
       todo = np.concatenate(again)
@@ -290,17 +303,21 @@ class ScannSearch:
       fetch: int,
       leaves: int,
       wanted_B: np.ndarray,
+      added_BK: np.ndarray,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows [B, k] and which queries [B] had enough candidates."""
     found_BN = self._tree.search(query_emb_BE, fetch, leaves)
+    none_BN = found_BN == self._tree.num_rows
+    found_BN[none_BN] = self.num_documents
+    found_BN = np.concatenate([found_BN, added_BK], axis=1)
     allowed_BN = ~self._hidden_N[found_BN]
     for r in range(exclude_BR2.shape[1]):
       first, limit = exclude_BR2[:, r, :1], exclude_BR2[:, r, 1:]
       allowed_BN &= (found_BN < first) | (found_BN >= limit)
-    count_B = allowed_BN.sum(axis=1)
+    count_B = allowed_BN[:, :fetch].sum(axis=1)
     # The leaves had no more rows: enough, if there are k.
-    exhausted_B = (found_BN == self.num_documents).any(axis=1)
-    enough_B = (count_B >= wanted_B) | (exhausted_B & (count_B >= k))
+    exhausted_B = none_BN.any(axis=1) & (allowed_BN.sum(axis=1) >= k)
+    enough_B = (count_B >= wanted_B) | exhausted_B
     return (
         rank(self._table_NE, query_emb_BE, found_BN, allowed_BN, k), enough_B
     )
@@ -319,7 +336,7 @@ def make_search(
     config: the backend and its settings.
     embeddings_NE: an array, or the table of a generation.
     mesh: where `exact` and `approx` keep the table; None: the first device.
-    scann_directory: a saved ScaNN index of the same rows; None: build one.
+    scann_directory: a saved ScaNN index of the first rows; None: build one.
     removed: sorted int64 rows that are never returned.
 
   Raises:

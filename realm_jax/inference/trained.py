@@ -82,7 +82,7 @@ class Trained:
     )
     _compare('tokenizer_digest', saved, opened.tokenizer.digest, opened)
     if corpus is None:
-      origin = documents.edition.origin
+      origin = documents.manifest['origin']
       _compare('corpus_fingerprint', saved, origin, opened)
     config = documents.config
     return cls(workdir, config, documents, components_lib.make_all(config))
@@ -144,13 +144,14 @@ class Trained:
       generation = about['index_generation']
     else:
       given = functools.partial(params.__getitem__, 'embedder')
-      generation = self.documents.find(
+      found = self.documents.find(
           checkpoint.params_digest(params['embedder'])
       )
+      generation = found and found['step']
     if generation is not None:
-      found = self.documents.index(generation, given)
-      search = search_lib.ExactSearch(found.table, removed=found.removed)
-      return Index(search, found.table, generation)
+      index = self.documents.index(generation, given)
+      search = search_lib.ExactSearch(index.table, removed=index.removed)
+      return Index(search, index.table, generation)
     with tqdm.tqdm(
         total=len(self.corpus.passages),
         desc='embedding the corpus',
@@ -173,7 +174,7 @@ class Trained:
       FileNotFoundError: there is no generation.
       ValueError: it is damaged, or of another corpus.
     """
-    step = documents_lib.newest_generation(self.documents)['step']
+    step = self.documents.newest()['step']
     index = self.documents.index(step)
     return search_lib.ExactSearch(index.table, removed=index.removed), step
 

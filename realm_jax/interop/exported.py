@@ -68,10 +68,10 @@ class Workdir:
       ValueError: if it is damaged, or of another corpus.
     """
     documents, embedder = self.documents, self.params['embedder']
-    step = None
+    found = None
     if documents is not None:
-      step = documents.find(checkpoint.params_digest(embedder))
-    if documents is None or step is None:
+      found = documents.find(checkpoint.params_digest(embedder))
+    if documents is None or found is None:
       build, condition = 'index', '.'
       if documents is None:
         condition = ', with a corpus in its config.'
@@ -81,7 +81,7 @@ class Workdir:
           f'{self.path} has no index of the retriever of step {self.step}.'
           f' Build it: `realm-jax {build} --workdir={self.path}`{condition}'
       )
-    return documents.index(step, lambda: embedder)
+    return documents.index(found['step'], lambda: embedder)
 
 
 def open_workdir(path: Path, step: int | None = None) -> Workdir:
