@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import datetime
+import functools
+import os
 import pathlib
 import time
 from typing import Any
@@ -37,16 +39,16 @@ class Finding:
 def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
   """Reads every byte of the index and compares it with its sources.
 
-  These are the checksums of all files, the config, the corpus and its
-  tokenizer, the snapshots, and the checkpoints that refer to a generation.
+  These are checksums, the config, the corpus and its tokenizer, the snapshots,
+  and the checkpoints that refer to a generation.
 
   Args:
     workdir: of a job.
     step: of the only generation to verify; None: all, and the documents.
 
   Yields:
-    A finding for each generation, by step; one for the workdir if it has
-    problems that belong to no generation; one for the documents.
+    A finding for each generation, by step; one for the workdir if it has other
+    problems; one for the documents.
 
   Raises:
     FileNotFoundError: there is no workdir, or no generation of that step.
@@ -60,24 +62,24 @@ def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
     raise FileNotFoundError(
         f'{directory} has generations of the steps {steps}, not of {step}.'
     )
-  elsewhere, corpus = [], None
+  problems, corpus = [], None
   try:
     corpus = corpus_lib.Corpus.open(config.corpus)
   except (ValueError, OSError) as error:
-    elsewhere.append(str(error))
+    problems.append(str(error))
   references = _references(workdir)
   for number in steps:
     if step in (None, number):
       yield _verify(workdir, config, number, corpus, references.get(number, {}))
   for number, saved in references.items():
     if number not in steps and step in (None, number):
-      elsewhere.append(
+      problems.append(
           f'{_checkpoints(saved)} refers to the generation {number}, which is '
           'missing; if its snapshot exists, build it with `realm-jax index '
           f'--workdir={workdir} --step={number}`'
       )
-  if elsewhere:
-    yield Finding(workdir, '', elsewhere)
+  if problems:
+    yield Finding(workdir, '', problems)
   if step is None and (workdir / documents_lib.DIRECTORY).exists():
     yield _verify_documents(workdir, config)
 
@@ -94,7 +96,6 @@ def _verify(
     manifest = generation.read_manifest(path)
   except (ValueError, OSError) as error:
     return Finding(path, '', [str(error)])
-  problems = [*generation.problems(path, manifest)]
   digest = None  # Snapshots are deleted before their generations.
   with contextlib.suppress(FileNotFoundError):
     digest = snapshots_lib.digest_of(workdir, step)
@@ -106,14 +107,17 @@ def _verify(
       num_rows=len(corpus.passages) if corpus else None,
       width=config.model.embedding_width,
   )
-  problems += generation.lineage_of(manifest).differences(expected)
-  for saved, record in references.items():
-    for name in ('corpus_fingerprint', 'tokenizer_digest'):
-      if record.get(name) not in (None, manifest[name]):
-        problems.append(
-            f'{name}: {manifest[name]!r} in the index, {record[name]!r} in '
-            f'{_checkpoints([saved])}, which refers to it'
-        )
+  problems = [
+      *generation.problems(path, manifest),
+      *generation.lineage_of(manifest).differences(expected),
+  ]
+  problems += [
+      f'{name}: {manifest[name]!r} in the index, {record[name]!r} in '
+      f'{_checkpoints([saved])}, which refers to it'
+      for saved, record in references.items()
+      for name in ('corpus_fingerprint', 'tokenizer_digest')
+      if record.get(name) not in (None, manifest[name])
+  ]
   about = (
       f'{manifest["num_rows"]:,} x {manifest["width"]} {manifest["dtype"]}, '
       f'{manifest["mips"]["backend"]}, {len(manifest["files"])} file(s)'
@@ -132,18 +136,21 @@ def _verify_documents(
   for part in documents.parts:
     if part.index.parent != path:  # Verified above.
       continue
-    try:
-      part.corpus.verify()
-    except (ValueError, OSError) as error:
-      problems.append(str(error))
-    for step in checkpoint.steps_in(part.index):
+    checks = [part.corpus.verify] + [
+        functools.partial(
+            generation.load,
+            part.index / str(step),
+            documents.lineage(part, step),
+        )
+        for step in checkpoint.steps_in(part.index)
+    ]
+    for check in checks:
       try:
-        generation.load(part.index / str(step), documents.lineage(part, step))
+        check()
       except (ValueError, OSError) as error:
         problems.append(str(error))
-  changes = documents.about()
-  about = 'no changes'
-  if changes:
+  changes, about = documents.about(), 'no changes'
+  if changes is not None:
     about = (
         f'version {changes["version"]}, {changes["added"]:,} passage(s) added, '
         f'{changes["removed"]:,} removed'
@@ -159,9 +166,8 @@ def info(workdir: Path) -> dict[str, Any]:
   """
   workdir = pathlib.Path(workdir)
   config_lib.read(workdir)
-  directory = workdir / generation.DIRECTORY
+  directory, now = workdir / generation.DIRECTORY, time.time()
   references, in_use = _references(workdir), generation.in_use(directory)
-  now = time.time()
   generations = []
   for step in checkpoint.steps_in(directory):
     path = directory / str(step)
@@ -223,43 +229,33 @@ def partial_builds(directory: Path) -> dict[int, dict[str, Any]]:
 
 def as_text(found: dict[str, Any]) -> str:
   """Returns the result of `info` as a table and lines."""
-  rows = [
-      'step age rows width dtype backend recall built size used_by'.split()
-  ]
-  problems = []
+  rows = ['step|age|rows|width|dtype|backend|recall|built|size|used by']
   for record in found['generations']:
     used = [f'checkpoint {saved}' for saved in record['checkpoints']]
-    used += ['trainer'] * record['in_use']
-    end = f'{record["bytes"] / 1e6:,.1f} MB', ', '.join(used) or '-'
+    users = ', '.join(used + ['trainer'] * record['in_use']) or '-'
     if 'problem' in record:
-      problems.append(record['problem'])
-      rows.append([f'{record["step"]}', *'???????', *end])
-      continue
-    settings = {**record['mips']}
-    backend = settings.pop('backend')
-    if settings:
-      named = ', '.join(f'{name}={v}' for name, v in settings.items())
-      backend += f' ({named})'
-    recall = record['recall']
-    rows.append([
-        f'{record["step"]}',
-        _duration(record['age_seconds']),
-        f'{record["rows"]:,}',
-        f'{record["width"]}',
-        record['dtype'],
-        backend,
-        f'{recall["value"]:.3f}' if recall else 'exact',
-        f'in {record["build_seconds"]:.1f} s',
-        *end,
-    ])
+      middle = '|'.join('???????')
+    else:
+      settings = dict(record['mips'])
+      backend = settings.pop('backend')
+      if settings:
+        named = ', '.join(f'{name}={v}' for name, v in settings.items())
+        backend += f' ({named})'
+      recall = record['recall']
+      middle = (
+          f'{_duration(record["age_seconds"])}|{record["rows"]:,}|'
+          f'{record["width"]}|{record["dtype"]}|{backend}|'
+          f'{format(recall["value"], ".3f") if recall else "exact"}|'
+          f'in {record["build_seconds"]:.1f} s'
+      )
+    size = f'{record["bytes"] / 1e6:,.1f} MB'
+    rows.append(f'{record["step"]}|{middle}|{size}|{users}')
   lines = [f'{found["workdir"]}: {len(rows) - 1} generation(s)']
   if len(rows) > 1:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += [
-        '  '.join(map(str.ljust, row, widths)).rstrip().replace('_', ' ')
-        for row in rows
-    ]
-  lines += problems
+    cells = [row.split('|') for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines += ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
+  lines += [r['problem'] for r in found['generations'] if 'problem' in r]
   lines += [
       f'Partial build of step {build["step"]}: {build["done"]:,} of '
       f'{build["rows"]:,} passages, {build["bytes"] / 1e6:,.1f} MB'
@@ -271,7 +267,8 @@ def as_text(found: dict[str, Any]) -> str:
 def _builder(heartbeat: dict[str, Any] | None) -> str:
   if heartbeat is None:
     return 'No index builder has run yet.'
-  state = heartbeat['state']
+  state, age = heartbeat['state'], heartbeat['age_seconds']
+  silent = state != 'gone' and age > _ALIVE_SECONDS
   if heartbeat['step'] is not None:
     state += f', step {heartbeat["step"]}'
   if heartbeat['total']:
@@ -279,8 +276,6 @@ def _builder(heartbeat: dict[str, Any] | None) -> str:
         f', {heartbeat["done"]:,} of {heartbeat["total"]:,} passages,'
         f' {heartbeat.get("rate", 0.0):,.0f}/s'
     )
-  age = heartbeat['age_seconds']
-  silent = heartbeat['state'] != 'gone' and age > _ALIVE_SECONDS
   gone = ' It is dead, stopped, or in a long computation.' if silent else ''
   return (
       f'Index builder, process {heartbeat["pid"]} on {heartbeat["host"]}: '
@@ -292,12 +287,11 @@ def _references(workdir: pathlib.Path) -> dict[int, dict[int, dict[str, Any]]]:
   """Returns metadata of the checkpoints that refer to each generation."""
   found: dict[int, dict[int, dict[str, Any]]] = {}
   for saved in checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS):
-    try:
+    # The trainer may delete a checkpoint meanwhile.
+    with contextlib.suppress(FileNotFoundError):
       record = checkpoint.saved_about(workdir, saved)
-    except FileNotFoundError:  # Just deleted by the trainer.
-      continue
-    if record.get('index_generation') is not None:
-      found.setdefault(int(record['index_generation']), {})[saved] = record
+      if record.get('index_generation') is not None:
+        found.setdefault(int(record['index_generation']), {})[saved] = record
   return found
 
 
@@ -307,10 +301,11 @@ def _checkpoints(steps: Any) -> str:
 
 def _bytes(path: pathlib.Path) -> int:
   total = 0
-  for file in path.rglob('*'):
-    # Others publish and remove files meanwhile.
-    with contextlib.suppress(FileNotFoundError):
-      total += file.stat().st_size if file.is_file() else 0
+  for folder, _, names in os.walk(path):
+    for name in names:
+      # Other processes publish and remove files meanwhile.
+      with contextlib.suppress(FileNotFoundError):
+        total += os.stat(pathlib.Path(folder) / name).st_size
   return total
 
 
