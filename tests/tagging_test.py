@@ -4,6 +4,7 @@ import itertools
 import json
 import lzma
 
+import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from realm_jax.models import tagger as tagger_lib
 from realm_jax.prepare import respan
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files as files_lib
-from realm_jax.trainer import batches
 from realm_jax.trainer import loop
 
 _VOCAB = (
@@ -384,8 +384,8 @@ def test_a_corpus_is_tagged(world, workdir, tmp_path):
   assert count == sum(s['spans'] for s in manifest['splits'].values()) > 100
   # REALM masks what was found.
   config = training_test.make_config(output, 'realm', steps=1)
-  batch = next(batches.training_batches(after, config))
-  assert batch['mask_BM'].any(axis=1).all()
+  batch = next(helpers.batches(after, config))
+  assert batch.inputs.mask_BM.any(axis=1).all()
 
 
 def test_tagging_goes_on_where_it_was_killed(

@@ -150,10 +150,10 @@ def train(
     **processes: Any,
 ) -> None:
   _quiet_jax()
-  from realm_jax import config as config_lib
   from realm_jax.runtime import distributed
   from realm_jax.runtime import profile as profile_lib
   from realm_jax.trainer import loop
+  from realm_jax.trainer import stages
 
   steps = profile_lib.parse_steps(profile) if profile else None
   summary = None
@@ -161,7 +161,7 @@ def train(
     main = distributed.is_main()
     try:
       supervised = (
-          with_index_builder and config.objective in config_lib.SEARCHING
+          with_index_builder and stages.load(config).searches
       )
       if supervised and main:
         from realm_jax.trainer import supervise

@@ -13,10 +13,10 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
 from realm_jax.evaluation import answer_metrics
 from realm_jax.evaluation import ranking
 from realm_jax.evaluation import report
@@ -29,7 +29,7 @@ from realm_jax.qa import passage_answers
 from realm_jax.qa import question_sets
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions as questions_lib
-from realm_jax.trainer import batches
+from realm_jax.trainer.stages import realm
 
 log = logging.getLogger(__name__)
 
@@ -371,12 +371,12 @@ def _masked_metrics(
   )
   totals: dict[str, list[np.ndarray]] = {}
   rows = []
-  for batch in batches.evaluation_batches(
+  for batch in realm.evaluation_batches(
       trained.corpus, config, 'validation', max_sentences
   ):
-    rows.append(batch['sentence_B'])
+    rows.append(batch.row_B)
     for name, values in _read_batch(
-        trained, params, search, size, config.batch_size, batch
+        trained, params, search, size, config.batch_size, batch.inputs
     ).items():
       totals.setdefault(name, []).append(values)
   cluster_B = sentence_clusters(trained.corpus, np.concatenate(rows))
@@ -419,26 +419,25 @@ def _read_batch(
     search: search_lib.Search | None,
     num_candidates: int,
     batch_size: int,
-    batch: inputs.Batch,
+    queries: realm.Queries,
 ) -> dict[str, np.ndarray]:
   """Returns each metric for each sentence of the batch."""
-  count = len(batch['mask_BM'])
-  batch = {
-      name: trained_lib.pad_rows(value, batch_size)
-      for name, value in batch.items()
-  }
+  count = len(queries.mask_BM)
+  queries = jax.tree.map(
+      lambda x: trained_lib.pad_rows(x, batch_size), queries
+  )
   retrieved_BJ = np.zeros((batch_size, 0), np.int64)
   if search is not None:
     retrieved_BJ = search.search(
-        trained.embed_queries(params, batch['query_ids_BQ']),
+        trained.embed_queries(params, queries.query_ids_BQ),
         num_candidates - 1,
-        batch['exclude_BR2'],
+        queries.exclude_BR2,
     )
-  batch = inputs.with_candidates(
-      batch, retrieved_BJ, trained.corpus, trained.config.lengths
+  batch = realm.with_candidates(
+      queries, retrieved_BJ, trained.corpus, trained.config.lengths
   )
   read = trained.read(params, batch)
-  mask_BM, targets_BM = batch['mask_BM'], batch['targets_BM']
+  mask_BM, targets_BM = queries.mask_BM, queries.targets_BM
 
   def right(best_BM: np.ndarray) -> np.ndarray:
     return ((best_BM == targets_BM) | ~mask_BM).all(axis=1).astype(float)

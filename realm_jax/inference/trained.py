@@ -22,10 +22,11 @@ from realm_jax.corpus import inputs
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
-from realm_jax.models import realm
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import stages
+from realm_jax.trainer.stages import realm
 
 Params = dict[str, components_lib.Params]
 
@@ -85,18 +86,12 @@ class Trained:
       origin = documents.edition.origin
       _compare('corpus_fingerprint', saved, origin, opened)
     config = documents.config
-    return cls(workdir, config, documents, components_lib.make_all(config))
+    return cls(workdir, config, documents, stages.components_of(config))
 
   @property
   def corpus(self) -> corpus_lib.Corpus:
     """All documents."""
     return self.documents.corpus
-
-  @property
-  def null_ids(self) -> tuple[int, int, int]:
-    """The null document, `[CLS] [SEP] [SEP]`."""
-    tokenizer = self.corpus.tokenizer
-    return tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
 
   def load(self, step: int) -> Params:
     """Loads the parameters of a checkpoint, or of a snapshot (embedder only).
@@ -195,20 +190,18 @@ class Trained:
     each = num_candidates * num_masks * self.config.model.vocab_size
     return max(1, min(self.config.batch_size, _MAX_LOGITS // each))
 
-  def read(self, params: Params, batch: inputs.Batch) -> inputs.Batch:
+  def read(
+      self, params: Params, batch: realm.Batch
+  ) -> dict[str, np.ndarray]:
     """Scores and reads the candidates of a batch of `with_candidates`.
 
     Returns, as numpy arrays:
       score_BK, logp_BK: inner products, and log p(z|x); candidate 0 is null.
-      target_logp_BKM: log p(y_j|z,x) of batch['targets_BM'].
+      target_logp_BKM: log p(y_j|z,x) of batch.targets_BM.
       best_BKM, best_logp_BKM: the likeliest wordpiece with each candidate.
       marginal_best_BM, marginal_logp_BM: that of sum_z p(y_j|z,x) p(z|x).
     """
-    names = (
-        'query_ids_BQ doc_ids_BJS doc_types_BJS joint_ids_BKT joint_types_BKT'
-        ' positions_BM targets_BM'
-    ).split()
-    found = self._read(params, {name: batch[name] for name in names})
+    found = self._read(params, batch)
     return {name: np.asarray(value) for name, value in found.items()}
 
   @functools.cached_property
@@ -230,32 +223,31 @@ class Trained:
 
   @functools.cached_property
   def _read(self) -> Any:
-    embedder = self.components.get('embedder')
-    reader = self.components['reader']
+    searches = 'embedder' in self.components
+    null_ids = inputs.null_document(self.corpus.tokenizer)
 
-    def read(params: Params, batch: dict[str, jax.Array]) -> dict[str, Any]:
-      if embedder is None:  # There is just the null document.
-        score_BK = jnp.zeros(batch['joint_ids_BKT'].shape[:2])
-      else:
+    def read(params: Params, batch: realm.Batch) -> dict[str, Any]:
+      models = components_lib.bind(self.components, params)
+      if searches:
         score_BK = realm.candidate_scores(
-            embedder,
-            params['embedder'],
-            batch['query_ids_BQ'],
-            batch['doc_ids_BJS'],
-            batch['doc_types_BJS'],
-            self.null_ids if self.config.null_document else None,
+            models.embedder,
+            batch.query_ids_BQ,
+            batch.doc_ids_BJS,
+            batch.doc_types_BJS,
+            null_ids if self.config.null_document else None,
         )
+      else:  # The null document is the only candidate.
+        score_BK = jnp.zeros(batch.joint_ids_BKT.shape[:2])
       logits_BKMV = realm.read(
-          reader,
-          params['reader'],
-          batch['joint_ids_BKT'],
-          batch['joint_types_BKT'],
-          batch['positions_BM'],
+          models.reader,
+          batch.joint_ids_BKT,
+          batch.joint_types_BKT,
+          batch.positions_BM,
       )
       logp_BK = jax.nn.log_softmax(score_BK)
       logp_BKMV = jax.nn.log_softmax(logits_BKMV)
       targets_BKM1 = jnp.broadcast_to(
-          batch['targets_BM'][:, None, :, None], (*logp_BKMV.shape[:3], 1)
+          batch.targets_BM[:, None, :, None], (*logp_BKMV.shape[:3], 1)
       )
       marginal_BMV = jax.nn.logsumexp(
           logp_BK[..., None, None] + logp_BKMV, axis=1

@@ -30,6 +30,7 @@ from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import stages
 
 log = logging.getLogger(__name__)
 
@@ -283,9 +284,10 @@ def _config(
       model.preset = name  # type: ignore[assignment]
   config = config_lib.Config(model=model)
   # What trains as much as possible of what is here.
-  for objective, names in config_lib.COMPONENTS.items():
-    if set(names) <= set(components):
-      config.objective = objective  # type: ignore[assignment]
+  for objective in stages.STAGES:
+    stage = stages.load(dataclasses.replace(config, objective=objective))
+    if set(stage.components) <= set(components):
+      config.objective = objective
   candidates = opened[0].config.get('num_candidates')
   if isinstance(candidates, int) and candidates >= 2:
     config.num_candidates = candidates
