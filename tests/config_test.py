@@ -61,7 +61,7 @@ def test_the_defaults_are_valid_but_for_the_corpus():
 )
 def test_what_is_wrong_is_named(values, message):
   with pytest.raises(ValueError, match=message):
-    config_lib.validate(_config(**values))
+    stages.validate(_config(**values))
 
 
 def test_what_is_no_config_is_refused():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import training_test
 
+from realm_jax import config as config_lib
 from realm_jax.api import open_qa as open_qa_api
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
@@ -85,8 +86,6 @@ def test_the_reader_begins_with_that_of_masks(world, realm, tmp_path):
 
 
 def config_of(workdir):
-  from realm_jax import config as config_lib
-
   return config_lib.read(workdir)
 
 
@@ -263,8 +262,6 @@ def test_nothing_retrieved_changes_nothing(world):
     ]
     assert schedules and set(schedules) == {1}  # Of the step, in any case.
     return metrics, all(jax.tree.leaves(same))
-
-  from realm_jax import config as config_lib
 
   metrics, unchanged = step(config_lib.resolve(config))
   assert metrics['loss'] == 0 and metrics['retrieved'] == 0

@@ -10,6 +10,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.models import flops
+from realm_jax.planner import memory as memory_lib
 from realm_jax.planner import plan
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import stages
@@ -68,7 +69,7 @@ def test_flop_and_memory_are_near_what_xla_reports(objective, model):
   reported = step.memory_analysis()
   # Parameters and optimizer, which the step takes over, and all the rest.
   memory = reported.argument_size_in_bytes + reported.temp_size_in_bytes
-  estimate = sum(memory.step_memory(
+  estimate = sum(memory_lib.step_memory(
       config, _sizes(config), _passes(config), 1, 1
   ).values())
   assert estimate == pytest.approx(memory, rel=0.15)

@@ -99,7 +99,6 @@ def plan(
     **setting: Any,
 ) -> None:
   _quiet_jax()
-  from realm_jax import config as config_lib
   from realm_jax.planner import plan as plan_lib
 
   if chip == 'list':
@@ -122,7 +121,7 @@ def plan(
   if memory_gb is not None:
     device = dataclasses.replace(device, memory_gb=memory_gb)
   corpus = config.corpus or '(none)'  # A plan does not need one.
-  config_lib.validate(dataclasses.replace(config, corpus=corpus))
+  stages.validate(dataclasses.replace(config, corpus=corpus))
   config, passages, mean_wordpieces, corpus_bytes = plan_lib.of_corpus(
       config, passages, mean_wordpieces
   )

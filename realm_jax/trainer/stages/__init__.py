@@ -16,6 +16,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import masking
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.models import flops
@@ -224,6 +225,7 @@ def validate(config: config_lib.Config) -> type[Stage]:
 
 def _problems(config: config_lib.Config) -> Problems:
   stage = load(config)
+  extension.load('config.masking', config.masking, masking.MASKS)
   longest = stage.longest_input(config)
   if longest > config.model.max_positions:
     yield (
