@@ -100,6 +100,7 @@ def plan(
 ) -> None:
   _quiet_jax()
   from realm_jax.planner import plan as plan_lib
+  from realm_jax.trainer import stages
 
   if chip == 'list':
     for name, one in plan_lib.CHIPS.items():
