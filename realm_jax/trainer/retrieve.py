@@ -13,6 +13,8 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
+from realm_jax.index import embedding
+from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import span_reader
 from realm_jax.qa import passage_answers as passage_answers_lib
@@ -21,7 +23,6 @@ from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import refresh as refresh_lib
-from realm_jax.trainer import step as step_lib
 
 
 class Retrieval:
@@ -35,15 +36,10 @@ class Retrieval:
   ):
     """Prepares for `job`; `rows` are this process' rows of a batch."""
     self._job, self._refresher, self._rows = job, refresher, rows
-    self._embed_queries = step_lib.make_query_embedder(
-        job.components['embedder'], job.mesh
-    )
+    self._embedder = embedding.Embedder(job.components['embedder'], job.mesh)
     self._open_qa: OpenQaInputs | None = None
     if job.questions is not None:
       self._open_qa = OpenQaInputs(job.config, job.corpus, job.questions)
-      self._embed_documents = step_lib.make_document_embedder(
-          job.components['embedder'], job.mesh
-      )
 
   def __call__(
       self, batch: inputs.Batch, params: components_lib.Params
@@ -64,8 +60,7 @@ class Retrieval:
           batch, retrieved_BJ, job.corpus, job.config.lengths
       )
     rows_BN = self._search(query_emb_BE, self._open_qa.depth)
-    doc_emb = self._refresher.embeddings[rows_BN.reshape(-1)]
-    doc_emb_BNE = doc_emb.astype(np.float32).reshape(*rows_BN.shape, -1)
+    doc_emb_BNE = search_lib.gather(self._refresher.embeddings, rows_BN)
 
     def embed_documents(
         ids_BLS: np.ndarray, types_BLS: np.ndarray
@@ -73,7 +68,9 @@ class Retrieval:
       arrays = mesh_lib.to_devices(
           job.mesh, {'ids': ids_BLS, 'types': types_BLS}
       )
-      emb_BLE = self._embed_documents(params, arrays['ids'], arrays['types'])
+      emb_BLE = self._embedder.documents(
+          params, arrays['ids'], arrays['types']
+      )
       return distributed.fetch(emb_BLE)[self._rows]
 
     rows_BN, doc_emb_BNE = self._open_qa.rerank(
@@ -105,7 +102,7 @@ class Retrieval:
         self._job.mesh, {'query_ids_BQ': query_ids_BQ}
     )
     return distributed.fetch(
-        self._embed_queries(params, arrays['query_ids_BQ'])
+        self._embedder.queries(params, arrays['query_ids_BQ'])
     )
 
 
