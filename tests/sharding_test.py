@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.index import embedding
 from realm_jax.models import dropout
 from realm_jax.runtime import collectives
 from realm_jax.runtime import mesh as mesh_lib
@@ -202,7 +203,7 @@ def test_whole_steps_are_the_same_and_compile_once():
     for _ in range(3):
       state, metrics = step(state, mesh_lib.to_devices(mesh, batch))
     assert len(traces) == 1
-    embed = step_lib.make_query_embedder(components['embedder'], mesh)
+    embed = embedding.Embedder(components['embedder'], mesh).queries
     emb_BE = embed(state.params['embedder'], batch.query_ids_BQ)
     return state, jax.device_get((metrics, emb_BE)), placed
 

@@ -278,13 +278,8 @@ def _retrieve(
   for start in range(0, len(query_emb_BE), _SEARCH_BATCH):
     some_BE = query_emb_BE[start : start + _SEARCH_BATCH]
     rows_BK = index.search.search(some_BE, _depth(trained))
-    doc_emb = index.table[rows_BK.reshape(-1)].astype(np.float32)
     doc_ids.append(rows_BK)
-    scores.append(
-        np.einsum(
-            'BE,BKE->BK', some_BE, doc_emb.reshape(*rows_BK.shape, -1)
-        )
-    )
+    scores.append(search_lib.score(index.table, some_BE, rows_BK))
   doc_ids_BK = np.concatenate(doc_ids)
   questions = asked.table.questions
   return runs.Run(

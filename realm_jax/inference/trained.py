@@ -181,7 +181,7 @@ class Trained:
       part = query_ids_BQ[start : start + largest]
       size = next(size for size in _QUERY_BATCHES if size >= len(part))
       padded = pad_rows(part, size)
-      emb_BE = self._embed_query(params['embedder'], padded)
+      emb_BE = self._embedder.queries(params['embedder'], padded)
       parts.append(np.asarray(emb_BE)[: len(part)])
     return np.concatenate(parts)
 
@@ -215,10 +215,9 @@ class Trained:
     )
 
   @functools.cached_property
-  def _embed_query(self) -> Any:
-    embedder = self.components['embedder']
-    return jax.jit(
-        lambda params, ids_BQ: embedder.apply(params, 'embed_query', ids_BQ)
+  def _embedder(self) -> embedding.Embedder:
+    return embedding.Embedder(
+        self.components['embedder'], mesh_lib.one_device()
     )
 
   @functools.cached_property

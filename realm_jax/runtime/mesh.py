@@ -59,6 +59,13 @@ def make_mesh(
   )
 
 
+def one_device() -> jax.sharding.Mesh:
+  """Returns a mesh of the first device."""
+  return jax.sharding.Mesh(
+      np.array(jax.devices()[:1]).reshape(1, 1), (DATA, MODEL)
+  )
+
+
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   """The whole array on every device: parameters and optimizer state."""
   return jax.NamedSharding(mesh, jax.P())

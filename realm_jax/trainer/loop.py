@@ -274,7 +274,7 @@ class _Loop:
         )
       if not first and refresher.snapshot_due(
           step,
-          lambda: self._probe.still_right(
+          lambda: self._probe.overlap_with_current(
               self.state.params['embedder'], refresher.search
           ),
       ):

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from realm_jax.index import embedding
+from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import refresh as refresh_lib
-from realm_jax.trainer import step as step_lib
 
 
 class Retriever:
@@ -39,15 +40,14 @@ class Retriever:
     self.params: components_lib.Params = {}  # Current parameters.
     self._mesh, self._refresher, self._rows = mesh, refresher, rows
     self._collective = collective and jax.process_count() > 1
-    self._embed_queries = step_lib.make_query_embedder(embedder, mesh)
-    self._embed_documents = step_lib.make_document_embedder(embedder, mesh)
+    self._embedder = embedding.Embedder(embedder, mesh)
 
   def search(
       self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
   ) -> tuple[np.ndarray, np.ndarray]:
     # Embeddings of the whole batch, of which each process gave its rows.
     query_emb_BE = distributed.fetch(
-        self._embed_queries(self.params, self._on_devices(query_ids_BQ))
+        self._embedder.queries(self.params, self._on_devices(query_ids_BQ))
     )
     own_emb_BE = query_emb_BE[self._rows]
     search = self._refresher.search.search
@@ -58,14 +58,13 @@ class Retriever:
     return search(query_emb_BE, k, exclude_BR2)[self._rows], own_emb_BE
 
   def embeddings(self, rows_BN: np.ndarray) -> np.ndarray:
-    emb = self._refresher.embeddings[rows_BN.reshape(-1)]
-    return emb.astype(np.float32).reshape(*rows_BN.shape, -1)
+    return search_lib.gather(self._refresher.embeddings, rows_BN)
 
   def embed_documents(
       self, ids_BLS: np.ndarray, types_BLS: np.ndarray
   ) -> np.ndarray:
     ids, types = self._on_devices(ids_BLS), self._on_devices(types_BLS)
-    emb_BLE = self._embed_documents(self.params, ids, types)
+    emb_BLE = self._embedder.documents(self.params, ids, types)
     return distributed.fetch(emb_BLE)[self._rows]
 
   def _on_devices(self, array: np.ndarray) -> Any:

@@ -141,55 +141,6 @@ def _is_schedule(x: Any) -> bool:
   return isinstance(x, optax.ScaleByScheduleState)
 
 
-def make_query_embedder(
-    embedder: components_lib.Component, mesh: jax.sharding.Mesh
-) -> Callable[[components_lib.Params, Any], jax.Array]:
-  """Returns the jitted embed(params, query_ids_BQ) -> query_emb_BE."""
-  return _row_by_row(
-      lambda params, ids_BQ: embedder.apply(params, 'embed_query', ids_BQ),
-      mesh,
-  )
-
-
-def make_document_embedder(
-    embedder: components_lib.Component, mesh: jax.sharding.Mesh
-) -> Callable[[components_lib.Params, Any, Any], jax.Array]:
-  """Returns the jitted embed(params, ids_BLS, types_BLS) -> emb_BLE."""
-
-  def embed_documents(
-      params: components_lib.Params, ids_BLS: jax.Array, types_BLS: jax.Array
-  ) -> jax.Array:
-    b, n, length = ids_BLS.shape
-    emb = embedder.apply(  # (B*L) E
-        params,
-        'embed_document',
-        ids_BLS.reshape(b * n, length),
-        types_BLS.reshape(b * n, length),
-    )
-    return emb.reshape(b, n, -1)
-
-  return _row_by_row(embed_documents, mesh)
-
-
-def _row_by_row(
-    embed: Callable[..., jax.Array], mesh: jax.sharding.Mesh
-) -> Callable[..., jax.Array]:
-  """Compiles embed(params, *arrays): rows over `data`, the result whole."""
-  rows = jax.P(mesh_lib.DATA)
-
-  def run(params: components_lib.Params, *arrays: jax.Array) -> jax.Array:
-    return jax.shard_map(
-        embed,
-        mesh=mesh,
-        in_specs=(jax.P(), *(rows for _ in arrays)),
-        out_specs=rows,
-        axis_names={mesh_lib.DATA},
-        check_vma=False,
-    )(params, *arrays)
-
-  return jax.jit(run, out_shardings=mesh_lib.replicated(mesh))
-
-
 def stream(root: jax.Array, name: str) -> jax.Array:
   """A named random stream: independent of how many others there are."""
   return jax.random.fold_in(root, zlib.crc32(name.encode()))
