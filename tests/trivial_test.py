@@ -16,7 +16,7 @@ from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.corpus import trivial
 from realm_jax.prepare import compaction
 from realm_jax.prepare import prepare
-from realm_jax.prepare import respan
+from realm_jax.prepare import replace_spans
 from realm_jax.trainer.stages import realm
 
 _PEOPLE = ['Ada Brown', 'Ben Stone', 'Cleo Marsh', 'Dora Finch', 'Egon Frost']
@@ -322,7 +322,9 @@ def test_an_older_corpus_is_read_with_a_warning(tmp_path, caplog):
 
   # With other spans the sentences are the same, and so are their candidates.
   for i, corpus in enumerate((old, new)):
-    respan.respan(corpus, tmp_path / str(i), same, {}, progress=False)
+    replace_spans.replace_spans(
+        corpus, tmp_path / str(i), same, {}, progress=False
+    )
     again = corpus_lib.Corpus.open(tmp_path / str(i))
     for split in new.sentences:
       np.testing.assert_equal(

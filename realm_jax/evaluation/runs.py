@@ -20,6 +20,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import statistics
 from realm_jax.inference import answering
 from realm_jax.qa import questions as questions_lib
+from realm_jax.runtime import lines as lines_lib
 
 Path = str | os.PathLike[str]
 # Figures of a question that two runs are compared in.
@@ -131,9 +132,9 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     ValueError: a line is not of such a file; names it.
   """
   records = []
-  for number, line in questions_lib.numbered_lines(pathlib.Path(path)):
+  for number, line in enumerate(lines_lib.lines(pathlib.Path(path)), start=1):
     try:
-      record = json.loads(line)
+      record = lines_lib.json_object(line)
       record['question'], record['answer_rank'], record['gold_rank']
     except (ValueError, KeyError, TypeError) as error:
       why = f'no field {error}' if isinstance(error, KeyError) else error
