@@ -11,18 +11,17 @@ import jax
 import numpy as np
 import pytest
 
+import realm_jax
 from realm_jax import config as config_lib
-from realm_jax.api import open_qa as open_qa_lib
 from realm_jax.api import retriever as retriever_lib
 from realm_jax.builder import builder
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
-from realm_jax.interop import checkpoint_sources
 from realm_jax.interop import convert
-from realm_jax.interop import exported
-from realm_jax.interop import exporting
+from realm_jax.interop import export
+from realm_jax.interop import export_huggingface
 from realm_jax.interop import importing
 from realm_jax.interop import weights
 from realm_jax.models import components as components_lib
@@ -63,7 +62,7 @@ def _assert_same_tensors(ours, theirs):
 
 @pytest.mark.parametrize('name', _NAMES)
 def test_a_round_trip_is_exact(workdirs, tmp_path, name):
-  folders = exporting.run(workdirs / name, 'huggingface', tmp_path / 'out')
+  folders = export.run(workdirs / name, 'huggingface', tmp_path / 'out')
   assert folders == [tmp_path / 'out']
   more = _assert_same_tensors(tmp_path / 'out', _FIXTURES / name)
   # What transformers leaves out, as a copy of another tensor.
@@ -86,10 +85,10 @@ def test_a_round_trip_is_exact(workdirs, tmp_path, name):
 
 
 def test_two_sources_make_one_job(workdirs, tmp_path):
-  workdir = exported.open_workdir(workdirs / 'both')
+  workdir = export_huggingface.Model.open(workdirs / 'both', None)
   assert set(workdir.params) == {'embedder', 'reader'}
-  assert workdir.config.objective == 'realm'
-  folders = exporting.run(workdirs / 'both', 'huggingface', tmp_path / 'out')
+  assert workdir.trained.config.objective == 'realm'
+  folders = export.run(workdirs / 'both', 'huggingface', tmp_path / 'out')
   assert folders == [tmp_path / 'out', tmp_path / 'out/encoder']
   _assert_same_tensors(folders[0], _FIXTURES / 'embedder')
   _assert_same_tensors(folders[1], _FIXTURES / 'encoder')
@@ -101,14 +100,14 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   """Every name of each class, also where nothing was imported."""
   workdir = tmp_path / 'trained'
   shutil.copytree(workdirs / 'both', workdir)
-  params = exported.open_workdir(workdir).params
+  params = export_huggingface.Model.open(workdir, None).params
   changed = jax.tree.map(lambda x: np.asarray(x) + 1, params)
   about = checkpoint.saved_about(workdir, 0) | {'corpus_fingerprint': 'f00d'}
   checkpoint.save_params(workdir, 7, changed, about)
   files.write_json(
       workdir / 'evaluation/7.json', {'step': 7, 'gold': {'mrr': 0.25}}
   )
-  exporting.run(
+  export.run(
       workdir,
       'huggingface',
       tmp_path / 'out',
@@ -120,7 +119,7 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
     names = set(weights.open_folder(_FIXTURES / fixture))
     found = set(weights.open_folder(tmp_path / 'out' / kind))
     assert {n for n in names if 'position_ids' not in n} <= found
-  again = checkpoint_sources.open_source(tmp_path / 'out/encoder')
+  again = importing.open_source(tmp_path / 'out/encoder')
   reader = convert.load(again.tensors, again.config).params['reader']
   for name, value in changed['reader'].items():
     np.testing.assert_array_equal(reader[name], value)
@@ -136,7 +135,7 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   unused = weights.open_folder(tmp_path / 'out')
   assert not unused['cls.predictions.decoder.weight'].read().any()
   # Step 0 is still what it was.
-  exporting.run(workdir, 'huggingface', tmp_path / 'first', step=0)
+  export.run(workdir, 'huggingface', tmp_path / 'first', step=0)
   _assert_same_tensors(tmp_path / 'first', _FIXTURES / 'embedder')
 
 
@@ -147,7 +146,7 @@ def test_a_part_of_an_open_qa_checkpoint(tmp_path):
       components=['embedder'],
       workers=1,
   )
-  exporting.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
+  export.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
   config = json.loads((tmp_path / 'out/config.json').read_bytes())
   assert config['architectures'] == ['RealmEmbedder']
   there = weights.open_folder(_FIXTURES / 'open_qa')
@@ -166,7 +165,7 @@ def test_half_precision_comes_back_in_half_precision(tmp_path):
       {name: t.read().astype(np.float16) for name, t in tensors.items()},
   )
   importing.run([str(folder)], tmp_path / 'workdir')
-  exporting.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
+  export.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
   extra = _assert_same_tensors(tmp_path / 'out', folder)
   assert extra == {
       'cls.predictions.decoder.weight', 'cls.predictions.decoder.bias'
@@ -189,7 +188,7 @@ def test_an_import_is_a_workdir(workdirs):
       workdirs / 'bert', {'reader': _abstract(workdirs / 'bert', 'reader')}
   )
   assert step == 0
-  source = checkpoint_sources.open_source(_FIXTURES / 'bert')
+  source = importing.open_source(_FIXTURES / 'bert')
   loaded = convert.load(source.tensors, source.config)
   for name, value in loaded.params['reader'].items():
     np.testing.assert_array_equal(found['reader'][name], value)
@@ -266,7 +265,7 @@ def test_the_retriever_of_an_open_qa_checkpoint(workdirs, retriever):
 
 def test_an_open_qa_checkpoint_answers_at_once(workdirs, retriever):
   assert config_lib.read(workdirs / 'open_qa').objective == 'open_qa'
-  model = open_qa_lib.OpenQA.load(workdirs / 'open_qa')
+  model = realm_jax.OpenQA.load(workdirs / 'open_qa')
   question = 'who is the cat of'
   answer = model.answer(question, k=3)
   hits = retriever.search([question], 3)
@@ -276,7 +275,7 @@ def test_an_open_qa_checkpoint_answers_at_once(workdirs, retriever):
 
 
 def test_a_retriever_is_the_same_from_anywhere(workdirs, retriever, tmp_path):
-  exporting.run(workdirs / 'open_qa', 'huggingface', tmp_path / 'out')
+  export.run(workdirs / 'open_qa', 'huggingface', tmp_path / 'out')
   question = ['who is the cat']
   for place in (_FIXTURES / 'open_qa', tmp_path / 'out'):
     other = retriever_lib.Retriever.load(place)
@@ -301,8 +300,9 @@ def test_the_retriever_embeds_as_training_does(workdirs):
   )
   texts = ['the cat', '', 'red ' * 30, 'who']
   ids = inputs.encode_queries(texts, 8, tokenizer)
-  workdir = exported.open_workdir(workdirs / 'embedder')
-  component, params = workdir.components['embedder'], workdir.params['embedder']
+  workdir = export_huggingface.Model.open(workdirs / 'embedder', None)
+  component = workdir.trained.components['embedder']
+  params = workdir.params['embedder']
   want = component.apply(params, 'embed_query', ids)
   np.testing.assert_allclose(
       found.embed_queries(texts), want, rtol=1e-4, atol=1e-5
@@ -388,13 +388,14 @@ def _st_embed(folder, ids, types):
 
 @pytest.mark.parametrize('name', ['embedder', 'scorer'])
 def test_sentence_transformers(workdirs, tmp_path, name):
-  folders = exporting.run(
+  folders = export.run(
       workdirs / name, 'sentence-transformers', tmp_path / 'out'
   )
   names = ['query', 'document'] if name == 'scorer' else ['']
   assert folders == [tmp_path / 'out' / tower for tower in names]
-  workdir = exported.open_workdir(workdirs / name)
-  embedder, params = workdir.components['embedder'], workdir.params['embedder']
+  workdir = export_huggingface.Model.open(workdirs / name, None)
+  embedder = workdir.trained.components['embedder']
+  params = workdir.params['embedder']
   ids = np.array([[3, 9, 8, 4, 7, 4], [3, 10, 4, 0, 0, 0]], np.int32)
   types = np.array([[0, 0, 0, 0, 1, 1], [0] * 6], np.int32)
   for tower, folder in zip(names, folders, strict=True):
@@ -413,7 +414,7 @@ def test_sentence_transformers(workdirs, tmp_path, name):
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_index(workdirs, tmp_path, dtype):
-  exporting.run(
+  export.run(
       workdirs / 'open_qa', 'index', tmp_path / 'out', dtype=dtype
   )
   table = weights.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
@@ -443,7 +444,7 @@ def test_an_embedding_too_large_for_half_precision(tmp_path):
   weights.write_safetensors(folder / 'model.safetensors', tensors)
   importing.run([str(folder)], tmp_path / 'workdir', workers=1)
   with pytest.raises(ValueError, match='float16'):
-    exporting.run(
+    export.run(
         tmp_path / 'workdir', 'index', tmp_path / 'out', dtype='float16'
     )
   assert not (tmp_path / 'out').exists()
@@ -511,10 +512,10 @@ def test_documents_that_do_not_fit_their_embeddings(tmp_path):
   # Without documents there is no index, but what there is can be used.
   importing.run([str(folder)], tmp_path / 'out')
   with pytest.raises(FileNotFoundError, match='realm-jax index'):
-    exporting.run(
+    export.run(
         tmp_path / 'out', 'huggingface', tmp_path / 'again', classes=['openqa']
     )
-  exporting.run(tmp_path / 'out', 'huggingface', tmp_path / 'again')
+  export.run(tmp_path / 'out', 'huggingface', tmp_path / 'again')
   back = weights.open_folder(tmp_path / 'again')
   there = weights.open_folder(_FIXTURES / 'embedder')
   for name in there:
@@ -603,7 +604,7 @@ def test_command_line(tmp_path):
 
 def test_what_cannot_be_exported(workdirs, tmp_path):
   def run(name, format, **options):
-    exporting.run(workdirs / name, format, tmp_path / 'out', **options)
+    export.run(workdirs / name, format, tmp_path / 'out', **options)
 
   with pytest.raises(ValueError, match='--format=onnx'):
     run('embedder', 'onnx')
@@ -628,11 +629,11 @@ def test_what_cannot_be_exported(workdirs, tmp_path):
 
 def test_a_built_index_is_of_the_embeddings(workdirs, tmp_path):
   """The builder's embeddings of the blocks are those of the checkpoint."""
-  workdir = exported.open_workdir(workdirs / 'open_qa')
+  workdir = export_huggingface.Model.open(workdirs / 'open_qa', None)
   embedder = embedding.PassageEmbedder(
-      workdir.components['embedder'],
-      workdir.corpus.passages,
-      workdir.tokenizer,
+      workdir.trained.components['embedder'],
+      workdir.trained.corpus.passages,
+      workdir.trained.tokenizer,
       40,
       mesh_lib.make_mesh(config_lib.MeshConfig()),
   )

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from absl import app
 
 if TYPE_CHECKING:
-  from realm_jax.api import open_qa
   from realm_jax.builder import editing
   from realm_jax.config import Config
+  from realm_jax.inference import answering
 
 # Exit code of a job that SIGTERM stopped after it saved a checkpoint: 128 + 15,
 # as a shell reports the signal.
@@ -363,9 +363,9 @@ def import_(
 
 def export(*, classes: str | None, **options: Any) -> None:
   _quiet_jax()
-  from realm_jax.interop import exporting
+  from realm_jax.interop import export as export_lib
 
-  folders = exporting.run(classes=_split(classes) or None, **options)
+  folders = export_lib.run(classes=_split(classes) or None, **options)
   print('\n'.join(map(str, folders)))
 
 
@@ -383,9 +383,9 @@ def ask(
         f'Give one question, in quotes, or none; got {len(asked)}.'
     )
   _quiet_jax()
-  from realm_jax.api import open_qa
+  from realm_jax.inference import answering
 
-  loaded = open_qa.OpenQA.load(workdir, step)
+  loaded = answering.OpenQA.load(workdir, step)
   show = _as_json if json else _as_text
   if asked:
     print(show(loaded, loaded.answer(asked[0], k)))
@@ -402,7 +402,7 @@ def ask(
     print(show(loaded, loaded.answer(line, k)), flush=True)
 
 
-def _as_json(loaded: 'open_qa.OpenQA', answer: Any) -> str:
+def _as_json(loaded: 'answering.OpenQA', answer: Any) -> str:
   age = loaded.index_age_seconds
   values = {
       **dataclasses.asdict(answer),
@@ -415,7 +415,7 @@ def _as_json(loaded: 'open_qa.OpenQA', answer: Any) -> str:
   return json_lib.dumps(values, ensure_ascii=False)
 
 
-def _as_text(loaded: 'open_qa.OpenQA', answer: Any) -> str:
+def _as_text(loaded: 'answering.OpenQA', answer: Any) -> str:
   lines = [f'{answer.text or "(no answer)"}   p={answer.probability:.2f}', '']
   for number, passage in enumerate(answer.passages):
     mark = '*' if number == answer.best else ' '

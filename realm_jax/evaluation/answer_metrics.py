@@ -15,7 +15,7 @@ from realm_jax.qa import questions as questions_lib
 
 
 def measure(
-    answerer: answering.Answerer,
+    answerer: answering.OpenQA,
     table: question_table_lib.QuestionTable,
     rows_BN: np.ndarray,
     k: int | None = None,
@@ -97,7 +97,7 @@ def summarize(
 
 
 def _can_answer(
-    answerer: answering.Answerer,
+    answerer: answering.OpenQA,
     question: questions_lib.Question,
     rows_K: np.ndarray,
 ) -> bool:

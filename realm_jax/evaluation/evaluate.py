@@ -215,12 +215,7 @@ def _steps(
         ' commas in between.'
     )
   wanted = sorted({int(word) for word in words})
-  for step in wanted:
-    if step not in (*checkpoints, *snapshots):
-      raise FileNotFoundError(
-          f'{trained.workdir} has nothing of step {step}: checkpoints'
-          f' {checkpoints}, retriever snapshots {snapshots}.'
-      )
+  trained_lib.check_steps(trained.workdir, wanted, snapshots_too)
   return wanted
 
 
@@ -249,7 +244,7 @@ def _evaluate_step(
   if asked is not None and index is not None:
     run = _retrieve(trained, params, index, asked)
     if 'span_reader' in params:
-      answerer = answering.Answerer(trained, step, params, index)
+      answerer = answering.OpenQA(trained, step, params, index)
       figures, answers = answer_metrics.measure(
           answerer, asked.table, run.doc_ids_BK, read
       )
