@@ -41,6 +41,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from realm_jax import config as config_lib  # noqa: E402
+from realm_jax.index import embedding  # noqa: E402
 from realm_jax.index import topk  # noqa: E402
 from realm_jax.models import components as components_lib  # noqa: E402
 from realm_jax.runtime import collectives  # noqa: E402
@@ -111,9 +112,9 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
       'step': step.make_train_step(
           config, components, tx, _NULL, mesh
       ).lower(state, batch),
-      'queries': step.make_query_embedder(
+      'queries': embedding.Embedder(
           components['embedder'], mesh
-      ).lower(state.params['embedder'], batch['query_ids_BQ']),
+      ).queries.lower(state.params['embedder'], batch['query_ids_BQ']),
       'top_k': topk.top_rows.lower(
           array(
               (per_device * n, width),

@@ -526,7 +526,7 @@ def measure_steps(
       (tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id),
       mesh,
   )
-  embed = step_lib.make_query_embedder(parts['embedder'], mesh)
+  embed = embedding.Embedder(parts['embedder'], mesh).queries
   params = {name: part.init(0) for name, part in parts.items()}
   state = jax.device_put(
       step_lib.TrainState(

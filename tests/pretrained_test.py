@@ -20,8 +20,8 @@ from realm_jax.interop import weights
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
-from realm_jax.models import realm
 from realm_jax.models import span_reader
+from realm_jax.trainer.stages import realm
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 _ACTIVATIONS = ('gelu_new', 'gelu')
@@ -91,8 +91,7 @@ def test_pretraining_forward_loss_and_gradients(expected, activation):
     scores = embedder_lib.score(query_emb, doc_emb)
     joint = (*scores.shape, -1)
     token_logp = realm.read_targets(
-        reads,
-        reader_params,
+        reads.module(reader_params),
         _int32(want['joint_ids']).reshape(joint),
         _int32(want['joint_types']).reshape(joint),
         _int32(want['positions']),

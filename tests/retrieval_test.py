@@ -21,13 +21,13 @@ from realm_jax.evaluation import inspect
 from realm_jax.evaluation import runs
 from realm_jax.index import generation
 from realm_jax.inference import trained as trained_lib
-from realm_jax.models import components as components_lib
 from realm_jax.models import objectives
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
-from realm_jax.trainer import batches
+from realm_jax.trainer import stages
+from realm_jax.trainer.stages import realm
 
 
 def _config(corpus, objective='realm'):
@@ -46,7 +46,7 @@ def _config(corpus, objective='realm'):
 def _params(config, seed=0, sharpen=4.0):
   """Fresh parameters, with embeddings that tell passages apart."""
   params = {}
-  for name, component in components_lib.make_all(config).items():
+  for name, component in stages.components_of(config).items():
     params[name] = {
         key: np.asarray(value) * (sharpen if key.endswith('kernel') else 1)
         for key, value in component.init(seed).items()
@@ -116,7 +116,7 @@ def _apply(component, params, method, *inputs):
 
 def _all_embeddings(config, params, corpus):
   """Without buckets, batches or the code under test."""
-  component = components_lib.make_all(config)['embedder']
+  component = stages.components_of(config)['embedder']
   rows = np.arange(len(corpus.passages))
   ids, types = inputs.assemble_documents(
       corpus.passages, rows, config.lengths.document, corpus.tokenizer
@@ -146,7 +146,7 @@ def test_question_metrics_equal_those_by_hand(
   assert result['passages'] == len(corpus.passages)
   assert result['index_generation'] is None
   params = saved[30]
-  component = components_lib.make_all(config)['embedder']
+  component = stages.components_of(config)['embedder']
   query_emb = _apply(
       component,
       params,
@@ -209,14 +209,14 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
   assert 'questions' not in result
   masked = result['masked']
   assert masked['sentences'] == 20
-  params, parts = saved[30], components_lib.make_all(config)
+  params, parts = saved[30], stages.components_of(config)
   emb_NE = _all_embeddings(config, params, corpus)
   sums: dict[str, float] = {}
   # Other batches than those under test.
   odd = dataclasses.replace(config, batch_size=5)
-  for batch in batches.evaluation_batches(corpus, odd, 'validation', 20):
+  for batch in realm.evaluation_batches(corpus, odd, 'validation', 20):
     query_emb = _apply(
-        parts['embedder'], params, 'embed_query', batch['query_ids_BQ']
+        parts['embedder'], params, 'embed_query', batch.inputs.query_ids_BQ
     )
     scores = query_emb @ emb_NE.T
     retrieved = np.argsort(-scores, axis=1, kind='stable')[:, :3]
@@ -243,18 +243,18 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
         'mlm_logits',
         full['joint_ids_BKT'].reshape(b * k, t),
         full['joint_types_BKT'].reshape(b * k, t),
-        np.repeat(batch['positions_BM'], k, axis=0),
+        np.repeat(batch.inputs.positions_BM, k, axis=0),
     )
     p_BKMV = np.asarray(jax.nn.softmax(logits)).reshape(b, k, *logits.shape[1:])
     p_BK = np.asarray(jax.nn.softmax(score_BK))
     marginal_BMV = np.einsum('BK,BKMV->BMV', p_BK, p_BKMV)
     index = np.broadcast_to(
-        batch['targets_BM'][:, None, :, None], (*p_BKMV.shape[:3], 1)
+        batch.inputs.targets_BM[:, None, :, None], (*p_BKMV.shape[:3], 1)
     )
     logp_BKM = np.log(np.take_along_axis(p_BKMV, index, 3)[..., 0])
-    mask_BM = batch['mask_BM']
-    right = (marginal_BMV.argmax(-1) == batch['targets_BM']) | ~mask_BM
-    without = (p_BKMV[:, 0].argmax(-1) == batch['targets_BM']) | ~mask_BM
+    mask_BM = batch.inputs.mask_BM
+    right = (marginal_BMV.argmax(-1) == batch.inputs.targets_BM) | ~mask_BM
+    without = (p_BKMV[:, 0].argmax(-1) == batch.inputs.targets_BM) | ~mask_BM
     _, aux = objectives.marginal_mlm(score_BK, logp_BKM, mask_BM)
     logged = objectives.retrieval_metrics(aux, mask_BM.any(-1))
     for name, value in (
@@ -325,7 +325,7 @@ def test_trivial_candidates_are_excluded_whatever_training_allowed(
   with_candidates = inputs.with_candidates
 
   def recorded(batch, retrieved_BJ, *others):
-    seen.append((batch['sentence_B'], retrieved_BJ))
+    seen.append((batch.row_B, retrieved_BJ))
     return with_candidates(batch, retrieved_BJ, *others)
 
   monkeypatch.setattr(inputs, 'with_candidates', recorded)
@@ -360,9 +360,9 @@ def test_a_span_counts_only_if_every_wordpiece_is_right(
 ):
   """A reader that always says one word is right where that is the answer."""
   sentences = [
-      tuple(batch['targets_BM'][i][batch['mask_BM'][i]].tolist())
-      for batch in batches.evaluation_batches(corpus, config)
-      for i in range(len(batch['mask_BM']))
+      tuple(batch.inputs.targets_BM[i][batch.inputs.mask_BM[i]].tolist())
+      for batch in realm.evaluation_batches(corpus, config)
+      for i in range(len(batch.inputs.mask_BM))
   ]
   alone = [s[0] for s in sentences if len(s) == 1]
   word = max(alone, key=alone.count)
@@ -550,7 +550,7 @@ def test_inspect_shows_candidates_with_current_scores(
     assert len(document.prediction.fillings) == 2  # Two blanks, three masks.
     assert 0 < document.prediction.probability <= 1
   # The stale index chose them, the checkpoint scored them.
-  embedder = components_lib.make_all(config)['embedder']
+  embedder = stages.components_of(config)['embedder']
   ids = np.zeros((1, config.lengths.query), np.int32)
   pieces = corpus.tokenizer.encode(_SENTENCE, masks=True)
   special = corpus.tokenizer

@@ -6,18 +6,19 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import convert
 from realm_jax.interop import importing
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import mesh as mesh_lib
 
 _WIDTH_STEP = 32  # Wordpieces between two bucket widths.
 _BATCH_TOKENS = 2**13  # Of one batch, at most.
@@ -57,16 +58,7 @@ class Retriever:
     self._open_search = open_search
     self._searched: tuple[search_lib.Search, search_lib.Rows] | None = None
     self._open_corpus = open_corpus
-    self._embed_query = jax.jit(
-        lambda params, ids_BQ, types_BQ: component.module(params).embed_query(
-            ids_BQ
-        )
-    )
-    self._embed_document = jax.jit(
-        lambda params, ids_BS, types_BS: component.module(
-            params
-        ).embed_document(ids_BS, types_BS)
-    )
+    self._embedder = embedding.Embedder(component, mesh_lib.one_device())
 
   @classmethod
   def load(
@@ -172,7 +164,11 @@ class Retriever:
         ([t.cls_id, *ids[:body], t.sep_id], [])
         for ids in t.encode_batch(_checked(texts))
     ]
-    return self._embed(self._embed_query, pairs, self.lengths.query)
+
+    def embed(ids_BQ: np.ndarray, types_BQ: np.ndarray) -> jax.Array:
+      return self._embedder.queries(self._params, ids_BQ)
+
+    return self._embed(embed, pairs, self.lengths.query)
 
   def embed_passages(
       self, passages: Sequence[tuple[str, str]]
@@ -194,7 +190,13 @@ class Retriever:
       # The title has priority, as in training.
       first = [t.cls_id, *title[: length - 3], t.sep_id]
       pairs.append((first, [*body[: length - 1 - len(first)], t.sep_id]))
-    return self._embed(self._embed_document, pairs, length)
+
+    def embed(ids_BS: np.ndarray, types_BS: np.ndarray) -> jax.Array:
+      return self._embedder.documents(
+          self._params, ids_BS[:, None], types_BS[:, None]
+      )[:, 0]
+
+    return self._embed(embed, pairs, length)
 
   def search(self, texts: Sequence[str], k: int) -> Hits:
     """Finds the k passages of the highest inner product with each text.
@@ -215,11 +217,7 @@ class Retriever:
     if not len(query_emb_BE):
       return Hits(np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
     rows_BK = np.asarray(search.search(query_emb_BE, k)).astype(np.int64)
-    doc_emb_BKE = table[rows_BK.reshape(-1)].reshape(*rows_BK.shape, -1)
-    scores_BK = np.einsum(
-        'BE,BKE->BK', query_emb_BE, doc_emb_BKE.astype(np.float32)
-    )
-    return Hits(rows_BK, scores_BK)
+    return Hits(rows_BK, search_lib.score(table, query_emb_BE, rows_BK))
 
   def passage(self, row: int) -> dict[str, str]:
     """Returns {id, title, text} of a row that `search` found."""
@@ -249,8 +247,7 @@ class Retriever:
           limit = len(first) + len(second)
           ids[row, :limit] = first + second
           types[row, len(first) : limit] = 1
-        found = embed(self._params, jnp.asarray(ids), jnp.asarray(types))
-        emb_BE[mine] = np.asarray(found)[: len(mine)]
+        emb_BE[mine] = np.asarray(embed(ids, types))[: len(mine)]
     return emb_BE
 
 

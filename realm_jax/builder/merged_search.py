@@ -80,9 +80,6 @@ class Beside:
         if count
     ]
     rows_BN = np.concatenate(found, axis=1).astype(np.int32)
-    emb_BNE = self._table_NE[rows_BN.reshape(-1)].astype(np.float32)
-    emb_BNE = emb_BNE.reshape(*rows_BN.shape, -1)
-    # Not matmul: its last bit may depend on where a row stands.
-    score_BN = np.einsum('BE,BNE->BN', query_emb_BE, emb_BNE)
-    order = np.lexsort((rows_BN, -score_BN), axis=1)[:, :k]
-    return np.take_along_axis(rows_BN, order, 1)
+    return search_lib.rank(
+        self._table_NE, query_emb_BE, rows_BN, np.ones(rows_BN.shape, bool), k
+    )

@@ -99,8 +99,8 @@ def plan(
     **setting: Any,
 ) -> None:
   _quiet_jax()
-  from realm_jax import config as config_lib
   from realm_jax.planner import plan as plan_lib
+  from realm_jax.trainer import stages
 
   if chip == 'list':
     for name, one in plan_lib.CHIPS.items():
@@ -122,7 +122,7 @@ def plan(
   if memory_gb is not None:
     device = dataclasses.replace(device, memory_gb=memory_gb)
   corpus = config.corpus or '(none)'  # A plan does not need one.
-  config_lib.validate(dataclasses.replace(config, corpus=corpus))
+  stages.validate(dataclasses.replace(config, corpus=corpus))
   config, passages, mean_wordpieces, corpus_bytes = plan_lib.of_corpus(
       config, passages, mean_wordpieces
   )
@@ -150,10 +150,10 @@ def train(
     **processes: Any,
 ) -> None:
   _quiet_jax()
-  from realm_jax import config as config_lib
   from realm_jax.runtime import distributed
   from realm_jax.runtime import profile as profile_lib
   from realm_jax.trainer import loop
+  from realm_jax.trainer import stages
 
   steps = profile_lib.parse_steps(profile) if profile else None
   summary = None
@@ -161,7 +161,7 @@ def train(
     main = distributed.is_main()
     try:
       supervised = (
-          with_index_builder and config.objective in config_lib.SEARCHING
+          with_index_builder and stages.load(config).searches
       )
       if supervised and main:
         from realm_jax.trainer import supervise

@@ -13,10 +13,10 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
 from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
@@ -27,7 +27,7 @@ from realm_jax.qa import passage_answers
 from realm_jax.qa import question_sets
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions as questions_lib
-from realm_jax.trainer import batches
+from realm_jax.trainer.stages import realm
 
 log = logging.getLogger(__name__)
 
@@ -261,13 +261,8 @@ def _retrieve(
   for start in range(0, len(query_emb_BE), _SEARCH_BATCH):
     some_BE = query_emb_BE[start : start + _SEARCH_BATCH]
     rows_BK = index.search.search(some_BE, _depth(trained))
-    doc_emb = index.table[rows_BK.reshape(-1)].astype(np.float32)
     doc_ids.append(rows_BK)
-    scores.append(
-        np.einsum(
-            'BE,BKE->BK', some_BE, doc_emb.reshape(*rows_BK.shape, -1)
-        )
-    )
+    scores.append(search_lib.score(index.table, some_BE, rows_BK))
   doc_ids_BK = np.concatenate(doc_ids)
   questions = asked.table.questions
   return runs.Run(
@@ -353,12 +348,12 @@ def _masked_metrics(
   )
   totals: dict[str, list[np.ndarray]] = {}
   rows = []
-  for batch in batches.evaluation_batches(
+  for batch in realm.evaluation_batches(
       trained.corpus, config, 'validation', max_sentences
   ):
-    rows.append(batch['sentence_B'])
+    rows.append(batch.row_B)
     for name, values in _read_batch(
-        trained, params, search, size, config.batch_size, batch
+        trained, params, search, size, config.batch_size, batch.inputs
     ).items():
       totals.setdefault(name, []).append(values)
   cluster_B = sentence_clusters(trained.corpus, np.concatenate(rows))
@@ -401,26 +396,25 @@ def _read_batch(
     search: search_lib.Search | None,
     num_candidates: int,
     batch_size: int,
-    batch: inputs.Batch,
+    queries: realm.Queries,
 ) -> dict[str, np.ndarray]:
   """Returns each metric for each sentence of the batch."""
-  count = len(batch['mask_BM'])
-  batch = {
-      name: trained_lib.pad_rows(value, batch_size)
-      for name, value in batch.items()
-  }
+  count = len(queries.mask_BM)
+  queries = jax.tree.map(
+      lambda x: trained_lib.pad_rows(x, batch_size), queries
+  )
   retrieved_BJ = np.zeros((batch_size, 0), np.int64)
   if search is not None:
     retrieved_BJ = search.search(
-        trained.embed_queries(params, batch['query_ids_BQ']),
+        trained.embed_queries(params, queries.query_ids_BQ),
         num_candidates - 1,
-        batch['exclude_BR2'],
+        queries.exclude_BR2,
     )
-  batch = inputs.with_candidates(
-      batch, retrieved_BJ, trained.corpus, trained.config.lengths
+  batch = realm.with_candidates(
+      queries, retrieved_BJ, trained.corpus, trained.config.lengths
   )
   read = trained.read(params, batch)
-  mask_BM, targets_BM = batch['mask_BM'], batch['targets_BM']
+  mask_BM, targets_BM = queries.mask_BM, queries.targets_BM
 
   def right(best_BM: np.ndarray) -> np.ndarray:
     return ((best_BM == targets_BM) | ~mask_BM).all(axis=1).astype(float)

@@ -14,6 +14,7 @@ import rich.text
 from realm_jax.corpus import inputs
 from realm_jax.inference import trained as trained_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.trainer.stages import realm
 
 MASK = '[MASK]'
 
@@ -82,13 +83,13 @@ def inspect(
   params = trained.load(step)
   search, index_step = trained.published_search()
   retrieved_BJ = search.search(
-      trained.embed_queries(params, query['query_ids_BQ']), size - 1
+      trained.embed_queries(params, query.query_ids_BQ), size - 1
   )
-  batch = inputs.with_candidates(
+  batch = realm.with_candidates(
       query, retrieved_BJ, trained.corpus, trained.config.lengths
   )
   read = trained.read(params, batch)
-  runs = _runs(query['positions_BM'][0])
+  runs = _runs(query.positions_BM[0])
 
   def prediction(best_M: np.ndarray, logp_M: np.ndarray) -> Prediction:
     decode = trained.corpus.tokenizer.decode
@@ -277,7 +278,7 @@ def _joined(prediction: Prediction) -> str:
   return ' | '.join(prediction.fillings)
 
 
-def _query(trained: trained_lib.Trained, text: str) -> inputs.Batch:
+def _query(trained: trained_lib.Trained, text: str) -> realm.Queries:
   """Returns the sentence as a `realm` batch of size one."""
   if MASK not in text:
     raise ValueError(
@@ -293,13 +294,14 @@ def _query(trained: trained_lib.Trained, text: str) -> inputs.Batch:
   ids = np.zeros((1, length), np.int32)
   ids[0, : len(pieces) + 2] = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
   positions_BM = np.flatnonzero(ids[0] == tokenizer.mask_id)[None]
-  return {
-      'query_ids_BQ': ids,
-      'query_lengths_B': np.array([len(pieces) + 2], np.int32),
-      'positions_BM': positions_BM.astype(np.int32),
-      'targets_BM': np.zeros(positions_BM.shape, np.int32),
-      'mask_BM': np.ones(positions_BM.shape, bool),
-  }
+  return realm.Queries(
+      query_ids_BQ=ids,
+      query_lengths_B=np.array([len(pieces) + 2], np.int32),
+      positions_BM=positions_BM.astype(np.int32),
+      targets_BM=np.zeros(positions_BM.shape, np.int32),
+      mask_BM=np.ones(positions_BM.shape, bool),
+      exclude_BR2=np.zeros((1, 1, 2), np.int64),
+  )
 
 
 def _runs(positions_M: np.ndarray) -> list[np.ndarray]:

@@ -1,9 +1,7 @@
 """Maximum inner product search over the document embeddings.
 
-Public: `Search` (what every backend offers), `ExactSearch`, `ApproxSearch`,
-`StreamedSearch`, `ScannSearch`, `make_search`, `recall`, `overlap`, `rank`,
-`exact_rows`, `num_allowed`. A search returns the k best rows that are neither
-removed nor excluded, best first by inner product in float32, ties by lower row.
+A search returns the k best rows that are neither removed nor excluded, best
+first by inner product in float32; equal scores are ordered by row.
 """
 
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.index import scann
 from realm_jax.index import topk
+from realm_jax.runtime import mesh as mesh_lib
 
 _PART_ROWS = 2**18  # Of a table that is visited part by part.
 _MAX_CANDIDATES = 2**22  # Of all queries that are searched at once.
@@ -80,7 +79,7 @@ class ExactSearch:
       ValueError: if the table is empty, not a matrix, or not finite.
     """
     self.num_documents, self._width = _table_shape(embeddings_NE)
-    self._mesh, self._removed = mesh or topk.one_device(), removed
+    self._mesh, self._removed = mesh or mesh_lib.one_device(), removed
     rows = topk.aligned(self.num_documents, self._mesh)
     self._part = topk.place(
         embeddings_NE, removed, (0, rows), self._mesh, dtype, check=True
@@ -147,7 +146,7 @@ class StreamedSearch:
     """As `ExactSearch`."""
     self.num_documents, self._width = _table_shape(embeddings_NE)
     self._table_NE, self._removed = embeddings_NE, removed
-    self._mesh, self._dtype = mesh or topk.one_device(), dtype
+    self._mesh, self._dtype = mesh or mesh_lib.one_device(), dtype
 
   def search(
       self,
@@ -361,6 +360,32 @@ def exact_rows(
   return StreamedSearch(embeddings_NE, mesh).search(query_emb_BE, k)
 
 
+def gather(embeddings_NE: Rows, rows_BK: np.ndarray) -> np.ndarray:
+  """Returns the embeddings of rows, float32 [B, K, E]."""
+  doc_emb = embeddings_NE[rows_BK.reshape(-1)].astype(np.float32)
+  return doc_emb.reshape(*rows_BK.shape, -1)
+
+
+def score(
+    embeddings_NE: Rows, query_emb_BE: np.ndarray, rows_BK: np.ndarray
+) -> np.ndarray:
+  """Returns the inner products of queries and their rows, float32 [B, K].
+
+  The sum of a row does not depend on its place, as that of a matmul may.
+  """
+  row_C = rows_BK.reshape(-1)
+  order_C = np.argsort(row_C)  # Memory-mapped pages are read in order.
+  score_C = np.empty(len(row_C), np.float32)
+  for start in range(0, len(order_C), _RANK_ROWS):
+    chunk = order_C[start : start + _RANK_ROWS]
+    score_C[chunk] = np.einsum(
+        'CE,CE->C',
+        query_emb_BE[chunk // rows_BK.shape[1]],
+        np.asarray(embeddings_NE[row_C[chunk]], np.float32),
+    )
+  return score_C.reshape(rows_BK.shape)
+
+
 def rank(
     embeddings_NE: Rows,
     query_emb_BE: np.ndarray,
@@ -381,18 +406,9 @@ def rank(
     int32 [B, k], best first; of no meaning beyond those that are allowed.
   """
   found_BN = np.where(allowed_BN, found_BN, 0)
-  row_C = found_BN.reshape(-1)
-  order_C = np.argsort(row_C)  # Pages are read in order.
-  score_C = np.empty(len(row_C), np.float32)
-  for start in range(0, len(order_C), _RANK_ROWS):
-    some = order_C[start : start + _RANK_ROWS]
-    score_C[some] = np.einsum(
-        'CE,CE->C',
-        query_emb_BE[some // found_BN.shape[1]],
-        np.asarray(embeddings_NE[row_C[some]], np.float32),
-    )
-  # Without nan, which has no order; -0 is no less than 0.
-  score_BN = np.nan_to_num(score_C).reshape(found_BN.shape) + 0.0
+  score_BN = score(embeddings_NE, query_emb_BE, found_BN)
+  # No nan, which has no order; -0 becomes 0.
+  score_BN = np.nan_to_num(score_BN) + 0.0
   score_BN = np.where(allowed_BN, score_BN, -np.inf)
   order = np.lexsort((found_BN, -score_BN), axis=1)[:, :k]
   rows_BK = np.zeros((len(found_BN), k), np.int32)

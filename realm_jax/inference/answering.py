@@ -16,6 +16,7 @@ import numpy as np
 
 from realm_jax.corpus import inputs
 from realm_jax.index import generation as generation_lib
+from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import span_reader
@@ -217,9 +218,11 @@ class OpenQA:
     body_BK2 = inputs.body_bounds(
         corpus.passages, rows_BK, query_lengths_B, length, titles
     )
-    doc_emb = self.index.table[rows_BK.reshape(-1)].astype(np.float32)
     arrays = (
-        query_ids_BQ, doc_emb.reshape(*rows_BK.shape, -1), ids_BKT, types_BKT,
+        trained.embed_queries(self.params, query_ids_BQ),
+        search_lib.gather(self.index.table, rows_BK),
+        ids_BKT,
+        types_BKT,
         body_BK2,
     )
     result = self._jitted(
@@ -292,18 +295,15 @@ class OpenQA:
 
     def read(
         params: trained_lib.Params,
-        query_ids_BQ: jax.Array,
+        query_emb_BE: jax.Array,
         doc_emb_BKE: jax.Array,
         ids_BKT: jax.Array,
         types_BKT: jax.Array,
         body_BK2: jax.Array,
     ) -> tuple[jax.Array, ...]:
       b, k, t = ids_BKT.shape
-      embedder = components['embedder'].module(params['embedder'])
       reader = components['span_reader'].module(params['span_reader'])
-      score_BK = embedder_lib.score(
-          embedder.embed_query(query_ids_BQ), doc_emb_BKE
-      )
+      score_BK = embedder_lib.score(query_emb_BE, doc_emb_BKE)
       logits = reader.span_logits(  # (B*K) P
           ids_BKT.reshape(b * k, t),
           types_BKT.reshape(b * k, t),

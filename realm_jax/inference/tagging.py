@@ -13,7 +13,7 @@ from realm_jax.corpus import entities
 from realm_jax.index import embedding
 from realm_jax.inference import trained as trained_lib
 from realm_jax.models import components as components_lib
-from realm_jax.prepare import respan
+from realm_jax.prepare import replace_spans
 from realm_jax.prepare import salient_spans
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
@@ -104,7 +104,7 @@ def tag_corpus(
     The manifest.
 
   Raises:
-    ValueError: another tokenizer; see also `respan.respan`.
+    ValueError: another tokenizer; see also `replace_spans.replace_spans`.
   """
   tagger = SentenceTagger(workdir)
   if tagger.tokenizer.digest != corpus.tokenizer.digest:
@@ -114,7 +114,9 @@ def tag_corpus(
         f' {corpus.tokenizer.digest[:16]} here.'
     )
 
-  def find(sentences: list[respan.Sentence]) -> list[list[respan.Span]]:
+  def find(
+      sentences: list[replace_spans.Sentence],
+  ) -> list[list[replace_spans.Span]]:
     table = entities.TaggedTable.of_wordpieces(
         [
             entities.Wordpieces.of_text(s.text, s.ids, s.starts, s.begins)
@@ -123,7 +125,7 @@ def tag_corpus(
         tagger.config.tagger.length,
         tagger.tokenizer,
     )
-    names: list[list[respan.Span]] = [[] for _ in sentences]
+    names: list[list[replace_spans.Span]] = [[] for _ in sentences]
     words = [np.append(np.flatnonzero(s.begins), len(s.ids)) for s in sentences]
     for number, first, behind in zip(
         *entities.entities_of_words(table, tagger(table)), strict=True
@@ -131,7 +133,7 @@ def tag_corpus(
       start, limit = words[number][[first, behind]].tolist()
       s = sentences[number]
       names[number].append(
-          respan.Span(
+          replace_spans.Span(
               start, limit, int(s.starts[start]), int(s.limits[limit - 1])
           )
       )
@@ -147,10 +149,10 @@ def tag_corpus(
           )
           != 'name'
       ]
-      found.append(respan.longest(of_one, kept))
+      found.append(replace_spans.longest(of_one, kept))
     return found
 
-  return respan.respan(
+  return replace_spans.replace_spans(
       corpus,
       output,
       find,

@@ -24,10 +24,10 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
-from realm_jax.models import realm
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer.stages import realm
 
 Path = str | os.PathLike[str]
 Params = dict[str, components_lib.Params]
@@ -110,9 +110,7 @@ class Trained:
     config.model.vocab_size = (
         config.model.vocab_size or trained.tokenizer.vocab_size
     )
-    trained.components.update(
-        {name: components_lib.make(name, config.model) for name in names}
-    )
+    trained.components.update(components_lib.make_all(names, config.model))
     return trained
 
   @functools.cached_property
@@ -133,12 +131,6 @@ class Trained:
     if (self.workdir / 'vocab.txt').is_file():
       return tokenizer_lib.Tokenizer.from_source(str(self.workdir))
     return self.corpus.tokenizer
-
-  @property
-  def null_ids(self) -> tuple[int, int, int]:
-    """The null document, `[CLS] [SEP] [SEP]`."""
-    tokenizer = self.corpus.tokenizer
-    return tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
 
   def load(self, step: int) -> Params:
     """Loads the parameters of a checkpoint, or of a snapshot (embedder only).
@@ -244,7 +236,7 @@ class Trained:
       part = query_ids_BQ[start : start + largest]
       size = next(size for size in _QUERY_BATCHES if size >= len(part))
       padded = pad_rows(part, size)
-      emb_BE = self._embed_query(params['embedder'], padded)
+      emb_BE = self._embedder.queries(params['embedder'], padded)
       parts.append(np.asarray(emb_BE)[: len(part)])
     return np.concatenate(parts)
 
@@ -253,21 +245,19 @@ class Trained:
     each = num_candidates * num_masks * self.config.model.vocab_size
     return max(1, min(self.config.batch_size, _MAX_LOGITS // each))
 
-  def read(self, params: Params, batch: inputs.Batch) -> inputs.Batch:
+  def read(
+      self, params: Params, batch: realm.Batch
+  ) -> dict[str, np.ndarray]:
     """Scores and reads the candidates of a batch of `with_candidates`.
 
     Returns, as numpy arrays:
       score_BK, logp_BK: inner products, and log p(z|x); candidate 0 is null.
-      target_logp_BKM: log p(y_j|z,x) of batch['targets_BM'].
+      target_logp_BKM: log p(y_j|z,x) of batch.targets_BM.
       best_BKM, best_logp_BKM: the likeliest wordpiece with each candidate.
       marginal_best_BM, marginal_logp_BM: the likeliest wordpiece by
         sum_z p(y_j|z,x) p(z|x).
     """
-    names = (
-        'query_ids_BQ doc_ids_BJS doc_types_BJS joint_ids_BKT joint_types_BKT'
-        ' positions_BM targets_BM'
-    ).split()
-    found = self._read(params, {name: batch[name] for name in names})
+    found = self._read(params, batch)
     return {name: np.asarray(value) for name, value in found.items()}
 
   @functools.cached_property
@@ -281,40 +271,38 @@ class Trained:
     )
 
   @functools.cached_property
-  def _embed_query(self) -> Any:
-    embedder = self.components['embedder']
-    return jax.jit(
-        lambda params, ids_BQ: embedder.module(params).embed_query(ids_BQ)
+  def _embedder(self) -> embedding.Embedder:
+    return embedding.Embedder(
+        self.components['embedder'], mesh_lib.one_device()
     )
 
   @functools.cached_property
   def _read(self) -> Any:
-    embedder = self.components.get('embedder')
-    reader = self.components['reader']
+    searches = 'embedder' in self.components
+    null_ids = inputs.null_document(self.corpus.tokenizer)
 
-    def read(params: Params, batch: dict[str, jax.Array]) -> dict[str, Any]:
-      if embedder is None:  # The only candidate is the null document.
-        score_BK = jnp.zeros(batch['joint_ids_BKT'].shape[:2])
-      else:
+    def read(params: Params, batch: realm.Batch) -> dict[str, Any]:
+      models = components_lib.bind(self.components, params)
+      if searches:
         score_BK = realm.candidate_scores(
-            embedder,
-            params['embedder'],
-            batch['query_ids_BQ'],
-            batch['doc_ids_BJS'],
-            batch['doc_types_BJS'],
-            self.null_ids if self.config.null_document else None,
+            models.embedder,
+            batch.query_ids_BQ,
+            batch.doc_ids_BJS,
+            batch.doc_types_BJS,
+            null_ids if self.config.null_document else None,
         )
+      else:  # The null document is the only candidate.
+        score_BK = jnp.zeros(batch.joint_ids_BKT.shape[:2])
       logits_BKMV = realm.read(
-          reader,
-          params['reader'],
-          batch['joint_ids_BKT'],
-          batch['joint_types_BKT'],
-          batch['positions_BM'],
+          models.reader,
+          batch.joint_ids_BKT,
+          batch.joint_types_BKT,
+          batch.positions_BM,
       )
       logp_BK = jax.nn.log_softmax(score_BK)
       logp_BKMV = jax.nn.log_softmax(logits_BKMV)
       targets_BKM1 = jnp.broadcast_to(
-          batch['targets_BM'][:, None, :, None], (*logp_BKMV.shape[:3], 1)
+          batch.targets_BM[:, None, :, None], (*logp_BKMV.shape[:3], 1)
       )
       marginal_BMV = jax.nn.logsumexp(
           logp_BK[..., None, None] + logp_BKMV, axis=1

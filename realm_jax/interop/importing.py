@@ -25,6 +25,7 @@ from realm_jax.interop import weights
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import stages
 
 DIRECTORY = 'imported'  # In a workdir; holds one folder for each source.
 CORPUS = 'corpus'
@@ -378,9 +379,10 @@ def _config(
       model.preset = name  # type: ignore[assignment]
   config = config_lib.Config(model=model)
   # The last objective that trains imported components only.
-  for objective, names in config_lib.COMPONENTS.items():
-    if set(names) <= set(components):
-      config.objective = objective  # type: ignore[assignment]
+  for objective in stages.STAGES:
+    stage = stages.load(dataclasses.replace(config, objective=objective))
+    if set(stage.components) <= set(components):
+      config.objective = objective
   candidates = sources[0].config.get('num_candidates')
   if isinstance(candidates, int) and candidates >= 2:
     config.num_candidates = candidates

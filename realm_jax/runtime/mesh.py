@@ -59,6 +59,13 @@ def make_mesh(
   )
 
 
+def one_device() -> jax.sharding.Mesh:
+  """Returns a mesh of the first device."""
+  return jax.sharding.Mesh(
+      np.array(jax.devices()[:1]).reshape(1, 1), (DATA, MODEL)
+  )
+
+
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   """The whole array on every device: parameters and optimizer state."""
   return jax.NamedSharding(mesh, jax.P())
@@ -77,8 +84,8 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
 
 
 def to_devices(
-    mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]
-) -> dict[str, Any]:
+    mesh: jax.sharding.Mesh, batch: Any
+) -> Any:
   """Puts this process' rows of a batch, `local_rows`, on its devices.
 
   The array is the whole batch in its order, wherever the devices are. Where
@@ -96,7 +103,7 @@ def to_devices(
     shape = (size * mesh.shape[DATA], *array.shape[1:])
     return jax.make_array_from_callback(shape, sharding, read)
 
-  return {name: put(array) for name, array in batch.items()}
+  return jax.tree.map(put, batch)
 
 
 def _local_parts(mesh: jax.sharding.Mesh) -> np.ndarray:
