@@ -27,7 +27,7 @@ from realm_jax.runtime import files
 _SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 _MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
-_FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
+FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
 
 # Wordpieces never cross these characters.
 _SPACES = ' \t\n\r'
