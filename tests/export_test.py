@@ -1,4 +1,4 @@
-"""Import, export and the public retriever, on the fixtures' checkpoints."""
+"""Import and export of the checkpoints in tests/fixtures."""
 
 import importlib.util
 import json
@@ -11,12 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-import realm_jax
 from realm_jax import config as config_lib
 from realm_jax.api import retriever as retriever_lib
 from realm_jax.builder import builder
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
 from realm_jax.interop import convert
@@ -44,11 +42,6 @@ def workdirs(tmp_path_factory):
       [str(_FIXTURES / 'embedder'), str(_FIXTURES / 'encoder')], folder / 'both'
   )
   return folder
-
-
-@pytest.fixture(scope='module')
-def retriever(workdirs):
-  return retriever_lib.Retriever.load(workdirs / 'open_qa')
 
 
 def _assert_same_tensors(ours, theirs):
@@ -240,122 +233,6 @@ def _other_corpus(tmp_path):
   return tmp_path / 'corpus2'
 
 
-def test_the_retriever_of_an_open_qa_checkpoint(workdirs, retriever):
-  with np.load(_FIXTURES / 'expected.npz') as file:
-    query_emb = file['open_qa/query_emb']
-    relevance = file['open_qa/relevance']
-  question = 'who is the cat of'
-  found = retriever.embed_queries([question])
-  assert found.dtype == np.float32
-  np.testing.assert_allclose(found, query_emb, atol=2e-5 * query_emb.max())
-  hits = retriever.search([question, 'red'], 3)
-  assert hits.rows.shape == hits.scores.shape == (2, 3)
-  assert hits.scores.dtype == np.float32
-  np.testing.assert_allclose(hits.scores[0], relevance, rtol=2e-5)
-  # The table that came with the checkpoint is what its embedder gives.
-  blocks = [
-      ('', retriever.passage(row)['text'] if row != 2 else '')
-      for row in range(7)
-  ]
-  table = weights.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
-  np.testing.assert_allclose(
-      retriever.embed_passages(blocks), table, atol=2e-5 * np.abs(table).max()
-  )
-
-
-def test_an_open_qa_checkpoint_answers_at_once(workdirs, retriever):
-  assert config_lib.read(workdirs / 'open_qa').objective == 'open_qa'
-  model = realm_jax.OpenQA.load(workdirs / 'open_qa')
-  question = 'who is the cat of'
-  answer = model.answer(question, k=3)
-  hits = retriever.search([question], 3)
-  assert [p.row for p in answer.passages] == hits.rows[0].tolist()
-  best = answer.passages[answer.best]
-  assert answer.text and answer.text == best.text[best.start : best.limit]
-
-
-def test_a_retriever_is_the_same_from_anywhere(workdirs, retriever, tmp_path):
-  export.run(workdirs / 'open_qa', 'huggingface', tmp_path / 'out')
-  question = ['who is the cat']
-  for place in (_FIXTURES / 'open_qa', tmp_path / 'out'):
-    other = retriever_lib.Retriever.load(place)
-    # Not bit by bit: the workdir's queries are shorter, and padded less.
-    np.testing.assert_allclose(
-        other.embed_queries(question),
-        retriever.embed_queries(question),
-        atol=1e-5,
-    )
-    np.testing.assert_array_equal(
-        other.search(question, 3).rows, retriever.search(question, 3).rows
-    )
-    with pytest.raises(ValueError, match='without a corpus'):
-      other.passage(0)
-
-
-def test_the_retriever_embeds_as_training_does(workdirs):
-  """Long, short and empty texts; bucketed and batched, in the given order."""
-  tokenizer = tokenizer_lib.Tokenizer.from_source(str(workdirs / 'embedder'))
-  found = retriever_lib.Retriever.load(
-      workdirs / 'embedder', query_length=8, passage_length=12
-  )
-  texts = ['the cat', '', 'red ' * 30, 'who']
-  ids = inputs.encode_queries(texts, 8, tokenizer)
-  workdir = export_huggingface.Model.open(workdirs / 'embedder', None)
-  component = workdir.trained.components['embedder']
-  params = workdir.params['embedder']
-  want = component.apply(params, 'embed_query', ids)
-  np.testing.assert_allclose(
-      found.embed_queries(texts), want, rtol=1e-4, atol=1e-5
-  )
-  pairs = [('cat', 'red'), ('', ''), ('the ' * 30, 'x'), ('a', 'of ' * 30)]
-  tokens, offsets, titles = [], [0], []
-  for title, body in pairs:
-    title, body = tokenizer.encode(title), tokenizer.encode(body)
-    tokens += title + body
-    titles.append(len(title))
-    offsets.append(len(tokens))
-  table = corpus_lib.PassageTable(
-      np.array(tokens, np.uint16),
-      np.array(offsets),
-      np.array(titles, np.int32),
-      np.arange(4, dtype=np.int32),
-  )
-  ids, types = inputs.assemble_documents(table, np.arange(4), 12, tokenizer)
-  want = component.apply(params, 'embed_document', ids, types)
-  np.testing.assert_allclose(
-      found.embed_passages(pairs), want, rtol=1e-4, atol=1e-5
-  )
-  assert found.embed_queries([]).shape == (0, 16)
-  one_by_one = [found.embed_queries([text])[0] for text in texts]
-  np.testing.assert_allclose(
-      found.embed_queries(texts), one_by_one, rtol=1e-4, atol=1e-5
-  )
-
-
-def test_what_a_retriever_refuses(workdirs, retriever, tmp_path):
-  load = retriever_lib.Retriever.load
-  with pytest.raises(ValueError, match='list of strings'):
-    retriever.embed_queries('one text')
-  with pytest.raises(ValueError, match='pair'):
-    retriever.embed_passages(['one text'])
-  with pytest.raises(ValueError, match='only span_reader'):
-    load(workdirs / 'reader')
-  with pytest.raises(ValueError, match='has no retriever'):
-    load(_FIXTURES / 'encoder')
-  with pytest.raises(ValueError, match='BERT without a retriever'):
-    load(_FIXTURES / 'bert')
-  with pytest.raises(ValueError, match='without an index'):
-    load(_FIXTURES / 'embedder').search(['a'], 1)
-  with pytest.raises(FileNotFoundError, match='realm-jax index'):
-    load(workdirs / 'embedder').search(['a'], 1)
-  with pytest.raises(ValueError, match='passage_length=41'):
-    load(workdirs / 'embedder', passage_length=41)
-  with pytest.raises(FileNotFoundError, match='checkpoints'):
-    load(workdirs / 'embedder', step=5)
-  with pytest.raises(ValueError, match='no steps'):
-    load(_FIXTURES / 'embedder', step=5)
-
-
 def _st_embed(folder, ids, types):
   """What sentence-transformers computes with its modules, in numpy and JAX."""
   values = json.loads((folder / 'config.json').read_bytes())
@@ -448,123 +325,6 @@ def test_an_embedding_too_large_for_half_precision(tmp_path):
         tmp_path / 'workdir', 'index', tmp_path / 'out', dtype='float16'
     )
   assert not (tmp_path / 'out').exists()
-
-
-def test_what_cannot_be_imported(tmp_path, workdirs):
-  def run(*names, **options):
-    importing.run([str(n) for n in names], tmp_path / 'out', **options)
-
-  with pytest.raises(FileNotFoundError, match='no folder'):
-    run('/nowhere/at/all')
-  with pytest.raises(FileNotFoundError, match=r'config\.json'):
-    run(tmp_path)
-  with pytest.raises(ValueError, match='Both .* have the component reader'):
-    run(_FIXTURES / 'bert', _FIXTURES / 'encoder')
-  with pytest.raises(ValueError, match="of which .'span_reader'. are wanted"):
-    run(_FIXTURES / 'bert', components=['span_reader'])
-  with pytest.raises(FileExistsError, match='not empty'):
-    importing.run([str(_FIXTURES / 'bert')], workdirs)
-  assert not (tmp_path / 'out').exists()
-
-
-def test_sources_of_different_models(tmp_path):
-  folder = tmp_path / 'encoder'
-  shutil.copytree(_FIXTURES / 'encoder', folder)
-  values = json.loads((folder / 'config.json').read_bytes())
-  values['hidden_act'] = 'gelu'
-  (folder / 'config.json').write_text(json.dumps(values))
-  with pytest.raises(ValueError, match="activation: 'gelu_new' and 'gelu'"):
-    importing.run(
-        [str(_FIXTURES / 'embedder'), str(folder)], tmp_path / 'out'
-    )
-  text = (folder / 'vocab.txt').read_text().replace('cat', 'dog')
-  (folder / 'vocab.txt').write_text(text)
-  with pytest.raises(ValueError, match='different vocabularies'):
-    importing.run(
-        [str(_FIXTURES / 'embedder'), str(folder)], tmp_path / 'out'
-    )
-
-
-def test_a_vocabulary_of_another_size(tmp_path):
-  folder = tmp_path / 'source'
-  shutil.copytree(_FIXTURES / 'embedder', folder)
-  with (folder / 'vocab.txt').open('ab') as file:
-    file.write(b'more\r\n')
-  with pytest.raises(ValueError, match='has 65 wordpieces, .* made for 64'):
-    importing.run([str(folder)], tmp_path / 'out')
-  importing.run(
-      [str(folder)], tmp_path / 'out', vocab=str(_FIXTURES / 'embedder')
-  )
-  (folder / 'vocab.txt').unlink()
-  with pytest.raises(FileNotFoundError, match=r'neither vocab\.txt'):
-    importing.run([str(folder)], tmp_path / 'other')
-
-
-def test_documents_that_do_not_fit_their_embeddings(tmp_path):
-  folder = tmp_path / 'source'
-  shutil.copytree(_FIXTURES / 'open_qa', folder)
-  blocks = folder / 'block_records.npy'
-  np.save(blocks, np.array([b'a', b'b'], object), allow_pickle=True)
-  with pytest.raises(ValueError, match='2 documents, .* embeddings of 7'):
-    importing.run([str(folder)], tmp_path / 'out', workers=1)
-  assert not (tmp_path / 'out').exists()
-  blocks.unlink()
-  # Without documents there is no index, but what there is can be used.
-  importing.run([str(folder)], tmp_path / 'out')
-  with pytest.raises(FileNotFoundError, match='realm-jax index'):
-    export.run(
-        tmp_path / 'out', 'huggingface', tmp_path / 'again', classes=['openqa']
-    )
-  export.run(tmp_path / 'out', 'huggingface', tmp_path / 'again')
-  back = weights.open_folder(tmp_path / 'again')
-  there = weights.open_folder(_FIXTURES / 'embedder')
-  for name in there:
-    if 'cls.predictions' not in name and 'position_ids' not in name:
-      assert back[name].read().tobytes() == there[name].read().tobytes()
-  importing.run(
-      [str(folder)],
-      tmp_path / 'elsewhere',
-      blocks=str(_FIXTURES / 'open_qa/block_records.npy'),
-      workers=1,
-  )
-  assert (tmp_path / 'elsewhere/index/0').is_dir()
-
-
-def test_a_hub_id(tmp_path, monkeypatch):
-  """Only what is needed is fetched; what the hub lacks is no error."""
-  import huggingface_hub
-  from huggingface_hub import errors
-
-  fetched = []
-
-  def download(name, file):
-    assert name == 'someone/scorer'
-    path = _FIXTURES / 'scorer' / file
-    if not path.is_file():
-      raise errors.LocalEntryNotFoundError(f'no {file}')
-    fetched.append(file)
-    return str(path)
-
-  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
-  summary = importing.run(['someone/scorer'], tmp_path / 'workdir')
-  assert summary['sources']['someone/scorer']['kind'] == 'scorer'
-  assert sorted(fetched) == [
-      'config.json',
-      'model-00001-of-00002.safetensors',
-      'model-00002-of-00002.safetensors',
-      'model.safetensors.index.json',
-      'tokenizer_config.json',
-      'vocab.txt',
-  ]
-
-  def offline(name, file):
-    raise errors.LocalEntryNotFoundError('offline')
-
-  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', offline)
-  with pytest.raises(FileNotFoundError, match='hub cannot be reached'):
-    importing.run(['someone/else'], tmp_path / 'other')
-  with pytest.raises(FileNotFoundError, match='There is no folder'):
-    importing.run([str(tmp_path / 'nothing')], tmp_path / 'other')
 
 
 def test_command_line(tmp_path):
