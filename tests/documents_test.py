@@ -29,7 +29,7 @@ from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import inspect
 from realm_jax.index import generation
 from realm_jax.index import search as search_lib
-from realm_jax.interop import exporting
+from realm_jax.interop import export
 from realm_jax.prepare import compaction as data_compaction
 from realm_jax.prepare import prepare
 from realm_jax.qa import questions as questions_lib
@@ -830,7 +830,7 @@ def test_evaluate_inspect_and_export_see_the_documents(
   shown = {document.id for document in found.documents}
   assert {'a', 'b#0'} <= shown and gone not in shown
 
-  exporting.run(workdir, 'index', tmp_path / 'out')
+  export.run(workdir, 'index', tmp_path / 'out')
   lines = (tmp_path / 'out/ids.jsonl').read_text().splitlines()
   names = [json.loads(line) for line in lines]
   assert len(names) == live and {*names} == shown
