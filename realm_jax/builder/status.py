@@ -203,7 +203,7 @@ def partial_builds(directory: Path) -> dict[int, dict[str, Any]]:
   """
   found = {}
   for path in pathlib.Path(directory).glob(f'{generation.BUILDING}*'):
-    begun = shards.begun(path)
+    begun = shards.read_build_record(path)
     if begun is None:
       continue  # Published or removed meanwhile.
     made_from = begun['made_from']

@@ -77,6 +77,8 @@ def identity(config: schema.Config) -> dict[str, Any]:
   values['model']['attention_dropout'] = schema.attention_rate(config.model)
   for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]
+  if not values['mips']['options']:  # Absent from older configurations.
+    del values['mips']['options']
   for section, field in _INPUTS:
     # Not which they are, but whether there are any.
     values[section][field] = bool(values[section][field])
@@ -99,9 +101,9 @@ def differences(ours: schema.Config, theirs: schema.Config) -> list[str]:
   """Lists the fields in which the identities differ, with both values."""
   now, then = identity(ours), identity(theirs)
   return [
-      f'config.{name}: {then[name]!r} there, {now[name]!r} here'
-      for name in now
-      if now[name] != then[name]
+      f'config.{name}: {then.get(name)!r} there, {now.get(name)!r} here'
+      for name in now | then
+      if now.get(name) != then.get(name)
   ]
 
 

@@ -7,7 +7,7 @@ section 4 and appendix A), except those of `refresh`.
 
 import copy
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 # Sizes of the published small BERTs (Turc et al. 2019) and of BERT-base:
 # layers, width, heads. The MLP is four times as wide as the encoder.
@@ -26,6 +26,12 @@ COMPONENTS = {
     'realm': ('embedder', 'reader'),
     'open_qa': ('embedder', 'span_reader'),
     'tagger': ('tagger',),
+}
+# Search backends and where they are defined; see index/search.py.
+BACKENDS = {
+    'exact': 'realm_jax.index.search:ExactSearch',
+    'approx': 'realm_jax.index.search:ApproxSearch',
+    'scann': 'realm_jax.index.scann:ScannSearch',
 }
 # Objectives that search an index while they train.
 SEARCHING = ('realm', 'open_qa')
@@ -192,13 +198,15 @@ class RefreshConfig:
 class MipsConfig:
   """Maximum inner product search over the document embeddings."""
 
-  backend: Literal['exact', 'approx', 'scann'] = 'exact'
+  backend: str = 'exact'  # A key of BACKENDS, or `package.module:Name`.
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # Of the embedding table.
   recall_target: float = 0.95  # Of `approx`.
-  # ScaNN; 0: chosen from the number of rows (see index/search.py).
+  # ScaNN; 0: chosen from the number of rows (see index/scann.py).
   num_leaves: int = 0
   leaves_to_search: int = 0
   reorder: int = 0
+  # Settings of a backend given as `package.module:Name`.
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

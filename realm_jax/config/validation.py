@@ -99,6 +99,12 @@ def validate(config: schema.Config) -> None:
       f' config.model.attention_dropout=0, not {schema.attention_rate(model)}',
   )
   require(
+      c.mips.backend in schema.BACKENDS or ':' in c.mips.backend,
+      'mips.backend',
+      f'must be one of {tuple(schema.BACKENDS)} or have the form'
+      ' package.module:Name',
+  )
+  require(
       c.accumulate < 1 or c.batch_size % c.accumulate == 0,
       'accumulate',
       f'must divide the batch size, {c.batch_size}',
@@ -194,6 +200,9 @@ def _type_problems(config: Any, path: str = 'config') -> list[str]:
           isinstance(v, str) for v in value
       ):
         problems.append(f'{name}={value!r}: must be a tuple of strings')
+    elif typing.get_origin(kind) is dict:
+      if not isinstance(value, dict):
+        problems.append(f'{name}={value!r}: must be a dictionary')
     elif kind is float:
       if isinstance(value, bool) or not isinstance(value, (int, float)):
         problems.append(f'{name}={value!r}: must be a number')

@@ -85,14 +85,13 @@ class Retrieval:
       exclude_BR2: np.ndarray | None = None,
   ) -> np.ndarray:
     """Searches for this process' rows of the batch, given all embeddings."""
-    search = self._refresher.search.search
-    if self._job.config.mips.backend == 'scann' or jax.process_count() == 1:
-      return search(query_emb_BE[self._rows], k, exclude_BR2)
-    # The table lies on the devices of all processes, which search together.
+    search = self._refresher.search
+    if not search.collective or jax.process_count() == 1:
+      return search.search(query_emb_BE[self._rows], k, exclude_BR2)
     if exclude_BR2 is not None:
       arrays = mesh_lib.to_devices(self._job.mesh, {'exclude': exclude_BR2})
       exclude_BR2 = distributed.fetch(arrays['exclude'])
-    return search(query_emb_BE, k, exclude_BR2)[self._rows]
+    return search.search(query_emb_BE, k, exclude_BR2)[self._rows]
 
   def _embed(
       self, query_ids_BQ: np.ndarray, params: components_lib.Params
