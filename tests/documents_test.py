@@ -582,9 +582,7 @@ def test_errors_name_what_is_wrong(workdir, tmp_path, corpus):
     editing.add(tmp_path / 'nowhere', [str(ids)])
   assert not (tmp_path / 'nowhere').exists()
   with (
-      process.Lock(
-          workdir / 'documents', what='command that changes documents'
-      ),
+      process.lock(workdir / 'documents', 'command that changes documents'),
       pytest.raises(RuntimeError, match='Another command that changes docu'),
   ):
     editing.delete(workdir, ids)

@@ -1,6 +1,7 @@
 """A search backend of the user: `config.mips.backend=package.module:Name`."""
 
-import textwrap
+import importlib
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from realm_jax.index import search as search_lib
 from realm_jax.planner import plan
 
 _MODULE = '''
+import json
 import numpy as np
 from realm_jax.index import search
 
@@ -63,11 +65,10 @@ def brute(tmp_path, monkeypatch):
   """The class of a module that only the user has."""
   folder = tmp_path / 'modules'
   folder.mkdir()
-  (folder / 'my_backend.py').write_text(textwrap.dedent(_MODULE))
+  (folder / 'my_backend.py').write_text(_MODULE)
   monkeypatch.syspath_prepend(folder)
-  import my_backend  # type: ignore[import-not-found]
-
-  return my_backend.Brute
+  yield importlib.import_module('my_backend').Brute
+  del sys.modules['my_backend']
 
 
 _NAME = 'my_backend:Brute'
