@@ -172,7 +172,7 @@ def run(
     checkpoint.save_params(temporary, 0, params, about)
     digest = None
     if 'embedder' in params:
-      with checkpoint.frugal():
+      with checkpoint.uncompressed_context():
         digest = snapshots_lib.save(temporary, 0, params['embedder'])
     if blanks is not None and made is not None:
       _publish(temporary, config, loaded, made, digest)

@@ -3,7 +3,7 @@
 Public: `Objective`, `make_gradients`. Each device works through its share of
 the batch in `accumulate` parts; what the devices have to exchange stands here
 in so many words and happens once a step, whatever the number of parts. The
-axis `model` is left to XLA, by the rules of runtime/sharding.py.
+axis `model` is left to XLA, by the rules of runtime/mesh.py.
 """
 
 from collections.abc import Callable, Collection
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 
 Metrics = dict[str, jax.Array]
 LossAndMetrics = tuple[jax.Array, Metrics]
@@ -55,7 +54,7 @@ def make_gradients(
 
   Args:
     objective: of the job.
-    specs: how each parameter is divided, as `sharding.rule_for` has it; so are
+    specs: how each parameter is divided, as `mesh_lib.rule_for` has it; so are
       the gradients.
     mesh: of the job.
     accumulate: in how many parts each device computes its rows. If the loss is
@@ -64,13 +63,13 @@ def make_gradients(
       (Gao et al. 2021, section 3.2).
     frozen: components without gradients; they have no backward pass.
   """
-  over_data = jax.tree.map(sharding.over_data, specs)
+  over_data = jax.tree.map(mesh_lib.over_data, specs)
   learned = [name for name in specs if name not in frozen]
 
   def on_device(
       params: Any, batch: Any, noise: dropout.Noise
   ) -> tuple[LossAndMetrics, Any]:
-    params = jax.tree.map(sharding.gather, params, specs)
+    params = jax.tree.map(mesh_lib.gather, params, specs)
     fixed = {name: params.pop(name) for name in frozen}
     totals = jax.lax.psum(objective.counts(batch), mesh_lib.DATA)
 
@@ -99,7 +98,7 @@ def make_gradients(
     return (
         jax.lax.psum(value, mesh_lib.DATA),
         {
-            name: jax.tree.map(sharding.reduce_gradient, x, specs[name])
+            name: jax.tree.map(mesh_lib.reduce_gradient, x, specs[name])
             for name, x in grads.items()
         },
     )

@@ -23,7 +23,6 @@ from realm_jax.models import realm
 from realm_jax.models import span_reader
 from realm_jax.models import tagger
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 from realm_jax.trainer import gradients
 from realm_jax.trainer import optimizer
 
@@ -86,7 +85,7 @@ def state_shardings(
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
   """Returns the sharding of every array of the state, in its structure."""
-  return sharding.shardings(
+  return mesh_lib.shardings(
       abstract_state(components, tx), mesh, config.mesh.zero
   )
 
