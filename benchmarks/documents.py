@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.builder import editing
+from realm_jax.builder import documents
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.models import components
@@ -106,17 +106,17 @@ def _measure(workdir: pathlib.Path, size: int, turn: int) -> dict[str, float]:
   gone = [{'id': f'base{first + _DOCUMENTS + i}'} for i in range(_DOCUMENTS)]
   source = write('add', records('added'))
   start = time.perf_counter()
-  editing.add(workdir, [source], progress=False)
+  documents.add(workdir, [source], progress=False)
   found = {'add': time.perf_counter() - start}
   if not turn:
     return {}
   source = write('update', newer)
   start = time.perf_counter()
-  editing.update(workdir, [source], progress=False)
+  documents.update(workdir, [source], progress=False)
   found['update'] = time.perf_counter() - start
   source = write('delete', gone)
   start = time.perf_counter()
-  editing.delete(workdir, source)
+  documents.delete(workdir, source)
   found['delete'] = time.perf_counter() - start
   for command in ('add', 'delete'):
     source = write('command', records('command'))
@@ -189,7 +189,7 @@ def main() -> None:
     result |= {n: float(np.median(values)) for n, values in seconds.items()}
     for size, workdir in workdirs.items():
       start = time.perf_counter()
-      editing.compact(workdir, progress=False)
+      documents.compact(workdir, progress=False)
       result[f'compact_seconds_{size}'] = time.perf_counter() - start
     result[f'lookup_seconds_{_PAPER}'] = _lookup(pathlib.Path(temporary))
   result |= {

@@ -15,14 +15,14 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.api import retriever
-from realm_jax.builder import documents as documents_lib
-from realm_jax.builder import editing
+from realm_jax.builder import document_store
+from realm_jax.builder import documents
 from realm_jax.builder import status
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import inspect
 from realm_jax.index import generation
-from realm_jax.interop import exporting
+from realm_jax.interop import export
 from realm_jax.prepare import prepare
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
@@ -32,7 +32,7 @@ from realm_jax.runtime import process
 pytest_plugins = ['documents_workdir']
 
 
-def _add(workdir, *records, command=editing.add, **options):
+def _add(workdir, *records, command=documents.add, **options):
   source = job.write(workdir.parent / 'input.jsonl', records)
   return command(workdir, [source], progress=False, **options)
 
@@ -53,14 +53,14 @@ def test_what_commands_report_and_leave(workdir, tmp_path, corpus):
   assert longer > 2
   assert (done.version, done.step, done.removed) == (1, 10, 0)
   assert (done.embedded, done.live) == (done.added, rows + done.added)
-  again = _add(workdir, {**_B, 'text': 'Short now.'}, command=editing.update)
+  again = _add(workdir, {**_B, 'text': 'Short now.'}, command=documents.update)
   assert (again.version, again.added, again.removed) == (2, 1, longer)
   assert again.embedded == 1  # Only what is new.
   ids = tmp_path / 'ids.txt'
   ids.write_text('a\n\nzz\nb\n')
   with pytest.raises(ValueError, match="The document 'zz' is not there"):
-    editing.delete(workdir, ids)
-  last = editing.delete(workdir, ids, ignore_missing=True)
+    documents.delete(workdir, ids)
+  last = documents.delete(workdir, ids, ignore_missing=True)
   assert (last.version, last.added, last.removed) == (3, 0, 2)
   assert (last.embedded, last.missing, last.live) == (0, 1, rows)
   assert _names(workdir) == [
@@ -71,7 +71,7 @@ def test_what_commands_report_and_leave(workdir, tmp_path, corpus):
   # A document that was removed can come back; --ignore_missing adds.
   _add(workdir, _A)
   assert _add(
-      workdir, _B, command=editing.update, ignore_missing=True
+      workdir, _B, command=documents.update, ignore_missing=True
   ).missing == 1
   found = job.open_documents(workdir).corpus.record_rows(['a', 'b'])
   assert found[1].shape == (longer,)
@@ -106,7 +106,7 @@ def test_errors_name_what_is_wrong(workdir, tmp_path, corpus):
   with pytest.raises(
       ValueError, match=r"'m0', 'm1', 'm2', 'm3', 'm4' and 2 more are not there"
   ):
-    _add(workdir, *missing, command=editing.update)
+    _add(workdir, *missing, command=documents.update)
   ids = tmp_path / 'ids.jsonl'
   for text, error in (
       ('{"id": 3}\n{"name": 3}\n', r'ids.jsonl:2: no field `id`'),
@@ -116,27 +116,25 @@ def test_errors_name_what_is_wrong(workdir, tmp_path, corpus):
   ):
     ids.write_text(text)
     with pytest.raises(ValueError, match=error):
-      editing.delete(workdir, ids)
+      documents.delete(workdir, ids)
   everything = [
       {'id': corpus.passage_text(r)['id']} for r in range(len(corpus.passages))
   ]
   job.write(ids, [*everything, {'id': 'a'}, {'id': 'b'}, {'id': 'c#1'}])
   with pytest.raises(ValueError, match='Nothing would remain'):
-    editing.delete(workdir, ids)
+    documents.delete(workdir, ids)
   with pytest.raises(FileNotFoundError, match='no file or folder'):
-    editing.add(workdir, [str(tmp_path / 'nothing.jsonl')])
+    documents.add(workdir, [str(tmp_path / 'nothing.jsonl')])
   with pytest.raises(FileNotFoundError, match='There is no file'):
-    editing.delete(workdir, tmp_path / 'nothing.txt')
+    documents.delete(workdir, tmp_path / 'nothing.txt')
   with pytest.raises(FileNotFoundError, match='config'):
-    editing.add(tmp_path / 'nowhere', [str(ids)])
+    documents.add(tmp_path / 'nowhere', [str(ids)])
   assert not (tmp_path / 'nowhere').exists()
   with (
-      process.Lock(
-          workdir / 'documents', what='command that changes documents'
-      ),
+      process.lock(workdir / 'documents', 'command that changes documents'),
       pytest.raises(RuntimeError, match='Another command that changes docu'),
   ):
-    editing.delete(workdir, ids)
+    documents.delete(workdir, ids)
   # None of that left anything.
   assert _names(workdir) == [
       *before[:2], 'corpus-2', 'index-1', 'index-2', 'manifest.json'
@@ -149,22 +147,22 @@ def test_errors_name_what_is_wrong(workdir, tmp_path, corpus):
 @pytest.mark.parametrize('where', ['prepare', 'embed', 'publish', 'write'])
 def test_a_full_disk_changes_nothing(workdir, monkeypatch, where):
   _add(workdir, _A)
-  before = _names(workdir), documents_lib.read_manifest(workdir / 'documents')
+  before = _names(workdir), document_store.read_manifest(workdir / 'documents')
 
   def fail(*args, **kwargs):
     raise OSError(28, 'No space left on device')
 
   module, name = {
-      'prepare': (prepare, 'job.write'),
-      'embed': (documents_lib.Documents, 'embedder'),
+      'prepare': (prepare, '_write'),
+      'embed': (document_store.Documents, 'embedder'),
       'publish': (generation.Writer, 'publish'),
-      'write': (editing, 'job.write'),
+      'write': (documents, '_write'),
   }[where]
   monkeypatch.setattr(module, name, fail)
   with pytest.raises(OSError, match='No space left on device'):
-    _add(workdir, {**_A, 'text': 'New.'}, command=editing.update)
+    _add(workdir, {**_A, 'text': 'New.'}, command=documents.update)
   assert _names(workdir) == before[0]
-  assert documents_lib.read_manifest(workdir / 'documents') == before[1]
+  assert document_store.read_manifest(workdir / 'documents') == before[1]
 
 
 def test_a_full_disk_leaves_nothing_of_a_compaction(
@@ -178,9 +176,9 @@ def test_a_full_disk_leaves_nothing_of_a_compaction(
   with monkeypatch.context() as patch:
     patch.setattr(generation.Writer, 'publish', fail)
     with pytest.raises(OSError, match='No space left on device'):
-      editing.compact(workdir, tmp_path / 'plain', progress=False)
+      documents.compact(workdir, tmp_path / 'plain', progress=False)
   assert not (tmp_path / 'plain').exists()
-  editing.compact(workdir, tmp_path / 'plain', progress=False)
+  documents.compact(workdir, tmp_path / 'plain', progress=False)
   assert (tmp_path / 'plain').exists()
 
 
@@ -215,7 +213,7 @@ def test_a_killed_command_changes_nothing(workdir, queries):
   assert job.open_documents(workdir).version == 1
   assert job.find(workdir, queries[:2])[0] == ids
   # The next command removes what is left of it, and does it.
-  assert editing.add(workdir, [source], progress=False).version == 2
+  assert documents.add(workdir, [source], progress=False).version == 2
   found = {name for row in job.find(workdir, queries[:1])[0] for name in row}
   assert {'a', 'b#0', 'b#1'} <= found
   assert not any('tmp' in name for name in _names(workdir))
@@ -225,7 +223,7 @@ def test_damage_and_foreign_corpora_are_refused(workdir, tmp_path, corpus):
   _add(workdir, _A)
   ids = tmp_path / 'ids.txt'
   ids.write_text('a')
-  editing.delete(workdir, ids)
+  documents.delete(workdir, ids)
   _add(workdir, _A, _B)
   folder = workdir / 'documents'
   assert [f.problems for f in status.verify(workdir)] == [[], []]
@@ -296,7 +294,7 @@ def test_embeddings_of_different_parameters_never_meet(
   caplog.clear()
   missing = workdir.parent / 'ids.txt'
   missing.write_text('c')
-  editing.delete(workdir, missing)
+  documents.delete(workdir, missing)
   again_ids, again_scores = job.find(workdir, queries)
   assert 'embedded anew' not in caplog.text
   assert again_ids == ids
@@ -315,30 +313,30 @@ def test_embeddings_of_different_parameters_never_meet(
 def test_compaction_takes_up_what_training_made_since(
     workdir, tmp_path, params, corpus, queries
 ):
-  assert editing.compact(workdir, progress=False) is None
+  assert documents.compact(workdir, progress=False) is None
   _add(workdir, _A, _B)
   job.train(workdir, corpus, params[1], 20)
   ids, scores = job.find(workdir, queries)
   output = tmp_path / 'compacted'
-  done = editing.compact(workdir, output, progress=False)
+  done = documents.compact(workdir, output, progress=False)
   assert (done.step, done.output) == (20, output)
   assert job.find(workdir, queries)[0] == ids
   assert job.open_documents(workdir).is_compacted
   # What was superseded is there for who still reads it, until a command comes.
   assert 'corpus-1' in _names(workdir)
-  assert editing.compact(workdir, progress=False) is None
+  assert documents.compact(workdir, progress=False) is None
   assert 'corpus-1' not in _names(workdir)
   # After more training, the compacted corpus needs an index anew.
   job.train(workdir, corpus, params[0], 30)
   with pytest.raises(FileNotFoundError, match='realm-jax index compact'):
     job.find(workdir, queries)
-  done = editing.compact(workdir, progress=False)
+  done = documents.compact(workdir, progress=False)
   assert done.step == 30
   assert done.embedded == len(ids[0])
   assert sorted(job.find(workdir, queries)[0][0]) == sorted(ids[0])
   with pytest.raises(FileExistsError, match='compacted'):
     _add(workdir, {'id': 'c', 'text': 'Eva Green.'})
-    editing.compact(workdir, output, progress=False)
+    documents.compact(workdir, output, progress=False)
 
 
 def test_evaluate_inspect_and_export_see_the_documents(
@@ -347,7 +345,7 @@ def test_evaluate_inspect_and_export_see_the_documents(
   gone = corpus.passage_text(3)['id']
   ids = tmp_path / 'ids.txt'
   ids.write_text(gone)
-  editing.delete(workdir, ids)
+  documents.delete(workdir, ids)
   _add(workdir, _A, _B)
   questions = [
       questions_lib.Question(
@@ -379,7 +377,7 @@ def test_evaluate_inspect_and_export_see_the_documents(
   shown = {document.id for document in found.documents}
   assert {'a', 'b#0'} <= shown and gone not in shown
 
-  exporting.run(workdir, 'index', tmp_path / 'out')
+  export.run(workdir, 'index', tmp_path / 'out')
   lines = (tmp_path / 'out/ids.jsonl').read_text().splitlines()
   names = [json.loads(line) for line in lines]
   assert len(names) == live and {*names} == shown

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.builder import documents as documents_lib
-from realm_jax.builder import editing
+from realm_jax.builder import document_store
+from realm_jax.builder import documents
+from realm_jax.builder import merged_search
 from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.index import generation
+from realm_jax.index import scann
 from realm_jax.index import search as search_lib
 from realm_jax.prepare import compaction
 from realm_jax.prepare import prepare
@@ -51,16 +53,16 @@ class _Model:
     match command:
       case 'add':
         records = self.new(int(self.rng.integers(1, 6)))
-        editing.add(workdir, [job.write(file, records)], progress=False)
+        documents.add(workdir, [job.write(file, records)], progress=False)
       case 'update':
         names = self.some(3)
         records = [{'id': n, 'title': '', 'text': self.text()} for n in names]
-        editing.update(workdir, [job.write(file, records)], progress=False)
+        documents.update(workdir, [job.write(file, records)], progress=False)
         for name in names:
           del self.records[name]
       case 'delete':
         names, records = self.some(int(self.rng.integers(1, 6))), []
-        editing.delete(workdir, job.write(file, [{'id': n} for n in names]))
+        documents.delete(workdir, job.write(file, [{'id': n} for n in names]))
         for name in names:
           del self.records[name]
     self.records |= {record['id']: record for record in records}
@@ -98,7 +100,7 @@ def test_random_changes_equal_a_rebuild(
   assert added and any('#' in name for name in added)
 
   # A compaction changes nothing but the row numbers.
-  done = editing.compact(workdir, progress=False)
+  done = documents.compact(workdir, progress=False)
   assert done.embedded == 0
   again_ids, again_scores = job.find(workdir, queries)
   assert again_ids == ids
@@ -297,20 +299,20 @@ def published(tmp_path_factory, table, scann_config):
   )
 
 
-def test_scann_is_kept_and_what_was_added_is_searched_beside_it(
+def test_scann_is_kept_and_added_rows_are_searched_exactly(
     published, table, scann_config, monkeypatch
 ):
   built = []
-  original = search_lib.ScannSearch.__init__
+  original = scann.ScannSearch.__init__
 
   def record(self, embeddings, config, directory=None, *args):
     built.append(directory)
     original(self, embeddings, config, directory, *args)
 
-  monkeypatch.setattr(search_lib.ScannSearch, '__init__', record)
+  monkeypatch.setattr(scann.ScannSearch, '__init__', record)
   rng = np.random.default_rng(1)
   removed = np.sort(rng.choice(3040, 200, replace=False)).astype(np.int64)
-  index = documents_lib.Index(
+  index = document_store.Index(
       published,
       concatenated.Chained(
           [published.embeddings, table[3000:3010], table[3010:]]
@@ -318,7 +320,7 @@ def test_scann_is_kept_and_what_was_added_is_searched_beside_it(
       removed,
   )
   search = index.make_search(scann_config)
-  assert isinstance(search, search_lib.ScannSearch)
+  assert isinstance(search, merged_search.MergedSearch)
   assert built == [published.path / 'scann']
   exact = search_lib.ExactSearch(table, removed=removed)
   queries = table[rng.choice(3040, 200)] + rng.normal(size=(200, 16)) / 5
@@ -341,32 +343,29 @@ def test_scann_is_kept_and_what_was_added_is_searched_beside_it(
   )
 
 
-def test_added_rows_with_scann_equal_exact_search(tmp_path, table):
-  """Also where hardly any row, or none, is left of the saved or the added."""
-  config = config_lib.MipsConfig(backend='scann', reorder=200)
-  search_lib.ScannSearch(table[:3000], config).save(tmp_path)  # No leaves.
+def test_merged_searches_equal_one(table):
+  """Also where one side has hardly any row left, or none."""
   rng = np.random.default_rng(2)
   queries = rng.normal(size=(6, 16)).astype(np.float32)
-  exclude = np.zeros((6, 3, 2), np.int64)
-  exclude[1:, 0] = [0, 1200]
-  exclude[2:, 1] = [500, 2990]
-  exclude[3:, 2] = [2980, 3035]
-  for removed in (
-      [],
-      rng.choice(3000, 900, replace=False),
-      np.arange(3000, 3039),
-      np.arange(3000, 3040),
-      np.arange(9, 3000),
-      np.arange(3000),
-  ):
-    removed = np.sort(np.array(removed, np.int64))
-    search = search_lib.ScannSearch(table, config, tmp_path, removed)
-    whole = search_lib.ExactSearch(table, removed=removed)
-    for k, ranges in ((7, None), (40, None), (5, exclude)):
-      if ranges is not None and (removed >= 3035).any():
-        continue  # Fewer than k rows are left.
+  for removed in ([], [0, 1, 2, 3, 4], [3, 20, 21, 22], list(range(20, 25))):
+    removed = np.array(removed, np.int64)
+    split = np.searchsorted(removed, 20)
+    search = merged_search.MergedSearch(
+        (
+            search_lib.ExactSearch(table[:20], removed=removed[:split]),
+            search_lib.ExactSearch(table[20:25], removed=removed[split:] - 20),
+        ),
+        table[:25],
+        removed,
+    )
+    whole = search_lib.ExactSearch(table[:25], removed=removed)
+    exclude = np.zeros((6, 3, 2), np.int64)
+    exclude[1:, 0] = [0, 12]
+    exclude[2:, 1] = [5, 18]
+    exclude[3:, 2] = [19, 23]
+    for k, ranges in ((7, None), (20, None), (1, exclude)):
       np.testing.assert_array_equal(
           search.search(queries, k, ranges), whole.search(queries, k, ranges)
       )
     with pytest.raises(ValueError, match='may have only'):
-      search.search(queries, 3041 - len(removed))
+      search.search(queries, 26 - len(removed))

@@ -10,13 +10,13 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.api import retriever
 from realm_jax.builder import builder
-from realm_jax.builder import documents as documents_lib
+from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.models import components
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import stages
 
 LONG = ' '.join(
     f'In {1900 + i} the lamp of Bremen number {i} was lit by Ada Brown.'
@@ -45,7 +45,7 @@ def make_params(config, seed):
           key: np.asarray(value) * (4 if key.endswith('kernel') else 1)
           for key, value in component.init(seed).items()
       }
-      for name, component in components.make_all(config).items()
+      for name, component in stages.components_of(config).items()
   }
 
 
@@ -115,4 +115,4 @@ def find(workdir, queries, k=None):
 
 def open_documents(workdir):
   config = config_lib.resolve(config_lib.read(workdir))
-  return documents_lib.Documents.open(workdir, config)
+  return document_store.Documents.open(workdir, config)

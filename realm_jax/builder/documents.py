@@ -1,385 +1,403 @@
-"""The documents of a workdir: its corpus, and those added and removed since.
+"""`realm-jax index add|update|delete|compact`: changes to the documents.
 
-  documents/manifest.json     the current version: its parts, the removed rows
-  documents/removed-V.npy     rows removed up to version V
-  documents/corpus-V/         corpus that version V added, or compacted
-  documents/index-V/<step>/   its generations
-
-The trainer and the index builder read the corpus of the job alone.
+Nothing is trained: only new texts are embedded, by the parameters of the newest
+generation of the index. A command writes all of its files and then replaces the
+manifest, which commits the change; see `documents` for the files.
 """
 
-from collections.abc import Callable
-import copy
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
-import logging
+import os
 import pathlib
-from typing import Any, NamedTuple
+import re
+import shutil
+import time
+from typing import Any
 
-import jax
 import numpy as np
+import tqdm
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
+from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
-from realm_jax.index import embedding
-from realm_jax.index import generation as generation_lib
-from realm_jax.index import search
+from realm_jax.index import generation
 from realm_jax.models import components
+from realm_jax.prepare import compaction
+from realm_jax.prepare import prepare
+from realm_jax.prepare import records as records_lib
+from realm_jax.prepare import sources as sources_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.runtime import process
 
-log = logging.getLogger(__name__)
+# Share of rows changed, and number of parts, above which `compact` pays.
+_MAX_CHANGES, _MAX_PARTS = 0.1, 16
+_MAX_LISTED = 5  # Ids in an error message.
+_OURS = re.compile(r'(corpus|index)-\d+|removed-\d+\.npy|\.corpus-\d+\.tmp-\d+')
 
-FORMAT_VERSION = 1
-DIRECTORY = 'documents'  # In a workdir.
-MANIFEST = 'manifest.json'
-_UNCHANGED: dict[str, Any] = {
-    'version': 0,
-    'origin': None,  # Fingerprint of the corpus that was trained on.
-    'parts': [{'corpus': None, 'index': None, 'fingerprint': None}],
-    'removed': None,
-    'manifest_sha256': None,
-}
-
-Path = pathlib.Path | str
-
-
-class Part(NamedTuple):
-  """A corpus and the folder of its generations."""
-
-  corpus: corpus_lib.Corpus
-  index: pathlib.Path
+Path = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Documents:
-  """One version of the documents; rows count through all parts.
+class Change:
+  """The effect of a command; counts are of passages."""
 
-  config: resolved.
-  parts: the corpus of the job, or a compacted one, and each addition.
-  removed: sorted rows that no search returns, int64.
-  manifest: of documents/.
-  """
-
-  workdir: pathlib.Path
-  config: config_lib.Config
-  parts: tuple[Part, ...]
-  removed: np.ndarray
-  manifest: dict[str, Any]
-
-  @classmethod
-  def open(
-      cls,
-      workdir: Path,
-      config: config_lib.Config,
-      corpus: Path | None = None,
-  ) -> 'Documents':
-    """Opens the current version, or another corpus instead.
-
-    Raises:
-      FileNotFoundError: a corpus or the file of removed rows is missing.
-      ValueError: a file is damaged or of a newer format, or the corpus is not
-        the one that the documents were added to.
-    """
-    workdir, config = pathlib.Path(workdir), copy.deepcopy(config)
-    folder = workdir / DIRECTORY
-    manifest = _UNCHANGED if corpus else read_manifest(folder)
-    corpus = corpus or config.corpus
-    if not corpus:
-      raise ValueError(f'{workdir} has no corpus: its config names none.')
-    parts = []
-    for names in manifest['parts']:
-      path = folder / names['corpus'] if names['corpus'] else corpus
-      opened, expected = corpus_lib.Corpus.open(path), names['fingerprint']
-      if expected not in (None, opened.fingerprint):
-        raise ValueError(
-            f'The corpus {path} is not the one that {folder} was made for: '
-            f'its fingerprint is {opened.fingerprint[:16]}, {expected[:16]} in '
-            f'{MANIFEST}. Put that corpus back, or remove {folder} and add its '
-            'documents again.'
-        )
-      index = workdir / generation_lib.DIRECTORY
-      index = folder / names['index'] if names['index'] else index
-      parts.append(Part(opened, index))
-    base = parts[0].corpus
-    if manifest is _UNCHANGED:
-      names = {**manifest['parts'][0], 'fingerprint': base.fingerprint}
-      manifest = {**manifest, 'origin': base.fingerprint, 'parts': [names]}
-    config.model.vocab_size = (
-        config.model.vocab_size or base.tokenizer.vocab_size
-    )
-    removed = _read_removed(folder, manifest['removed'])
-    return cls(workdir, config, tuple(parts), removed, manifest)
-
-  @property
-  def folder(self) -> pathlib.Path:
-    return self.workdir / DIRECTORY
-
-  @property
-  def version(self) -> int:
-    return self.manifest['version']
-
-  @property
-  def is_compacted(self) -> bool:
-    """Whether the first part is not the corpus that was trained on."""
-    return self.parts[0].corpus.fingerprint != self.manifest['origin']
-
-  @functools.cached_property
-  def corpus(self) -> corpus_lib.Corpus:
-    """All parts as one corpus."""
-    if len(self.parts) == 1 and not len(self.removed):
-      return self.parts[0].corpus
-    return overlay_lib.Overlay([p.corpus for p in self.parts], self.removed)
-
-  @functools.cached_property
-  def component(self) -> components.Component:
-    """The embedder, without parameters."""
-    return components.make('embedder', self.config.model)
-
-  def about(self) -> dict[str, Any] | None:
-    """Returns how results describe the changes; None before the first."""
-    if not self.version:
-      return None
-    return {
-        'version': self.version,
-        'digest': self.manifest['manifest_sha256'],
-        'added': sum(len(part.corpus.passages) for part in self.parts[1:]),
-        'removed': len(self.removed),
-    }
-
-  def find(self, params_digest: str | None = None) -> dict[str, Any] | None:
-    """Returns the manifest of the newest generation, or of given parameters."""
-    base = self.parts[0]
-    return find(base.index, base.corpus.fingerprint, params_digest)
-
-  def newest(self) -> dict[str, Any]:
-    """Returns the manifest of the newest generation.
-
-    Raises:
-      FileNotFoundError: there is none yet.
-      ValueError: there are only generations of other corpora.
-    """
-    newest, base = self.find(), self.parts[0]
-    if newest is not None:
-      return newest
-    other = find(base.index)
-    if other is not None:
-      raise ValueError(
-          f'The index in {base.index} is of the corpus '
-          f'{other["corpus_fingerprint"][:16]}; {base.corpus.directory} is '
-          f'{base.corpus.fingerprint[:16]}.'
-      )
-    raise FileNotFoundError(
-        f'{self.workdir} has no index yet; build one with `realm-jax index '
-        f'--workdir={self.workdir}`.'
-    )
-
-  def index(
-      self, step: int, params: Callable[[], components.Params] | None = None
-  ) -> 'Index':
-    """Opens a generation with the embeddings of all documents added.
-
-    Where the latter are of other parameters or damaged, they are computed in
-    memory: embeddings of different parameters are never searched together.
-
-    Args:
-      step: of the generation of the first part.
-      params: returns its parameters; None: `load_params`.
-
-    Raises:
-      FileNotFoundError: there is no such generation.
-      ValueError: it is damaged or of another corpus, or the parameters are
-        needed and not found.
-    """
-    base = self.parts[0]
-    loaded = generation_lib.load(
-        base.index / str(step), self.lineage(base, step)
-    )
-    tables: list[concatenated.Rows] = [loaded.embeddings]
-    embedded = 0
-    for part in self.parts[1:]:
-      table: concatenated.Rows | None = self.table(part, loaded.manifest)
-      if table is None:
-        given = params() if params else self.load_params(loaded.manifest)
-        table = self.embedder(part)(given).astype(loaded.embeddings.dtype)
-        embedded += len(part.corpus.passages)
-      tables.append(table)
-    if embedded:
-      log.info(
-          '%d added passages were embedded by the parameters of step %d, in '
-          'memory; the next `realm-jax index add`, `update`, `delete` or '
-          '`compact` saves the embeddings.',
-          embedded, step,
-      )
-    table = concatenated.Chained(tables)
-    return Index(loaded, table, self.removed, embedded)
-
-  def table(
-      self, part: Part, like: dict[str, Any]
-  ) -> concatenated.Chained | None:
-    """Returns saved embeddings made like the generation with a manifest."""
-    expected = self.lineage(part, like['step'], like['params_digest'])
-    try:
-      found = generation_lib.load(part.index / str(like['step']), expected)
-    except FileNotFoundError:
-      return None
-    except ValueError as error:  # Damaged, or of other parameters.
-      log.warning('Not used: %s', error)
-      return None
-    same_dtype = found.manifest['dtype'] == like['dtype']
-    return found.embeddings if same_dtype else None
-
-  def lineage(
-      self, part: Part, step: int, params_digest: str | None = None
-  ) -> generation_lib.Lineage:
-    """Returns the expected lineage of a generation of a part."""
-    return generation_lib.Lineage(
-        step=step,
-        params_digest=params_digest,
-        tokenizer_digest=part.corpus.tokenizer.digest,
-        corpus_fingerprint=part.corpus.fingerprint,
-        num_rows=len(part.corpus.passages),
-        width=self.config.model.embedding_width,
-    )
-
-  def embedder(self, part: Part) -> embedding.PassageEmbedder:
-    return embedding.PassageEmbedder(
-        self.component,
-        part.corpus.passages,
-        part.corpus.tokenizer,
-        self.config.lengths.document,
-        mesh_lib.make_mesh(config_lib.MeshConfig()),
-    )
-
-  def load_params(self, like: dict[str, Any]) -> components.Params:
-    """Loads the parameters of a generation from a snapshot or checkpoint.
-
-    Raises:
-      ValueError: they are in none; names the digests found.
-    """
-    workdir, step, digest = self.workdir, like['step'], like['params_digest']
-    name, abstract = self.component.name, self.component.abstract
-    seen = {}
-
-    def nearest(steps: list[int]) -> list[int]:
-      return sorted(steps, key=lambda one: (one != step, -one))
-
-    for one in nearest(snapshots_lib.steps_of(workdir)):
-      try:
-        seen[f'snapshot {one}'] = snapshots_lib.digest_of(workdir, one)
-        if seen[f'snapshot {one}'] == digest:
-          return snapshots_lib.load(workdir, one, abstract)[0]
-      except FileNotFoundError:  # Just deleted by a trainer.
-        continue
-    for one in nearest(checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)):
-      params = checkpoint.load_params(workdir, {name: abstract}, one)[0][name]
-      seen[f'checkpoint {one}'] = checkpoint.params_digest(params)
-      if seen[f'checkpoint {one}'] == digest:
-        return params
-    found = ', '.join(f'{where}: {d[:16]}' for where, d in seen.items())
-    raise ValueError(
-        f'The index of step {step} was made from the parameters {digest[:16]}, '
-        f'which are no longer in {workdir} ({found or "nothing"}), so that no '
-        'document can be embedded to join it. Build an index of the newest '
-        f'snapshot: `realm-jax index --workdir={workdir}`.'
-    )
+  version: int  # Of the documents, after the command.
+  step: int  # Of the generation whose parameters embed.
+  added: int
+  removed: int
+  missing: int  # Unknown ids, where the command allows them.
+  embedded: int
+  seconds: float  # For embedding, with the start.
+  live: int  # Found by searches now.
+  compact: bool = False  # Whether `compact` is due.
+  output: pathlib.Path | None = None  # Corpus that `compact` wrote.
 
 
-@dataclasses.dataclass(frozen=True)
-class Index:
-  """The embeddings of all documents, made from the same parameters.
-
-  generation: of the first part.
-  table: all rows, the removed ones included.
-  removed: as of `Documents`.
-  embedded: rows that had no saved embeddings.
-  """
-
-  generation: generation_lib.Generation
-  table: concatenated.Rows
-  removed: np.ndarray
-  embedded: int = 0
-
-  @functools.cached_property
-  def live_rows(self) -> np.ndarray:
-    """int64: the rows that are not removed."""
-    return np.delete(np.arange(self.table.shape[0]), self.removed)
-
-  def make_search(
-      self,
-      config: config_lib.MipsConfig,
-      mesh: jax.sharding.Mesh | None = None,
-  ) -> search.Search:
-    """Returns the backend of `config` over the rows that are not removed."""
-    return self.generation.make_search(config, mesh, self.removed, self.table)
-
-
-def find(
-    index: pathlib.Path,
-    fingerprint: str | None = None,
-    params_digest: str | None = None,
-) -> dict[str, Any] | None:
-  """Returns the manifest of the newest generation in a folder.
+def add(
+    workdir: Path,
+    sources: Sequence[str],
+    *,
+    replace: bool = False,
+    ignore_missing: bool = False,
+    skip_bad_records: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Change:
+  """Adds documents, or replaces all passages of documents.
 
   Args:
-    index: the folder.
-    fingerprint: of the corpus; None: any.
-    params_digest: of the embedder's parameters; None: any.
-  """
-  for step in reversed(checkpoint.steps_in(index)):
-    try:
-      found = generation_lib.read_manifest(index / str(step))
-    except FileNotFoundError:  # Just deleted by the index builder.
-      continue
-    if fingerprint in (None, found['corpus_fingerprint']) and (
-        params_digest in (None, found['params_digest'])
-    ):
-      return found
-  return None
-
-
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """Reads the manifest of documents/, or that of version 0 if there is none.
+    workdir: of a job that has an index.
+    sources: JSON Lines files, folders or glob patterns, as of `prepare`; each
+      record needs an `id`.
+    replace: require that each id exists, not that it is new.
+    ignore_missing: with `replace`, add the documents that do not exist.
+    skip_bad_records: leave out bad records, instead of failing at the first.
+    workers: processes that tokenise; None: one for each core.
+    progress: whether to show progress bars.
 
   Raises:
-    ValueError: it is damaged or of a newer format.
+    FileNotFoundError: a source, the workdir, or its index is missing.
+    ValueError: a record or an id is wrong, or no document would remain.
+    RuntimeError: another such command is running.
+    OSError: the disk is full; then nothing changes.
   """
-  path = folder / MANIFEST
-  if not path.is_file():
-    return _UNCHANGED
-  manifest = files.read_json(path)
-  if not isinstance(manifest, dict):
-    raise ValueError(f'{path} is damaged: it is not an object.')
-  version = manifest.get('format_version')
-  if isinstance(version, int) and version > FORMAT_VERSION:
-    raise ValueError(
-        f'{path} has format {version}, from a newer realm_jax; this one reads '
-        f'format {FORMAT_VERSION}. Install the newer version.'
+  with _locked(workdir) as documents:
+    source = records_lib.Records(
+        sources_lib.find(sources), skip_bad=skip_bad_records, need_ids=True
     )
-  found, said = files.manifest_digest(manifest), manifest.get('manifest_sha256')
-  if found != said:
-    raise ValueError(
-        f'{path} is damaged: its SHA-256 is {found}, it says {said}.'
+    ids = [record.id for record in source.check()]
+    gone, missing = _rows_of(documents, ids, ignore_missing or not replace)
+    if not replace and len(gone):
+      found = documents.corpus.record_rows(ids)
+      known = [i for i, rows in zip(ids, found, strict=True) if len(rows)]
+      raise ValueError(
+          f'{_listed(known)} there already; `realm-jax index update` replaces '
+          'documents.'
+      )
+    documents.newest()  # Fails before any work.
+    path = documents.folder / f'corpus-{documents.version + 1}'
+    base = documents.parts[0].corpus
+    prepare.prepare_more(
+        base, source, path, workers=workers, progress=progress
     )
-  return manifest
+    made = _part(documents, path)
+    _check_ids(documents, gone, made.corpus, ids)
+    command = 'update' if replace else 'add'
+    return _commit(
+        documents, command, gone, made, missing if replace else 0, progress
+    )
 
 
-def _read_removed(
-    folder: pathlib.Path, record: dict[str, Any] | None
-) -> np.ndarray:
-  if record is None:
-    return np.zeros(0, np.int64)
-  path = folder / record['file']
-  if not path.is_file():
-    raise FileNotFoundError(f'{folder} lacks the file {record["file"]}.')
-  found = files.sha256(path)
-  if found != record['sha256']:
-    raise ValueError(
-        f'{path} is damaged: its SHA-256 is {found}, {MANIFEST} says '
-        f'{record["sha256"]}.'
+update = functools.partial(add, replace=True)
+
+
+def delete(
+    workdir: Path, source: Path, *, ignore_missing: bool = False
+) -> Change:
+  """Removes documents: all passages of each id.
+
+  Args:
+    workdir: of a job that has an index.
+    source: JSON Lines of objects with an `id`, or a text with an id a line.
+    ignore_missing: skip ids that do not exist.
+
+  Raises: as `add`; ValueError also if no document would remain.
+  """
+  with _locked(workdir) as documents:
+    ids = records_lib.read_ids(pathlib.Path(source))
+    gone, missing = _rows_of(documents, ids, ignore_missing)
+    return _commit(documents, 'delete', gone, None, missing, progress=True)
+
+
+def compact(
+    workdir: Path, output: Path | None = None, *, progress: bool = True
+) -> Change | None:
+  """Writes the documents as one plain corpus with a generation of its own.
+
+  The corpus becomes the first part of the documents. Its generation is of the
+  newest parameters in the workdir; saved embeddings of these are copied.
+
+  Args:
+    workdir: of a job that has an index.
+    output: folder for the corpus; None: documents/corpus-V of the workdir.
+    progress: whether to show progress bars.
+
+  Returns:
+    The change; None if the documents are one plain, current corpus already.
+
+  Raises: as `add`, and FileExistsError if `output` exists.
+  """
+  with _locked(workdir) as documents, contextlib.ExitStack() as undo:
+    newest, removed = documents.newest(), documents.removed
+    trained = document_store.find(
+        documents.workdir / generation.DIRECTORY, documents.manifest['origin']
     )
-  return np.load(path, allow_pickle=False)
+    if trained and trained['step'] > newest['step']:
+      newest = trained  # Made since the last `compact`.
+    same = documents.find(newest['params_digest'])
+    plain = len(documents.parts) == 1 and not len(removed)
+    if plain and same is not None:
+      return None
+    path = documents.folder / f'corpus-{documents.version + 1}'
+    if output is not None:
+      path = pathlib.Path(output).absolute()
+    corpora = [part.corpus for part in documents.parts]
+    compaction.compact(overlay_lib.Overlay(corpora, removed), path, progress)
+    undo.callback(files.remove, path)
+    made = _part(documents, path)
+    start, size = time.perf_counter(), len(made.corpus.passages)
+    source: document_store.Index | components.Params
+    if same is not None:
+      source = documents.index(same)
+      embedded = source.embedded
+    else:
+      source, embedded = documents.load_params(newest), size
+    mips = documents.config.mips
+    _publish(documents, made, newest, source, mips, progress)
+    seconds = time.perf_counter() - start
+    names = _names(made)
+    if output is not None:
+      names['corpus'] = str(path)
+    version = _write(documents, [names], removed[:0], {'command': 'compact'})
+    undo.pop_all()
+  return Change(
+      version=version, step=newest['step'], added=0, removed=len(removed),
+      missing=0, embedded=embedded, seconds=seconds, live=size, output=path,
+  )
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[document_store.Documents]:
+  """Opens the documents for one command and removes what it leaves behind."""
+  workdir = pathlib.Path(workdir)
+  config = config_lib.resolve(config_lib.read(workdir))
+  with process.lock(
+      workdir / document_store.DIRECTORY, 'command that changes documents'
+  ):
+    documents = document_store.Documents.open(workdir, config)
+    # Also what `compact` superseded: a reader may have used it until now.
+    _sweep(documents.folder)
+    for part in documents.parts:
+      # Not index/, which is the builder's.
+      if part.index.parent == documents.folder and part.index.is_dir():
+        generation.remove_leftovers(part.index)
+    try:
+      yield documents
+    except BaseException:
+      _sweep(documents.folder)
+      raise
+
+
+def _sweep(folder: pathlib.Path) -> None:
+  """Deletes the files that do not belong to the current version."""
+  manifest = document_store.read_manifest(folder)
+  wanted = {part[name] for part in manifest['parts'] for name in part}
+  wanted.add(manifest['removed'] and manifest['removed']['file'])
+  for path in folder.iterdir():
+    if path.name in wanted or not _OURS.fullmatch(path.name):
+      continue
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink()
+
+
+def _listed(ids: Sequence[str]) -> str:
+  shown = ', '.join(map(repr, ids[:_MAX_LISTED]))
+  if len(ids) == 1:
+    return f'The document {shown} is'
+  more = len(ids) - _MAX_LISTED
+  return f'The documents {shown}{f" and {more} more" if more > 0 else ""} are'
+
+
+def _rows_of(
+    documents: document_store.Documents, ids: list[str], ignore_missing: bool
+) -> tuple[np.ndarray, int]:
+  """Returns the rows of documents, and the number of unknown ids."""
+  found = documents.corpus.record_rows(ids)
+  missing = [i for i, rows in zip(ids, found, strict=True) if not len(rows)]
+  if missing and not ignore_missing:
+    raise ValueError(
+        f'{_listed(missing)} not there; --ignore_missing accepts that.'
+    )
+  return np.concatenate([documents.removed[:0], *found]), len(missing)
+
+
+def _check_ids(
+    documents: document_store.Documents,
+    gone: np.ndarray,
+    made: corpus_lib.Corpus,
+    ids: list[str],
+) -> None:
+  """Refuses a part ID#1 of a long record whose id is another document's."""
+  hashes = np.load(made.directory / 'tables' / 'passage_ids.npy')
+  own = np.array([corpus_lib.id_hash(name) for name in ids], np.uint64)
+  names = [
+      made.passage_text(int(row))['id']
+      for row in np.flatnonzero(~np.isin(hashes, own))
+  ]
+  found = documents.corpus.record_rows(names)
+  for name, rows in zip(names, found, strict=True):
+    if not np.isin(rows, gone).all():
+      raise ValueError(
+          'A document that is longer than one passage becomes ID#0, ID#1 and '
+          f'so on, and another document already has the id {name!r}. Give the '
+          'record another id.'
+      )
+
+
+def _commit(
+    documents: document_store.Documents,
+    command: str,
+    gone: np.ndarray,
+    made: document_store.Part | None,
+    missing: int,
+    progress: bool,
+) -> Change:
+  """Saves the embeddings that are missing, then commits the next version."""
+  removed = np.union1d(documents.removed, gone)
+  parts, names = [*documents.parts], documents.manifest['parts']
+  if made is not None:
+    parts.append(made)
+    names = [*names, _names(made)]
+  rows = [len(part.corpus.passages) for part in parts]
+  live = sum(rows) - len(removed)
+  if not live:
+    raise ValueError(
+        f'Nothing would remain: all {sum(rows)} passages would be removed.'
+    )
+  newest, start = documents.newest(), time.perf_counter()
+  lacking = [p for p in parts[1:] if documents.table(p, newest) is None]
+  if lacking:
+    params = documents.load_params(newest)
+    # Additions have no ScaNN index of their own.
+    exact = dataclasses.replace(documents.config.mips, backend='exact')
+    for part in lacking:
+      _publish(documents, part, newest, params, exact, progress)
+  seconds = time.perf_counter() - start
+  added = 0 if made is None else rows[-1]
+  newly = len(removed) - len(documents.removed)
+  change = {'command': command, 'added': added, 'removed': newly}
+  version = _write(documents, names, removed, change)
+  # Embeddings for generations that the builder has deleted.
+  wanted = set(checkpoint.steps_in(parts[0].index))
+  for part in parts[1:]:
+    for step in set(checkpoint.steps_in(part.index)) - wanted:
+      files.remove(part.index / str(step))
+  many = sum(rows[1:]) + len(removed) > _MAX_CHANGES * rows[0]
+  return Change(
+      version=version, step=newest['step'], added=added, removed=newly,
+      missing=missing, embedded=sum(len(p.corpus.passages) for p in lacking),
+      seconds=seconds, live=live, compact=many or len(parts) > _MAX_PARTS,
+  )
+
+
+def _publish(
+    documents: document_store.Documents,
+    part: document_store.Part,
+    like: dict[str, Any],
+    source: document_store.Index | components.Params,
+    config: config_lib.MipsConfig,
+    progress: bool,
+) -> None:
+  """Writes a generation of a part, like that with a manifest.
+
+  Args:
+    documents: that the part belongs to.
+    part: the corpus, and the folder to write to.
+    like: manifest of the step and the parameters.
+    source: parameters to embed with, or an index whose live rows are copied.
+    config: of the backend to build.
+    progress: whether to show a progress bar.
+  """
+  embedder = documents.embedder(part)
+  lineage = documents.lineage(part, like['step'], like['params_digest'])
+  total = len(part.corpus.passages)
+  with (
+      generation.Writer(part.index, lineage, like['dtype']) as writer,
+      tqdm.tqdm(
+          total=total,
+          desc='embedding',
+          unit=' passages',
+          disable=None if progress else True,
+      ) as bar,
+  ):
+    for shard in range(-(-total // generation.ROWS_PER_SHARD)):
+      rows = writer.rows(shard)
+      if isinstance(source, document_store.Index):
+        writer.add(source.table[source.live_rows[rows]], shard)
+        bar.update(len(rows))
+      else:
+        writer.add(embedder(source, rows, bar.update), shard)
+    writer.add_backend(config, mesh_lib.make_mesh(config_lib.MeshConfig()))
+    writer.publish()
+
+
+def _part(
+    documents: document_store.Documents, corpus: pathlib.Path
+) -> document_store.Part:
+  """Returns the part of the next version that has a corpus."""
+  index = documents.folder / f'index-{documents.version + 1}'
+  return document_store.Part(corpus_lib.Corpus.open(corpus), index)
+
+
+def _names(part: document_store.Part) -> dict[str, str]:
+  return {
+      'corpus': part.corpus.directory.name,
+      'index': part.index.name,
+      'fingerprint': part.corpus.fingerprint,
+  }
+
+
+def _write(
+    documents: document_store.Documents,
+    parts: list[dict[str, Any]],
+    removed: np.ndarray,
+    change: dict[str, Any],
+) -> int:
+  """Commits the next version, of which all parts exist; returns it."""
+  folder, version = documents.folder, documents.version + 1
+  record = None
+  if len(removed):
+    path = folder / f'removed-{version}.npy'
+    with files.atomic_file(path, 'wb') as file:
+      np.save(file, removed, allow_pickle=False)
+    record = {
+        'file': path.name, 'rows': len(removed), 'sha256': files.sha256(path)
+    }
+  manifest = {
+      'format_version': document_store.FORMAT_VERSION,
+      'version': version,
+      'origin': documents.manifest['origin'],
+      'parts': parts,
+      'removed': record,
+      'change': {**change, 'time': time.time()},
+  }
+  manifest['manifest_sha256'] = files.manifest_digest(manifest)
+  files.write_json(folder / document_store.MANIFEST, manifest)
+  return version

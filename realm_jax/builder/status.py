@@ -14,12 +14,12 @@ import time
 from typing import Any
 
 from realm_jax import config as config_lib
-from realm_jax.builder import documents as documents_lib
+from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
-from realm_jax.runtime import process
+from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 
 _ALIVE_SECONDS = 15.0  # Age of a running builder's heartbeat, at most.
@@ -80,7 +80,7 @@ def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
       )
   if problems:
     yield Finding(workdir, '', problems)
-  if step is None and (workdir / documents_lib.DIRECTORY).exists():
+  if step is None and (workdir / document_store.DIRECTORY).exists():
     yield _verify_documents(workdir, config)
 
 
@@ -128,9 +128,9 @@ def _verify(
 def _verify_documents(
     workdir: pathlib.Path, config: config_lib.Config
 ) -> Finding:
-  path, problems = workdir / documents_lib.DIRECTORY, []
+  path, problems = workdir / document_store.DIRECTORY, []
   try:
-    documents = documents_lib.Documents.open(workdir, config)
+    documents = document_store.Documents.open(workdir, config)
   except (ValueError, OSError) as error:
     return Finding(path, '', [str(error)])
   for part in documents.parts:
@@ -189,7 +189,7 @@ def info(workdir: Path) -> dict[str, Any]:
         **{n: manifest[n] for n in ('width', 'dtype', 'mips', 'recall')},
         'build_seconds': round(manifest['seconds'], 1),
     }
-  heartbeat = process.read_heartbeat(directory)
+  heartbeat = heartbeat_lib.read(directory)
   if heartbeat is not None:
     heartbeat['age_seconds'] = round(now - heartbeat['time'], 1)
   return {
@@ -212,7 +212,7 @@ def partial_builds(directory: Path) -> dict[int, dict[str, Any]]:
   """
   found = {}
   for path in pathlib.Path(directory).glob(f'{generation.BUILDING}*'):
-    begun = shards.begun(path)
+    begun = shards.read_build_record(path)
     if begun is None:
       continue  # Just published or removed.
     made_from = begun['made_from']
