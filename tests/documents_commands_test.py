@@ -24,6 +24,7 @@ from realm_jax.evaluation import inspect
 from realm_jax.index import generation
 from realm_jax.interop import export
 from realm_jax.prepare import prepare
+from realm_jax.prepare import writer
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
@@ -153,7 +154,7 @@ def test_a_full_disk_changes_nothing(workdir, monkeypatch, where):
     raise OSError(28, 'No space left on device')
 
   module, name = {
-      'prepare': (prepare, '_write'),
+      'prepare': (writer.CorpusWriter, 'add'),
       'embed': (document_store.Documents, 'embedder'),
       'publish': (generation.Writer, 'publish'),
       'write': (documents, '_write'),

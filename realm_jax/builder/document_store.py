@@ -141,6 +141,11 @@ class Documents:
     """The embedder, without parameters."""
     return components.make('embedder', self.config.model)
 
+  def part(self, corpus: pathlib.Path) -> Part:
+    """Returns the part that the next version has of a corpus."""
+    index = self.folder / f'index-{self.version + 1}'
+    return Part(corpus_lib.Corpus.open(corpus), index)
+
   def about(self) -> dict[str, Any] | None:
     """Returns how results describe the changes; None before the first."""
     if not self.version:
@@ -224,22 +229,31 @@ class Documents:
   def table(
       self, part: Part, like: dict[str, Any]
   ) -> concatenated.Chained | None:
-    """Returns saved embeddings made like the generation with a manifest."""
-    expected = self.lineage(part, like['step'], like['params_digest'])
-    try:
-      found = generation_lib.load(part.index / str(like['step']), expected)
-    except FileNotFoundError:
+    """Returns the saved embeddings of `has_table`, if they are not damaged."""
+    if not self.has_table(part, like):
       return None
-    except ValueError as error:  # Damaged, or of other parameters.
+    path, expected = part.index / str(like['step']), self.lineage(part)
+    try:
+      return generation_lib.load(path, expected).embeddings
+    except ValueError as error:
       log.warning('Not used: %s', error)
       return None
-    same_dtype = found.manifest['dtype'] == like['dtype']
-    return found.embeddings if same_dtype else None
+
+  def has_table(self, part: Part, like: dict[str, Any]) -> bool:
+    """Whether a part has embeddings made like those with a manifest."""
+    try:
+      found = generation_lib.read_manifest(part.index / str(like['step']))
+    except (FileNotFoundError, generation_lib.Damaged):
+      return False
+    return all(found[name] == like[name] for name in ('params_digest', 'dtype'))
 
   def lineage(
-      self, part: Part, step: int, params_digest: str | None = None
+      self,
+      part: Part,
+      step: int | None = None,
+      params_digest: str | None = None,
   ) -> generation_lib.Lineage:
-    """Returns the expected lineage of a generation of a part."""
+    """Returns the lineage of a generation of a part; None: any."""
     return generation_lib.Lineage(
         step=step,
         params_digest=params_digest,
@@ -343,10 +357,8 @@ def find(
 ) -> dict[str, Any] | None:
   """Returns the manifest of the newest generation in a folder.
 
-  Args:
-    index: the folder.
-    fingerprint: of the corpus; None: any.
-    params_digest: of the embedder's parameters; None: any.
+  It has the given fingerprint of the corpus and digest of the parameters, where
+  these are not None.
   """
   for step in reversed(checkpoint.steps_in(index)):
     try:

@@ -105,7 +105,7 @@ def add(
     prepare.prepare_more(
         base, source, path, workers=workers, progress=progress
     )
-    made = _part(documents, path)
+    made = documents.part(path)
     _check_ids(documents, gone, made.corpus, ids)
     command = 'update' if replace else 'add'
     return _commit(
@@ -169,7 +169,7 @@ def compact(
     corpora = [part.corpus for part in documents.parts]
     compaction.compact(overlay_lib.Overlay(corpora, removed), path, progress)
     undo.callback(files.remove, path)
-    made = _part(documents, path)
+    made = documents.part(path)
     start, size = time.perf_counter(), len(made.corpus.passages)
     source: document_store.Index | components.Params
     if same is not None:
@@ -180,10 +180,8 @@ def compact(
     mips = documents.config.mips
     _publish(documents, made, newest, source, mips, progress)
     seconds = time.perf_counter() - start
-    names = _names(made)
-    if output is not None:
-      names['corpus'] = str(path)
-    version = _write(documents, [names], removed[:0], {'command': 'compact'})
+    change = {'command': 'compact'}
+    version = _write(documents, [_names(made)], removed[:0], change)
     undo.pop_all()
   return Change(
       version=version, step=newest['step'], added=0, removed=len(removed),
@@ -292,7 +290,7 @@ def _commit(
         f'Nothing would remain: all {sum(rows)} passages would be removed.'
     )
   newest, start = documents.newest(), time.perf_counter()
-  lacking = [p for p in parts[1:] if documents.table(p, newest) is None]
+  lacking = [p for p in parts[1:] if not documents.has_table(p, newest)]
   if lacking:
     params = documents.load_params(newest)
     # Additions have no ScaNN index of their own.
@@ -325,15 +323,9 @@ def _publish(
     config: config_lib.MipsConfig,
     progress: bool,
 ) -> None:
-  """Writes a generation of a part, like that with a manifest.
+  """Writes a generation of a part with the lineage of another manifest.
 
-  Args:
-    documents: that the part belongs to.
-    part: the corpus, and the folder to write to.
-    like: manifest of the step and the parameters.
-    source: parameters to embed with, or an index whose live rows are copied.
-    config: of the backend to build.
-    progress: whether to show a progress bar.
+  `source` has parameters to embed with, or an index whose live rows are copied.
   """
   embedder = documents.embedder(part)
   lineage = documents.lineage(part, like['step'], like['params_digest'])
@@ -358,18 +350,13 @@ def _publish(
     writer.publish()
 
 
-def _part(
-    documents: document_store.Documents, corpus: pathlib.Path
-) -> document_store.Part:
-  """Returns the part of the next version that has a corpus."""
-  index = documents.folder / f'index-{documents.version + 1}'
-  return document_store.Part(corpus_lib.Corpus.open(corpus), index)
-
-
 def _names(part: document_store.Part) -> dict[str, str]:
+  """Returns the entry of the manifest; `compact` may write elsewhere."""
+  corpus, index = part.corpus.directory, part.index
+  inside = corpus.parent == index.parent
   return {
-      'corpus': part.corpus.directory.name,
-      'index': part.index.name,
+      'corpus': corpus.name if inside else str(corpus),
+      'index': index.name,
       'fingerprint': part.corpus.fingerprint,
   }
 

@@ -103,13 +103,10 @@ def _chunk(
     numbers: dict[str, np.ndarray],
     first_article: int,
 ) -> passages_lib.Chunk:
-  """Returns passages, and sentences of these passages or of none.
+  """Returns passages by their rows, in order, and sentences by their numbers.
 
-  Args:
-    corpus: that all are from.
-    rows: of the passages, in order.
-    numbers: of the sentences of each split.
-    first_article: number that article 0 of the corpus gets.
+  The sentences are of these passages or of none. Article 0 becomes number
+  `first_article`.
   """
   table = corpus.passages
   tokens = [np.concatenate(table.title_and_body(row)) for row in rows]
