@@ -91,14 +91,8 @@ def add(
         sources_lib.find(sources), skip_bad=skip_bad_records, need_ids=True
     )
     ids = [record.id for record in source.check()]
-    gone, missing = _rows_of(documents, ids, ignore_missing or not replace)
-    if not replace and len(gone):
-      found = documents.corpus.record_rows(ids)
-      known = [i for i, rows in zip(ids, found, strict=True) if len(rows)]
-      raise ValueError(
-          f'{_listed(known)} there already; `realm-jax index update` replaces '
-          'documents.'
-      )
+    command = 'update' if replace else 'add'
+    gone, missing = _rows_of(documents, ids, command, ignore_missing)
     documents.newest()  # Fails before any work.
     path = documents.folder / f'corpus-{documents.version + 1}'
     base = documents.parts[0].corpus
@@ -107,10 +101,7 @@ def add(
     )
     made = documents.part(path)
     _check_ids(documents, gone, made.corpus, ids)
-    command = 'update' if replace else 'add'
-    return _commit(
-        documents, command, gone, made, missing if replace else 0, progress
-    )
+    return _commit(documents, command, gone, made, missing, progress)
 
 
 update = functools.partial(add, replace=True)
@@ -130,7 +121,7 @@ def delete(
   """
   with _locked(workdir) as documents:
     ids = records_lib.read_ids(pathlib.Path(source))
-    gone, missing = _rows_of(documents, ids, ignore_missing)
+    gone, missing = _rows_of(documents, ids, 'delete', ignore_missing)
     return _commit(documents, 'delete', gone, None, missing, progress=True)
 
 
@@ -225,25 +216,31 @@ def _sweep(folder: pathlib.Path) -> None:
       path.unlink()
 
 
-def _listed(ids: Sequence[str]) -> str:
-  shown = ', '.join(map(repr, ids[:_MAX_LISTED]))
-  if len(ids) == 1:
-    return f'The document {shown} is'
-  more = len(ids) - _MAX_LISTED
-  return f'The documents {shown}{f" and {more} more" if more > 0 else ""} are'
-
-
 def _rows_of(
-    documents: document_store.Documents, ids: list[str], ignore_missing: bool
+    documents: document_store.Documents,
+    ids: list[str],
+    command: str,
+    ignore_missing: bool,
 ) -> tuple[np.ndarray, int]:
-  """Returns the rows of documents, and the number of unknown ids."""
-  found = documents.corpus.record_rows(ids)
-  missing = [i for i, rows in zip(ids, found, strict=True) if not len(rows)]
-  if missing and not ignore_missing:
-    raise ValueError(
-        f'{_listed(missing)} not there; --ignore_missing accepts that.'
-    )
-  return np.concatenate([documents.removed[:0], *found]), len(missing)
+  """Returns the rows of documents, and the number of unknown ids.
+
+  Raises:
+    ValueError: `add` knows an id, or another command does not.
+  """
+  found, adds = documents.corpus.record_rows(ids), command == 'add'
+  wrong = [i for i, r in zip(ids, found, strict=True) if bool(len(r)) == adds]
+  if wrong and (adds or not ignore_missing):
+    shown = ', '.join(map(repr, wrong[:_MAX_LISTED]))
+    if len(wrong) > _MAX_LISTED:
+      shown += f' and {len(wrong) - _MAX_LISTED} more'
+    subject = f'document {shown} is'
+    if len(wrong) > 1:
+      subject = f'documents {shown} are'
+    problem = 'not there; --ignore_missing accepts that.'
+    if adds:
+      problem = 'there already; `realm-jax index update` replaces documents.'
+    raise ValueError(f'The {subject} {problem}')
+  return np.concatenate([documents.removed[:0], *found]), len(wrong)
 
 
 def _check_ids(
