@@ -207,13 +207,14 @@ class Documents:
     loaded = generation_lib.load(
         base.index / str(step), self.lineage(base, step)
     )
+    like = loaded.manifest
+    params = params or functools.cache(lambda: self.load_params(like))
     tables: list[concatenated.Rows] = [loaded.embeddings]
     embedded = 0
     for part in self.parts[1:]:
-      table: concatenated.Rows | None = self.table(part, loaded.manifest)
+      table: concatenated.Rows | None = self.table(part, like)
       if table is None:
-        given = params() if params else self.load_params(loaded.manifest)
-        table = self.embedder(part)(given).astype(loaded.embeddings.dtype)
+        table = self.embedder(part)(params()).astype(loaded.embeddings.dtype)
         embedded += len(part.corpus.passages)
       tables.append(table)
     if embedded:
@@ -235,7 +236,7 @@ class Documents:
     path, expected = part.index / str(like['step']), self.lineage(part)
     try:
       return generation_lib.load(path, expected).embeddings
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
       log.warning('Not used: %s', error)
       return None
 
