@@ -25,6 +25,7 @@ from typing import Any
 import commands
 
 from realm_jax.corpus import entities
+from realm_jax.evaluation import tagger as tagger_metrics
 from realm_jax.inference import tagging
 from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.runtime import files
@@ -130,7 +131,7 @@ def measure(
   sets['gmb'] = entities.read(str(held_out))
 
   def record(method: str, name: str, found: Entities, gold: Entities) -> None:
-    score = entities.score(gold, found)['any']
+    score = tagger_metrics.score(gold, found)['any']
     for what in ('precision', 'recall', 'f1'):
       value = round(getattr(score, what), 4)
       figures[f'{method}_{name}_{what}'] = value
@@ -153,7 +154,7 @@ def measure(
     for name, sentences in sets.items():
       found, rate = by_tagger(tagger, sentences)
       if name == 'gmb':
-        for kind, score in entities.score(gold[name], found).items():
+        for kind, score in tagger_metrics.score(gold[name], found).items():
           figures[f'{method}_{name}_{kind}_f1'] = round(score.f1, 4)
         # It comes last, when all is compiled.
         figures[f'{method}_wordpieces_per_second'] = round(rate)

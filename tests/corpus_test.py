@@ -15,11 +15,10 @@ import tensorflow_datasets as tfds
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.prepare import appending
 from realm_jax.prepare import prepare
 from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import salient_spans as salient_spans_lib
-from realm_jax.prepare import tf_example
+from realm_jax.prepare import tfds_files
 from realm_jax.prepare import writer
 
 _SPLITS = ('knowledge', 'validation')
@@ -217,7 +216,7 @@ def _contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def test_same_bytes_for_any_number_of_workers(tmp_path, articles, monkeypatch):
   monkeypatch.setattr(prepare, '_CHUNK_BYTES', 4000)
-  monkeypatch.setattr(appending, '_RECORDS_PER_SHARD', 100)
+  monkeypatch.setattr(tfds_files, '_RECORDS_PER_SHARD', 100)
   source = _write(tmp_path / 'articles.jsonl', articles)
   made = {}
   for workers in (1, 2, 4):
@@ -549,12 +548,12 @@ def test_records_are_encoded_as_tfds_does():
     expected = serializer.get_tf_example(
         features.encode_example(values)
     ).SerializeToString(deterministic=True)
-    found = tf_example.example(
-        tf_example.number_field('passage', [values['passage']])
-        + tf_example.number_field('span_limits', values['span_limits'])
-        + tf_example.number_field('span_starts', values['span_starts'])
-        + tf_example.text_field('text', values['text'])
-        + tf_example.text_field('title', values['title'])
+    found = tfds_files.example(
+        tfds_files.number_field('passage', [values['passage']])
+        + tfds_files.number_field('span_limits', values['span_limits'])
+        + tfds_files.number_field('span_starts', values['span_starts'])
+        + tfds_files.text_field('text', values['text'])
+        + tfds_files.text_field('title', values['title'])
     )
     assert found == expected
 

@@ -30,8 +30,7 @@ from realm_jax.evaluation import inspect
 from realm_jax.index import generation
 from realm_jax.index import scann
 from realm_jax.index import search as search_lib
-from realm_jax.interop import exporting
-from realm_jax.models import components
+from realm_jax.interop import export
 from realm_jax.prepare import compaction as data_compaction
 from realm_jax.prepare import prepare
 from realm_jax.qa import questions as questions_lib
@@ -39,6 +38,7 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.trainer import stages
 
 _LONG = ' '.join(
     f'In {1900 + i} the lamp of Bremen number {i} was lit by Ada Brown.'
@@ -67,7 +67,7 @@ def _params(config, seed):
           key: np.asarray(value) * (4 if key.endswith('kernel') else 1)
           for key, value in component.init(seed).items()
       }
-      for name, component in components.make_all(config).items()
+      for name, component in stages.components_of(config).items()
   }
 
 
@@ -829,7 +829,7 @@ def test_evaluate_inspect_and_export_see_the_documents(
   shown = {document.id for document in found.documents}
   assert {'a', 'b#0'} <= shown and gone not in shown
 
-  exporting.run(workdir, 'index', tmp_path / 'out')
+  export.run(workdir, 'index', tmp_path / 'out')
   lines = (tmp_path / 'out/ids.jsonl').read_text().splitlines()
   names = [json.loads(line) for line in lines]
   assert len(names) == live and {*names} == shown

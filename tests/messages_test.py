@@ -11,24 +11,24 @@ import training_test
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 
-# `realm-jax`, with a part beside each corpus that it begins to write, as a run
-# leaves it that was killed.
+# `realm-jax` with a chunk file next to each corpus that it starts to write, as
+# after a killed run.
 _AFTER_A_KILLED_RUN = """
 import json
 from realm_jax import main
-from realm_jax.prepare import chunk_files
+from realm_jax.prepare import workers
 
-kept = chunk_files.kept
+chunk_files = workers.chunk_files
 
-def after_a_killed_run(output, made_with):
+def after_a_killed_run(output, settings):
   directory = output.parent / f'.{output.name}.parts'
   directory.mkdir(parents=True)
-  about = json.dumps(made_with, indent=2, sort_keys=True)
-  (directory / 'made_with.json').write_text(about)
+  record = json.dumps(settings, indent=2, sort_keys=True)
+  (directory / 'made_with.json').write_text(record)
   (directory / 'f00d.part').touch()
-  return kept(output, made_with)
+  return chunk_files(output, settings)
 
-chunk_files.kept = after_a_killed_run
+workers.chunk_files = after_a_killed_run
 main.run()
 """
 
@@ -80,5 +80,5 @@ def test_an_interrupted_run_is_said_under_every_command(
       text=True,
       timeout=300,
   )
-  assert 'An interrupted run left 1 parts in ' in done.stderr, done.stderr
+  assert 'An interrupted run left 1 chunk files in ' in done.stderr, done.stderr
   assert done.returncode == 0, done.stderr

@@ -17,10 +17,9 @@ import pytest
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.corpus import word_cache
 from realm_jax.evaluation import corpus_stats
-from realm_jax.prepare import chunk_files as chunk_files_lib
 from realm_jax.prepare import passages
+from realm_jax.prepare import pipeline
 from realm_jax.prepare import prepare
 
 _SENTENCE = 'In {} somebody came to Rome with a friend of his. '
@@ -133,7 +132,7 @@ def test_parts_of_other_settings_are_discarded(tmp_path, made, tasks, caplog):
   number = len(list(parts.glob('*.part')))
   with caplog.at_level(logging.WARNING):
     short = _prepare(source, tmp_path / 'out', vocab=vocab, max_wordpieces=40)
-  assert f'The {number} parts of an interrupted run' in caplog.text
+  assert f'The {number} chunk files of an interrupted run' in caplog.text
   assert 'other settings' in caplog.text
   assert short.passages.lengths.max() <= 40
   assert len(tasks) == 15
@@ -186,12 +185,12 @@ def test_a_part_is_what_was_worked_out(tmp_path, monkeypatch):
   packer = passages.Packer(made.tokenizer, passages.Settings())
   found = prepare.records_lib.Records(prepare.sources_lib.find([str(source)]))
   assert len(list(found.check())) == 5
-  (task,) = prepare._tasks(found, True, 0.5)
+  (task,) = prepare._tasks(prepare._Input(found, True, 0.5))
   assert passages.Task.from_bytes(task.to_bytes()) == task
   chunk = packer(task)
   path = tmp_path / 'x.part'
-  chunk_files_lib.save(path, chunk)
-  again = chunk_files_lib.load(path)
+  pipeline.save(path, chunk)
+  again = pipeline.load(path)
   for name, value in vars(chunk).items():
     if isinstance(value, np.ndarray):
       np.testing.assert_array_equal(getattr(again, name), value)
@@ -200,7 +199,7 @@ def test_a_part_is_what_was_worked_out(tmp_path, monkeypatch):
       assert getattr(again, name) == value
   path.write_bytes(path.read_bytes().replace(b'Rome', b'Roma', 1))
   with pytest.raises(ValueError, match='damaged'):
-    chunk_files_lib.load(path)
+    pipeline.load(path)
 
 
 _VOCAB = [
@@ -224,10 +223,10 @@ _VOCAB = [
 )
 def test_remembered_words_are_cut_as_the_library_does(texts, lowercase):
   tokenizer = tokenizer_lib.Tokenizer(_VOCAB, lowercase)
-  memo = word_cache.WordMemo(tokenizer)
+  cached = tokenizer_lib.CachedTokenizer(tokenizer)
   for _ in range(2):  # Then from the table.
     for found, expected in zip(
-        memo(texts), tokenizer.encode_arrays(texts), strict=True
+        cached(texts), tokenizer.encode_arrays(texts), strict=True
     ):
       for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -235,12 +234,12 @@ def test_remembered_words_are_cut_as_the_library_does(texts, lowercase):
 
 
 def test_words_are_forgotten_when_there_are_too_many(monkeypatch):
-  monkeypatch.setattr(word_cache, '_MAX_CHARACTERS', 10)
+  monkeypatch.setattr(tokenizer_lib, '_MAX_CACHED_CHARACTERS', 10)
   tokenizer = tokenizer_lib.Tokenizer(_VOCAB)
-  memo = word_cache.WordMemo(tokenizer)
+  cached = tokenizer_lib.CachedTokenizer(tokenizer)
   for text in ('rome is', 'rome is caf s', 'rome', 'is rome'):
-    assert memo([text])[0][0].tolist() == tokenizer.encode(text)
-  assert memo._numbers.characters <= 10
+    assert cached([text])[0][0].tolist() == tokenizer.encode(text)
+  assert cached._numbers.characters <= 10
 
 
 @pytest.mark.parametrize('title', ['', '  ', 'x' * 5000])

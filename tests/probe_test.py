@@ -11,9 +11,9 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
-from realm_jax.models import components as components_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import probe as probe_lib
+from realm_jax.trainer import stages
 
 
 @pytest.fixture(scope='module')
@@ -21,13 +21,13 @@ def job(world):
   config = config_lib.resolve(training_test.make_config(world, 'realm'))
   corpus = corpus_lib.Corpus.open(world)
   config.model.vocab_size = corpus.tokenizer.vocab_size
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   return types.SimpleNamespace(
       config=config,
       corpus=corpus,
       components=components,
       mesh=mesh_lib.make_mesh(config.mesh),
-      questions=None,
+      stage=stages.load(config)(config, corpus),
   )
 
 

@@ -190,7 +190,7 @@ def test_a_wrong_record_is_named(tmp_path):
       (
           '{"question_text": "q", "document_text": "d", "annotations": null}',
           'natural_questions',
-          'is not as natural_questions has it',
+          'is not a record of natural_questions',
       ),
   ):
     (tmp_path / 'wrong.json').write_text(text)

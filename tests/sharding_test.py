@@ -4,6 +4,7 @@ Eight simulated devices; the reference is one device that computes the whole
 batch at once. Dropout is on: its noise must not depend on the division.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -14,11 +15,11 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.index import embedding
-from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import gradients
 from realm_jax.trainer import optimizer
+from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
 
 _ROWS, _VOCAB, _NULL = 16, 96, (2, 3, 3)
@@ -89,7 +90,17 @@ def _batch(config):
       'targets_BM': rng.integers(5, _VOCAB, (_ROWS, m)).astype(np.int32),
       'mask_BM': mask_BM,
   }
-  return {name: everything[name] for name in step_lib.input_names(config)}
+  batch = _stage(config).abstract_batch()
+  wanted = {
+      field.name: everything[field.name]
+      for field in dataclasses.fields(batch)
+      if getattr(batch, field.name) is not None
+  }
+  return type(batch)(**wanted)
+
+
+def _stage(config):
+  return stages.load(config)(config)
 
 
 @functools.cache
@@ -98,13 +109,14 @@ def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
   config = _config(objective)
   config.model.remat = remat
   mesh = _mesh(data, model)
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   params = {name: c.init(0) for name, c in components.items()}
   placed = mesh_lib.shardings(params, mesh, zero)
   rows = mesh_lib.over_batch(mesh)
   run = jax.jit(
       gradients.make_gradients(
-          step_lib.objective_of(config, components, _NULL),
+          _stage(config),
+          components,
           jax.tree.map(lambda x: x.spec, placed),
           mesh,
           accumulate,
@@ -168,7 +180,7 @@ def test_divided_is_the_same(objective, how):
 
 def test_whole_steps_are_the_same_and_compile_once():
   config = _config('ict')
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   tx = optimizer.make_optimizer(config, tuple(components))
   batch = _batch(config)
 
@@ -176,7 +188,7 @@ def test_whole_steps_are_the_same_and_compile_once():
     config.mesh.zero = zero
     traces = []
     step = step_lib.make_train_step(
-        config, components, tx, _NULL, mesh, lambda: traces.append(1)
+        _stage(config), components, tx, mesh, lambda: traces.append(1)
     )
     placed = step_lib.state_shardings(config, components, tx, mesh)
     params = {name: c.init(0) for name, c in components.items()}
@@ -190,7 +202,7 @@ def test_whole_steps_are_the_same_and_compile_once():
       state, metrics = step(state, mesh_lib.to_devices(mesh, batch))
     assert len(traces) == 1
     embed = embedding.Embedder(components['embedder'], mesh).queries
-    emb_BE = embed(state.params['embedder'], batch['query_ids_BQ'])
+    emb_BE = embed(state.params['embedder'], batch.query_ids_BQ)
     return state, jax.device_get((metrics, emb_BE)), placed
 
   one, (expected, expected_emb_BE), _ = train(_mesh(1, 1), False)
@@ -215,9 +227,10 @@ def test_whole_steps_are_the_same_and_compile_once():
 def test_bfloat16_leaves_weights_gradients_and_losses_in_float32():
   config = _config('realm')
   config.model.compute_dtype = 'bfloat16'
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   tx = optimizer.make_optimizer(config, tuple(components))
-  step = step_lib.make_train_step(config, components, tx, _NULL, _mesh(1, 1))
+  step = step_lib.make_train_step(
+        _stage(config), components, tx, _mesh(1, 1))
   traced = step.trace(step_lib.abstract_state(components, tx), _batch(config))
   state, metrics = traced.out_info
   kinds = {str(x.dtype) for x in jax.tree.leaves((state, metrics))}
@@ -229,14 +242,15 @@ def test_the_gradient_cache_needs_the_memory_of_one_part():
   def temporary_bytes(rows, accumulate):
     config = _config('ict')
     config.batch_size, config.accumulate = rows, accumulate
-    components = components_lib.make_all(config)
+    components = stages.components_of(config)
     tx = optimizer.make_optimizer(config, tuple(components))
     mesh = _mesh(1, 1)
-    step = step_lib.make_train_step(config, components, tx, _NULL, mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
-        for name, array in _batch(config).items()
-    }
+    step = step_lib.make_train_step(
+        _stage(config), components, tx, mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
+        _batch(config),
+    )
     state = step_lib.abstract_state(components, tx)
     compiled = step.lower(state, batch).compile(_QUICKLY)
     return compiled.memory_analysis().temp_size_in_bytes
@@ -274,7 +288,7 @@ def test_rules(name, shape, spec, zero_spec):
 
 def test_every_rule_is_of_use_and_optimizer_state_lies_as_its_parameter():
   config = _config('realm')
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   tx = optimizer.make_optimizer(config, tuple(components))
   placed = step_lib.state_shardings(config, components, tx, _mesh(4, 2))
   divided = {

@@ -11,8 +11,8 @@ from backports import zstd
 import pytest
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.prepare import datasets as datasets_lib
 from realm_jax.prepare import filters
-from realm_jax.prepare import mediawiki
 from realm_jax.prepare import prepare
 from realm_jax.prepare import records
 from realm_jax.prepare import sources
@@ -192,7 +192,7 @@ def test_a_dump_of_mediawiki(tmp_path):
 def test_markup_that_is_unbalanced_is_no_error():
   pytest.importorskip('mwparserfromhell')
   for text in ('[[File:x|[[y]]', '{{a|{{b}}', '<ref>x', '{| x', "'''''", ''):
-    assert isinstance(mediawiki.plain_text(text), str)
+    assert isinstance(datasets_lib.plain_text(text), str)
 
 
 def test_a_dataset_of_tfds_by_name(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_a_dataset_of_tfds_by_name(tmp_path, monkeypatch):
     assert (found.id, found.title, found.text) == ('a', 'T', _TEXT)
   again = _prepare('tfds:passages', tmp_path / 'again')
   assert again.fingerprint == made.fingerprint
-  with pytest.raises(ValueError, match="no split 'test'; there are train"):
+  with pytest.raises(ValueError, match="no split 'test'; the splits are train"):
     _read('tfds:passages:test')
   with pytest.raises(FileNotFoundError, match='tfds build wikipedia/x.en'):
     _read('tfds:wikipedia/x.en')
@@ -245,7 +245,7 @@ def test_a_dataset_of_hugging_face_by_name(tmp_path, monkeypatch):
     ]
   with pytest.raises(ValueError, match='Unknown split "test"'):
     _read(f'hf:{folder}::test')
-  with pytest.raises(FileNotFoundError, match='hf:no/such: there is no such'):
+  with pytest.raises(FileNotFoundError, match='hf:no/such: neither a folder'):
     _read('hf:no/such')
   with pytest.raises(ValueError, match='not of the form hf:NAME'):
     _read('hf:a:b:c:d')
@@ -277,7 +277,7 @@ def test_a_missing_package_is_named_with_the_command(
 
 def test_an_unknown_format_says_what_is_understood(tmp_path):
   (tmp_path / 'in.csv').write_text('a,b')
-  with pytest.raises(ValueError, match=r'(?s)in.csv does not say.*\*.jsonl'):
+  with pytest.raises(ValueError, match=r'(?s)in.csv does not tell.*\*.jsonl'):
     _read(tmp_path / 'in.csv')
   with pytest.raises(FileNotFoundError, match='(?s)no file to read.*tfds:NAME'):
     _read(tmp_path)
@@ -334,7 +334,7 @@ def test_filtered_articles_are_counted_by_reason(tmp_path):
   assert (counts['excluded_lists'], counts['excluded_indices']) == (2, 1)
   assert made.manifest['settings']['exclude'] == ['lists', 'indices']
   assert len(_prepare(source, tmp_path / 'all').passages) == 4
-  with pytest.raises(ValueError, match='exclude is .*stubs.*it can be lists'):
+  with pytest.raises(ValueError, match='exclude is .*stubs.* some of lists'):
     _prepare(source, tmp_path / 'no', exclude=['stubs'])
 
 
@@ -352,9 +352,7 @@ def _near(count: int) -> list[dict]:
 
 def test_near_duplicates_are_left_out(tmp_path, monkeypatch):
   pytest.importorskip('rensa')
-  from realm_jax.prepare import near_duplicates
-
-  monkeypatch.setattr(near_duplicates, '_BATCH_CHARACTERS', 5000)
+  monkeypatch.setattr(filters, '_BATCH_CHARACTERS', 5000)
   source = tmp_path / 'in.jsonl'
   items = [*_near(60), {'id': 'z', 'text': '...'}, {'id': 'y', 'text': '...'}]
   source.write_text('\n'.join(map(json.dumps, items)))

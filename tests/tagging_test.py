@@ -4,6 +4,7 @@ import itertools
 import json
 import lzma
 
+import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,12 +17,11 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.evaluation import tagger as tagger_metrics
 from realm_jax.inference import tagging
 from realm_jax.inference import trained as trained_lib
-from realm_jax.interop import exporting
+from realm_jax.interop import export
 from realm_jax.models import tagger as tagger_lib
-from realm_jax.prepare import respan
+from realm_jax.prepare import replace_spans
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files as files_lib
-from realm_jax.trainer import batches
 from realm_jax.trainer import loop
 
 _VOCAB = (
@@ -83,13 +83,13 @@ def test_conll_and_json_lines_give_the_same(tmp_path):
         ('a.conll', 'Ann PER\n', r"a.conll:1: the tag 'PER' is neither"),
         ('a.conll', b'\xff O\n', r'a.conll:1: not UTF-8'),
         ('a.conll', '\n', r'a.conll has no sentence'),
-        ('a.jsonl', '{"tokens": ["a"]', r'a.jsonl:1: not JSON'),
-        ('a.jsonl', '[1]', r'a.jsonl:1: not an object'),
+        ('a.jsonl', '{"tokens": ["a"]', r'a.jsonl:1: malformed JSON'),
+        ('a.jsonl', '[1]', r'a.jsonl:1: a JSON list; each line must'),
         ('a.jsonl', '\n{"tokens": ["a"]}', r'a.jsonl:2: "tags" must be a list'),
         (
             'a.jsonl',
             '{"tokens": ["a", "b"], "tags": ["O"]}',
-            '2 tokens and 1 tags',
+            r'a.jsonl:1: 2 tokens and 1 tags',
         ),
     ],
 )
@@ -181,12 +181,13 @@ def test_an_unknown_type_is_refused(tokenizer):
 def test_scores_by_hand():
   gold = [[('PER', 0, 2), ('LOC', 3, 4)], [('LOC', 0, 1)]]
   found = [[('PER', 0, 2), ('PER', 3, 4)], [('LOC', 0, 2)]]
-  scores = entities.score(gold, found)
+  score, Score = tagger_metrics.score, tagger_metrics.Score
+  scores = score(gold, found)
   assert scores['micro'].f1 == pytest.approx(1 / 3)
   assert scores['any'].precision == pytest.approx(2 / 3)
-  assert scores['PER'] == entities.Score(0.5, 1.0, pytest.approx(2 / 3), 1)
+  assert scores['PER'] == Score(0.5, 1.0, pytest.approx(2 / 3), 1)
   assert scores['LOC'].f1 == 0 and scores['LOC'].count == 2
-  assert entities.score([[]], [[]])['micro'] == entities.Score(0, 0, 0, 0)
+  assert score([[]], [[]])['micro'] == Score(0, 0, 0, 0)
 
 
 def test_scores_are_those_of_seqeval():
@@ -199,11 +200,11 @@ def test_scores_are_those_of_seqeval():
     for _ in range(40):
       # Any order: an I- behind an O begins an entity for seqeval, and here.
       raw = [tags[i] for i in rng.integers(len(tags), size=8)]
-      made.append(entities._iob2(raw, [''] * 8))
+      made.append(entities._iob2(raw))
     return made
 
   gold, found = draw(), draw()
-  ours = entities.score(
+  ours = tagger_metrics.score(
       *([entities.entities(t) for t in of_all] for of_all in (gold, found))
   )['micro']
   assert ours.precision == pytest.approx(metrics.precision_score(gold, found))
@@ -261,7 +262,7 @@ def files(world, tmp_path_factory):
   corpus = corpus_lib.Corpus.open(world)
   path = tmp_path_factory.mktemp('tagged') / 'train.jsonl'
   lines = []
-  for _, _, sentences in respan._read(corpus, 'pretraining'):
+  for _, _, sentences in replace_spans.read(corpus, 'pretraining'):
     for s in sentences:
       words, tags = s.text.split(' '), []
       position = 0
@@ -371,7 +372,7 @@ def test_a_corpus_is_tagged(world, workdir, tmp_path):
   assert after.passage_text(3) == before.passage_text(3)
   count = 0
   for split in before.sentences:
-    for rows, _, sentences in respan._read(after, split):
+    for rows, _, sentences in replace_spans.read(after, split):
       for row, s in zip(rows, sentences, strict=True):
         np.testing.assert_array_equal(
             s.ids, before.sentences[split].ids(row)
@@ -384,17 +385,17 @@ def test_a_corpus_is_tagged(world, workdir, tmp_path):
   assert count == sum(s['spans'] for s in manifest['splits'].values()) > 100
   # REALM masks what was found.
   config = training_test.make_config(output, 'realm', steps=1)
-  batch = next(batches.training_batches(after, config))
-  assert batch['mask_BM'].any(axis=1).all()
+  batch = next(helpers.batches(after, config))
+  assert batch.inputs.mask_BM.any(axis=1).all()
 
 
 def test_tagging_goes_on_where_it_was_killed(
     world, workdir, tmp_path, monkeypatch
 ):
   before = corpus_lib.Corpus.open(world)
-  monkeypatch.setattr(respan, '_SENTENCES', 64)
+  monkeypatch.setattr(replace_spans, '_BLOCK', 64)
   expected = tagging.tag_corpus(before, workdir, tmp_path / 'undisturbed')
-  original, calls = respan._save, []
+  original, calls = replace_spans._save, []
 
   def save(path, found):
     original(path, found)
@@ -403,7 +404,7 @@ def test_tagging_goes_on_where_it_was_killed(
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(respan, '_save', save)
+    patch.setattr(replace_spans, '_save', save)
     with pytest.raises(KeyboardInterrupt):
       tagging.tag_corpus(before, workdir, tmp_path / 'killed')
     assert not (tmp_path / 'killed').exists()
@@ -415,7 +416,7 @@ def test_tagging_goes_on_where_it_was_killed(
   assert not list(tmp_path.glob('.killed*'))
 
 
-class _Otherwise(respan.word_cache_lib.WordMemo):
+class _Otherwise(tokenizer_lib.CachedTokenizer):
   """Cuts sentences that have a word into other wordpieces."""
 
   word = ''
@@ -431,9 +432,9 @@ def test_an_odd_sentence_keeps_its_spans(
     world, workdir, tmp_path, monkeypatch
 ):
   before = corpus_lib.Corpus.open(world)
-  sentence = next(respan._read(before, 'pretraining'))[2][5]
+  sentence = next(replace_spans.read(before, 'pretraining'))[2][5]
   monkeypatch.setattr(_Otherwise, 'word', sentence.text)
-  monkeypatch.setattr(respan.word_cache_lib, 'WordMemo', _Otherwise)
+  monkeypatch.setattr(tokenizer_lib, 'CachedTokenizer', _Otherwise)
   tagging.tag_corpus(before, workdir, tmp_path / 'tagged')
   after = corpus_lib.Corpus.open(tmp_path / 'tagged')
   rows = [
@@ -471,11 +472,12 @@ def test_a_tagger_of_another_vocabulary_is_refused(workdir, tmp_path):
 
 def test_the_longer_span_stays():
   def span(start, limit):
-    return respan.Span(start, limit, 10 * start, 10 * limit)
+    return replace_spans.Span(start, limit, 10 * start, 10 * limit)
 
   names, kept = [span(0, 2), span(5, 6)], [span(1, 4), span(5, 6), span(7, 9)]
-  assert respan.longest(names, kept) == [span(1, 4), span(5, 6), span(7, 9)]
-  assert respan.longest([], []) == []
+  longest = replace_spans.longest
+  assert longest(names, kept) == [span(1, 4), span(5, 6), span(7, 9)]
+  assert longest([], []) == []
 
 
 # --------------------------------------------------------------------- export
@@ -484,7 +486,7 @@ def test_the_longer_span_stays():
 def test_it_is_exported_for_transformers(workdir, tmp_path):
   """Names, shapes and labels; benchmarks/huggingface_parity.py runs it."""
   safetensors = pytest.importorskip('safetensors.numpy')
-  exporting.run(workdir, 'huggingface', tmp_path / 'out')
+  export.run(workdir, 'huggingface', tmp_path / 'out')
   config = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert config['architectures'] == ['BertForTokenClassification']
   assert config['model_type'] == 'bert'

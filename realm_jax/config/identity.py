@@ -1,8 +1,4 @@
-"""Configurations as JSON, and what makes two of them the same.
-
-Public: `to_dict`, `from_dict`, `read`, `fields`, `identity`, `digest`,
-`differences`.
-"""
+"""Configurations as JSON, and what makes two of them the same."""
 
 import dataclasses
 import hashlib
@@ -74,6 +70,8 @@ def identity(config: schema.Config) -> dict[str, Any]:
     del values[name]
   for name in ('attention', 'remat'):
     del values['model'][name]
+  if not values['options']:  # Configs of older versions do not have it.
+    del values['options']
   values['model']['attention_dropout'] = schema.attention_rate(config.model)
   for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]

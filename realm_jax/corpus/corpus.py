@@ -24,7 +24,7 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 # candidates, and its articles were runs of records.
 FORMAT_VERSION = 2
 _READABLE = (1, 2)  # A reader refuses any other.
-_NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
+NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
 _IDS_AT_ONCE = 2**20  # Hashes of ids that are looked through.
 
 # Wordpieces: of one file, or of a corpus and of what was added to it.
@@ -52,7 +52,7 @@ class PassageTable:
   @functools.cached_property
   def lengths(self) -> np.ndarray:
     """int32 [N]: wordpieces with title, body, [CLS] and two [SEP]."""
-    return (np.diff(self.offsets) + _NUM_SPECIALS).astype(np.int32)
+    return (np.diff(self.offsets) + NUM_SPECIALS).astype(np.int32)
 
   def title_and_body(self, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the wordpieces of the title and of the body."""

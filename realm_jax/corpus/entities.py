@@ -1,37 +1,34 @@
-"""Sentences with named entities: files, wordpieces with labels, and the F1.
+"""Sentences with named entities: files, and wordpieces with labels.
 
-Public: `TaggedSentence`, `read`, `types_of`, `labels`, `TaggedTable`,
-`Wordpieces`, `tags_of_words`, `entities_of_words`, `capitals`, `entities`,
-`Score`, `score`. Tags are IOB2 inside:
-`B-PER` begins an entity, `I-PER` goes on with it. Labels are numbers: 0 for O,
-then B and I of each type.
+Tags are IOB2: `B-PER` begins an entity and `I-PER` continues it. Labels are
+numbers: 0 for O, then B and I of each type.
 
-Files are JSON Lines of {"tokens", "tags"} or CoNLL: a token a line, its tag in
-the last column, a blank line after a sentence; .gz, .xz, .bz2 and .zst, too.
-IO, IOB1, IOB2 and BIOES are understood.
+Files are JSON Lines of {"tokens", "tags"}, or CoNLL: a token on each line, its
+tag in the last column, a blank line after a sentence; both may be compressed.
+Tags in files may be IO, IOB1, IOB2 or BIOES.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import itertools
-import json
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.runtime import lines as lines_lib
 
-NO_LABEL = -1  # Of [CLS], [SEP], padding, and wordpieces inside a word.
-_DOCUMENT_START = '-DOCSTART-'  # A line of CoNLL 2003 that is no token.
+NO_LABEL = -1  # For [CLS], [SEP], padding, and wordpieces inside a word.
+_DOCUMENT_START = '-DOCSTART-'  # A line of CoNLL 2003 that is not a token.
 
-Entity = tuple[str, int, int]  # Type, first word, and the word behind it.
+Entity = tuple[str, int, int]  # Type, first word, last word + 1.
 
 
 @dataclasses.dataclass(frozen=True)
 class TaggedSentence:
-  """Words and, as many, their tags (IOB2)."""
+  """Words and their tags (IOB2)."""
 
   tokens: list[str]
   tags: list[str]
@@ -41,22 +38,24 @@ def read(sources: str) -> list[TaggedSentence]:
   """Reads files of tagged sentences, comma-separated.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: naming file and line, what is wrong and what was expected.
+    FileNotFoundError: a file does not exist.
+    ValueError: a line is wrong, with file and line, or a file has no sentence.
   """
   sentences = []
-  for source in sources.split(','):
-    path = pathlib.Path(source.strip())
+  for source in lines_lib.comma_separated(sources):
+    path = pathlib.Path(source)
     if not path.is_file():
       raise FileNotFoundError(f'There is no file of tagged sentences {path}.')
     json_lines = lines_lib.plain_name(path).endswith(('.jsonl', '.json'))
-    found = list(_read_json_lines(path) if json_lines else _read_conll(path))
+    found = list((_read_json_lines if json_lines else _read_conll)(path))
     if not found:
       raise ValueError(
-          f'{path} has no sentence. Expected are JSON Lines of {{"tokens",'
+          f'{path} has no sentence. It must be JSON Lines of {{"tokens",'
           ' "tags"}, or CoNLL: a token and its tag on each line.'
       )
     sentences += found
+  if not sentences:
+    raise FileNotFoundError('No file of tagged sentences is given.')
   return sentences
 
 
@@ -64,82 +63,80 @@ def _read_json_lines(path: pathlib.Path) -> Iterator[TaggedSentence]:
   for number, line in enumerate(lines_lib.lines(path), start=1):
     if not line.strip():
       continue
-    where = f'{path}:{number}'
     try:
-      record = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-      raise ValueError(f'{where}: not JSON ({error}).') from None
-    if not isinstance(record, dict):
-      raise ValueError(f'{where}: not an object of "tokens" and "tags".')
-    columns = []
-    for field in ('tokens', 'tags'):
-      column = record.get(field)
-      if not isinstance(column, list) or not all(
-          isinstance(word, str) for word in column
-      ):
-        raise ValueError(f'{where}: "{field}" must be a list of strings.')
-      columns.append(column)
-    tokens, tags = columns
-    if len(tokens) != len(tags):
-      raise ValueError(
-          f'{where}: there are {len(tokens)} tokens and {len(tags)} tags.'
-      )
+      tokens, tags = _columns(lines_lib.json_object(line))
+    except ValueError as error:
+      raise ValueError(f'{path}:{number}: {error}.') from None
     if tokens:
-      yield TaggedSentence(tokens, _iob2(tags, [where] * len(tags)))
+      yield TaggedSentence(tokens, _iob2(tags))
+
+
+def _columns(record: dict[str, Any]) -> tuple[list[str], list[str]]:
+  """Returns the tokens and tags of a JSON record; a ValueError says why not."""
+  for field in ('tokens', 'tags'):
+    column = record.get(field)
+    if not isinstance(column, list) or not all(
+        isinstance(word, str) for word in column
+    ):
+      raise ValueError(f'"{field}" must be a list of strings')
+  tokens, tags = record['tokens'], record['tags']
+  if len(tokens) != len(tags):
+    raise ValueError(f'{len(tokens)} tokens and {len(tags)} tags')
+  for tag in tags:
+    _check_tag(tag)
+  return tokens, tags
 
 
 def _read_conll(path: pathlib.Path) -> Iterator[TaggedSentence]:
   tokens: list[str] = []
   tags: list[str] = []
-  places: list[str] = []
   for number, line in enumerate((*lines_lib.lines(path), b''), start=1):
-    where = f'{path}:{number}'
     try:
-      columns = line.decode('utf-8').split()
-    except UnicodeDecodeError as error:
-      raise ValueError(f'{where}: not UTF-8 ({error.reason}).') from None
-    if not columns:
-      if tokens:
-        yield TaggedSentence(tokens, _iob2(tags, places))
-      tokens, tags, places = [], [], []
-    elif columns[0] == _DOCUMENT_START:
-      continue
-    elif len(columns) < 2:
-      raise ValueError(
-          f'{where}: one column, {columns[0]!r}; expected are a token and, in'
-          ' the last column, its tag.'
-      )
-    else:
-      tokens.append(columns[0])
-      tags.append(columns[-1])
-      places.append(where)
+      columns = lines_lib.decoded(line).split()
+      if not columns:
+        if tokens:
+          yield TaggedSentence(tokens, _iob2(tags))
+        tokens, tags = [], []
+      elif columns[0] != _DOCUMENT_START:
+        if len(columns) < 2:
+          raise ValueError(
+              f'one column, {columns[0]!r}; a line must have a token and, in'
+              ' the last column, its tag'
+          )
+        _check_tag(columns[-1])
+        tokens.append(columns[0])
+        tags.append(columns[-1])
+    except ValueError as error:
+      raise ValueError(f'{path}:{number}: {error}.') from None
 
 
-def _iob2(tags: Sequence[str], places: Sequence[str]) -> list[str]:
-  """Rewrites IO, IOB1, IOB2 and BIOES, by the rules of seqeval."""
+def _check_tag(tag: str) -> None:
+  prefix, _, kind = tag.partition('-')
+  if tag != 'O' and (prefix not in 'BIESLU' or len(prefix) != 1 or not kind):
+    raise ValueError(
+        f'the tag {tag!r} is neither O nor one of B-, I-, E-, S- and a type,'
+        ' such as B-PER'
+    )
+
+
+def _iob2(tags: Sequence[str]) -> list[str]:
+  """Converts IO, IOB1, IOB2 and BIOES, by the rules of seqeval."""
   written = []
-  before, open_type = 'O', ''  # Prefix of the last tag, and its type.
-  for tag, where in zip(tags, places, strict=True):
+  before, open_type = 'O', ''  # Prefix and type of the previous tag.
+  for tag in tags:
     prefix, _, kind = tag.partition('-')
-    if tag != 'O' and (prefix not in 'BIESLU' or len(prefix) != 1 or not kind):
-      raise ValueError(
-          f'{where}: the tag {tag!r} is neither O nor one of B-, I-, E-, S-'
-          ' and a type, such as B-PER.'
-      )
     if tag == 'O':
       written.append('O')
-      before, open_type = 'O', ''
-      continue
-    begins = (
-        prefix in 'BSU' or before in 'OESLU' or open_type != kind
-    )
-    written.append(f'B-{kind}' if begins else f'I-{kind}')
+    elif prefix in 'BSU' or before in 'OESLU' or open_type != kind:
+      written.append(f'B-{kind}')
+    else:
+      written.append(f'I-{kind}')
     before, open_type = prefix, kind
   return written
 
 
 def types_of(sentences: Iterable[TaggedSentence]) -> tuple[str, ...]:
-  """Returns the types of entities that occur, in alphabetical order."""
+  """Returns the entity types that occur, in alphabetical order."""
   found = {
       tag[2:] for sentence in sentences for tag in sentence.tags if tag != 'O'
   }
@@ -147,26 +144,26 @@ def types_of(sentences: Iterable[TaggedSentence]) -> tuple[str, ...]:
 
 
 def labels(types: Sequence[str]) -> list[str]:
-  """Returns the tag that each label stands for."""
+  """Returns the tag of each label."""
   return ['O', *(f'{prefix}-{kind}' for kind in types for prefix in 'BI')]
 
 
 @dataclasses.dataclass(frozen=True)
 class TaggedTable:
-  """Sentences as wordpieces; a long one takes several rows.
+  """Sentences as wordpieces; a long sentence takes several rows.
 
-  Every wordpiece that begins a word has a label, where BERT's words are meant:
-  the token 'U.S.' is four of them. The tags of a token go on over all of its
-  words, so that no tokens are needed where the tagger is used. A token without
-  wordpieces, such as a control character, has no place here.
+  Every wordpiece that begins a word of BERT has a label; the token 'U.S.' is
+  four words. The tag of a token continues over all of its words, so the tagger
+  can be used on text without tokens. A token without wordpieces, such as a
+  control character, is not represented.
 
   ids_NL: int32, `[CLS] words [SEP]`, padded.
   types_NL: int32, segment 1 where the word has a capital letter.
-  begins_NL: bool, the wordpieces that begin a word.
-  labels_NL: int32, of these; NO_LABEL elsewhere, or where tags are not given.
+  begins_NL: bool, whether a wordpiece begins a word.
+  labels_NL: int32 where `begins_NL`; NO_LABEL elsewhere and without tags.
   sentences_N: the sentence of each row.
-  words_NL: int32, the token of that sentence at its first wordpiece, else -1.
-  digest: SHA-256 over the sentences, and how they are labelled.
+  words_NL: int32, the token's number at its first wordpiece, else -1.
+  digest: SHA-256 of the sentences and of the labels' meaning.
   """
 
   ids_NL: np.ndarray
@@ -192,19 +189,19 @@ class TaggedTable:
 
     Args:
       sentences: at least one.
-      types: of entities; an entity of another type is an error. None: the tags
-        are not looked at.
-      length: L. A longer sentence is continued in the next row; a token longer
-        than that is cut.
+      types: entity types, which are all that may occur. None: the tags are
+        ignored.
+      length: L. A longer sentence continues in the next row; a longer token is
+        cut.
       tokenizer: of the corpus.
 
     Raises:
-      ValueError: for an entity of another type.
+      ValueError: an entity has another type.
     """
     number = None
     if types is not None:
       number = {tag: i for i, tag in enumerate(labels(types))}
-    words = _Words(tokenizer)
+    words = _EncodedWords(tokenizer)
     digest = hashlib.sha256(repr((types, length)).encode())
     for sentence in sentences:
       digest.update(repr((sentence.tokens, sentence.tags)).encode())
@@ -223,7 +220,7 @@ class TaggedTable:
       tokenizer: tokenizer_lib.Tokenizer,
       digest: str = '',
   ) -> 'TaggedTable':
-    """Puts sentences that are wordpieces already into rows."""
+    """Arranges sentences that are already wordpieces in rows."""
     of_row, starts, limits = [], [], []
     for i, sentence in enumerate(sentences):
       for start, limit in _rows(sentence.words, length - 2):
@@ -232,7 +229,7 @@ class TaggedTable:
         limits.append(limit)
     sentences_N = np.array(of_row, np.int64)
     sizes_N = np.array(limits, np.int64) - np.array(starts, np.int64)
-    # Of each wordpiece: its row, its place there, and that in all sentences.
+    # The row of each wordpiece, and its position there and in all sentences.
     first = np.cumsum([0, *(len(s.ids) for s in sentences)])
     row = np.repeat(np.arange(len(of_row)), sizes_N)
     before_N = np.cumsum(sizes_N) - sizes_N
@@ -262,7 +259,7 @@ class TaggedTable:
 
 @dataclasses.dataclass(frozen=True)
 class Wordpieces:
-  """The wordpieces of a sentence, and of each:
+  """The wordpieces of a sentence, and for each of them:
 
   capitals: whether its word begins with a capital letter.
   begins: whether it begins a word.
@@ -284,7 +281,7 @@ class Wordpieces:
       starts: np.ndarray,
       begins: np.ndarray,
   ) -> 'Wordpieces':
-    """Of running text, where every word is a token; without labels."""
+    """Makes unlabelled wordpieces of plain text, whose words are tokens."""
     return cls(
         ids,
         capitals(text, starts, begins),
@@ -297,16 +294,15 @@ class Wordpieces:
 def entities_of_words(
     table: TaggedTable, labels_NL: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the entities that labels are of, of whatever type.
+  """Returns the entities of labels, of any type.
 
   Args:
-    table: of the sentences.
-    labels_NL: of its wordpieces, as `models.tagger.decode` has them: an I- goes
-      on with what comes before it.
+    table: the sentences.
+    labels_NL: as `models.tagger.decode` gives them: an I- continues the word
+      before.
 
   Returns:
-    Of each entity, in order: its sentence, its first word, and the word behind
-    it.
+    For each entity, in order: its sentence, first word, and last word + 1.
   """
   begins_NL = table.words_NL >= 0
   words, found = table.words_NL[begins_NL], labels_NL[begins_NL]
@@ -327,21 +323,21 @@ def tags_of_words(
   """Returns the tags (IOB2) of the tokens of each sentence.
 
   Args:
-    table: of the sentences.
-    labels_NL: of its wordpieces; that of a token's first is the token's.
-    types: that the labels are of.
-    counts: tokens of each sentence. One without a wordpiece is O.
+    table: the sentences.
+    labels_NL: a token has the label of its first wordpiece.
+    types: entity types of the labels.
+    counts: number of tokens of each sentence. Tokens without wordpieces are O.
   """
   tag = labels(types)
   found = [['O'] * count for count in counts]
   for row, place in zip(*np.nonzero(table.words_NL >= 0), strict=True):
     sentence, word = table.sentences_N[row], table.words_NL[row, place]
     found[sentence][word] = tag[labels_NL[row, place]]
-  return [_iob2(tags, [''] * len(tags)) for tags in found]
+  return [_iob2(tags) for tags in found]
 
 
-class _Words(dict):
-  """Of each token: its wordpieces, capitals and beginnings of words."""
+class _EncodedWords(dict):
+  """Wordpieces, capitals and word beginnings of each token, cached."""
 
   def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
     super().__init__()
@@ -356,9 +352,11 @@ class _Words(dict):
 
 
 def _wordpieces(
-    sentence: TaggedSentence, number: dict[str, int] | None, words: _Words
+    sentence: TaggedSentence,
+    number: dict[str, int] | None,
+    words: _EncodedWords,
 ) -> Wordpieces:
-  """Returns the wordpieces of all tokens that have one."""
+  """Returns the wordpieces of a sentence; `number` maps tags to labels."""
   parts: list[tuple[np.ndarray, ...]] = [
       (np.zeros(0, np.int64),) * len(dataclasses.fields(Wordpieces))
   ]
@@ -367,8 +365,8 @@ def _wordpieces(
   ):
     if number is not None and tag not in number:
       raise ValueError(
-          f'The tag {tag!r} of the token {text!r} is of no type that is known:'
-          f' these are {sorted({tag[2:] for tag in number} - {""})}.'
+          f'The tag {tag!r} of the token {text!r} is of an unknown type; the'
+          f' types are {sorted({tag[2:] for tag in number} - {""})}.'
       )
     ids, upper, begins = words[text]
     if not len(ids):
@@ -385,13 +383,15 @@ def _wordpieces(
 
 
 def _rows(words: np.ndarray, room: int) -> Iterator[tuple[int, int]]:
-  """Yields where a sentence is cut: before tokens; a longer one loses its end.
+  """Yields the ranges of a sentence for each row.
+
+  A sentence is cut before tokens; a token longer than a row loses its end.
 
   Args:
     words: see `Wordpieces`.
     room: wordpieces of a row.
   """
-  if len(words) <= room:  # Nearly all are.
+  if len(words) <= room:  # The usual case.
     if len(words):
       yield 0, len(words)
     return
@@ -413,15 +413,12 @@ def _rows(words: np.ndarray, room: int) -> Iterator[tuple[int, int]]:
 def capitals(
     text: str, starts: np.ndarray, begins: np.ndarray
 ) -> np.ndarray:
-  """Tells of each wordpiece whether its word begins with a capital letter.
+  """Returns bool: whether the word of each wordpiece begins with a capital.
 
   Args:
-    text: that was encoded.
+    text: the encoded text.
     starts: the UTF-8 byte at which each wordpiece begins.
     begins: whether it begins a word.
-
-  Returns:
-    bool, as many.
   """
   characters = starts
   if not text.isascii():
@@ -442,51 +439,3 @@ def entities(tags: Sequence[str]) -> list[Entity]:
       kind, start, _ = found[-1]
       found[-1] = (kind, start, i + 1)
   return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-  """Precision, recall and F1 over entities; `count` is that of the gold."""
-
-  precision: float
-  recall: float
-  f1: float
-  count: int
-
-
-def score(
-    gold: Sequence[Sequence[Entity]], predicted: Sequence[Sequence[Entity]]
-) -> dict[str, Score]:
-  """Compares the entities of sentences, as seqeval does (Nakayama 2018).
-
-  An entity is right if type, first and last word are.
-
-  Args:
-    gold: of each sentence.
-    predicted: of the same sentences.
-
-  Returns:
-    By type; as `micro`, all types together; as `any`, of whatever type, so
-    that only first and last word count. Where nothing is there to be found or
-    was found, the share is 0.
-  """
-  true = {(i, e) for i, of_one in enumerate(gold) for e in of_one}
-  found = {(i, e) for i, of_one in enumerate(predicted) for e in of_one}
-  scores = {'micro': _score(true, found)}
-  scores['any'] = _score(
-      {(i, e[1:]) for i, e in true}, {(i, e[1:]) for i, e in found}
-  )
-  for kind in sorted({e[0] for _, e in true | found}):
-    scores[kind] = _score(
-        {x for x in true if x[1][0] == kind},
-        {x for x in found if x[1][0] == kind},
-    )
-  return scores
-
-
-def _score(true: set, found: set) -> Score:
-  right = len(true & found)
-  precision = right / len(found) if found else 0.0
-  recall = right / len(true) if true else 0.0
-  f1 = 2 * right / (len(true) + len(found)) if true or found else 0.0
-  return Score(precision, recall, f1, len(true))

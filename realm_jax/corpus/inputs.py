@@ -1,9 +1,6 @@
 """What the models read: rows of wordpieces with [CLS] and [SEP], in numpy.
 
-Public: `assemble_documents`, `assemble_joint`, `body_bounds`,
-`assemble_queries`, `with_candidates`, `encode_queries`, `NULL_DOCUMENT`,
-`Batch`. Whole batches at a time, from the tables of a corpus and from nowhere
-else.
+Whole batches at a time, from the tables of a corpus and from nowhere else.
 """
 
 import dataclasses
@@ -11,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
-Batch = dict[str, np.ndarray]
-
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
+NULL_TYPES = (0, 0, 1)  # The segments of `null_document`.
 
 
 def assemble_documents(
@@ -134,40 +129,9 @@ def assemble_queries(
   return ids, np.minimum(pieces.lengths + 2, length).astype(np.int32)
 
 
-def with_candidates(
-    batch: Batch,
-    retrieved: np.ndarray,
-    corpus: corpus_lib.Corpus,
-    lengths: config_lib.LengthsConfig,
-) -> Batch:
-  """Adds the candidates' texts to a `realm` batch.
-
-  Args:
-    batch: of `training_batches`.
-    retrieved: passage rows from the search, [B, J].
-    corpus: the opened corpus.
-    lengths: static shapes.
-
-  Returns:
-    The batch with doc_ids_BJS and doc_types_BJS of the retrieved documents,
-    joint_ids_BKT and joint_types_BKT of all candidates (candidate 0 is the null
-    document), without exclude_BR2.
-  """
-  null = np.full((len(retrieved), 1), NULL_DOCUMENT, np.int64)
-  candidates = np.concatenate([null, retrieved], axis=1)
-  batch = {name: x for name, x in batch.items() if name != 'exclude_BR2'}
-  batch['doc_ids_BJS'], batch['doc_types_BJS'] = assemble_documents(
-      corpus.passages, retrieved, lengths.document, corpus.tokenizer
-  )
-  batch['joint_ids_BKT'], batch['joint_types_BKT'] = assemble_joint(
-      corpus.passages,
-      candidates,
-      batch['query_ids_BQ'],
-      batch['query_lengths_B'],
-      lengths.joint,
-      corpus.tokenizer,
-  )
-  return batch
+def null_document(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int, int]:
+  """Returns the ids of the document without title and body."""
+  return tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
 
 
 def encode_queries(

@@ -1,15 +1,13 @@
-"""WordPiece with the conventions of BERT (uncased), and byte offsets.
+"""WordPiece with the conventions of BERT, and offsets in UTF-8 bytes.
 
-Public: `Tokenizer`, `byte_positions`. The work is done by the `tokenizers`
-library; what is added here are checks of the vocabulary, a digest, training
-that gives the same result every time, and offsets in UTF-8 bytes.
+The `tokenizers` library does the work. This module adds checks of the
+vocabulary, a digest, reproducible training, byte offsets, and a cache of words.
 """
 
 import collections
 from collections.abc import Iterable, Sequence
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -22,31 +20,50 @@ from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 from tokenizers import trainers
 
-# In this order: a trained vocabulary has them at 0 to 4. [PAD] must be 0
-# everywhere, since a wordpiece is padding if and only if its id is 0.
+from realm_jax.runtime import files
+
+# A trained vocabulary has these ids 0 to 4, in this order. [PAD] must be 0 in
+# every vocabulary, as id 0 means padding everywhere.
 _SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
-_MAX_WORD_CHARACTERS = 100  # BERT's: a longer word is [UNK].
-_MAX_ALPHABET = 1000  # Of a trained vocabulary; BERT's has about as many.
-_FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
+_MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
+_MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
+FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
+
+# Wordpieces never cross these characters.
+_SPACES = ' \t\n\r'
+_MARKS = ''.join(
+    chr(c) for c in range(33, 127) if not chr(c).isalnum()
+)  # BERT's ASCII punctuation, which includes '$' and '^'.
+_WORD = re.compile(
+    rf'[^{_SPACES}{re.escape(_MARKS)}]+|[{re.escape(_MARKS)}]'
+)
+_SPACE_CLASS, _WORD_CLASS, _MARK_CLASS = range(3)
+# Bound for the cache. The English Wikipedia has about a million distinct words,
+# most of which occur once; this holds a quarter of them.
+_MAX_CACHED_CHARACTERS = 1 << 21
+
+# uint32 ids, and int64 starts and limits in bytes.
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Tokenizer:
-  """A WordPiece vocabulary and the BERT rules that cut text into it.
+  """A WordPiece vocabulary with BERT's rules for words.
 
-  Special tokens are never made from text: a literal '[SEP]' in a corpus is
-  three wordpieces.
+  Text never gives special tokens: a literal '[SEP]' in a corpus is three
+  wordpieces.
   """
 
   def __init__(self, vocab: Sequence[str], lowercase: bool = True):
-    """Takes the wordpieces in the order of their ids.
+    """Makes a tokenizer from a vocabulary.
 
     Args:
-      vocab: wordpieces; those inside a word start with '##'.
-      lowercase: whether text is lower-cased and its accents are removed.
+      vocab: wordpieces in the order of their ids; those inside a word start
+        with '##'.
+      lowercase: whether to lower-case text and remove accents.
 
     Raises:
-      ValueError: if a wordpiece is empty or occurs twice, or one of [PAD] (at
-        id 0), [UNK], [CLS], [SEP], [MASK] is missing.
+      ValueError: a wordpiece is empty or occurs twice, or one of [PAD] (at id
+        0), [UNK], [CLS], [SEP], [MASK] is missing.
     """
     vocab = list(vocab)
     ids: dict[str, int] = {}
@@ -67,8 +84,8 @@ class Tokenizer:
       )
     if ids['[PAD]'] != 0:
       raise ValueError(
-          f'The vocabulary has [PAD] at id {ids["[PAD]"]}; it must be at 0 '
-          '(the first line), where BERT has it.'
+          f'The vocabulary has [PAD] at id {ids["[PAD]"]}; it must be at 0,'
+          ' the first line, as in BERT.'
       )
     self.vocab = vocab
     self.lowercase = lowercase
@@ -91,11 +108,11 @@ class Tokenizer:
   def from_vocab(
       cls, path: str | os.PathLike[str], lowercase: bool = True
   ) -> 'Tokenizer':
-    """Reads a vocab.txt: a wordpiece a line, UTF-8, LF or CRLF.
+    """Reads a vocab.txt: a wordpiece on each line, UTF-8, LF or CRLF.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is not UTF-8 or not a usable vocabulary.
+      FileNotFoundError: the file does not exist.
+      ValueError: it is not UTF-8 or not a valid vocabulary.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -106,7 +123,7 @@ class Tokenizer:
     except UnicodeDecodeError as error:
       line = data[: error.start].count(b'\n') + 1
       raise ValueError(f'{path}:{line}: not UTF-8 ({error.reason}).') from None
-    # Not splitlines(): wordpieces may hold U+2028 and the like.
+    # Not splitlines(): wordpieces may contain U+2028 and similar characters.
     lines = text.split('\n')
     if lines[-1] == '':
       lines.pop()
@@ -117,14 +134,14 @@ class Tokenizer:
 
   @classmethod
   def from_source(cls, name: str) -> 'Tokenizer':
-    """Takes a vocab.txt, a tokenizer's folder, or a model id of the hub.
+    """Reads a vocab.txt, the folder of a tokenizer, or a model of the hub.
 
-    A folder holds vocab.txt or tokenizer.json (of a WordPiece model). Whether
-    to lower-case is read from the folder, and is true where nothing says so.
+    A folder has a vocab.txt, or a tokenizer.json of a WordPiece model. Text is
+    lower-cased unless the folder says otherwise.
 
     Raises:
-      FileNotFoundError: if there is nothing of that name here or on the hub.
-      ValueError: if what is there is not a WordPiece vocabulary.
+      FileNotFoundError: nothing has that name, here or on the hub.
+      ValueError: it is not a WordPiece vocabulary.
     """
     path = pathlib.Path(name)
     if path.is_file() and path.suffix != '.json':
@@ -139,7 +156,7 @@ class Tokenizer:
     lowercase = True
     settings = folder / 'tokenizer_config.json'
     if settings.is_file():
-      lowercase = bool(_read_json(settings).get('do_lower_case', True))
+      lowercase = bool(_json_object(settings).get('do_lower_case', True))
     if path.is_dir() and (folder / 'vocab.txt').is_file():
       return cls.from_vocab(folder / 'vocab.txt', lowercase)
     file = folder / 'tokenizer.json' if path.is_dir() else path
@@ -147,14 +164,14 @@ class Tokenizer:
       raise FileNotFoundError(
           f'The folder {folder} has neither vocab.txt nor tokenizer.json.'
       )
-    values = _read_json(file)
+    values = _json_object(file)
     model = values.get('model') or {}
     if model.get('type', 'WordPiece') != 'WordPiece' or not isinstance(
         model.get('vocab'), dict
     ):
       raise ValueError(
-          f'{file} is a {model.get("type")} tokenizer; only WordPiece, that of '
-          'BERT, can be used.'
+          f'{file} is a {model.get("type")} tokenizer; only WordPiece, as in'
+          ' BERT, is supported.'
       )
     lowercase = (values.get('normalizer') or {}).get('lowercase', lowercase)
     vocab = dict(model['vocab'])
@@ -171,16 +188,16 @@ class Tokenizer:
   def train(
       cls, texts: Iterable[str], vocab_size: int, lowercase: bool = True
   ) -> 'Tokenizer':
-    """Learns a vocabulary; the same texts give the same one every time.
+    """Trains a vocabulary; the same texts always give the same one.
 
     Args:
-      texts: the corpus; gone through twice, so a list or the like.
-      vocab_size: wordpieces at most, special tokens included; a small corpus
-        gives fewer.
+      texts: the corpus, which is iterated over twice.
+      vocab_size: upper bound, special tokens included; a small corpus gives
+        fewer wordpieces.
       lowercase: as in the constructor.
 
     Raises:
-      ValueError: if there is nothing to learn from.
+      ValueError: there is no text.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     counts: collections.Counter[str] = collections.Counter()
@@ -189,9 +206,9 @@ class Tokenizer:
     letters = sorted(
         (c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c)
     )[:_MAX_ALPHABET]
-    # The library numbers the pieces inside words in the order of a hash map,
-    # another one in every run, and ties between merges go by number. Named as
-    # special tokens they are numbered in the order given.
+    # The library numbers characters inside words in the order of a hash map,
+    # which differs between runs, and breaks ties between merges by number. As
+    # special tokens they are numbered in the given order.
     cut = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
     inside = [
         f'##{c}'
@@ -219,7 +236,7 @@ class Tokenizer:
 
   @functools.cached_property
   def digest(self) -> str:
-    """SHA-256 over the wordpieces in order and whether text is lower-cased."""
+    """SHA-256 of the wordpieces in order and of `lowercase`."""
     lines = [f'lowercase={self.lowercase}', *self.vocab]
     return hashlib.sha256('\n'.join(lines).encode('utf-8')).hexdigest()
 
@@ -228,7 +245,7 @@ class Tokenizer:
 
     Args:
       text: any text.
-      masks: whether a literal '[MASK]' stands for the special token.
+      masks: whether a literal '[MASK]' is the special token.
     """
     if not masks:
       return self._tokenizer.encode(text).ids
@@ -238,28 +255,24 @@ class Tokenizer:
     return [i for part in ids for i in part]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the wordpieces of each text, computed on several threads."""
+    """Returns the wordpieces of each text; runs on several threads."""
     encodings = self._tokenizer.encode_batch_fast(list(texts))
     return [encoding.ids for encoding in encodings]
 
   def encode_with_offsets(
       self, text: str
   ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns the wordpieces and the part of the text that each stands for.
+    """Returns wordpieces and their half-open ranges of UTF-8 bytes in `text`.
 
-    Returns:
-      ids, and for each the half-open range of its UTF-8 bytes in `text`. The
-      ranges are right for [UNK], accents and characters that BERT drops.
+    The ranges are right for [UNK], accents and characters that BERT drops.
     """
     ((ids, starts, limits),) = self.encode_arrays([text])
     return ids.tolist(), list(
         zip(starts.tolist(), limits.tolist(), strict=True)
     )
 
-  def encode_arrays(
-      self, texts: Sequence[str]
-  ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Returns (uint32 ids, int64 starts, limits in bytes) of each text."""
+  def encode_arrays(self, texts: Sequence[str]) -> list[Encoded]:
+    """Returns ids and byte ranges of each text."""
     arrays = []
     for text, (ids, ranges) in zip(
         texts, self.encode_characters(texts), strict=True
@@ -283,7 +296,7 @@ class Tokenizer:
 
   @functools.cached_property
   def starts_word(self) -> np.ndarray:
-    """bool [vocab_size]: False for the wordpieces that go on a word."""
+    """bool [vocab_size]: False for wordpieces inside a word."""
     return np.array([not piece.startswith('##') for piece in self.vocab])
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -293,15 +306,111 @@ class Tokenizer:
     return self._decoder.decode(pieces)
 
   def save(self, directory: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes DIRECTORY/vocab.txt (LF); `lowercase` is the caller's to keep."""
+    """Writes DIRECTORY/vocab.txt (LF), which does not record `lowercase`."""
     path = pathlib.Path(directory) / 'vocab.txt'
     text = ''.join(f'{piece}\n' for piece in self.vocab)
     path.write_bytes(text.encode('utf-8'))
     return path
 
 
+class CachedTokenizer:
+  """`CachedTokenizer(t)(texts)` equals `t.encode_arrays(texts)`, but faster.
+
+  Not thread-safe. Cutting words is most of the time of `prepare`. BERT's rules
+  never look beyond a space or ASCII punctuation, so a word between two of these
+  always has the same wordpieces: the library cuts it once, a table answers from
+  then on.
+  """
+
+  def __init__(self, tokenizer: Tokenizer) -> None:
+    self._tokenizer = tokenizer
+    self._clear()
+    classes = np.full(256, _WORD_CLASS, np.uint8)
+    classes[[ord(c) for c in _SPACES]] = _SPACE_CLASS
+    classes[[ord(c) for c in _MARKS]] = _MARK_CLASS
+    self._classes = classes
+
+  def __call__(self, texts: Sequence[str]) -> list[Encoded]:
+    """Returns ids and byte ranges of each text."""
+    if self._numbers.characters > _MAX_CACHED_CHARACTERS:
+      self._clear()
+    numbers = []
+    for text in texts:
+      words = _WORD.findall(text)
+      numbers.append(
+          np.fromiter(
+              map(self._numbers.__getitem__, words), np.int64, len(words)
+          )
+      )
+    self._encode_new_words()
+    return [
+        self._encode(text, words)
+        for text, words in zip(texts, numbers, strict=True)
+    ]
+
+  def _clear(self) -> None:
+    self._numbers = _WordNumbers()
+    # Word i has the wordpieces [firsts[i], firsts[i + 1]): their ids and their
+    # ranges of characters in the word.
+    self._firsts = np.zeros(1, np.int64)
+    self._ids = np.zeros(0, np.uint32)
+    self._ranges = np.zeros((0, 2), np.int64)
+
+  def _encode_new_words(self) -> None:
+    new, self._numbers.new = self._numbers.new, []
+    if not new:
+      return
+    encoded = self._tokenizer.encode_characters(new)
+    sizes = np.array([len(ids) for ids, _ in encoded], np.int64)
+    self._firsts = np.concatenate(
+        [self._firsts, self._firsts[-1] + np.cumsum(sizes)]
+    )
+    self._ids = np.concatenate([self._ids, *(ids for ids, _ in encoded)])
+    self._ranges = np.concatenate([self._ranges, *(r for _, r in encoded)])
+
+  def _encode(self, text: str, words: np.ndarray) -> Encoded:
+    first = self._firsts[words]
+    sizes = self._firsts[words + 1] - first
+    before = np.cumsum(sizes) - sizes
+    pieces = np.arange(sizes.sum()) + np.repeat(first - before, sizes)
+    at = np.repeat(self._starts(text), sizes)
+    starts, limits = at + self._ranges[pieces].T
+    if not text.isascii():
+      to_byte = byte_positions(text)
+      starts, limits = to_byte[starts], to_byte[limits]
+    return self._ids[pieces], starts, limits
+
+  def _starts(self, text: str) -> np.ndarray:
+    """Returns the first character of each word, faster than from matches."""
+    if text.isascii():
+      codes = np.frombuffer(text.encode('ascii'), np.uint8)
+    else:
+      wide = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+      codes = np.minimum(wide, 255).astype(np.uint8)
+    classes = self._classes[codes]
+    starts = classes == _MARK_CLASS
+    word = classes == _WORD_CLASS
+    starts |= word
+    starts[1:] &= ~(word[1:] & word[:-1])
+    return np.flatnonzero(starts)
+
+
+class _WordNumbers(dict[str, int]):
+  """Numbers words in the order of their first look-up."""
+
+  def __init__(self) -> None:
+    self.characters = 0
+    self.new: list[str] = []
+
+  def __missing__(self, word: str) -> int:
+    number = self[word] = len(self)
+    self.characters += len(word)
+    self.new.append(word)
+    return number
+
+
 def byte_positions(text: str) -> np.ndarray:
-  """Returns for each character, and the end, its position in UTF-8 bytes."""
+  """Returns the position in UTF-8 bytes of each character and of the end."""
   if text.isascii():
     return np.arange(len(text) + 1)
   code_points = np.frombuffer(text.encode('utf-32-le'), np.uint32)
@@ -312,36 +421,55 @@ def byte_positions(text: str) -> np.ndarray:
   return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def _read_json(path: pathlib.Path) -> dict:
-  try:
-    values = json.loads(path.read_text('utf-8'))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f'{path} is not JSON: {error}') from None
+def _json_object(path: pathlib.Path) -> dict:
+  values = files.read_json(path)
   if not isinstance(values, dict):
     raise ValueError(f'{path} is not a JSON object.')
   return values
 
 
-def _download(name: str) -> pathlib.Path:
-  """Fetches a tokenizer's files from the Hugging Face hub, or its cache."""
-  if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
-    raise FileNotFoundError(
-        f'There is no vocabulary file or tokenizer folder {name!r}.'
-    )
-  # Imported late: slow, and needed for nothing else.
+def hub_file(name: str, file: str) -> pathlib.Path | None:
+  """Downloads a file from the Hugging Face hub, or finds it in its cache.
+
+  Args:
+    name: id of a repository.
+    file: name of the file.
+
+  Returns:
+    The path; None: the repository lacks the file, or the hub cannot be reached
+    and the cache lacks it.
+
+  Raises:
+    FileNotFoundError: the repository cannot be read; gives the reason.
+  """
+  # Imported late: it is slow, and local files do not need it.
   import huggingface_hub
   from huggingface_hub import errors
 
   try:
-    return pathlib.Path(
-        huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_FOLDER_FILES)
-        )
-    )
+    return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
+  except errors.EntryNotFoundError:
+    return None
   except (errors.HfHubHTTPError, OSError, ValueError) as error:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise FileNotFoundError(
-        f'{name!r} is neither a vocabulary file nor a tokenizer folder, and as '
-        'a model id of the Hugging Face hub it could not be fetched '
-        f'({reason[0]}). Without network, give the path of a vocab.txt.'
+        f'{name!r} is no file or folder, and as an id of the Hugging Face hub'
+        f' it could not be fetched: {reason}'
     ) from error
+
+
+def _download(name: str) -> pathlib.Path:
+  """Downloads a tokenizer from the hub; returns its folder."""
+  if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
+    raise FileNotFoundError(
+        f'There is no vocabulary file or tokenizer folder {name!r}.'
+    )
+  found = [path for file in FOLDER_FILES if (path := hub_file(name, file))]
+  if not found:
+    raise FileNotFoundError(
+        f'{name!r} is neither a vocabulary file nor a tokenizer folder, and as'
+        ' an id of the Hugging Face hub it has no tokenizer, or the hub cannot'
+        ' be reached and the tokenizer is not in the cache. Without network,'
+        ' give the path of a vocab.txt.'
+    )
+  return found[0].parent

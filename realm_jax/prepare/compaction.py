@@ -19,7 +19,7 @@ import tqdm
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.prepare import passages as passages_lib
-from realm_jax.prepare import tf_example
+from realm_jax.prepare import tfds_files
 from realm_jax.prepare import writer as writer_lib
 from realm_jax.runtime import files
 
@@ -119,7 +119,7 @@ class _Records:
     for row, record, known in zip(numbers, records, first, strict=True):
       _, _, fields = record.partition(known)
       # All before is the outermost tag, with a length.
-      if tf_example.example(known + fields) != record:
+      if tfds_files.example(known + fields) != record:
         raise ValueError(f'{self._directory}: record {row} is damaged.')
       found.append(fields)
     return found
@@ -177,7 +177,7 @@ class _Source:
       sentences.append(self._sentences(split, chosen, first[at] + inside, at))
     articles = np.asarray(table.articles[rows])
     texts = self._texts.without_first(
-        rows, [tf_example.number_field('article', [int(a)]) for a in articles]
+        rows, [tfds_files.number_field('article', [int(a)]) for a in articles]
     )
     articles = articles + np.int32(self._first_article)
     return _chunk(
@@ -188,8 +188,8 @@ class _Source:
         title_lengths=np.asarray(table.title_lengths[rows]),
         articles=articles,
         passage_records=[
-            tf_example.example(
-                tf_example.number_field('article', [int(a)]) + text
+            tfds_files.example(
+                tfds_files.number_field('article', [int(a)]) + text
             )
             for a, text in zip(articles, texts, strict=True)
         ],
@@ -224,7 +224,7 @@ class _Source:
     """Fields of a chunk; `starts` and `passages` are relative to it."""
     table = self._corpus.sentences[split]
     before = [
-        tf_example.number_field('passage', [int(row)])
+        tfds_files.number_field('passage', [int(row)])
         for row in table.passages[chosen]
     ]
     spans = [table.spans_of(row) for row in chosen]

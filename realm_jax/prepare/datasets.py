@@ -1,61 +1,73 @@
-"""Texts from the datasets of others, by name: TFDS and Hugging Face.
+"""Texts from TFDS, the Hugging Face hub, and MediaWiki dumps.
 
-Public: `TfdsSource`, `HuggingFaceSource`. A dataset must have a field `text`,
-and may have `title` and `id`, as the Wikipedias of both do.
+A dataset must have a field `text` and may have `title` and `id`, as the
+Wikipedias of TFDS and Hugging Face do. The pages of a dump are streamed by
+mwxml; their markup is parsed by mwparserfromhell, in the worker processes.
 """
 
 from collections.abc import Iterator
 import pathlib
 import re
 from typing import Any
+from xml.etree import ElementTree
+
+from realm_jax.runtime import lines as lines_lib
 
 # A version begins with a digit, a split with a letter.
 _TFDS_NAME = re.compile(
     r'tfds:(?P<dataset>[\w/.]+(?::[\d*.]+)?)(?::(?P<split>[A-Za-z]\w*))?'
 )
+_FIELDS = ('id', 'title', 'text')  # Others, such as URLs, are not used.
+
+# Links to files and categories are not text. These are their English names;
+# a dump declares those of its language.
+_NOT_TEXT = frozenset({'file', 'image', 'category', 'media'})
+_HEADING = re.compile(r'^=+\s*(.*?)\s*=+\s*$', re.MULTILINE)
+# Removed templates leave brackets such as '(; )'; '(; born 1950)' stays.
+_EMPTY_BRACKETS = re.compile(r' ?\([\s,;]*\)')
+_BLANK = re.compile(r'\s*\n\s*')
 
 
 class TfdsSource:
-  """`tfds:NAME[:VERSION][:SPLIT]`: of the folder of TFDS.
+  """`tfds:NAME[:VERSION][:SPLIT]`: a dataset in the folder of TFDS.
 
-  TFDS reads files of array_record without TensorFlow, and no others; to
-  download and build a dataset it needs TensorFlow, so that this is left to the
-  command `tfds build`.
+  Without TensorFlow, TFDS reads array_record files only and cannot download or
+  build a dataset; the command `tfds build` does that.
   """
 
   def __init__(self, name: str):
     """Opens the dataset.
 
     Raises:
-      FileNotFoundError: if it is not there.
-      ValueError: if it cannot be read, has no such split, or no field `text`.
+      FileNotFoundError: the dataset does not exist.
+      ValueError: it cannot be read, or has no such split or no field `text`.
     """
-    # Imported late: it takes seconds.
+    # Imported late: the import takes seconds.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
     from tensorflow_datasets.core.utils import file_utils
 
     self.name = name
-    found = _TFDS_NAME.fullmatch(name)
-    if found is None:
+    match = _TFDS_NAME.fullmatch(name)
+    if match is None:
       raise ValueError(
           f'The source {name!r} is not of the form tfds:NAME[:VERSION][:SPLIT].'
       )
-    dataset, split = found['dataset'], found['split'] or 'train'
+    dataset, split = match['dataset'], match['split'] or 'train'
     try:
       builder = read_only_builder.builder_from_files(dataset)
     except tfds.core.registered.DatasetNotFoundError:
       raise FileNotFoundError(
-          f'{name}: there is no such dataset in the folders of TFDS, '
-          f'{", ".join(map(str, file_utils.list_data_dirs()))}. Make '
-          f'it with `tfds build {dataset} --file_format=array_record`, or set '
-          'TFDS_DATA_DIR to the folder where it is.'
+          f'{name}: the folders of TFDS, '
+          f'{", ".join(map(str, file_utils.list_data_dirs()))}, have no such'
+          f' dataset. Run `tfds build {dataset} --file_format=array_record`, or'
+          ' set TFDS_DATA_DIR to the folder that contains it.'
       ) from None
     except ValueError as error:
       raise ValueError(f'{name}: {_first_line(error)}') from None
     if split not in builder.info.splits:
       raise ValueError(
-          f'{name}: there is no split {split!r}; there are '
+          f'{name}: no split {split!r}; the splits are '
           f'{", ".join(sorted(builder.info.splits))}.'
       )
     _check_fields(name, builder.info.features or {})
@@ -64,25 +76,25 @@ class TfdsSource:
     except NotImplementedError:
       raise ValueError(
           f'{name}: the files in {builder.data_dir} are not of array_record, '
-          f'the only format that can be read without TensorFlow. `tfds build '
-          f'{dataset} --file_format=array_record` makes such.'
+          'the only format that TFDS reads without TensorFlow. Run `tfds build '
+          f'{dataset} --file_format=array_record`.'
       ) from None
 
   def __iter__(self) -> Iterator[tuple[str, Any]]:
     for i in range(len(self._source)):
-      yield f'{self.name}:{i}', _fields(self._source[i])
+      yield f'{self.name}:{i}', _known_fields(self._source[i])
 
 
 class HuggingFaceSource:
-  """`hf:NAME[:CONFIG[:SPLIT]]`: of the hub, its cache, or a folder."""
+  """`hf:NAME[:CONFIG[:SPLIT]]`: a dataset of the hub, cached, or a folder."""
 
   def __init__(self, name: str):
-    """Opens the dataset, after downloading it if it is not in the cache.
+    """Opens the dataset; downloads it if it is not in the cache.
 
     Raises:
-      FileNotFoundError: if it is not there.
-      ImportError: if the package `datasets` is not installed.
-      ValueError: if it has no such configuration or split, or no field `text`.
+      FileNotFoundError: the dataset does not exist.
+      ImportError: the package `datasets` is not installed.
+      ValueError: it has no such configuration or split, or no field `text`.
     """
     try:
       import datasets
@@ -108,7 +120,7 @@ class HuggingFaceSource:
         )
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
       raise FileNotFoundError(
-          f'{name}: there is no such folder, and on the hub it was not found '
+          f'{name}: neither a folder nor a dataset of the hub '
           f'({_first_line(error)}).'
       ) from None
     except ValueError as error:  # Unknown configuration or split.
@@ -117,15 +129,88 @@ class HuggingFaceSource:
 
   def __iter__(self) -> Iterator[tuple[str, Any]]:
     for i, row in enumerate(self._rows):
-      yield f'{self.name}:{i}', _fields(row)
+      yield f'{self.name}:{i}', _known_fields(row)
 
 
-# Other fields of such datasets (urls, times) are none of ours.
-_KNOWN = ('id', 'title', 'text')
+class MediaWikiDump:
+  """Articles of a dump such as enwiki-latest-pages-articles.xml.bz2.
+
+  Redirects and pages of other namespaces are skipped. The last revision of a
+  page is used.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    try:
+      import mwparserfromhell  # noqa: F401
+      import mwxml  # noqa: F401
+    except ImportError as error:
+      raise ImportError(
+          f'{path}: Reading a dump of MediaWiki needs the packages mwxml and'
+          " mwparserfromhell; run `pip install 'realm_jax[wiki]'`."
+      ) from error
+    self.path = path
+    self.name = str(path)
+
+  def __iter__(self) -> Iterator[tuple[str, Any]]:
+    import mwxml
+
+    damaged = (ElementTree.ParseError, mwxml.errors.MalformedXML, EOFError)
+    title = 'the beginning'
+    with lines_lib.opened(self.path) as file:
+      try:
+        for page in mwxml.Dump.from_file(file):
+          title = page.title
+          if page.namespace or page.redirect is not None:
+            continue
+          text = ''
+          for revision in page:
+            text = revision.text or ''
+          yield f'{self.path}:{page.id}', {
+              'id': str(page.id),
+              'title': title,
+              'text': text,
+              'markup': 'wikitext',
+          }
+      except damaged as error:
+        raise ValueError(
+            f'{self.path}: damaged or cut off after the page {title!r} '
+            f'({error}).'
+        ) from None
 
 
-def _fields(row: dict[str, Any]) -> dict[str, Any]:
-  return {name: row[name] for name in _KNOWN if name in row}
+def plain_text(markup: str) -> str:
+  """Returns wikitext without markup: a line for each paragraph, heading, item.
+
+  Templates, tables, references, files and categories are removed.
+  """
+  import mwparserfromhell
+
+  code = mwparserfromhell.parse(markup, skip_style_tags=True)
+  nodes = mwparserfromhell.nodes
+  for node in code.ifilter(
+      recursive=True,
+      forcetype=(nodes.Wikilink, nodes.Tag),
+      matches=_is_not_text,
+  ):
+    try:
+      code.remove(node)
+    except ValueError:  # Its parent was removed.
+      continue
+  text = code.strip_code(normalize=True, collapse=True)
+  text = _HEADING.sub(r'\1', text)
+  text = text.replace("'''", '').replace("''", '')
+  return _BLANK.sub('\n', _EMPTY_BRACKETS.sub('', text)).strip()
+
+
+def _is_not_text(node: Any) -> bool:
+  if hasattr(node, 'tag'):
+    return str(node.tag) in ('ref', 'table', 'gallery', 'math', 'timeline')
+  namespace = str(node.title).partition(':')[0].strip().lower()
+  return ':' in str(node.title) and namespace in _NOT_TEXT
+
+
+def _known_fields(row: dict[str, Any]) -> dict[str, Any]:
+  return {name: row[name] for name in _FIELDS if name in row}
 
 
 def _check_fields(name: str, fields: Any) -> None:

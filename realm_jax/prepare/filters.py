@@ -1,13 +1,18 @@
-"""Articles that are no text to learn from: lists, and pages of links.
+"""Records that `prepare` leaves out on request, by kind or as near-duplicates.
 
-Public: `KINDS`, `reason`. By the titles, as ORQA left them out (Lee et al.
-2019, `preprocess_wiki_extractor`): "List of ...", "Index of ...",
-"Outline of ...", "(disambiguation)". Most pages that tell meanings apart have
-no such title, so their text is looked at, too.
+Kinds are found by title, as in ORQA (Lee et al. 2019,
+`preprocess_wiki_extractor`): "List of ...", "Index of ...", "Outline of ...",
+"(disambiguation)". Most disambiguation pages have no such title, so their text
+is examined too. Near-duplicates are found with MinHash and LSH (rensa).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 import re
+from typing import Any
+
+from realm_jax.prepare import datasets
+from realm_jax.prepare import records as records_lib
+from realm_jax.prepare import workers as workers_lib
 
 _TITLES = {
     'lists': re.compile(r'Lists? of .'),
@@ -29,11 +34,19 @@ _TEMPLATE = re.compile(
     re.IGNORECASE,
 )
 
+_NUM_HASHES = 128
+_SEED = 0
+_SHINGLE_WORDS = 5
+_BATCH_CHARACTERS = 1 << 20
+_WORD = re.compile(r'\w+')
+
+_Batch = list[tuple[str, bool]]  # Text, and whether it is wikitext.
+
 
 def reason(
     title: str, text: str, exclude: Collection[str], wikitext: bool = False
 ) -> str | None:
-  """Returns which of the kinds to exclude a record is; None: of none."""
+  """Returns the kind in `exclude` that a record belongs to, or None."""
   for kind in KINDS:
     if kind in exclude and _TITLES[kind].match(title):
       return kind
@@ -43,3 +56,86 @@ def reason(
   ):
     return 'disambiguation'
   return None
+
+
+def check_rensa_installed() -> None:
+  """Raises ImportError if the library for near-duplicates is missing."""
+  try:
+    import rensa  # noqa: F401
+  except ImportError as error:
+    raise ImportError(
+        '--near_duplicates needs the package rensa; run `pip install '
+        "'realm_jax[dedup]'`."
+    ) from error
+
+
+def near_duplicates(
+    source: records_lib.Records, threshold: float, workers: int
+) -> set[int]:
+  """Returns the numbers of good records that nearly repeat an earlier one.
+
+  Signatures are computed by the workers and compared in the order of the
+  records, so the first of several similar records stays, for any number of
+  workers.
+
+  Args:
+    source: records that are already checked.
+    threshold: Jaccard similarity of the sets of five consecutive words, as
+      estimated by MinHash (standard error at most 0.045).
+    workers: number of processes.
+  """
+  import rensa
+
+  seen = rensa.RMinHashDeduplicator(
+      threshold, _NUM_HASHES, True, _num_bands(threshold), _SEED
+  )
+  found: set[int] = set()
+  number = 0
+  for signatures in workers_lib.map_ordered(
+      _signatures, _batches(source), workers
+  ):
+    for signature in signatures:
+      if signature is not None and not seen.add(str(number), signature):
+        found.add(number)
+      number += 1
+  return found
+
+
+def _num_bands(threshold: float) -> int:
+  """Returns the fewest bands that miss few pairs above the threshold."""
+  for bands in (4, 8, 16, 32, 64):
+    if (1 / bands) ** (bands / _NUM_HASHES) <= 0.9 * threshold:
+      return bands
+  return _NUM_HASHES
+
+
+def _batches(source: records_lib.Records) -> Iterator[_Batch]:
+  batch: _Batch = []
+  size = 0
+  for record in source:
+    batch.append((record.text, record.wikitext))
+    size += len(record.text)
+    if size >= _BATCH_CHARACTERS:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _signatures(batch: _Batch) -> list[Any]:
+  """Returns a MinHash signature for each text; None for one without words."""
+  import rensa
+
+  signatures = []
+  for text, wikitext in batch:
+    plain = datasets.plain_text(text) if wikitext else text
+    words = _WORD.findall(plain.lower())
+    signature = None
+    if words:
+      signature = rensa.RMinHash(num_perm=_NUM_HASHES, seed=_SEED)
+      last = max(1, len(words) - _SHINGLE_WORDS + 1)
+      signature.update(
+          [' '.join(words[i : i + _SHINGLE_WORDS]) for i in range(last)]
+      )
+    signatures.append(signature)
+  return signatures

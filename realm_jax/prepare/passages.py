@@ -1,10 +1,8 @@
-"""From records to passages and tagged sentences: the work of one chunk.
+"""From records to passages and sentences with spans, one chunk at a time.
 
-Public: `Settings`, `Task`, `Chunk`, `Packer`. A chunk is what one process does
-at a time; what comes out depends on the chunk's records alone.
-
-Passages as in ORQA (Lee et al. 2019, section 9): whole sentences, greedily,
-while 3 + title + body <= 288 wordpieces.
+A chunk depends on the records of its task alone. Passages are made as in ORQA
+(Lee et al. 2019, section 9): whole sentences are added greedily while
+3 + title + body <= 288 wordpieces.
 """
 
 import bisect
@@ -19,90 +17,84 @@ import numpy as np
 
 from realm_jax.corpus import corpus
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.corpus import word_cache as word_cache_lib
+from realm_jax.prepare import datasets
 from realm_jax.prepare import filters
-from realm_jax.prepare import mediawiki
 from realm_jax.prepare import records
 from realm_jax.prepare import salient_spans as salient_spans_lib
-from realm_jax.prepare import tf_example
+from realm_jax.prepare import tfds_files
 
-_NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
 _CHECKSUM_BYTES = 16
-# Ends of lines, and so of sentences, that BERT drops as control characters,
-# making one word of what is on either side. Their stand-ins are as many bytes.
+# BERT drops these line ends as control characters and joins the words around
+# them. The replacements have as many bytes.
 _LINE_ENDS = '\v\f\x1c\x1d\x1e\x85'
 _LINE_ENDS_OF_BERT = str.maketrans(_LINE_ENDS, '\n\n\n\n\n\xa0')
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How text becomes passages and sentences; part of the manifest."""
+  """How text becomes passages and sentences; in the manifest.
 
-  max_wordpieces: int = 288  # Of a passage with title and special tokens.
-  min_sentence: int = 4  # Wordpieces of a sentence to learn from, at least
-  max_sentence: int = 200  # and at most.
-  min_context: int = 3  # Wordpieces around a span, at least.
-  exclude: tuple[str, ...] = ()  # Kinds of records, of `filters.KINDS`.
+  See `prepare.Options` for the fields.
+  """
+
+  max_wordpieces: int = 288
+  min_sentence: int = 4
+  max_sentence: int = 200
+  min_context: int = 3
+  exclude: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What a process is given: some records in order."""
+  """Records that one process packs at a time."""
 
   records: list[records.Record]
-  articles: list[int]  # Number of the article of each.
-  validation: list[bool]  # Whether its sentences are for validation.
-  passages: bool  # False: only sentences are wanted.
+  articles: list[int]  # Number of each record's article.
+  validation: list[bool]  # Whether a record's sentences are for validation.
+  passages: bool  # False: sentences only.
 
   def to_bytes(self) -> bytes:
-    """Returns everything, as JSON."""
+    """Returns the task as JSON."""
     return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode()
 
   @classmethod
   def from_bytes(cls, data: bytes) -> 'Task':
-    """Returns what `to_bytes` wrote."""
+    """Returns the task that `to_bytes` wrote."""
     values = json.loads(data)
-    found = [records.Record(**record) for record in values.pop('records')]
-    return cls(
-        records=[
-            record
-            if record.spans is None
-            else dataclasses.replace(
-                record, spans=tuple((a, b) for a, b in record.spans)
-            )
-            for record in found
-        ],
-        **values,
-    )
+    for record in values['records']:
+      if record['spans'] is not None:
+        record['spans'] = tuple(map(tuple, record['spans']))
+    values['records'] = [records.Record(**r) for r in values['records']]
+    return cls(**values)
 
   @property
   def digest(self) -> str:
-    """Of everything that is in it, 32 hexadecimal digits."""
+    """Hash of the whole task, 32 hexadecimal digits."""
     return hashlib.blake2b(self.to_bytes(), digest_size=16).hexdigest()
 
 
 @dataclasses.dataclass
 class Chunk:
-  """What a process gives back. Numbers are relative to the chunk."""
+  """The result of a task. P passages, S sentences, numbered in the chunk."""
 
   tokens: np.ndarray  # uint32, flat.
   ids: np.ndarray  # uint64 [P], hashes.
-  lengths: np.ndarray  # int64 [P], wordpieces of title and body.
+  lengths: np.ndarray  # int64 [P], wordpieces of title and body together.
   title_lengths: np.ndarray  # int32 [P]
   articles: np.ndarray  # int32 [P]
   passage_records: list[bytes]
   sentence_starts: np.ndarray  # int64 [S], in `tokens`.
   sentence_lengths: np.ndarray  # int32 [S]
-  sentence_passages: np.ndarray  # int64 [S], -1: of none.
+  sentence_passages: np.ndarray  # int64 [S], -1: no passage.
   sentence_aside: np.ndarray  # int64 [S], article if for validation, or -1.
-  sentence_fields: list[bytes]  # Of their records, all after `passage`.
+  sentence_fields: list[bytes]  # Encoded fields, all after `passage`.
   span_counts: np.ndarray  # int64 [S]
   spans: np.ndarray  # int32 [total, 2]
   counts: collections.Counter[str]
   num_records: int
 
   def to_bytes(self) -> bytes:
-    """Returns everything, as numpy stores arrays, behind a checksum."""
+    """Returns a checksum and the chunk in numpy's .npz format."""
     arrays: dict[str, np.ndarray] = {}
     for name, value in vars(self).items():
       if isinstance(value, np.ndarray):
@@ -119,7 +111,7 @@ class Chunk:
 
   @classmethod
   def from_bytes(cls, data: bytes) -> 'Chunk':
-    """Returns what `to_bytes` wrote; ValueError if it is damaged."""
+    """Returns the chunk that `to_bytes` wrote; ValueError if damaged."""
     if data[:_CHECKSUM_BYTES] != _checksum(data[_CHECKSUM_BYTES:]):
       raise ValueError('damaged or cut off')
     values: dict[str, Any] = dict(
@@ -145,22 +137,21 @@ class Packer:
       self, tokenizer: tokenizer_lib.Tokenizer, settings: Settings
   ) -> None:
     self._tokenizer = tokenizer
-    self._encode = word_cache_lib.WordMemo(tokenizer)
+    self._encode = tokenizer_lib.CachedTokenizer(tokenizer)
     self._settings = settings
 
   def __call__(self, task: Task) -> Chunk:
-    """Does the work."""
     builder = _Builder()
     counts = builder.counts
     counts['records'] = len(task.records)
     kept = [
-        (_plain(record), article, validation)
+        (_without_markup(record), article, validation)
         for record, article, validation in zip(
             task.records, task.articles, task.validation, strict=True
         )
         if not self._is_excluded(record, counts)
     ]
-    encoded = self._encode([_lines(record.text) for record, _, _ in kept])
+    encoded = self._encode([_with_line_ends(r.text) for r, _, _ in kept])
     titles = self._encode([record.title for record, _, _ in kept])
     for (record, article, validation), arrays, (title, _, _) in zip(
         kept, encoded, titles, strict=True
@@ -178,7 +169,7 @@ class Packer:
         self._add_passages(builder, record, article, title, text)
       aside = article if validation else -1
       self._add_sentences(builder, record, text, aside, task.passages)
-    return builder.chunk(task.passages)
+    return builder.chunk()
 
   def _is_excluded(
       self, record: records.Record, counts: collections.Counter[str]
@@ -200,28 +191,23 @@ class Packer:
       text: '_Text',
   ) -> None:
     # A longer title would leave less than half of the passage to the text.
-    longest = (self._settings.max_wordpieces - _NUM_SPECIALS) // 2
+    room = self._settings.max_wordpieces - corpus.NUM_SPECIALS
+    longest = room // 2
     if len(title) > longest:
       builder.counts['shortened_titles'] += 1
       title = title[:longest]
-    budget = self._settings.max_wordpieces - _NUM_SPECIALS - len(title)
+    budget = room - len(title)
     ranges = self._pack(text, budget, builder.counts)
     for i, (start, limit, byte_start, byte_limit) in enumerate(ranges):
-      name = record.id if len(ranges) == 1 else f'{record.id}#{i}'
-      text.passages.append((
-          limit,
-          builder.add_passage(
-              name,
-              article,
-              record.title,
-              title,
-              text,
-              start,
-              limit,
-              text.slice(byte_start, byte_limit),
-          ),
-          builder.position - limit,
-      ))
+      number = builder.add_passage(
+          record.id if len(ranges) == 1 else f'{record.id}#{i}',
+          article,
+          record.title,
+          title,
+          text.ids[start:limit],
+          text.slice(byte_start, byte_limit),
+      )
+      text.passages.append((limit, number, builder.position - limit))
 
   def _pack(
       self, text: '_Text', budget: int, counts: collections.Counter[str]
@@ -250,7 +236,7 @@ class Packer:
       byte_limit: int,
       budget: int,
   ) -> list[list[int]]:
-    """Cuts a sentence before words, or inside a word longer than a passage."""
+    """Cuts a sentence between words; inside a word if it exceeds a passage."""
     words = self._tokenizer.starts_word[text.ids]
     pieces = []
     while limit - start > budget:
@@ -274,7 +260,7 @@ class Packer:
     names = None
     if record.spans is None:
       names = salient_spans_lib.document_names(record.text)
-    given, used = record.spans or (), 0
+    num_outside = len(record.spans or ())
     for start, limit, byte_start, byte_limit in text.sentences:
       counts['sentences'] += 1
       length = limit - start
@@ -282,7 +268,7 @@ class Packer:
       if passages:
         at = bisect.bisect_left(text.passages, limit, key=lambda p: p[0])
         _, passage, base = text.passages[at]
-        if start + base < builder.starts[passage]:  # It was split.
+        if start + base < builder.starts[passage]:  # The sentence is split.
           counts['sentences_split'] += 1
           continue
       if not settings.min_sentence <= length <= settings.max_sentence:
@@ -292,13 +278,12 @@ class Packer:
       if record.spans is None:
         found = salient_spans_lib.find_spans(sentence, names)
       else:
-        inside = [
+        found = [
             (a - byte_start, b - byte_start)
-            for a, b in given
+            for a, b in record.spans
             if byte_start <= a and b <= byte_limit
         ]
-        used += len(inside)
-        found = inside
+        num_outside -= len(found)
       ranges: dict[tuple[int, int], tuple[int, int]] = {}
       for a, b in found:
         first = bisect.bisect_left(
@@ -327,7 +312,7 @@ class Packer:
           passage,
           ranges,
       )
-    counts['spans_outside_sentences'] += len(given) - used
+    counts['spans_outside_sentences'] += num_outside
 
 
 class _Text:
@@ -339,21 +324,21 @@ class _Text:
     self._data = text.encode('utf-8')
     self.ids, self.starts, self.limits = ids, starts, limits
     self.starts_list, self.limits_list = starts.tolist(), limits.tolist()
-    # Last wordpiece + 1, number in the chunk, distance from a wordpiece of the
-    # text to its place in the chunk: of each passage.
+    # For each passage: last wordpiece + 1, number in the chunk, and offset from
+    # wordpieces of the text to those of the chunk.
     self.passages: list[tuple[int, int, int]] = []
     self.sentences = self._find_sentences(text)
 
   def slice(self, start: int, limit: int) -> str:
-    """Returns what is between two bytes, without the spaces around."""
+    """Returns the text between two bytes, without surrounding spaces."""
     return self._data[start:limit].decode('utf-8', 'ignore').strip()
 
   def _find_sentences(self, text: str) -> list[tuple[int, int, int, int]]:
-    """Returns sentences as (wordpiece range, byte range), all wordpieces."""
+    """Returns sentences as (wordpiece range, byte range), without gaps."""
     to_byte = tokenizer_lib.byte_positions(text)
     characters = salient_spans_lib.split_sentences(text) or [(0, len(text))]
     found = to_byte[np.array(characters)]
-    # Each goes on to the start of the next, so that none is between them.
+    # A sentence extends to the start of the next one.
     cuts = np.searchsorted(self.starts, found[1:, 0], 'left')
     first = [0, *cuts.tolist()]
     last = [*cuts.tolist(), len(self.ids)]
@@ -367,7 +352,7 @@ class _Text:
 
 
 class _Builder:
-  """Collects the parts of a chunk."""
+  """Collects the columns of a chunk."""
 
   def __init__(self) -> None:
     self.counts: collections.Counter[str] = collections.Counter()
@@ -381,7 +366,7 @@ class _Builder:
     self._spans: list[tuple[int, int]] = []
 
   def add_tokens(self, ids: np.ndarray) -> int:
-    """Appends wordpieces and returns where they begin."""
+    """Appends wordpieces and returns the position of the first."""
     start = self.position
     self._tokens.append(ids)
     self.position += len(ids)
@@ -393,26 +378,22 @@ class _Builder:
       article: int,
       title: str,
       title_ids: np.ndarray,
-      text: _Text,
-      start: int,
-      limit: int,
+      body_ids: np.ndarray,
       body: str,
   ) -> int:
     """Appends a passage and returns its number."""
     self.add_tokens(title_ids)
-    self.starts.append(self.add_tokens(text.ids[start:limit]))
-    self._passages.append((
-        corpus.id_hash(name),
-        len(title_ids) + limit - start,
-        len(title_ids),
-        article,
-    ))
+    self.starts.append(self.add_tokens(body_ids))
+    length = len(title_ids) + len(body_ids)
+    self._passages.append(
+        (corpus.id_hash(name), length, len(title_ids), article)
+    )
     self._passage_records.append(
-        tf_example.example(
-            tf_example.number_field('article', [article])
-            + tf_example.text_field('id', name)
-            + tf_example.text_field('text', body)
-            + tf_example.text_field('title', title)
+        tfds_files.example(
+            tfds_files.number_field('article', [article])
+            + tfds_files.text_field('id', name)
+            + tfds_files.text_field('text', body)
+            + tfds_files.text_field('title', title)
         )
     )
     return len(self._passages) - 1
@@ -427,18 +408,18 @@ class _Builder:
       passage: int,
       spans: dict[tuple[int, int], tuple[int, int]],
   ) -> None:
-    """Appends a sentence with spans: wordpieces -> bytes."""
+    """Appends a sentence; `spans` maps wordpiece ranges to byte ranges."""
     self._sentences.append((start, length, passage, aside, len(spans)))
     self._spans += spans
     self._sentence_fields.append(
-        tf_example.number_field('span_limits', [b for _, b in spans.values()])
-        + tf_example.number_field('span_starts', [a for a, _ in spans.values()])
-        + tf_example.text_field('text', sentence)
-        + tf_example.text_field('title', title)
+        tfds_files.number_field('span_limits', [b for _, b in spans.values()])
+        + tfds_files.number_field('span_starts', [a for a, _ in spans.values()])
+        + tfds_files.text_field('text', sentence)
+        + tfds_files.text_field('title', title)
     )
 
-  def chunk(self, passages: bool) -> Chunk:
-    """Returns everything as arrays."""
+  def chunk(self) -> Chunk:
+    """Returns the chunk."""
     hashes = [p[0] for p in self._passages]
     table = np.array([p[1:] for p in self._passages], np.int64).reshape(-1, 3)
     found = np.array(self._sentences, np.int64).reshape(-1, 5)
@@ -463,17 +444,17 @@ class _Builder:
     )
 
 
-def _lines(text: str) -> str:
-  """Returns the text, as many bytes, with line ends that BERT knows."""
+def _with_line_ends(text: str) -> str:
+  """Replaces line ends that BERT would drop; keeps the number of bytes."""
   if any(end in text for end in _LINE_ENDS):
     return text.translate(_LINE_ENDS_OF_BERT)
   return text
 
 
-def _plain(record: records.Record) -> records.Record:
+def _without_markup(record: records.Record) -> records.Record:
   if not record.wikitext:
     return record
-  return dataclasses.replace(record, text=mediawiki.plain_text(record.text))
+  return dataclasses.replace(record, text=datasets.plain_text(record.text))
 
 
 def _checksum(data: bytes) -> bytes:

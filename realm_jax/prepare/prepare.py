@@ -1,13 +1,13 @@
 """From text to the corpus artifact: `realm-jax prepare`.
 
-Public: `prepare`. The input is read twice: first all of it is checked, so that
-a bad line is found before any expensive work, then chunks of records go through
-a pool of processes, or an Apache Beam pipeline, and come back in order. The
-bytes written are the same for any number of processes, and after any number of
-interruptions. Only `writer` writes a corpus.
+The input is read twice. The first reading checks every record, so a bad line is
+found before any expensive work. The second cuts the records into tasks, which
+become chunks in a pool of processes or an Apache Beam pipeline (`pipeline`), in
+order. The bytes written are the same for any number of processes and after any
+number of interruptions. Only `writer` writes a corpus.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import logging
@@ -21,11 +21,9 @@ import tqdm
 import realm_jax
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.prepare import beam as beam_lib
-from realm_jax.prepare import chunk_files as chunk_files_lib
 from realm_jax.prepare import filters
-from realm_jax.prepare import near_duplicates as near_duplicates_lib
 from realm_jax.prepare import passages as passages_lib
+from realm_jax.prepare import pipeline as pipeline_lib
 from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import sources as sources_lib
 from realm_jax.prepare import workers as workers_lib
@@ -40,134 +38,181 @@ _WORLD_VOCAB_SIZE = 3000
 _DEFAULT_VOCAB_SIZE = 30_522  # BERT's.
 
 
+def _num_cores() -> int:
+  """Returns the number of cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):  # Not on every system.
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Options of `prepare`.
+
+  pretraining_sources: texts that give sentences but no passages.
+  vocab: vocabulary file, folder of a tokenizer, or model id of the Hugging Face
+    hub; None: learned from the texts.
+  vocab_size: upper bound for a learned vocabulary.
+  max_wordpieces: longest passage, with its title and 3 special tokens.
+  min_sentence, max_sentence: bounds for the wordpieces of a training sentence.
+  min_context: fewest wordpieces of a sentence outside a span.
+  validation_fraction: share of the articles whose sentences are set aside if no
+    record is marked with `split: 'validation'`. After 5,000 sentences, no
+    further article is started.
+  exclude: kinds of records to leave out, from `filters.KINDS`.
+  near_duplicates: similarity in (0, 1] from which on a record is left out if an
+    earlier one of the same sources is that similar; None: all stay.
+  workers: number of processes; None: one for each CPU core.
+  beam: options of an Apache Beam pipeline that replaces the pool of processes;
+    its workers must see the folder that contains the output. None: no pipeline.
+  skip_bad_records: leave bad records out and list the first of them, instead of
+    an error.
+  """
+
+  pretraining_sources: Sequence[str] = ()
+  vocab: str | None = None
+  vocab_size: int | None = None
+  max_wordpieces: int = 288
+  min_sentence: int = 4
+  max_sentence: int = 200
+  min_context: int = 3
+  validation_fraction: float = 0.01
+  exclude: Sequence[str] = ()
+  near_duplicates: float | None = None
+  workers: int | None = None
+  beam: Sequence[str] | None = None
+  skip_bad_records: bool = False
+
+  def __post_init__(self) -> None:
+    similarity = self.near_duplicates
+    for name, ok, expected in (
+        ('max_wordpieces', 8 <= self.max_wordpieces <= 65_535, '8 to 65,535'),
+        (
+            'min_sentence',
+            1 <= self.min_sentence <= self.max_sentence,
+            f'1 to max_sentence, which is {self.max_sentence}',
+        ),
+        (
+            'validation_fraction',
+            0 <= self.validation_fraction < 1,
+            'at least 0 and below 1',
+        ),
+        (
+            'vocab_size',
+            self.vocab_size is None or self.vocab_size > 0,
+            'positive',
+        ),
+        ('workers', self.num_workers >= 1, 'at least 1'),
+        (
+            'exclude',
+            set(self.exclude) <= set(filters.KINDS),
+            f'some of {", ".join(filters.KINDS)}',
+        ),
+        (
+            'near_duplicates',
+            similarity is None or 0 < similarity <= 1,
+            'above 0 and at most 1',
+        ),
+    ):
+      if not ok:
+        raise ValueError(
+            f'{name} is {getattr(self, name)}; it must be {expected}.'
+        )
+    if self.near_duplicates is not None:
+      filters.check_rensa_installed()
+    if self.beam is not None:
+      pipeline_lib.check_beam_installed()
+
+  @property
+  def num_workers(self) -> int:
+    return self.workers or _num_cores()
+
+  @property
+  def settings(self) -> passages_lib.Settings:
+    """The options that decide what is in a chunk."""
+    return passages_lib.Settings(
+        self.max_wordpieces,
+        self.min_sentence,
+        self.max_sentence,
+        self.min_context,
+        tuple(kind for kind in filters.KINDS if kind in self.exclude),
+    )
+
+
+@dataclasses.dataclass
+class _Input:
+  """Records that give passages and sentences, or sentences alone."""
+
+  records: records_lib.Records
+  passages: bool
+  validation_fraction: float = 0.0
+  # Numbers of the records to leave out; None: not searched for.
+  near_duplicates: set[int] | None = None
+
+
 def prepare(
     sources: Sequence[str],
     output: str | os.PathLike[str],
     *,
-    pretraining_sources: Sequence[str] = (),
-    vocab: str | None = None,
-    vocab_size: int | None = None,
-    max_wordpieces: int = 288,
-    min_sentence: int = 4,
-    max_sentence: int = 200,
-    validation_fraction: float = 0.01,
-    exclude: Sequence[str] = (),
-    near_duplicates: float | None = None,
-    workers: int | None = None,
-    beam: Sequence[str] | None = None,
-    skip_bad_records: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
   """Writes a corpus artifact and returns its manifest.
 
   Args:
-    sources: files, folders, glob patterns and datasets with the texts of the
-      passages (see `sources.UNDERSTOOD`); or the one source
-      'world:SEED[:ENTITIES]', a generated world, which brings its own
-      pretraining texts and questions.
+    sources: files, folders, glob patterns, datasets and Python objects with the
+      texts of the passages (see `sources.UNDERSTOOD`); or the one source
+      'world:SEED[:ENTITIES]', a generated world, which has its own pretraining
+      texts and questions.
     output: folder to write. It appears, complete, at the very end.
-    pretraining_sources: texts to take sentences from, but no passages.
-    vocab: vocabulary file, folder of a tokenizer, or model id of the Hugging
-      Face hub; None: learn one from the texts.
-    vocab_size: of a learned vocabulary, at most.
-    max_wordpieces: of a passage with its title and 3 special tokens.
-    min_sentence: wordpieces of a sentence to learn from, at least.
-    max_sentence: the same, at most.
-    validation_fraction: of the articles, whose sentences are set aside if no
-      record is marked with `split: 'validation'`; no further article is begun
-      once there are 5,000 sentences.
-    exclude: kinds of records to leave out, of `filters.KINDS`.
-    near_duplicates: similarity, over 0 to 1, from which on a record is left out
-      if an earlier one of the same sources is that similar; None: all stay.
-    workers: processes; None: as many as there are CPU cores.
-    beam: options of an Apache Beam pipeline that does the work instead; its
-      workers must see the folder that `output` is in. None: no pipeline.
-    skip_bad_records: leave bad records out, and list the first of them, rather
-      than stopping at the first.
     overwrite: whether to replace a corpus at `output`.
     progress: whether to show a progress bar.
+    **options: the fields of `Options`.
 
   Raises:
-    FileNotFoundError: if a source or the vocabulary is missing.
-    FileExistsError: if `output` exists, or is being written.
-    ImportError: if a source or an option needs a package that is missing.
-    ValueError: if an argument or a record is wrong; if there is no record or
+    FileNotFoundError: a source or the vocabulary is missing.
+    FileExistsError: `output` exists, or another process is writing it.
+    ImportError: a source or an option needs a package that is not installed.
+    ValueError: an argument or a record is wrong, or the texts have no record or
       no salient span.
-    OSError: if the disk is full. Then, as after any error, nothing is left.
+    OSError: the disk is full. After any error, nothing remains on disk.
   """
   output = pathlib.Path(output).absolute()
-  workers = workers or _num_cores()
-  settings = _check_settings(
-      max_wordpieces,
-      min_sentence,
-      max_sentence,
-      validation_fraction,
-      vocab_size,
-      workers,
-      exclude,
-      near_duplicates,
-  )
-  if beam is not None:
-    beam_lib.check_installed()
+  chosen = Options(**options)
   _check_output(output, overwrite)
-  knowledge, pretraining, questions = _open_sources(
-      sources, pretraining_sources, skip_bad_records
-  )
-  tokenizer = (
-      None if vocab is None else tokenizer_lib.Tokenizer.from_source(vocab)
-  )
-  inputs = [knowledge] if pretraining is None else [knowledge, pretraining]
-  for source in inputs:
-    _check(source, progress)
-  left_out = [
-      set[int]()
-      if near_duplicates is None
-      else near_duplicates_lib.near_duplicates(source, near_duplicates, workers)
-      for source in inputs
-  ]
-  if tokenizer is None:
-    tokenizer = _learn_vocabulary(
-        inputs,
-        vocab_size
-        or (_DEFAULT_VOCAB_SIZE if questions is None else _WORLD_VOCAB_SIZE),
-    )
-  if any(source.marked for source in inputs):
-    validation_fraction = 0.0
-  with (
-      files.atomic_folder(output, overwrite) as directory,
-      chunk_files_lib.kept(output, _made_with(tokenizer, settings)) as parts,
-  ):
-    tokenizer.save(directory)
-    work = workers_lib.Work(tokenizer, settings, parts, workers)
-    writer = writer_lib.CorpusWriter(
-        directory, tokenizer, pretraining is not None
-    )
-    for source, numbers in zip(inputs, left_out, strict=True):
-      # Only the texts that training learns from are divided.
-      fraction = validation_fraction if source is inputs[-1] else 0.0
-      passages = source is knowledge
-      if beam is not None:
-        tasks = _tasks(source, passages, fraction, numbers)
-        beam_lib.run(tasks, tokenizer, settings, parts, beam)
-        work = dataclasses.replace(work, workers=1)
-      tasks = _tasks(source, passages, fraction, numbers)
-      _write(writer, source, tasks, passages, fraction, work, progress)
-      if near_duplicates is not None:
-        prefix = '' if source is knowledge else 'pretraining_'
-        writer.counts[f'{prefix}near_duplicates'] = len(numbers)
-    if questions is not None:
-      (directory / 'questions.jsonl').write_text(
-          ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions),
-          encoding='utf-8',
+  inputs, questions = _open_inputs(sources, chosen)
+  tokenizer = None
+  if chosen.vocab is not None:
+    tokenizer = tokenizer_lib.Tokenizer.from_source(chosen.vocab)
+  for one in inputs:
+    _check(one.records, progress)
+  if chosen.near_duplicates is not None:
+    for one in inputs:
+      one.near_duplicates = filters.near_duplicates(
+          one.records, chosen.near_duplicates, chosen.num_workers
       )
-    about = {'near_duplicates': near_duplicates} if near_duplicates else {}
-    manifest = writer.close(
-        {**_about(settings, validation_fraction), **about},
-        _skipped(inputs),
-    )
-  _warn(manifest['counts'])
-  return manifest
+  if tokenizer is None:
+    default = _DEFAULT_VOCAB_SIZE if questions is None else _WORLD_VOCAB_SIZE
+    tokenizer = _learn_vocabulary(inputs, chosen.vocab_size or default)
+  # Only sentences of the last input are trained on, so only these are split.
+  if not any(one.records.marked for one in inputs):
+    inputs[-1].validation_fraction = chosen.validation_fraction
+  settings: dict[str, Any] = _manifest_settings(
+      chosen.settings, inputs[-1].validation_fraction
+  )
+  if chosen.near_duplicates is not None:
+    settings['near_duplicates'] = chosen.near_duplicates
+  return _write(
+      output,
+      inputs,
+      tokenizer,
+      chosen,
+      settings,
+      questions=questions,
+      overwrite=overwrite,
+      progress=progress,
+  )
 
 
 def prepare_more(
@@ -178,54 +223,117 @@ def prepare_more(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-  """Writes further documents as a corpus of their own, made like another.
+  """Writes further documents as a corpus with the settings of another one.
 
   Args:
-    base: whose vocabulary and settings are taken.
+    base: the corpus whose vocabulary and settings are taken.
     source: the documents, already checked.
     output: folder to write. It appears, complete, at the very end. Unlike a
       corpus to train on, it need not have a salient span.
-    workers, progress: as of `prepare`.
+    workers, progress: as in `prepare`.
 
   Returns:
     The manifest.
 
   Raises:
-    ValueError: if no record has a wordpiece.
-    OSError: if the disk is full. Then, as after any error, nothing is left.
+    ValueError: no record has a wordpiece.
+    OSError: the disk is full. After any error, nothing remains on disk.
   """
-  output = pathlib.Path(output).absolute()
-  about = base.manifest['settings']
+  before = base.manifest['settings']
   names = {field.name for field in dataclasses.fields(passages_lib.Settings)}
-  settings = passages_lib.Settings(
-      **{n: v for n, v in about.items() if n in names}
+  options = Options(
+      workers=workers, **{name: before[name] for name in names & {*before}}
   )
-  settings = dataclasses.replace(settings, exclude=tuple(settings.exclude))
-  fraction = 0.0 if source.marked else about['validation_fraction']
+  fraction = 0.0 if source.marked else before['validation_fraction']
+  return _write(
+      pathlib.Path(output).absolute(),
+      [_Input(source, True, fraction)],
+      base.tokenizer,
+      options,
+      _manifest_settings(options.settings, fraction),
+      progress=progress,
+      need_sentences=False,
+  )
+
+
+def _write(
+    output: pathlib.Path,
+    inputs: Sequence[_Input],
+    tokenizer: tokenizer_lib.Tokenizer,
+    options: Options,
+    settings: dict[str, Any],
+    *,
+    questions: list[dict[str, Any]] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    need_sentences: bool = True,
+) -> dict[str, Any]:
+  """Packs all inputs and writes the corpus; returns the manifest."""
+  made_with = {  # Everything that a chunk depends on besides its records.
+      **_manifest_settings(options.settings, 0.0),
+      'program': f'realm_jax {realm_jax.__version__}',
+      'format': corpus_lib.FORMAT_VERSION,
+      'tokenizer': tokenizer.digest,
+  }
   with (
-      files.atomic_folder(output, overwrite=False) as directory,
-      chunk_files_lib.kept(
-          output, _made_with(base.tokenizer, settings)
-      ) as parts,
+      files.atomic_folder(output, overwrite) as directory,
+      workers_lib.chunk_files(output, made_with) as chunks,
   ):
-    base.tokenizer.save(directory)
-    work = workers_lib.Work(
-        base.tokenizer, settings, parts, workers or _num_cores()
+    tokenizer.save(directory)
+    writer = writer_lib.CorpusWriter(directory, tokenizer, len(inputs) > 1)
+    pipeline = pipeline_lib.Pipeline(
+        tokenizer,
+        options.settings,
+        chunks,
+        # Beam leaves nothing for a pool to do.
+        options.num_workers if options.beam is None else 1,
     )
-    writer = writer_lib.CorpusWriter(directory, base.tokenizer, False)
-    tasks = _tasks(source, True, fraction)
-    _write(writer, source, tasks, True, fraction, work, progress)
-    manifest = writer.close(
-        _about(settings, fraction),
-        _skipped([source]),
-        need_sentences=False,
-    )
+    for one in inputs:
+      if options.beam is not None:
+        pipeline.run_beam(_tasks(one), options.beam)
+      _add(writer, one, pipeline, progress)
+    if questions is not None:
+      (directory / 'questions.jsonl').write_text(
+          ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions),
+          encoding='utf-8',
+      )
+    records = [one.records for one in inputs]
+    skipped = {
+        'count': sum(source.skipped for source in records),
+        'first': [p for source in records for p in source.skipped_list][:20],
+    }
+    manifest = writer.close(settings, skipped, need_sentences)
   _warn(manifest['counts'])
   return manifest
 
 
-def _about(settings: passages_lib.Settings, fraction: float) -> dict[str, Any]:
-  """Returns what the manifest says of how the corpus was made."""
+def _add(
+    writer: writer_lib.CorpusWriter,
+    one: _Input,
+    pipeline: pipeline_lib.Pipeline,
+    progress: bool,
+) -> None:
+  """Packs and writes all records of an input."""
+  with tqdm.tqdm(
+      total=one.records.count,
+      desc='passages' if one.passages else 'pretraining',
+      unit=' records',
+      disable=not progress,
+  ) as bar:
+    for chunk in pipeline.run(_tasks(one)):
+      writer.add(chunk, one.passages, limited=one.validation_fraction > 0)
+      # Shown by `update`; a refresh here would double the lines of a log.
+      bar.set_postfix(passages=writer.num_passages, refresh=False)
+      bar.update(chunk.num_records)
+  if one.near_duplicates is not None:
+    prefix = '' if one.passages else 'pretraining_'
+    writer.counts[f'{prefix}near_duplicates'] = len(one.near_duplicates)
+
+
+def _manifest_settings(
+    settings: passages_lib.Settings, fraction: float
+) -> dict[str, Any]:
+  """Returns how the corpus was made, for the manifest."""
   return {
       **dataclasses.asdict(settings),
       'validation_fraction': fraction,
@@ -233,109 +341,8 @@ def _about(settings: passages_lib.Settings, fraction: float) -> dict[str, Any]:
   }
 
 
-def _made_with(
-    tokenizer: tokenizer_lib.Tokenizer, settings: passages_lib.Settings
-) -> dict[str, Any]:
-  """Returns what a chunk depends on, apart from its records."""
-  return {
-      **_about(settings, 0.0),
-      'program': f'realm_jax {realm_jax.__version__}',
-      'format': corpus_lib.FORMAT_VERSION,
-      'tokenizer': tokenizer.digest,
-  }
-
-
-def _write(
-    writer: writer_lib.CorpusWriter,
-    source: records_lib.Records,
-    tasks: Iterator[passages_lib.Task],
-    passages: bool,
-    fraction: float,
-    work: workers_lib.Work,
-    progress: bool,
-) -> None:
-  """Packs and writes all records of a source."""
-  with tqdm.tqdm(
-      total=source.count,
-      desc='passages' if passages else 'pretraining',
-      unit=' records',
-      disable=not progress,
-  ) as bar:
-    for chunk in workers_lib.chunks(tasks, work):
-      writer.add(chunk, passages, limited=fraction > 0)
-      # Shown with the update: each would be a line of its own in a log.
-      bar.set_postfix(passages=writer.num_passages, refresh=False)
-      bar.update(chunk.num_records)
-
-
-def _skipped(inputs: Sequence[records_lib.Records]) -> dict[str, Any]:
-  return {
-      'count': sum(source.skipped for source in inputs),
-      'first': [p for source in inputs for p in source.skipped_list][:20],
-  }
-
-
-def _num_cores() -> int:
-  """Returns how many cores this process may use."""
-  if hasattr(os, 'sched_getaffinity'):  # Not on every system.
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
-def _check_settings(
-    max_wordpieces: int,
-    min_sentence: int,
-    max_sentence: int,
-    validation_fraction: float,
-    vocab_size: int | None,
-    workers: int,
-    exclude: Sequence[str],
-    near_duplicates: float | None,
-) -> passages_lib.Settings:
-  for ok, what in (
-      (
-          8 <= max_wordpieces <= 65_535,
-          f'max_wordpieces is {max_wordpieces}; it can be 8 to 65,535',
-      ),
-      (
-          1 <= min_sentence <= max_sentence,
-          (
-              f'min_sentence is {min_sentence} and max_sentence {max_sentence};'
-              ' it must be 1 <= min_sentence <= max_sentence'
-          ),
-      ),
-      (
-          0 <= validation_fraction < 1,
-          f'validation_fraction is {validation_fraction}; it can be 0 to 1',
-      ),
-      (
-          vocab_size is None or vocab_size > 0,
-          f'vocab_size is {vocab_size}; it must be positive',
-      ),
-      (workers >= 1, f'workers is {workers}; it must be at least 1'),
-      (
-          set(exclude) <= set(filters.KINDS),
-          f'exclude is {list(exclude)}; it can be {", ".join(filters.KINDS)}',
-      ),
-      (
-          near_duplicates is None or 0 < near_duplicates <= 1,
-          f'near_duplicates is {near_duplicates}; it must be over 0, up to 1',
-      ),
-  ):
-    if not ok:
-      raise ValueError(f'{what}.')
-  if near_duplicates is not None:
-    near_duplicates_lib.check_installed()
-  return passages_lib.Settings(
-      max_wordpieces,
-      min_sentence,
-      max_sentence,
-      exclude=tuple(kind for kind in filters.KINDS if kind in exclude),
-  )
-
-
 def _check_output(output: pathlib.Path, overwrite: bool) -> None:
-  """Refuses what must not be replaced; `--overwrite` is for corpora only."""
+  """Refuses an output that is being written or must not be replaced."""
   for leftover in files.leftovers(output):
     with files.folder_lock(leftover, output):
       pass
@@ -346,59 +353,55 @@ def _check_output(output: pathlib.Path, overwrite: bool) -> None:
         f'The output {output} exists; give --overwrite to replace it.'
     )
   manifest = output / 'manifest.json'
-  if not output.is_dir() or (
-      any(output.iterdir())
-      and not (
-          manifest.is_file()
-          and writer_lib.FORMAT in manifest.read_text('utf-8', errors='replace')
-      )
-  ):
-    raise FileExistsError(
-        f'The output {output} exists and is not a corpus, so that --overwrite '
-        'does not replace it; remove it yourself.'
-    )
-
-
-def _open_sources(
-    sources: Sequence[str],
-    pretraining_sources: Sequence[str],
-    skip_bad: bool,
-) -> tuple[
-    records_lib.Records,
-    records_lib.Records | None,
-    list[dict[str, Any]] | None,
-]:
-  """Returns the records for passages and for pretraining, and questions."""
-  worlds = [s for s in (*sources, *pretraining_sources) if _is_world(s)]
-  if not worlds:
-    knowledge = records_lib.Records(sources_lib.find(sources), skip_bad)
-    if not pretraining_sources:
-      return knowledge, None, None
-    others = sources_lib.find(pretraining_sources)
-    return knowledge, records_lib.Records(others, skip_bad), None
-  if len(sources) != 1 or pretraining_sources:
-    raise ValueError(
-        f'A world brings all its texts, so {worlds[0]!r} must be the only '
-        f'source; there are {[*sources, *pretraining_sources]}.'
-    )
-  parts = worlds[0].split(':')[1:]
-  if not 1 <= len(parts) <= 2 or not all(
-      part.isascii() and part.isdigit() for part in parts
-  ):
-    raise ValueError(
-        f'The source {worlds[0]!r} is not of the form world:SEED[:ENTITIES] '
-        'with two whole numbers, such as world:0 or world:7:500.'
-    )
-  made = world.generate(*map(int, parts))
-  return (
-      records_lib.Records([sources_lib.Items(made.knowledge, worlds[0])]),
-      records_lib.Records([sources_lib.Items(made.pretraining, worlds[0])]),
-      made.questions,
+  is_corpus = manifest.is_file() and (
+      writer_lib.FORMAT in manifest.read_text('utf-8', errors='replace')
   )
+  if not output.is_dir() or (any(output.iterdir()) and not is_corpus):
+    raise FileExistsError(
+        f'The output {output} exists and is not a corpus, so --overwrite does'
+        ' not replace it; remove it yourself.'
+    )
 
 
-def _is_world(source: str) -> bool:
-  return source.startswith('world:') or source == 'world'
+def _open_inputs(
+    sources: Sequence[str], options: Options
+) -> tuple[list[_Input], list[dict[str, Any]] | None]:
+  """Returns the inputs, and the questions of a world."""
+  others = options.pretraining_sources
+  worlds = [
+      s for s in (*sources, *others) if s.startswith('world:') or s == 'world'
+  ]
+  if not worlds:
+    found = [sources_lib.find(sources)]
+    if others:
+      found.append(sources_lib.find(others))
+    questions = None
+  else:
+    name = worlds[0]
+    if len(sources) != 1 or others:
+      raise ValueError(
+          f'A world has all its texts, so {name!r} must be the only source;'
+          f' the sources are {[*sources, *others]}.'
+      )
+    numbers = name.split(':')[1:]
+    if not 1 <= len(numbers) <= 2 or not all(
+        number.isascii() and number.isdigit() for number in numbers
+    ):
+      raise ValueError(
+          f'The source {name!r} is not of the form world:SEED[:ENTITIES] with'
+          ' two whole numbers, such as world:0 or world:7:500.'
+      )
+    made = world.generate(*map(int, numbers))
+    found = [
+        [sources_lib.Items(items, name)]
+        for items in (made.knowledge, made.pretraining)
+    ]
+    questions = made.questions
+  inputs = [
+      _Input(records_lib.Records(one, options.skip_bad_records), i == 0)
+      for i, one in enumerate(found)
+  ]
+  return inputs, questions
 
 
 def _check(source: records_lib.Records, progress: bool) -> None:
@@ -416,18 +419,18 @@ def _check(source: records_lib.Records, progress: bool) -> None:
 
 
 class _Texts:
-  """The texts of some sources, to be gone through more than once."""
+  """The texts of all inputs, which can be iterated over more than once."""
 
-  def __init__(self, inputs: Sequence[records_lib.Records]):
+  def __init__(self, inputs: Sequence[_Input]):
     self._inputs = inputs
 
   def __iter__(self) -> Iterator[str]:
-    for source in self._inputs:
-      yield from source.texts()
+    for one in self._inputs:
+      yield from one.records.texts()
 
 
 def _learn_vocabulary(
-    inputs: Sequence[records_lib.Records], size: int
+    inputs: Sequence[_Input], size: int
 ) -> tokenizer_lib.Tokenizer:
   log.info('Learning a vocabulary of at most %d wordpieces.', size)
   learned = tokenizer_lib.Tokenizer.train(_Texts(inputs), size)
@@ -439,34 +442,22 @@ def _learn_vocabulary(
   return learned
 
 
-def _tasks(
-    source: records_lib.Records,
-    passages: bool,
-    fraction: float,
-    left_out: Collection[int] = (),
-) -> Iterator[passages_lib.Task]:
-  """Numbers the articles and cuts the records into tasks.
-
-  Args:
-    source: already checked.
-    passages: whether passages are wanted, or sentences alone.
-    fraction: of the articles, to be set aside.
-    left_out: numbers of records.
-  """
-  task = passages_lib.Task([], [], [], passages)
+def _tasks(one: _Input) -> Iterator[passages_lib.Task]:
+  """Numbers the articles, sets some aside, and groups records into tasks."""
+  task = passages_lib.Task([], [], [], one.passages)
   article, num_articles, key, aside, size = -1, 0, None, False, 0
   known = records_lib.HashNumbers()
-  for number, record in enumerate(source):
-    if number in left_out:
+  for number, record in enumerate(one.records):
+    if one.near_duplicates and number in one.near_duplicates:
       continue
     if record.article is None or record.article != key:
       article, key = num_articles, record.article
-      if key is not None:  # Its records need not stand together.
+      if key is not None:  # Records of an article need not be adjacent.
         article = known.setdefault(corpus_lib.id_hash(key), article)
       num_articles = max(num_articles, article + 1)
       # The first article is never set aside, so that something is left.
       aside = article > 0 and records_lib.is_validation(
-          key or record.id, fraction
+          key or record.id, one.validation_fraction
       )
     task.records.append(record)
     task.articles.append(article)
@@ -474,7 +465,7 @@ def _tasks(
     size += len(record.text)
     if size >= _CHUNK_BYTES:
       yield task
-      task, size = passages_lib.Task([], [], [], passages), 0
+      task, size = passages_lib.Task([], [], [], one.passages), 0
   if task.records:
     yield task
 
@@ -488,7 +479,7 @@ def _warn(counts: dict[str, int]) -> None:
   unknown = counts.get('unknown_wordpieces', 0)
   if unknown > 0.05 * counts['wordpieces']:
     log.warning(
-        '%.0f%% of the wordpieces are [UNK]: the vocabulary is not one for '
-        'these texts.',
+        '%.0f%% of the wordpieces are [UNK]: the vocabulary does not fit these'
+        ' texts.',
         100 * unknown / counts['wordpieces'],
     )

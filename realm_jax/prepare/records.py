@@ -1,8 +1,6 @@
-"""Input records of `prepare`: what each must say, and that it says it.
+"""Input records of `prepare` and their validation.
 
-Public: `Record`, `Records` (sources that can be read several times),
-`HashNumbers`, `read_ids`, `is_validation`. A record is a line of JSON, UTF-8,
-or what another kind of source makes of its texts:
+A record is a line of JSON in UTF-8, or the equivalent from another source:
 
   {"id": "12", "title": "Anarchism", "text": "...", "article": "12",
    "spans": [[0, 9]], "split": "validation", "markup": "wikitext"}
@@ -10,7 +8,7 @@ or what another kind of source makes of its texts:
 Only `text` is required. `spans` are ranges of UTF-8 bytes of `text`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import pathlib
 from typing import Any
@@ -21,33 +19,34 @@ from realm_jax.corpus import corpus
 from realm_jax.prepare import sources as sources_lib
 from realm_jax.runtime import lines as lines_lib
 
-_LISTED = 20  # Of the skipped records; the others are only counted.
+_LISTED = 20  # Skipped records that are listed; all are counted.
+_NO_ID = 'no field `id`, which identifies a document'
 _RECENT = 1 << 19  # Hashes kept as Python objects; older ones take 12 bytes.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-  """One article or passage, checked."""
+  """A valid article or passage."""
 
-  id: str  # Given, or the number of the record.
+  id: str  # The given id, or the number of the record.
   title: str
   text: str
-  article: str | None  # Key of its article; None: it is one by itself.
-  spans: tuple[tuple[int, int], ...] | None  # Bytes; None: find them.
+  article: str | None  # Key of its article; None: an article of its own.
+  spans: tuple[tuple[int, int], ...] | None  # Bytes; None: found by rules.
   validation: bool  # Marked with `split: 'validation'`.
-  wikitext: bool = False  # The text is in MediaWiki's markup.
+  wikitext: bool = False  # Whether the text is MediaWiki markup.
 
 
 class Records:
-  """All records of some sources, one after the other; can be read again.
+  """The records of several sources, which can be read repeatedly.
 
-  The first reading must be `check`, which finds everything that is wrong.
+  The first reading must be `check`, which finds all errors.
 
   Attributes:
-    count: good records, after `check`.
-    marked: whether any is marked for validation.
-    skipped: how many were bad.
-    skipped_list: what was wrong with the first of them, with file and line.
+    count: number of good records, after `check`.
+    marked: whether a record is marked for validation.
+    skipped: number of bad records.
+    skipped_list: the errors of the first bad records, with file and line.
   """
 
   def __init__(
@@ -68,8 +67,8 @@ class Records:
     """Reads all records once and yields the good ones.
 
     Raises:
-      ValueError: naming file and line of the first bad record, unless bad ones
-        are skipped; if a file is damaged; if no good record is left.
+      ValueError: a record is bad (unless bad ones are skipped) or a file is
+        damaged, with file and line; or no good record is left.
     """
     seen = HashNumbers()
     for number, place, content in self._contents():
@@ -79,8 +78,8 @@ class Records:
           first = self._place_of(record.id, before=number)
           if first is not None:
             raise ValueError(
-                f'the id {record.id!r} is already that of {first}; ids must be '
-                'unique'
+                f'the id {record.id!r} is already that of {first}; ids must be'
+                ' unique'
             )
       except ValueError as error:
         problem = f'{place}: {error}.'
@@ -95,17 +94,28 @@ class Records:
       self.marked = self.marked or record.validation
       yield record
     if not self.count:
-      what = ', '.join(source.name for source in self._sources[:5])
-      raise ValueError(f'There is no usable record in {what}.')
+      names = ', '.join(source.name for source in self._sources[:5])
+      raise ValueError(f'There is no usable record in {names}.')
 
   def __iter__(self) -> Iterator[Record]:
-    """Yields the good records; call `check` first."""
+    """Yields the good records; call `check` first.
+
+    Raises:
+      ValueError: this reading gives another number of records than `check`.
+    """
+    number = -1
     for number, _, content in self._contents():
       if number not in self._bad:
         yield _parse(content, number)
+    if number + 1 != self.count + self.skipped:
+      names = ', '.join(source.name for source in self._sources[:5])
+      raise ValueError(
+          f'{names}: {self.count + self.skipped} records when checked and'
+          f' {number + 1} when read again; all readings must give the same.'
+      )
 
   def texts(self) -> Iterator[str]:
-    """Yields titles and texts, to learn a vocabulary from."""
+    """Yields titles and texts, to train a vocabulary on."""
     for record in self:
       if record.title:
         yield record.title
@@ -120,26 +130,26 @@ class Records:
         number += 1
 
   def _place_of(self, name: str, before: int) -> str | None:
-    """Returns where an id was first used, by reading again."""
-    if self.skipped > _LISTED:  # Nobody will read it: only count.
+    """Finds the first record with an id, by reading again."""
+    if self.skipped > _LISTED:  # Errors are only counted from here on.
       return 'another record'
     for number, place, content in self._contents():
       if number == before:
         break
       if number not in self._bad and _parse(content, number).id == name:
         return place
-    return None  # Two ids with the same hash.
+    return None  # Two different ids with the same hash.
 
 
 def read_ids(path: pathlib.Path) -> list[str]:
-  """Returns the ids that a file names, each once.
+  """Returns the distinct ids in a file, which may be compressed.
 
-  JSON Lines of objects with an `id`, by the file's name; else text, an id a
-  line. Both can be compressed.
+  By its name, the file is JSON Lines of objects with an `id`, or text with an
+  id on each line.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: naming file and line of what is wrong; if there is no id.
+    FileNotFoundError: the file does not exist.
+    ValueError: a line is wrong, with file and line; or there is no id.
   """
   if not path.is_file():
     raise FileNotFoundError(f'There is no file {str(path)!r}.')
@@ -149,7 +159,7 @@ def read_ids(path: pathlib.Path) -> list[str]:
       if sources_lib.is_json_lines(path):
         name = _string(lines_lib.json_object(line), 'id', or_number=True)
         if not name:
-          raise ValueError('no field `id`, by which a document is known')
+          raise ValueError(_NO_ID)
       else:
         name = lines_lib.decoded(line).strip()
     except ValueError as error:
@@ -162,12 +172,12 @@ def read_ids(path: pathlib.Path) -> list[str]:
 
 
 def is_validation(key: str, fraction: float) -> bool:
-  """Whether an article is among a pseudo-random fraction of all articles."""
+  """Returns whether an article is in a pseudo-random share of all articles."""
   return corpus.id_hash(f'validation {key}') < fraction * 2**64
 
 
 class HashNumbers:
-  """Maps 64-bit hashes to int32; 12 bytes for each, in the long run."""
+  """Maps 64-bit hashes to int32 numbers, in about 12 bytes for each hash."""
 
   def __init__(self) -> None:
     self._recent: dict[int, int] = {}
@@ -175,7 +185,7 @@ class HashNumbers:
     self._numbers = np.zeros(0, np.int32)
 
   def setdefault(self, value: int, number: int) -> int:
-    """Returns the number of a hash, which is `number` if it is a new one."""
+    """Returns the number of a hash; a new hash gets `number`."""
     if value in self._recent:
       return self._recent[value]
     at = int(np.searchsorted(self._older, np.uint64(value)))
@@ -187,7 +197,7 @@ class HashNumbers:
       hashes = np.fromiter(self._recent, np.uint64, size)
       numbers = np.fromiter(self._recent.values(), np.int32, size)
       hashes = np.concatenate([self._older, hashes])
-      order = np.argsort(hashes, kind='stable')  # Fast, as most is in order.
+      order = np.argsort(hashes, kind='stable')  # Fast: most is sorted.
       self._older = hashes[order]
       self._numbers = np.concatenate([self._numbers, numbers])[order]
       self._recent.clear()
@@ -195,9 +205,14 @@ class HashNumbers:
 
 
 def _parse(content: sources_lib.Content, number: int | None) -> Record:
-  """Returns the record of a content; ValueError says what is wrong with it.
+  """Returns the record of a content.
 
-  Without an `id`, it is the number; without that, too, an error.
+  Args:
+    content: of a source.
+    number: the id of a record without one; None: such a record is an error.
+
+  Raises:
+    ValueError: a field is missing or wrong.
   """
   if isinstance(content, ValueError):
     raise content
@@ -207,7 +222,8 @@ def _parse(content: sources_lib.Content, number: int | None) -> Record:
   text = _string(fields, 'text')
   if text is None:
     raise ValueError(
-        f'no field `text`; the fields are {", ".join(sorted(fields)) or "none"}'
+        'no field `text`; the fields are '
+        f'{", ".join(sorted(map(str, fields))) or "none"}'
     )
   if not text.strip():
     raise ValueError('the field `text` is empty')
@@ -215,7 +231,7 @@ def _parse(content: sources_lib.Content, number: int | None) -> Record:
   if name == '':
     raise ValueError('the field `id` is empty; leave it out instead')
   if name is None and number is None:
-    raise ValueError('no field `id`, by which a document is known')
+    raise ValueError(_NO_ID)
   title = (_string(fields, 'title') or '').strip()
   split = _string(fields, 'split')
   if split not in (None, 'train', 'validation'):
@@ -239,14 +255,14 @@ def _parse(content: sources_lib.Content, number: int | None) -> Record:
 
 
 def _string(
-    fields: dict[str, Any], name: str, or_number: bool = False
+    fields: Mapping[str, Any], name: str, or_number: bool = False
 ) -> str | None:
   value = fields.get(name)
   if value is None:
     return None
   if or_number and isinstance(value, int) and not isinstance(value, bool):
     return str(value)
-  if isinstance(value, bytes):  # What is no JSON may come undecoded.
+  if isinstance(value, bytes):  # From a source that is not JSON.
     return lines_lib.decoded(value, f'the {name}')
   if not isinstance(value, str):
     raise ValueError(
@@ -257,14 +273,14 @@ def _string(
     value.encode('utf-8')
   except UnicodeEncodeError:
     raise ValueError(
-        f'the field `{name}` has half of a surrogate pair, which is no'
+        f'the field `{name}` has half of a surrogate pair, which is not a'
         ' character'
     ) from None
   return value
 
 
 def _spans(
-    fields: dict[str, Any], text: str
+    fields: Mapping[str, Any], text: str
 ) -> tuple[tuple[int, int], ...] | None:
   spans = fields.get('spans')
   if spans is None:

@@ -1,26 +1,25 @@
-"""Sentences of a text, and the salient spans of a sentence, by rules.
+"""Sentence splitting, and salient spans by rules.
 
-Public: `split_sentences`, `find_spans`, `document_names`, `kind`. Salient span
-masking (Guu et al. 2020, section 3.4) hides what needs world knowledge: names
-and dates. The paper's tagger was never released; these rules for English stand
-in. Records that bring their own spans do not pass through here.
+Salient span masking (Guu et al. 2020, section 3.4) masks names and dates, which
+need world knowledge. The paper's tagger was never released; these rules for
+English replace it. Records with `spans` of their own skip the rules.
 """
 
 from collections.abc import Collection
 import re
 import sys
 
-# Punkt, as a maintained pure-Python package that carries its model: NLTK's has
-# to be downloaded, pysbd is 20 times slower and unmaintained.
+# Punkt in a maintained pure-Python package that contains its model. NLTK's
+# model is a download; pysbd is 20 times slower and unmaintained.
 import nupunkt
 
-# A line of the source is a paragraph, a heading or an item of a list, so its
-# end is that of a sentence, whatever the punctuation.
+# A line of the source is a paragraph, a heading or a list item, so its end is
+# the end of a sentence, whatever the punctuation.
 _LINE = re.compile(r'[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+')
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-  """Returns half-open ranges of characters, without the spaces around."""
+  """Returns half-open ranges of characters, without surrounding spaces."""
   sentences = []
   for line in _LINE.finditer(text):
     base, content = line.start(), line.group()
@@ -34,7 +33,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
 
 
 def _character_class(wanted: list[int]) -> str:
-  """Returns a regular expression's [...] over code points, as ranges."""
+  """Returns a [...] of a regular expression with ranges of code points."""
   ranges: list[list[int]] = []
   for code in wanted:
     if ranges and ranges[-1][1] == code - 1:
@@ -44,13 +43,13 @@ def _character_class(wanted: list[int]) -> str:
   return '[' + ''.join(f'\\U{a:08x}-\\U{b:08x}' for a, b in ranges) + ']'
 
 
-# `re` knows no \p{Lu}. The Basic Multilingual Plane has all that is in use.
+# `re` has no \p{Lu}. All letters in use are in the Basic Multilingual Plane.
 _UPPER = _character_class(
     [c for c in range(min(sys.maxunicode, 0xFFFF)) if chr(c).isupper()]
 )
 
-# Words that begin a sentence, or a quotation, with a capital letter and name
-# nothing. They are cut from the front of a name: 'The Beatles' -> 'Beatles'.
+# Words that are capitalised only because they begin a sentence or a quotation.
+# They are removed from the front of a name: 'The Beatles' -> 'Beatles'.
 _FUNCTION_WORDS = frozenset("""
     a about above according accordingly across actually additionally after
     afterwards again against albeit all almost along already also although
@@ -120,7 +119,7 @@ _QUANTITY = '|'.join([
     rf'{_NUMBER}(?:[ -]{_SCALE})?[ -]?{_UNIT}(?!\w)',
     rf'{_NUMBER}[ -]{_SCALE}(?!\w)',  # 3.5 million
     r'(?:\d{1,3}(?:,\d{3})+|\d+)(?:st|nd|rd|th)(?!\w)',  # 21st, 1,000th
-    # Of bare numbers those that say something: from two digits on.
+    # Bare numbers from two digits on; shorter ones say little.
     r'(?:\d{1,3}(?:,\d{3})+|\d{2,})(?:\.\d+)?(?!\w|\.\d)',
     r'\d\.\d+(?!\w|\.\d)',
 ])
@@ -146,13 +145,13 @@ _ANY = (
     rf'(?<![\w.])(?:(?P<date>{_DATE})|(?P<number>(?<![-‐‑–−])(?:{_QUANTITY}))'
     rf'|(?P<name>{_NAME}))'
 )
-# What a span can begin with. A set of characters is searched for several times
-# as fast as a pattern that begins with a look behind, or an alternative.
+# Characters that can begin a span. Searching for a set of characters is several
+# times as fast as for a pattern that begins with a lookbehind or alternatives.
 _FIRST = rf'[\d$€£¥{_UPPER[1:]}'
 
 
 def _ascii(pattern: str) -> re.Pattern[str]:
-  """The same for a text of ASCII, where sets of characters are small."""
+  """Compiles a pattern for ASCII text, with small sets of characters."""
   return re.compile(pattern.replace(_UPPER[1:-1], 'A-Z'), re.ASCII)
 
 
@@ -166,10 +165,10 @@ _RUN = re.compile(r'\w+')
 
 
 def document_names(text: str) -> frozenset[str]:
-  """Returns the single words that a document writes as names.
+  """Returns the single words that a document uses as names.
 
-  These have a capital letter inside a sentence somewhere, and are nowhere in
-  lower case. `find_spans` uses them to tell 'Historians say' from 'Paris is'.
+  They have a capital letter inside a sentence and never occur in lower case.
+  `find_spans` uses them to tell 'Historians say' from 'Paris is'.
   """
   words = set(_MID_SENTENCE.findall(text))
   written = set(_RUN.findall(text))
@@ -179,13 +178,13 @@ def document_names(text: str) -> frozenset[str]:
 def find_spans(
     sentence: str, names: Collection[str] | None = None
 ) -> list[tuple[int, int]]:
-  """Finds names, dates, years, and numbers with what they count.
+  """Finds names, dates, years, and numbers with their units.
 
   Args:
     sentence: one sentence of English.
-    names: single words known to be names (`document_names`). If given, a
-      single word at the start of the sentence is taken only if it is one of
-      them; if not, it is taken unless it is a common function word.
+    names: single words known to be names (`document_names`). A single word at
+      the start of the sentence must be one of them to be a span. None: it must
+      only not be a common function word.
 
   Returns:
     Half-open ranges of UTF-8 bytes, in order, not overlapping.
@@ -205,7 +204,7 @@ def find_spans(
     position = match.end()
     if match.lastgroup == 'name':
       rest = _skip_function_word(word, sentence, start, position)
-      if rest > start:  # Look again: 'In May 1990' is a date behind an 'In'.
+      if rest > start:  # 'In May 1990': search again after the 'In'.
         position = rest
         continue
       if position - start < 2:  # An initial.
@@ -227,7 +226,7 @@ def find_spans(
 
 
 def kind(span: str) -> str:
-  """Returns 'date', 'number' or 'name': what a span's text begins with."""
+  """Returns the kind of a span's text: 'date', 'number' or 'name'."""
   match = _SPAN.match(span)
   return (match and match.lastgroup) or 'name'
 
@@ -235,16 +234,16 @@ def kind(span: str) -> str:
 def _skip_function_word(
     word: re.Pattern[str], sentence: str, start: int, limit: int
 ) -> int:
-  """Returns where a name goes on after a function word in front of it."""
+  """Returns the position after a function word at the start of a name."""
   first = word.match(sentence, start, limit)
   if first is None or first.group().lower() not in _FUNCTION_WORDS:
     return start
-  # 'Of the British': a linking word goes with the word it followed.
+  # 'Of the British': a linking word belongs to the word before it.
   lead = _LEADING_WORD.match(sentence, start, limit)
   return limit if lead is None else lead.end()
 
 
 def _is_name(text: str, names: Collection[str]) -> bool:
-  """Whether what begins a sentence is a name and not just its first word."""
+  """Returns whether the start of a sentence is a name, not just a word."""
   word = _SINGLE_WORD.fullmatch(text)
   return word is None or text in names or not text[1:].islower()

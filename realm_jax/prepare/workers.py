@@ -1,129 +1,152 @@
-"""Processes that turn tasks into chunks.
+"""A process pool with ordered results, and chunk files that survive a kill.
 
-Public: `Work`, `chunks`.
+`prepare` keeps the result of each task in a chunk file next to its output,
+named by a digest of the task. A killed run resumes from these files, even if
+the sources grew in between: only tasks without a file are computed.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
-import dataclasses
-import itertools
+import contextlib
+import json
+import logging
 import multiprocessing
 from multiprocessing import connection
 import os
 import pathlib
+import shutil
 import signal
 import threading
+from typing import Any, TypeVar
 
-from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.prepare import chunk_files as chunk_files_lib
-from realm_jax.prepare import passages
+from realm_jax.runtime import files
 
+log = logging.getLogger(__name__)
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-  """How tasks become chunks."""
-
-  tokenizer: tokenizer_lib.Tokenizer
-  settings: passages.Settings
-  parts: chunk_files_lib.Parts
-  workers: int
+_SUFFIX = '.part'
+_Item = TypeVar('_Item')
+_Result = TypeVar('_Result')
 
 
-def chunks(
-    tasks: Iterator[passages.Task], work: Work
-) -> Iterator[passages.Chunk]:
-  """Yields the chunks of tasks in order, with few of them in memory.
+def map_ordered(
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    workers: int,
+    setup: Callable[[], None] | None = None,
+) -> Iterator[_Result]:
+  """Yields `function(item)` for each item, in order of the items.
 
-  Those that an interrupted run left are taken as they are.
+  At most two items for each worker are in flight, so memory stays bounded.
+
+  Args:
+    function: can be pickled, like the items and the results.
+    items: read as results are consumed.
+    workers: number of processes; with 1, everything runs in this process.
+    setup: runs once in every worker before its first item.
   """
-  ahead = list(itertools.islice(tasks, 2))
-  tasks = itertools.chain(ahead, tasks)
-  if work.workers > 1 and len(ahead) > 1:
-    yield from _pooled(tasks, work)
+  if workers == 1:
+    if setup is not None:
+      setup()
+    yield from map(function, items)
     return
-  # Starting processes would take longer.
-  packer = passages.Packer(work.tokenizer, work.settings)
-  for task in tasks:
-    path = work.parts.path(task)
-    chunk = _load(path)
-    if chunk is None:
-      chunk = packer(task)
-      if len(ahead) > 1:
-        chunk_files_lib.save(path, chunk)
-    yield chunk
-
-
-def _load(path: pathlib.Path) -> passages.Chunk | None:
-  try:
-    return chunk_files_lib.load(path)
-  except (FileNotFoundError, ValueError):
-    return None
-
-
-def _pooled(
-    tasks: Iterator[passages.Task], work: Work
-) -> Iterator[passages.Chunk]:
-  """Has processes write the parts, and reads them in order.
-
-  A chunk takes the way over a file because it is to be kept there anyway, and
-  is not pickled and sent as well.
-  """
   pool = concurrent.futures.ProcessPoolExecutor(
-      work.workers,
+      workers,
       # Not fork: the tokenizers library and JAX have threads.
       multiprocessing.get_context('spawn'),
       _start_worker,
-      (work.tokenizer.vocab, work.tokenizer.lowercase, work.settings),
+      (setup,),
   )
   with pool:
-    pending: collections.deque[
-        tuple[pathlib.Path, concurrent.futures.Future[None]]
-    ] = collections.deque()
-
-    def oldest() -> passages.Chunk:
-      path, future = pending.popleft()
-      future.result()
-      return chunk_files_lib.load(path)
-
+    pending: collections.deque[concurrent.futures.Future[_Result]] = (
+        collections.deque()
+    )
     try:
-      for task in tasks:
-        path = work.parts.path(task)
-        pending.append((path, pool.submit(_work, task, path)))
-        if len(pending) > 2 * work.workers:
-          yield oldest()
+      for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > 2 * workers:
+          yield pending.popleft().result()
       while pending:
-        yield oldest()
+        yield pending.popleft().result()
     finally:
       pool.shutdown(cancel_futures=True)
 
 
-_packer: passages.Packer | None = None  # Of a worker process.
-
-
-def _start_worker(
-    vocab: list[str], lowercase: bool, settings: passages.Settings
-) -> None:
-  global _packer
-  # One thread each: there is a process for every core.
+def _start_worker(setup: Callable[[], None] | None) -> None:
+  # One thread each: every core has a process.
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends the pool.
   parent = multiprocessing.parent_process()
   assert parent is not None
   sentinel = parent.sentinel
 
-  def leave_with_parent() -> None:
-    # A killed parent cannot end the pool, and its pipes stay open in the
-    # other workers, so that waiting for a task would never end.
+  def exit_with_parent() -> None:
+    # A killed parent cannot end the pool. Its pipes stay open in the other
+    # workers, so a worker would wait for a task forever.
     connection.wait([sentinel])
     os._exit(1)
 
-  threading.Thread(target=leave_with_parent, daemon=True).start()
-  tokenizer = tokenizer_lib.Tokenizer(vocab, lowercase)
-  _packer = passages.Packer(tokenizer, settings)
+  threading.Thread(target=exit_with_parent, daemon=True).start()
+  if setup is not None:
+    setup()
 
 
-def _work(task: passages.Task, path: pathlib.Path) -> None:
-  assert _packer is not None
-  if _load(path) is None:
-    chunk_files_lib.save(path, _packer(task))
+class ChunkFiles:
+  """A folder of chunk files that were computed with the same settings."""
+
+  def __init__(self, directory: pathlib.Path):
+    self._directory = directory
+
+  def path(self, name: str) -> pathlib.Path:
+    """Returns the path of the chunk file of a name, existing or not."""
+    return self._directory / f'{name}{_SUFFIX}'
+
+  def __len__(self) -> int:
+    return sum(1 for _ in self._directory.glob(f'*{_SUFFIX}'))
+
+
+@contextlib.contextmanager
+def chunk_files(
+    output: pathlib.Path, settings: dict[str, Any]
+) -> Iterator[ChunkFiles]:
+  """Opens the chunk files of an output; they remain only after a kill.
+
+  Args:
+    output: the output of the run; its chunk files are in `.NAME.parts` in the
+      same folder.
+    settings: everything besides its task that a chunk depends on, JSON. Chunk
+      files of other settings are deleted, with a warning.
+
+  Raises:
+    FileExistsError: another process is writing them.
+  """
+  directory = output.parent / f'.{output.name}.parts'
+  directory.mkdir(parents=True, exist_ok=True)
+  with files.folder_lock(directory, output):
+    chunks = ChunkFiles(directory)
+    record = directory / 'made_with.json'
+    wanted = json.dumps(settings, indent=2, sort_keys=True)
+    found = record.read_text('utf-8') if record.is_file() else None
+    if found != wanted and len(chunks):
+      log.warning(
+          'The %d chunk files of an interrupted run in %s are discarded: they'
+          ' were made with other settings.',
+          len(chunks),
+          directory,
+      )
+    elif len(chunks):
+      log.info(
+          'An interrupted run left %d chunk files in %s; they are reused.',
+          len(chunks),
+          directory,
+      )
+    try:
+      if found != wanted:
+        for file in directory.iterdir():
+          file.unlink()
+        record.write_text(wanted, 'utf-8')
+      yield chunks
+    except Exception:  # An interruption is no Exception and keeps the files.
+      shutil.rmtree(directory, ignore_errors=True)
+      raise
+    shutil.rmtree(directory)

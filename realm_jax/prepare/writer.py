@@ -1,12 +1,10 @@
-"""Writes the corpus artifact, chunk by chunk.
+"""Writes the corpus artifact, chunk by chunk; see `corpus` for its files.
 
-Public: `CorpusWriter`, `SpanWriter`, `FORMAT`. All files only grow, so that
-memory does not depend on the size of the corpus; see `corpus` for what they
-hold.
+All files are only appended to, so memory does not depend on the size of the
+corpus.
 """
 
 import collections
-from collections.abc import Sequence
 import hashlib
 import json
 import logging
@@ -21,16 +19,15 @@ from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.corpus import trivial
-from realm_jax.prepare import appending
 from realm_jax.prepare import passages as passages_lib
-from realm_jax.prepare import tf_example
-from realm_jax.prepare import trivial_tables
+from realm_jax.prepare import tfds_files
 from realm_jax.runtime import files as files_lib
 
 log = logging.getLogger(__name__)
 
 FORMAT = 'realm_jax corpus'
-# Sentences, where the input marks none; an article that was begun is finished.
+# Bound for the sentences set aside, if no record is marked. The article that
+# reaches the bound is completed.
 _MAX_VALIDATION = 5000
 
 _PASSAGE_FEATURES = {
@@ -39,7 +36,7 @@ _PASSAGE_FEATURES = {
     'title': tfds.features.Text(),
     'text': tfds.features.Text(),
 }
-# Spans in UTF-8 bytes of the text; -1 is the number of no passage.
+# Spans are UTF-8 bytes of the text; passage -1 means that there is none.
 _SENTENCE_FEATURES = {
     'text': tfds.features.Text(),
     'title': tfds.features.Text(),
@@ -53,19 +50,17 @@ class _SentenceWriter:
   """The tables of one split of sentences."""
 
   def __init__(self, tables: pathlib.Path, split: str, tokens: str):
-    self.tokens = tokens  # Name of the file that `starts` point into.
+    self.tokens = tokens  # Name of the file that `starts` refers to.
     self.count = 0
-    self._num_spans = 0
+    self._spans = SpanColumns(tables, split)
     self._columns = {
-        name: appending.ArrayWriter(
-            tables / f'{split}.{name}.npy', dtype, shape
+        name: tfds_files.ArrayWriter(tables / f'{split}.{name}.npy', dtype)
+        for name, dtype in (
+            ('starts', np.int64),
+            ('lengths', np.int32),
+            ('passages', np.int64),
         )
-        for name, dtype, shape in (
-            ('starts', np.int64, ()),
-            ('lengths', np.int32, ()),
-            ('passages', np.int64, ()),
-        )
-    } | _span_columns(tables, split)
+    }
 
   def append(
       self,
@@ -76,30 +71,49 @@ class _SentenceWriter:
       spans: np.ndarray,
   ) -> None:
     """Appends sentences; `starts` and `passages` are of the whole corpus."""
-    offsets = self._num_spans + np.cumsum(span_counts)
-    for name, rows in (
-        ('starts', starts),
-        ('lengths', lengths),
-        ('passages', passages),
-        ('span_offsets', offsets),
-        ('spans', spans),
-    ):
-      self._columns[name].append(rows)
+    self._columns['starts'].append(starts)
+    self._columns['lengths'].append(lengths)
+    self._columns['passages'].append(passages)
+    self._spans.append(span_counts, spans)
     self.count += len(starts)
-    self._num_spans += len(spans)
 
   def close(self) -> dict[str, Any]:
     for column in self._columns.values():
       column.close()
     return {
         'sentences': self.count,
-        'spans': self._num_spans,
+        'spans': self._spans.close(),
         'tokens': self.tokens,
     }
 
 
+class SpanColumns:
+  """The spans of one split, and their offsets."""
+
+  def __init__(self, tables: pathlib.Path, split: str):
+    self.count = 0
+    self._offsets = tfds_files.ArrayWriter(
+        tables / f'{split}.span_offsets.npy', np.int64
+    )
+    self._spans = tfds_files.ArrayWriter(
+        tables / f'{split}.spans.npy', np.int32, (2,)
+    )
+    self._offsets.append(np.zeros(1, np.int64))
+
+  def append(self, counts: np.ndarray, spans: np.ndarray) -> None:
+    """Appends the number of spans of each sentence, and the spans."""
+    self._offsets.append(self.count + np.cumsum(counts))
+    self._spans.append(spans)
+    self.count += len(spans)
+
+  def close(self) -> int:
+    """Completes the files and returns the number of spans."""
+    self._offsets.close()
+    return self._spans.close()
+
+
 class CorpusWriter:
-  """Everything in the corpus' folder; adds chunks in order."""
+  """Writes everything in the folder of a corpus; adds chunks in order."""
 
   def __init__(
       self,
@@ -114,14 +128,14 @@ class CorpusWriter:
     self._dtype = np.dtype(
         np.uint16 if tokenizer.vocab_size < 65_536 else np.uint32
     )
-    self._passages = appending.DatasetWriter(
+    self._passages = tfds_files.DatasetWriter(
         directory / 'passages',
         _PASSAGE_FEATURES,
         'Passages of a realm_jax corpus; the row is the number of a passage.',
     )
-    self._sentences = _sentence_writer(directory)
+    self._sentences = sentence_records(directory)
     self._columns = {
-        name: appending.ArrayWriter(self._tables / f'{name}.npy', dtype)
+        name: tfds_files.ArrayWriter(self._tables / f'{name}.npy', dtype)
         for name, dtype in (
             ('passage_offsets', np.int64),
             ('title_lengths', np.int32),
@@ -131,10 +145,10 @@ class CorpusWriter:
     }
     self._columns['passage_offsets'].append(np.zeros(1, np.int64))
     self.num_passages = 0
-    self._tokens: dict[str, appending.TokenWriter] = {}
+    self._tokens: dict[str, tfds_files.TokenWriter] = {}
     self._splits: dict[str, _SentenceWriter] = {}
-    # Sentences of the passages need no second copy of their wordpieces; those
-    # set aside from both corpora can point into one file only.
+    # Sentences of passages share the passages' wordpieces. Sentences set aside
+    # can come from both inputs, but a split refers to one file only.
     self._files = {
         'knowledge': 'passage_tokens.bin',
         'pretraining': 'pretraining.tokens.bin',
@@ -142,13 +156,19 @@ class CorpusWriter:
             'validation.tokens.bin' if pretraining else 'passage_tokens.bin'
         ),
     }
-    self._begun: set[int] = set()  # Articles of which something is set aside.
+    self._articles_set_aside: set[int] = set()
     self.counts: collections.Counter[str] = collections.Counter()
 
   def add(
       self, chunk: passages_lib.Chunk, passages: bool, limited: bool
   ) -> None:
-    """Appends a chunk; `limited` bounds the sentences set aside."""
+    """Appends a chunk.
+
+    Args:
+      chunk: of `passages.Packer`.
+      passages: whether the chunk has passages, or sentences alone.
+      limited: whether `_MAX_VALIDATION` bounds the sentences set aside.
+    """
     prefix = '' if passages else 'pretraining_'
     for name, value in chunk.counts.items():
       self.counts[prefix + name] += value
@@ -177,7 +197,14 @@ class CorpusWriter:
       if self._files[split] == self._files[source]:
         starts = starts + base
       else:
-        starts = self._copy_tokens(split, chunk.tokens, starts, lengths)
+        file = self._token_file(self._files[split])
+        starts = np.array(
+            [
+                file.append(chunk.tokens[start : start + length])
+                for start, length in zip(starts, lengths, strict=True)
+            ],
+            np.int64,
+        )
       if split not in self._splits:
         self._splits[split] = _SentenceWriter(
             self._tables, split, self._files[split]
@@ -190,12 +217,9 @@ class CorpusWriter:
           chunk.spans[np.repeat(chosen, chunk.span_counts)],
       )
       for i in np.flatnonzero(chosen):
+        passage = tfds_files.number_field('passage', [int(rows[i])])
         self._sentences.append(
-            split,
-            tf_example.example(
-                tf_example.number_field('passage', [int(rows[i])])
-                + chunk.sentence_fields[i]
-            ),
+            split, tfds_files.example(passage + chunk.sentence_fields[i])
         )
 
   def close(
@@ -204,9 +228,13 @@ class CorpusWriter:
       skipped: dict[str, Any],
       need_sentences: bool = True,
   ) -> dict[str, Any]:
-    """Finishes all files, and the manifest as the last.
+    """Completes all files, the manifest last, and returns the manifest.
 
-    Without `need_sentences` there may be none: nobody will train on this.
+    Args:
+      settings: how the corpus was made.
+      skipped: the bad records.
+      need_sentences: whether a corpus without sentences is an error. Documents
+        that are added to an index are never trained on and need none.
     """
     if not self.num_passages:
       raise ValueError('The texts have no wordpiece, so there is no passage.')
@@ -231,7 +259,7 @@ class CorpusWriter:
         'passages': self._passages.close(),
         'sentences': self._sentences.close(),
     }
-    return _write_manifest(
+    return write_manifest(
         self._directory,
         {
             'digest': self._tokenizer.digest,
@@ -252,28 +280,28 @@ class CorpusWriter:
     )
 
   def _limited(self, articles: np.ndarray) -> np.ndarray:
-    """Returns which sentences to set aside: no article is divided."""
-    have = 0
+    """Returns which sentences to set aside, whole articles only."""
+    count = 0
     if 'validation' in self._splits:
-      have = self._splits['validation'].count
+      count = self._splits['validation'].count
     chosen = np.zeros(len(articles), bool)
     for i in np.flatnonzero(articles >= 0):
       article = int(articles[i])
-      if have < _MAX_VALIDATION or article in self._begun:
-        self._begun.add(article)
+      if count < _MAX_VALIDATION or article in self._articles_set_aside:
+        self._articles_set_aside.add(article)
         chosen[i] = True
-        have += 1
+        count += 1
     return chosen
 
   def _find_trivial(self, splits: dict[str, Any]) -> dict[str, int]:
-    """Writes the tables of trivial candidates; all others must be closed."""
+    """Writes the tables of trivial candidates from the closed other tables."""
 
     def load(name: str) -> np.ndarray:
       return np.load(self._tables / f'{name}.npy', mmap_mode='r')
 
     tokens = {
         name: concatenated.Chained(
-            [appending.TokenReader(self._tables / name, self._dtype)]
+            [tfds_files.TokenReader(self._tables / name, self._dtype)]
         )
         for name in self._tokens
     }
@@ -285,16 +313,16 @@ class CorpusWriter:
     )
     sentences = {
         split: corpus_lib.SentenceTable(
-            tokens[facts['tokens']],
+            tokens[values['tokens']],
             load(f'{split}.starts'),
             load(f'{split}.lengths'),
             load(f'{split}.passages'),
             load(f'{split}.span_offsets'),
             load(f'{split}.spans'),
         )
-        for split, facts in splits.items()
+        for split, values in splits.items()
     }
-    counts = trivial_tables.write(self._tables, passages, sentences)
+    counts = write_trivial_tables(self._tables, passages, sentences)
     for split, table in sentences.items():
       held = counts[f'{split}_sentences_in_other_passages']
       log.info(
@@ -310,31 +338,14 @@ class CorpusWriter:
       )
     return counts
 
-  def _token_file(self, name: str) -> appending.TokenWriter:
+  def _token_file(self, name: str) -> tfds_files.TokenWriter:
     if name not in self._tokens:
-      self._tokens[name] = appending.TokenWriter(
-          self._tables / name, self._dtype
-      )
+      path = self._tables / name
+      self._tokens[name] = tfds_files.TokenWriter(path, self._dtype)
     return self._tokens[name]
 
-  def _copy_tokens(
-      self,
-      split: str,
-      tokens: np.ndarray,
-      starts: np.ndarray,
-      lengths: np.ndarray,
-  ) -> np.ndarray:
-    file = self._token_file(self._files[split])
-    return np.array(
-        [
-            file.append(tokens[start : start + length])
-            for start, length in zip(starts, lengths, strict=True)
-        ],
-        np.int64,
-    )
-
   def _check_passage_ids(self) -> None:
-    """Refuses ids that packing made and that a record has, too."""
+    """Refuses an id ID#N of a part of a record that another record has too."""
     hashes = np.load(self._tables / 'passage_ids.npy', mmap_mode='r')
     if len(np.unique(hashes)) < len(hashes):
       raise ValueError(
@@ -344,86 +355,9 @@ class CorpusWriter:
       )
 
 
-class SpanWriter:
-  """What `respan` writes anew: records of sentences, and their spans."""
-
-  def __init__(self, directory: pathlib.Path, splits: Sequence[str]):
-    self._directory = directory
-    self._records = _sentence_writer(directory)
-    self._columns = {
-        split: _span_columns(directory / 'tables', split) for split in splits
-    }
-    self._num_spans = dict.fromkeys(splits, 0)
-
-  def append(
-      self,
-      split: str,
-      spans: Sequence[Sequence[Any]],
-      texts: Sequence[bytes],
-      passages: np.ndarray,
-  ) -> None:
-    """Appends sentences.
-
-    Args:
-      split: that they are of.
-      spans: of each, (start, limit) in wordpieces, then in bytes.
-      texts: their fields `text` and `title`, encoded.
-      passages: rows of their passages, or -1.
-    """
-    counts = np.array([len(of_one) for of_one in spans], np.int64)
-    offsets = self._num_spans[split] + np.cumsum(counts)
-    self._num_spans[split] += int(counts.sum())
-    self._columns[split]['span_offsets'].append(offsets)
-    self._columns[split]['spans'].append(
-        np.array(
-            [span[:2] for of_one in spans for span in of_one], np.int32
-        ).reshape(-1, 2)
-    )
-    for of_one, text, row in zip(
-        spans, texts, passages.tolist(), strict=True
-    ):
-      fields = (
-          tf_example.number_field('passage', [row])
-          + tf_example.number_field('span_limits', [span[3] for span in of_one])
-          + tf_example.number_field('span_starts', [span[2] for span in of_one])
-          + text
-      )
-      self._records.append(split, tf_example.example(fields))
-
-  def close(
-      self, corpus: corpus_lib.Corpus, settings: dict[str, Any]
-  ) -> dict[str, Any]:
-    """Finishes all files, and the manifest as the last."""
-    if not any(self._num_spans.values()):
-      raise ValueError(
-          f'There is no salient span left in {corpus.directory}.'
-      )
-    for columns in self._columns.values():
-      for column in columns.values():
-        column.close()
-    before = corpus.manifest
-    if before['version'] < 2:
-      counts = trivial_tables.write(
-          self._directory / 'tables', corpus.passages, corpus.sentences
-      )
-      before = {**before, 'counts': {**before['counts'], **counts}}
-    return _write_manifest(
-        self._directory,
-        before['tokenizer'],
-        {**before['record_digests'], 'sentences': self._records.close()},
-        {
-            **before,
-            'splits': {
-                split: {**facts, 'spans': self._num_spans[split]}
-                for split, facts in before['splits'].items()
-            },
-            'settings': {**before['settings'], **settings},
-        },
-    )
-
-
-def _sentence_writer(directory: pathlib.Path) -> appending.DatasetWriter:
-  return appending.DatasetWriter(
+def sentence_records(directory: pathlib.Path) -> tfds_files.DatasetWriter:
+  """Opens the TFDS dataset of the sentences for writing."""
+  return tfds_files.DatasetWriter(
       directory / 'sentences',
       _SENTENCE_FEATURES,
       'Sentences of a realm_jax corpus with salient spans (UTF-8 bytes) and '
@@ -431,28 +365,61 @@ def _sentence_writer(directory: pathlib.Path) -> appending.DatasetWriter:
   )
 
 
-def _span_columns(
-    tables: pathlib.Path, split: str
-) -> dict[str, appending.ArrayWriter]:
-  columns = {
-      'span_offsets': appending.ArrayWriter(
-          tables / f'{split}.span_offsets.npy', np.int64
-      ),
-      'spans': appending.ArrayWriter(
-          tables / f'{split}.spans.npy', np.int32, (2,)
-      ),
-  }
-  columns['span_offsets'].append(np.zeros(1, np.int64))
-  return columns
+def write_trivial_tables(
+    tables: pathlib.Path,
+    passages: corpus_lib.PassageTable,
+    sentences: dict[str, corpus_lib.SentenceTable],
+) -> dict[str, int]:
+  """Writes `SPLIT.trivial_offsets.npy` and `SPLIT.trivial.npy` for each split.
+
+  Args:
+    tables: the folder.
+    passages: all passages of the corpus.
+    sentences: the splits.
+
+  Returns:
+    Two counts for each split: `SPLIT_sentences_in_other_passages`, and among
+    them `SPLIT_sentences_in_too_many`, for which nothing may be retrieved.
+  """
+  files, counts = {}, {}
+  totals = dict.fromkeys(sentences, 0)
+  for split in sentences:
+    offsets = tfds_files.ArrayWriter(
+        tables / f'{split}.trivial_offsets.npy', np.int64
+    )
+    offsets.append(np.zeros(1, np.int64))
+    files[split] = offsets, tfds_files.ArrayWriter(
+        tables / f'{split}.trivial.npy', np.int32, (2,)
+    )
+    counts[f'{split}_sentences_in_other_passages'] = 0
+    counts[f'{split}_sentences_in_too_many'] = 0
+  names = list(sentences)
+  for number, found in trivial.find_in_blocks(
+      passages, list(sentences.values())
+  ):
+    split = names[number]
+    files[split][0].append(totals[split] + found.offsets[1:])
+    files[split][1].append(found.rows)
+    totals[split] += len(found.rows)
+    counts[f'{split}_sentences_in_other_passages'] += int(
+        np.count_nonzero(np.diff(found.offsets))
+    )
+    counts[f'{split}_sentences_in_too_many'] += int(
+        (found.rows == [0, len(passages)]).all(axis=1).sum()
+    )
+  for pair in files.values():
+    for file in pair:
+      file.close()
+  return counts
 
 
-def _write_manifest(
+def write_manifest(
     directory: pathlib.Path,
     tokenizer: dict[str, Any],
     digests: dict[str, Any],
-    facts: dict[str, Any],
+    fields: dict[str, Any],
 ) -> dict[str, Any]:
-  """Writes and returns the manifest of a folder in which all else is done."""
+  """Writes and returns the manifest of a folder with all other files."""
   files = {
       path.relative_to(directory).as_posix(): {
           'bytes': path.stat().st_size,
@@ -461,7 +428,7 @@ def _write_manifest(
       for path in sorted(directory.rglob('*'))
       if path.is_file()
   }
-  # Of what the corpus says, not of how TFDS happens to store it.
+  # The fingerprint covers the content, not how TFDS happens to store it.
   content = {
       'version': corpus_lib.FORMAT_VERSION,
       'tokenizer': tokenizer,
@@ -473,7 +440,7 @@ def _write_manifest(
       },
   }
   manifest = {
-      **facts,
+      **fields,
       'format': FORMAT,
       'version': corpus_lib.FORMAT_VERSION,
       'created_by': f'realm_jax {realm_jax.__version__}',

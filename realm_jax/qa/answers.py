@@ -1,9 +1,8 @@
-"""Is an answer right? The one matcher of labels, training and evaluation.
+"""The matcher of answers for labels, training and evaluation.
 
-Public: `normalize_answer`, `exact_match`, `f1`, `has_answer`, `answer_spans`,
-`find_answer`, `lower_with_origins`. A data set states how its answers are to be
-compared: `string` is the official normalisation of SQuAD and open-domain QA,
-`regex` that of CuratedTREC, whose answers are regular expressions.
+A data set says how its answers are compared: `string` is the official
+normalisation of SQuAD and open-domain QA; `regex` is for CuratedTREC, whose
+answers are regular expressions.
 """
 
 import collections
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import unicodedata
 import warnings
 
-# Like `re`, but a search can be given a time limit: patterns come from data.
+# Unlike `re`, it has time limits, which patterns from data need.
 import regex
 
 Match = Literal['string', 'regex']
@@ -23,19 +22,18 @@ Match = Literal['string', 'regex']
 _REGEX_SECONDS = 1.0
 _DELETE_PUNCTUATION = str.maketrans('', '', string.punctuation)
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
-# The official normalisation leaves the combining marks of NFD in place; they
-# belong to the word.
+# The official normalisation keeps the combining marks of NFD, as part of words.
 _LETTER = r'[\p{L}\p{N}\p{M}]'
 _TOKEN = regex.compile(rf'{_LETTER}+|\S')  # Words and single marks.
-_PUNCTUATION = r'!-/:-@\[-`{-~'  # As ranges: that of ASCII.
-_SPACE = r'\s\x1c-\x1f'  # What `str.split` divides at.
+_PUNCTUATION = r'!-/:-@\[-`{-~'  # Ranges of ASCII punctuation.
+_SPACE = r'\s\x1c-\x1f'  # The separators of `str.split`.
 
 
 def normalize_answer(text: str) -> str:
   """Normalises as the official evaluation of open-domain QA does.
 
-  Unicode NFD (the marks stay), lower case, ASCII punctuation deleted, the
-  words a, an, the replaced by a space, white space collapsed.
+  Unicode NFD (marks stay), lower case, without ASCII punctuation, the words a,
+  an, the replaced by a space, white space collapsed.
   """
   text = unicodedata.normalize('NFD', text).lower()
   text = text.translate(_DELETE_PUNCTUATION)
@@ -45,15 +43,15 @@ def normalize_answer(text: str) -> str:
 def exact_match(
     prediction: str, answers: Sequence[str], match: Match = 'string'
 ) -> bool:
-  """Whether the prediction equals one of the answers.
+  """Returns whether the prediction equals one of the answers.
 
   Args:
-    prediction: what a reader answered.
-    answers: the references; any of them will do. None: never right.
-    match: `string` compares after `normalize_answer`. `regex` wants one of the
-      patterns to match the raw prediction from its start, not to its end, case
-      ignored (the official rule); a pattern that is invalid, or that takes
-      longer than a second, matches nothing and gives a warning.
+    prediction: the answer of a reader.
+    answers: the references; none of them means False.
+    match: `string` compares after `normalize_answer`. `regex` follows the
+      official rule: one of the patterns matches the raw prediction from its
+      start, not necessarily to its end, ignoring case. A pattern that is
+      invalid or takes longer than a second never matches and gives a warning.
 
   Raises:
     ValueError: `answers` is one string, or `match` is unknown.
@@ -66,15 +64,15 @@ def exact_match(
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-  """Overlap of the normalised words with the best answer, in [0, 1] (SQuAD).
+  """Returns SQuAD's F1: overlap of words with the best answer, in [0, 1].
 
   Raises:
     ValueError: `answers` is one string.
   """
   _check(answers, 'string')
-  ours = normalize_answer(prediction).split()
+  words = normalize_answer(prediction).split()
   return max(
-      (_word_f1(ours, normalize_answer(answer).split()) for answer in answers),
+      (_word_f1(words, normalize_answer(answer).split()) for answer in answers),
       default=0.0,
   )
 
@@ -82,12 +80,12 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 def has_answer(
     text: str, answers: Sequence[str], match: Match = 'string'
 ) -> bool:
-  """Whether a passage contains one of the answers.
+  """Returns whether a passage contains one of the answers.
 
-  `string`: a run of whole words of the text is an `exact_match`. What ends a
-  word is white space or a mark, as in DPR: `Paris` is in `Paris's`, `US` in
+  `string`: a sequence of whole words of the text is an `exact_match`. White
+  space or punctuation ends a word, as in DPR: `Paris` is in `Paris's`, `US` in
   `the U.S. Army`, but `art` is not in `Bart`. `regex`: a pattern is found
-  anywhere in the text, with the rules of `exact_match` otherwise.
+  anywhere in the text, otherwise with the rules of `exact_match`.
 
   Raises:
     ValueError: `answers` is one string, or `match` is unknown.
@@ -107,14 +105,14 @@ def _check(answers: Sequence[str], match: str) -> None:
     raise ValueError(f"match must be 'string' or 'regex', not {match!r}.")
 
 
-def _word_f1(ours: list[str], theirs: list[str]) -> float:
-  if not ours or not theirs:
-    return float(ours == theirs)
-  common = collections.Counter(ours) & collections.Counter(theirs)
-  return 2 * common.total() / (len(ours) + len(theirs))
+def _word_f1(words: list[str], answer: list[str]) -> float:
+  if not words or not answer:
+    return float(words == answer)
+  common = collections.Counter(words) & collections.Counter(answer)
+  return 2 * common.total() / (len(words) + len(answer))
 
 
-# An evaluation asks about the same passages and answers many times.
+# An evaluation meets the same passages and answers many times.
 _normalized = functools.lru_cache(maxsize=2**14)(normalize_answer)
 
 
@@ -126,29 +124,23 @@ def _without_punctuation(text: str) -> str:
 def answer_spans(
     text: str, answers: Sequence[str], match: Match = 'string'
 ) -> list[tuple[int, int]]:
-  """Finds the parts of a passage that are an answer, by `has_answer`'s rules.
+  """Finds the answers in a passage, by the rules of `has_answer`.
 
   Returns:
-    Half-open ranges of UTF-8 bytes of the text, in order, without doubles.
-    Those of one answer do not overlap.
+    Distinct half-open ranges of UTF-8 bytes of the text, in order. Those of one
+    answer do not overlap.
 
   Raises:
     ValueError: `answers` is one string, or `match` is unknown.
   """
   _check(answers, match)
   if match == 'regex':
-    found = {
-        span for answer in answers for span in _regex_spans(answer, text)
-    }
+    found = {s for answer in answers for s in _regex_spans(answer, text)}
     origins: Sequence[int] = range(len(text) + 1)
   else:
     lowered, origins = lower_with_origins(text)
-    found = {
-        span for answer in answers for span in _spans_of(answer, lowered)
-    }
-  characters = sorted(
-      (origins[start], origins[limit]) for start, limit in found
-  )
+    found = {s for answer in answers for s in _spans_of(answer, lowered)}
+  characters = sorted((origins[start], origins[end]) for start, end in found)
   if text.isascii():
     return characters
   sizes = [0]
@@ -161,8 +153,8 @@ def _contains(text: str, answer: str) -> bool:
   wanted = _normalized(answer)
   if wanted and f' {wanted} ' in f' {_normalized(text)} ':
     return True
-  # A match holds each word, perhaps with punctuation inside. This spares most
-  # answers their pattern, which takes milliseconds to compile.
+  # Every word must occur, perhaps with punctuation inside. This test avoids
+  # most patterns, which take milliseconds to compile.
   if not all(word in _without_punctuation(text) for word in wanted.split()):
     return False
   return find_answer(lower_with_origins(text)[0], answer) is not None
@@ -171,22 +163,22 @@ def _contains(text: str, answer: str) -> bool:
 def find_answer(
     lowered: str, answer: str, start: int = 0
 ) -> tuple[int, int] | None:
-  """Returns where an answer first stands in a text of `lower_with_origins`.
+  """Returns the first range of an answer in a text of `lower_with_origins`.
 
-  By the rule `string`; None if nowhere from `start` on.
+  The rule is `string`. None: no occurrence from `start` on.
   """
   if not _tokens(answer):
     return None
   wanted = _normalized(answer)
   for found in _answer_pattern(answer).finditer(lowered, start):
-    # The pattern is generous; the official normalisation decides.
+    # The pattern allows too much; the official normalisation decides.
     if not wanted or normalize_answer(found.group()) == wanted:
       return found.span()
   return None
 
 
 def lower_with_origins(text: str) -> tuple[str, Sequence[int]]:
-  """NFD and lower case, and from which character each one came."""
+  """Returns NFD in lower case, and the original index of each character."""
   if text.isascii():
     return text.lower(), range(len(text) + 1)
   parts, origins = [], []
@@ -206,7 +198,7 @@ def _spans_of(answer: str, lowered: str) -> Iterator[tuple[int, int]]:
 
 @functools.lru_cache(maxsize=4096)
 def _answer_pattern(answer: str) -> Any:
-  """Finds runs of whole words that may normalise to the answer."""
+  """Compiles a pattern for whole words that may normalise to the answer."""
   words = _normalized(answer).split()
   if words:
     inside = f'[{_PUNCTUATION}]*'
@@ -217,10 +209,10 @@ def _answer_pattern(answer: str) -> Any:
         inside.join(map(regex.escape, word)) for word in words
     )
   else:
-    # Nothing is left of `The The` or `?`: look for what was written.
+    # Normalisation leaves nothing of `The The` or `?`: search them verbatim.
     words = _tokens(answer)
     pattern = rf'[{_SPACE}]*'.join(map(regex.escape, words))
-  # A word is whole, a mark always is.
+  # A word must be whole.
   before = f'(?<!{_LETTER})' if regex.match(_LETTER, words[0]) else ''
   after = f'(?!{_LETTER})' if regex.match(_LETTER, words[-1][-1]) else ''
   return regex.compile(f'{before}(?:{pattern}){after}')
@@ -232,22 +224,22 @@ def _tokens(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> Any:
-  """The pattern, or None with a warning where it is not one."""
+  """Compiles a pattern; None, with a warning, for an invalid one."""
   flags = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
   try:
-    re.compile(pattern)  # `re` decides what is valid, as officially.
+    re.compile(pattern)  # `re` decides what is valid, as in the official rule.
     return regex.compile(pattern, flags)
   except (re.error, regex.error, OverflowError, RecursionError) as error:
     warnings.warn(
-        f'The answer {pattern!r} is no regular expression ({error}); it '
-        'counts as never matched.',
+        f'The answer {pattern!r} is no regular expression ({error});'
+        ' it never matches.',
         stacklevel=2,
     )
     return None
 
 
 def _regex_spans(pattern: str, text: str) -> list[tuple[int, int]]:
-  """Where a pattern is found in a text; nowhere if it takes too long."""
+  """Returns the matches of a pattern in a text; none if it takes too long."""
   compiled = _compiled(pattern)
   if compiled is None:
     return []
@@ -258,7 +250,7 @@ def _regex_spans(pattern: str, text: str) -> list[tuple[int, int]]:
         if found.group()
     ]
   except TimeoutError:
-    _warn_of_time(pattern, text)
+    _warn_of_timeout(pattern, text)
     return []
 
 
@@ -271,13 +263,13 @@ def _regex_matches(
   try:
     return bool(getattr(compiled, how)(text, timeout=_REGEX_SECONDS))
   except TimeoutError:
-    _warn_of_time(pattern, text)
+    _warn_of_timeout(pattern, text)
     return False
 
 
-def _warn_of_time(pattern: str, text: str) -> None:
+def _warn_of_timeout(pattern: str, text: str) -> None:
   warnings.warn(
       f'The answer pattern {pattern!r} took longer than {_REGEX_SECONDS} s on a'
-      f' text of {len(text)} characters; it counts as not matched.',
+      f' text of {len(text)} characters and does not match it.',
       stacklevel=3,
   )

@@ -1,9 +1,4 @@
-"""Where the passages of a corpus hold an answer: labels of open-domain QA.
-
-Public: `PassageAnswers`, `gold_rows`. `PassageAnswers` gives the verdicts of
-`answers.has_answer`, the matcher of the evaluation, for thousands of passages
-at once: a passage is read and made ready once, and a verdict is found once.
-"""
+"""Which passages of a corpus contain an answer: labels of open-domain QA."""
 
 from collections.abc import Sequence
 import functools
@@ -14,10 +9,10 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.qa import answers
 from realm_jax.qa import questions as questions_lib
 
-# Bounds of what is kept: passages (about 1 kB each), and verdicts.
+# Bounds of the caches: passages (about 1 kB each), and results.
 _MAX_TEXTS = 2_000_000
-_MAX_VERDICTS = 200_000_000
-_GOLD_TEXTS = 2**14  # Questions about one record usually follow each other.
+_MAX_RESULTS = 200_000_000
+_GOLD_TEXTS = 2**14  # Questions about one record are usually adjacent.
 
 
 def gold_rows(
@@ -25,18 +20,18 @@ def gold_rows(
 ) -> list[np.ndarray]:
   """Returns the rows of each question's gold passages.
 
-  Training (`ict.questions`) and evaluation both take them from here. `prepare`
-  divides a record that is too long for one passage; the parts that hold an
-  answer, by `answers.has_answer`, are then gold. If no part does, all parts
-  are: the answer may stand across a boundary, or only in the title.
+  Training (`ict.questions`) and evaluation both use this function. If `prepare`
+  split the gold record into several passages, the gold passages are those that
+  contain an answer, by `answers.has_answer`. If none does, all are gold: the
+  answer may cross a boundary, or occur only in the title.
 
   Args:
     corpus: the passages.
-    questions: `passage_id` is the id of a passage or of a divided record.
+    questions: `passage_id` is the id of a passage or of a split record.
 
   Returns:
-    For each question int64 rows in order; none if it has no `passage_id`, or
-    one that is not in the corpus.
+    For each question int64 rows in order; empty without a `passage_id`, or if
+    it is not in the corpus.
   """
   known = sorted({q.passage_id for q in questions if q.passage_id is not None})
   records = dict(zip(known, corpus.record_rows(known), strict=True))
@@ -62,58 +57,57 @@ def gold_rows(
 
 
 class PassageAnswers:
-  """Finds answers in passages of one corpus."""
+  """`answers.has_answer` for thousands of passages at once.
+
+  Passages are read and normalised once, and results are cached.
+  """
 
   def __init__(self, corpus: corpus_lib.Corpus):
     self._corpus = corpus
     self._lowered: dict[int, str] = {}
     self._offsets: dict[int, np.ndarray] = {}
-    # By question: rows in order, and whether each holds an answer.
-    self._verdicts: dict[
+    # By question: rows in order, and whether each contains an answer.
+    self._results: dict[
         questions_lib.Question, tuple[np.ndarray, np.ndarray]
     ] = {}
-    self._num_verdicts = 0
+    self._num_results = 0
 
   def has_answer(
       self, question: questions_lib.Question, rows_N: np.ndarray
   ) -> np.ndarray:
-    """Tells which passages hold an answer in their body, bool [N].
+    """Returns bool [N]: whether the body of each passage contains an answer.
 
     Args:
-      question: with its answers and how they match.
+      question: the question with its answers.
       rows_N: passage rows.
     """
-    known, verdicts = self._verdicts.get(
+    known, results = self._results.get(
         question, (np.zeros(0, np.int64), np.zeros(0, bool))
     )
     new = np.setdiff1d(rows_N, known)
     if new.size:
       rows = np.concatenate([known, new])
       order = np.argsort(rows)
-      found = np.concatenate([verdicts, self._search(question, new)])
-      known, verdicts = rows[order], found[order]
-      self._num_verdicts += len(new)
-      if self._num_verdicts > _MAX_VERDICTS:
-        self._verdicts.clear()
-        self._num_verdicts = len(known)
-      self._verdicts[question] = known, verdicts
-    return verdicts[np.searchsorted(known, rows_N)]
+      found = np.concatenate([results, self._search(question, new)])
+      known, results = rows[order], found[order]
+      self._num_results += len(new)
+      if self._num_results > _MAX_RESULTS:
+        self._results.clear()
+        self._num_results = len(known)
+      self._results[question] = known, results
+    return results[np.searchsorted(known, rows_N)]
 
   def spans(
       self, question: questions_lib.Question, row: int
   ) -> list[tuple[int, int]]:
-    """Where a reader should find an answer.
-
-    Returns:
-      First and last wordpiece of each, in the passage's body, in order.
-    """
+    """Returns (first, last) wordpiece of each answer in a passage's body."""
     text = self._corpus.passage_text(row)['text']
     offsets_L2 = self.wordpieces(row, text)
     found = set()
     for start, limit in answers.answer_spans(
         text, question.answers, question.match
     ):
-      # The wordpieces that share a byte with the answer.
+      # All wordpieces that share a byte with the answer.
       first = np.searchsorted(offsets_L2[:, 1], start, side='right')
       last = np.searchsorted(offsets_L2[:, 0], limit, side='left') - 1
       if first <= last:
@@ -121,7 +115,7 @@ class PassageAnswers:
     return sorted(found)
 
   def wordpieces(self, row: int, text: str) -> np.ndarray:
-    """The bytes of a body that each wordpiece stands for, int32 [L, 2]."""
+    """Returns the byte range of each wordpiece of a body, int32 [L, 2]."""
     if row not in self._offsets:
       if len(self._offsets) >= _MAX_TEXTS:
         self._offsets.clear()
@@ -140,8 +134,8 @@ class PassageAnswers:
           for row in rows.tolist()
       ])
     texts = self._lowered_texts(rows.tolist())
-    # One long text is searched faster than thousands of short ones. What stands
-    # between them belongs to no answer.
+    # One long text is searched faster than thousands of short ones. The
+    # separator is part of no answer.
     joined = '\0'.join(texts)
     limits = np.cumsum([len(text) + 1 for text in texts])
     found = np.zeros(len(rows), bool)

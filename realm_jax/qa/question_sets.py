@@ -1,9 +1,8 @@
-"""Published question sets, read as they were published.
+"""Question sets in the formats in which they were published.
 
-Public: `read`, `FORMATS`, `convert`, `resplit`. Every set becomes a list of
-`questions.Question`; how a prediction is compared with an answer (`match`) is a
-property of the set. The format is recognised from the content, so that
-`--questions=` takes any of these files; a TFDS data set is named
+Every set becomes a list of `questions.Question`; `match`, how a prediction is
+compared with an answer, is a property of the set. The format is detected from
+the content, so `--questions=` takes any of these files, or
 `tfds:NAME[/CONFIG][:SPLIT]`.
 """
 
@@ -19,11 +18,13 @@ from typing import Any
 import farmhash
 
 from realm_jax.qa import questions as questions_lib
+from realm_jax.runtime import files
+from realm_jax.runtime import lines as lines_lib
 
-# Natural Questions (Lee et al. 2019, section 6): longer answers are dropped.
+# Longer answers of Natural Questions are dropped (Lee et al. 2019, section 6).
 MAX_ANSWER_TOKENS = 5
-# The re-splits of ORQA (Lee et al. 2019, section 6.1): a tenth of the published
-# training set becomes `dev`, as the published test set becomes `test`.
+# In ORQA's re-splits (Lee et al. 2019, section 6.1), a tenth of the published
+# training set is `dev`.
 _BUCKETS, _DEV_EVERY = 100_000, 10
 
 Path = str | os.PathLike[str]
@@ -34,14 +35,13 @@ def read(source: Path, format: str = 'auto') -> list[questions_lib.Question]:
   """Reads a question set.
 
   Args:
-    source: a file, plain or compressed (.gz, .xz), or `tfds:NAME[:SPLIT]`.
-    format: one of `FORMATS`, or `auto`: found out from the first record.
+    source: a file, plain or compressed, or `tfds:NAME[/CONFIG][:SPLIT]`.
+    format: one of `FORMATS`, or `auto`: detected from the first record.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is of no known format, or a record of it is wrong; the
-      message names file, line or record, and what was expected.
-    ImportError: a TFDS data set without the package.
+    FileNotFoundError: the file does not exist.
+    ValueError: the format is unknown or a record is wrong; the message names
+      the file, the line or record, and the expected content.
   """
   name = os.fspath(source)
   if format not in ('auto', *FORMATS):
@@ -52,7 +52,7 @@ def read(source: Path, format: str = 'auto') -> list[questions_lib.Question]:
     return _checked(_from_tfds(name), name, 'TFDS')
   path = pathlib.Path(name)
   if format == 'auto':
-    format = _recognise(path)
+    format = _detect(path)
   if format == 'jsonl':
     return questions_lib.read_questions(path)
   return _checked(_READERS[format](path), name, format)
@@ -61,11 +61,11 @@ def read(source: Path, format: str = 'auto') -> list[questions_lib.Question]:
 def resplit(
     questions: Iterable[questions_lib.Question],
 ) -> tuple[list[questions_lib.Question], list[questions_lib.Question]]:
-  """Divides a published training set into train and dev as ORQA did.
+  """Splits a published training set into train and dev as ORQA did.
 
-  By FarmHash of the question, so it depends on nothing else: of NQ-open 79,168
-  and 8,757 questions, of WebQuestions 3,417 and 361, of CuratedTREC 1,353 and
-  133 (Lee et al. 2019, table 3).
+  The FarmHash of a question alone decides. NQ-open gives 79,168 and 8,757
+  questions, WebQuestions 3,417 and 361, CuratedTREC 1,353 and 133 (Lee et al.
+  2019, table 3).
   """
   train: list[questions_lib.Question] = []
   dev: list[questions_lib.Question] = []
@@ -82,13 +82,13 @@ def convert(
     format: str = 'auto',
     split: bool = False,
 ) -> dict[str, int]:
-  """Writes a question set as JSON Lines that every command reads.
+  """Writes a question set in JSON Lines, which every command reads.
 
   Args:
     source: as in `read`.
-    output: folder; gets questions.jsonl, or train.jsonl and dev.jsonl.
+    output: folder for questions.jsonl, or for train.jsonl and dev.jsonl.
     format: as in `read`.
-    split: apply `resplit`.
+    split: whether to apply `resplit`.
 
   Returns:
     The number of questions of each file.
@@ -97,11 +97,8 @@ def convert(
   parts = {'questions': questions}
   if split:
     parts = dict(zip(('train', 'dev'), resplit(questions), strict=True))
-  folder = pathlib.Path(output)
-  folder.mkdir(parents=True, exist_ok=True)
   for name, part in parts.items():
-    temporary = folder / f'.tmp-{name}.jsonl'
-    with temporary.open('w', encoding='utf-8') as file:
+    with files.atomic_file(pathlib.Path(output) / f'{name}.jsonl') as file:
       for question in part:
         values = {
             field: value
@@ -109,14 +106,13 @@ def convert(
             if value is not None
         }
         file.write(json.dumps(values, ensure_ascii=False) + '\n')
-    os.replace(temporary, folder / f'{name}.jsonl')
   return {name: len(part) for name, part in parts.items()}
 
 
 def _checked(
     found: Iterable[tuple[str, Record]], source: str, format: str
 ) -> list[questions_lib.Question]:
-  """Makes questions of records; `where` of each names it in an error."""
+  """Makes questions from pairs of a place, for errors, and a record."""
   questions = []
   place = 'its first record'
   try:
@@ -125,33 +121,29 @@ def _checked(
         questions.append(questions_lib.parse(record))
       except ValueError as error:
         raise ValueError(f'{source}, {where}: {error}') from error
-      place = f'what follows {where}'
+      place = f'the record after {where}'
   except UnicodeDecodeError as error:
     raise ValueError(f'{source}: {place} is not UTF-8: {error}') from error
   except (KeyError, TypeError, AttributeError) as error:
     why = f'no field {error}' if isinstance(error, KeyError) else error
     raise ValueError(
-        f'{source}: {place} is not as {format} has it: {why}.'
+        f'{source}: {place} is not a record of {format}: {why}.'
     ) from error
   if not questions:
     raise ValueError(f'{source} holds no question with an answer.')
   return questions
 
 
-# Natural Questions, version 1.0 (JSON Lines; whole pages, or simplified).
-
-
 def _natural_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  for number, line in questions_lib.numbered_lines(path):
-    where = f'line {number}'
-    record = _json(line, f'{path}, {where}')
+  """Natural Questions 1.0: JSON Lines with whole pages, or simplified."""
+  for number, (where, record) in enumerate(lines_lib.json_objects(path), 1):
     missing = {'question_text', 'annotations'} - set(record)
     if missing or not {'document_html', 'document_text'} & set(record):
       raise ValueError(
-          f'{path}, {where}: not a record of Natural Questions: no field '
+          f'{where}: not a record of Natural Questions: no field '
           f'{", ".join(sorted(missing)) or "document_html or document_text"}.'
       )
-    # In order of appearance, so that the result never changes.
+    # A dict keeps the order of appearance.
     answers = dict.fromkeys(
         text
         for annotation in record['annotations']
@@ -160,7 +152,7 @@ def _natural_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
         and (text := _short_answer(record, span))
     )
     if answers:
-      yield where, {
+      yield f'line {number}', {
           'question': record['question_text'],
           'answers': list(answers),
           'title': record.get('document_title') or None,
@@ -180,7 +172,7 @@ def _short_answer(record: Record, span: Record) -> str:
 
 
 class _TextOnly(html.parser.HTMLParser):
-  """The text of a piece of HTML, entities resolved, tags dropped."""
+  """Collects the text of HTML, with entities resolved and without tags."""
 
   def __init__(self) -> None:
     super().__init__(convert_charrefs=True)
@@ -190,28 +182,26 @@ class _TextOnly(html.parser.HTMLParser):
     self.parts.append(data)
 
 
-# WebQuestions, TriviaQA, SQuAD, EntityQuestions: one JSON document each.
-
-
 def _web_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  for number, record in _items(_document(path), path):
-    if 'qText' in record:  # As factoid questions (brmson).
+  """WebQuestions: a JSON list, as published or as re-published by brmson."""
+  for where, record in _items(_document(path), path):
+    if 'qText' in record:  # brmson.
       answers = record.get('answers')
-      yield number, {'question': record['qText'], 'answers': answers}
-    elif 'utterance' in record:  # As published (Berant et al. 2013).
-      yield number, {
+      yield where, {'question': record['qText'], 'answers': answers}
+    elif 'utterance' in record:  # Berant et al. 2013.
+      yield where, {
           'question': record['utterance'],
           'answers': _descriptions(record.get('targetValue') or ''),
       }
     else:
-      raise ValueError(f'{path}, {number}: no field qText or utterance.')
+      raise ValueError(f'{path}, {where}: no field qText or utterance.')
 
 
 _DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^\s()]+))\)')
 
 
 def _descriptions(value: str) -> list[str]:
-  """Answers of `(list (description "Padmé Amidala") (description 1982))`."""
+  """Parses `(list (description "Padmé Amidala") (description 1982))`."""
   return [
       re.sub(r'\\(.)', r'\1', quoted) if quoted else bare
       for quoted, bare in _DESCRIPTION.findall(value)
@@ -219,10 +209,11 @@ def _descriptions(value: str) -> list[str]:
 
 
 def _trivia_qa(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
+  """TriviaQA: a JSON object; answers are a value and its aliases."""
   for where, record in _items(_document(path)['Data'], path):
     answer = record.get('Answer') or {}
     if 'Value' not in answer:
-      continue  # The test set is published without answers.
+      continue  # The published test set has no answers.
     answers = [answer['Value'], *(answer.get('Aliases') or ())]
     yield where, {
         'question': record.get('Question'),
@@ -231,14 +222,14 @@ def _trivia_qa(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
 
 
 def _squad(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """A passage's id is its article's title and its number: `Alaska#0`."""
+  """SQuAD 1.1 and 2.0; passage ids are TITLE#NUMBER, such as `Alaska#0`."""
   for article_where, article in _items(_document(path)['data'], path):
     title = article.get('title', '')
     for number, paragraph in enumerate(article['paragraphs']):
       for question in paragraph['qas']:
         answers = [answer['text'] for answer in question['answers']]
         if question.get('is_impossible') or not answers:
-          continue  # SQuAD 2.0: nothing to find.
+          continue  # An unanswerable question of SQuAD 2.0.
         yield f'{article_where}, question {question.get("id")}', {
             'question': question['question'].strip(),
             'answers': list(dict.fromkeys(answers)),
@@ -248,7 +239,7 @@ def _squad(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
 
 
 def _entity_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """A list of {question, answers}: EntityQuestions, DPR's files."""
+  """EntityQuestions and DPR's files: a JSON list of {question, answers}."""
   for where, record in _items(_document(path), path):
     yield where, {
         name: record.get(name)
@@ -257,13 +248,13 @@ def _entity_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
 
 
 def _curated_trec(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """Tab-separated: an id first, question and regular expression last.
+  """CuratedTREC: tab-separated id, ..., question and regular expression.
 
-  Rows whose id begins with `lfb` are of another source and were left out by
-  ORQA, which gives the published 1,486 and 694 questions.
+  Rows with an id that begins with `lfb` have another source. ORQA removes them,
+  which gives the published 1,486 and 694 questions.
   """
-  for number, line in questions_lib.numbered_lines(path):
-    columns = line.decode('utf-8-sig').rstrip('\r\n').split('\t')
+  for number, line in enumerate(lines_lib.lines(path), start=1):
+    columns = line.decode('utf-8').rstrip('\r\n').split('\t')
     if len(columns) < 3:
       raise ValueError(
           f'{path}, line {number}: {len(columns)} column(s); expected an id, '
@@ -289,17 +280,17 @@ _READERS: dict[str, Callable[[pathlib.Path], Iterator[tuple[str, Record]]]] = {
 FORMATS = ('jsonl', *_READERS)
 
 
-def _recognise(path: pathlib.Path) -> str:
-  """Finds the format out from the name or the first record."""
-  if path.name.removesuffix('.gz').removesuffix('.xz').endswith('.tsv'):
+def _detect(path: pathlib.Path) -> str:
+  """Detects the format from the name or the first record."""
+  if lines_lib.plain_name(path).endswith('.tsv'):
     return 'curated_trec'
   if not path.is_file():
-    return 'jsonl'  # Whose reader says what is missing.
-  _, start = next(questions_lib.numbered_lines(path), (0, b''))
+    return 'jsonl'  # Its reader raises the error.
+  start = next(lines_lib.lines(path), b'')
   try:
     record = json.loads(start)
   except ValueError:
-    record = None  # A document over several lines.
+    record = None  # A JSON document on several lines.
   if isinstance(record, dict) and 'question_text' in record:
     return 'natural_questions'
   if isinstance(record, dict) and not {'Data', 'data'} & set(record):
@@ -319,29 +310,16 @@ def _recognise(path: pathlib.Path) -> str:
   return 'jsonl'
 
 
-def _json(line: bytes, where: str) -> Record:
-  try:
-    record = json.loads(line)
-  except ValueError as error:
-    raise ValueError(f'{where}: not JSON: {error}') from error
-  if not isinstance(record, dict):
-    raise ValueError(f'{where}: not an object.')
-  return record
-
-
 def _document(path: pathlib.Path) -> Any:
-  text = b''.join(line for _, line in questions_lib.numbered_lines(path))
   try:
-    return json.loads(text)
+    return json.loads(b''.join(lines_lib.lines(path)))
   except ValueError as error:
     raise ValueError(
         f'{path}: neither JSON Lines nor one JSON document: {error}'
     ) from error
 
 
-def _items(
-    values: Any, path: pathlib.Path
-) -> Iterator[tuple[str, Record]]:
+def _items(values: Any, path: pathlib.Path) -> Iterator[tuple[str, Record]]:
   if not isinstance(values, list):
     raise ValueError(
         f'{path}: expected a list of records, not {str(values)[:80]!r}.'
@@ -349,20 +327,18 @@ def _items(
   for number, record in enumerate(values, 1):
     if not isinstance(record, dict):
       raise ValueError(
-          f'{path}, record {number}: {str(record)[:80]!r} is no object.'
+          f'{path}, record {number}: {str(record)[:80]!r} is not an object.'
       )
     yield f'record {number}', record
 
 
 def _from_tfds(name: str) -> Iterator[tuple[str, Record]]:
-  """Reads natural_questions_open, web_questions, trivia_qa, squad, and any
-  data set of {question, answer or answers}, by name or from its folder."""
-  try:
-    import tensorflow_datasets as tfds
-  except ImportError as error:
-    raise ImportError(
-        f'{name} needs TFDS: pip install tensorflow-datasets'
-    ) from error
+  """Reads a TFDS dataset of {question, answer or answers}, or its folder.
+
+  TriviaQA and SQuAD have answers of a form of their own.
+  """
+  import tensorflow_datasets as tfds  # Imported late: it takes seconds.
+
   _, _, rest = name.partition(':')
   dataset, _, split = rest.rpartition(':')
   if not dataset:
@@ -383,7 +359,7 @@ def _from_tfds(name: str) -> Iterator[tuple[str, Record]]:
     elif isinstance(answers, dict):  # SQuAD.
       answers = answers.get('text', ())
     texts = [_text(answer) for answer in (() if answers is None else answers)]
-    # A test set without answers, or a question of SQuAD 2.0 that has none.
+    # Test sets, and unanswerable questions of SQuAD 2.0, have no answers.
     if any(texts):
       yield f'record {number}', {
           'question': _text(example['question']),

@@ -1,7 +1,6 @@
-"""Questions made ready to train on: wordpieces beside what was asked.
+"""Questions as wordpieces, for training and evaluation.
 
-Public: `QuestionTable`. A question's number is its row everywhere, so that
-duplicated questions stay apart.
+A question's number is its row everywhere, so duplicates stay distinct.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.qa import question_sets
 from realm_jax.qa import questions as questions_lib
+from realm_jax.runtime import lines as lines_lib
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 class QuestionTable:
   """Questions by row.
 
-  questions: as they were read.
+  questions: the questions as read.
   query_ids_NQ: int32, `[CLS] question [SEP]`, padded.
-  query_lengths_N: int32, of each with the specials.
-  digest: SHA-256 over questions, answers and how they match.
+  query_lengths_N: int32, wordpieces with special tokens.
+  digest: SHA-256 of the questions with `answers` and `match`.
   """
 
   questions: list[questions_lib.Question]
@@ -40,24 +40,27 @@ class QuestionTable:
   def read(
       cls, sources: str, length: int, tokenizer: tokenizer_lib.Tokenizer
   ) -> 'QuestionTable':
-    """Reads question sets and encodes the questions.
+    """Reads question sets and encodes the questions that are not held out.
 
     Args:
-      sources: of `question_sets.read`, comma-separated.
-      length: Q; what is longer is cut, with a warning.
-      tokenizer: that of the corpus.
+      sources: sources of `question_sets.read`, comma-separated.
+      length: Q; longer questions are cut, with a warning.
+      tokenizer: of the corpus.
 
     Raises:
       FileNotFoundError, ValueError: see `question_sets.read`.
     """
     questions = [
         question
-        for source in sources.split(',')
-        for question in question_sets.read(source.strip())
+        for source in lines_lib.comma_separated(sources)
+        for question in question_sets.read(source)
     ]
     known = [question for question in questions if not question.held_out]
     if not known:
-      raise ValueError(f'{sources}: all questions are marked as held out.')
+      raise ValueError(
+          f'No question to train on in {sources!r}: all of them are marked as'
+          ' held out.'
+      )
     if len(known) < len(questions):
       log.info(
           '%d of the %d questions are marked as held out and not trained on.',
@@ -72,7 +75,7 @@ class QuestionTable:
       length: int,
       tokenizer: tokenizer_lib.Tokenizer,
   ) -> 'QuestionTable':
-    """As `read`, of questions that are in memory."""
+    """Encodes questions; see `read`."""
     texts = [question.question for question in questions]
     query_ids_NQ = inputs.encode_queries(texts, length, tokenizer)
     sizes_N = (query_ids_NQ != tokenizer.pad_id).sum(axis=1).astype(np.int32)
@@ -91,6 +94,6 @@ class QuestionTable:
       )
     digest = hashlib.sha256()
     for question in questions:
-      said = (question.question, question.answers, question.match)
-      digest.update(repr(said).encode())
+      values = (question.question, question.answers, question.match)
+      digest.update(repr(values).encode())
     return cls(questions, query_ids_NQ, sizes_N, digest.hexdigest())

@@ -1,38 +1,36 @@
-"""Question files: JSON Lines, plain or compressed (.gz, .xz).
+"""Question files in JSON Lines, plain or compressed.
 
-Public: `Question`, `read_questions`, `parse`, `numbered_lines`. A line is an
-object with `question` and `answers` (or `answer`, as in NQ-open); `match`,
-`passage_id`, `title` and `held_out` may be left out, and other fields are
-ignored. Other published formats: `question_sets`.
+A line is an object with `question` and `answers` (or `answer`, as in NQ-open).
+`match`, `passage_id`, `title` and `held_out` are optional; other fields are
+ignored. `question_sets` reads the other published formats.
 """
 
-from collections.abc import Iterator
 import dataclasses
-import gzip
 import json
-import lzma
 import os
 import pathlib
-from typing import IO, Any, Literal, cast
-import zlib
+from typing import Any, Literal
+
+from realm_jax.runtime import lines as lines_lib
 
 _EXPECTED = (
     'a line holds {"question": text, "answers": [text, ...], '
     '"match"?: "string" or "regex", "passage_id"?: text, "title"?: text, '
-    '"held_out"?: true or false}')
+    '"held_out"?: true or false}'
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """A question and the answers that count as right.
+  """A question and its correct answers.
 
-  `match` says how a prediction is compared with an answer: `string`, after
-  normalisation, or `regex`, the answer being a regular expression (not checked
-  here: CuratedTREC as published has a broken one, which matches nothing).
-  `passage_id` is the gold passage, `title` its title or the
-  article the question is about, `held_out` whether no sentence of the
-  pretraining corpus states the fact (a passage does); each is None where the
-  file does not say.
+  match: how a prediction is compared with an answer: `string`, after
+    normalisation; or `regex`, the answer is a regular expression. Expressions
+    are not checked here: CuratedTREC as published has an invalid one.
+  passage_id: the gold passage; None: unknown.
+  held_out: whether no sentence of the pretraining corpus states the fact,
+    though a passage does; None: unknown.
+  title: title of the gold passage or article; None: unknown.
   """
 
   question: str
@@ -44,22 +42,23 @@ class Question:
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-  """Reads a question file and checks every line of it.
+  """Reads a question file and checks every line.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: a line is not a question (named with the file, the line and
-      what was expected), the file holds no question, or it is damaged.
+    FileNotFoundError: the file does not exist.
+    ValueError: a line is not a question (the message has the file, the line and
+      the expected fields), or the file is empty or damaged.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(
         f'no question file at {path}; expected JSON Lines: .jsonl, .jsonl.gz '
-        'or .jsonl.xz')
+        'or .jsonl.xz'
+    )
   questions = []
-  for number, line in numbered_lines(path):
+  for number, line in enumerate(lines_lib.lines(path), start=1):
     try:
-      questions.append(parse(_record(line)))
+      questions.append(parse(lines_lib.json_object(line)))
     except ValueError as error:
       raise ValueError(f'{path}:{number}: {error}; {_EXPECTED}') from error
   if not questions:
@@ -67,105 +66,59 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
   return questions
 
 
-def numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  """Yields number and bytes of each line of a file, which may be compressed.
-
-  Bytes, so that a wrong encoding is an error of its line.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it cannot be decompressed.
-  """
-  number = 0
-  try:
-    with _open(path) as file:
-      for number, line in enumerate(file, 1):
-        yield number, line
-  except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-    raise ValueError(
-        f'{path} cannot be decompressed after line {number}: {error}; is it '
-        'complete, and does its name end in what it was compressed with?'
-    ) from error
-
-
-def _open(path: pathlib.Path) -> IO[bytes]:
-  match path.suffix:
-    case '.gz':
-      return cast(IO[bytes], gzip.open(path, 'rb'))
-    case '.xz':
-      return cast(IO[bytes], lzma.open(path, 'rb'))
-    case _:
-      return path.open('rb')
-
-
-def _record(line: bytes) -> dict[str, Any]:
-  """Reads one line; the message of a ValueError says what is wrong with it."""
-  if not line.strip():
-    raise ValueError('an empty line')
-  try:
-    record = json.loads(line.decode('utf-8-sig'))  # Windows tools add a mark.
-  except UnicodeDecodeError as error:
-    raise ValueError(f'not UTF-8 at byte {error.start} of the line') from error
-  except RecursionError as error:
-    raise ValueError('not JSON: nested too deeply') from error
-  except ValueError as error:  # Also numbers of too many digits.
-    raise ValueError(f'not JSON: {error}') from error
-  if not isinstance(record, dict):
-    raise ValueError(f'{_described(record)} instead of an object')
-  return record
-
-
 def parse(record: dict[str, Any]) -> Question:
-  """Makes a question of a record.
+  """Makes a question from a record.
 
   Raises:
-    ValueError: a field is missing or wrong; the message names the field.
+    ValueError: a field is missing or wrong; the message names it.
   """
   if 'answers' not in record and isinstance(record.get('answer'), list):
     record = {**record, 'answers': record['answer']}  # NQ-open.
   for field in ('question', 'answers'):
     if field not in record:
       raise ValueError(
-          f'no field "{field}" among {sorted(record) or "no fields"}')
+          f'no field "{field}" among {sorted(record) or "no fields"}'
+      )
   question, answers = record['question'], record['answers']
   if not _is_text(question):
-    raise ValueError(f'"question" is {_described(question)}')
+    raise ValueError(f'"question" is {_as_json(question)}')
   if not isinstance(answers, list) or not answers:
-    raise ValueError(f'"answers" is {_described(answers)}')
+    raise ValueError(f'"answers" is {_as_json(answers)}')
   for answer in answers:
     if not _is_text(answer):
-      raise ValueError(f'"answers" contains {_described(answer)}')
-  match _optional(record, 'match', str):
+      raise ValueError(f'"answers" contains {_as_json(answer)}')
+  match record.get('match'):
     case None | 'string':
       match: Literal['string', 'regex'] = 'string'
     case 'regex':
       match = 'regex'
     case other:
-      raise ValueError(f'"match" is {_described(other)}')
+      raise ValueError(f'"match" is {_as_json(other)}')
   return Question(
-      question=question, answers=tuple(answers), match=match,
+      question=question,
+      answers=tuple(answers),
+      match=match,
       passage_id=_optional(record, 'passage_id', str),
       held_out=_optional(record, 'held_out', bool),
-      title=_optional(record, 'title', str))
+      title=_optional(record, 'title', str),
+  )
 
 
 def _optional(record: dict[str, Any], field: str, kind: type) -> Any:
-  """The field, or None where it is absent or null."""
   value = record.get(field)
   if value is not None and not isinstance(value, kind):
-    raise ValueError(f'"{field}" is {_described(value)}')
+    raise ValueError(f'"{field}" is {_as_json(value)}')
   return value
 
 
 def _is_text(value: object) -> bool:
-  """Whether it is a string that says something and can be encoded."""
+  """Returns whether a value is a valid string that is not blank."""
   if not isinstance(value, str) or not value.strip():
     return False
-  # JSON can escape half of a surrogate pair, which is no character.
+  # JSON can escape half of a surrogate pair, which is not a character.
   return not any('\ud800' <= c <= '\udfff' for c in value)
 
 
-def _described(value: object) -> str:
-  """The value as JSON, cut where it is long."""
+def _as_json(value: object) -> str:
   text = json.dumps(value)
   return text if len(text) <= 80 else f'{text[:77]}...'

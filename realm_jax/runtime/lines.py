@@ -66,6 +66,12 @@ def opened(path: pathlib.Path) -> IO[bytes]:
   return open(path, 'rb')
 
 
+def comma_separated(text: str | None) -> list[str]:
+  """Returns the items of a comma-separated list, without blanks around them."""
+  items = [item.strip() for item in (text or '').split(',')]
+  return [item for item in items if item]
+
+
 def json_objects(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields (FILE:LINE, object) of a JSON Lines file.
 

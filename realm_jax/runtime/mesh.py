@@ -101,8 +101,8 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
 
 
 def to_devices(
-    mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]
-) -> dict[str, Any]:
+    mesh: jax.sharding.Mesh, batch: Any
+) -> Any:
   """Puts this process' rows of a batch, `local_rows`, on its devices.
 
   The result is the whole batch in its order. If `model` spans processes,
@@ -120,7 +120,7 @@ def to_devices(
     shape = (size * mesh.shape[DATA], *array.shape[1:])
     return jax.make_array_from_callback(shape, sharding, read)
 
-  return {name: put(array) for name, array in batch.items()}
+  return jax.tree.map(put, batch)
 
 
 def _local_parts(mesh: jax.sharding.Mesh) -> np.ndarray:

@@ -4,20 +4,16 @@ The queries are the same in every process and after every restart, so that a
 decision that depends on them (`refresh.policy=adaptive`) can be repeated.
 """
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 
-from realm_jax import config as config_lib
-from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.trainer import batches
 from realm_jax.trainer import job as job_lib
 
 _QUERIES = 32
@@ -36,15 +32,9 @@ class Probe:
 
   def __init__(self, job: job_lib.Job):
     config, corpus, mesh = job.config, job.corpus, job.mesh
-    if job.questions is not None:
-      self._query_ids_BQ = job.questions.query_ids_NQ[:_QUERIES]
-      self._exclude_BR2 = np.zeros((len(self._query_ids_BQ), 1, 2), np.int64)
-      self.k = config.open_qa.read
-    else:
-      batch = _queries(config, corpus)
-      self._query_ids_BQ = batch['query_ids_BQ']
-      self._exclude_BR2 = batch['exclude_BR2']
-      self.k = config.num_candidates - 1
+    self._query_ids_BQ, self._exclude_BR2, self.k = job.stage.probe_queries(
+        _QUERIES
+    )
     self._corpus, self._length = corpus, config.lengths.document
     self._embedder = embedding.Embedder(job.components['embedder'], mesh)
     self._mesh = mesh
@@ -112,18 +102,3 @@ class Probe:
             for name, array in arrays.items()
         },
     )
-
-
-def _queries(
-    config: config_lib.Config, corpus: corpus_lib.Corpus
-) -> inputs.Batch:
-  config = dataclasses.replace(config, batch_size=_QUERIES)  # One batch.
-  if 'validation' in corpus.sentences:
-    try:
-      return next(
-          batches.evaluation_batches(corpus, config, 'validation', _QUERIES)
-      )
-    except ValueError:
-      pass  # The split is too small to have a sentence with a salient span.
-  trained_on = batches.sentences_of(corpus, config)
-  return next(batches.evaluation_batches(corpus, config, trained_on, _QUERIES))

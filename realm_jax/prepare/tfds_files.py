@@ -1,24 +1,24 @@
-"""Files of a corpus that grow: arrays, wordpieces, and records for TFDS.
+"""Append-only files of a corpus: arrays, wordpieces, and TFDS records.
 
-Public: `ArrayWriter`, `TokenWriter`, `TokenReader`, `DatasetWriter`.
+A record is a `tf.train.Example`, the format of TFDS: a map from field names to
+lists. TFDS's own encoder is slower than all the rest of `prepare`, and orders
+the fields by a hash map that differs between processes; this encoder sorts
+them. The tests compare the two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
-from typing import IO, Any
+from typing import Any
 
 from array_record.python import array_record_module
 import numpy as np
 import tensorflow_datasets as tfds
 
 _RECORDS_PER_SHARD = 200_000
-
-
-def _create(path: pathlib.Path) -> IO[bytes]:
-  return open(path, 'wb')
 
 
 class ArrayWriter:
@@ -29,17 +29,17 @@ class ArrayWriter:
   ):
     self._dtype, self._shape = np.dtype(dtype), shape
     self._rows = 0
-    self._file = _create(path)
+    self._file = open(path, 'wb')  # noqa: SIM115
     self._write_header()
 
   def append(self, rows: np.ndarray) -> None:
-    """Appends rows; their type must fit."""
+    """Appends rows of a type that casts safely, or within its kind."""
     rows = np.asarray(rows)
     self._file.write(rows.astype(self._dtype, casting='same_kind').tobytes())
     self._rows += len(rows)
 
   def close(self) -> int:
-    """Finishes the file and returns its rows."""
+    """Completes the file and returns its number of rows."""
     self._file.seek(0)
     self._write_header()
     self._file.close()
@@ -62,25 +62,24 @@ class TokenWriter:
 
   def __init__(self, path: pathlib.Path, dtype: Any):
     self._dtype = np.dtype(dtype)
-    self._file = _create(path)
+    self._file = open(path, 'wb')  # noqa: SIM115
     self.size = 0
 
   def append(self, ids: np.ndarray) -> int:
-    """Appends wordpieces and returns where they begin."""
+    """Appends wordpieces and returns the position of the first."""
     start = self.size
     self._file.write(ids.astype(self._dtype).tobytes())
     self.size += len(ids)
     return start
 
   def close(self) -> None:
-    """Finishes the file."""
     self._file.close()
 
 
 class TokenReader:
-  """A flat file of wordpieces that is read part by part, and not mapped.
+  """A flat file of wordpieces that is read in slices and not mapped.
 
-  What is mapped counts as memory of the process as soon as it was read once.
+  Mapped pages that were read once count as memory of the process.
   """
 
   def __init__(self, path: pathlib.Path, dtype: Any):
@@ -96,8 +95,8 @@ class TokenReader:
 class DatasetWriter:
   """A TFDS dataset in array_record format, written record by record.
 
-  `tfds.core.SequentialWriter` would do, but it encodes every record itself, in
-  one process. Here records come encoded; the metadata are written by TFDS.
+  `tfds.core.SequentialWriter` encodes every record in the calling process;
+  here records come encoded, and TFDS writes the metadata alone.
   """
 
   def __init__(
@@ -116,21 +115,18 @@ class DatasetWriter:
     self._splits[split].append(record)
 
   def close(self) -> dict[str, str]:
-    """Finishes the dataset and returns the SHA-256 of each split's records."""
+    """Completes the dataset; returns the SHA-256 of each split's records."""
     if not self._splits:
       return {}
-    infos = [split.close() for _, split in sorted(self._splits.items())]
+    splits = dict(sorted(self._splits.items()))
     tfds.folder_dataset.write_metadata(
         data_dir=self._directory,
         features=tfds.features.FeaturesDict(self._features),
-        split_infos=infos,
-        check_data=False,  # It would need TensorFlow.
+        split_infos=[split.close() for split in splits.values()],
+        check_data=False,  # The check needs TensorFlow.
         description=self._description,
     )
-    return {
-        name: split.digest.hexdigest()
-        for name, split in sorted(self._splits.items())
-    }
+    return {name: split.digest.hexdigest() for name, split in splits.items()}
 
 
 class _Split:
@@ -147,13 +143,13 @@ class _Split:
     if self._writer is None or self._lengths[-1] == _RECORDS_PER_SHARD:
       self._close_shard()
       path = self._directory / f'{self._name}.{len(self._lengths)}'
-      # Groups of one record, for random access. So short ones zstd would make
-      # a tenth smaller, in three times the time.
+      # Groups of one record, for random access. zstd would save a tenth of the
+      # space of such short groups, and take three times as long.
       self._writer = array_record_module.ArrayRecordWriter(
           os.fspath(path), 'group_size:1,snappy'
       )
       self._lengths.append(0)
-    with _as_os_error():
+    with _runtime_error_as_os_error():
       self._writer.write(record)
     self._lengths[-1] += 1
     self._bytes += len(record)
@@ -167,13 +163,10 @@ class _Split:
         split=self._name,
         filetype_suffix='array_record',
     )
-    for i in range(len(self._lengths)):
-      os.rename(
-          self._directory / f'{self._name}.{i}',
-          template.sharded_filepath(
-              shard_index=i, num_shards=len(self._lengths)
-          ),
-      )
+    count = len(self._lengths)
+    for i in range(count):
+      path = template.sharded_filepath(shard_index=i, num_shards=count)
+      os.rename(self._directory / f'{self._name}.{i}', path)
     return tfds.core.SplitInfo(
         name=self._name,
         shard_lengths=self._lengths,
@@ -183,15 +176,64 @@ class _Split:
 
   def _close_shard(self) -> None:
     if self._writer is not None:
-      with _as_os_error():
+      with _runtime_error_as_os_error():
         self._writer.close()
       self._writer = None
 
 
 @contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-  """The library reports a full disk, and nothing else, as RuntimeError."""
+def _runtime_error_as_os_error() -> Iterator[None]:
+  """array_record raises RuntimeError for a full disk, and only for that."""
   try:
     yield
   except RuntimeError as error:
     raise OSError(f'A dataset could not be written: {error}') from error
+
+
+def example(fields: bytes) -> bytes:
+  """Returns a record from its encoded fields, sorted by name."""
+  return _tagged(fields)
+
+
+def text_field(name: str, value: str) -> bytes:
+  """Encodes a field that holds a text."""
+  return _field(name, _tagged(_tagged(value.encode('utf-8'))))
+
+
+def number_field(name: str, values: Iterable[int]) -> bytes:
+  """Encodes a field that holds integers."""
+  packed = b''.join([_varint(value) for value in values])
+  packed = packed and _tagged(packed)
+  return _field(name, b'\x1a' + _varint(len(packed)) + packed)
+
+
+def _field(name: str, feature: bytes) -> bytes:
+  return _tagged(_name(name) + _varint(len(feature)) + feature)
+
+
+@functools.cache
+def _name(name: str) -> bytes:
+  return _tagged(name.encode('ascii')) + b'\x12'
+
+
+def _tagged(content: bytes) -> bytes:
+  return b'\x0a' + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+  if 0 <= value < len(_SMALL):  # Most lengths, and offsets in a sentence.
+    return _SMALL[value]
+  return _long_varint(value)
+
+
+def _long_varint(value: int) -> bytes:
+  value %= 2**64
+  encoded = bytearray()
+  while value > 0x7F:
+    encoded.append(value & 0x7F | 0x80)
+    value >>= 7
+  encoded.append(value)
+  return bytes(encoded)
+
+
+_SMALL = [_long_varint(value) for value in range(1 << 12)]
