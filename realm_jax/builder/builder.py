@@ -20,6 +20,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import embedding
 from realm_jax.index import generation
+from realm_jax.index import search as search_lib
 from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
@@ -165,7 +166,7 @@ class _Job:
   """A job whose snapshots are built; the same for all snapshots."""
 
   workdir: pathlib.Path
-  directory: pathlib.Path  # Of the generations.
+  directory: pathlib.Path  # The folder of the generations.
   config: config_lib.Config
   corpus: corpus_lib.Corpus
   mesh: jax.sharding.Mesh
@@ -181,6 +182,7 @@ class _Job:
       heartbeat: heartbeat_lib.Heartbeat,
   ) -> '_Job':
     config = config_lib.resolve(config)
+    search_lib.backend(config.mips)  # An unknown one fails before the work.
     corpus = corpus_lib.Corpus.open(config.corpus)
     config.model.vocab_size = (
         config.model.vocab_size or corpus.tokenizer.vocab_size

@@ -13,8 +13,8 @@ import numpy as np
 
 from realm_jax.corpus import concatenated
 
-# A shard is padded to a multiple of so many rows. Otherwise the sums of rows at
-# an edge of the matmul could have another order and so another last bit.
+# The rows of a shard are padded to a multiple. Otherwise the sums of rows at an
+# edge of the matmul could have another order and so another last bit.
 ALIGN = 128
 _MAX_SCORES = 2**24  # Scores on a device at once: 64 MiB of float32.
 _MAX_CHUNK = 2**16

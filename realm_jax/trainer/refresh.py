@@ -117,7 +117,7 @@ class Refresher:
     self._directory = self._workdir / generation_lib.DIRECTORY
     self._config, self._probe = config.refresh, probe
     self._health, self._interrupt = health, interrupt
-    search_lib.backend(config.mips)
+    search_lib.backend(config.mips)  # An unknown one fails before the work.
     expected = generation_lib.Lineage(
         step=None,
         params_digest=None,
