@@ -1,8 +1,6 @@
 """The index builder: right embeddings, newest snapshot, alone, clean end."""
 
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -21,14 +19,12 @@ from realm_jax.builder import builder
 from realm_jax.builder import status
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
-from realm_jax.index import embedding
 from realm_jax.index import generation
 from realm_jax.models import components
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import heartbeat as heartbeat_lib
-from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process as process_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 
@@ -66,11 +62,6 @@ def workdir(tmp_path, config):
   return tmp_path
 
 
-@pytest.fixture
-def mesh():
-  return mesh_lib.make_mesh(config_lib.MeshConfig(data=4, model=2))
-
-
 @pytest.fixture(scope='module')
 def check_some(corpus, component):
   """Compares some passages with themselves alone and without padding."""
@@ -94,77 +85,6 @@ def check_some(corpus, component):
       )
 
   return check
-
-
-@pytest.mark.parametrize('widths', [[24], [8, 12, 16, 24]])
-def test_buckets_and_devices_change_no_embedding(
-    corpus, component, check_some, mesh, monkeypatch, widths
-):
-  assert corpus.passages.lengths.max() > 24  # Some are cut.
-  monkeypatch.setattr(embedding, '_widths', lambda *_: widths)
-  embedder = embedding.PassageEmbedder(
-      component, corpus.passages, corpus.tokenizer, 24, mesh, batch_tokens=700
-  )
-  params = component.init(seed=0)
-  seen = []
-  found = embedder(params, progress=seen.append)
-  check_some(found, params, 24)
-  assert sum(seen) == len(corpus.passages)
-  assert embedder._encoder._encode._cache_size() <= len(widths)
-  # A part is that part of the whole; parameters are not baked in.
-  part = embedder(params, range(11, 40))
-  np.testing.assert_allclose(part, found[11:40], atol=2e-6)
-  other = embedder(component.init(seed=1))
-  assert np.abs(other - found).max() > 0.1
-  assert embedder._encoder._encode._cache_size() <= len(widths)
-
-
-def test_widths_are_few_and_pay_for_themselves():
-  def widths(lengths, most):
-    return embedding._widths(np.array(lengths), most, 2**16)
-
-  assert widths([20] * 100, 288) == [24]
-  assert widths([20, 70] * 100, 288) == [72]
-  assert widths([20, 70] * 100_000, 288) == [24, 72]
-  assert widths([20, 288] * 100_000, 288) == [24, 288]
-  assert widths([5], 7) == [7]
-  even = np.arange(8, 289).repeat(1_000)
-  assert 8 <= len(widths(even, 288)) <= 20
-  assert widths(even, 300)[-1] == 288
-
-
-def test_batches_are_static_and_mostly_full(corpus, mesh):
-  encoder = embedding.RowEncoder(
-      lambda params, *arrays: arrays[0],
-      corpus.passages.lengths,
-      40,
-      mesh,
-      2**14,
-  )
-  lengths = np.minimum(corpus.passages.lengths, 40)
-  sizes = dict(zip(encoder._widths, encoder._batch_rows, strict=True))
-  for rows in (np.arange(len(lengths)), np.arange(7, 60), np.array([3])):
-    seen = []
-    for mine, width, size in encoder._batches(lengths[rows]):
-      assert size == sizes[width] and size % mesh.size == 0
-      assert 0 < len(mine) <= size
-      assert (lengths[rows[mine]] <= width).all()
-      seen.extend(mine)
-    assert sorted(seen) == [*range(len(rows))]  # Each once.
-
-
-def test_rests_join_the_next_width(mesh, monkeypatch):
-  monkeypatch.setattr(embedding, '_widths', lambda *_: [10, 20, 40])
-  lengths = [5] * 9 + [15] * 7 + [35]
-  encoder = embedding.RowEncoder(
-      lambda params, *arrays: arrays[0], np.array(lengths), 40, mesh, 1
-  )
-  encoder._batch_rows = [8, 8, 8]
-  batches = [
-      ([lengths[i] for i in mine], width)
-      for mine, width, _ in encoder._batches(np.array(lengths))
-  ]
-  assert batches == [([5] * 8, 10), ([5] + [15] * 7, 20), ([35], 40)]
 
 
 def _snapshot(workdir, component, step, seed=None):
@@ -498,27 +418,6 @@ def test_a_second_builder_names_the_first(workdir, component):
       with pytest.raises(RuntimeError, match=f'process {os.getpid()} on '):
         start(workdir)
   builder.build(workdir)  # The lock is free again.
-
-
-def test_storage_without_locks_is_spoken_of(tmp_path, monkeypatch, caplog):
-  def flock(file, how):
-    raise OSError(errno.ENOLCK, 'No locks available')
-
-  monkeypatch.setattr(files.fcntl, 'flock', flock)
-  with process_lib.lock(tmp_path, 'index builder'):
-    pass
-  assert 'make sure that no second index builder runs on' in caplog.text
-
-
-def test_the_lock_is_waited_for_if_asked(tmp_path):
-  first = contextlib.ExitStack()
-  first.enter_context(process_lib.lock(tmp_path, 'index builder'))
-  timer = threading.Timer(0.3, first.close)
-  timer.start()
-  start = time.monotonic()
-  with process_lib.lock(tmp_path, 'index builder', timeout=30):
-    assert 0.2 < time.monotonic() - start < 20
-  timer.join()
 
 
 def test_waits_no_longer_than_told(tmp_path, workdir, monkeypatch):

@@ -282,7 +282,7 @@ def test_a_full_disk_while_a_snapshot_is_taken(tmp_path, caplog, required):
   assert os.listdir(tmp_path / snapshots_lib.DIRECTORY) == []
   if not required:
     assert f'{tmp_path}/{snapshots_lib.DIRECTORY}/0.orbax' in caplog.text
-    assert 'Training goes on with the index that there is' in caplog.text
+    assert 'Training continues with the present index' in caplog.text
   snapshots.save(10, params, in_use=0)
   snapshots.wait()
   assert snapshots_lib.steps_of(tmp_path) == [10]

@@ -94,7 +94,7 @@ class Checkpoints:
       if jax.process_count() > 1:  # The other processes wait for it.
         raise
       log.error(
-          'There is no checkpoint of step %s: %s. Training goes on; the newest '
+          'There is no checkpoint of step %s: %s. Training continues; the newest '
           'checkpoint is of step %s.', self.saving, error, self.latest,
       )
     if jax.process_count() == 1:
