@@ -50,11 +50,12 @@ def _tokenizer(lowercase=True):
 )
 def test_offsets_are_bytes_of_the_text(text, expected):
   tokenizer = _tokenizer()
-  ids, offsets = tokenizer.encode_with_offsets(text)
+  ((ids, starts, limits),) = tokenizer.encode_arrays([text])
+  ids = ids.tolist()
   data = text.encode('utf-8')
   found = [
       (tokenizer.vocab[i], data[start:limit].decode('utf-8'))
-      for i, (start, limit) in zip(ids, offsets, strict=True)
+      for i, start, limit in zip(ids, starts, limits, strict=True)
   ]
   assert found == expected
   assert tokenizer.encode(text) == ids

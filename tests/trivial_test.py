@@ -232,7 +232,7 @@ def test_no_passage_with_the_whole_sentence_is_missed(
   """Also in small blocks, and with few different wordpieces."""
   monkeypatch.setattr(trivial, '_AT_ONCE', [64, 300, 2**16][seed % 3])
   monkeypatch.setattr(trivial, '_BLOCK', [7, 2**19][seed % 2])
-  monkeypatch.setattr(trivial, '_BLOCKS', 1000)
+  monkeypatch.setattr(trivial, '_MAX_BLOCKS', 1000)
   rng = np.random.default_rng(seed)
   bodies = [rng.integers(0, vocab, rng.integers(1, 60)) for _ in range(50)]
   sentences, own = [], []

@@ -259,20 +259,11 @@ class Tokenizer:
     encodings = self._tokenizer.encode_batch_fast(list(texts))
     return [encoding.ids for encoding in encodings]
 
-  def encode_with_offsets(
-      self, text: str
-  ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns wordpieces and their half-open ranges of UTF-8 bytes in `text`.
+  def encode_arrays(self, texts: Sequence[str]) -> list[Encoded]:
+    """Returns ids and half-open ranges of UTF-8 bytes of each text.
 
     The ranges are right for [UNK], accents and characters that BERT drops.
     """
-    ((ids, starts, limits),) = self.encode_arrays([text])
-    return ids.tolist(), list(
-        zip(starts.tolist(), limits.tolist(), strict=True)
-    )
-
-  def encode_arrays(self, texts: Sequence[str]) -> list[Encoded]:
-    """Returns ids and byte ranges of each text."""
     arrays = []
     for text, (ids, ranges) in zip(
         texts, self.encode_characters(texts), strict=True

@@ -95,8 +95,7 @@ class Trained:
   @property
   def null_ids(self) -> tuple[int, int, int]:
     """The null document, `[CLS] [SEP] [SEP]`."""
-    tokenizer = self.corpus.tokenizer
-    return tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
+    return inputs.null_document(self.corpus.tokenizer)
 
   def load(self, step: int) -> Params:
     """Loads the parameters of a checkpoint, or of a snapshot (embedder only).

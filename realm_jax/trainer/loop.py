@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 
 from realm_jax import config as config_lib
+from realm_jax.corpus import inputs
 from realm_jax.models import flops
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
@@ -120,8 +121,7 @@ class _Loop:
       stack: contextlib.ExitStack,
   ):
     self._job, config = job, job.config
-    tokenizer = job.corpus.tokenizer
-    null_ids = (tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id)
+    null_ids = inputs.null_document(job.corpus.tokenizer)
     tx = optimizer.make_optimizer(config, tuple(job.components))
     self._checkpoints = checkpoint.Checkpoints(
         job.workdir, config.checkpoint.keep
