@@ -24,7 +24,7 @@ _SPLITS = ('knowledge', 'validation')
 
 
 def _articles(count: int, seed: int = 0) -> list[dict]:
-  """Invented articles of very different lengths, with odd characters."""
+  """Invented articles of very different lengths, with unusual characters."""
   rng = random.Random(seed)
   places = ['Übersee', 'Nordhaven', 'Kéla', 'Old Marrow', 'Santa Ilva']
   people = ['Jon Örn', 'Mira van Delt', 'A. B. Cole', 'Ruth O’Dell']
@@ -199,7 +199,7 @@ def test_sentences_set_aside_are_limited(tmp_path, articles, monkeypatch):
       made.passages.articles[made.sentences['validation'].passages]
   )
   counts = counts[counts > 0]
-  # The article that reaches the limit is finished, and no other is begun.
+  # The article that reaches the limit is finished, and no other is started.
   assert counts[:-1].sum() < 7 <= counts.sum()
   made = _prepare(source, tmp_path / 'none', validation_fraction=0.0)
   assert set(made.sentences) == {'knowledge'}

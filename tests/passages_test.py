@@ -1,4 +1,4 @@
-"""Passages and sentences of records: long, odd, and with spans of their own."""
+"""Passages and sentences of records: long ones, unusual ones, given spans."""
 
 import json
 import pathlib

@@ -45,7 +45,7 @@ def _prepare(source, output, **arguments) -> corpus_lib.Corpus:
 def test_files_may_be_compressed(tmp_path, ending, pack):
   lines = [json.dumps({'text': f'Über {i}'}).encode() + b'\n' for i in range(3)]
   path = tmp_path / f'in.jsonl{ending}'
-  # Compressed files may be put together; not all readers go on after one.
+  # Compressed files may be concatenated; some readers stop after the first.
   path.write_bytes(pack(lines[0]) + pack(lines[1] + lines[2]))
   assert [r.text for r in _read(path)] == ['Über 0', 'Über 1', 'Über 2']
 
@@ -66,7 +66,7 @@ def test_a_folder_of_texts_is_an_article_a_file(tmp_path):
   # The first line is left out where it says the title again.
   assert (rome.id, rome.title) == ('b/Old_Rome.txt', 'Old Rome')
   assert rome.text == 'A town.\n'
-  # Beside files that say what they hold, a text is no article.
+  # Next to files of other kinds, a text is not an article.
   (tmp_path / 'in' / 'z.jsonl').write_text('{"text": "alone"}')
   for source in ('in', 'in/*', 'in/**/*'):
     assert [r.text for r in _read(tmp_path / source)] == ['alone'], source
@@ -296,7 +296,7 @@ def test_wrong_markup_is_named(tmp_path, fields, message):
     _read(path)
 
 
-def test_what_is_learned_and_what_is_known_may_be_of_different_kinds(tmp_path):
+def test_passages_and_sentences_may_come_from_different_kinds(tmp_path):
   (tmp_path / 'wiki_00').write_text(
       f'<doc id="1" title="Rome">\nRome\n{_TEXT}\n</doc>'
   )

@@ -36,7 +36,7 @@ def _tokenizer(lowercase=True):
         ('über-cat', [('[UNK]', 'über'), ('-', '-'), ('cat', 'cat')]),
         # Chinese characters are words of their own.
         ('日本x', [('日', '日'), ('本', '本'), ('x', 'x')]),
-        # Control characters and odd spaces disappear.
+        # Control characters and unusual spaces disappear.
         ('c\u0000a\u200bt\u00a0sat', [('cat', 'c\0a\u200bt'), ('sat', 'sat')]),
         ('cat\u3000\r\n\tsat', [('cat', 'cat'), ('sat', 'sat')]),
         # A syllable of three letters: three wordpieces of the same bytes.

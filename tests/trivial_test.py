@@ -190,7 +190,7 @@ def test_what_holds_most_of_a_sentence_counts():
       np.concatenate([noise[1], one, noise[2]]),
       np.concatenate([noise[3], edited]),  # Two words replaced.
       np.concatenate([one[:11], noise[4][:2], one[11:]]),  # Two inserted.
-      np.concatenate([noise[5], one[:15]]),  # It goes on in the next.
+      np.concatenate([noise[5], one[:15]]),  # It continues in the next.
       np.concatenate([one[15:], noise[6]]),
       np.concatenate([noise[7], one[:14]]),  # Less than half.
       np.concatenate([noise[8], one[::-1]]),

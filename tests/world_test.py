@@ -44,7 +44,7 @@ def _span_texts(record):
   return [text[start:limit].decode() for start, limit in record['spans']]
 
 
-def test_a_seed_is_one_world_for_ever():
+def test_a_seed_always_gives_the_same_world():
   """Recorded runs name a world by its seed alone.
 
   Change the digest only with a change of the world that is meant, and then say
@@ -94,7 +94,7 @@ def test_any_size(entities):
         (-1, 100, 'seed is -1'),
     ],
 )
-def test_silly_arguments_are_refused(seed, entities, message):
+def test_arguments_out_of_bounds_are_refused(seed, entities, message):
   with pytest.raises(ValueError, match=message):
     world.generate(seed, entities)
 
@@ -243,10 +243,10 @@ def test_relation_words_of_the_two_corpora_differ(default):
 
 def test_questions_use_the_words_of_pretraining_in_another_order():
   for relation in world.RELATIONS:
-    asked = set(_words(relation.question)) - _FUNCTION_WORDS - {'n'}
+    question = set(_words(relation.question)) - _FUNCTION_WORDS - {'n'}
     told = set(_words(' '.join(relation.pretraining)))
-    assert asked, relation
-    assert asked <= told, relation
+    assert question, relation
+    assert question <= told, relation
     assert relation.question not in relation.pretraining
 
 

@@ -4,7 +4,7 @@ Tables are memory-mapped numpy arrays, so a corpus of any size opens at once and
 training never tokenises a passage. A passage's number is its row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -156,29 +156,11 @@ class Corpus:
     self.manifest = manifest
     self.fingerprint: str = manifest['fingerprint']
     dtype = np.dtype(manifest['token_dtype'])
-    load = self._load
-    splits = manifest['splits'].values()
-    tokens = {
-        name: np.memmap(directory / 'tables' / name, dtype, mode='r')
-        for name in ('passage_tokens.bin', *(s['tokens'] for s in splits))
-    }
-    self.passages = PassageTable(
-        tokens['passage_tokens.bin'],
-        load('passage_offsets.npy'),
-        load('title_lengths.npy'),
-        load('articles.npy'),
+    self.passages, self.sentences = open_tables(
+        directory / 'tables',
+        manifest['splits'],
+        lambda path: np.memmap(path, dtype, mode='r'),
     )
-    self.sentences = {
-        name: SentenceTable(
-            tokens[split['tokens']],
-            load(f'{name}.starts.npy'),
-            load(f'{name}.lengths.npy'),
-            load(f'{name}.passages.npy'),
-            load(f'{name}.span_offsets.npy'),
-            load(f'{name}.spans.npy'),
-        )
-        for name, split in manifest['splits'].items()
-    }
 
   @classmethod
   def open(cls, directory: str | os.PathLike[str]) -> 'Corpus':
@@ -269,9 +251,10 @@ class Corpus:
     """
     if self.manifest['version'] < 2:
       return None
+    tables = self.directory / 'tables'
     return Ranges(
-        self._load(f'{split}.trivial_offsets.npy'),
-        self._load(f'{split}.trivial.npy'),
+        _load(tables, f'{split}.trivial_offsets'),
+        _load(tables, f'{split}.trivial'),
     )
 
   @property
@@ -295,7 +278,7 @@ class Corpus:
     looked up in one reading of the hashes, 8 bytes for each passage.
     """
     names = [name for one in ids for name in (one, f'{one}#0')]
-    hashes = self._load('passage_ids.npy')
+    hashes = _load(self.directory / 'tables', 'passage_ids')
     candidates = find_hashes(hashes, [id_hash(name) for name in names])
     found = []
     for one in ids:
@@ -321,10 +304,44 @@ class Corpus:
     builder = tfds.builder_from_directory(str(self.directory / 'passages'))
     return builder.as_data_source(split='train')
 
-  def _load(self, name: str) -> np.ndarray:
-    return np.load(
-        self.directory / 'tables' / name, mmap_mode='r', allow_pickle=False
-    )
+
+def open_tables(
+    tables: pathlib.Path,
+    splits: Mapping[str, Mapping[str, Any]],
+    open_tokens: Callable[[pathlib.Path], Tokens],
+) -> tuple[PassageTable, dict[str, SentenceTable]]:
+  """Opens the tables of passages, and of the sentences of each split.
+
+  Args:
+    tables: the folder.
+    splits: of the manifest; `tokens` names the file of wordpieces.
+    open_tokens: opens a file of wordpieces.
+  """
+  open_once = functools.cache(open_tokens)
+  load = functools.partial(_load, tables)
+  passages = PassageTable(
+      open_once(tables / 'passage_tokens.bin'),
+      load('passage_offsets'),
+      load('title_lengths'),
+      load('articles'),
+  )
+  sentences = {
+      name: SentenceTable(
+          open_once(tables / split['tokens']),
+          load(f'{name}.starts'),
+          load(f'{name}.lengths'),
+          load(f'{name}.passages'),
+          load(f'{name}.span_offsets'),
+          load(f'{name}.spans'),
+      )
+      for name, split in splits.items()
+  }
+  return passages, sentences
+
+
+def _load(tables: pathlib.Path, name: str) -> np.ndarray:
+  path = tables / f'{name}.npy'
+  return np.load(path, mmap_mode='r', allow_pickle=False)
 
 
 def find_hashes(

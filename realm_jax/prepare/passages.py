@@ -7,6 +7,7 @@ A chunk depends on the records of its task alone. Passages are made as in ORQA
 
 import bisect
 import collections
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import io
@@ -263,7 +264,6 @@ class Packer:
     num_outside = len(record.spans or ())
     for start, limit, byte_start, byte_limit in text.sentences:
       counts['sentences'] += 1
-      length = limit - start
       passage, base = -1, 0
       if passages:
         at = bisect.bisect_left(text.passages, limit, key=lambda p: p[0])
@@ -271,7 +271,7 @@ class Packer:
         if start + base < builder.starts[passage]:  # The sentence is split.
           counts['sentences_split'] += 1
           continue
-      if not settings.min_sentence <= length <= settings.max_sentence:
+      if not settings.min_sentence <= limit - start <= settings.max_sentence:
         counts['sentences_too_short_or_long'] += 1
         continue
       sentence = text.slice(byte_start, byte_limit)
@@ -284,21 +284,8 @@ class Packer:
             if byte_start <= a and b <= byte_limit
         ]
         num_outside -= len(found)
-      ranges: dict[tuple[int, int], tuple[int, int]] = {}
-      for a, b in found:
-        first = bisect.bisect_left(
-            text.starts_list, a + byte_start, start, limit
-        )
-        last = bisect.bisect_right(
-            text.limits_list, b + byte_start, start, limit
-        )
-        if first >= last:
-          counts['spans_without_wordpieces'] += 1
-        elif length - (last - first) < settings.min_context:
-          counts['spans_without_context'] += 1
-        else:
-          ranges.setdefault((first - start, last - start), (a, b))
-      if not ranges:
+      spans = self._in_wordpieces(found, text, start, limit, byte_start, counts)
+      if not spans:
         counts['sentences_without_spans'] += 1
         continue
       if not passages:
@@ -308,11 +295,33 @@ class Packer:
           record.title,
           aside,
           start + base,
-          length,
+          limit - start,
           passage,
-          ranges,
+          spans,
       )
     counts['spans_outside_sentences'] += num_outside
+
+  def _in_wordpieces(
+      self,
+      spans: Sequence[tuple[int, int]],
+      text: '_Text',
+      start: int,
+      limit: int,
+      byte_start: int,
+      counts: collections.Counter[str],
+  ) -> dict[tuple[int, int], tuple[int, int]]:
+    """Maps the wordpiece ranges of usable spans to their byte ranges."""
+    ranges: dict[tuple[int, int], tuple[int, int]] = {}
+    for a, b in spans:
+      first = bisect.bisect_left(text.starts_list, a + byte_start, start, limit)
+      last = bisect.bisect_right(text.limits_list, b + byte_start, start, limit)
+      if first >= last:
+        counts['spans_without_wordpieces'] += 1
+      elif limit - start - (last - first) < self._settings.min_context:
+        counts['spans_without_context'] += 1
+      else:
+        ranges.setdefault((first - start, last - start), (a, b))
+    return ranges
 
 
 class _Text:

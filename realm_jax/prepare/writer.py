@@ -295,33 +295,13 @@ class CorpusWriter:
 
   def _find_trivial(self, splits: dict[str, Any]) -> dict[str, int]:
     """Writes the tables of trivial candidates from the closed other tables."""
-
-    def load(name: str) -> np.ndarray:
-      return np.load(self._tables / f'{name}.npy', mmap_mode='r')
-
-    tokens = {
-        name: concatenated.Chained(
-            [tfds_files.TokenReader(self._tables / name, self._dtype)]
-        )
-        for name in self._tokens
-    }
-    passages = corpus_lib.PassageTable(
-        tokens['passage_tokens.bin'],
-        load('passage_offsets'),
-        load('title_lengths'),
-        load('articles'),
+    passages, sentences = corpus_lib.open_tables(
+        self._tables,
+        splits,
+        lambda path: concatenated.Chained(
+            [tfds_files.TokenReader(path, self._dtype)]
+        ),
     )
-    sentences = {
-        split: corpus_lib.SentenceTable(
-            tokens[values['tokens']],
-            load(f'{split}.starts'),
-            load(f'{split}.lengths'),
-            load(f'{split}.passages'),
-            load(f'{split}.span_offsets'),
-            load(f'{split}.spans'),
-        )
-        for split, values in splits.items()
-    }
     counts = write_trivial_tables(self._tables, passages, sentences)
     for split, table in sentences.items():
       held = counts[f'{split}_sentences_in_other_passages']
