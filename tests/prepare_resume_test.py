@@ -1,4 +1,4 @@
-"""`prepare` after an interruption and on unusual texts; statistics of a corpus."""
+"""`prepare` after an interruption, on unusual texts; corpus statistics."""
 
 import json
 import logging

@@ -266,14 +266,14 @@ def _write(
   }
   with (
       files.atomic_folder(output, overwrite) as directory,
-      workers_lib.chunk_files(output, made_with) as chunks,
+      workers_lib.chunk_files(output, made_with) as chunk_path,
   ):
     tokenizer.save(directory)
     writer = writer_lib.CorpusWriter(directory, tokenizer, len(inputs) > 1)
     pipeline = pipeline_lib.Pipeline(
         tokenizer,
         options.settings,
-        chunks,
+        chunk_path,
         # Beam leaves nothing for a pool to do.
         options.num_workers if options.beam is None else 1,
     )

@@ -98,7 +98,7 @@ def replace_spans(
   made_with = {**settings, 'corpus': corpus.fingerprint, 'sentences': _BLOCK}
   with (
       files.atomic_folder(output, overwrite) as directory,
-      workers_lib.chunk_files(output, made_with) as chunks,
+      workers_lib.chunk_files(output, made_with) as chunk_path,
   ):
     _copy_unchanged(corpus.directory, directory)
     writer = _SpanWriter(directory, list(corpus.sentences))
@@ -110,7 +110,7 @@ def replace_spans(
     ) as bar:
       for split, table in corpus.sentences.items():
         for rows, titles, sentences in read(corpus, split):
-          path = chunks.path(f'{split}-{rows[0]}')
+          path = chunk_path(f'{split}-{rows[0]}')
           found = _load(path, len(sentences))
           if found is None:
             found = _usable(find(sentences), sentences, corpus)
@@ -248,7 +248,7 @@ class _SpanWriter:
     self._directory = directory
     self._records = writer_lib.sentence_records(directory)
     self._columns = {
-        split: writer_lib.SpanColumns(directory / 'tables', split)
+        split: writer_lib.span_writer(directory / 'tables', split)
         for split in splits
     }
 
