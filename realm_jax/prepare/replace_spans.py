@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,6 +17,7 @@ import tqdm
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.prepare import passages as passages_lib
 from realm_jax.prepare import tfds_files
 from realm_jax.prepare import workers as workers_lib
 from realm_jax.prepare import writer as writer_lib
@@ -27,14 +28,7 @@ _BLOCK = 2**14  # Sentences that are read and tagged at a time.
 # the table. A larger one shows that another version made the corpus.
 _MAX_DIFFERENT = 0.1
 
-
-class Span(NamedTuple):
-  """Half-open ranges of the same part of a sentence."""
-
-  start: int  # Wordpieces.
-  limit: int
-  byte_start: int
-  byte_limit: int
+Span = passages_lib.Range  # Of a sentence.
 
 
 @dataclasses.dataclass(frozen=True)
