@@ -622,7 +622,7 @@ def _in_turns(
 
 def search(context: _Context) -> None:
   """Search over a table of random embeddings, made on the device."""
-  size, mesh = context.size, topk.one_device()
+  size, mesh = context.size, mesh_lib.one_device()
   width = _config(size).model.embedding_width
   rows = size.rows
   if limit := _memory_limit():  # Half of it: the table is drawn there, too.

@@ -37,13 +37,14 @@ import jax
 
 jax.config.update('jax_num_cpu_devices', 64)
 
+import hlo_collectives  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from realm_jax import config as config_lib  # noqa: E402
+from realm_jax.index import embedding  # noqa: E402
 from realm_jax.index import topk  # noqa: E402
 from realm_jax.models import components as components_lib  # noqa: E402
-from realm_jax.runtime import collectives  # noqa: E402
 from realm_jax.runtime import mesh as mesh_lib  # noqa: E402
 from realm_jax.trainer import optimizer  # noqa: E402
 from realm_jax.trainer import step  # noqa: E402
@@ -111,9 +112,9 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
       'step': step.make_train_step(
           config, components, tx, _NULL, mesh
       ).lower(state, batch),
-      'queries': step.make_query_embedder(
+      'queries': embedding.Embedder(
           components['embedder'], mesh
-      ).lower(state.params['embedder'], batch['query_ids_BQ']),
+      ).queries.lower(state.params['embedder'], batch['query_ids_BQ']),
       'top_k': topk.top_rows.lower(
           array(
               (per_device * n, width),
@@ -129,7 +130,7 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
       ),
   }
   found = {
-      name: collectives.read(
+      name: hlo_collectives.read(
           # The machine code is of no interest, so it may be slow.
           program.compile({'xla_backend_optimization_level': 0}).as_text(),
           n,
@@ -138,7 +139,7 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
   }
   needed = _needed(config, state.params)
   sent = {
-      name: collectives.bytes_sent(these) for name, these in found.items()
+      name: hlo_collectives.bytes_sent(these) for name, these in found.items()
   }
   total, design = sum(sent.values()), sum(needed.values())
   return {

@@ -3,13 +3,18 @@
 import dataclasses
 import pathlib
 
+import helpers
+import jax
 import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
-from realm_jax.trainer import batches
+from realm_jax.trainer import examples as examples_lib
+from realm_jax.trainer.stages import ict
+from realm_jax.trainer.stages import mlm
+from realm_jax.trainer.stages import realm
 
 
 @pytest.fixture(scope='module')
@@ -25,7 +30,7 @@ def _config(corpus, objective, **values):
 
 
 def _take(corpus, config, count, **parts):
-  stream = batches.training_batches(corpus, config, **parts)
+  stream = helpers.batches(corpus, config, **parts)
   return [next(stream) for _ in range(count)]
 
 
@@ -110,14 +115,14 @@ def test_what_is_masked_is_what_is_asked_for(corpus, masking):
   mask_id = corpus.tokenizer.mask_id
   salient = 0
   for batch in _take(corpus, config, 6):
-    for i, row in enumerate(batch['sentence_B']):
-      used = batch['mask_BM'][i]
-      positions = batch['positions_BM'][i][used]
-      query = batch['query_ids_BQ'][i].copy()
+    for i, row in enumerate(batch.row_B):
+      used = batch.inputs.mask_BM[i]
+      positions = batch.inputs.positions_BM[i][used]
+      query = batch.inputs.query_ids_BQ[i].copy()
       # No orphan: a mask is a target, a target is a mask.
       assert sorted(positions) == np.flatnonzero(query == mask_id).tolist()
-      query[positions] = batch['targets_BM'][i][used]
-      length = batch['query_lengths_B'][i]
+      query[positions] = batch.inputs.targets_BM[i][used]
+      length = batch.inputs.query_lengths_B[i]
       np.testing.assert_array_equal(query[1 : length - 1], table.ids(row))
       assert not query[length:].any()
       spans = [list(range(a + 1, b + 1)) for a, b in table.spans_of(row)]
@@ -134,13 +139,12 @@ def test_streams_repeat_however_they_are_divided(corpus, objective):
   whole = _take(corpus, config, 4)
   again = _take(corpus, config, 4)
   for a, b in zip(whole, again, strict=True):
-    np.testing.assert_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
   for rows in (np.arange(8), np.arange(8, 16), np.array([0, 1, 8, 9])):
     parts = _take(corpus, config, 4, rows=rows)
     for batch, part in zip(whole, parts, strict=True):
-      assert part.keys() == batch.keys()
-      for name, values in part.items():
-        np.testing.assert_array_equal(values, batch[name][rows])
+      wanted = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+      jax.tree.map(np.testing.assert_array_equal, part, wanted)
 
 
 @pytest.mark.parametrize('objective', ['mlm', 'ict', 'realm'])
@@ -150,21 +154,21 @@ def test_a_stream_resumes_where_it_was(corpus, objective, rows):
   expected = _take(corpus, config, 6, rows=rows)[3:]
   resumed = _take(corpus, config, 3, rows=rows, start=3)
   for batch, again in zip(expected, resumed, strict=True):
-    np.testing.assert_equal(again, batch)
+    jax.tree.map(np.testing.assert_array_equal, again, batch)
 
 
 def test_each_epoch_has_its_own_order_and_its_own_choices(corpus):
   config = _config(corpus, 'ict', batch_size=1)
-  size = len(batches._ClozeExamples(corpus, config, 'knowledge'))
+  size = len(ict.ClozeSentences(corpus, config, 'knowledge'))
   seen = _take(corpus, config, 2 * size)
   orders = [
-      [int(batch['sentence_B'][0]) for batch in seen[start : start + size]]
+      [int(batch.row_B[0]) for batch in seen[start : start + size]]
       for start in (0, size)
   ]
   assert sorted(orders[0]) == sorted(orders[1])  # Each sentence once.
   assert orders[0] != orders[1]
   documents = [
-      {int(b['sentence_B'][0]): b['doc_ids_BS'].tobytes() for b in half}
+      {int(b.row_B[0]): b.inputs.doc_ids_BS.tobytes() for b in half}
       for half in (seen[:size], seen[size:])
   ]
   differing = sum(
@@ -180,18 +184,18 @@ def test_ict_cuts_the_sentence_nine_times_in_ten(corpus):
   kept = total = 0
   for batch in _take(corpus, config, 40):
     np.testing.assert_array_equal(
-        batch['passage_B'], table.passages[batch['sentence_B']]
+        batch.inputs.passage_B, table.passages[batch.row_B]
     )
-    for i, row in enumerate(batch['sentence_B']):
+    for i, row in enumerate(batch.row_B):
       sentence = table.ids(row).tolist()
-      document = batch['doc_ids_BS'][i].tolist()
+      document = batch.inputs.doc_ids_BS[i].tolist()
       runs = [
           document[j : j + len(sentence)]
           for j in range(len(document) - len(sentence) + 1)
       ]
       kept += sentence in runs
       total += 1
-      query = batch['query_ids_BQ'][i]
+      query = batch.inputs.query_ids_BQ[i]
       assert query[1 : len(sentence) + 1].tolist() == sentence
       assert document.count(corpus.tokenizer.sep_id) == 2
   assert 0.05 < kept / total < 0.16
@@ -209,9 +213,9 @@ def test_every_batch_of_the_warm_up_mixes_its_two_kinds(corpus):
   for batch in _take(corpus, config, 40):
     own = 0
     for row, ids, types in zip(
-        batch['sentence_B'],
-        batch['joint_ids_BT'],
-        batch['joint_types_BT'],
+        batch.row_B,
+        batch.inputs.joint_ids_BT,
+        batch.inputs.joint_types_BT,
         strict=True,
     ):
       seen = ids[types == 1][:-1].astype(np.uint16)
@@ -234,9 +238,9 @@ def test_a_warm_up_without_own_passages_sees_null_as_often_as_asked(
   trained_on = corpus.sentences['pretraining']
   for batch in _take(corpus, config, 10):
     # Segment 1 is [SEP] alone, or a body and [SEP].
-    assert ((batch['joint_types_BT'].sum(axis=1) == 1) == alone).all()
-    for i, row in enumerate(batch['sentence_B']):
-      ids = batch['joint_ids_BT'][i]
+    assert ((batch.inputs.joint_types_BT.sum(axis=1) == 1) == alone).all()
+    for i, row in enumerate(batch.row_B):
+      ids = batch.inputs.joint_ids_BT[i]
       sentence, read = trained_on.ids(row), ids[1 : trained_on.lengths[row] + 1]
       masked = read == corpus.tokenizer.mask_id
       np.testing.assert_array_equal(read[~masked], sentence[~masked])
@@ -249,9 +253,9 @@ def test_what_is_not_read_is_no_example(corpus, objective):
 
   def usable():
     if objective == 'ict':
-      examples = batches._ClozeExamples(corpus, config, 'knowledge')
+      examples = ict.ClozeSentences(corpus, config, 'knowledge')
     else:
-      examples = batches._MaskedExamples(corpus, config, 'knowledge', True)
+      examples = mlm.OwnPassage(corpus, config, 'knowledge')
     return {examples[i] for i in range(len(examples))}
 
   everything = usable()
@@ -274,9 +278,9 @@ def test_what_is_not_read_is_no_example(corpus, objective):
   # What is left can be seen: in all of them, unless it was cut out for ICT.
   shown = total = 0
   for batch in _take(corpus, config, 10):
-    for i, row in enumerate(batch['sentence_B']):
+    for i, row in enumerate(batch.row_B):
       name = 'doc_ids_BS' if objective == 'ict' else 'joint_ids_BT'
-      read = batch[name][i].tolist()
+      read = getattr(batch.inputs, name)[i].tolist()
       ids = table.ids(row).tolist()
       shown += any(
           read[j : j + len(ids)] == ids for j in range(len(read) - len(ids) + 1)
@@ -295,8 +299,8 @@ def test_exclusions_follow_the_config(corpus):
         corpus, 'realm', sentences='knowledge', trivial=trivial
     )
     batch = _take(corpus, config, 1)[0]
-    own = table.passages[batch['sentence_B']]
-    lo, hi = batch['exclude_BR2'][:, 0].T
+    own = table.passages[batch.row_B]
+    lo, hi = batch.inputs.exclude_BR2[:, 0].T
     if trivial == 'none':
       assert not lo.any() and not hi.any()
       continue
@@ -310,7 +314,7 @@ def test_exclusions_follow_the_config(corpus):
         whole = corpus.passages.articles == articles.pop()
         assert whole.sum() == b - a
   config = _config(corpus, 'realm', sentences='pretraining')
-  assert not _take(corpus, config, 1)[0]['exclude_BR2'].any()
+  assert not _take(corpus, config, 1)[0].inputs.exclude_BR2.any()
 
 
 def test_held_out_sentences_are_never_trained_on(corpus):
@@ -326,18 +330,18 @@ def test_held_out_sentences_are_never_trained_on(corpus):
   assert len(held_out)
   for row in range(len(held_out)):
     assert held_out.ids(row).tobytes() not in trained
-  assert batches.sentences_of(corpus, config) == 'pretraining'
+  assert examples_lib.sentences_of(corpus, config) == 'pretraining'
 
 
 def test_evaluation_is_one_pass_in_a_fixed_order(corpus):
   config = _config(corpus, 'realm')
-  first = list(batches.evaluation_batches(corpus, config))
-  second = list(batches.evaluation_batches(corpus, config))
-  np.testing.assert_equal(first, second)
-  rows = np.concatenate([batch['sentence_B'] for batch in first])
+  first = list(realm.evaluation_batches(corpus, config))
+  second = list(realm.evaluation_batches(corpus, config))
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  rows = np.concatenate([batch.row_B for batch in first])
   assert len(set(rows.tolist())) == len(rows)
-  limited = list(batches.evaluation_batches(corpus, config, limit=5))
-  np.testing.assert_array_equal(limited[0]['sentence_B'], rows[:5])
+  limited = list(realm.evaluation_batches(corpus, config, limit=5))
+  np.testing.assert_array_equal(limited[0].row_B, rows[:5])
 
 
 def test_queries_are_cut_to_length(corpus):
@@ -352,9 +356,9 @@ def test_nothing_to_mask_is_said_with_the_limits(corpus):
   config = _config(corpus, 'realm')
   config.lengths = dataclasses.replace(config.lengths, query=2)
   with pytest.raises(ValueError, match=r'no salient span.*query - 2 = 0'):
-    batches.training_batches(corpus, config)
+    helpers.batches(corpus, config)
   with pytest.raises(ValueError, match="split 'news'.*'knowledge'"):
-    list(batches.evaluation_batches(corpus, _config(corpus, 'realm'), 'news'))
+    list(realm.evaluation_batches(corpus, _config(corpus, 'realm'), 'news'))
 
 
 def test_training_never_tokenises(corpus, monkeypatch):
@@ -370,7 +374,7 @@ def test_training_never_tokenises(corpus, monkeypatch):
     config = _config(corpus, objective)
     batch = _take(corpus, config, 1)[0]
     if objective == 'realm':
-      inputs.with_candidates(
-          batch, np.zeros((16, 3), int), corpus, config.lengths
+      realm.with_candidates(
+          batch.inputs, np.zeros((16, 3), int), corpus, config.lengths
       )
   assert pathlib.Path(corpus.directory).exists()

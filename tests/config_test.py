@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.trainer import stages
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -60,7 +61,7 @@ def test_the_defaults_are_valid_but_for_the_corpus():
 )
 def test_what_is_wrong_is_named(values, message):
   with pytest.raises(ValueError, match=message):
-    config_lib.validate(_config(**values))
+    stages.validate(_config(**values))
 
 
 def test_what_is_no_config_is_refused():
@@ -153,7 +154,7 @@ def test_every_experiment_is_a_valid_config(path):
     config = module.get_config(stage)
     config.corpus = config.open_qa.questions = 'somewhere'
     config.tagger.files = 'somewhere'
-    config_lib.validate(config)
-    assert stage not in config_lib.COMPONENTS or config.objective == stage
+    stages.validate(config)
+    assert stage not in stages.STAGES or config.objective == stage
   with pytest.raises(ValueError, match='nonsense'):
     module.get_config('nonsense')

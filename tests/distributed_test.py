@@ -21,13 +21,13 @@ import training_test
 
 from realm_jax import config as config_lib
 from realm_jax.builder import builder
-from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loop
+from realm_jax.trainer import stages
 
 _TESTS = pathlib.Path(__file__).parent
 _STOPPED = 143  # See cli/actions.py.
@@ -150,7 +150,7 @@ def _train_here(config, workdir):
 def _params(workdir, step):
   abstract = {
       name: component.abstract
-      for name, component in components_lib.make_all(
+      for name, component in stages.components_of(
           config_lib.read(workdir)
       ).items()
   }

@@ -17,6 +17,7 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import optimizer
+from realm_jax.trainer import stages
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 _TOWERS = ('shared', 'shared_bert', 'separate')
@@ -271,7 +272,7 @@ def test_what_begins_from_scratch_is_no_warning(
     world, tmp_path, caplog, objective
 ):
   _begin(tmp_path / 'job', world, objective, [])
-  (name,) = config_lib.COMPONENTS[objective]
+  (name,) = stages.load(config_lib.Config(objective=objective)).components
   assert _said(caplog) == {f'{name} begins at random.': 'INFO'}
 
 

@@ -12,7 +12,7 @@ from realm_jax import config as config_lib
 from realm_jax.models import components
 from realm_jax.models import dropout
 from realm_jax.models import objectives
-from realm_jax.models import realm
+from realm_jax.trainer.stages import realm
 
 CONFIG = config_lib.resolve(
     config_lib.Config(
@@ -170,7 +170,7 @@ def test_candidate_scores_embed_documents_without_dropout():
   docs, types = _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32)
   null = (1, 2, 2)
   score = realm.candidate_scores(
-      embedder, params, _ids(2, 6), docs, types, null
+      embedder.module(params), _ids(2, 6), docs, types, null
   )
   query = embedder.apply(params, 'embed_query', _ids(2, 6))
   doc = embedder.apply(
@@ -188,9 +188,10 @@ def test_candidate_scores_embed_documents_without_dropout():
 def test_without_a_null_document_the_others_share_all_probability():
   embedder = components.make('embedder', CONFIG)
   params = embedder.init(0)
+  bound = embedder.module(params)
   arguments = (_ids(2, 6), _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32))
-  full = realm.candidate_scores(embedder, params, *arguments, (1, 2, 2))
-  without = realm.candidate_scores(embedder, params, *arguments, None)
+  full = realm.candidate_scores(bound, *arguments, (1, 2, 2))
+  without = realm.candidate_scores(bound, *arguments, None)
   np.testing.assert_array_equal(without[:, 1:], full[:, 1:])
   mask = np.ones((2, 2), bool)
   logp = -np.arange(16, dtype=np.float32).reshape(2, 4, 2)
@@ -274,7 +275,7 @@ def test_scores_are_products_in_float32():
 
   def scores(params, query, document):
     return realm.candidate_scores(
-        embedder, params, query, document, document, (2, 3, 3)
+        embedder.module(params), query, document, document, (2, 3, 3)
     )
 
   traced = jax.make_jaxpr(scores)(embedder.abstract, ids(2, 6), ids(2, 5, 9))

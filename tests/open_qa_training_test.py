@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_test
 
-from realm_jax.api import open_qa as open_qa_api
+import realm_jax
+from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
@@ -18,17 +20,18 @@ from realm_jax.models import components as components_lib
 from realm_jax.models import span_reader
 from realm_jax.prepare import prepare
 from realm_jax.qa import answers as answers_lib
-from realm_jax.qa import passage_answers
 from realm_jax.qa import question_sets
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
-from realm_jax.trainer import batches
+from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import loop
 from realm_jax.trainer import optimizer
-from realm_jax.trainer import retrieve
+from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
+from realm_jax.trainer.stages import ict
+from realm_jax.trainer.stages import open_qa
 
 
 def make_config(world, **values):
@@ -83,8 +86,6 @@ def test_the_reader_begins_with_that_of_masks(world, realm, tmp_path):
 
 
 def config_of(workdir):
-  from realm_jax import config as config_lib
-
   return config_lib.read(workdir)
 
 
@@ -176,35 +177,32 @@ def _inputs(world, **values):
   config = make_config(world, **values)
   corpus = corpus_lib.Corpus.open(world)
   config.model.vocab_size = corpus.tokenizer.vocab_size
-  table = question_table_lib.QuestionTable.read(
-      config.open_qa.questions, config.lengths.query, corpus.tokenizer
-  )
-  batch = next(batches.training_batches(corpus, config, questions=table))
+  stage = open_qa.OpenQa(config_lib.resolve(config), corpus)
+  table = stage._questions
+  batch = next(examples_lib.training_batches(stage))
   gold = corpus.passage_rows_by_id(
-      [table.questions[row].passage_id for row in batch['question_B']]
+      [table.questions[row].passage_id for row in batch.row_B]
   )
   others = np.arange(11)[None] + np.zeros((len(gold), 1), int)
   rows_BN = np.concatenate([gold[:, None], others], axis=1)
   doc_emb_BNE = np.random.default_rng(0).normal(size=(*rows_BN.shape, 16))
-  made = retrieve.OpenQaInputs(config, corpus, table)(
-      batch, rows_BN, doc_emb_BNE
-  )
-  return config, corpus, table, rows_BN, made
+  made = stage.with_passages(batch.inputs, rows_BN, doc_emb_BNE)
+  asked = [table.questions[row] for row in batch.row_B]
+  return stage, asked, rows_BN, made
 
 
 @pytest.mark.parametrize('titles', [False, True])
 def test_labels_are_spans_that_evaluate_as_right(world, titles):
-  config, corpus, table, rows_BN, batch = _inputs(
-      world, open_qa__title=titles
-  )
+  stage, asked, rows_BN, batch = _inputs(world, open_qa__title=titles)
+  config, corpus = stage.config, stage.corpus
   starts_P, ends_P = span_reader.spans(
       config.lengths.joint, config.model.max_span_width
   )
-  assert batch['has_answer_BN'][:, 0].all()
+  assert batch.has_answer_BN[:, 0].all()
   seen = 0
-  for b, k, p in np.argwhere(batch['correct_BKP']):
-    question = table.questions[batch['question_B'][b]]
-    ids = batch['joint_ids_BKT'][b, k, starts_P[p] : ends_P[p] + 1]
+  for b, k, p in np.argwhere(batch.correct_BKP):
+    question = asked[b]
+    ids = batch.joint_ids_BKT[b, k, starts_P[p] : ends_P[p] + 1]
     text = corpus.tokenizer.decode(ids.tolist())
     # Wordpieces have lost accents and case.
     wanted = [
@@ -215,25 +213,27 @@ def test_labels_are_spans_that_evaluate_as_right(world, titles):
     seen += 1
   assert seen >= len(rows_BN)
   # The body alone may be answered from.
-  inside_BKT = span_reader.inside(batch['body_BK2'], config.lengths.joint)
-  for b, k in np.ndindex(batch['body_BK2'].shape[:2]):
+  inside_BKT = span_reader.inside(batch.body_BK2, config.lengths.joint)
+  for b, k in np.ndindex(batch.body_BK2.shape[:2]):
     _, body = corpus.passages.title_and_body(int(rows_BN[b, k]))
-    ids = batch['joint_ids_BKT'][b, k][np.asarray(inside_BKT[b, k])]
+    ids = batch.joint_ids_BKT[b, k][np.asarray(inside_BKT[b, k])]
     np.testing.assert_array_equal(ids, body[: len(ids)])
     assert len(ids) == len(body)
 
 
 def test_nothing_retrieved_changes_nothing(world):
-  config, corpus, table, rows_BN, batch = _inputs(
-      world, optimizer__weight_decay=0.5
+  stage, _, _, batch = _inputs(world, optimizer__weight_decay=0.5)
+  config = stage.config
+  batch = dataclasses.replace(
+      batch,
+      has_answer_BN=np.zeros_like(batch.has_answer_BN),
+      correct_BKP=np.zeros_like(batch.correct_BKP),
   )
-  batch['has_answer_BN'] = np.zeros_like(batch['has_answer_BN'])
-  batch['correct_BKP'] = np.zeros_like(batch['correct_BKP'])
 
   def step(config):
     from realm_jax.runtime import mesh as mesh_lib
 
-    components = components_lib.make_all(config)
+    components = stages.components_of(config)
     tx = optimizer.make_optimizer(config, tuple(components))
     mesh = jax.sharding.Mesh(
         np.array(jax.devices()[:1]).reshape(1, 1),
@@ -248,11 +248,9 @@ def test_nothing_retrieved_changes_nothing(world):
     )
     before = jax.device_get(params)
     train_step = step_lib.make_train_step(
-        config, components, tx, (2, 3, 3), mesh
+        open_qa.OpenQa(config), components, tx, mesh
     )
-    state, metrics = train_step(
-        state, {name: batch[name] for name in step_lib.input_names(config)}
-    )
+    state, metrics = train_step(state, batch)
     same = jax.tree.map(
         lambda a, b: bool((a == b).all()), before, jax.device_get(state.params)
     )
@@ -265,8 +263,6 @@ def test_nothing_retrieved_changes_nothing(world):
     assert schedules and set(schedules) == {1}  # Of the step, in any case.
     return metrics, all(jax.tree.leaves(same))
 
-  from realm_jax import config as config_lib
-
   metrics, unchanged = step(config_lib.resolve(config))
   assert metrics['loss'] == 0 and metrics['retrieved'] == 0
   assert unchanged
@@ -277,7 +273,7 @@ def test_nothing_retrieved_changes_nothing(world):
 
 def test_an_answer_is_a_part_of_its_passage(trained, world):
   _, workdir = trained
-  loaded = open_qa_api.OpenQA.load(workdir)
+  loaded = realm_jax.OpenQA.load(workdir)
   question = question_sets.read(world / 'questions.jsonl')[0].question
   answer = loaded.answer(question, k=2)
   assert answer.question == question
@@ -339,7 +335,7 @@ def test_what_is_wrong_is_said_before_any_work(world, realm, tmp_path):
   with pytest.raises(ValueError, match='open_qa.read=13.*retrieved \\(12\\)'):
     training_test.run(make_config(world, open_qa__read=13), tmp_path)
   with pytest.raises(ValueError, match='cannot answer questions'):
-    open_qa_api.OpenQA.load(realm)
+    realm_jax.OpenQA.load(realm)
 
 
 def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
@@ -350,19 +346,14 @@ def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
   table = question_table_lib.QuestionTable.read(
       config.ict.questions, config.lengths.query, corpus.tokenizer
   )
-  gold_rows = passage_answers.gold_rows(corpus, table.questions)
-  batch = next(
-      batches.training_batches(
-          corpus, config, questions=table, gold_rows=gold_rows
-      )
-  )
+  batch = next(helpers.batches(corpus, config_lib.resolve(config)))
   rows = corpus.passage_rows_by_id(
-      [table.questions[row].passage_id for row in batch['question_B']]
+      [table.questions[row].passage_id for row in batch.row_B]
   )
   ids, _ = inputs.assemble_documents(
       corpus.passages, rows, config.lengths.document, corpus.tokenizer
   )
-  np.testing.assert_array_equal(batch['doc_ids_BS'], ids)
+  np.testing.assert_array_equal(batch.inputs.doc_ids_BS, ids)
   assert training_test.run(config, tmp_path)['step'] == training_test._STEPS
   foreign = dataclasses.replace(
       table,
@@ -372,12 +363,7 @@ def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
       ],
   )
   with pytest.raises(ValueError, match='None of the .* questions'):
-    batches.training_batches(
-        corpus,
-        config,
-        questions=foreign,
-        gold_rows=passage_answers.gold_rows(corpus, foreign.questions),
-    )
+    ict.QuestionPairs(corpus, config, foreign)
 
 
 @pytest.fixture(scope='module')
@@ -417,7 +403,7 @@ def test_a_question_is_paired_with_the_parts_that_answer_it(
       ict__questions=str(divided / 'questions.jsonl'),
   )
   job = job_lib.open_job(config, tmp_path)
-  corpus, table = job.corpus, job.questions
+  corpus, table = job.corpus, job.stage._questions
   records = corpus.record_rows([q.passage_id for q in table.questions])
   assert min(map(len, records)) >= 4
   bodies = {
@@ -430,14 +416,11 @@ def test_a_question_is_paired_with_the_parts_that_answer_it(
 
   def pairs(count, **arguments):
     """Question and passage, the latter by its wordpieces."""
-    stream = batches.training_batches(
-        corpus, job.config, questions=table, gold_rows=job.gold_rows,
-        **arguments,
-    )
+    stream = examples_lib.training_batches(job.stage, **arguments)
     for _ in range(count):
       batch = next(stream)
       for question, ids, types in zip(
-          batch['question_B'], batch['doc_ids_BS'], batch['doc_types_BS'],
+          batch.row_B, batch.inputs.doc_ids_BS, batch.inputs.doc_types_BS,
           strict=True,
       ):
         body = ids[types == 1][:-1].astype(corpus.passages.tokens.dtype)

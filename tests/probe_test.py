@@ -11,9 +11,9 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
-from realm_jax.models import components as components_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import probe as probe_lib
+from realm_jax.trainer import stages
 
 
 @pytest.fixture(scope='module')
@@ -21,13 +21,13 @@ def job(world):
   config = config_lib.resolve(training_test.make_config(world, 'realm'))
   corpus = corpus_lib.Corpus.open(world)
   config.model.vocab_size = corpus.tokenizer.vocab_size
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   return types.SimpleNamespace(
       config=config,
       corpus=corpus,
       components=components,
       mesh=mesh_lib.make_mesh(config.mesh),
-      questions=None,
+      stage=stages.load(config)(config, corpus),
   )
 
 
@@ -38,12 +38,12 @@ def _embed_all(job, params):
   )(params)
 
 
-def test_what_is_still_right_is_that_of_brute_force(job):
+def test_overlap_with_current_equals_brute_force(job):
   stale, other = (job.components['embedder'].init(seed) for seed in (0, 1))
   fresh = jax.tree.map(lambda a, b: 0.95 * a + 0.05 * b, stale, other)
   search = search_lib.ExactSearch(_embed_all(job, stale))
   probe = probe_lib.Probe(job)
-  found = probe.still_right(fresh, search)
+  found = probe.overlap_with_current(fresh, search)
   query_emb_BE = probe.embed(fresh)
   old_NE, new_NE = _embed_all(job, stale), _embed_all(job, fresh)
   k, shares = job.config.num_candidates - 1, []
@@ -58,8 +58,8 @@ def test_what_is_still_right_is_that_of_brute_force(job):
   np.testing.assert_allclose(found, np.mean(shares), atol=0.02)  # Near ties.
   assert 0 < found < 0.9
   # With the parameters that the index was made from, all of it is right.
-  assert probe.still_right(stale, search) >= 0.98
-  assert probe._embed_documents._cache_size() == 1
+  assert probe.overlap_with_current(stale, search) >= 0.98
+  assert probe._embedder.documents._cache_size() == 1
 
 
 def test_of_many_candidates_more_are_embedded(job):
@@ -68,12 +68,12 @@ def test_of_many_candidates_more_are_embedded(job):
   search = search_lib.ExactSearch(_embed_all(job, stale))
   probe = probe_lib.Probe(job)
   probe.k = len(job.corpus.passages) // 4
-  fresh = probe.still_right(other, search)
+  fresh = probe.overlap_with_current(other, search)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(probe_lib, '_POOL', probe.k)
-    assert probe.still_right(other, search) == fresh < 0.9
+    assert probe.overlap_with_current(other, search) == fresh < 0.9
     patch.setattr(probe_lib, '_POOL_OF_K', 1)
-    assert probe.still_right(other, search) == 1
+    assert probe.overlap_with_current(other, search) == 1
 
 
 def test_the_same_queries_and_result_on_one_device(job):
@@ -91,7 +91,7 @@ def test_the_same_queries_and_result_on_one_device(job):
   )
   assert len(probes[0]._query_ids_BQ) > 16
   found = [
-      probe.still_right(params, search_lib.ExactSearch(table))
+      probe.overlap_with_current(params, search_lib.ExactSearch(table))
       for probe in probes
   ]
   np.testing.assert_allclose(*found, atol=0.02)

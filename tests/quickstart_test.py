@@ -4,11 +4,12 @@ import importlib.util
 import json
 import pathlib
 
+import helpers
 import pytest
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
-from realm_jax.trainer import batches
+from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import job
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -31,12 +32,12 @@ def test_the_null_reader_is_trained_as_realm_is(quickstart, world):
   assert null_reader.lengths.query == realm.lengths.query
   assert null_reader.lengths.masks == realm.lengths.masks
   corpus = corpus_lib.Corpus.open(world)
-  sentences = corpus.sentences[batches.sentences_of(corpus, realm)]
-  batch = next(batches.training_batches(corpus, null_reader))
+  sentences = corpus.sentences[examples_lib.sentences_of(corpus, realm)]
+  batch = next(helpers.batches(corpus, null_reader))
   # [CLS] sentence [SEP] [SEP]: nothing of a passage.
   assert (
-      (batch['joint_ids_BT'] != corpus.tokenizer.pad_id).sum(axis=1)
-      == sentences.lengths[batch['sentence_B']] + 3
+      (batch.inputs.joint_ids_BT != corpus.tokenizer.pad_id).sum(axis=1)
+      == sentences.lengths[batch.row_B] + 3
   ).all()
 
 

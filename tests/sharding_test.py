@@ -4,6 +4,7 @@ Eight simulated devices; the reference is one device that computes the whole
 batch at once. Dropout is on: its noise must not depend on the division.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -13,13 +14,12 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.models import components as components_lib
+from realm_jax.index import embedding
 from realm_jax.models import dropout
-from realm_jax.runtime import collectives
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 from realm_jax.trainer import gradients
 from realm_jax.trainer import optimizer
+from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
 
 _ROWS, _VOCAB, _NULL = 16, 96, (2, 3, 3)
@@ -90,7 +90,17 @@ def _batch(config):
       'targets_BM': rng.integers(5, _VOCAB, (_ROWS, m)).astype(np.int32),
       'mask_BM': mask_BM,
   }
-  return {name: everything[name] for name in step_lib.input_names(config)}
+  batch = _stage(config).abstract_batch()
+  wanted = {
+      field.name: everything[field.name]
+      for field in dataclasses.fields(batch)
+      if getattr(batch, field.name) is not None
+  }
+  return type(batch)(**wanted)
+
+
+def _stage(config):
+  return stages.load(config)(config)
 
 
 @functools.cache
@@ -99,13 +109,14 @@ def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
   config = _config(objective)
   config.model.remat = remat
   mesh = _mesh(data, model)
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   params = {name: c.init(0) for name, c in components.items()}
-  placed = sharding.shardings(params, mesh, zero)
+  placed = mesh_lib.shardings(params, mesh, zero)
   rows = mesh_lib.over_batch(mesh)
   run = jax.jit(
       gradients.make_gradients(
-          step_lib.objective_of(config, components, _NULL),
+          _stage(config),
+          components,
           jax.tree.map(lambda x: x.spec, placed),
           mesh,
           accumulate,
@@ -169,7 +180,7 @@ def test_divided_is_the_same(objective, how):
 
 def test_whole_steps_are_the_same_and_compile_once():
   config = _config('ict')
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   tx = optimizer.make_optimizer(config, tuple(components))
   batch = _batch(config)
 
@@ -177,7 +188,7 @@ def test_whole_steps_are_the_same_and_compile_once():
     config.mesh.zero = zero
     traces = []
     step = step_lib.make_train_step(
-        config, components, tx, _NULL, mesh, lambda: traces.append(1)
+        _stage(config), components, tx, mesh, lambda: traces.append(1)
     )
     placed = step_lib.state_shardings(config, components, tx, mesh)
     params = {name: c.init(0) for name, c in components.items()}
@@ -190,8 +201,8 @@ def test_whole_steps_are_the_same_and_compile_once():
     for _ in range(3):
       state, metrics = step(state, mesh_lib.to_devices(mesh, batch))
     assert len(traces) == 1
-    embed = step_lib.make_query_embedder(components['embedder'], mesh)
-    emb_BE = embed(state.params['embedder'], batch['query_ids_BQ'])
+    embed = embedding.Embedder(components['embedder'], mesh).queries
+    emb_BE = embed(state.params['embedder'], batch.query_ids_BQ)
     return state, jax.device_get((metrics, emb_BE)), placed
 
   one, (expected, expected_emb_BE), _ = train(_mesh(1, 1), False)
@@ -216,9 +227,10 @@ def test_whole_steps_are_the_same_and_compile_once():
 def test_bfloat16_leaves_weights_gradients_and_losses_in_float32():
   config = _config('realm')
   config.model.compute_dtype = 'bfloat16'
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   tx = optimizer.make_optimizer(config, tuple(components))
-  step = step_lib.make_train_step(config, components, tx, _NULL, _mesh(1, 1))
+  step = step_lib.make_train_step(
+        _stage(config), components, tx, _mesh(1, 1))
   traced = step.trace(step_lib.abstract_state(components, tx), _batch(config))
   state, metrics = traced.out_info
   kinds = {str(x.dtype) for x in jax.tree.leaves((state, metrics))}
@@ -230,14 +242,15 @@ def test_the_gradient_cache_needs_the_memory_of_one_part():
   def temporary_bytes(rows, accumulate):
     config = _config('ict')
     config.batch_size, config.accumulate = rows, accumulate
-    components = components_lib.make_all(config)
+    components = stages.components_of(config)
     tx = optimizer.make_optimizer(config, tuple(components))
     mesh = _mesh(1, 1)
-    step = step_lib.make_train_step(config, components, tx, _NULL, mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
-        for name, array in _batch(config).items()
-    }
+    step = step_lib.make_train_step(
+        _stage(config), components, tx, mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
+        _batch(config),
+    )
     state = step_lib.abstract_state(components, tx)
     compiled = step.lower(state, batch).compile(_QUICKLY)
     return compiled.memory_analysis().temp_size_in_bytes
@@ -269,13 +282,13 @@ def test_the_gradient_cache_needs_the_memory_of_one_part():
 )
 def test_rules(name, shape, spec, zero_spec):
   mesh = _mesh(4, 2)
-  assert sharding.rule_for(name, shape, mesh, zero=False) == jax.P(*spec)
-  assert sharding.rule_for(name, shape, mesh, zero=True) == jax.P(*zero_spec)
+  assert mesh_lib.rule_for(name, shape, mesh, zero=False) == jax.P(*spec)
+  assert mesh_lib.rule_for(name, shape, mesh, zero=True) == jax.P(*zero_spec)
 
 
 def test_every_rule_is_of_use_and_optimizer_state_lies_as_its_parameter():
   config = _config('realm')
-  components = components_lib.make_all(config)
+  components = stages.components_of(config)
   tx = optimizer.make_optimizer(config, tuple(components))
   placed = step_lib.state_shardings(config, components, tx, _mesh(4, 2))
   divided = {
@@ -306,12 +319,12 @@ def test_a_batch_that_does_not_divide_is_refused(wrong, message):
   for name, value in wrong.items():
     setattr(config, name, value)
   with pytest.raises(ValueError, match=message):
-    sharding.check(config, _mesh(8, 1))
+    mesh_lib.check(config, _mesh(8, 1))
 
 
 def test_more_model_devices_than_heads_are_refused():
   with pytest.raises(ValueError, match='num_heads=4 .* 8 devices'):
-    sharding.check(_config('mlm'), _mesh(1, 8))
+    mesh_lib.check(_config('mlm'), _mesh(1, 8))
 
 
 @pytest.mark.parametrize(('capability', 'ok'), [('7.5', False), ('8.0', True)])
@@ -325,40 +338,7 @@ def test_bfloat16_needs_a_gpu_that_has_it(capability, ok):
       shape={'data': 1, 'model': 1}, devices=np.array([[gpu]])
   )
   if ok:
-    sharding.check(config, mesh)
+    mesh_lib.check(config, mesh)
   else:
     with pytest.raises(ValueError, match=r'bfloat16.*8\.0.*Some GPU has 7\.5'):
-      sharding.check(config, mesh)
-
-
-_HLO = """
-HloModule jit_step
-
-%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %x = f32[8]{0} get-tuple-element(%arg), index=1
-  %psum = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
-}
-
-ENTRY %main (p: bf16[4,2]) -> f32[8] {
-  %loop = (s32[], f32[8]) while(%start), condition=%more, body=%body, \
-backend_config={"known_trip_count":{"n":"5"}}
-  %all = (bf16[16,2]{1,0}, pred[4]) all-gather(%p, %q), \
-replica_groups=[1,4]<=[4], dimensions={0}, metadata={op_name="jit(step)/all"}
-  %named = s32[3]{0} reduce-scatter(%r), \
-replica_groups=mesh['a'=2,'b'=2] {'b'}, to_apply=%add
-  %alone = f32[99]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3}}
-}
-"""
-
-
-def test_collectives_are_read_from_the_program():
-  found = collectives.read(_HLO, 4)
-  assert [(c.op, c.result_bytes, c.group, c.times) for c in found] == [
-      ('all-reduce', 32, 2, 5),
-      ('all-gather', 68, 4, 1),
-      ('reduce-scatter', 12, 2, 1),
-  ]
-  assert found[1].source == 'jit(step)/all'
-  assert collectives.bytes_sent(found) == 5 * 32 + 68 * 3 / 4 + 12
-  with pytest.raises(ValueError, match='how often it turns'):
-    collectives.read(_HLO.replace('known_trip_count', 'unknown'), 4)
+      mesh_lib.check(config, mesh)

@@ -4,6 +4,7 @@ import itertools
 import json
 import lzma
 
+import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,12 +17,11 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.evaluation import tagger as tagger_metrics
 from realm_jax.inference import tagging
 from realm_jax.inference import trained as trained_lib
-from realm_jax.interop import exporting
+from realm_jax.interop import export
 from realm_jax.models import tagger as tagger_lib
 from realm_jax.prepare import replace_spans
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files as files_lib
-from realm_jax.trainer import batches
 from realm_jax.trainer import loop
 
 _VOCAB = (
@@ -385,8 +385,8 @@ def test_a_corpus_is_tagged(world, workdir, tmp_path):
   assert count == sum(s['spans'] for s in manifest['splits'].values()) > 100
   # REALM masks what was found.
   config = training_test.make_config(output, 'realm', steps=1)
-  batch = next(batches.training_batches(after, config))
-  assert batch['mask_BM'].any(axis=1).all()
+  batch = next(helpers.batches(after, config))
+  assert batch.inputs.mask_BM.any(axis=1).all()
 
 
 def test_tagging_goes_on_where_it_was_killed(
@@ -486,7 +486,7 @@ def test_the_longer_span_stays():
 def test_it_is_exported_for_transformers(workdir, tmp_path):
   """Names, shapes and labels; benchmarks/huggingface_parity.py runs it."""
   safetensors = pytest.importorskip('safetensors.numpy')
-  exporting.run(workdir, 'huggingface', tmp_path / 'out')
+  export.run(workdir, 'huggingface', tmp_path / 'out')
   config = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert config['architectures'] == ['BertForTokenClassification']
   assert config['model_type'] == 'bert'

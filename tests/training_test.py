@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.builder import builder
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
 from realm_jax.models import components as components_lib
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
@@ -27,9 +27,10 @@ from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
-from realm_jax.trainer import batches
 from realm_jax.trainer import loop
-from realm_jax.trainer import step as step_lib
+from realm_jax.trainer import stages
+from realm_jax.trainer.stages import ict
+from realm_jax.trainer.stages import realm
 
 _STEPS = 12
 
@@ -308,7 +309,7 @@ def test_old_checkpoints_can_be_resumed_from(world, tmp_path, saved, killed):
 def test_a_second_trainer_names_the_first(world, tmp_path, monkeypatch):
   monkeypatch.setattr(process, 'GRACE_SECONDS', 0.0)
   with (
-      process.Lock(tmp_path, what='trainer'),
+      process.lock(tmp_path, 'trainer'),
       pytest.raises(RuntimeError, match=f'Another trainer .*{os.getpid()} on'),
   ):
     run(make_config(world, 'mlm'), tmp_path)
@@ -350,7 +351,7 @@ def test_frozen_means_frozen(undisturbed, world, tmp_path):
   run(config, tmp_path)
   abstract = {
       name: component.abstract
-      for name, component in components_lib.make_all(
+      for name, component in stages.components_of(
           config_lib.read(tmp_path)
       ).items()
   }
@@ -371,19 +372,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     world, tmp_path
 ):
   config = make_config(world, 'ict')
-  stream = batches.training_batches(corpus_lib.Corpus.open(world), config)
-  seventh = [next(stream)['sentence_B'] for _ in range(7)][-1]
-  original = batches._ClozeExamples.assemble
+  stream = helpers.batches(corpus_lib.Corpus.open(world), config)
+  seventh = [next(stream).row_B for _ in range(7)][-1]
+  original = ict.ClozeSentences.assemble
 
   def poisoned(self, batch):
     # By content: threads assemble batches ahead, in any order.
     batch = original(self, batch)
-    if np.array_equal(batch['sentence_B'], seventh):
-      batch['doc_types_BS'] = np.full_like(batch['doc_types_BS'], 99)
+    if np.array_equal(batch.row_B, seventh):
+      types_BS = np.full_like(batch.inputs.doc_types_BS, 99)
+      inputs = dataclasses.replace(batch.inputs, doc_types_BS=types_BS)
+      return batch._replace(inputs=inputs)
     return batch
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(batches._ClozeExamples, 'assemble', poisoned)
+    patch.setattr(ict.ClozeSentences, 'assemble', poisoned)
     # Out of range in an embedding is nan in JAX.
     with pytest.raises(FloatingPointError, match=r'nan.*Rows.*step 5'):
       run(config, tmp_path)
@@ -448,20 +451,26 @@ def test_a_trivial_candidate_is_never_read(world, tmp_path):
         world, 'realm', sentences='knowledge', trivial=trivial, steps=3,
         num_candidates=20, refresh__policy='none',
     )
-    found = []
-    original = inputs.with_candidates
+    found, owners = [], {}
+    corpus = corpus_lib.Corpus.open(world)
+    passages = corpus.sentences['knowledge'].passages
+    stream = helpers.batches(corpus, config_lib.resolve(config))
+    for batch in (next(stream) for _ in range(3)):
+      own = passages[batch.row_B]
+      owners[batch.inputs.query_ids_BQ.tobytes()] = own
+    original = realm.with_candidates
 
-    def spy(batch, retrieved, corpus, lengths):
-      own = corpus.sentences['knowledge'].passages[batch['sentence_B']]
+    def spy(queries, retrieved, corpus, lengths):
+      own = owners[queries.query_ids_BQ.tobytes()]
       found.append((retrieved == own[:, None]).any(1).mean())
       if trivial == 'article':
         (lo, hi), = corpus.passages.article_rows(own).T.swapaxes(0, 1)
         inside = (retrieved >= lo[:, None]) & (retrieved < hi[:, None])
         assert not inside.any()
-      return original(batch, retrieved, corpus, lengths)
+      return original(queries, retrieved, corpus, lengths)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(inputs, 'with_candidates', spy)
+      patch.setattr(realm, 'with_candidates', spy)
       run(config, tmp_path / trivial)
     return np.mean(found)
 
@@ -475,17 +484,17 @@ def test_scores_come_from_current_parameters_not_from_the_index(world):
   corpus = corpus_lib.Corpus.open(world)
   config = config_lib.resolve(make_config(world, 'realm'))
   config.model.vocab_size = corpus.tokenizer.vocab_size
-  components = components_lib.make_all(config)
-  batch = inputs.with_candidates(
-      next(batches.training_batches(corpus, config)),
+  components = stages.components_of(config)
+  batch = realm.with_candidates(
+      next(helpers.batches(corpus, config)).inputs,
       np.arange(16).reshape(8, 2), corpus, config.lengths,
   )
-  loss = jax.jit(step_lib.loss_function(config, components, (2, 3, 3)))
-  arrays = {name: batch[name] for name in step_lib.INPUTS['realm'].split()}
+  stage = stages.load(config)(config, corpus)
+  loss = jax.jit(helpers.loss_function(stage, components))
   reader = components['reader'].init(0)
   shares = [
       loss({'embedder': components['embedder'].init(seed), 'reader': reader},
-           arrays, jax.random.key(0))[1]['null_share']
+           batch, jax.random.key(0))[1]['null_share']
       for seed in (0, 1)
   ]
   assert abs(shares[0] - shares[1]) > 1e-4
@@ -495,20 +504,21 @@ def test_documents_are_embedded_without_dropout(world):
   corpus = corpus_lib.Corpus.open(world)
   config = config_lib.resolve(make_config(world, 'ict', model__dropout=0.5))
   config.model.vocab_size = corpus.tokenizer.vocab_size
-  components = components_lib.make_all(config)
-  batch = next(batches.training_batches(corpus, config))
-  loss = jax.jit(step_lib.loss_function(config, components, (2, 3, 3)))
+  components = stages.components_of(config)
+  batch = next(helpers.batches(corpus, config)).inputs
+  stage = stages.load(config)(config, corpus)
+  loss = jax.jit(helpers.loss_function(stage, components))
   params = {'embedder': components['embedder'].init(0)}
-  arrays = {name: batch[name] for name in step_lib.INPUTS['ict'].split()}
   first, second = (
-      loss(params, arrays, jax.random.key(seed))[0] for seed in (0, 1)
+      loss(params, batch, jax.random.key(seed))[0] for seed in (0, 1)
   )
   assert first != second  # The query has dropout.
   same = dataclasses.replace(config.model, dropout=0.0)
   still = components_lib.make('embedder', same)
   documents = [
-      component.apply(params['embedder'], 'embed_document',
-                      batch['doc_ids_BS'], batch['doc_types_BS'])
+      component.module(params['embedder']).embed_document(
+          batch.doc_ids_BS, batch.doc_types_BS
+      )
       for component in (components['embedder'], still)
   ]
   np.testing.assert_array_equal(*documents)

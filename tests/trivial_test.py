@@ -6,6 +6,7 @@ import pathlib
 import random
 import shutil
 
+import helpers
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from realm_jax.corpus import trivial
 from realm_jax.prepare import compaction
 from realm_jax.prepare import prepare
 from realm_jax.prepare import replace_spans
-from realm_jax.trainer import batches
+from realm_jax.trainer.stages import realm
 
 _PEOPLE = ['Ada Brown', 'Ben Stone', 'Cleo Marsh', 'Dora Finch', 'Egon Frost']
 
@@ -79,7 +80,7 @@ def _allowed(corpus, split, batch) -> int:
   """How often a passage with the unmasked sentence may be retrieved."""
   count = 0
   for row, ranges in zip(
-      batch['sentence_B'], batch['exclude_BR2'], strict=True
+      batch.row_B, batch.inputs.exclude_BR2, strict=True
   ):
     held = _holders(corpus, corpus.sentences[split].ids(int(row)))
     assert held
@@ -99,17 +100,17 @@ def test_the_text_of_a_sentence_from_another_source_is_excluded(
   assert set(corpus.sentences['pretraining'].passages) == {-1}
   if validation:
     split = 'validation'
-    found = list(batches.evaluation_batches(corpus, _config(corpus), split))
+    found = list(realm.evaluation_batches(corpus, _config(corpus), split))
   else:
     split = 'pretraining'
-    stream = batches.training_batches(corpus, _config(corpus))
+    stream = helpers.batches(corpus, _config(corpus))
     found = [next(stream) for _ in range(4)]
     # All batches of a job have the same shape.
-    assert len({batch['exclude_BR2'].shape for batch in found}) == 1
+    assert len({batch.inputs.exclude_BR2.shape for batch in found}) == 1
   assert sum(_allowed(corpus, split, batch) for batch in found) == 0
   with_none = _config(corpus, trivial='none')
-  (batch,) = list(batches.evaluation_batches(corpus, with_none, split, 8))
-  assert _allowed(corpus, split, batch) == len(batch['sentence_B'])
+  (batch,) = list(realm.evaluation_batches(corpus, with_none, split, 8))
+  assert _allowed(corpus, split, batch) == len(batch.row_B)
 
 
 def test_a_copy_among_the_passages_is_excluded(tmp_path):
@@ -136,9 +137,9 @@ def test_whole_articles_of_what_holds_a_sentence_are_excluded(tmp_path):
   )
   for split in ('pretraining', 'knowledge'):
     config = _config(corpus, trivial='article', sentences=split)
-    batch = next(batches.training_batches(corpus, config))
+    batch = next(helpers.batches(corpus, config))
     for row, ranges in zip(
-        batch['sentence_B'], batch['exclude_BR2'], strict=True
+        batch.row_B, batch.inputs.exclude_BR2, strict=True
     ):
       held = _holders(corpus, corpus.sentences[split].ids(int(row)))
       articles = corpus.passages.articles
@@ -268,12 +269,12 @@ def test_a_sentence_with_too_few_candidates_is_left_out(tmp_path):
   corpus = _prepare(tmp_path, 'many', texts, validation_fraction=0)
   split = 'knowledge'
   assert corpus.manifest['counts'][f'{split}_sentences_in_too_many'] == 12
-  stream = batches.training_batches(corpus, _config(corpus))
+  stream = helpers.batches(corpus, _config(corpus))
   for batch in (next(stream) for _ in range(10)):
-    for row in batch['sentence_B']:
+    for row in batch.row_B:
       assert len(_holders(corpus, corpus.sentences[split].ids(int(row)))) == 1
   with pytest.raises(ValueError, match='leaves none of the 48.*11 at most'):
-    batches.training_batches(corpus, _config(corpus, num_candidates=13))
+    realm.MaskedQueries(corpus, _config(corpus, num_candidates=13), split)
 
 
 def test_other_wordings_are_not_trivial(world):
@@ -303,17 +304,17 @@ def test_an_older_corpus_is_read_with_a_warning(tmp_path, caplog):
   new = _prepare(tmp_path, 'new', texts, texts)
   old = _as_version_1(new, tmp_path / 'old')
   with caplog.at_level(logging.WARNING):
-    next(batches.training_batches(old, _config(old, trivial='none')))
-    next(batches.training_batches(new, _config(new)))
+    next(helpers.batches(old, _config(old, trivial='none')))
+    next(helpers.batches(new, _config(new)))
     assert 'prepare' not in caplog.text
-    batch = next(batches.training_batches(old, _config(old)))
-  assert not batch['exclude_BR2'].any()
+    batch = next(helpers.batches(old, _config(old)))
+  assert not batch.inputs.exclude_BR2.any()
   assert 'run `realm-jax prepare` again' in caplog.text
   config = _config(old, sentences='knowledge')
-  batch = next(batches.training_batches(old, config))
-  own = old.sentences['knowledge'].passages[batch['sentence_B']]
+  batch = next(helpers.batches(old, config))
+  own = old.sentences['knowledge'].passages[batch.row_B]
   np.testing.assert_array_equal(
-      batch['exclude_BR2'], np.stack([own, own + 1], -1)[:, None]
+      batch.inputs.exclude_BR2, np.stack([own, own + 1], -1)[:, None]
   )
 
   def same(sentences):
@@ -351,9 +352,9 @@ def test_documents_that_come_and_go(tmp_path):
   for opened in (changed, compacted):
     for split in opened.sentences:
       config = _config(opened, sentences=split)
-      for batch in batches.evaluation_batches(opened, config, split):
+      for batch in realm.evaluation_batches(opened, config, split):
         for row, ranges in zip(
-            batch['sentence_B'], batch['exclude_BR2'], strict=True
+            batch.row_B, batch.inputs.exclude_BR2, strict=True
         ):
           ids = opened.sentences[split].ids(int(row))
           held = _holders(opened, ids) - set(opened.removed.tolist())

@@ -1,7 +1,4 @@
-"""The retriever for users: texts in, numpy vectors and passages out.
-
-Public: `Retriever`, `Hits`.
-"""
+"""`realm_jax.Retriever`: from texts to numpy vectors and passages."""
 
 from collections.abc import Callable, Sequence
 import os
@@ -9,18 +6,20 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
-from realm_jax.interop import checkpoint_sources
+from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import convert
-from realm_jax.interop import exported
+from realm_jax.interop import importing
 from realm_jax.models import components as components_lib
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import mesh as mesh_lib
 
 _WIDTH_STEP = 32  # Wordpieces between two bucket widths.
 _BATCH_TOKENS = 2**13  # Of one batch, at most.
@@ -29,7 +28,7 @@ Path = str | os.PathLike[str]
 
 
 class Hits(NamedTuple):
-  """What a search found, best first.
+  """Results of a search, best first.
 
   rows: int64 [B, k], passage numbers.
   scores: float32 [B, k], inner products.
@@ -50,26 +49,17 @@ class Retriever:
       lengths: config_lib.LengthsConfig,
       open_search: Callable[[], tuple[search_lib.Search, search_lib.Rows]]
       | None = None,
-      corpus: corpus_lib.Corpus | None = None,
+      open_corpus: Callable[[], corpus_lib.Corpus] | None = None,
   ):
-    """Takes the parts; `open_search` is called at the first search."""
+    """Calls `open_search` at the first search."""
     self.tokenizer = tokenizer
     self.lengths = lengths
     self.width = component.config.embedding_width
     self._params = jax.device_put(params)
     self._open_search = open_search
     self._searched: tuple[search_lib.Search, search_lib.Rows] | None = None
-    self._corpus = corpus
-    self._embed_query = jax.jit(
-        lambda params, ids_BQ, types_BQ: component.apply(
-            params, 'embed_query', ids_BQ
-        )
-    )
-    self._embed_document = jax.jit(
-        lambda params, ids_BS, types_BS: component.apply(
-            params, 'embed_document', ids_BS, types_BS
-        )
-    )
+    self._open_corpus = open_corpus
+    self._embedder = embedding.Embedder(component, mesh_lib.one_device())
 
   @classmethod
   def load(
@@ -79,41 +69,42 @@ class Retriever:
       query_length: int | None = None,
       passage_length: int | None = None,
   ) -> 'Retriever':
-    """Loads a retriever from wherever there is one.
+    """Loads a retriever from a workdir or a checkpoint.
 
     Args:
       path: a workdir; a folder that `realm-jax export --format=huggingface`
         wrote; a REALM checkpoint (embedder, scorer, open-QA), as a folder or a
         hub id.
       step: of a workdir's checkpoint or snapshot; None: the newest checkpoint.
-      query_length, passage_length: wordpieces, specials included, at which
-        texts are cut; None: those of the workdir, or the paper's.
+      query_length, passage_length: maximum wordpieces of a text, specials
+        included; None: those of the workdir, or the paper's.
 
     Raises:
-      FileNotFoundError: if there is nothing of that name.
-      ValueError: if it has no retriever, or is damaged.
+      FileNotFoundError: there is nothing of that name.
+      ValueError: it has no retriever, or is damaged.
     """
-    if checkpoint_sources.looks_foreign(path):
+    if importing.looks_foreign(path):
       if step is not None:
         raise ValueError(f'{path} is a checkpoint, it has no steps.')
       return cls._from_checkpoint(path, query_length, passage_length)
-    workdir = exported.open_workdir(path, step)
-    if 'embedder' not in workdir.params:
-      raise ValueError(
-          f'{path} has no retriever, only {", ".join(workdir.params)}.'
-      )
+    trained = trained_lib.Trained.open_parameters(path)
+    if step is None:
+      step = checkpoint.newest_step(trained.workdir)
+    params = trained.load(step)
+    if 'embedder' not in params:
+      raise ValueError(f'{path} has no retriever, only {", ".join(params)}.')
 
     def open_search() -> tuple[search_lib.Search, search_lib.Rows]:
-      index = workdir.index()
-      return index.make_search(workdir.config.mips), index.table
+      index = trained.published(params, step)
+      return index.make_search(trained.config.mips), index.table
 
     return cls(
-        workdir.components['embedder'],
-        workdir.params['embedder'],
-        workdir.tokenizer,
-        _lengths(workdir.config, query_length, passage_length),
+        trained.components['embedder'],
+        params['embedder'],
+        trained.tokenizer,
+        _lengths(trained.config, query_length, passage_length),
         open_search,
-        workdir.corpus,
+        (lambda: trained.corpus) if trained.config.corpus else None,
     )
 
   @classmethod
@@ -125,7 +116,7 @@ class Retriever:
           f'{path} is a folder of sentence-transformers; give the workdir, or'
           ' an export with --format=huggingface.'
       )
-    source = checkpoint_sources.open_source(path, blocks=False)
+    source = importing.open_source(path, blocks=False)
     if 'embedder' not in convert.components_in(source.tensors):
       raise ValueError(f'{path} has no retriever.')
     loaded = convert.load(source.tensors, source.config, ['embedder'])
@@ -153,18 +144,18 @@ class Retriever:
 
   @property
   def corpus(self) -> corpus_lib.Corpus:
-    """The corpus that rows are of.
+    """The corpus that the rows refer to.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: there is none.
     """
-    if self._corpus is None:
+    if self._open_corpus is None:
       raise ValueError(
           'This retriever was loaded without a corpus. A workdir has one if'
           ' `config.corpus` names it; a checkpoint has one after `realm-jax'
           ' import`.'
       )
-    return self._corpus
+    return self._open_corpus()
 
   def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds `[CLS] text [SEP]`: float32 [B, E]."""
@@ -173,7 +164,11 @@ class Retriever:
         (inputs.query(ids, length, self.tokenizer), [])
         for ids in self.tokenizer.encode_batch(_checked(texts))
     ]
-    return self._embed(self._embed_query, pairs, length)
+
+    def embed(ids_BQ: np.ndarray, types_BQ: np.ndarray) -> jax.Array:
+      return self._embedder.queries(self._params, ids_BQ)
+
+    return self._embed(embed, pairs, length)
 
   def embed_passages(
       self, passages: Sequence[tuple[str, str]]
@@ -194,14 +189,20 @@ class Retriever:
         inputs.document(title, body, length, t)
         for title, body in zip(titles, bodies, strict=True)
     ]
-    return self._embed(self._embed_document, pairs, length)
+
+    def embed(ids_BS: np.ndarray, types_BS: np.ndarray) -> jax.Array:
+      return self._embedder.documents(
+          self._params, ids_BS[:, None], types_BS[:, None]
+      )[:, 0]
+
+    return self._embed(embed, pairs, length)
 
   def search(self, texts: Sequence[str], k: int) -> Hits:
     """Finds the k passages of the highest inner product with each text.
 
     Raises:
-      FileNotFoundError: if the workdir has no index of these parameters.
-      ValueError: if there is no index at all, or fewer than k passages.
+      FileNotFoundError: the workdir has no index of these parameters.
+      ValueError: there is no index at all, or fewer than k passages.
     """
     if self._open_search is None:
       raise ValueError(
@@ -215,11 +216,7 @@ class Retriever:
     if not len(query_emb_BE):
       return Hits(np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
     rows_BK = np.asarray(search.search(query_emb_BE, k)).astype(np.int64)
-    doc_emb_BKE = table[rows_BK.reshape(-1)].reshape(*rows_BK.shape, -1)
-    scores_BK = np.einsum(
-        'BE,BKE->BK', query_emb_BE, doc_emb_BKE.astype(np.float32)
-    )
-    return Hits(rows_BK, scores_BK)
+    return Hits(rows_BK, search_lib.score(table, query_emb_BE, rows_BK))
 
   def passage(self, row: int) -> dict[str, str]:
     """Returns {id, title, text} of a row that `search` found."""
@@ -240,7 +237,7 @@ class Retriever:
       most = max(1, _BATCH_TOKENS // int(width))
       for start in range(0, len(members), most):
         mine = members[start : start + most]
-        # Powers of two, so that few shapes are compiled.
+        # Powers of two limit the number of compiled shapes.
         rows = min(most, 1 << (len(mine) - 1).bit_length())
         ids = np.zeros((rows, width), np.int32)
         types = np.zeros((rows, width), np.int32)
@@ -249,15 +246,14 @@ class Retriever:
           limit = len(first) + len(second)
           ids[row, :limit] = first + second
           types[row, len(first) : limit] = 1
-        found = embed(self._params, jnp.asarray(ids), jnp.asarray(types))
-        emb_BE[mine] = np.asarray(found)[: len(mine)]
+        emb_BE[mine] = np.asarray(embed(ids, types))[: len(mine)]
     return emb_BE
 
 
 def _lengths(
     config: config_lib.Config, query: int | None, passage: int | None
 ) -> config_lib.LengthsConfig:
-  """The lengths of a config or of the user, within what the model knows."""
+  """Returns the lengths of the user or of the config, as the model allows."""
   positions = config.model.max_positions
   for name, value in (('query', query), ('passage', passage)):
     if value is not None and not 4 <= value <= positions:

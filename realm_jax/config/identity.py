@@ -1,8 +1,4 @@
-"""Configurations as JSON, and what makes two of them the same.
-
-Public: `to_dict`, `from_dict`, `read`, `fields`, `identity`, `digest`,
-`differences`.
-"""
+"""Configurations as JSON, and what makes two of them the same."""
 
 import dataclasses
 import hashlib
@@ -74,9 +70,13 @@ def identity(config: schema.Config) -> dict[str, Any]:
     del values[name]
   for name in ('attention', 'remat'):
     del values['model'][name]
+  if not values['options']:  # Configs of older versions do not have it.
+    del values['options']
   values['model']['attention_dropout'] = schema.attention_rate(config.model)
   for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]
+  if not values['mips']['options']:  # Absent from older configurations.
+    del values['mips']['options']
   for section, field in _INPUTS:
     # Not which they are, but whether there are any.
     values[section][field] = bool(values[section][field])
@@ -99,9 +99,9 @@ def differences(ours: schema.Config, theirs: schema.Config) -> list[str]:
   """Lists the fields in which the identities differ, with both values."""
   now, then = identity(ours), identity(theirs)
   return [
-      f'config.{name}: {then[name]!r} there, {now[name]!r} here'
-      for name in now
-      if now[name] != then[name]
+      f'config.{name}: {then.get(name)!r} there, {now.get(name)!r} here'
+      for name in now | then
+      if now.get(name) != then.get(name)
   ]
 
 

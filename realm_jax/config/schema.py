@@ -1,13 +1,12 @@
 """The tree of a configuration: its sections, fields and defaults.
 
-Public: `Config` and its sections, `PRESETS`, `COMPONENTS`, `SEARCHING`,
-`resolve`, `attention_rate`. The defaults are the paper's (Guu et al. 2020,
-section 4 and appendix A), except those of `refresh`.
+The defaults are the paper's (Guu et al. 2020, section 4 and appendix A), except
+those of `refresh`.
 """
 
 import copy
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 # Sizes of the published small BERTs (Turc et al. 2019) and of BERT-base:
 # layers, width, heads. The MLP is four times as wide as the encoder.
@@ -18,17 +17,12 @@ PRESETS = {
     'base': (12, 768, 12),
 }
 
-# Which parameters an objective trains; also the names of the sub-trees of a
-# checkpoint's `params`.
-COMPONENTS = {
-    'mlm': ('reader',),
-    'ict': ('embedder',),
-    'realm': ('embedder', 'reader'),
-    'open_qa': ('embedder', 'span_reader'),
-    'tagger': ('tagger',),
+# Search backends and where they are defined; see index/search.py.
+BACKENDS = {
+    'exact': 'realm_jax.index.search:ExactSearch',
+    'approx': 'realm_jax.index.search:ApproxSearch',
+    'scann': 'realm_jax.index.scann:ScannSearch',
 }
-# Objectives that search an index while they train.
-SEARCHING = ('realm', 'open_qa')
 
 
 @dataclasses.dataclass
@@ -192,13 +186,15 @@ class RefreshConfig:
 class MipsConfig:
   """Maximum inner product search over the document embeddings."""
 
-  backend: Literal['exact', 'approx', 'scann'] = 'exact'
+  backend: str = 'exact'  # A key of BACKENDS, or `package.module:Name`.
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # Of the embedding table.
   recall_target: float = 0.95  # Of `approx`.
-  # ScaNN; 0: chosen from the number of rows (see index/search.py).
+  # ScaNN; 0: chosen from the number of rows (see index/scann.py).
   num_leaves: int = 0
   leaves_to_search: int = 0
   reorder: int = 0
+  # Settings of a backend given as `package.module:Name`.
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -220,7 +216,9 @@ class CheckpointConfig:
 class Config:
   """One training job. Index building and evaluation read it back."""
 
-  objective: Literal['mlm', 'ict', 'realm', 'open_qa', 'tagger'] = 'realm'
+  # mlm, ict, realm, open_qa, tagger (trainer/stages), or a class of one's own,
+  # package.module:Class (docs/extending.md).
+  objective: str = 'realm'
   corpus: str = ''  # Folder written by `realm-jax prepare`.
   # Workdirs to start from, comma-separated; each gives the components it has
   # (`mlm` a reader, `ict` an embedder, `realm` both), later ones win. A
@@ -240,7 +238,11 @@ class Config:
   # Which sentences to mask: `pretraining` (the corpus X of the paper),
   # `knowledge` (the sentences of the passages), `auto` (X if there is one).
   sentences: Literal['auto', 'pretraining', 'knowledge'] = 'auto'
-  masking: Literal['salient', 'random_span', 'random_token'] = 'salient'
+  # salient, random_span, random_token (corpus/masking.py), or a function of
+  # one's own, package.module:name.
+  masking: str = 'salient'
+  # Settings of an objective or a mask of one's own.
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
   # Candidates that give the answer away: the passage that the sentence is from
   # and those that hold its text, their whole articles, or none removed (an
   # ablation).

@@ -1,8 +1,6 @@
-"""What a configuration must be, found out before any work.
+"""Checks of a configuration, before any work."""
 
-Public: `validate`.
-"""
-
+from collections.abc import Callable, Iterable
 import dataclasses
 import difflib
 import functools
@@ -31,8 +29,15 @@ _SHARES = (
 ).split()
 
 
-def validate(config: schema.Config) -> None:
-  """Raises ValueError naming every field that is wrong, and what is right."""
+def validate(
+    config: schema.Config,
+    more: Callable[[], Iterable[tuple[str, str]]] = lambda: (),
+) -> None:
+  """Raises ValueError naming every field that is wrong, and what is right.
+
+  `more` returns further pairs of a field and what is wrong with it; it is
+  called once the types are right and numbers positive.
+  """
   if not isinstance(config, schema.Config):
     raise ValueError(
         'An experiment file returns a realm_jax.config.Config; this one returns'
@@ -69,17 +74,6 @@ def validate(config: schema.Config) -> None:
   if problems:  # What follows divides and multiplies.
     raise ValueError(_message(problems))
   model = schema.resolve(config).model
-  if c.objective == 'tagger':
-    longest = c.tagger.length
-  elif c.objective == 'ict':
-    longest = max(c.lengths.query, c.lengths.document)
-  else:
-    longest = c.lengths.joint
-  require(
-      longest <= c.model.max_positions,
-      'model.max_positions',
-      f'is less than the longest input, {longest} wordpieces',
-  )
   require(
       model.width % model.num_heads == 0,
       'model.num_heads',
@@ -99,48 +93,18 @@ def validate(config: schema.Config) -> None:
       f' config.model.attention_dropout=0, not {schema.attention_rate(model)}',
   )
   require(
+      c.mips.backend in schema.BACKENDS or ':' in c.mips.backend,
+      'mips.backend',
+      f'must be one of {tuple(schema.BACKENDS)} or have the form'
+      ' package.module:Name',
+  )
+  require(
       c.accumulate < 1 or c.batch_size % c.accumulate == 0,
       'accumulate',
       f'must divide the batch size, {c.batch_size}',
   )
   require(
       c.optimizer.clip_norm > 0, 'optimizer.clip_norm', 'must be more than 0'
-  )
-  if c.objective == 'tagger':
-    require(
-        bool(c.tagger.files),
-        'tagger.files',
-        'give the files of tagged sentences to train on',
-    )
-    require(c.tagger.length >= 4, 'tagger.length', 'must be at least 4')
-  if c.objective == 'open_qa':
-    require(
-        bool(c.open_qa.questions),
-        'open_qa.questions',
-        'give the file of the questions to train on',
-    )
-    for field in ('open_qa.read', 'open_qa.rerank'):
-      require(
-          0 <= _at(c, field) <= c.open_qa.retrieved,
-          field,
-          f'must be between 0 and open_qa.retrieved ({c.open_qa.retrieved})',
-      )
-    require(
-        c.open_qa.documents == 'trained' or c.refresh.policy == 'none',
-        'refresh.policy',
-        "must be 'none' where open_qa.documents is 'frozen'",
-    )
-  for name in c.optimizer.frozen:
-    require(
-        name in schema.COMPONENTS[c.objective],
-        'optimizer.frozen',
-        f'the objective {c.objective!r} has the components '
-        f'{schema.COMPONENTS[c.objective]}',
-    )
-  require(
-      bool(set(schema.COMPONENTS[c.objective]) - set(c.optimizer.frozen)),
-      'optimizer.frozen',
-      'leaves nothing to learn',
   )
   require(
       1 <= c.refresh.lag <= c.refresh.interval
@@ -155,6 +119,8 @@ def validate(config: schema.Config) -> None:
       'mesh',
       'sizes are positive; at most one may be -1',
   )
+  for field, what in more():
+    require(False, field, what)
   if problems:
     raise ValueError(_message(problems))
 
@@ -194,6 +160,9 @@ def _type_problems(config: Any, path: str = 'config') -> list[str]:
           isinstance(v, str) for v in value
       ):
         problems.append(f'{name}={value!r}: must be a tuple of strings')
+    elif typing.get_origin(kind) is dict:
+      if not isinstance(value, dict):
+        problems.append(f'{name}={value!r}: must be a dictionary')
     elif kind is float:
       if isinstance(value, bool) or not isinstance(value, (int, float)):
         problems.append(f'{name}={value!r}: must be a number')

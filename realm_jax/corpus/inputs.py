@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
-Batch = dict[str, np.ndarray]
 Tokenizer = tokenizer_lib.Tokenizer
 
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
+NULL_TYPES = (0, 0, 1)  # The segments of `null_document`.
 
 
 def null_document(tokenizer: Tokenizer) -> tuple[int, int, int]:
@@ -174,42 +173,6 @@ def body_bounds(
     starts = starts + np.minimum(title.lengths, length - 2 - starts) + 1
   limits = np.minimum(starts + body.lengths, length - 1)
   return np.stack([starts, limits], -1).astype(np.int32).reshape(*rows.shape, 2)
-
-
-def with_candidates(
-    batch: Batch,
-    retrieved: np.ndarray,
-    corpus: corpus_lib.Corpus,
-    lengths: config_lib.LengthsConfig,
-) -> Batch:
-  """Adds the texts of the candidates to a `realm` batch.
-
-  Args:
-    batch: of `training_batches`.
-    retrieved: passage rows of the search, [B, J].
-    corpus: the corpus.
-    lengths: static shapes.
-
-  Returns:
-    The batch without exclude_BR2, and with doc_ids_BJS and doc_types_BJS of the
-    retrieved documents, joint_ids_BKT and joint_types_BKT of all candidates.
-    Candidate 0 is the null document.
-  """
-  null = np.full((len(retrieved), 1), NULL_DOCUMENT, np.int64)
-  candidates = np.concatenate([null, retrieved], axis=1)
-  batch = {name: x for name, x in batch.items() if name != 'exclude_BR2'}
-  batch['doc_ids_BJS'], batch['doc_types_BJS'] = assemble_documents(
-      corpus.passages, retrieved, lengths.document, corpus.tokenizer
-  )
-  batch['joint_ids_BKT'], batch['joint_types_BKT'] = assemble_joint(
-      corpus.passages,
-      candidates,
-      batch['query_ids_BQ'],
-      batch['query_lengths_B'],
-      lengths.joint,
-      corpus.tokenizer,
-  )
-  return batch
 
 
 @dataclasses.dataclass(frozen=True)

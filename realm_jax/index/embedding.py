@@ -1,10 +1,9 @@
-"""Embeddings of the passages of a corpus, as fast as the devices can.
+"""The compiled embedder of queries and documents, and fast batches of passages.
 
-Public: `PassageEmbedder`, and the `RowEncoder` underneath.
+Embeddings are float32; no dropout is applied.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,24 +14,84 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.models import components
 from realm_jax.runtime import mesh as mesh_lib
 
-_WIDTH_MULTIPLE = 8  # Of the widths to choose from, besides the longest.
-# Of a further width, in wordpieces that could be embedded meanwhile. Low, as a
-# builder compiles once and embeds many times.
+_WIDTH_MULTIPLE = 8  # Bucket widths are multiples of it, except the longest.
+# Cost of compiling one more bucket width, in wordpieces embedded in the same
+# time. Low, because a builder compiles once and embeds many times.
 _COMPILE_COST = {'cpu': 2**16}
 _COMPILE_COST_ELSEWHERE = 2**23
-# Of one batch on one device. Larger is slower where the cache is small.
+# Wordpieces of a batch on one device; CPU caches are small.
 _BATCH_TOKENS = {'cpu': 2**12}
 _BATCH_TOKENS_ELSEWHERE = 2**16
-_ROW_MULTIPLE = 8  # Rows of a batch on a device.
-_MOST_ROWS = 2**16  # That are embedded by one call, as a rule.
+_ROW_MULTIPLE = 8  # A device's share of a batch is a multiple of it.
+_MAX_PLANNED_ROWS = 2**16  # Usual number of rows of one call.
+
+
+class Embedder:
+  """The embedder, compiled once for each shape, over the mesh axis `data`.
+
+  queries: embed(params, ids_BQ) -> emb_BE.
+  documents: embed(params, ids_BLS, types_BLS) -> emb_BLE, where L documents
+    belong to each row.
+
+  Both are jitted functions. The axis `data` must divide B; every device of the
+  mesh gets the whole result.
+  """
+
+  def __init__(
+      self, component: components.Component, mesh: jax.sharding.Mesh
+  ):
+    def documents(
+        params: components.Params, ids_BLS: jax.Array, types_BLS: jax.Array
+    ) -> jax.Array:
+      b, n, length = ids_BLS.shape
+      emb = component.apply(  # (B*L) E
+          params,
+          'embed_document',
+          ids_BLS.reshape(b * n, length),
+          types_BLS.reshape(b * n, length),
+      )
+      return emb.reshape(b, n, -1)
+
+    axes = (mesh_lib.DATA,)
+    whole = mesh_lib.replicated(mesh)
+    self.queries = _row_by_row(
+        lambda params, ids_BQ: component.apply(params, 'embed_query', ids_BQ),
+        mesh, axes, whole,
+    )
+    self.documents = _row_by_row(documents, mesh, axes, whole)
+
+
+def _row_by_row(
+    encode: Callable[..., jax.Array],
+    mesh: jax.sharding.Mesh,
+    axes: tuple[str, ...],
+    result: jax.NamedSharding,
+) -> jax.stages.Wrapped:
+  """Compiles encode(params, *arrays) with the rows divided over mesh axes.
+
+  By `shard_map`, because XLA cannot divide the TPU's attention kernel.
+  """
+  rows = jax.P(axes)
+
+  def run(params: components.Params, *arrays: jax.Array) -> jax.Array:
+    return jax.shard_map(
+        encode,
+        mesh=mesh,
+        in_specs=(jax.P(), *(rows for _ in arrays)),
+        out_specs=rows,
+        axis_names=set(axes),
+        check_vma=False,
+    )(params, *arrays)
+
+  return jax.jit(run, out_shardings=result)
 
 
 class RowEncoder:
-  """Runs a model over rows of wordpieces, of whatever lengths.
+  """Runs a model over rows of wordpieces of any length.
 
-  Rows are sorted into a few widths by their length, so that short ones are not
-  padded to the longest; it is compiled once for each width. The result for a
-  row is a function of the rows that it is called with, bit by bit.
+  Rows are sorted into a few bucket widths by length, so that short rows are not
+  padded to the longest; the model is compiled once for each width. The result
+  of a row depends on the set of rows of the call only, bit by bit.
   """
 
   def __init__(
@@ -46,11 +105,11 @@ class RowEncoder:
     """Plans the batches.
 
     Args:
-      encode: encode(params, *arrays), a result for each row of the arrays.
-      lengths_N: of all rows there are, in wordpieces.
-      max_length: at which a longer row is cut.
+      encode: encode(params, *arrays), one result for each row of the arrays.
+      lengths_N: wordpieces of each row of the table.
+      max_length: longer rows are cut to it.
       mesh: a batch is divided over all its devices.
-      batch_tokens: wordpieces of a batch, of all devices together.
+      batch_tokens: wordpieces of a batch on all devices together.
     """
     self._lengths = np.minimum(lengths_N, max_length)
     platform = mesh.devices.flat[0].platform
@@ -69,31 +128,14 @@ class RowEncoder:
     self._batch_rows = []
     for width, count in zip(self._widths, counts.tolist(), strict=True):
       most = max(batch_tokens // width // multiple, 1)
-      # Equal batches, so that the last one is not mostly padding.
-      needed = max(-(-min(count, _MOST_ROWS) // multiple), 1)
+      # Equal batches: a smaller last batch would be mostly padding.
+      needed = max(-(-min(count, _MAX_PLANNED_ROWS) // multiple), 1)
       self._batch_rows.append(-(-needed // -(-needed // most)) * multiple)
     self._replicated = mesh_lib.replicated(mesh)
     self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-    rows = self._over_rows.spec
-
-    def encode_all(params: components.Params, arrays: Any) -> jax.Array:
-      return encode(params, *arrays)
-
-    # Each device its rows: XLA could not divide the TPU's kernel of attention.
-    self._encode = jax.jit(
-        jax.shard_map(
-            encode_all,
-            mesh=mesh,
-            in_specs=(jax.P(), rows),
-            out_specs=rows,
-            check_vma=False,
-        )
+    self._encode = _row_by_row(
+        encode, mesh, mesh.axis_names, self._over_rows
     )
-
-  @property
-  def compilations(self) -> int:
-    """How often it was compiled: at most once for each width."""
-    return self._encode._cache_size()
 
   def __call__(
       self,
@@ -102,29 +144,29 @@ class RowEncoder:
       assemble: Callable[[np.ndarray, int], tuple[np.ndarray, ...]],
       lengths_N: np.ndarray | None = None,
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields places in `rows` and the results for them, in no fixed order.
+    """Yields indices into `rows` and their results, in no fixed order.
 
     Args:
-      params: of the model.
-      rows: numbers of rows.
-      assemble: assemble(numbers, width), the arrays of some rows, padded to
-        the width; where the number is -1, of none.
-      lengths_N: of all rows, where they are not those that were planned for.
+      params: parameters of the model.
+      rows: row numbers.
+      assemble: assemble(row numbers, width) returns the arrays of these rows,
+        padded to the width; -1 stands for a row of padding.
+      lengths_N: wordpieces of each row, if not those of the plan.
     """
     lengths_N = self._lengths if lengths_N is None else lengths_N
     params = jax.device_put(params, self._replicated)
-    # The next batch is put together while the devices work on this one.
+    # The next batch is assembled while the devices compute this one.
     running: list[tuple[np.ndarray, jax.Array]] = []
 
     def collect() -> tuple[np.ndarray, np.ndarray]:
-      mine, result = running.pop(0)
-      return mine, np.asarray(jax.device_get(result))[: len(mine)]
+      members, result = running.pop(0)
+      return members, np.asarray(jax.device_get(result))[: len(members)]
 
-    for mine, width, size in self._batches(lengths_N[rows]):
+    for members, width, size in self._batches(lengths_N[rows]):
       numbers = np.full(size, -1, np.int64)
-      numbers[: len(mine)] = rows[mine]
+      numbers[: len(members)] = rows[members]
       arrays = jax.device_put(assemble(numbers, width), self._over_rows)
-      running.append((mine, self._encode(params, arrays)))
+      running.append((members, self._encode(params, *arrays)))
       if len(running) > 1:
         yield collect()
     while running:
@@ -133,7 +175,7 @@ class RowEncoder:
   def _batches(
       self, lengths_N: np.ndarray
   ) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yields which of the rows, the width and the size of each batch."""
+    """Yields the rows, the width and the padded size of each batch."""
     buckets = np.searchsorted(self._widths, lengths_N)
     by_width = np.argsort(buckets, kind='stable')
     ends = np.searchsorted(buckets[by_width], range(len(self._widths)), 'right')
@@ -141,8 +183,8 @@ class RowEncoder:
     for bucket, end in enumerate(ends.tolist()):
       width, size = self._widths[bucket], self._batch_rows[bucket]
       limit = end - (end - first) % size
-      # What does not fill a batch joins the next width, if that costs less
-      # than the padding of a batch of its own.
+      # Rows that do not fill a batch join the next width if that costs less
+      # than the padding of a batch of their own.
       if end == len(lengths_N) or (
           (end - limit) * self._widths[bucket + 1] >= size * width
       ):
@@ -153,7 +195,7 @@ class RowEncoder:
 
 
 class PassageEmbedder:
-  """Embeds passages with given parameters, without dropout."""
+  """Embeds the passages of a corpus in length-bucketed batches."""
 
   def __init__(
       self,
@@ -168,11 +210,11 @@ class PassageEmbedder:
 
     Args:
       component: the embedder.
-      passages: the corpus' token table.
-      tokenizer: for the special ids.
-      max_length: S, at which a longer passage is cut.
+      passages: token table of the corpus.
+      tokenizer: tokenizer of the corpus.
+      max_length: S; longer passages are cut to it.
       mesh: a batch is divided over all its devices.
-      batch_tokens: wordpieces of a batch, of all devices together.
+      batch_tokens: wordpieces of a batch on all devices together.
     """
     self._passages, self._tokenizer = passages, tokenizer
 
@@ -185,35 +227,30 @@ class PassageEmbedder:
         embed, passages.lengths, max_length, mesh, batch_tokens
     )
 
-  @property
-  def compilations(self) -> int:
-    """How often the embedder was compiled: at most once for each width."""
-    return self._encoder.compilations
-
   def __call__(
       self,
       params: components.Params,
       rows: range | np.ndarray | None = None,
       progress: Callable[[int], object] | None = None,
   ) -> np.ndarray:
-    """Returns float32 [rows, E] of passages, by default of all.
+    """Returns the embeddings of passages, float32 [rows, E].
 
     Args:
-      params: of the embedder.
-      rows: passage numbers.
-      progress: called with the number of passages that were just embedded.
+      params: parameters of the embedder.
+      rows: passage numbers; None: all passages.
+      progress: called with the number of passages of each finished batch.
 
     Raises:
-      ValueError: if there are no rows.
+      ValueError: `rows` is empty.
     """
     rows = np.arange(len(self._passages)) if rows is None else np.asarray(rows)
     emb_NE: np.ndarray | None = None
-    for mine, part_NE in self._encoder(params, rows, self._assemble):
+    for members, part_NE in self._encoder(params, rows, self._assemble):
       if emb_NE is None:
         emb_NE = np.zeros((len(rows), part_NE.shape[1]), np.float32)
-      emb_NE[mine] = part_NE
+      emb_NE[members] = part_NE
       if progress is not None:
-        progress(len(mine))
+        progress(len(members))
     if emb_NE is None:
       raise ValueError('There are no passages to embed.')
     return emb_NE
@@ -221,16 +258,16 @@ class PassageEmbedder:
   def _assemble(
       self, numbers: np.ndarray, width: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    return inputs.assemble_documents(  # Of -1: the null document.
+    return inputs.assemble_documents(  # -1 is the null document.
         self._passages, numbers, width, self._tokenizer
     )
 
 
 def _widths(lengths: np.ndarray, max_length: int, compiling: int) -> list[int]:
-  """Returns the bucket widths for which the least is padded and compiled."""
+  """Returns the bucket widths of the least cost of padding and compiling."""
   widths = [*range(_WIDTH_MULTIPLE, max_length, _WIDTH_MULTIPLE), max_length]
   fitting = [0, *(int((lengths <= width).sum()) for width in widths)]
-  # best[i]: cost, and the widths chosen, for the passages of the first i.
+  # best[i]: cost and chosen widths for the passages that fit widths[i - 1].
   best: list[tuple[int, list[int]]] = [(0, [])]
   for i, width in enumerate(widths, start=1):
     best.append(
@@ -242,5 +279,5 @@ def _widths(lengths: np.ndarray, max_length: int, compiling: int) -> list[int]:
             for j, (cost, chosen) in enumerate(best)
         )
     )
-  # The longest passages need no more than the first width that fits them all.
+  # The longest passages need only the first width that fits all of them.
   return best[fitting.index(fitting[-1])][1]

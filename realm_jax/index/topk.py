@@ -1,6 +1,6 @@
 """The device part of exact and approximate search: chunked, sharded top-k.
 
-Public: `Rows`, `Part`, `place`, `search`, `top_rows`, `one_device`, `aligned`,
+Public: `Rows`, `Part`, `place`, `search`, `top_rows`, `aligned`,
 `ALIGN`. Ties go to the lower row, as `lax.top_k` gives them within a chunk and
 the merges keep them.
 """
@@ -44,13 +44,6 @@ class Part:
   def num_rows(self) -> int:
     """How many rows the part has, padding included."""
     return self.table_NE.shape[0]
-
-
-def one_device() -> jax.sharding.Mesh:
-  """A mesh of the first device."""
-  return jax.sharding.Mesh(
-      np.array(jax.devices()[:1]).reshape(1, 1), ('data', 'model')
-  )
 
 
 def aligned(rows: int, mesh: jax.sharding.Mesh) -> int:

@@ -1,12 +1,13 @@
-"""The trainable parts of a job by name: parameters as flat dictionaries.
+"""The networks of a job by name, with their parameters as flat dictionaries.
 
-Public: `Component`, `make`, `make_all`, `Params`. A component's parameters are
-`{'bert.layers.0.query.kernel': array, ...}`: what the optimizer, the
-checkpoints, the digests and the importers see. The module is rebuilt around
-them for each call, inside jit, at no cost.
+The parameters of a component, `{'bert.layers.0.query.kernel': array, ...}`, are
+what the optimizer, the checkpoints, the digests and the importers see.
 """
 
+from collections.abc import Iterable, Mapping
 import dataclasses
+import math
+import types
 from typing import Any
 import zlib
 
@@ -39,6 +40,11 @@ class Component:
   graphdef: Any
   abstract: dict[str, jax.ShapeDtypeStruct]
 
+  @property
+  def size(self) -> int:
+    """Number of parameters."""
+    return sum(math.prod(x.shape) for x in self.abstract.values())
+
   def init(self, seed: int) -> Params:
     """Fresh parameters; each component draws from a stream of its own."""
     key = jax.random.fold_in(
@@ -59,6 +65,22 @@ class Component:
   ) -> Any:
     """Calls `method` of the module that holds `params`."""
     return getattr(self.module(params), method)(*args, **kwargs)
+
+
+class Models(types.SimpleNamespace):
+  """The networks of a job with their parameters; it has those of its stage."""
+
+  embedder: embedder.Embedder
+  reader: reader.Reader
+  span_reader: span_reader.SpanReader
+  tagger: tagger.Tagger
+
+
+def bind(
+    components: Mapping[str, Component], params: Mapping[str, Params]
+) -> Models:
+  """Returns the modules that hold `params`; inside jit, at no cost."""
+  return Models(**{n: c.module(params[n]) for n, c in components.items()})
 
 
 def make(
@@ -85,11 +107,12 @@ def make(
 
 
 def make_all(
-    config: config_lib.Config, device: jax.Device | None = None
+    names: Iterable[str],
+    config: config_lib.ModelConfig,
+    device: jax.Device | None = None,
 ) -> dict[str, Component]:
-  """Returns the components that the config's objective trains; see `make`."""
-  names = config_lib.COMPONENTS[config.objective]
-  return {name: make(name, config.model, device) for name in names}
+  """Returns several components by name; see `make`."""
+  return {name: make(name, config, device) for name in names}
 
 
 def _flatten(state: nnx.State) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.models import components as components_lib
+from realm_jax.index import search as search_lib
 from realm_jax.models import flops
-from realm_jax.models import span_reader
+from realm_jax.planner import memory as memory_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import optimizer
+from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
 
 Plan = dict[str, dict[str, Any]]
@@ -149,21 +150,23 @@ def plan(config: config_lib.Config, setting: Setting) -> Plan:
     )
   # Raises if they do not fit together.
   mesh_lib.axis_sizes(config.mesh, setting.trainer_devices, config.batch_size)
-  parameters = flops.parameters(config)
-  work = _work(config, setting)
+  stage = stages.load(config)(config)
+  components = stages.components_of(config)
+  parameters = {name: c.size for name, c in components.items()}
+  work = _work(stage, setting)
   result: Plan = {
       'parameters': {**parameters, 'total': sum(parameters.values())},
       'work': work,
       'time': _time(config, setting, work),
-      'device_memory': _device_memory(config, setting),
-      'host_memory': _host_memory(config, setting, parameters),
-      'disk': _disk(config, setting, parameters),
+      'device_memory': _device_memory(stage, setting, parameters),
+      'host_memory': _host_memory(stage, setting, parameters),
+      'disk': _disk(stage, setting, parameters),
   }
-  if config.objective in config_lib.SEARCHING:
+  if stage.searches:
     result['builder_memory'] = _builder_memory(
         config, setting, parameters
     )
-  advice = _advice(config, setting, result)
+  advice = _advice(stage, setting, result)
   result['advice'] = {str(i): line for i, line in enumerate(advice, start=1)}
   return result
 
@@ -196,11 +199,12 @@ def trace_step(
       decides the kernel of the attention; None for those of the mesh.
   """
   config = config_lib.resolve(config)
-  components = components_lib.make_all(config, device or mesh.devices.flat[0])
+  stage = stages.load(config)(config)
+  components = stages.components_of(config, device or mesh.devices.flat[0])
   tx = optimizer.make_optimizer(config, tuple(components))
-  step = step_lib.make_train_step(config, components, tx, (2, 3, 3), mesh)
+  step = step_lib.make_train_step(stage, components, tx, mesh)
   state = step_lib.abstract_state(components, tx)
-  return step.trace(state, _abstract_batch(config))
+  return step.trace(state, stage.abstract_batch())
 
 
 def compile_step(
@@ -225,44 +229,14 @@ def compiled(config: config_lib.Config) -> dict[str, float]:
   }
 
 
-def _abstract_batch(
-    config: config_lib.Config,
-) -> dict[str, jax.ShapeDtypeStruct]:
-  c, lengths, model = config, config.lengths, config.model
-  read = c.open_qa.read if c.objective == 'open_qa' else c.num_candidates
-  sizes = {
-      'B': c.batch_size,
-      'Q': lengths.query,
-      'S': lengths.document,
-      'T': lengths.joint,
-      'L': config.tagger.length,
-      'M': lengths.masks,
-      'K': read,
-      'J': read - 1,
-      'N': c.open_qa.retrieved,
-      'E': model.embedding_width,
-      'P': len(span_reader.spans(lengths.joint, model.max_span_width)[0]),
-      '2': 2,
-  }
-
-  def one(name: str) -> jax.ShapeDtypeStruct:
-    shape = tuple(sizes[letter] for letter in name.rpartition('_')[2])
-    if name.startswith(('mask_', 'correct_', 'has_answer_')):
-      return jax.ShapeDtypeStruct(shape, jnp.bool_)
-    kind = jnp.float32 if name.startswith('doc_emb_') else jnp.int32
-    return jax.ShapeDtypeStruct(shape, kind)
-
-  return {name: one(name) for name in step_lib.input_names(config)}
-
-
-def _work(
-    config: config_lib.Config, setting: Setting
-) -> dict[str, float]:
+def _work(stage: stages.Stage, setting: Setting) -> dict[str, float]:
+  config, passes = stage.config, stage.passes()
+  hardware = flops.hardware_flop(config, passes, stage.in_batch)
   work = {
-      'step_tflop': flops.model_flop(config) / 1e12,
-      'step_tflop_with_recomputation': flops.hardware_flop(config) / 1e12,
+      'step_tflop': flops.model_flop(config, passes) / 1e12,
+      'step_tflop_with_recomputation': hardware / 1e12,
   }
-  if config.objective in config_lib.SEARCHING:
+  if stage.searches:
     work['search_tflop'] = flops.search_flop(config, setting.passages) / 1e12
     work['refresh_tflop'] = (
         flops.embed_flop(
@@ -290,9 +264,9 @@ def _time(
   # The trainer embeds as the builder does, without gradients.
   step += work.get('rerank_tflop', 0.0) / (embedding * devices)
   if 'refresh_tflop' in work:
-    if config.mips.backend != 'scann':
+    if _row_bytes(config).devices:
       # Every row is read once; the products are few.
-      read = _table_bytes(config, setting.passages) / devices
+      read = _row_bytes(config).devices * setting.passages / devices
       search = max(
           read / (chip.memory_gb_per_second * 1e9),
           work['search_tflop'] / (trained * devices),
@@ -336,20 +310,20 @@ def _time(
 
 
 def _device_memory(
-    config: config_lib.Config, setting: Setting
+    stage: stages.Stage, setting: Setting, parameters: dict[str, int]
 ) -> dict[str, float]:
+  config = stage.config
   data, model = mesh_lib.axis_sizes(config.mesh, setting.trainer_devices)
   fused = setting.fused and not config_lib.attention_rate(config.model)
   figures = {
       f'{name}_gb': value / _GB
-      for name, value in flops.step_memory(config, data, model, fused).items()
+      for name, value in memory_lib.step_memory(
+          config, parameters, stage.passes(), data, model, fused
+      ).items()
   }
-  if (
-      config.objective in config_lib.SEARCHING
-      and config.mips.backend != 'scann'
-  ):
+  table = _row_bytes(config).devices * setting.passages / (data * model)
+  if stage.searches and table:
     # That in use, and the next one while it is loaded.
-    table = _table_bytes(config, setting.passages) / (data * model)
     figures['two_index_tables_gb'] = 2 * table / _GB
   figures['total_gb'] = sum(figures.values())
   figures['chip_gb'] = setting.chip.memory_gb
@@ -362,7 +336,7 @@ def _builder_memory(
   rows = _BUILDER_TOKENS // config.lengths.document
   figures = {
       'weights_gb': 4 * parameters['embedder'] / _GB,
-      'activations_gb': flops.forward_memory(
+      'activations_gb': memory_lib.forward_memory(
           config.model, rows, config.lengths.document, setting.fused
       )
       / _GB,
@@ -372,41 +346,44 @@ def _builder_memory(
 
 
 def _host_memory(
-    config: config_lib.Config, setting: Setting, parameters: dict[str, int]
+    stage: stages.Stage, setting: Setting, parameters: dict[str, int]
 ) -> dict[str, float]:
+  config = stage.config
   wordpieces = setting.passages * setting.mean_wordpieces
   total = sum(parameters.values())
   figures = {
-      'checkpoint_being_saved_gb': flops.STATE_BYTES * total / _GB,
+      'checkpoint_being_saved_gb': memory_lib.STATE_BYTES * total / _GB,
       'mapped_wordpieces_gb': _TABLE_BYTES * wordpieces / _GB,
   }
-  if config.objective in config_lib.SEARCHING:
+  if stage.searches:
     figures['snapshot_gb'] = 4 * parameters['embedder'] / _GB
-    if config.mips.backend == 'scann':
-      scann = 2 * _scann_bytes(config, setting.passages)
-      figures['two_scann_indexes_gb'] = scann / _GB
+    index = _row_bytes(config).host * setting.passages
+    if index:
+      name = config.mips.backend.rpartition(':')[2].lower()
+      figures[f'two_{name}_indexes_gb'] = 2 * index / _GB
   figures['total_gb'] = sum(figures.values())
   return figures
 
 
 def _disk(
-    config: config_lib.Config, setting: Setting, parameters: dict[str, int]
+    stage: stages.Stage, setting: Setting, parameters: dict[str, int]
 ) -> dict[str, float]:
+  config = stage.config
   corpus = setting.corpus_bytes
   if corpus is None:
     corpus = _CORPUS_BYTES * setting.passages * setting.mean_wordpieces
   saved = config.steps // config.checkpoint.interval + 1
-  checkpoint = flops.STATE_BYTES * sum(parameters.values()) / _GB
+  checkpoint = memory_lib.STATE_BYTES * sum(parameters.values()) / _GB
   figures = {
       'corpus_gb': corpus / _GB,
       'checkpoint_gb': checkpoint,
       'checkpoints_gb': checkpoint
       * min(saved, config.checkpoint.keep or saved),
   }
-  if config.objective in config_lib.SEARCHING:
-    generation = _table_bytes(config, setting.passages)
-    if config.mips.backend == 'scann':
-      generation += _scann_bytes(config, setting.passages)
+  if stage.searches:
+    width = jnp.dtype(config.mips.dtype).itemsize
+    row = config.model.embedding_width * width + _row_bytes(config).saved
+    generation = row * setting.passages
     made = 1
     if config.refresh.policy != 'none':
       made += config.steps // config.refresh.interval
@@ -423,25 +400,21 @@ def _disk(
   return figures
 
 
-def _table_bytes(config: config_lib.Config, passages: int) -> float:
-  width = jnp.dtype(config.mips.dtype).itemsize
-  return float(passages * config.model.embedding_width * width)
-
-
-def _scann_bytes(config: config_lib.Config, passages: int) -> float:
-  # Its float32 table, and half a byte for each dimension pair's code.
-  return float(passages * config.model.embedding_width * (4 + 0.25))
+def _row_bytes(config: config_lib.Config) -> search_lib.RowBytes:
+  backend = search_lib.backend(config.mips)
+  return backend.row_bytes(config.mips, config.model.embedding_width)
 
 
 def _advice(
-    config: config_lib.Config, setting: Setting, result: Plan
+    stage: stages.Stage, setting: Setting, result: Plan
 ) -> Iterable[str]:
+  config = stage.config
   memory = result['device_memory']
   if memory['total_gb'] > 0.9 * memory['chip_gb']:
     yield (
         f'{memory["total_gb"]:.1f} GB do not fit a device of'
         f' {memory["chip_gb"]:g} GB, of which a tenth is for the compiler.'
-        f'{_remedy(config, setting)}'
+        f'{_remedy(stage, setting, result["parameters"])}'
     )
   time = result['time']
   if 'lag_steps' in time:
@@ -459,8 +432,11 @@ def _advice(
     )
 
 
-def _remedy(config: config_lib.Config, setting: Setting) -> str:
+def _remedy(
+    stage: stages.Stage, setting: Setting, parameters: dict[str, int]
+) -> str:
   """Says with what remat and in how many parts a step would fit."""
+  config = stage.config
   data, _ = mesh_lib.axis_sizes(config.mesh, setting.trainer_devices)
   rows = config.batch_size // data
   for parts in (n for n in range(1, rows + 1) if rows % n == 0):
@@ -470,7 +446,7 @@ def _remedy(config: config_lib.Config, setting: Setting) -> str:
           accumulate=parts,
           model=dataclasses.replace(config.model, remat=remat),
       )
-      memory = _device_memory(other, setting)
+      memory = _device_memory(type(stage)(other), setting, parameters)
       if memory['total_gb'] <= 0.9 * memory['chip_gb']:
         return (
             f' With config.accumulate={parts} and config.model.remat={remat} it'

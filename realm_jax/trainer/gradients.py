@@ -1,48 +1,29 @@
 """Loss and gradients of a batch that is divided over devices and in time.
 
-Public: `Objective`, `make_gradients`. Each device works through its share of
-the batch in `accumulate` parts; what the devices have to exchange stands here
-in so many words and happens once a step, whatever the number of parts. The
-axis `model` is left to XLA, by the rules of runtime/sharding.py.
+Each device computes its rows of the batch in `accumulate` parts. The exchange
+between devices is written out here and happens once a step, whatever the number
+of parts. XLA divides the work along the mesh axis `model`.
 """
 
-from collections.abc import Callable, Collection
-import dataclasses
+from collections.abc import Callable, Collection, Mapping
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
+from realm_jax.trainer import stages
 
-Metrics = dict[str, jax.Array]
-LossAndMetrics = tuple[jax.Array, Metrics]
+LossAndMetrics = tuple[jax.Array, stages.Metrics]
 _Part = tuple[Any, dropout.Noise]  # Some rows of a batch, and their noise.
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-  """What a step minimises, in two halves.
-
-  encode(params, batch, noise) -> outputs: the work, for each row by itself.
-  loss(outputs, batch, axis) -> (loss, metrics): means over the rows given;
-    `axis` is that over which others have the rest of the batch, or None.
-  counts(batch) -> (loss, metrics): over how many those means are, so that the
-    means of parts make up that of the whole.
-  in_batch: whether the loss of a row depends on the other rows.
-  """
-
-  encode: Callable[[Any, Any, dropout.Noise | None], Any]
-  loss: Callable[[Any, Any, str | None], LossAndMetrics]
-  counts: Callable[[Any], tuple[jax.Array, jax.Array]]
-  in_batch: bool = False
-
-
 def make_gradients(
-    objective: Objective,
+    stage: stages.Stage,
+    components: Mapping[str, components_lib.Component],
     specs: Any,
     mesh: jax.sharding.Mesh,
     accumulate: int,
@@ -50,12 +31,13 @@ def make_gradients(
 ) -> Callable[[Any, Any, dropout.Noise], tuple[LossAndMetrics, Any]]:
   """Returns gradients(params, batch, noise) -> ((loss, metrics), gradients).
 
-  To be called under jit. All are those of the whole batch, up to the order of
-  the sums.
+  It is called under jit. Loss, metrics and gradients are those of the whole
+  batch, up to the order of the sums.
 
   Args:
-    objective: of the job.
-    specs: how each parameter is divided, as `sharding.rule_for` has it; so are
+    stage: of the job.
+    components: networks of the stage.
+    specs: how each parameter is divided, as `mesh_lib.rule_for` has it; so are
       the gradients.
     mesh: of the job.
     accumulate: in how many parts each device computes its rows. If the loss is
@@ -64,23 +46,23 @@ def make_gradients(
       (Gao et al. 2021, section 3.2).
     frozen: components without gradients; they have no backward pass.
   """
-  over_data = jax.tree.map(sharding.over_data, specs)
+  over_data = jax.tree.map(mesh_lib.over_data, specs)
   learned = [name for name in specs if name not in frozen]
 
   def on_device(
       params: Any, batch: Any, noise: dropout.Noise
   ) -> tuple[LossAndMetrics, Any]:
-    params = jax.tree.map(sharding.gather, params, specs)
+    params = jax.tree.map(mesh_lib.gather, params, specs)
     fixed = {name: params.pop(name) for name in frozen}
-    totals = jax.lax.psum(objective.counts(batch), mesh_lib.DATA)
+    totals = jax.lax.psum(stage.counts(batch), mesh_lib.DATA)
 
     def share(outputs: Any, batch: Any) -> LossAndMetrics:
-      """What these rows add to the loss and metrics of the whole batch."""
-      loss, metrics = objective.loss(outputs, batch, mesh_lib.DATA)
+      """Returns the share of these rows in loss and metrics of the batch."""
+      loss, metrics = stage.loss(outputs, batch, mesh_lib.DATA)
       loss_share, metrics_share = (
           count / jnp.maximum(total, 1)
           for count, total in zip(
-              objective.counts(batch), totals, strict=True
+              stage.counts(batch), totals, strict=True
           )
       )
       return loss * loss_share, {
@@ -88,18 +70,19 @@ def make_gradients(
       }
 
     def encode(params: Any, batch: Any, noise: dropout.Noise) -> Any:
-      return objective.encode(params | fixed, batch, noise)
+      models = components_lib.bind(components, params | fixed)
+      return stage.outputs(models, batch, noise)
 
     if accumulate == 1:
       value, grads = _at_once(encode, share, params, (batch, noise))
-    elif objective.in_batch:
+    elif stage.in_batch:
       value, grads = _cached(encode, share, params, (batch, noise), accumulate)
     else:
       value, grads = _in_turn(encode, share, params, (batch, noise), accumulate)
     return (
         jax.lax.psum(value, mesh_lib.DATA),
         {
-            name: jax.tree.map(sharding.reduce_gradient, x, specs[name])
+            name: jax.tree.map(mesh_lib.reduce_gradient, x, specs[name])
             for name, x in grads.items()
         },
     )

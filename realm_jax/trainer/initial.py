@@ -62,6 +62,7 @@ def load(
     config: config_lib.Config,
     components: Mapping[str, components_lib.Component],
     tokenizer_digest: str,
+    searches: bool,
 ) -> dict[str, components_lib.Params]:
   """Loads what the workdirs in config.init_from have for a job.
 
@@ -75,6 +76,7 @@ def load(
     config: resolved.
     components: of the job.
     tokenizer_digest: of the job's corpus.
+    searches: whether the job searches an index, which needs trained networks.
 
   Returns:
     numpy arrays by component and name; what is missing begins at random.
@@ -115,7 +117,7 @@ def load(
       theirs = loaded[offer.giver]
       params[name] = {n: theirs[other] for n, other in offer.names.items()}
   for name, component in components.items():
-    _say(config, component, chosen.get(name))
+    _say(config, component, chosen.get(name), searches)
   return params
 
 
@@ -190,10 +192,10 @@ def _say(
     config: config_lib.Config,
     component: components_lib.Component,
     offer: _Offer | None,
+    searching: bool,
 ) -> None:
   """Logs where a component comes from; a warning if it should not be cold."""
   name = component.name
-  searching = config.objective in config_lib.SEARCHING
   first = ''
   if searching:
     first = f' Train the objective {_TRAINED_BY[name]!r} first'

@@ -1,7 +1,4 @@
-"""How a job begins: checks, then initial parameters or those it left off with.
-
-Public: `Job`, `open_job`, `start_or_resume`.
-"""
+"""The start of a job: checks, then initial or restored parameters."""
 
 import dataclasses
 import logging
@@ -12,22 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import entities
 from realm_jax.models import attention
 from realm_jax.models import components as components_lib
-from realm_jax.qa import passage_answers
-from realm_jax.qa import question_table as question_table_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 from realm_jax.trainer import initial
+from realm_jax.trainer import stages
 from realm_jax.trainer import step
 
 log = logging.getLogger(__name__)
@@ -43,17 +36,12 @@ class Job:
   config: config_lib.Config  # Resolved.
   corpus: corpus_lib.Corpus
   mesh: jax.sharding.Mesh
+  stage: stages.Stage
   components: step.Components
   lineage: dict[str, str]  # Saved with every checkpoint, compared on resume.
-  # The questions that it learns from.
-  questions: question_table_lib.QuestionTable | None = None
-  tagged: entities.TaggedTable | None = None  # The same, of `tagger`.
-  # Passages that answer each question: `ict` with questions.
-  gold_rows: list[np.ndarray] | None = None
-
   @property
   def layout(self) -> str:
-    """On what it runs, in words: saved with every checkpoint, too."""
+    """The devices in words; saved with every checkpoint, too."""
     axes = ', '.join(f'{name} {n}' for name, n in self.mesh.shape.items())
     return (
         f'{jax.process_count()} process(es) x {jax.local_device_count()}'
@@ -74,7 +62,7 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
     FileNotFoundError: no corpus, or no workdir to start from.
   """
   workdir = pathlib.Path(workdir).absolute()
-  config_lib.validate(config)
+  stage_class = stages.validate(config)
   corpus = corpus_lib.Corpus.open(config.corpus)
   config = config_lib.resolve(config)
   vocab_size = corpus.tokenizer.vocab_size
@@ -86,61 +74,27 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   config.model.vocab_size = vocab_size
   # The index builder and `evaluate` may run in another folder.
   config.corpus = str(corpus.directory.absolute())
-  _check_corpus_size(config, corpus)
-  sentences: list[entities.TaggedSentence] = []
-  if config.objective == 'tagger':
-    sentences = entities.read(config.tagger.files)
-    types = config.model.entity_types or entities.types_of(sentences)
-    config.model.entity_types = types
+  stage_class.complete(config)
   lineage = {
       'config_digest': config_lib.digest(config),
       'corpus_fingerprint': corpus.fingerprint,
       'tokenizer_digest': corpus.tokenizer.digest,
   }
-  questions = None
-  asked = config.open_qa.questions
-  if config.objective == 'ict':
-    asked = config.ict.questions
-  if config.objective in ('ict', 'open_qa') and asked:
-    questions = question_table_lib.QuestionTable.read(
-        asked, config.lengths.query, corpus.tokenizer
-    )
-    lineage['questions_digest'] = questions.digest
-  tagged = None
-  if sentences:
-    tagged = entities.TaggedTable.of(
-        sentences,
-        config.model.entity_types,
-        config.tagger.length,
-        corpus.tokenizer,
-    )
-    lineage['tagged_digest'] = tagged.digest
+  stage = stage_class(config, corpus)
+  lineage |= stage.lineage
   _check_same_processes(config, lineage)
   _check_same_job(workdir, config, lineage)
   _warn_of_cuts(config, corpus)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-  sharding.check(config, mesh)
+  mesh_lib.check(config, mesh)
   attention.check(config.model, mesh.devices.flat[0])
   for source in initial.sources(config):
     config_lib.read(source)  # Raises if there is none.
   if distributed.is_main():
     files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   _check_shared(workdir)
-  components = components_lib.make_all(config)
-  gold_rows = None
-  if config.objective == 'ict' and questions is not None:
-    gold_rows = passage_answers.gold_rows(corpus, questions.questions)
-  return Job(
-      workdir,
-      config,
-      corpus,
-      mesh,
-      components,
-      lineage,
-      questions,
-      tagged,
-      gold_rows,
-  )
+  components = stages.components_of(config)
+  return Job(workdir, config, corpus, mesh, stage, components, lineage)
 
 
 def start_or_resume(
@@ -189,7 +143,10 @@ def start_or_resume(
       )
     return step.TrainState(params=params, **rest), about
   given = initial.load(
-      job.config, job.components, job.lineage['tokenizer_digest']
+      job.config,
+      job.components,
+      job.lineage['tokenizer_digest'],
+      job.stage.searches,
   )
   state = jax.jit(
       lambda given: _fresh(job, tx, root, given), out_shardings=shardings
@@ -212,32 +169,6 @@ def _fresh(
   return step.TrainState(
       step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=root
   )
-
-
-def _check_corpus_size(
-    config: config_lib.Config, corpus: corpus_lib.Corpus
-) -> None:
-  rows = len(corpus.passages)
-  if config.objective == 'open_qa' and rows < config.open_qa.read:
-    raise ValueError(
-        f'The corpus {corpus.directory} has {rows} passages;'
-        f' config.open_qa.read={config.open_qa.read} is more.'
-    )
-  if config.objective != 'realm':
-    return
-  needed = config.num_candidates - 1
-  excluded, what = 0, 'passages'
-  if config.trivial == 'passage':
-    excluded, what = 1, 'passages besides the one a sentence is from'
-  elif config.trivial == 'article':
-    excluded = int(np.bincount(corpus.passages.articles).max())
-    what = 'passages outside the largest article'
-  if rows - excluded < needed:
-    raise ValueError(
-        f'The corpus {corpus.directory} has {rows - excluded} {what};'
-        f' config.num_candidates={config.num_candidates} (null document'
-        f' included) needs {needed}. Use a larger corpus or fewer candidates.'
-    )
 
 
 def _warn_of_cuts(

@@ -18,7 +18,6 @@ import numpy as np
 import tqdm
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import inputs
 from realm_jax.models import flops
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
@@ -28,12 +27,13 @@ from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
 from realm_jax.runtime import profile as profile_lib
 from realm_jax.runtime import snapshots as snapshots_lib
-from realm_jax.trainer import batches
+from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import probe as probe_lib
 from realm_jax.trainer import refresh as refresh_lib
-from realm_jax.trainer import retrieve
+from realm_jax.trainer import retrieval
+from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
 
 log = logging.getLogger(__name__)
@@ -76,12 +76,12 @@ def train(
   job = job_lib.open_job(config, workdir)
   with contextlib.ExitStack() as stack:
     if distributed.is_main():
-      # One that was told to leave may still be saving.
+      # A trainer that was asked to stop may still be saving.
       stack.enter_context(
-          process.Lock(job.workdir, process.GRACE_SECONDS, 'trainer')
+          process.lock(job.workdir, 'trainer', process.GRACE_SECONDS)
       )
       (job.workdir / SUMMARY).unlink(missing_ok=True)
-    if config.objective in config_lib.SEARCHING:
+    if job.stage.searches:
       health()  # The builder may begin: config.json is checked and written.
     loop = _Loop(job, health, profile, stack)
     loop.run()
@@ -106,7 +106,7 @@ class _Pending(NamedTuple):
 
   step: int  # Updates done with it.
   rows: np.ndarray  # Of the sentence table, or of the questions.
-  metrics: step_lib.Metrics
+  metrics: stages.Metrics
   staleness: dict[str, float]  # Of the index that it searched.
 
 
@@ -121,7 +121,6 @@ class _Loop:
       stack: contextlib.ExitStack,
   ):
     self._job, config = job, job.config
-    null_ids = inputs.null_document(job.corpus.tokenizer)
     tx = optimizer.make_optimizer(config, tuple(job.components))
     self._checkpoints = checkpoint.Checkpoints(
         job.workdir, config.checkpoint.keep
@@ -132,19 +131,13 @@ class _Loop:
     self._saved: int | None = self._step if about else None
     # This process' rows of each batch, from the one that is next.
     self._rows = mesh_lib.local_rows(job.mesh, config.batch_size)
-    self._data = batches.training_batches(
-        job.corpus,
-        config,
-        self._step,
-        self._rows,
-        job.questions,
-        job.tagged,
-        job.gold_rows,
+    self._data = examples_lib.training_batches(
+        job.stage, self._step, self._rows
     )
     # How often the training step was compiled; 1, whatever the batches.
     self.compilations = 0
     self._train_step = step_lib.make_train_step(
-        config, job.components, tx, null_ids, job.mesh, self._count_trace
+        job.stage, job.components, tx, job.mesh, self._count_trace
     )
     self._sigterm = stack.enter_context(_on_sigterm())
     self._any_sigterm = distributed.LateAny(job.mesh)
@@ -154,11 +147,12 @@ class _Loop:
         raise _Stopping
 
     self._refresher: refresh_lib.Refresher | None = None
-    if config.objective in config_lib.SEARCHING:
+    if job.stage.searches:
       self._refresher = refresh_lib.Refresher(
           job.workdir,
           config,
           corpus=job.corpus,
+          probe=probe_lib.Probe(job),
           mesh=job.mesh,
           step=self._step,
           generation=about.get('index_generation'),
@@ -167,8 +161,9 @@ class _Loop:
           interrupt=interrupt,
       )
       stack.callback(self._refresher.close)
-      self._retrieval = retrieve.Retrieval(job, self._refresher, self._rows)
-      self._probe = probe_lib.Probe(job)
+      self._retriever = retrieval.Retriever(
+          job.components['embedder'], job.mesh, self._refresher, self._rows
+      )
     self._snapshots = snapshots_lib.Snapshots(
         job.workdir,
         config.refresh.keep,
@@ -182,7 +177,7 @@ class _Loop:
     stack.callback(self._writer.close)
     self._profile = profile_lib.StepProfile(job.workdir, profile)
     stack.callback(self._profile.close)
-    self._step_flop = flops.model_flop(config)
+    self._step_flop = flops.model_flop(config, job.stage.passes())
     self._clock = metrics_lib.Clock()
     self._means = metrics_lib.Means(about.get('metrics'))
     self._bar = stack.enter_context(
@@ -209,7 +204,7 @@ class _Loop:
     self.compilations += 1
 
   def run(self) -> None:
-    config, asked = self._job.config, self._job.questions
+    config, stage = self._job.config, self._job.stage
     first = self._step
     while self._step < config.steps:
       step = self._step
@@ -226,24 +221,22 @@ class _Loop:
       if step > first and step % config.checkpoint.interval == 0:
         self._save(step)
       with self._clock.measure('data'):
-        batch = next(self._data)
+        examples = next(self._data)
+      batch = examples.inputs
       if self._refresher is not None:
         with self._clock.measure('compute'):
           # The step before: the queries are embedded with what it learned.
           jax.block_until_ready(self.state.params)
         with self._clock.measure('retrieve'):
-          batch = self._retrieval(batch, self.state.params['embedder'])
+          self._retriever.params = self.state.params['embedder']
+          batch = stage.retrieve(batch, self._retriever)
       with self._clock.measure('compute'):
-        arrays = mesh_lib.to_devices(
-            self._job.mesh,
-            {name: batch[name] for name in step_lib.input_names(config)},
-        )
+        arrays = mesh_lib.to_devices(self._job.mesh, batch)
         self.state, metrics = self._train_step(self.state, arrays)
         # Of the step before: by now it is done, and nobody waits for it.
         self._log_pending()
       staleness = self._refresher.metrics(step) if self._refresher else {}
-      rows = batch['sentence_B' if asked is None else 'question_B']
-      self._pending = _Pending(step + 1, rows, metrics, staleness)
+      self._pending = _Pending(step + 1, examples.row_B, metrics, staleness)
       self._step += 1
       self._bar.update()
     self._log_pending()
@@ -253,48 +246,21 @@ class _Loop:
     self._save(self._step)
 
   def _refresh(self, step: int) -> None:
-    """Adopts the generation due at this step, and takes a snapshot if due."""
-    refresher, config = self._refresher, self._job.config
-    if refresher is None:
-      return
-    at_interval = step % config.refresh.interval == 0
-    if at_interval:
-      self._finish_step()
-    # The first generation, and every one of `sync`, is made from the snapshot
-    # of this very step. Otherwise adopt first: the builder works on the newest
-    # snapshot only, and must finish the one that this step waits for.
-    first = step == 0 or (at_interval and config.refresh.policy == 'sync')
-    with refresher.standing_still():
-      if first:
-        self._take_snapshot(step)
-        self._snapshots.wait()
-        distributed.barrier('a snapshot is there')
-      if refresher.adopt(step):
-        with refresher.training_goes_on():
-          self._finish_step()
-        refresher.probe_overlap(
-            self._probe.embed(self.state.params['embedder']), self._probe.k
-        )
-      if not first and refresher.snapshot_due(
-          step,
-          lambda: self._probe.still_right(
-              self.state.params['embedder'], refresher.search
-          ),
-      ):
-        self._take_snapshot(step)
+    if self._refresher is not None:
+      self._refresher.before_step(
+          step, self.state.params['embedder'], self._take_snapshot
+      )
 
-  def _finish_step(self) -> None:
-    """Waits for the device, which may be at the step before."""
-    jax.block_until_ready(self.state.params)
-
-  def _take_snapshot(self, step: int) -> None:
-    """Publishes the embedder for the index builder, in the background."""
+  def _take_snapshot(self, step: int, wait: bool = False) -> None:
+    """Publishes the embedder for the index builder; waits until it is saved."""
     self._snapshots.save(
         step,
         self.state.params['embedder'],
         in_use=self.generation or 0,
         saving=self._checkpoints.saving,
     )
+    if wait:
+      self._snapshots.wait()
 
   def _save(self, step: int) -> None:
     with self._clock.measure('checkpoint'):
@@ -367,7 +333,8 @@ class _Loop:
     }
     if self._refresher is not None:
       shown['staleness'] = f'{values["refresh/age_steps"]:.0f}'
-      name = 'null_share' if self._job.questions is None else 'exact_match'
+    name = self._job.stage.headline
+    if f'train/{name}' in values:
       shown[name] = f'{values[f"train/{name}"]:.2f}'
     self._bar.set_postfix(shown, refresh=False)
     if not distributed.is_main():

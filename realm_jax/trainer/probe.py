@@ -1,99 +1,68 @@
-"""A few fixed queries on which indexes are compared while training.
+"""Fixed queries on which indexes are compared during training.
 
-Public: `Probe`. The same queries in every process and after every restart, so
-that what is decided by them (refresh.policy `adaptive`) can be repeated.
+The queries are the same in every process and after every restart, so that a
+decision that depends on them (`refresh.policy=adaptive`) can be repeated.
 """
 
-import dataclasses
-import functools
+from typing import Any
 
-import jax
 import numpy as np
 
-from realm_jax import config as config_lib
-from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
+from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.trainer import batches
 from realm_jax.trainer import job as job_lib
 
 _QUERIES = 32
-# Candidates of each query that are embedded anew; of many, so many times k.
+# Candidates of each query that are embedded with the current parameters: the
+# larger of a fixed number and a multiple of k.
 _POOL, _POOL_OF_K = 64, 4
-_BATCH = 64  # Documents embedded at once, at least: one shape, one compilation.
+_BATCH = 64  # Documents embedded at once: one shape, one compilation.
 
 
 class Probe:
-  """Queries, and what the parameters of the moment find for them."""
+  """Embeds and searches the probe queries of a job.
+
+  The queries are masked sentences of the validation split if it has any, else
+  of the training data; for question answering, the first questions.
+  """
 
   def __init__(self, job: job_lib.Job):
-    """Chooses the queries: masked sentences, of validation if there are any.
-
-    Where questions are trained on, the first of them. The documents of a batch
-    are divided over all devices of the job.
-    """
     config, corpus, mesh = job.config, job.corpus, job.mesh
-    embedder = job.components['embedder']
-    if job.questions is not None:
-      self._query_ids_BQ = job.questions.query_ids_NQ[:_QUERIES]
-      self._exclude_BR2 = np.zeros((len(self._query_ids_BQ), 1, 2), np.int64)
-      self.k = config.open_qa.read
-    else:
-      batch = _queries(config, corpus)
-      self._query_ids_BQ = batch['query_ids_BQ']
-      self._exclude_BR2 = batch['exclude_BR2']
-      self.k = config.num_candidates - 1
+    self._query_ids_BQ, self._exclude_BR2, self.k = job.stage.probe_queries(
+        _QUERIES
+    )
     self._corpus, self._length = corpus, config.lengths.document
-    self._batch = -(-_BATCH // mesh.size) * mesh.size
-    self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-    rows, whole = self._over_rows.spec, jax.P()
-
-    def embed_queries(
-        params: components_lib.Params, ids_BQ: jax.Array
-    ) -> jax.Array:
-      return embedder.apply(params, 'embed_query', ids_BQ)
-
-    def embed_documents(
-        params: components_lib.Params, ids_BS: jax.Array, types_BS: jax.Array
-    ) -> jax.Array:
-      return embedder.apply(params, 'embed_document', ids_BS, types_BS)
-
-    # All devices the same queries, and each its part of the documents: XLA
-    # could not divide the TPU's kernel of attention.
-    on_each = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-    everywhere = mesh_lib.replicated(mesh)
-    self._embed_queries = jax.jit(
-        on_each(embed_queries, in_specs=whole, out_specs=whole)
-    )
-    self._embed_documents = jax.jit(
-        on_each(
-            embed_documents, in_specs=(whole, rows, rows), out_specs=rows
-        ),
-        out_shardings=everywhere,
-    )
+    self._embedder = embedding.Embedder(job.components['embedder'], mesh)
+    self._mesh = mesh
 
   def embed(self, params: components_lib.Params) -> np.ndarray:
-    """Returns the queries' embeddings, float32 [B, E]."""
-    return distributed.fetch(self._embed_queries(params, self._query_ids_BQ))
+    """Returns the embeddings of the queries, float32 [B, E]."""
+    size = len(self._query_ids_BQ)
+    padding = -size % self._mesh.shape[mesh_lib.DATA]
+    ids_BQ = np.pad(self._query_ids_BQ, ((0, padding), (0, 0)), mode='edge')
+    arrays = self._to_devices(ids_BQ=ids_BQ)
+    emb_BE = self._embedder.queries(params, arrays['ids_BQ'])
+    return distributed.fetch(emb_BE)[:size]
 
-  def still_right(
+  def overlap_with_current(
       self, params: components_lib.Params, search: search_lib.Search
   ) -> float:
-    """How much of what a stale index finds holds with other parameters.
+    """Returns the share of the stale top k that is top k by the parameters.
 
-    The best candidates of each query by the index, 64 or 4 k, are embedded anew
-    and ranked. What the index does not have among them is not seen, so this
-    errs on the side of the index.
+    The best candidates of each query by the index, 64 or 4 k, are embedded with
+    the parameters and ranked again. Documents outside these candidates are not
+    seen, so the overlap is an upper bound.
 
     Args:
-      params: of the embedder.
-      search: over the index.
+      params: current parameters of the embedder.
+      search: search over the stale index.
 
     Returns:
-      The mean share of the index's top k that is among the new top k.
+      The mean over the queries, 0 to 1.
     """
     query_emb_BE = self.embed(params)
     ranges_BR = self._exclude_BR2[..., 1] - self._exclude_BR2[..., 0]
@@ -110,33 +79,26 @@ class Probe:
   def _embed(
       self, params: components_lib.Params, rows: np.ndarray
   ) -> np.ndarray:
+    data = self._mesh.shape[mesh_lib.DATA]
+    size = -(-_BATCH // data) * data
     parts = []
-    for start in range(0, len(rows), self._batch):
-      some = np.full(self._batch, inputs.NULL_DOCUMENT, np.int64)
-      some[: len(rows) - start] = rows[start : start + self._batch]
-      arrays = inputs.assemble_documents(
-          self._corpus.passages, some, self._length, self._corpus.tokenizer
+    for start in range(0, len(rows), size):
+      numbers = np.full((size, 1), inputs.NULL_DOCUMENT, np.int64)
+      numbers[: len(rows) - start, 0] = rows[start : start + size]
+      ids_BLS, types_BLS = inputs.assemble_documents(
+          self._corpus.passages, numbers, self._length, self._corpus.tokenizer
       )
-      ids_BS, types_BS = (self._on_devices(array) for array in arrays)
-      parts.append(self._embed_documents(params, ids_BS, types_BS))
-    return np.concatenate([distributed.fetch(part) for part in parts])
+      arrays = self._to_devices(ids_BLS=ids_BLS, types_BLS=types_BLS)
+      emb_BLE = self._embedder.documents(params, *arrays.values())
+      parts.append(distributed.fetch(emb_BLE)[:, 0])
+    return np.concatenate(parts)
 
-  def _on_devices(self, array: np.ndarray) -> jax.Array:
-    return jax.make_array_from_callback(
-        array.shape, self._over_rows, lambda index: array[index]
+  def _to_devices(self, **arrays: np.ndarray) -> dict[str, Any]:
+    """Puts arrays that every process has whole on the devices."""
+    return mesh_lib.to_devices(
+        self._mesh,
+        {
+            name: array[mesh_lib.local_rows(self._mesh, len(array))]
+            for name, array in arrays.items()
+        },
     )
-
-
-def _queries(
-    config: config_lib.Config, corpus: corpus_lib.Corpus
-) -> inputs.Batch:
-  config = dataclasses.replace(config, batch_size=_QUERIES)  # One batch.
-  if 'validation' in corpus.sentences:
-    try:
-      return next(
-          batches.evaluation_batches(corpus, config, 'validation', _QUERIES)
-      )
-    except ValueError:
-      pass  # Too few to have one with a salient span.
-  trained_on = batches.sentences_of(corpus, config)
-  return next(batches.evaluation_batches(corpus, config, trained_on, _QUERIES))

@@ -1,0 +1,244 @@
+"""The objectives ("stages"), one file each, in the order of the paper.
+
+A stage makes examples from the corpus (mask), retrieves documents for them if
+it searches, computes its networks' outputs, its loss, and says what a step
+costs. `config.objective` names one of `STAGES` or a class of one's own, as
+`package.module:Class`; docs/extending.md has an example.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import typing
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import masking
+from realm_jax.models import components as components_lib
+from realm_jax.models import dropout
+from realm_jax.models import flops
+from realm_jax.runtime import extension
+from realm_jax.trainer import examples
+
+STAGES = {
+    'mlm': 'realm_jax.trainer.stages.mlm:Mlm',
+    'ict': 'realm_jax.trainer.stages.ict:Ict',
+    'realm': 'realm_jax.trainer.stages.realm:Realm',
+    'open_qa': 'realm_jax.trainer.stages.open_qa:OpenQa',
+    'tagger': 'realm_jax.trainer.stages.tagger:Tagger',
+}
+
+Metrics = dict[str, jax.Array]
+Problems = Iterator[tuple[str, str]]
+T = TypeVar('T')
+
+
+class Retriever(Protocol):
+  """Search with the current parameters, in the index in use."""
+
+  def search(
+      self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the passage rows [B, k], best first, and query_emb_BE."""
+
+  def embeddings(self, rows_BN: np.ndarray) -> np.ndarray:
+    """Returns the embeddings of passages in the index, float32 [B, N, E]."""
+
+  def embed_documents(
+      self, ids_BLS: np.ndarray, types_BLS: np.ndarray
+  ) -> np.ndarray:
+    """Returns embeddings with the current parameters, float32 [B, L, E]."""
+
+
+class Stage:
+  """An objective. Each stage overrides what it needs; nothing is called twice.
+
+  A batch is a dataclass of arrays, a JAX pytree, whose first dimension is B.
+  `outputs` treats each row of it alone; `loss` may combine rows (`in_batch`).
+
+  Attributes:
+    components: networks that it trains, keys of `models.components`.
+    searches: whether batches need documents from an index.
+    in_batch: whether the loss of a row depends on the other rows.
+    headline: the metric that the progress bar shows, with the loss.
+    config: resolved.
+    lineage: digests of inputs other than the corpus; saved with checkpoints
+      and compared when a job resumes.
+  """
+
+  components: ClassVar[tuple[str, ...]]
+  searches: ClassVar[bool] = False
+  in_batch: ClassVar[bool] = False
+  headline: ClassVar[str] = ''
+
+  def __init__(
+      self, config: config_lib.Config, corpus: corpus_lib.Corpus | None = None
+  ):
+    """Opens the stage of a job.
+
+    Args:
+      config: resolved.
+      corpus: of the job; None for a stage whose step is only traced.
+
+    Raises:
+      ValueError, FileNotFoundError: the corpus or another input is not fit.
+    """
+    self.config = config
+    self._corpus = corpus
+    self.lineage: dict[str, str] = {}
+
+  @property
+  def corpus(self) -> corpus_lib.Corpus:
+    if self._corpus is None:
+      raise ValueError('This stage was opened without a corpus.')
+    return self._corpus
+
+  @classmethod
+  def problems(cls, config: config_lib.Config) -> Problems:
+    """Yields (field, what is wrong with it) of a config with right types."""
+    del config
+    yield from ()
+
+  @classmethod
+  def complete(cls, config: config_lib.Config) -> None:
+    """Fills in fields of a resolved config that its inputs determine."""
+
+  @classmethod
+  def longest_input(cls, config: config_lib.Config) -> int:
+    """Returns the length of the longest input of a network, in wordpieces."""
+    return config.lengths.joint
+
+  # On the host, in numpy.
+
+  def sources(self) -> dict[str, tuple[examples.Source, float]]:
+    """Returns what examples are drawn from: name -> (source, its share).
+
+    The names are those of the random streams.
+    """
+    raise NotImplementedError
+
+  def assemble(self, samples: Any) -> examples.Examples:
+    """Makes a batch of stacked samples of the sources."""
+    raise NotImplementedError
+
+  def retrieve(self, queries: Any, retriever: Retriever) -> Any:
+    """Completes the inputs of a batch with documents (`searches` only)."""
+    raise NotImplementedError
+
+  def probe_queries(self, count: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Returns fixed queries to compare indexes with (`searches` only).
+
+    Returns:
+      query_ids_BQ, exclude_BR2 and how many documents a step uses of each.
+    """
+    raise NotImplementedError
+
+  # On devices, in JAX.
+
+  def outputs(
+      self,
+      models: components_lib.Models,
+      batch: Any,
+      noise: dropout.Noise | None,
+  ) -> Any:
+    """Computes what the loss needs of each row, with the models' parameters."""
+    raise NotImplementedError
+
+  def loss(
+      self, outputs: Any, batch: Any, axis: str | None = None
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns loss and metrics, means over the rows given.
+
+    Args:
+      outputs: of `outputs`.
+      batch: the same rows.
+      axis: mesh axis over which other devices have the rest of the batch.
+    """
+    raise NotImplementedError
+
+  def counts(self, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns how many terms the means of loss and of metrics are over.
+
+    With them, means of parts of a batch add up to that of the whole.
+    """
+    raise NotImplementedError
+
+  def learned(self, metrics: Metrics) -> jax.Array | None:
+    """Returns whether a step learned from its batch; None: it always does."""
+    del metrics
+    return None
+
+  # Cost.
+
+  def passes(self) -> list[flops.Pass]:
+    """Returns the forward passes of a step, all devices together."""
+    raise NotImplementedError
+
+  def abstract_batch(self) -> Any:
+    """Returns a batch of jax.ShapeDtypeStruct, to trace a step without data."""
+    raise NotImplementedError
+
+
+@typing.dataclass_transform(frozen_default=True)
+def batch(cls: type[T]) -> type[T]:
+  """Decorator: a frozen dataclass that is a JAX pytree."""
+  frozen = dataclasses.dataclass(frozen=True)(cls)
+  return jax.tree_util.register_dataclass(frozen)
+
+
+def load(config: config_lib.Config) -> type[Stage]:
+  """Returns the class that `config.objective` names.
+
+  Raises:
+    ValueError: no such stage, or what is named is not one.
+  """
+  name = config.objective
+  found = extension.load('config.objective', name, STAGES)
+  if not (isinstance(found, type) and issubclass(found, Stage)):
+    raise ValueError(
+        f'config.objective={name!r} names {found!r}, which is not a subclass of'
+        ' realm_jax.trainer.stages.Stage.'
+    )
+  return found
+
+
+def components_of(
+    config: config_lib.Config, device: jax.Device | None = None
+) -> dict[str, components_lib.Component]:
+  """Returns the components that a config's stage trains; see `make`."""
+  names = load(config).components
+  return components_lib.make_all(names, config.model, device)
+
+
+def validate(config: config_lib.Config) -> type[Stage]:
+  """Checks a config with the checks of its stage, which is returned.
+
+  Raises:
+    ValueError: names every wrong field, and what would be right.
+  """
+  config_lib.validate(config, lambda: _problems(config))
+  return load(config)
+
+
+def _problems(config: config_lib.Config) -> Problems:
+  stage = load(config)
+  extension.load('config.masking', config.masking, masking.MASKS)
+  longest = stage.longest_input(config)
+  if longest > config.model.max_positions:
+    yield (
+        'model.max_positions',
+        f'is less than the longest input, {longest} wordpieces',
+    )
+  names = stage.components
+  for name in config.optimizer.frozen:
+    if name not in names:
+      yield (
+          'optimizer.frozen',
+          f'the objective {config.objective!r} has the components {names}',
+      )
+  if not set(names) - set(config.optimizer.frozen):
+    yield 'optimizer.frozen', 'leaves nothing to learn'
+  yield from stage.problems(config)

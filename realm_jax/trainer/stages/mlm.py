@@ -1,0 +1,163 @@
+"""Reader warm-up by masked language modelling, objective `mlm`.
+
+It stands in for a pretrained BERT: the reader learns to read a passage, and
+that most passages are of no use.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
+from realm_jax.models import components as components_lib
+from realm_jax.models import dropout
+from realm_jax.models import flops
+from realm_jax.models import objectives
+from realm_jax.trainer import examples
+from realm_jax.trainer import stages
+
+
+@stages.batch
+class Batch:
+  """Sentences with a passage each: `[CLS] x [SEP] body [SEP]`."""
+
+  joint_ids_BT: jax.Array
+  joint_types_BT: jax.Array
+  positions_BM: jax.Array
+  targets_BM: jax.Array
+  mask_BM: jax.Array
+
+
+class _Sample(NamedTuple):
+  masked: examples.Masked
+  passage_B: np.ndarray  # The passage that is shown.
+  own_B: np.ndarray  # Whether it is that of the sentence.
+
+
+class OwnPassage(examples.MaskedSentences):
+  """Masked sentences that see their own passage, which shows the answer."""
+
+  def __init__(
+      self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
+  ):
+    super().__init__(corpus, config, split)
+    query = np.minimum(
+        self.table.lengths[self.rows] + 2, config.lengths.query
+    )
+    shown = config.lengths.joint - 1 - query
+    self.rows = self.rows[self.ends()[self.rows] <= shown]
+    self.require_rows(', in a sentence that its passage shows')
+
+  def sample(self, row: int, rng: np.random.Generator) -> _Sample:
+    masked = super().sample(row, rng)
+    passage = np.asarray(self.table.passages[row], np.int64)
+    return _Sample(masked, passage, np.asarray(True))
+
+
+class OtherPassage(examples.MaskedSentences):
+  """Masked sentences that see a random passage or the null document.
+
+  Without these, the reader would trust any passage, and the null document
+  would beat all passages that are not gold.
+  """
+
+  def sample(self, row: int, rng: np.random.Generator) -> _Sample:
+    masked = super().sample(row, rng)
+    passage = inputs.NULL_DOCUMENT
+    if rng.random() >= self.config.mlm.null_rate:
+      passage = int(rng.integers(len(self.corpus.passages)))
+    return _Sample(masked, np.asarray(passage), np.asarray(False))
+
+
+class Mlm(stages.Stage):
+  """Two kinds of examples, mixed in every batch; see `config.mlm`."""
+
+  components = ('reader',)
+
+  @functools.cached_property
+  def _kinds(self) -> dict[str, examples.MaskedSentences]:
+    corpus, config = self.corpus, self.config
+    kinds: dict[str, examples.MaskedSentences] = {}
+    if config.mlm.own_passage_rate > 0:
+      kinds['own'] = OwnPassage(corpus, config, 'knowledge')
+    if config.mlm.own_passage_rate < 1:
+      split = examples.sentences_of(corpus, config)
+      kinds['alone'] = OtherPassage(corpus, config, split)
+    return kinds
+
+  def sources(self) -> dict[str, tuple[examples.Source, float]]:
+    share = self.config.mlm.own_passage_rate
+    shares = {'own': share, 'alone': 1 - share}
+    return {name: (kind, shares[name]) for name, kind in self._kinds.items()}
+
+  def assemble(self, samples: _Sample) -> examples.Examples:
+    # Rows of the two kinds may be of two sentence tables.
+    rows, parts = [], []
+    for name, kind in self._kinds.items():
+      rows.append(np.flatnonzero(samples.own_B == (name == 'own')))
+      part = jax.tree.map(lambda x, at=rows[-1]: x[at], samples)
+      parts.append(self._assemble(kind, part))
+    order = np.argsort(np.concatenate(rows))
+    batch = jax.tree.map(lambda *x: np.concatenate(x)[order], *parts)
+    return examples.Examples(samples.masked.row_B, batch)
+
+  def _assemble(
+      self, kind: examples.MaskedSentences, samples: _Sample
+  ) -> Batch:
+    query_ids_BQ, query_lengths_B, targets_BM = kind.queries(samples.masked)
+    ids_B1T, types_B1T = inputs.assemble_joint(
+        self.corpus.passages,
+        samples.passage_B[:, None],
+        query_ids_BQ,
+        query_lengths_B,
+        self.config.lengths.joint,
+        self.corpus.tokenizer,
+    )
+    return Batch(
+        joint_ids_BT=ids_B1T[:, 0],
+        joint_types_BT=types_B1T[:, 0],
+        positions_BM=samples.masked.positions_BM.astype(np.int32),
+        targets_BM=targets_BM,
+        mask_BM=samples.masked.mask_BM,
+    )
+
+  def outputs(
+      self,
+      models: components_lib.Models,
+      batch: Batch,
+      noise: dropout.Noise | None,
+  ) -> jax.Array:
+    """Returns log p(y_j | x, z) of the masked wordpieces, token_logp_BM."""
+    return models.reader.token_logp(
+        batch.joint_ids_BT,
+        batch.joint_types_BT,
+        batch.positions_BM,
+        batch.targets_BM,
+        noise,
+    )
+
+  def loss(
+      self, outputs: jax.Array, batch: Batch, axis: str | None = None
+  ) -> tuple[jax.Array, stages.Metrics]:
+    del axis  # A row's loss is its own.
+    loss, _ = objectives.masked_mlm(outputs, batch.mask_BM)
+    return loss, {}
+
+  def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return batch.mask_BM.sum(), batch.mask_BM.any(-1).sum()
+
+  def passes(self) -> list[flops.Pass]:
+    c = self.config
+    return [flops.fill(c, c.batch_size)]
+
+  def abstract_batch(self) -> Batch:
+    b, lengths = self.config.batch_size, self.config.lengths
+    joint: Any = jax.ShapeDtypeStruct((b, lengths.joint), jnp.int32)
+    masks: Any = jax.ShapeDtypeStruct((b, lengths.masks), jnp.int32)
+    used: Any = jax.ShapeDtypeStruct((b, lengths.masks), jnp.bool_)
+    return Batch(joint, joint, masks, masks, used)
