@@ -23,6 +23,7 @@ of it may have none.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -241,8 +242,8 @@ class _Block:
     count = np.zeros(len(self._lengths), np.int64)
     count[self._no_anchor] = MOST + 2
     numbers, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for first, ids, begins, limits in _bodies(passages):
-      for number, row in self._held(ids, begins, limits, first, count):
+    for bodies in _bodies(passages):
+      for number, row in self._held(bodies, count):
         count += np.bincount(number, minlength=len(count))
         numbers.append(number)
         rows.append(row)
@@ -251,26 +252,22 @@ class _Block:
     )
 
   def _held(
-      self,
-      ids: np.ndarray,
-      begins: np.ndarray,
-      limits: np.ndarray,
-      first: int,
-      count: np.ndarray,
+      self, bodies: '_Bodies', count: np.ndarray
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields sentences and rows of the given passages that contain them."""
-    runs = ngrams.runs(ids, list(self._bits))
+    runs = ngrams.runs(bodies.ids, list(self._bits))
     found = list(map(self._hits, runs, self._bits.values()))
     if not found:  # No sentence has an anchor.
       return
     at, anchors = (np.concatenate(f) for f in zip(*found, strict=True))
-    local = np.searchsorted(limits, at, 'right')
+    local = np.searchsorted(bodies.limits, at, 'right')
     numbers = self._numbers[anchors].astype(np.int64)
     length = np.minimum(self._lengths[numbers], _NGRAM)
     # A sentence is known to be in its own passage. After MOST + 1 other
     # passages, one of which may be its own, no further one matters.
-    kept = (at >= begins[local]) & (at + length <= limits[local])
-    kept &= self._own[numbers] != first + local
+    kept = at >= bodies.begins[local]
+    kept &= at + length <= bodies.limits[local]
+    kept &= self._own[numbers] != bodies.first + local
     kept &= count[numbers] <= MOST + 1
     numbers, local = numbers[kept], local[kept]
     shifts = at[kept] - self._places[anchors[kept]]
@@ -288,8 +285,7 @@ class _Block:
     for some in np.split(np.arange(len(numbers)), np.unique(cuts)):
       if len(some):
         yield self._verified(
-            numbers[some], local[some], shifts[some], pairs[some],
-            ids, begins, limits, first,
+            numbers[some], local[some], shifts[some], pairs[some], bodies
         )
 
   def _hits(
@@ -314,19 +310,15 @@ class _Block:
       local: np.ndarray,
       shifts: np.ndarray,
       pairs: np.ndarray,
-      ids: np.ndarray,
-      begins: np.ndarray,
-      limits: np.ndarray,
-      first: int,
+      bodies: '_Bodies',
   ) -> tuple[np.ndarray, np.ndarray]:
     """Compares sentences with passages, wordpiece by wordpiece.
 
     Args:
-      numbers, local: sentences and passages.
-      shifts: the start of each aligned sentence in `ids`.
+      numbers, local: sentences, and passages as indices of `bodies`.
+      shifts: the start of each aligned sentence in `bodies.ids`.
       pairs: number of each pair of a sentence and a passage, in order.
-      ids, begins, limits: wordpieces, and the ranges of the bodies in them.
-      first: row of the first passage.
+      bodies: the passages.
 
     Returns:
       Sentences and rows of the pairs where the passage contains the sentence.
@@ -334,10 +326,10 @@ class _Block:
     lengths = self._lengths[numbers].astype(np.int64)
     places = ngrams.aranges(lengths)
     at = np.repeat(shifts, lengths) + places
-    inside = at >= np.repeat(begins[local], lengths)
-    inside &= at < np.repeat(limits[local], lengths)
+    inside = at >= np.repeat(bodies.begins[local], lengths)
+    inside &= at < np.repeat(bodies.limits[local], lengths)
     wanted = self._tokens[np.repeat(self._starts[numbers], lengths) + places]
-    same = inside & (ids[np.where(inside, at, 0)] == wanted)
+    same = inside & (bodies.ids[np.where(inside, at, 0)] == wanted)
     fresh = np.diff(pairs, prepend=-1) != 0
     sizes = lengths[fresh]
     bases = np.cumsum(sizes) - sizes
@@ -347,7 +339,7 @@ class _Block:
     share = np.add.reduceat(covered.astype(np.int64), bases)
     # The anchor of a short sentence is the whole sentence.
     held = np.where(sizes < _NGRAM, share == sizes, share >= _SHARE * sizes)
-    return numbers[fresh][held], first + local[fresh][held]
+    return numbers[fresh][held], bodies.first + local[fresh][held]
 
   def _joined(
       self,
@@ -399,10 +391,16 @@ def _tokens(
     yield ids[at], lengths
 
 
-def _bodies(
-    passages: corpus_lib.PassageTable,
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-  """Yields first row, wordpieces, and start and end of each body, in blocks."""
+class _Bodies(NamedTuple):
+  """The bodies of adjacent passages: their ranges in `ids`."""
+
+  first: int  # Row of the first passage.
+  ids: np.ndarray
+  begins: np.ndarray
+  limits: np.ndarray
+
+
+def _bodies(passages: corpus_lib.PassageTable) -> Iterator[_Bodies]:
   row = 0
   while row < len(passages):
     offsets = passages.offsets[row : row + _AT_ONCE // 8 + 1]
@@ -412,7 +410,7 @@ def _bodies(
     ids = passages.tokens[int(offsets[0]) : int(offsets[-1])]
     offsets = offsets - offsets[0]
     titles = np.asarray(passages.title_lengths[row : row + count])
-    yield row, ids, offsets[:-1] + titles, offsets[1:]
+    yield _Bodies(row, ids, offsets[:-1] + titles, offsets[1:])
     row += count
 
 
