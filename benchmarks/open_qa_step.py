@@ -30,6 +30,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.index import search
 from realm_jax.models import components as components_lib
 from realm_jax.qa import question_table as question_table_lib
@@ -92,9 +93,9 @@ class _Ours:
         opt_state=tx.init(params),
         rng=jax.random.key(0),
     )
-    ids = corpus.tokenizer
+    null_ids = inputs.null_document(corpus.tokenizer)
     self._step = step_lib.make_train_step(
-        config, components, tx, (ids.cls_id, ids.sep_id, ids.sep_id), mesh
+        config, components, tx, null_ids, mesh
     )
     self._mesh = mesh
 

@@ -518,13 +518,8 @@ def measure_steps(
   parts = components.make_all(config)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   tx = optimizer.make_optimizer(config, tuple(parts))
-  tokenizer = corpus.tokenizer
   train_step = step_lib.make_train_step(
-      config,
-      parts,
-      tx,
-      (tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id),
-      mesh,
+      config, parts, tx, inputs.null_document(corpus.tokenizer), mesh
   )
   embed = embedding.Embedder(parts['embedder'], mesh).queries
   params = {name: part.init(0) for name, part in parts.items()}

@@ -10,6 +10,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
@@ -158,17 +159,16 @@ class Retriever:
 
   def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds `[CLS] text [SEP]`: float32 [B, E]."""
-    t = self.tokenizer
-    body = self.lengths.query - 2
+    length = self.lengths.query
     pairs: list[tuple[list[int], list[int]]] = [
-        ([t.cls_id, *ids[:body], t.sep_id], [])
-        for ids in t.encode_batch(_checked(texts))
+        (inputs.query(ids, length, self.tokenizer), [])
+        for ids in self.tokenizer.encode_batch(_checked(texts))
     ]
 
     def embed(ids_BQ: np.ndarray, types_BQ: np.ndarray) -> jax.Array:
       return self._embedder.queries(self._params, ids_BQ)
 
-    return self._embed(embed, pairs, self.lengths.query)
+    return self._embed(embed, pairs, length)
 
   def embed_passages(
       self, passages: Sequence[tuple[str, str]]
@@ -185,11 +185,10 @@ class Retriever:
     titles = t.encode_batch(_checked([title for title, _ in passages]))
     bodies = t.encode_batch(_checked([body for _, body in passages]))
     length = self.lengths.document
-    pairs = []
-    for title, body in zip(titles, bodies, strict=True):
-      # The title has priority, as in training.
-      first = [t.cls_id, *title[: length - 3], t.sep_id]
-      pairs.append((first, [*body[: length - 1 - len(first)], t.sep_id]))
+    pairs = [
+        inputs.document(title, body, length, t)
+        for title, body in zip(titles, bodies, strict=True)
+    ]
 
     def embed(ids_BS: np.ndarray, types_BS: np.ndarray) -> jax.Array:
       return self._embedder.documents(
