@@ -24,7 +24,7 @@ import sys
 from typing import Any
 
 import ablations_table
-import commands
+import harness
 
 from realm_jax.evaluation import report
 from realm_jax.prepare import world
@@ -142,7 +142,7 @@ def _start(row: str) -> tuple[str, str]:
 
 def run(arguments: argparse.Namespace, rows: list[str]) -> None:
   """Trains and evaluates, `jobs` runs at a time, each on cores of its own."""
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   available = sorted(os.sched_getaffinity(0))
   free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
   for i in range(arguments.jobs):
@@ -213,7 +213,7 @@ def main() -> int:
   if arguments.output.exists():
     recorded = files.read_json(arguments.output)
   figures = ablations_table.collect(arguments.workdir, recorded)
-  figures |= commands.about('jax', 'flax')
+  figures |= harness.about('jax', 'flax')
   files.write_json(arguments.output, figures)
   table = ablations_table.markdown(figures)
   arguments.output.with_suffix('.md').write_text(table, encoding='utf-8')

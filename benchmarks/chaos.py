@@ -34,7 +34,7 @@ import sys
 import time
 from typing import Any
 
-import commands
+import harness
 
 from realm_jax.index import generation
 from realm_jax.prepare import prepare
@@ -394,7 +394,7 @@ def main() -> int:
           for kill in sorted(kills, key=lambda kill: kill.seconds or 0.0)
           if kill.seconds is not None
       ],
-      **commands.about('jax', 'flax'),
+      **harness.about('jax', 'flax'),
   }
   figures['ok'] = figures['ok'] and figures['all_kills_done']
   files.write_json(arguments.output, figures)

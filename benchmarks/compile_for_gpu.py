@@ -47,7 +47,7 @@ import re
 import time
 from typing import Any
 
-import commands
+import harness
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
@@ -262,7 +262,7 @@ def main() -> None:
     if len(depths) > 1:
       found[-1]['a_layer'] = _a_layer(found[-len(depths)], found[-1])
   result = {'device': device.device_kind, 'programs': found}
-  result |= commands.about('jax', *plugin)
+  result |= harness.about('jax', *plugin)
   text = json.dumps(result, indent=2) + '\n'
   print(text)
   if arguments.output:

@@ -25,7 +25,7 @@ import threading
 import time
 from typing import Any
 
-import commands
+import harness
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.runtime import files as files_lib
@@ -206,7 +206,7 @@ def main() -> None:
   arguments.workers = [int(count) for count in arguments.workers.split(',')]
   if arguments.small:
     arguments.kill_at = 2
-  about = commands.about('nupunkt', 'tokenizers')
+  about = harness.about('nupunkt', 'tokenizers')
   for figures in measure(arguments):
     files_lib.write_json(arguments.output, figures | about)
     print(json.dumps(figures, indent=2), flush=True)

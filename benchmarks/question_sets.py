@@ -16,7 +16,7 @@ import json
 import pathlib
 from typing import Any
 
-import commands
+import harness
 import squad_open
 
 from realm_jax.corpus import corpus as corpus_lib
@@ -29,7 +29,7 @@ _DEPTHS = (1, 5, 20, 100)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
 
   figures: dict[str, Any] = {}
   for given in arguments.sets:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(json.dumps(found, indent=2), flush=True)
   return {
       **figures,
-      **commands.about('jax'),
+      **harness.about('jax'),
       'commands': realm_jax.done,
   }
 

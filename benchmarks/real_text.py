@@ -21,7 +21,7 @@ import statistics
 import time
 from typing import Any
 
-import commands
+import harness
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
@@ -37,7 +37,7 @@ STAGES = ('mlm', 'ict', 'realm')
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
   """Trains the three stages, evaluates them, and returns flat figures."""
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   figures: dict[str, Any] = {}
 
   for stage in STAGES:
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f'--steps={steps}',
     )
   return {
-      **commands.about('jax', 'flax'),
+      **harness.about('jax', 'flax'),
       'commands': realm_jax.done,
       **_corpus_figures(arguments.corpus),
       **figures,

@@ -23,7 +23,7 @@ import sys
 import tempfile
 from typing import Any
 
-import commands
+import harness
 import jax
 import jax.numpy as jnp
 from matplotlib import figure as figure_lib
@@ -263,7 +263,7 @@ def main() -> int:
           ylabel='change of f(x,z) beside the other candidates',
       )
       axis.title.set_fontsize(9)
-  result = figures | commands.about('jax', 'flax')
+  result = figures | harness.about('jax', 'flax')
   print(json.dumps(result, indent=2))
   files.write_json(arguments.output, result)
   figure.savefig(arguments.output.with_suffix('.png'), dpi=110)

@@ -22,7 +22,7 @@ import sys
 import time
 from typing import Any
 
-import commands
+import harness
 
 from realm_jax.corpus import entities
 from realm_jax.evaluation import tagger as tagger_metrics
@@ -184,7 +184,7 @@ def main() -> int:
   arguments.init_from = {'scratch': None} | given
   arguments.workdir.mkdir(parents=True, exist_ok=True)
   paths = divide(arguments)
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   for method, earlier in arguments.init_from.items():
     workdir = arguments.workdir / method
     if (workdir / 'summary.json').exists():
@@ -207,7 +207,7 @@ def main() -> int:
         *(['--config.steps=20'] if arguments.small else []),
     )
   figures = measure(arguments, paths['held_out']) | {
-      **commands.about('jax'),
+      **harness.about('jax'),
       'commands': realm_jax.done,
   }
   print(json.dumps(figures, indent=2))

@@ -19,7 +19,7 @@ import pathlib
 import sys
 from typing import Any
 
-import commands
+import harness
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -37,7 +37,7 @@ _MASKS = ('random_token', 'random_span', 'salient')
 
 def train(arguments: argparse.Namespace) -> list[str]:
   """Trains the model, unless it is trained, and returns the commands."""
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   if not (arguments.workdir / 'summary.json').exists():
     realm_jax(
         'train',
@@ -143,7 +143,7 @@ def main() -> int:
   done = train(arguments)
   figures = measure(arguments.workdir, arguments.sentences) | {
       'loss': metrics_lib.read_metrics(arguments.workdir)[-1]['train/loss'],
-      **commands.about('jax'),
+      **harness.about('jax'),
       'commands': done,
   }
   print(json.dumps(figures, indent=2))

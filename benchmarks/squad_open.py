@@ -19,7 +19,7 @@ import resource
 from typing import Any
 
 import bm25s
-import commands
+import harness
 from matplotlib import figure as figure_lib
 import numpy as np
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
       name: arguments.workdir / name
       for name in ('mlm', 'ict', 'retriever', 'open_qa')
   }
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   figures: dict[str, Any] = {}
 
   def train(name: str, experiment: str, *more: str) -> None:
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f'--steps={steps}', '--limit=200' if arguments.small else '--read=5',
     )
   return {
-      **commands.about('jax', 'bm25s'),
+      **harness.about('jax', 'bm25s'),
       'commands': realm_jax.done,
       **figures,
       **bm25(arguments.corpus, arguments.dev),
