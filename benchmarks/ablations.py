@@ -187,15 +187,11 @@ def run(arguments: argparse.Namespace, rows: list[str]) -> None:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument('--rows', default=','.join(ablations_table.ROWS))
   parser.add_argument('--seeds', type=int, default=3, help='how many')
   parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
   parser.add_argument('--workdir', type=pathlib.Path)
-  parser.add_argument('--output', type=pathlib.Path)
-  parser.add_argument('--small', action='store_true', help='minutes, no proof')
   arguments = parser.parse_args()
   rows = arguments.rows.split(',')
   known = ', '.join(ablations_table.ROWS)

@@ -190,18 +190,14 @@ def _interrupted(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   parser.add_argument('--source', required=True)
   parser.add_argument('--vocab', required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument('--workers', default='2,4,1')
   parser.add_argument(
       '--kill_at', type=int, default=300, help='parts; 0: no run is killed'
   )
-  parser.add_argument('--small', action='store_true', help='kill at 2 parts')
   arguments = parser.parse_args()
   arguments.workers = [int(count) for count in arguments.workers.split(',')]
   if arguments.small:

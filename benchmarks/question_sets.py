@@ -104,7 +104,7 @@ def _in_corpus(directory: pathlib.Path, dev: str) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = harness.parser(__doc__)
   parser.add_argument('sets', nargs='+', help='NAME=FILE')
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--init_from', required=True)
@@ -112,9 +112,8 @@ def main() -> None:
   parser.add_argument(
       '--workdir', type=pathlib.Path, default=pathlib.Path('runs/question_sets')
   )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
   arguments = parser.parse_args()
-  files.write_json(arguments.output, run(arguments))
+  harness.write(arguments.output, run(arguments))
 
 
 if __name__ == '__main__':

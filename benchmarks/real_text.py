@@ -13,7 +13,6 @@ to a check of the script, and `--flag=STAGE:FLAG`, repeated, changes a stage:
 """
 
 import argparse
-import json
 import pathlib
 import resource
 import shutil
@@ -167,25 +166,22 @@ def _retrieval_figures(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--questions', type=pathlib.Path, required=True)
   parser.add_argument(
       '--workdir', type=pathlib.Path, default=pathlib.Path('runs/real_text')
   )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
-  parser.add_argument('--small', action='store_true')
   parser.add_argument(
       '--flag', action='append', default=[], help='STAGE:FLAG of `train`'
   )
   arguments = parser.parse_args()
   figures = run(arguments)
-  files.write_json(arguments.output, figures)
+  harness.write(arguments.output, figures)
   shutil.copy(
       arguments.workdir / 'realm' / report.FOLDER / 'recall.png',
       arguments.output.with_suffix('.png'),
   )
-  print(json.dumps(figures, indent=2))
 
 
 if __name__ == '__main__':

@@ -165,20 +165,16 @@ def measure(
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--ner', type=pathlib.Path, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument(
       '--init_from', action='append', default=[], help='NAME:WORKDIR'
   )
   parser.add_argument(
       '--flag', action='append', default=[], help='METHOD:FLAG of `train`'
   )
-  parser.add_argument('--small', action='store_true', help='20 steps')
   arguments = parser.parse_args()
   given = dict(pair.split(':', 1) for pair in arguments.init_from)
   arguments.init_from = {'scratch': None} | given
@@ -210,8 +206,7 @@ def main() -> int:
       **harness.about('jax'),
       'commands': realm_jax.done,
   }
-  print(json.dumps(figures, indent=2))
-  files.write_json(arguments.output, figures)
+  harness.write(arguments.output, figures)
   return 0
 
 
