@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import json
 import re
 from typing import Any, Literal
 
@@ -55,6 +56,13 @@ class Flag:
     return text if self.default is None else f'{text} (default {self.default})'
 
 
+class _Json(flags.ArgumentParser):
+  """A dictionary, as in --config.mips.options='{"lists": 100}'."""
+
+  def parse(self, argument: Any) -> Any:
+    return json.loads(argument) if isinstance(argument, str) else argument
+
+
 class ConfigFlag(Flag):
   """A file that returns a `Config`, with a flag for each of its fields."""
 
@@ -63,6 +71,7 @@ class ConfigFlag(Flag):
 
     # A field of type Literal is parsed as a string; config.validate checks it.
     config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
+    config_flags.register_flag_parser_for_type(dict, _Json())
     config_flags.DEFINE_config_file(
         self.name, None, self.help, lock_config=True
     )

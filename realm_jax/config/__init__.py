@@ -12,6 +12,7 @@ from realm_jax.config.identity import from_dict as from_dict
 from realm_jax.config.identity import identity as identity
 from realm_jax.config.identity import read as read
 from realm_jax.config.identity import to_dict as to_dict
+from realm_jax.config.schema import BACKENDS as BACKENDS
 from realm_jax.config.schema import PRESETS as PRESETS
 from realm_jax.config.schema import CheckpointConfig as CheckpointConfig
 from realm_jax.config.schema import Config as Config

@@ -75,6 +75,8 @@ def identity(config: schema.Config) -> dict[str, Any]:
   values['model']['attention_dropout'] = schema.attention_rate(config.model)
   for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]
+  if not values['mips']['options']:  # Absent from older configurations.
+    del values['mips']['options']
   for section, field in _INPUTS:
     # Not which they are, but whether there are any.
     values[section][field] = bool(values[section][field])
@@ -98,7 +100,7 @@ def differences(ours: schema.Config, theirs: schema.Config) -> list[str]:
   now, then = identity(ours), identity(theirs)
   return [
       f'config.{name}: {then.get(name)!r} there, {now.get(name)!r} here'
-      for name in {**now, **then}
+      for name in now | then
       if now.get(name) != then.get(name)
   ]
 

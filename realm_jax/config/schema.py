@@ -17,6 +17,13 @@ PRESETS = {
     'base': (12, 768, 12),
 }
 
+# Search backends and where they are defined; see index/search.py.
+BACKENDS = {
+    'exact': 'realm_jax.index.search:ExactSearch',
+    'approx': 'realm_jax.index.search:ApproxSearch',
+    'scann': 'realm_jax.index.scann:ScannSearch',
+}
+
 
 @dataclasses.dataclass
 class ModelConfig:
@@ -179,13 +186,15 @@ class RefreshConfig:
 class MipsConfig:
   """Maximum inner product search over the document embeddings."""
 
-  backend: Literal['exact', 'approx', 'scann'] = 'exact'
+  backend: str = 'exact'  # A key of BACKENDS, or `package.module:Name`.
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # Of the embedding table.
   recall_target: float = 0.95  # Of `approx`.
-  # ScaNN; 0: chosen from the number of rows (see index/search.py).
+  # ScaNN; 0: chosen from the number of rows (see index/scann.py).
   num_leaves: int = 0
   leaves_to_search: int = 0
   reorder: int = 0
+  # Settings of a backend given as `package.module:Name`.
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

@@ -93,6 +93,12 @@ def validate(
       f' config.model.attention_dropout=0, not {schema.attention_rate(model)}',
   )
   require(
+      c.mips.backend in schema.BACKENDS or ':' in c.mips.backend,
+      'mips.backend',
+      f'must be one of {tuple(schema.BACKENDS)} or have the form'
+      ' package.module:Name',
+  )
+  require(
       c.accumulate < 1 or c.batch_size % c.accumulate == 0,
       'accumulate',
       f'must divide the batch size, {c.batch_size}',

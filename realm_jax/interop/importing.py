@@ -281,7 +281,7 @@ def run(
     checkpoint.save_params(temporary, 0, params, about)
     digest = None
     if 'embedder' in params:
-      with checkpoint.frugal():
+      with checkpoint.uncompressed_context():
         digest = snapshots_lib.save(temporary, 0, params['embedder'])
     if table is not None and opened is not None:
       block_records.publish(temporary, config, table, opened, digest)

@@ -16,6 +16,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import search as search_lib
 from realm_jax.models import flops
 from realm_jax.planner import memory as memory_lib
 from realm_jax.runtime import mesh as mesh_lib
@@ -263,9 +264,9 @@ def _time(
   # The trainer embeds as the builder does, without gradients.
   step += work.get('rerank_tflop', 0.0) / (embedding * devices)
   if 'refresh_tflop' in work:
-    if config.mips.backend != 'scann':
+    if _row_bytes(config).devices:
       # Every row is read once; the products are few.
-      read = _table_bytes(config, setting.passages) / devices
+      read = _row_bytes(config).devices * setting.passages / devices
       search = max(
           read / (chip.memory_gb_per_second * 1e9),
           work['search_tflop'] / (trained * devices),
@@ -320,9 +321,9 @@ def _device_memory(
           config, parameters, stage.passes(), data, model, fused
       ).items()
   }
-  if stage.searches and config.mips.backend != 'scann':
+  table = _row_bytes(config).devices * setting.passages / (data * model)
+  if stage.searches and table:
     # That in use, and the next one while it is loaded.
-    table = _table_bytes(config, setting.passages) / (data * model)
     figures['two_index_tables_gb'] = 2 * table / _GB
   figures['total_gb'] = sum(figures.values())
   figures['chip_gb'] = setting.chip.memory_gb
@@ -356,9 +357,10 @@ def _host_memory(
   }
   if stage.searches:
     figures['snapshot_gb'] = 4 * parameters['embedder'] / _GB
-    if config.mips.backend == 'scann':
-      scann = 2 * _scann_bytes(config, setting.passages)
-      figures['two_scann_indexes_gb'] = scann / _GB
+    index = _row_bytes(config).host * setting.passages
+    if index:
+      name = config.mips.backend.rpartition(':')[2].lower()
+      figures[f'two_{name}_indexes_gb'] = 2 * index / _GB
   figures['total_gb'] = sum(figures.values())
   return figures
 
@@ -379,9 +381,9 @@ def _disk(
       * min(saved, config.checkpoint.keep or saved),
   }
   if stage.searches:
-    generation = _table_bytes(config, setting.passages)
-    if config.mips.backend == 'scann':
-      generation += _scann_bytes(config, setting.passages)
+    width = jnp.dtype(config.mips.dtype).itemsize
+    row = config.model.embedding_width * width + _row_bytes(config).saved
+    generation = row * setting.passages
     made = 1
     if config.refresh.policy != 'none':
       made += config.steps // config.refresh.interval
@@ -398,14 +400,9 @@ def _disk(
   return figures
 
 
-def _table_bytes(config: config_lib.Config, passages: int) -> float:
-  width = jnp.dtype(config.mips.dtype).itemsize
-  return float(passages * config.model.embedding_width * width)
-
-
-def _scann_bytes(config: config_lib.Config, passages: int) -> float:
-  # Its float32 table, and half a byte for each dimension pair's code.
-  return float(passages * config.model.embedding_width * (4 + 0.25))
+def _row_bytes(config: config_lib.Config) -> search_lib.RowBytes:
+  backend = search_lib.backend(config.mips)
+  return backend.row_bytes(config.mips, config.model.embedding_width)
 
 
 def _advice(

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 from realm_jax.trainer import stages
 
 LossAndMetrics = tuple[jax.Array, stages.Metrics]
@@ -38,7 +37,7 @@ def make_gradients(
   Args:
     stage: of the job.
     components: networks of the stage.
-    specs: how each parameter is divided, as `sharding.rule_for` has it; so are
+    specs: how each parameter is divided, as `mesh_lib.rule_for` has it; so are
       the gradients.
     mesh: of the job.
     accumulate: in how many parts each device computes its rows. If the loss is
@@ -47,13 +46,13 @@ def make_gradients(
       (Gao et al. 2021, section 3.2).
     frozen: components without gradients; they have no backward pass.
   """
-  over_data = jax.tree.map(sharding.over_data, specs)
+  over_data = jax.tree.map(mesh_lib.over_data, specs)
   learned = [name for name in specs if name not in frozen]
 
   def on_device(
       params: Any, batch: Any, noise: dropout.Noise
   ) -> tuple[LossAndMetrics, Any]:
-    params = jax.tree.map(sharding.gather, params, specs)
+    params = jax.tree.map(mesh_lib.gather, params, specs)
     fixed = {name: params.pop(name) for name in frozen}
     totals = jax.lax.psum(stage.counts(batch), mesh_lib.DATA)
 
@@ -83,7 +82,7 @@ def make_gradients(
     return (
         jax.lax.psum(value, mesh_lib.DATA),
         {
-            name: jax.tree.map(sharding.reduce_gradient, x, specs[name])
+            name: jax.tree.map(mesh_lib.reduce_gradient, x, specs[name])
             for name, x in grads.items()
         },
     )

@@ -18,7 +18,6 @@ from realm_jax import config as config_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 from realm_jax.trainer import gradients
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
@@ -57,7 +56,7 @@ def state_shardings(
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
   """Returns the sharding of every array of the state, in its structure."""
-  return sharding.shardings(
+  return mesh_lib.shardings(
       abstract_state(components, tx), mesh, config.mesh.zero
   )
 
