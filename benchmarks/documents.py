@@ -10,18 +10,15 @@ of its own: medians of three turns. Then the look-up of 100 ids among those of
 as many passages as the paper has.
 """
 
-import argparse
 import json
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
-import jax
+import harness
 import numpy as np
 
 from realm_jax import config as config_lib
@@ -141,9 +138,7 @@ def _lookup(folder: pathlib.Path) -> float:
 
 
 def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(6, 4))
+  figure, (axes,) = harness.panels(1)
   for name in ('add', 'update', 'delete', 'whole_command'):
     seconds = [result[f'{name}_seconds_{size}'] for size in sizes]
     axes.plot(sizes, seconds, marker='o', label=name.replace('_', ' '))
@@ -154,13 +149,11 @@ def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
       ylabel=f'seconds, for {_DOCUMENTS} documents',
   )
   axes.legend()
-  figure.savefig(path, dpi=120, bbox_inches='tight')
+  figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-  parser.add_argument('--output', type=pathlib.Path)
-  parser.add_argument('--small', action='store_true')
+  parser = harness.parser(__doc__, output=False)
   arguments = parser.parse_args()
   sizes = [1000, 4000] if arguments.small else [4000, 16_000, 64_000, 256_000]
   result: dict[str, Any] = {'documents': _DOCUMENTS}
@@ -178,19 +171,8 @@ def main() -> None:
           seconds.setdefault(name, []).append(value)
     result |= {n: float(np.median(values)) for n, values in seconds.items()}
     result[f'lookup_seconds_{_PAPER}'] = _lookup(pathlib.Path(temporary))
-  result |= {
-      'command': ' '.join(['python', *sys.argv]),
-      'hardware': f'{os.cpu_count()} x {platform.machine()}, '
-      + ', '.join(map(str, jax.devices())),
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'numpy': np.__version__,
-      },
-  }
-  print(json.dumps(result, indent=2))
+  harness.write(arguments.output, result, 'jax', 'numpy')
   if arguments.output:
-    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
     _plot(result, sizes, arguments.output.with_suffix('.png'))
 
 

@@ -32,11 +32,9 @@ With --folder, the parts that are there already are not made again.
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -44,6 +42,7 @@ import tempfile
 import time
 from typing import Any
 
+import harness
 import numpy as np
 
 from realm_jax import config as config_lib
@@ -428,9 +427,7 @@ def _compare(arguments: list[str], written: Figures, times: int) -> Figures:
 
 
 def _plot(figures: Figures, path: pathlib.Path) -> None:
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+  figure, (axes,) = harness.panels(1)
   names = {'scann': 'realm_jax, scann', 'faiss': 'FAISS, IVF-PQ'}
   for label, name in names.items():
     points = sorted(
@@ -465,13 +462,9 @@ def _part(name: str, folder: str, arguments: list[str]) -> Figures:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-  )
-  parser.add_argument('--output', type=pathlib.Path)
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument('--rows', type=int, default=ROWS)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--small', action='store_true')
   parser.add_argument(
       '--folder', type=pathlib.Path, help='kept, 12 GB; default: temporary'
   )
@@ -510,29 +503,11 @@ def main() -> int:
     figures |= _part('faiss_build', name, passed)
     figures |= _compare(passed, written, 3 if arguments.small else 9)
     figures |= _part('growth', name, passed)
-  import faiss
-  import jax
-
-  result = {
-      **figures,
-      'command': ' '.join(
-          ['python benchmarks/mips_scale.py']
-          + [a for a in sys.argv[1:] if not a.startswith('--folder')]
-      ),
-      'hardware': f'{os.cpu_count()} x {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'numpy': np.__version__,
-          'faiss': faiss.__version__,
-          'scann': importlib.metadata.version('scann'),
-      },
-  }
-  for key, value in result.items():
-    print(f'{key:40} {value}')
+  harness.write(
+      arguments.output, figures, 'jax', 'numpy', 'faiss-cpu', 'scann'
+  )
   if arguments.output:
-    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
-    _plot(result, arguments.output.with_suffix('.png'))
+    _plot(figures, arguments.output.with_suffix('.png'))
   return 0
 
 

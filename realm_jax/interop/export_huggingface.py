@@ -214,10 +214,6 @@ class _Rows:
   def dtype(self) -> np.dtype:
     return np.dtype(np.float32)
 
-  @property
-  def nbytes(self) -> int:
-    return self.shape[0] * self.shape[1] * 4
-
   def chunks(self) -> Iterator[np.ndarray]:
     step = max(1, _TABLE_BYTES // (self.shape[1] * 4))
     for start in range(0, self.shape[0], step):
