@@ -50,7 +50,7 @@ def test_training_resumes(old):
 def test_changed_documents_are_evaluated_as_before(old):
   expected = json.loads((old / 'expected.json').read_text())['questions']
   questions = old / 'corpus' / 'questions.jsonl'
-  asked = questions_lib.read(questions)
+  asked = questions_lib.read_questions(questions)
   (found,) = evaluate.evaluate(old / 'documents', asked)
   assert found['passages'] == 91
   for group, wanted in expected.items():
