@@ -249,8 +249,8 @@ def test_a_cold_component_of_a_search_is_a_warning(
     _assert_equal(params[name], fresh[name])
   warnings = [m for m, level in _said(caplog).items() if level == 'WARNING']
   assert warnings == [
-      f'{name} is initialised at random (no workdir of config.init_from has it).'
-      f" Train the objective '{first}' first, or import a checkpoint"
+      f'{name} is initialised at random (no workdir of config.init_from has'
+      f" it). Train the objective '{first}' first, or import a checkpoint"
       ' (docs/learning.md).'
       for name, first in cold.items()
   ]

@@ -12,8 +12,7 @@ from realm_jax import config as config_lib
 from realm_jax.models import bert
 from realm_jax.models import dropout
 
-
-# Begins the names of the parameters that only queries pass through.
+# Prefix of the names of parameters that only queries pass through.
 QUERY_PREFIX = 'query_'
 
 

@@ -403,8 +403,8 @@ class _Estimate:
         memory = dataclasses.replace(self, stage=stage).device_memory()
         if _fits(memory):
           return (
-              f'With config.accumulate={parts} and config.model.remat={remat} it'
-              f' would be {memory["total_gb"]:.1f} GB.'
+              f'With config.accumulate={parts} and config.model.remat={remat}'
+              f' it would be {memory["total_gb"]:.1f} GB.'
           )
     return 'Use more devices, or a smaller model.'
 
