@@ -72,6 +72,7 @@ setuptools.setup(
         # 1.4 is the first release that works without TensorFlow. It is made
         # for Linux and up to Python 3.13; elsewhere, use the other backends.
         'scann>=1.4.2; sys_platform == "linux" and python_version < "3.14"',
+        'scipy>=1.15',
         'tensorflow-datasets>=4.9.9',
         'tokenizers>=0.21',
         'tqdm>=4.66',

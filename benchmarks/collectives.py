@@ -37,6 +37,7 @@ import jax
 
 jax.config.update('jax_num_cpu_devices', 64)
 
+import hlo_collectives  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
@@ -44,7 +45,6 @@ from realm_jax import config as config_lib  # noqa: E402
 from realm_jax.index import embedding  # noqa: E402
 from realm_jax.index import topk  # noqa: E402
 from realm_jax.models import components as components_lib  # noqa: E402
-from realm_jax.runtime import collectives  # noqa: E402
 from realm_jax.runtime import mesh as mesh_lib  # noqa: E402
 from realm_jax.trainer import optimizer  # noqa: E402
 from realm_jax.trainer import step  # noqa: E402
@@ -130,7 +130,7 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
       ),
   }
   found = {
-      name: collectives.read(
+      name: hlo_collectives.read(
           # The machine code is of no interest, so it may be slow.
           program.compile({'xla_backend_optimization_level': 0}).as_text(),
           n,
@@ -139,7 +139,7 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
   }
   needed = _needed(config, state.params)
   sent = {
-      name: collectives.bytes_sent(these) for name, these in found.items()
+      name: hlo_collectives.bytes_sent(these) for name, these in found.items()
   }
   total, design = sum(sent.values()), sum(needed.values())
   return {

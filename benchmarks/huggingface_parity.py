@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.interop import convert
-from realm_jax.interop import exporting
+from realm_jax.interop import export
 from realm_jax.interop import importing
 from realm_jax.interop import weights
 from realm_jax.models import components
@@ -241,7 +241,7 @@ def _round_trip(
   differing = 0
   for name in _NAMES:
     importing.run([str(folder / name)], folder / 'workdirs' / name, workers=1)
-    exporting.run(
+    export.run(
         folder / 'workdirs' / name, 'huggingface', folder / 'exported' / name
     )
     back = weights.open_folder(folder / 'exported' / name)

@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 
 from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
-from realm_jax.evaluation import statistics
+from realm_jax.evaluation import metrics
 from realm_jax.inference import trained as trained_lib
 from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.runtime import files
@@ -105,7 +105,7 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
   for what, found in (('filled_in', right), ('wordpieces', pieces)):
     for kind, results in found.items():
       values, rows = np.array(results, np.int64).reshape(-1, 2).T
-      low, high = statistics.interval(
+      low, high = metrics.interval(
           values, evaluate.sentence_clusters(trained.corpus, rows)
       )
       figures |= {

@@ -24,7 +24,7 @@ from matplotlib import figure as figure_lib
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.evaluation import ranking
+from realm_jax.evaluation import metrics
 from realm_jax.evaluation import report
 from realm_jax.qa import question_sets
 from realm_jax.runtime import files
@@ -116,8 +116,8 @@ def bm25(directory: pathlib.Path, dev: str) -> dict[str, Any]:
   )
   names = [q.passage_id or '' for q in questions]
   gold = [[row] for row in corpus.passage_rows_by_id(names).tolist()]
-  by_gold = ranking.gold_ranks(np.asarray(rows_BK), gold)
-  by_answer = ranking.answer_ranks(
+  by_gold = metrics.gold_ranks(np.asarray(rows_BK), gold)
+  by_answer = metrics.answer_ranks(
       np.asarray(rows_BK),
       [q.answers for q in questions],
       [q.match for q in questions],
@@ -125,7 +125,7 @@ def bm25(directory: pathlib.Path, dev: str) -> dict[str, Any]:
   )
   figures: dict[str, Any] = {'passages': len(texts), 'questions': len(names)}
   for kind, ranks in (('gold', by_gold), ('answer', by_answer)):
-    summary = ranking.summarize(ranks, rows_BK.shape[1], len(texts))
+    summary = metrics.ranking(ranks, rows_BK.shape[1], len(texts))
     for name, value in summary.items():
       figures[f'bm25_{kind}_{name}'] = round(value, 4)
   return figures

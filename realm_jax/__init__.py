@@ -25,7 +25,7 @@ __version__ = '0.1.0'
 # Where each is. Not imported here: workers of the input pipeline import this
 # module and must stay light.
 _PUBLIC = {
-    'OpenQA': 'realm_jax.api.open_qa',
+    'OpenQA': 'realm_jax.inference.answering',
     'Retriever': 'realm_jax.api.retriever',
 }
 

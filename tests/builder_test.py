@@ -1,5 +1,6 @@
 """The index builder: right embeddings, newest snapshot, alone, clean end."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -26,6 +27,7 @@ from realm_jax.models import components
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
+from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process as process_lib
 from realm_jax.runtime import snapshots as snapshots_lib
@@ -220,9 +222,9 @@ def test_build_takes_the_snapshot_that_training_did_not(
       open_qa=config_lib.OpenQaConfig(documents='frozen'),
   )
   shutil.rmtree(workdir / 'retriever' / '20')
-  assert builder._untaken(workdir, config, left) == 20
+  assert builder._checkpoint_without_snapshot(workdir, config, left) == 20
   # Its documents are to stay those of step 0.
-  assert builder._untaken(workdir, frozen, [0]) is None
+  assert builder._checkpoint_without_snapshot(workdir, frozen, [0]) is None
 
 
 def test_build_needs_a_job_and_a_snapshot(tmp_path, workdir):
@@ -269,7 +271,7 @@ def test_follow_builds_the_newest_and_leaves_when_training_is_done(
   index = workdir / 'index'
   follower = _Follower(workdir, start_timeout=60)
   _until((index / 'heartbeat.json').exists)
-  assert process_lib.read_heartbeat(index)['state'] in (
+  assert heartbeat_lib.read(index)['state'] in (
       'starting', 'waiting for the trainer'
   )
   for step in (0, 10, 20):  # A backlog: only the newest is of use.
@@ -284,7 +286,7 @@ def test_follow_builds_the_newest_and_leaves_when_training_is_done(
   follower.end()  # Not before the generation of the last snapshot.
   assert checkpoint.steps_in(index) == [20, 30]
   assert generation.read_manifest(index / '30')['params_digest'] == digest
-  heartbeat = process_lib.read_heartbeat(index)
+  heartbeat = heartbeat_lib.read(index)
   assert heartbeat['state'] == 'gone' and heartbeat['pid'] == os.getpid()
 
 
@@ -491,7 +493,7 @@ def test_what_was_begun_for_something_else_is_thrown_away(
 
 def test_a_second_builder_names_the_first(workdir, component):
   _snapshot(workdir, component, 0)
-  with process_lib.Lock(workdir / 'index'):
+  with process_lib.lock(workdir / 'index', 'index builder'):
     for start in (builder.build, builder.follow):
       with pytest.raises(RuntimeError, match=f'process {os.getpid()} on '):
         start(workdir)
@@ -502,19 +504,19 @@ def test_storage_without_locks_is_spoken_of(tmp_path, monkeypatch, caplog):
   def flock(file, how):
     raise OSError(errno.ENOLCK, 'No locks available')
 
-  monkeypatch.setattr(process_lib.fcntl, 'flock', flock)
-  with process_lib.Lock(tmp_path):
+  monkeypatch.setattr(files.fcntl, 'flock', flock)
+  with process_lib.lock(tmp_path, 'index builder'):
     pass
-  assert 'see to it that no second index builder works on' in caplog.text
+  assert 'make sure that no second index builder runs on' in caplog.text
 
 
 def test_the_lock_is_waited_for_if_asked(tmp_path):
-  first = process_lib.Lock(tmp_path)
-  first.__enter__()
-  timer = threading.Timer(0.3, first.__exit__)
+  first = contextlib.ExitStack()
+  first.enter_context(process_lib.lock(tmp_path, 'index builder'))
+  timer = threading.Timer(0.3, first.close)
   timer.start()
   start = time.monotonic()
-  with process_lib.Lock(tmp_path, patience=30):
+  with process_lib.lock(tmp_path, 'index builder', timeout=30):
     assert 0.2 < time.monotonic() - start < 20
   timer.join()
 
@@ -565,12 +567,12 @@ def test_as_a_process_it_leaves_on_sigterm_and_with_its_parent(
     assert process.wait(30) == 0
     assert 'leaves: SIGTERM' in (tmp_path / 'log').read_text()
     _until((orphaned / 'index' / 'heartbeat.json').exists)
-    child = process_lib.read_heartbeat(orphaned / 'index')['pid']
+    child = heartbeat_lib.read(orphaned / 'index')['pid']
     os.kill(child, 0)  # It is there.
     shell.kill()
     shell.wait()
     _until(
-        lambda: process_lib.read_heartbeat(orphaned / 'index')['state']
+        lambda: heartbeat_lib.read(orphaned / 'index')['state']
         == 'gone'
     )
   finally:

@@ -28,8 +28,9 @@ from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import inspect
 from realm_jax.index import generation
+from realm_jax.index import scann
 from realm_jax.index import search as search_lib
-from realm_jax.interop import exporting
+from realm_jax.interop import export
 from realm_jax.prepare import compaction as data_compaction
 from realm_jax.prepare import prepare
 from realm_jax.qa import questions as questions_lib
@@ -419,13 +420,13 @@ def test_scann_is_kept_and_what_was_added_is_searched_beside_it(
     published, table, scann_config, monkeypatch
 ):
   built = []
-  original = search_lib.ScannSearch.__init__
+  original = scann.ScannSearch.__init__
 
   def record(self, embeddings, config, directory=None, *args):
     built.append(directory)
     original(self, embeddings, config, directory, *args)
 
-  monkeypatch.setattr(search_lib.ScannSearch, '__init__', record)
+  monkeypatch.setattr(scann.ScannSearch, '__init__', record)
   rng = np.random.default_rng(1)
   removed = np.sort(rng.choice(3040, 200, replace=False)).astype(np.int64)
   index = documents_lib.Index(
@@ -581,9 +582,7 @@ def test_errors_name_what_is_wrong(workdir, tmp_path, corpus):
     editing.add(tmp_path / 'nowhere', [str(ids)])
   assert not (tmp_path / 'nowhere').exists()
   with (
-      process.Lock(
-          workdir / 'documents', what='command that changes documents'
-      ),
+      process.lock(workdir / 'documents', 'command that changes documents'),
       pytest.raises(RuntimeError, match='Another command that changes docu'),
   ):
     editing.delete(workdir, ids)
@@ -830,7 +829,7 @@ def test_evaluate_inspect_and_export_see_the_documents(
   shown = {document.id for document in found.documents}
   assert {'a', 'b#0'} <= shown and gone not in shown
 
-  exporting.run(workdir, 'index', tmp_path / 'out')
+  export.run(workdir, 'index', tmp_path / 'out')
   lines = (tmp_path / 'out/ids.jsonl').read_text().splitlines()
   names = [json.loads(line) for line in lines]
   assert len(names) == live and {*names} == shown

@@ -1,4 +1,4 @@
-"""Import, export and the public retriever, on the fixtures' checkpoints."""
+"""Import and export of the checkpoints in tests/fixtures."""
 
 import importlib.util
 import json
@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.api import open_qa as open_qa_lib
 from realm_jax.api import retriever as retriever_lib
 from realm_jax.builder import builder
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
-from realm_jax.interop import checkpoint_sources
 from realm_jax.interop import convert
-from realm_jax.interop import exported
-from realm_jax.interop import exporting
+from realm_jax.interop import export
+from realm_jax.interop import export_huggingface
 from realm_jax.interop import importing
 from realm_jax.interop import weights
 from realm_jax.models import components as components_lib
@@ -47,11 +44,6 @@ def workdirs(tmp_path_factory):
   return folder
 
 
-@pytest.fixture(scope='module')
-def retriever(workdirs):
-  return retriever_lib.Retriever.load(workdirs / 'open_qa')
-
-
 def _assert_same_tensors(ours, theirs):
   there, here = weights.open_folder(theirs), weights.open_folder(ours)
   for name, tensor in there.items():
@@ -63,7 +55,7 @@ def _assert_same_tensors(ours, theirs):
 
 @pytest.mark.parametrize('name', _NAMES)
 def test_a_round_trip_is_exact(workdirs, tmp_path, name):
-  folders = exporting.run(workdirs / name, 'huggingface', tmp_path / 'out')
+  folders = export.run(workdirs / name, 'huggingface', tmp_path / 'out')
   assert folders == [tmp_path / 'out']
   more = _assert_same_tensors(tmp_path / 'out', _FIXTURES / name)
   # What transformers leaves out, as a copy of another tensor.
@@ -86,10 +78,10 @@ def test_a_round_trip_is_exact(workdirs, tmp_path, name):
 
 
 def test_two_sources_make_one_job(workdirs, tmp_path):
-  workdir = exported.open_workdir(workdirs / 'both')
+  workdir = export_huggingface.Model.open(workdirs / 'both', None)
   assert set(workdir.params) == {'embedder', 'reader'}
-  assert workdir.config.objective == 'realm'
-  folders = exporting.run(workdirs / 'both', 'huggingface', tmp_path / 'out')
+  assert workdir.trained.config.objective == 'realm'
+  folders = export.run(workdirs / 'both', 'huggingface', tmp_path / 'out')
   assert folders == [tmp_path / 'out', tmp_path / 'out/encoder']
   _assert_same_tensors(folders[0], _FIXTURES / 'embedder')
   _assert_same_tensors(folders[1], _FIXTURES / 'encoder')
@@ -101,14 +93,14 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   """Every name of each class, also where nothing was imported."""
   workdir = tmp_path / 'trained'
   shutil.copytree(workdirs / 'both', workdir)
-  params = exported.open_workdir(workdir).params
+  params = export_huggingface.Model.open(workdir, None).params
   changed = jax.tree.map(lambda x: np.asarray(x) + 1, params)
   about = checkpoint.saved_about(workdir, 0) | {'corpus_fingerprint': 'f00d'}
   checkpoint.save_params(workdir, 7, changed, about)
   files.write_json(
       workdir / 'evaluation/7.json', {'step': 7, 'gold': {'mrr': 0.25}}
   )
-  exporting.run(
+  export.run(
       workdir,
       'huggingface',
       tmp_path / 'out',
@@ -120,7 +112,7 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
     names = set(weights.open_folder(_FIXTURES / fixture))
     found = set(weights.open_folder(tmp_path / 'out' / kind))
     assert {n for n in names if 'position_ids' not in n} <= found
-  again = checkpoint_sources.open_source(tmp_path / 'out/encoder')
+  again = importing.open_source(tmp_path / 'out/encoder')
   reader = convert.load(again.tensors, again.config).params['reader']
   for name, value in changed['reader'].items():
     np.testing.assert_array_equal(reader[name], value)
@@ -136,7 +128,7 @@ def test_what_was_trained_is_exported_whole(workdirs, tmp_path):
   unused = weights.open_folder(tmp_path / 'out')
   assert not unused['cls.predictions.decoder.weight'].read().any()
   # Step 0 is still what it was.
-  exporting.run(workdir, 'huggingface', tmp_path / 'first', step=0)
+  export.run(workdir, 'huggingface', tmp_path / 'first', step=0)
   _assert_same_tensors(tmp_path / 'first', _FIXTURES / 'embedder')
 
 
@@ -147,7 +139,7 @@ def test_a_part_of_an_open_qa_checkpoint(tmp_path):
       components=['embedder'],
       workers=1,
   )
-  exporting.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
+  export.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
   config = json.loads((tmp_path / 'out/config.json').read_bytes())
   assert config['architectures'] == ['RealmEmbedder']
   there = weights.open_folder(_FIXTURES / 'open_qa')
@@ -166,7 +158,7 @@ def test_half_precision_comes_back_in_half_precision(tmp_path):
       {name: t.read().astype(np.float16) for name, t in tensors.items()},
   )
   importing.run([str(folder)], tmp_path / 'workdir')
-  exporting.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
+  export.run(tmp_path / 'workdir', 'huggingface', tmp_path / 'out')
   extra = _assert_same_tensors(tmp_path / 'out', folder)
   assert extra == {
       'cls.predictions.decoder.weight', 'cls.predictions.decoder.bias'
@@ -189,7 +181,7 @@ def test_an_import_is_a_workdir(workdirs):
       workdirs / 'bert', {'reader': _abstract(workdirs / 'bert', 'reader')}
   )
   assert step == 0
-  source = checkpoint_sources.open_source(_FIXTURES / 'bert')
+  source = importing.open_source(_FIXTURES / 'bert')
   loaded = convert.load(source.tensors, source.config)
   for name, value in loaded.params['reader'].items():
     np.testing.assert_array_equal(found['reader'][name], value)
@@ -241,121 +233,6 @@ def _other_corpus(tmp_path):
   return tmp_path / 'corpus2'
 
 
-def test_the_retriever_of_an_open_qa_checkpoint(workdirs, retriever):
-  with np.load(_FIXTURES / 'expected.npz') as file:
-    query_emb = file['open_qa/query_emb']
-    relevance = file['open_qa/relevance']
-  question = 'who is the cat of'
-  found = retriever.embed_queries([question])
-  assert found.dtype == np.float32
-  np.testing.assert_allclose(found, query_emb, atol=2e-5 * query_emb.max())
-  hits = retriever.search([question, 'red'], 3)
-  assert hits.rows.shape == hits.scores.shape == (2, 3)
-  assert hits.scores.dtype == np.float32
-  np.testing.assert_allclose(hits.scores[0], relevance, rtol=2e-5)
-  # The table that came with the checkpoint is what its embedder gives.
-  blocks = [
-      ('', retriever.passage(row)['text'] if row != 2 else '')
-      for row in range(7)
-  ]
-  table = weights.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
-  np.testing.assert_allclose(
-      retriever.embed_passages(blocks), table, atol=2e-5 * np.abs(table).max()
-  )
-
-
-def test_an_open_qa_checkpoint_answers_at_once(workdirs, retriever):
-  assert config_lib.read(workdirs / 'open_qa').objective == 'open_qa'
-  model = open_qa_lib.OpenQA.load(workdirs / 'open_qa')
-  question = 'who is the cat of'
-  answer = model.answer(question, k=3)
-  hits = retriever.search([question], 3)
-  assert [p.row for p in answer.passages] == hits.rows[0].tolist()
-  best = answer.passages[answer.best]
-  assert answer.text and answer.text == best.text[best.start : best.limit]
-
-
-def test_a_retriever_is_the_same_from_anywhere(workdirs, retriever, tmp_path):
-  exporting.run(workdirs / 'open_qa', 'huggingface', tmp_path / 'out')
-  question = ['who is the cat']
-  for place in (_FIXTURES / 'open_qa', tmp_path / 'out'):
-    other = retriever_lib.Retriever.load(place)
-    # Not bit by bit: the workdir's queries are shorter, and padded less.
-    np.testing.assert_allclose(
-        other.embed_queries(question),
-        retriever.embed_queries(question),
-        atol=1e-5,
-    )
-    np.testing.assert_array_equal(
-        other.search(question, 3).rows, retriever.search(question, 3).rows
-    )
-    with pytest.raises(ValueError, match='without a corpus'):
-      other.passage(0)
-
-
-def test_the_retriever_embeds_as_training_does(workdirs):
-  """Long, short and empty texts; bucketed and batched, in the given order."""
-  tokenizer = tokenizer_lib.Tokenizer.from_source(str(workdirs / 'embedder'))
-  found = retriever_lib.Retriever.load(
-      workdirs / 'embedder', query_length=8, passage_length=12
-  )
-  texts = ['the cat', '', 'red ' * 30, 'who']
-  ids = inputs.encode_queries(texts, 8, tokenizer)
-  workdir = exported.open_workdir(workdirs / 'embedder')
-  component, params = workdir.components['embedder'], workdir.params['embedder']
-  want = component.apply(params, 'embed_query', ids)
-  np.testing.assert_allclose(
-      found.embed_queries(texts), want, rtol=1e-4, atol=1e-5
-  )
-  pairs = [('cat', 'red'), ('', ''), ('the ' * 30, 'x'), ('a', 'of ' * 30)]
-  tokens, offsets, titles = [], [0], []
-  for title, body in pairs:
-    title, body = tokenizer.encode(title), tokenizer.encode(body)
-    tokens += title + body
-    titles.append(len(title))
-    offsets.append(len(tokens))
-  table = corpus_lib.PassageTable(
-      np.array(tokens, np.uint16),
-      np.array(offsets),
-      np.array(titles, np.int32),
-      np.arange(4, dtype=np.int32),
-  )
-  ids, types = inputs.assemble_documents(table, np.arange(4), 12, tokenizer)
-  want = component.apply(params, 'embed_document', ids, types)
-  np.testing.assert_allclose(
-      found.embed_passages(pairs), want, rtol=1e-4, atol=1e-5
-  )
-  assert found.embed_queries([]).shape == (0, 16)
-  one_by_one = [found.embed_queries([text])[0] for text in texts]
-  np.testing.assert_allclose(
-      found.embed_queries(texts), one_by_one, rtol=1e-4, atol=1e-5
-  )
-
-
-def test_what_a_retriever_refuses(workdirs, retriever, tmp_path):
-  load = retriever_lib.Retriever.load
-  with pytest.raises(ValueError, match='list of strings'):
-    retriever.embed_queries('one text')
-  with pytest.raises(ValueError, match='pair'):
-    retriever.embed_passages(['one text'])
-  with pytest.raises(ValueError, match='only span_reader'):
-    load(workdirs / 'reader')
-  with pytest.raises(ValueError, match='has no retriever'):
-    load(_FIXTURES / 'encoder')
-  with pytest.raises(ValueError, match='BERT without a retriever'):
-    load(_FIXTURES / 'bert')
-  with pytest.raises(ValueError, match='without an index'):
-    load(_FIXTURES / 'embedder').search(['a'], 1)
-  with pytest.raises(FileNotFoundError, match='realm-jax index'):
-    load(workdirs / 'embedder').search(['a'], 1)
-  with pytest.raises(ValueError, match='passage_length=41'):
-    load(workdirs / 'embedder', passage_length=41)
-  with pytest.raises(FileNotFoundError, match='checkpoints'):
-    load(workdirs / 'embedder', step=5)
-  with pytest.raises(ValueError, match='no steps'):
-    load(_FIXTURES / 'embedder', step=5)
-
-
 def _st_embed(folder, ids, types):
   """What sentence-transformers computes with its modules, in numpy and JAX."""
   values = json.loads((folder / 'config.json').read_bytes())
@@ -388,13 +265,14 @@ def _st_embed(folder, ids, types):
 
 @pytest.mark.parametrize('name', ['embedder', 'scorer'])
 def test_sentence_transformers(workdirs, tmp_path, name):
-  folders = exporting.run(
+  folders = export.run(
       workdirs / name, 'sentence-transformers', tmp_path / 'out'
   )
   names = ['query', 'document'] if name == 'scorer' else ['']
   assert folders == [tmp_path / 'out' / tower for tower in names]
-  workdir = exported.open_workdir(workdirs / name)
-  embedder, params = workdir.components['embedder'], workdir.params['embedder']
+  workdir = export_huggingface.Model.open(workdirs / name, None)
+  embedder = workdir.trained.components['embedder']
+  params = workdir.params['embedder']
   ids = np.array([[3, 9, 8, 4, 7, 4], [3, 10, 4, 0, 0, 0]], np.int32)
   types = np.array([[0, 0, 0, 0, 1, 1], [0] * 6], np.int32)
   for tower, folder in zip(names, folders, strict=True):
@@ -413,7 +291,7 @@ def test_sentence_transformers(workdirs, tmp_path, name):
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_index(workdirs, tmp_path, dtype):
-  exporting.run(
+  export.run(
       workdirs / 'open_qa', 'index', tmp_path / 'out', dtype=dtype
   )
   table = weights.open_folder(_FIXTURES / 'open_qa')['block_emb'].read()
@@ -443,127 +321,10 @@ def test_an_embedding_too_large_for_half_precision(tmp_path):
   weights.write_safetensors(folder / 'model.safetensors', tensors)
   importing.run([str(folder)], tmp_path / 'workdir', workers=1)
   with pytest.raises(ValueError, match='float16'):
-    exporting.run(
+    export.run(
         tmp_path / 'workdir', 'index', tmp_path / 'out', dtype='float16'
     )
   assert not (tmp_path / 'out').exists()
-
-
-def test_what_cannot_be_imported(tmp_path, workdirs):
-  def run(*names, **options):
-    importing.run([str(n) for n in names], tmp_path / 'out', **options)
-
-  with pytest.raises(FileNotFoundError, match='no folder'):
-    run('/nowhere/at/all')
-  with pytest.raises(FileNotFoundError, match=r'config\.json'):
-    run(tmp_path)
-  with pytest.raises(ValueError, match='Both .* have the component reader'):
-    run(_FIXTURES / 'bert', _FIXTURES / 'encoder')
-  with pytest.raises(ValueError, match="of which .'span_reader'. are wanted"):
-    run(_FIXTURES / 'bert', components=['span_reader'])
-  with pytest.raises(FileExistsError, match='not empty'):
-    importing.run([str(_FIXTURES / 'bert')], workdirs)
-  assert not (tmp_path / 'out').exists()
-
-
-def test_sources_of_different_models(tmp_path):
-  folder = tmp_path / 'encoder'
-  shutil.copytree(_FIXTURES / 'encoder', folder)
-  values = json.loads((folder / 'config.json').read_bytes())
-  values['hidden_act'] = 'gelu'
-  (folder / 'config.json').write_text(json.dumps(values))
-  with pytest.raises(ValueError, match="activation: 'gelu_new' and 'gelu'"):
-    importing.run(
-        [str(_FIXTURES / 'embedder'), str(folder)], tmp_path / 'out'
-    )
-  text = (folder / 'vocab.txt').read_text().replace('cat', 'dog')
-  (folder / 'vocab.txt').write_text(text)
-  with pytest.raises(ValueError, match='different vocabularies'):
-    importing.run(
-        [str(_FIXTURES / 'embedder'), str(folder)], tmp_path / 'out'
-    )
-
-
-def test_a_vocabulary_of_another_size(tmp_path):
-  folder = tmp_path / 'source'
-  shutil.copytree(_FIXTURES / 'embedder', folder)
-  with (folder / 'vocab.txt').open('ab') as file:
-    file.write(b'more\r\n')
-  with pytest.raises(ValueError, match='has 65 wordpieces, .* made for 64'):
-    importing.run([str(folder)], tmp_path / 'out')
-  importing.run(
-      [str(folder)], tmp_path / 'out', vocab=str(_FIXTURES / 'embedder')
-  )
-  (folder / 'vocab.txt').unlink()
-  with pytest.raises(FileNotFoundError, match=r'neither vocab\.txt'):
-    importing.run([str(folder)], tmp_path / 'other')
-
-
-def test_documents_that_do_not_fit_their_embeddings(tmp_path):
-  folder = tmp_path / 'source'
-  shutil.copytree(_FIXTURES / 'open_qa', folder)
-  blocks = folder / 'block_records.npy'
-  np.save(blocks, np.array([b'a', b'b'], object), allow_pickle=True)
-  with pytest.raises(ValueError, match='2 documents, .* embeddings of 7'):
-    importing.run([str(folder)], tmp_path / 'out', workers=1)
-  assert not (tmp_path / 'out').exists()
-  blocks.unlink()
-  # Without documents there is no index, but what there is can be used.
-  importing.run([str(folder)], tmp_path / 'out')
-  with pytest.raises(FileNotFoundError, match='realm-jax index'):
-    exporting.run(
-        tmp_path / 'out', 'huggingface', tmp_path / 'again', classes=['openqa']
-    )
-  exporting.run(tmp_path / 'out', 'huggingface', tmp_path / 'again')
-  back = weights.open_folder(tmp_path / 'again')
-  there = weights.open_folder(_FIXTURES / 'embedder')
-  for name in there:
-    if 'cls.predictions' not in name and 'position_ids' not in name:
-      assert back[name].read().tobytes() == there[name].read().tobytes()
-  importing.run(
-      [str(folder)],
-      tmp_path / 'elsewhere',
-      blocks=str(_FIXTURES / 'open_qa/block_records.npy'),
-      workers=1,
-  )
-  assert (tmp_path / 'elsewhere/index/0').is_dir()
-
-
-def test_a_hub_id(tmp_path, monkeypatch):
-  """Only what is needed is fetched; what the hub lacks is no error."""
-  import huggingface_hub
-  from huggingface_hub import errors
-
-  fetched = []
-
-  def download(name, file):
-    assert name == 'someone/scorer'
-    path = _FIXTURES / 'scorer' / file
-    if not path.is_file():
-      raise errors.LocalEntryNotFoundError(f'no {file}')
-    fetched.append(file)
-    return str(path)
-
-  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
-  summary = importing.run(['someone/scorer'], tmp_path / 'workdir')
-  assert summary['sources']['someone/scorer']['kind'] == 'scorer'
-  assert sorted(fetched) == [
-      'config.json',
-      'model-00001-of-00002.safetensors',
-      'model-00002-of-00002.safetensors',
-      'model.safetensors.index.json',
-      'tokenizer_config.json',
-      'vocab.txt',
-  ]
-
-  def offline(name, file):
-    raise errors.LocalEntryNotFoundError('offline')
-
-  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', offline)
-  with pytest.raises(FileNotFoundError, match='hub cannot be reached'):
-    importing.run(['someone/else'], tmp_path / 'other')
-  with pytest.raises(FileNotFoundError, match='There is no folder'):
-    importing.run([str(tmp_path / 'nothing')], tmp_path / 'other')
 
 
 def test_command_line(tmp_path):
@@ -603,7 +364,7 @@ def test_command_line(tmp_path):
 
 def test_what_cannot_be_exported(workdirs, tmp_path):
   def run(name, format, **options):
-    exporting.run(workdirs / name, format, tmp_path / 'out', **options)
+    export.run(workdirs / name, format, tmp_path / 'out', **options)
 
   with pytest.raises(ValueError, match='--format=onnx'):
     run('embedder', 'onnx')
@@ -628,11 +389,11 @@ def test_what_cannot_be_exported(workdirs, tmp_path):
 
 def test_a_built_index_is_of_the_embeddings(workdirs, tmp_path):
   """The builder's embeddings of the blocks are those of the checkpoint."""
-  workdir = exported.open_workdir(workdirs / 'open_qa')
+  workdir = export_huggingface.Model.open(workdirs / 'open_qa', None)
   embedder = embedding.PassageEmbedder(
-      workdir.components['embedder'],
-      workdir.corpus.passages,
-      workdir.tokenizer,
+      workdir.trained.components['embedder'],
+      workdir.trained.corpus.passages,
+      workdir.trained.tokenizer,
       40,
       mesh_lib.make_mesh(config_lib.MeshConfig()),
   )

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import process as process_lib
+from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
 from realm_jax.trainer import refresh
@@ -84,7 +85,7 @@ def workdir(built, tmp_path):
 def quick(monkeypatch):
   monkeypatch.setattr(builder, '_SHARD_ROWS', {'cpu': 16})
   monkeypatch.setattr(builder, '_ROOM_SECONDS', 0.05)
-  monkeypatch.setattr(process_lib, '_BEAT_SECONDS', 0.05)
+  monkeypatch.setattr(heartbeat_lib, '_BEAT_SECONDS', 0.05)
 
 
 def _snapshot(workdir, component, step, seed=None):
@@ -95,7 +96,18 @@ def _snapshot(workdir, component, step, seed=None):
 def _refresher(workdir, config, corpus, policy='eager', **kwargs):
   config = config_lib.from_dict(config_lib.to_dict(config))
   config.refresh.policy = policy
-  return refresh.Refresher(workdir, config, corpus=corpus, **kwargs)
+  probe = types.SimpleNamespace(
+      k=3,
+      embed=lambda _: np.ones((2, config.model.embedding_width), np.float32),
+  )
+  return refresh.Refresher(
+      workdir, config, corpus=corpus, probe=probe, **kwargs
+  )
+
+
+def _step(refresher, step):
+  """Begins a step, whose snapshots the test takes itself."""
+  return refresher.before_step(step, None, lambda step, wait: None)
 
 
 @contextlib.contextmanager
@@ -140,25 +152,25 @@ def _no_file_beyond(size):
 
 
 def _state(workdir):
-  return process_lib.read_heartbeat(workdir / 'index')['state']
+  return heartbeat_lib.read(workdir / 'index')['state']
 
 
 def test_a_full_disk_while_building(workdir, config, corpus, component, caplog):
   """Training goes on with the last generation; the builder waits for room."""
   index = workdir / 'index'
   refresher = _refresher(workdir, config, corpus)
-  refresher.adopt(0)
+  _step(refresher, 0)
   with caplog.at_level(logging.INFO), _following(workdir):
     _until(lambda: _state(workdir) == 'waiting')
     with _no_file_beyond(1000):
       _snapshot_made_before(workdir, component)
       _until(lambda: _state(workdir) == 'waiting for room on the disk')
-      assert not refresher.adopt(_INTERVAL)
+      assert not _step(refresher, _INTERVAL)
       assert refresher.generation_step == 0
       assert refresher.metrics(_INTERVAL)['refresh/age_steps'] == _INTERVAL
       assert checkpoint.steps_in(index) == [0]
       generation.load(index / '0')
-    _until(lambda: refresher.adopt(_INTERVAL))
+    _until(lambda: _step(refresher, _INTERVAL))
   assert refresher.generation_step == _INTERVAL
   message = f'No room to write {index}/.building-{_INTERVAL}/shard-00000.npy'
   assert message in caplog.text and 'File too large' in caplog.text
@@ -310,14 +322,14 @@ def test_damage_on_disk_is_never_searched(
   damage(path / name)
   eager = _refresher(workdir, config, corpus, step=_INTERVAL, generation=0)
   with caplog.at_level(logging.WARNING):
-    _until(lambda: eager.adopt(_INTERVAL) or 'goes on with' in caplog.text)
+    _until(lambda: _step(eager, _INTERVAL) or 'continues with' in caplog.text)
   assert eager.generation_step == 0
   assert str(path) in caplog.text
   scheduled = _refresher(
       workdir, config, corpus, 'scheduled', step=_INTERVAL, generation=0
   )
   with _following(workdir):
-    assert scheduled.adopt(2 * _INTERVAL)
+    assert _step(scheduled, 2 * _INTERVAL)
   assert scheduled.generation_step == _INTERVAL
   assert whole == {file.name: file.read_bytes() for file in path.glob('shard*')}
   assert all(not found.problems for found in status.verify(workdir))
@@ -339,7 +351,7 @@ def test_a_builder_slower_than_the_interval(
   last = 12 * _INTERVAL
   with _following(workdir):
     for step in range(0, last + 1, _INTERVAL):
-      refresher.adopt(step)
+      _step(refresher, step)
       used.append(refresher.generation_step)
       ages.append(refresher.metrics(step)['refresh/age_steps'])
       _snapshot(workdir, component, step)
@@ -408,9 +420,9 @@ def test_a_stopped_builder(
     _until(lambda: _state(workdir) == 'waiting')
     process.send_signal(signal.SIGSTOP)
     eager = _refresher(workdir, config, corpus)
-    eager.adopt(0)
+    _step(eager, 0)
     _snapshot(workdir, component, _INTERVAL)
-    assert not eager.adopt(_INTERVAL)
+    assert not _step(eager, _INTERVAL)
     assert eager.metrics(2 * _INTERVAL)['refresh/age_steps'] == 2 * _INTERVAL
     scheduled = _refresher(
         workdir, config, corpus, 'scheduled', step=_INTERVAL, generation=0
@@ -422,10 +434,10 @@ def test_a_stopped_builder(
 
     with caplog.at_level(logging.WARNING):
       threading.Thread(target=on_again).start()
-      assert scheduled.adopt(2 * _INTERVAL)
+      assert _step(scheduled, 2 * _INTERVAL)
     assert f'process {process.pid} on ' in caplog.text
     assert scheduled.generation_step == _INTERVAL
-    _until(lambda: eager.adopt(2 * _INTERVAL))
+    _until(lambda: _step(eager, 2 * _INTERVAL))
     assert eager.generation_step == _INTERVAL
   finally:
     process.kill()

@@ -37,7 +37,8 @@ _ALLOWED = {
 }
 _ALLOWED['recipes'] = {'config'}  # For experiments only.
 _ALLOWED['__main__'] = {'main'}
-_ALLOWED['__init__'] = {'api'}  # The public names, loaded when first used.
+# The public names are loaded when first used.
+_ALLOWED['__init__'] = {'api', 'inference'}
 # Workers of the input pipeline import these; they load no device library.
 _WITHOUT_DEVICES = ('corpus', 'qa', 'prepare')
 

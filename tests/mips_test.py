@@ -172,12 +172,11 @@ def test_the_table_is_read_in_slices():
 
 
 def test_exact_rows_visits_a_large_table_part_by_part(monkeypatch):
-  monkeypatch.setattr(search_lib, '_PART_ROWS', 100)
+  monkeypatch.setattr(search_lib, '_STREAMED_ROWS', 100)
   rng = np.random.default_rng(3)
   table, queries = _integers(rng, 505, 8), _integers(rng, 4, 8)
-  np.testing.assert_array_equal(
-      search_lib.exact_rows(table, queries, 9), _reference(table, queries, 9)
-  )
+  found = search_lib.StreamedSearch(table).search(queries, 9)
+  np.testing.assert_array_equal(found, _reference(table, queries, 9))
 
 
 @pytest.mark.parametrize('backend', ['exact', 'approx', 'scann'])
@@ -263,7 +262,7 @@ def test_scann_tree_finds_what_exact_search_finds(tmp_path):
   size = sum(f.stat().st_size for f in (tmp_path / 'here').iterdir())
   assert size < table.nbytes / 2
   loaded = search_lib.make_search(
-      config, table, scann_directory=tmp_path / 'here'
+      config, table, saved=tmp_path / 'here'
   )
   np.testing.assert_array_equal(loaded.search(queries, 8), found)
 
@@ -272,11 +271,11 @@ def test_scann_refuses_what_it_did_not_write(tmp_path):
   table = np.ones((30, 4), np.float32)
   config = config_lib.MipsConfig(backend='scann')
   with pytest.raises(FileNotFoundError, match='no ScaNN index'):
-    search_lib.make_search(config, table, scann_directory=tmp_path)
+    search_lib.make_search(config, table, saved=tmp_path)
   search_lib.make_search(config, table).save(tmp_path)
   (tmp_path / 'scann_docids.pkl').write_bytes(b'cos\nsystem\n')
   with pytest.raises(ValueError, match='pickle'):
-    search_lib.make_search(config, table, scann_directory=tmp_path)
+    search_lib.make_search(config, table, saved=tmp_path)
   config.num_leaves = 31
   with pytest.raises(ValueError, match='more than the 30 rows'):
     search_lib.make_search(config, table)
@@ -342,7 +341,7 @@ def test_how_many_rows_are_left_is_counted(data):
   for start, limit in ranges:
     gone |= {*range(start, min(limit, rows))}
   table = np.arange(rows, dtype=np.float32)[:, None]
-  search = search_lib.ScannSearch(
+  search = scann.ScannSearch(
       table,
       config_lib.MipsConfig(backend='scann'),
       removed=np.array(sorted(removed), np.int64),
@@ -360,7 +359,7 @@ def test_how_many_rows_are_left_is_counted(data):
 def test_a_streamed_table_gives_what_one_on_the_devices_gives(
     shape, monkeypatch
 ):
-  monkeypatch.setattr(search_lib, '_PART_ROWS', 1024)
+  monkeypatch.setattr(search_lib, '_STREAMED_ROWS', 1024)
   rng = np.random.default_rng(6)
   table, queries = _integers(rng, 2500, 8), _integers(rng, 5, 8)
   removed = np.sort(rng.choice(2500, 1000, replace=False))
@@ -414,12 +413,12 @@ def test_scann_built_in_parts_numbers_the_rows_as_the_table(parts, tmp_path):
   assert search_lib.recall(search, exact, queries, 8) > 0.95
   search.save(tmp_path)
   assert not list(tmp_path.glob('dataset*'))  # Codes, but no vectors.
-  loaded = search_lib.make_search(config, table, scann_directory=tmp_path)
+  loaded = search_lib.make_search(config, table, saved=tmp_path)
   np.testing.assert_array_equal(
       loaded.search(queries, 8), search.search(queries, 8)
   )
   with pytest.raises(ValueError, match='of 6000 rows; the table has 5999'):
-    search_lib.make_search(config, table[:-1], scann_directory=tmp_path)
+    search_lib.make_search(config, table[:-1], saved=tmp_path)
 
 
 def test_scann_never_finds_removed_rows_however_many(parts, tmp_path):
@@ -432,7 +431,7 @@ def test_scann_never_finds_removed_rows_however_many(parts, tmp_path):
   exact = search_lib.ExactSearch(table)
   near = np.unique(exact.search(queries, 250))
   for removed in (some, near, np.arange(20, 6000)):
-    search = search_lib.ScannSearch(table, config, tmp_path, removed)
+    search = scann.ScannSearch(table, config, tmp_path, removed)
     found = search.search(queries, 8)
     assert not np.isin(found, removed).any()
     expected = search_lib.ExactSearch(table, removed=removed).search(queries, 8)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import training_test
 
+import realm_jax
 from realm_jax import config as config_lib
-from realm_jax.api import open_qa as open_qa_api
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
@@ -273,7 +273,7 @@ def test_nothing_retrieved_changes_nothing(world):
 
 def test_an_answer_is_a_part_of_its_passage(trained, world):
   _, workdir = trained
-  loaded = open_qa_api.OpenQA.load(workdir)
+  loaded = realm_jax.OpenQA.load(workdir)
   question = question_sets.read(world / 'questions.jsonl')[0].question
   answer = loaded.answer(question, k=2)
   assert answer.question == question
@@ -335,7 +335,7 @@ def test_what_is_wrong_is_said_before_any_work(world, realm, tmp_path):
   with pytest.raises(ValueError, match='open_qa.read=13.*retrieved \\(12\\)'):
     training_test.run(make_config(world, open_qa__read=13), tmp_path)
   with pytest.raises(ValueError, match='cannot answer questions'):
-    open_qa_api.OpenQA.load(realm)
+    realm_jax.OpenQA.load(realm)
 
 
 def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):

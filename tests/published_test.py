@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from realm_jax.interop import block_records
-from realm_jax.interop import checkpoint_sources
 from realm_jax.interop import convert
+from realm_jax.interop import importing
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 
@@ -33,7 +33,7 @@ _if_all = pytest.mark.skipif(
 
 
 def _load(name, component, **changes):
-  source = checkpoint_sources.open_source(name, blocks=False)
+  source = importing.open_source(name, blocks=False)
   loaded = convert.load(
       source.tensors, source.config | changes, [component]
   )
@@ -121,7 +121,7 @@ def test_open_qa():
 
 def test_open_qa_of_the_fixture():
   answer, row = _answer(str(_FIXTURES / 'open_qa'), 'who is the cat of')
-  tokenizer = checkpoint_sources.open_source(_FIXTURES / 'open_qa').tokenizer
+  tokenizer = importing.open_source(_FIXTURES / 'open_qa').tokenizer
   with np.load(_FIXTURES / 'expected.npz') as file:
     assert answer == tokenizer.decode(file['open_qa/answer_ids'])
     # The block that the reader chose, by its words.
@@ -134,7 +134,7 @@ def test_open_qa_of_the_fixture():
 
 def _answer(name, question):
   """Asks an open-QA checkpoint as transformers does: text and row."""
-  source = checkpoint_sources.open_source(name)
+  source = importing.open_source(name)
   loaded = convert.load(source.tensors, source.config)
   config, tokenizer = loaded.config, source.tokenizer
   beam = source.config['reader_beam_size']

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from realm_jax.evaluation import ranking
+from realm_jax.evaluation import metrics
 
 _DOC_IDS_BK = np.array([[7, 3, 5], [1, 2, 0], [4, 6, 8], [9, 0, 1]])
 
 
 def test_gold_ranks():
-  ranks = ranking.gold_ranks(_DOC_IDS_BK, [[3], [5], [8, 6], []])
+  ranks = metrics.gold_ranks(_DOC_IDS_BK, [[3], [5], [8, 6], []])
   np.testing.assert_array_equal(ranks, [2, 0, 2, 0])
 
 
@@ -21,7 +21,7 @@ def test_answer_ranks_look_at_texts_with_the_questions_own_matcher():
     asked.append(row)
     return texts[row]
 
-  ranks = ranking.answer_ranks(
+  ranks = metrics.answer_ranks(
       _DOC_IDS_BK,
       [['USA'], ['age 2'], ['passage .*8$'], ['9', 'passage 1']],
       ['string', 'string', 'regex', 'string'],
@@ -32,10 +32,10 @@ def test_answer_ranks_look_at_texts_with_the_questions_own_matcher():
 
 
 def test_summarize():
-  metrics = ranking.summarize(
+  found = metrics.ranking(
       np.array([1, 2, 0, 10, 6]), depth=10, num_documents=1000
   )
-  assert metrics == {
+  assert found == {
       'recall_at_1': pytest.approx(1 / 5),
       'recall_at_5': pytest.approx(2 / 5),
       'mrr': pytest.approx((1 + 1 / 2 + 0 + 1 / 10 + 1 / 6) / 5),
@@ -43,20 +43,20 @@ def test_summarize():
 
 
 def test_a_small_corpus_has_every_cutoff():
-  metrics = ranking.summarize(np.array([3, 0]), depth=4, num_documents=4)
-  assert metrics['recall_at_1'] == 0.0
-  assert metrics['recall_at_5'] == 0.5
-  assert metrics['recall_at_100'] == 0.5
+  found = metrics.ranking(np.array([3, 0]), depth=4, num_documents=4)
+  assert found['recall_at_1'] == 0.0
+  assert found['recall_at_5'] == 0.5
+  assert found['recall_at_100'] == 0.5
 
 
 @pytest.mark.parametrize(
     'call, message',
     [
-        (lambda: ranking.summarize(np.array([], int), 5, 9), 'no question'),
-        (lambda: ranking.summarize(np.array([6]), 5, 9), 'between 0 and'),
-        (lambda: ranking.gold_ranks(_DOC_IDS_BK, [[1]]), 'against 1'),
+        (lambda: metrics.ranking(np.array([], int), 5, 9), 'no question'),
+        (lambda: metrics.ranking(np.array([6]), 5, 9), 'between 0 and'),
+        (lambda: metrics.gold_ranks(_DOC_IDS_BK, [[1]]), 'against 1'),
         (
-            lambda: ranking.answer_ranks(_DOC_IDS_BK, [], [], str),
+            lambda: metrics.answer_ranks(_DOC_IDS_BK, [], [], str),
             'against 0',
         ),
     ],
@@ -70,8 +70,8 @@ def test_random_ranks_agree_with_counting():
   rng = np.random.default_rng(0)
   doc_ids_BK = np.stack([rng.permutation(50)[:20] for _ in range(40)])
   gold = rng.integers(0, 50, 40)
-  ranks = ranking.gold_ranks(doc_ids_BK, [[g] for g in gold])
-  metrics = ranking.summarize(ranks, 20, 50, cutoffs=(1, 3, 20))
+  ranks = metrics.gold_ranks(doc_ids_BK, [[g] for g in gold])
+  found = metrics.ranking(ranks, 20, 50, cutoffs=(1, 3, 20))
   for k in (1, 3, 20):
     hits = [g in row[:k] for g, row in zip(gold, doc_ids_BK, strict=True)]
-    assert metrics[f'recall_at_{k}'] == pytest.approx(np.mean(hits))
+    assert found[f'recall_at_{k}'] == pytest.approx(np.mean(hits))

@@ -19,7 +19,8 @@ from realm_jax.index import generation
 from realm_jax.index import search
 from realm_jax.index import topk
 from realm_jax.runtime import checkpoint
-from realm_jax.runtime import process
+from realm_jax.runtime import files
+from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
 from realm_jax.trainer import refresh
@@ -69,32 +70,53 @@ def _publish(workdir, step, **lineage):
   )
 
 
+class _Probe:
+  """Fixed queries; `overlap` is what they say of a stale index."""
+
+  k = 5
+
+  def __init__(self):
+    self.asked = 0
+    self.overlap = 0.0
+    self.query_emb_BE = _embeddings(100)[:20]
+
+  def embed(self, params):
+    return self.query_emb_BE
+
+  def overlap_with_current(self, params, search):
+    self.asked += 1
+    return self.overlap
+
+
 def _refresher(workdir, policy='sync', *, lag=4, **kwargs):
   return refresh.Refresher(
-      workdir, _config(policy, lag=lag), corpus=_CORPUS, **kwargs
+      workdir, _config(policy, lag=lag), corpus=_CORPUS,
+      **{'probe': _Probe(), **kwargs},
   )
 
 
-def _begin_step(refresher, workdir, policy, step, publish):
-  """The order of the training loop: see trainer/loop.py."""
-  first = step == 0 or (policy == 'sync' and step % _INTERVAL == 0)
-  if first:
-    _snapshot(workdir, step)
-    publish(step)
-  refresher.adopt(step)
-  if not first and refresher.snapshot_due(step, lambda: _STILL_RIGHT[step]):
-    _snapshot(workdir, step)
-    publish(step)
+def _step(refresher, step, take_snapshot=lambda step: None):
+  """Begins a step; by default the snapshots exist already."""
+  return refresher.before_step(
+      step, None, lambda step, wait: take_snapshot(step)
+  )
 
 
 def _run(workdir, policy, steps, publish, start=0, saved=None, lag=4):
   """Returns the generation of each step, and what a checkpoint would hold."""
   used, about = [], {}
+  probe = _Probe()
   refresher = _refresher(
-      workdir, policy, lag=lag, step=start, **(saved or {})
+      workdir, policy, lag=lag, probe=probe, step=start, **(saved or {})
   )
+
+  def take_snapshot(step):
+    _snapshot(workdir, step)
+    publish(step)
+
   for step in range(start, steps):
-    _begin_step(refresher, workdir, policy, step, publish)
+    probe.overlap = _OVERLAP.get(step, 1.0)
+    _step(refresher, step, take_snapshot)
     about[step] = {
         'generation': refresher.generation_step, 'pending': refresher.pending
     }
@@ -110,9 +132,8 @@ def _run(workdir, policy, steps, publish, start=0, saved=None, lag=4):
   return used, about
 
 
-# What the probe would say at the steps at which `adaptive` asks; the bound is
-# 0.8.
-_STILL_RIGHT = {4: 0.9, 8: 0.79, 12: 0.5}
+# What the probe says at the steps at which `adaptive` asks; the bound is 0.8.
+_OVERLAP = {4: 0.9, 8: 0.79, 12: 0.5}
 _EXPECTED = {
     ('none', 4): [0] * 14,
     ('adaptive', 4): [0] * 12 + [8] * 2,
@@ -189,7 +210,7 @@ def test_who_was_stopped_while_waiting_waits_for_the_same_again(tmp_path):
 
 
 def test_scheduled_is_loaded_before_it_is_due(tmp_path, monkeypatch):
-  monkeypatch.setattr(refresh, '_LOOK_SECONDS', 0.0)
+  monkeypatch.setattr(refresh, '_POLL_SECONDS', 0.0)
   loaded = threading.Event()
 
   def make_search(made):
@@ -201,16 +222,18 @@ def test_scheduled_is_loaded_before_it_is_due(tmp_path, monkeypatch):
   refresher = _refresher(
       tmp_path, 'scheduled', lag=3, make_search=make_search
   )
+
+  def take_snapshot(step):
+    _snapshot(tmp_path, step)
+    _publish(tmp_path, step)
+
   for step in range(6):
-    _begin_step(
-        refresher, tmp_path, 'scheduled', step,
-        lambda step: _publish(tmp_path, step),
-    )
+    _step(refresher, step, take_snapshot)
   assert loaded.wait(20)
   assert refresher.generation_step == 0  # Loaded, but not due.
   assert generation.in_use(tmp_path / 'index') == {0, 4}
-  assert not refresher.adopt(6)
-  assert refresher.adopt(7)
+  assert not _step(refresher, 6)
+  assert _step(refresher, 7)
   assert refresher.generation_step == 4
   _until(lambda: generation.in_use(tmp_path / 'index') == {4})
   refresher.close()
@@ -224,18 +247,18 @@ def _until(condition):
 
 
 def _eager(workdir, monkeypatch, **kwargs):
-  monkeypatch.setattr(refresh, '_LOOK_SECONDS', 0.0)
+  monkeypatch.setattr(refresh, '_POLL_SECONDS', 0.0)
   refresher = _refresher(workdir, 'eager', **kwargs)
   _snapshot(workdir, 0)
   _publish(workdir, 0)
-  assert refresher.adopt(0)
+  assert _step(refresher, 0)
   return refresher
 
 
 def _adopt_until(refresher, step, number):
   deadline = time.monotonic() + 20
   while refresher.generation_step != number:
-    refresher.adopt(step)
+    _step(refresher, step)
     assert time.monotonic() < deadline
     time.sleep(0.01)
 
@@ -252,11 +275,11 @@ def test_eager_never_waits_and_takes_the_newest(tmp_path, monkeypatch):
   for step in range(1, 12):
     if step % _INTERVAL == 0:
       _snapshot(tmp_path, step)
-    assert not refresher.adopt(step)  # Nothing new: on with the old.
+    assert not _step(refresher, step)  # Nothing new: on with the old.
   _publish(tmp_path, 4)
   _publish(tmp_path, 8)
   for _ in range(20):
-    assert not refresher.adopt(12)  # It is still being loaded.
+    assert not _step(refresher, 12)  # It is still being loaded.
   go.set()
   _adopt_until(refresher, 12, 8)  # 4 is skipped.
   assert refresher.num_adopted == 2
@@ -264,7 +287,7 @@ def test_eager_never_waits_and_takes_the_newest(tmp_path, monkeypatch):
   _snapshot(tmp_path, 16)
   _publish(tmp_path, 16)
   for _ in range(5):
-    assert not refresher.adopt(13)
+    assert not _step(refresher, 13)
     time.sleep(0.02)
   _adopt_until(refresher, 16, 16)
   refresher.close()
@@ -278,9 +301,9 @@ def test_eager_goes_on_with_the_last_good_one(tmp_path, monkeypatch, caplog):
   _snapshot(tmp_path, 8)
   with caplog.at_level(logging.ERROR):
     for step in range(5, 40):
-      assert not refresher.adopt(step)
+      assert not _step(refresher, step)
       time.sleep(0.01)
-  assert caplog.text.count('goes on with the index of step 0') == 1
+  assert caplog.text.count('continues with the index of step 0') == 1
   assert 'shard-00000.npy has sha256' in caplog.text
   _publish(tmp_path, 8)
   _adopt_until(refresher, 40, 8)
@@ -308,7 +331,7 @@ def test_a_damaged_generation_is_built_anew_once(tmp_path):
 
   thread = threading.Thread(target=rebuild, args=(False,))
   thread.start()
-  assert refresher.adopt(0)
+  assert _step(refresher, 0)
   thread.join()
   # Damaged each time it is built: the disk is at fault, and that is said.
   refresher = _refresher(tmp_path)
@@ -316,7 +339,7 @@ def test_a_damaged_generation_is_built_anew_once(tmp_path):
   thread = threading.Thread(target=_rebuild_damaged, args=(tmp_path, path))
   thread.start()
   with pytest.raises(generation.Damaged, match='its manifest says'):
-    refresher.adopt(0)
+    _step(refresher, 0)
   thread.join()
 
 
@@ -338,9 +361,9 @@ def test_one_of_other_parameters_is_waited_out(tmp_path, caplog):
   timer = threading.Timer(0.5, _publish, (tmp_path, 0))
   timer.start()
   with caplog.at_level(logging.WARNING):
-    assert refresher.adopt(0)
+    assert _step(refresher, 0)
   timer.join()
-  assert refresher.generation_digest == digest
+  assert refresher._current.digest == digest
   assert refresher.waited_seconds > 0.3
   assert caplog.text.count('0123456789abcdef') == 1
   assert digest[:16] in caplog.text
@@ -352,7 +375,7 @@ def test_one_of_another_job_is_refused(tmp_path, field):
   _snapshot(tmp_path, 0)
   _publish(tmp_path, 0, **{field: 'theirs'})
   with pytest.raises(ValueError, match='does not belong to this job') as error:
-    refresher.adopt(0)
+    _step(refresher, 0)
   assert f"{field}: 'theirs' in the index" in str(error.value)
 
 
@@ -363,13 +386,13 @@ def test_one_copied_under_another_number_is_refused(tmp_path):
   _publish(tmp_path, 4).rename(tmp_path / 'index' / '0')
   _rewrite(tmp_path / 'index' / '0', params_digest=digest)
   with pytest.raises(ValueError, match='step: 4 in the index, 0 expected'):
-    refresher.adopt(0)
+    _step(refresher, 0)
 
 
 def _rewrite(path, **values):
   manifest = json.loads((path / 'manifest.json').read_text())
   manifest.update(values)
-  manifest['manifest_sha256'] = generation._manifest_digest(manifest)
+  manifest['manifest_sha256'] = files.manifest_digest(manifest)
   (path / 'manifest.json').write_text(json.dumps(manifest))
 
 
@@ -378,23 +401,25 @@ def test_a_newer_format_is_refused(tmp_path):
   _snapshot(tmp_path, 0)
   _rewrite(_publish(tmp_path, 0), format_version=99)
   with pytest.raises(ValueError, match='format 99, from a newer realm_jax'):
-    refresher.adopt(0)
+    _step(refresher, 0)
 
 
 def test_waiting_ends(tmp_path, monkeypatch):
   config = _config('sync')
   config.refresh.timeout = 0.2
-  refresher = refresh.Refresher(tmp_path, config, corpus=_CORPUS)
+  refresher = refresh.Refresher(
+      tmp_path, config, corpus=_CORPUS, probe=_Probe()
+  )
   _snapshot(tmp_path, 0)
-  with process.Heartbeat(tmp_path / 'index') as heartbeat:
+  with heartbeat_lib.Heartbeat(tmp_path / 'index') as heartbeat:
     heartbeat.beat('embedding', done=7, total=60, at_once=True)
     with pytest.raises(TimeoutError, match=r'index/0.*embedding 7 of 60'):
-      refresher.adopt(0)
+      _step(refresher, 0)
   monkeypatch.setattr(loader, '_SNAPSHOT_SECONDS', 0.1)
   config.refresh.timeout = 20.0
   shutil.rmtree(tmp_path / 'retriever')
   with pytest.raises(FileNotFoundError, match='its snapshot.*is gone'):
-    refresher.adopt(0)
+    _step(refresher, 0)
 
 
 def test_the_builders_health_is_looked_at(tmp_path):
@@ -408,26 +433,26 @@ def test_the_builders_health_is_looked_at(tmp_path):
   refresher = _refresher(tmp_path, health=health)
   _snapshot(tmp_path, 0)
   with pytest.raises(RuntimeError, match='three times'):
-    refresher.adopt(0)
+    _step(refresher, 0)
   # Also by a trainer that does not wait.
   calls.clear()
   _publish(tmp_path, 0)
-  refresher.adopt(0)
+  _step(refresher, 0)
   before = len(calls)
-  refresher.adopt(1)
+  _step(refresher, 1)
   assert len(calls) == before + 1
   refresher.close()
 
 
 def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(loader, '_STALE_SECONDS', 0.1)
-  monkeypatch.setattr(loader, '_SAY_SECONDS', 0.3)
+  monkeypatch.setattr(loader, '_LOG_SECONDS', 0.3)
   refresher = _refresher(tmp_path)
   _snapshot(tmp_path, 0)
   timer = threading.Timer(1.5, _publish, (tmp_path, 0))
   timer.start()
   with caplog.at_level(logging.WARNING):
-    refresher.adopt(0)
+    _step(refresher, 0)
   timer.join()
   said = f'start `realm-jax index --workdir={tmp_path} --follow`'
   assert 2 <= caplog.text.count(said) <= 6
@@ -437,7 +462,7 @@ def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
   done = threading.Event()
 
   def beat():
-    with process.Heartbeat(tmp_path / 'index') as heartbeat:
+    with heartbeat_lib.Heartbeat(tmp_path / 'index') as heartbeat:
       while not done.wait(0.02):
         heartbeat.beat('embedding', at_once=True)
 
@@ -447,7 +472,7 @@ def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
   timer.start()
   monkeypatch.setattr(loader, '_STALE_SECONDS', 0.7)
   with caplog.at_level(logging.WARNING):
-    refresher.adopt(4)
+    _step(refresher, 4)
   done.set()
   thread.join()
   timer.join()
@@ -467,34 +492,31 @@ def test_resuming_without_its_generation_names_the_command(tmp_path):
   refresher = _refresher(tmp_path, step=6, generation=4)
   assert refresher.generation_step == 4
   assert refresher.num_adopted == 0
-  assert not refresher.adopt(6)
+  assert not _step(refresher, 6)
 
 
 def test_staleness_is_measured(tmp_path):
   refresher = _refresher(tmp_path)
-  with pytest.raises(RuntimeError, match='before the first'):
+  with pytest.raises(RuntimeError, match='before the first step'):
     refresher.search  # noqa: B018
   assert refresher.metrics(0) == {}
   _snapshot(tmp_path, 0)
   _publish(tmp_path, 0)
-  refresher.adopt(0)
-  queries = _embeddings(100)[:20]
-  assert refresher.probe_overlap(queries, 5) is None  # None was there before.
+  _step(refresher, 0)
   values = refresher.metrics(3)
+  assert 'refresh/probe_overlap' not in values  # Nothing to compare with.
   assert values['refresh/age_steps'] == 3
   assert values['refresh/generation'] == 0
   assert 0 < values['refresh/age_seconds'] < 60
   assert 'refresh/drift_cosine' not in values
   _snapshot(tmp_path, 4)
   _publish(tmp_path, 4)
-  assert refresher.adopt(4)
-  old, new = _embeddings(0), _embeddings(4)
+  assert _step(refresher, 4)
+  old, new, queries = _embeddings(0), _embeddings(4), _embeddings(100)[:20]
   expected = search.overlap(
       search.ExactSearch(old).search(queries, 5),
       search.ExactSearch(new).search(queries, 5),
   )
-  assert refresher.probe_overlap(queries, 5) == expected
-  assert refresher.probe_overlap(queries, 5) is None  # The old one is let go.
   values = refresher.metrics(5)
   assert values['refresh/probe_overlap'] == expected
   cosines = [
@@ -510,62 +532,61 @@ def test_staleness_is_measured(tmp_path):
   refresher.close()
 
 
-def test_what_the_trainer_stands_still_for_is_counted(tmp_path):
+def test_the_time_training_stands_still_is_counted(tmp_path):
   refresher = _refresher(tmp_path)
-  expected = []
+
+  def take_snapshot(step):
+    time.sleep(0.1)
+    _snapshot(tmp_path, step)
+    _publish(tmp_path, step)
+
   for step in range(0, 9):
-    with refresher.standing_still():
-      time.sleep(0.02)
-      if step % _INTERVAL == 0:
-        _snapshot(tmp_path, step)
-        _publish(tmp_path, step)
-        expected.append(step)
-      refresher.adopt(step)
+    _step(refresher, step, take_snapshot)
     values = refresher.metrics(step)
-    assert values['refresh/stall_seconds'] >= 0.02 * (step + 1)
-  # Of the last refresh: all from the step after the adoption before it.
+    assert values['refresh/stall_seconds'] >= 0.1 * (step // _INTERVAL + 1)
+  # The last refresh: all steps since the one before.
   last = values['refresh/last_stall_seconds']
-  assert 4 * 0.02 <= last < values['refresh/stall_seconds'] - 4 * 0.02
+  assert 0.1 <= last < values['refresh/stall_seconds'] - 0.2
   assert 0 < values['refresh/swap_seconds'] < last
   assert 0 < values['refresh/load_seconds'] < last
   refresher.close()
 
 
-def test_waiting_for_the_step_before_is_no_standing_still(tmp_path):
+class _Busy:
+  """Parameters that the device is still computing."""
+
+  def block_until_ready(self):
+    time.sleep(1.0)
+    return self
+
+
+def test_the_end_of_the_last_step_is_no_stall(tmp_path):
   refresher = _refresher(tmp_path)
   _snapshot(tmp_path, 0)
   _publish(tmp_path, 0)
-  with refresher.standing_still():
-    refresher.adopt(0)
-    with refresher.training_goes_on():
-      time.sleep(2.0)
+  start = time.monotonic()
+  refresher.before_step(0, _Busy(), lambda step, wait: None)
+  assert time.monotonic() - start > 2.0  # Before the stall, and inside.
   values = refresher.metrics(0)
-  assert 0 < values['refresh/last_stall_seconds'] < 1.9
+  assert 0 < values['refresh/last_stall_seconds'] < 0.9
   assert values['refresh/stall_seconds'] == values['refresh/last_stall_seconds']
   refresher.close()
 
 
-def test_adaptive_says_what_it_decided(tmp_path):
-  refresher = _refresher(tmp_path, 'adaptive', lag=2)
-  asked = []
-
-  def still_right():
-    asked.append(0)
-    return 0.6
-
+def test_adaptive_records_its_decision(tmp_path):
+  probe, taken = _Probe(), []
+  refresher = _refresher(tmp_path, 'adaptive', lag=2, probe=probe)
+  probe.overlap = 0.6
   _snapshot(tmp_path, 0)
   _publish(tmp_path, 0)
-  assert refresher.snapshot_due(0, still_right)
-  refresher.adopt(0)
-  for step in range(1, 4):
-    refresher.adopt(step)
-    assert not refresher.snapshot_due(step, still_right)
-  assert not asked
+  for step in range(4):
+    _step(refresher, step, taken.append)
+  assert taken == [0] and not probe.asked
   assert 'refresh/fresh_overlap' not in refresher.metrics(3)
-  refresher.adopt(4)
-  assert refresher.snapshot_due(4, still_right)
-  assert refresher.snapshot_due(4, still_right)  # Decided is decided.
-  assert len(asked) == 1
+  _step(refresher, 4, taken.append)
+  assert refresher.pending == 4
+  _step(refresher, 4, taken.append)  # The decision is not made again.
+  assert taken == [0, 4, 4] and probe.asked == 1
   values = refresher.metrics(4)
   assert values['refresh/fresh_overlap'] == 0.6
   assert values['refresh/snapshot_due'] == 1.0
@@ -581,39 +602,27 @@ def test_the_old_generation_is_freed(tmp_path, monkeypatch):
   """Neither its search nor its table outlives the swap and its probe."""
   monkeypatch.setattr(loader, '_SAMPLE_ROWS', 7)
   refresher = _refresher(tmp_path, 'scheduled', lag=4)
-  searches, most = [], 0
-  # Of the table on the device, padded; nothing else has this shape.
+  searches, counts = [], []
+  # The shape of the padded table on the device; no other array has it.
   shape = (topk.ALIGN, _WIDTH)
   before = _live(shape)
+  probe = refresher._probe
+  probe.embed = lambda _: (
+      counts.append(_live(shape) - before) or probe.query_emb_BE
+  )
+
+  def take_snapshot(step):
+    _snapshot(tmp_path, step)
+    _publish(tmp_path, step)
+
   for step in range(24):
-    first = step == 0
-    if first:
-      _snapshot(tmp_path, 0)
-      _publish(tmp_path, 0)
-    if refresher.adopt(step):
+    if _step(refresher, step, take_snapshot):
       searches.append(weakref.ref(refresher.search))
-      most = max(most, _live(shape) - before)
-      refresher.probe_overlap(_embeddings(100)[:20], 5)
-    if not first and refresher.snapshot_due(step, lambda: 0.0):
-      _snapshot(tmp_path, step)
-      _publish(tmp_path, step)
     gc.collect()
     alive = [ref for ref in searches if ref() is not None]
     assert alive == searches[-1:], step
   assert len(searches) == 5
-  assert most == 2  # The old one and the new one, at the moment of the swap.
-  refresher.close()
-
-
-def test_the_old_table_is_let_go_without_a_probe(tmp_path):
-  refresher = _refresher(tmp_path)
-  for step in (0, 4):
-    _snapshot(tmp_path, step)
-    _publish(tmp_path, step)
-    refresher.adopt(step)
-  assert refresher._previous is not None
-  refresher.adopt(5)
-  assert refresher._previous is None
+  assert counts == [1, 2, 2, 2, 2]  # Old and new, during the swap.
   refresher.close()
 
 
@@ -626,7 +635,7 @@ def test_a_failing_builder_is_spoken_of_with_the_age_of_the_index(
     for step in range(1, 12):
       if step in (5, 7):
         failures[0] += 1
-      assert not refresher.adopt(step)  # It goes on, and does not wait.
+      assert not _step(refresher, step)  # It goes on, and does not wait.
   said = [record.message for record in caplog.records]
   assert len(said) == 2
   assert 'failed 1 times' in said[0] and 'of step 0, 5 steps and' in said[0]
@@ -639,7 +648,7 @@ def test_a_failing_builder_is_spoken_of_with_the_age_of_the_index(
 
   refresher._health = give_up
   with pytest.raises(RuntimeError, match='too often'):
-    refresher.adopt(12)
+    _step(refresher, 12)
   refresher.close()
 
 
@@ -650,17 +659,17 @@ def test_scheduled_waits_for_a_failing_builder_at_the_due_step_only(tmp_path):
   )
   _snapshot(tmp_path, 0)
   _publish(tmp_path, 0)
-  refresher.adopt(0)
+  _step(refresher, 0)
   waited = refresher.waited_seconds
   for step in range(1, 7):
     failures[0] = step
-    assert not refresher.adopt(step)
+    assert not _step(refresher, step)
     if step == 4:
       _snapshot(tmp_path, 4)
   assert refresher.waited_seconds == waited
   timer = threading.Timer(0.3, _publish, (tmp_path, 4))
   timer.start()
-  assert refresher.adopt(7)
+  assert _step(refresher, 7)
   timer.join()
   assert refresher.waited_seconds - waited > 0.2
   refresher.close()
@@ -673,9 +682,9 @@ def test_without_refresh_nobody_looks_after_the_builder(tmp_path):
   refresher = _refresher(tmp_path, 'none')
   _snapshot(tmp_path, 0)
   _publish(tmp_path, 0)
-  refresher.adopt(0)
+  _step(refresher, 0)
   refresher._health = give_up
-  assert not refresher.adopt(1)
+  assert not _step(refresher, 1)
   refresher.close()
 
 
@@ -716,11 +725,11 @@ def test_all_processes_adopt_the_same_at_the_same_step(
   """Under `eager`, however long one of them takes to load."""
   processes = _Processes(2)
   monkeypatch.setattr(refresh, 'distributed', processes)
-  monkeypatch.setattr(
-      refresh, 'jax', types.SimpleNamespace(process_count=lambda: 2)
-  )
-  monkeypatch.setattr(refresh, '_LOOK_SECONDS', 0.0)
-  monkeypatch.setattr(refresh, '_LOOK_STEPS', 2)
+  monkeypatch.setattr(refresh, 'jax', types.SimpleNamespace(
+      process_count=lambda: 2, block_until_ready=lambda params: params
+  ))
+  monkeypatch.setattr(refresh, '_POLL_SECONDS', 0.0)
+  monkeypatch.setattr(refresh, '_POLL_STEPS', 2)
   _snapshot(tmp_path, 0)
   _publish(tmp_path, 0)
   used = [[], []]
@@ -742,7 +751,7 @@ def test_all_processes_adopt_the_same_at_the_same_step(
       if rank == 0 and step in (4, 12, 20):
         _snapshot(tmp_path, step)
         _publish(tmp_path, step)
-      refresher.adopt(step)
+      _step(refresher, step)
       used[rank].append(refresher.generation_step)
       time.sleep(0.05)
     refresher.close()

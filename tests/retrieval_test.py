@@ -1,10 +1,8 @@
-"""`evaluate` and `inspect` on workdirs of untrained models."""
+"""`evaluate` on workdirs of untrained models."""
 
 import dataclasses
-import html.parser
 import itertools
 import json
-import math
 import re
 import shutil
 
@@ -17,7 +15,6 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
-from realm_jax.evaluation import inspect
 from realm_jax.evaluation import runs
 from realm_jax.index import generation
 from realm_jax.inference import trained as trained_lib
@@ -96,17 +93,17 @@ def questions(world):
 
 
 @pytest.fixture(scope='module')
-def _original(tmp_path_factory, corpus, config, saved):
+def original(tmp_path_factory, corpus, config, saved):
   path = tmp_path_factory.mktemp('original') / 'job'
   return _make_workdir(path, corpus, config, saved)
 
 
 @pytest.fixture
-def workdir(tmp_path, _original):
-  return shutil.copytree(_original, tmp_path / 'job')
+def workdir(tmp_path, original):
+  return shutil.copytree(original, tmp_path / 'job')
 
 
-def _apply(component, params, method, *inputs):
+def apply(component, params, method, *inputs):
   """Calls a method of a component, compiled: eagerly it takes seconds."""
   run = jax.jit(
       lambda params, *inputs: component.apply(params, method, *inputs)
@@ -114,19 +111,19 @@ def _apply(component, params, method, *inputs):
   return np.asarray(run(params[component.name], *inputs))
 
 
-def _all_embeddings(config, params, corpus):
+def all_embeddings(config, params, corpus):
   """Without buckets, batches or the code under test."""
   component = stages.components_of(config)['embedder']
   rows = np.arange(len(corpus.passages))
   ids, types = inputs.assemble_documents(
       corpus.passages, rows, config.lengths.document, corpus.tokenizer
   )
-  return _apply(component, params, 'embed_document', ids, types)
+  return apply(component, params, 'embed_document', ids, types)
 
 
-def _publish(workdir, config, corpus, params, step, embeddings=None):
+def publish(workdir, config, corpus, params, step, embeddings=None):
   if embeddings is None:
-    embeddings = _all_embeddings(config, params, corpus)
+    embeddings = all_embeddings(config, params, corpus)
   lineage = generation.Lineage(
       step=step,
       params_digest=checkpoint.params_digest(params['embedder']),
@@ -147,7 +144,7 @@ def test_question_metrics_equal_those_by_hand(
   assert result['index_generation'] is None
   params = saved[30]
   component = stages.components_of(config)['embedder']
-  query_emb = _apply(
+  query_emb = apply(
       component,
       params,
       'embed_query',
@@ -157,7 +154,7 @@ def test_question_metrics_equal_those_by_hand(
           corpus.tokenizer,
       ),
   )
-  scores = query_emb @ _all_embeddings(config, params, corpus).T
+  scores = query_emb @ all_embeddings(config, params, corpus).T
   texts = [corpus.passage_text(i) for i in range(len(corpus.passages))]
   # The best and the worst rank: what is as good but for rounding, which is not
   # the same for batches of another shape, may come before or after.
@@ -210,17 +207,17 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
   masked = result['masked']
   assert masked['sentences'] == 20
   params, parts = saved[30], stages.components_of(config)
-  emb_NE = _all_embeddings(config, params, corpus)
+  emb_NE = all_embeddings(config, params, corpus)
   sums: dict[str, float] = {}
   # Other batches than those under test.
   odd = dataclasses.replace(config, batch_size=5)
   for batch in realm.evaluation_batches(corpus, odd, 'validation', 20):
-    query_emb = _apply(
+    query_emb = apply(
         parts['embedder'], params, 'embed_query', batch.inputs.query_ids_BQ
     )
     scores = query_emb @ emb_NE.T
     retrieved = np.argsort(-scores, axis=1, kind='stable')[:, :3]
-    null_emb = _apply(
+    null_emb = apply(
         parts['embedder'],
         params,
         'embed_document',
@@ -237,7 +234,7 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
     )
     full = inputs.with_candidates(batch, retrieved, corpus, config.lengths)
     b, k, t = full['joint_ids_BKT'].shape
-    logits = _apply(
+    logits = apply(
         parts['reader'],
         params,
         'mlm_logits',
@@ -383,7 +380,7 @@ def test_a_fresh_generation_is_used_and_a_stale_one_is_not(
     workdir, config, corpus, saved, questions
 ):
   (before,) = evaluate.evaluate(workdir, questions, limit=40)
-  _publish(workdir, config, corpus, saved[30], 25)
+  publish(workdir, config, corpus, saved[30], 25)
   (same,) = evaluate.evaluate(workdir, questions, limit=40)
   assert (before['index_generation'], same['index_generation']) == (None, 25)
   assert same['questions'] == before['questions']
@@ -394,7 +391,7 @@ def test_a_fresh_generation_is_used_and_a_stale_one_is_not(
   nonsense = np.random.default_rng(0).normal(
       size=(len(corpus.passages), config.model.embedding_width)
   )
-  _publish(workdir, config, corpus, saved[30], 25, nonsense.astype(np.float32))
+  publish(workdir, config, corpus, saved[30], 25, nonsense.astype(np.float32))
   (other,) = evaluate.evaluate(workdir, questions, limit=40)
   assert other['questions'] != before['questions']
 
@@ -500,116 +497,3 @@ def test_a_corpus_of_another_tokenizer_is_refused(workdir, tmp_path, corpus):
 
 
 # inspect
-
-
-class _Page(html.parser.HTMLParser):
-  """What a browser would show, and the tags that are open at the end."""
-
-  def __init__(self, page):
-    super().__init__()
-    self.words, self.open, self.tags = [], [], set()
-    self.feed(page)
-    self.close()
-    self.text = ' '.join(' '.join(self.words).split())
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.add(tag)
-    if tag not in ('meta', 'br'):
-      self.open.append(tag)
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    self.words.append(data)
-
-
-_SENTENCE = 'Someone was born in [MASK] [MASK] and lived in [MASK].'
-
-
-def test_inspect_shows_candidates_with_current_scores(
-    workdir, config, corpus, saved
-):
-  _publish(workdir, config, corpus, saved[0], 20)  # Stale.
-  found = inspect.inspect(workdir, _SENTENCE, k=6)
-  assert (found.step, found.index_step) == (30, 20)
-  assert len(found.documents) == 5
-  rows = [document.row for document in found.documents]
-  assert len(set(rows)) == 5 and min(rows) >= 0
-  scores = [document.score for document in found.documents]
-  assert scores == sorted(scores, reverse=True)
-  shares = [d.probability for d in (*found.documents, found.null)]
-  assert sum(shares) == pytest.approx(1, abs=1e-5)
-  assert shares[1] / shares[0] == pytest.approx(
-      math.exp(scores[1] - scores[0]), rel=1e-4
-  )
-  for document in found.documents:
-    assert dataclasses.asdict(document)['text'] == (
-        corpus.passage_text(document.row)['text']
-    )
-    assert len(document.prediction.fillings) == 2  # Two blanks, three masks.
-    assert 0 < document.prediction.probability <= 1
-  # The stale index chose them, the checkpoint scored them.
-  embedder = stages.components_of(config)['embedder']
-  ids = np.zeros((1, config.lengths.query), np.int32)
-  pieces = corpus.tokenizer.encode(_SENTENCE, masks=True)
-  special = corpus.tokenizer
-  ids[0, : len(pieces) + 2] = [special.cls_id, *pieces, special.sep_id]
-
-  def query(params):
-    return _apply(embedder, params, 'embed_query', ids)[0]
-
-  stale = _all_embeddings(config, saved[0], corpus) @ query(saved[30])
-  assert set(rows) == set(np.argsort(-stale)[:5].tolist())
-  fresh = _all_embeddings(config, saved[30], corpus) @ query(saved[30])
-  np.testing.assert_allclose(scores, fresh[rows], rtol=1e-3, atol=1e-3)
-
-
-def test_inspect_renders_what_it_found(workdir, config, corpus, saved):
-  _publish(workdir, config, corpus, saved[30], 30)
-  found = inspect.inspect(workdir, _SENTENCE)
-  hostile = dataclasses.replace(
-      found.documents[0],
-      title='<b>Bold</b> & "co" [red]',
-      text='<script>alert(1)</script> [/nope] \u00e9',
-  )
-  found = dataclasses.replace(
-      found, documents=(hostile, *found.documents[1:])
-  )
-  text = inspect.as_text(found)
-  page = _Page(inspect.as_html(found))
-  assert not page.open
-  assert not page.tags & {'script', 'b', 'link', 'img'}
-  squeezed = ' '.join(re.sub('[│┃]', ' ', text).split())
-  for shown in (squeezed, page.text):
-    assert '<b>Bold</b> & "co" [red]' in shown
-    assert '<script>alert(1)</script> [/nope] \u00e9' in shown
-    assert 'null document' in shown
-    assert f'{found.null.probability:.3f}' in shown
-    assert found.marginal.fillings[0] in shown
-    for document in found.documents[1:]:
-      assert document.title in shown
-  assert _SENTENCE in text and _SENTENCE in page.text
-  assert max(map(len, text.splitlines())) <= 100
-
-
-def test_inspect_refuses_what_it_cannot_show(
-    workdir, tmp_path, config, corpus, saved
-):
-  with pytest.raises(FileNotFoundError, match='no index yet'):
-    inspect.inspect(workdir, _SENTENCE)
-  _publish(workdir, config, corpus, saved[30], 30)
-  with pytest.raises(ValueError, match=r'has no \[MASK\]'):
-    inspect.inspect(workdir, 'Nothing to fill in.')
-  with pytest.raises(ValueError, match='at most 24 fit'):
-    inspect.inspect(workdir, 'long ' * 40 + '[MASK]')
-  with pytest.raises(ValueError, match='k=1'):
-    inspect.inspect(workdir, _SENTENCE, k=1)
-  with pytest.raises(ValueError, match='documents were asked for'):
-    inspect.inspect(workdir, _SENTENCE, k=10_000)
-  ict = _config(corpus, 'ict')
-  retriever = _make_workdir(
-      tmp_path / 'ict', corpus, ict, {0: _params(ict)}
-  )
-  with pytest.raises(ValueError, match="no reader: its objective is 'ict'"):
-    inspect.inspect(retriever, _SENTENCE)

@@ -6,30 +6,30 @@ import json
 import numpy as np
 import pytest
 
+from realm_jax.evaluation import metrics
 from realm_jax.evaluation import runs
-from realm_jax.evaluation import statistics
 from realm_jax.qa import questions
 
 
 def test_the_interval_is_that_of_theory():
   rng = np.random.default_rng(1)
   values = (rng.random(400) < 0.3).astype(float)
-  low, high = statistics.interval(values)
+  low, high = metrics.interval(values)
   mean = values.mean()
   width = 1.96 * np.sqrt(mean * (1 - mean) / 400)
   assert low == pytest.approx(mean - width, abs=0.006)
   assert high == pytest.approx(mean + width, abs=0.006)
-  assert statistics.interval(values) == (low, high)
-  assert statistics.interval(np.ones(3)) == (1, 1)
+  assert metrics.interval(values) == (low, high)
+  assert metrics.interval(np.ones(3)) == (1, 1)
   with pytest.raises(ValueError, match='no question'):
-    statistics.interval(np.zeros(0))
+    metrics.interval(np.zeros(0))
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
   rng = np.random.default_rng(2)
   covered = 0
   for _ in range(100):
-    low, high = statistics.interval(rng.normal(size=60))
+    low, high = metrics.interval(rng.normal(size=60))
     covered += low <= 0 <= high
   assert 88 <= covered <= 99
 
@@ -38,19 +38,19 @@ def test_the_interval_resamples_clusters():
   rng = np.random.default_rng(1)
   outcomes = (rng.random(100) < 0.3).astype(float)
   four_times = np.repeat(outcomes, 4)
-  low, high = statistics.interval(four_times, np.repeat(np.arange(100), 4))
+  low, high = metrics.interval(four_times, np.repeat(np.arange(100), 4))
   # Four questions with one outcome say no more than one of them.
-  assert (low, high) == pytest.approx(statistics.interval(outcomes))
-  narrow_low, narrow_high = statistics.interval(four_times)
+  assert (low, high) == pytest.approx(metrics.interval(outcomes))
+  narrow_low, narrow_high = metrics.interval(four_times)
   assert 1.9 < (high - low) / (narrow_high - narrow_low) < 2.1
   # Names and order of the clusters do not count, and one for each is none.
   each = rng.permutation(400)
-  assert statistics.interval(four_times, each) == pytest.approx(
+  assert metrics.interval(four_times, each) == pytest.approx(
       (narrow_low, narrow_high), abs=0.006
   )
-  assert np.isnan(statistics.interval(four_times, np.zeros(400))).all()
+  assert np.isnan(metrics.interval(four_times, np.zeros(400))).all()
   with pytest.raises(ValueError, match='3 clusters for 4 questions'):
-    statistics.interval(np.zeros(4), np.arange(3))
+    metrics.interval(np.zeros(4), np.arange(3))
 
 
 def test_large_clusters_count_as_often_as_they_have_questions():
@@ -61,14 +61,14 @@ def test_large_clusters_count_as_often_as_they_have_questions():
   drawn = np.random.default_rng(0).integers(80, size=(2000, 80))
   members = [values_B[cluster_B == cluster] for cluster in range(80)]
   means = [np.concatenate([members[c] for c in row]).mean() for row in drawn]
-  assert statistics.interval(values_B, cluster_B) == pytest.approx(
+  assert metrics.interval(values_B, cluster_B) == pytest.approx(
       tuple(np.quantile(means, (0.025, 0.975)))
   )
 
 
 def test_equal_keys_are_one_cluster_and_none_is_its_own():
   keys = [7, None, 'a', 7, None, 'a', '7']
-  assert statistics.clusters(keys).tolist() == [0, 1, 2, 0, 3, 2, 4]
+  assert metrics.clusters(keys).tolist() == [0, 1, 2, 0, 3, 2, 4]
 
 
 @pytest.mark.parametrize(('size', 'p'), [(1, 2 / 2**8), (2, 2 / 2**4), (8, 1)])
@@ -77,25 +77,25 @@ def test_a_paired_test_tosses_for_clusters(size, p):
   theirs = np.zeros(200)
   ours = theirs.copy()
   ours[:8] = 1
-  found = statistics.paired_test(ours, theirs, np.arange(200) // size)
+  found = metrics.paired_test(ours, theirs, np.arange(200) // size)
   assert found['p_value'] == pytest.approx(p, abs=0.01)
   assert (found['better'], found['clusters']) == (8, 200 // size)
 
 
 def test_a_paired_test_sees_what_differs_only():
   theirs = np.array([0, 1] * 100)
-  same = statistics.paired_test(theirs, theirs)
+  same = metrics.paired_test(theirs, theirs)
   assert same['p_value'] == 1 and same['difference'] == 0
   ours = theirs.copy()
   ours[:20:2] = 1  # Ten questions better, none worse: p = 2 / 2**10.
-  better = statistics.paired_test(ours, theirs)
+  better = metrics.paired_test(ours, theirs)
   assert better['better'] == 10 and better['worse'] == 0
   assert better['difference'] == pytest.approx(0.05)
   assert better['low'] > 0
   assert better['p_value'] == pytest.approx(2 / 2**10, abs=0.001)
-  assert statistics.paired_test(theirs, ours)['p_value'] == better['p_value']
+  assert metrics.paired_test(theirs, ours)['p_value'] == better['p_value']
   with pytest.raises(ValueError, match='2 questions in one run, 3'):
-    statistics.paired_test(np.zeros(2), np.zeros(3))
+    metrics.paired_test(np.zeros(2), np.zeros(3))
 
 
 class _Corpus:

@@ -16,9 +16,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.index import embedding
 from realm_jax.models import dropout
-from realm_jax.runtime import collectives
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
@@ -112,7 +110,7 @@ def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
   mesh = _mesh(data, model)
   components = stages.components_of(config)
   params = {name: c.init(0) for name, c in components.items()}
-  placed = sharding.shardings(params, mesh, zero)
+  placed = mesh_lib.shardings(params, mesh, zero)
   rows = mesh_lib.over_batch(mesh)
   run = jax.jit(
       step_lib.make_gradients(
@@ -283,8 +281,8 @@ def test_the_gradient_cache_needs_the_memory_of_one_part():
 )
 def test_rules(name, shape, spec, zero_spec):
   mesh = _mesh(4, 2)
-  assert sharding.rule_for(name, shape, mesh, zero=False) == jax.P(*spec)
-  assert sharding.rule_for(name, shape, mesh, zero=True) == jax.P(*zero_spec)
+  assert mesh_lib.rule_for(name, shape, mesh, zero=False) == jax.P(*spec)
+  assert mesh_lib.rule_for(name, shape, mesh, zero=True) == jax.P(*zero_spec)
 
 
 def test_every_rule_is_of_use_and_optimizer_state_lies_as_its_parameter():
@@ -320,12 +318,12 @@ def test_a_batch_that_does_not_divide_is_refused(wrong, message):
   for name, value in wrong.items():
     setattr(config, name, value)
   with pytest.raises(ValueError, match=message):
-    sharding.check(config, _mesh(8, 1))
+    mesh_lib.check(config, _mesh(8, 1))
 
 
 def test_more_model_devices_than_heads_are_refused():
   with pytest.raises(ValueError, match='num_heads=4 .* 8 devices'):
-    sharding.check(_config('mlm'), _mesh(1, 8))
+    mesh_lib.check(_config('mlm'), _mesh(1, 8))
 
 
 @pytest.mark.parametrize(('capability', 'ok'), [('7.5', False), ('8.0', True)])
@@ -339,40 +337,7 @@ def test_bfloat16_needs_a_gpu_that_has_it(capability, ok):
       shape={'data': 1, 'model': 1}, devices=np.array([[gpu]])
   )
   if ok:
-    sharding.check(config, mesh)
+    mesh_lib.check(config, mesh)
   else:
     with pytest.raises(ValueError, match=r'bfloat16.*8\.0.*Some GPU has 7\.5'):
-      sharding.check(config, mesh)
-
-
-_HLO = """
-HloModule jit_step
-
-%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %x = f32[8]{0} get-tuple-element(%arg), index=1
-  %psum = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
-}
-
-ENTRY %main (p: bf16[4,2]) -> f32[8] {
-  %loop = (s32[], f32[8]) while(%start), condition=%more, body=%body, \
-backend_config={"known_trip_count":{"n":"5"}}
-  %all = (bf16[16,2]{1,0}, pred[4]) all-gather(%p, %q), \
-replica_groups=[1,4]<=[4], dimensions={0}, metadata={op_name="jit(step)/all"}
-  %named = s32[3]{0} reduce-scatter(%r), \
-replica_groups=mesh['a'=2,'b'=2] {'b'}, to_apply=%add
-  %alone = f32[99]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3}}
-}
-"""
-
-
-def test_collectives_are_read_from_the_program():
-  found = collectives.read(_HLO, 4)
-  assert [(c.op, c.result_bytes, c.group, c.times) for c in found] == [
-      ('all-reduce', 32, 2, 5),
-      ('all-gather', 68, 4, 1),
-      ('reduce-scatter', 12, 2, 1),
-  ]
-  assert found[1].source == 'jit(step)/all'
-  assert collectives.bytes_sent(found) == 5 * 32 + 68 * 3 / 4 + 12
-  with pytest.raises(ValueError, match='how often it turns'):
-    collectives.read(_HLO.replace('known_trip_count', 'unknown'), 4)
+      mesh_lib.check(config, mesh)

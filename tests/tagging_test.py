@@ -17,7 +17,7 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.evaluation import tagger as tagger_metrics
 from realm_jax.inference import tagging
 from realm_jax.inference import trained as trained_lib
-from realm_jax.interop import exporting
+from realm_jax.interop import export
 from realm_jax.models import tagger as tagger_lib
 from realm_jax.prepare import replace_spans
 from realm_jax.runtime import checkpoint
@@ -486,7 +486,7 @@ def test_the_longer_span_stays():
 def test_it_is_exported_for_transformers(workdir, tmp_path):
   """Names, shapes and labels; benchmarks/huggingface_parity.py runs it."""
   safetensors = pytest.importorskip('safetensors.numpy')
-  exporting.run(workdir, 'huggingface', tmp_path / 'out')
+  export.run(workdir, 'huggingface', tmp_path / 'out')
   config = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert config['architectures'] == ['BertForTokenClassification']
   assert config['model_type'] == 'bert'

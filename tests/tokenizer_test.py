@@ -162,21 +162,29 @@ def test_source_of_another_kind_is_refused(tmp_path):
 
 
 def test_unreachable_hub_is_explained(monkeypatch):
-  def fail(name, allow_patterns):
-    raise huggingface_hub.errors.LocalEntryNotFoundError(f'no {name} offline')
+  error = huggingface_hub.errors.LocalEntryNotFoundError('offline')
 
-  monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
-  with pytest.raises(FileNotFoundError, match='no some/model offline.*vocab'):
+  def fail(name, file):
+    raise error
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', fail)
+  with pytest.raises(FileNotFoundError, match='some/model.*not in the cache'):
+    tokenizer_lib.Tokenizer.from_source('some/model')
+  error = OSError('disk is full')
+  with pytest.raises(FileNotFoundError, match='some/model.*disk is full'):
     tokenizer_lib.Tokenizer.from_source('some/model')
 
 
 def test_source_may_be_on_the_hub(tmp_path, monkeypatch):
   _tokenizer().save(tmp_path)
-  monkeypatch.setattr(
-      huggingface_hub,
-      'snapshot_download',
-      lambda name, allow_patterns: str(tmp_path),
-  )
+
+  def download(name, file):
+    assert name == 'some/model'
+    if not (tmp_path / file).is_file():
+      raise huggingface_hub.errors.LocalEntryNotFoundError(f'no {file}')
+    return str(tmp_path / file)
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
   found = tokenizer_lib.Tokenizer.from_source('some/model')
   assert found.digest == _tokenizer().digest
 

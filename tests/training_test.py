@@ -309,7 +309,7 @@ def test_old_checkpoints_can_be_resumed_from(world, tmp_path, saved, killed):
 def test_a_second_trainer_names_the_first(world, tmp_path, monkeypatch):
   monkeypatch.setattr(process, 'GRACE_SECONDS', 0.0)
   with (
-      process.Lock(tmp_path, what='trainer'),
+      process.lock(tmp_path, 'trainer'),
       pytest.raises(RuntimeError, match=f'Another trainer .*{os.getpid()} on'),
   ):
     run(make_config(world, 'mlm'), tmp_path)

@@ -274,7 +274,7 @@ def test_a_sentence_with_too_few_candidates_is_left_out(tmp_path):
     for row in batch.row_B:
       assert len(_holders(corpus, corpus.sentences[split].ids(int(row)))) == 1
   with pytest.raises(ValueError, match='leaves none of the 48.*11 at most'):
-    helpers.batches(corpus, _config(corpus, num_candidates=13))
+    realm.MaskedQueries(corpus, _config(corpus, num_candidates=13), split)
 
 
 def test_other_wordings_are_not_trivial(world):

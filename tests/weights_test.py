@@ -376,7 +376,7 @@ def test_wrong_block_records(tmp_path):
   np.save(path, np.array([b'a', 'b'], object), allow_pickle=True)
   with pytest.raises(ValueError, match='type str'):
     list(block_records.byte_records(path)[1])
-  with pytest.raises(ValueError, match='2 records came, 3'):
+  with pytest.raises(ValueError, match='got 2 records, expected 3'):
     block_records.byte_records_writer(path, 3, [b'a', b'b'])
 
 

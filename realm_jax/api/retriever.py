@@ -1,7 +1,4 @@
-"""The retriever for users: texts in, numpy vectors and passages out.
-
-Public: `Retriever`, `Hits`.
-"""
+"""`realm_jax.Retriever`: from texts to numpy vectors and passages."""
 
 from collections.abc import Callable, Sequence
 import os
@@ -16,10 +13,11 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
-from realm_jax.interop import checkpoint_sources
+from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import convert
-from realm_jax.interop import exported
+from realm_jax.interop import importing
 from realm_jax.models import components as components_lib
+from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 
 _WIDTH_STEP = 32  # Wordpieces between two bucket widths.
@@ -29,7 +27,7 @@ Path = str | os.PathLike[str]
 
 
 class Hits(NamedTuple):
-  """What a search found, best first.
+  """Results of a search, best first.
 
   rows: int64 [B, k], passage numbers.
   scores: float32 [B, k], inner products.
@@ -50,16 +48,16 @@ class Retriever:
       lengths: config_lib.LengthsConfig,
       open_search: Callable[[], tuple[search_lib.Search, search_lib.Rows]]
       | None = None,
-      corpus: corpus_lib.Corpus | None = None,
+      open_corpus: Callable[[], corpus_lib.Corpus] | None = None,
   ):
-    """Takes the parts; `open_search` is called at the first search."""
+    """Calls `open_search` at the first search."""
     self.tokenizer = tokenizer
     self.lengths = lengths
     self.width = component.config.embedding_width
     self._params = jax.device_put(params)
     self._open_search = open_search
     self._searched: tuple[search_lib.Search, search_lib.Rows] | None = None
-    self._corpus = corpus
+    self._open_corpus = open_corpus
     self._embedder = embedding.Embedder(component, mesh_lib.one_device())
 
   @classmethod
@@ -70,41 +68,42 @@ class Retriever:
       query_length: int | None = None,
       passage_length: int | None = None,
   ) -> 'Retriever':
-    """Loads a retriever from wherever there is one.
+    """Loads a retriever from a workdir or a checkpoint.
 
     Args:
       path: a workdir; a folder that `realm-jax export --format=huggingface`
         wrote; a REALM checkpoint (embedder, scorer, open-QA), as a folder or a
         hub id.
       step: of a workdir's checkpoint or snapshot; None: the newest checkpoint.
-      query_length, passage_length: wordpieces, specials included, at which
-        texts are cut; None: those of the workdir, or the paper's.
+      query_length, passage_length: maximum wordpieces of a text, specials
+        included; None: those of the workdir, or the paper's.
 
     Raises:
-      FileNotFoundError: if there is nothing of that name.
-      ValueError: if it has no retriever, or is damaged.
+      FileNotFoundError: there is nothing of that name.
+      ValueError: it has no retriever, or is damaged.
     """
-    if checkpoint_sources.looks_foreign(path):
+    if importing.looks_foreign(path):
       if step is not None:
         raise ValueError(f'{path} is a checkpoint, it has no steps.')
       return cls._from_checkpoint(path, query_length, passage_length)
-    workdir = exported.open_workdir(path, step)
-    if 'embedder' not in workdir.params:
-      raise ValueError(
-          f'{path} has no retriever, only {", ".join(workdir.params)}.'
-      )
+    trained = trained_lib.Trained.open_parameters(path)
+    if step is None:
+      step = checkpoint.newest_step(trained.workdir)
+    params = trained.load(step)
+    if 'embedder' not in params:
+      raise ValueError(f'{path} has no retriever, only {", ".join(params)}.')
 
     def open_search() -> tuple[search_lib.Search, search_lib.Rows]:
-      index = workdir.index()
-      return index.make_search(workdir.config.mips), index.table
+      index = trained.published(params, step)
+      return index.make_search(trained.config.mips), index.table
 
     return cls(
-        workdir.components['embedder'],
-        workdir.params['embedder'],
-        workdir.tokenizer,
-        _lengths(workdir.config, query_length, passage_length),
+        trained.components['embedder'],
+        params['embedder'],
+        trained.tokenizer,
+        _lengths(trained.config, query_length, passage_length),
         open_search,
-        workdir.corpus,
+        (lambda: trained.corpus) if trained.config.corpus else None,
     )
 
   @classmethod
@@ -116,7 +115,7 @@ class Retriever:
           f'{path} is a folder of sentence-transformers; give the workdir, or'
           ' an export with --format=huggingface.'
       )
-    source = checkpoint_sources.open_source(path, blocks=False)
+    source = importing.open_source(path, blocks=False)
     if 'embedder' not in convert.components_in(source.tensors):
       raise ValueError(f'{path} has no retriever.')
     loaded = convert.load(source.tensors, source.config, ['embedder'])
@@ -144,18 +143,18 @@ class Retriever:
 
   @property
   def corpus(self) -> corpus_lib.Corpus:
-    """The corpus that rows are of.
+    """The corpus that the rows refer to.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: there is none.
     """
-    if self._corpus is None:
+    if self._open_corpus is None:
       raise ValueError(
           'This retriever was loaded without a corpus. A workdir has one if'
           ' `config.corpus` names it; a checkpoint has one after `realm-jax'
           ' import`.'
       )
-    return self._corpus
+    return self._open_corpus()
 
   def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds `[CLS] text [SEP]`: float32 [B, E]."""
@@ -203,8 +202,8 @@ class Retriever:
     """Finds the k passages of the highest inner product with each text.
 
     Raises:
-      FileNotFoundError: if the workdir has no index of these parameters.
-      ValueError: if there is no index at all, or fewer than k passages.
+      FileNotFoundError: the workdir has no index of these parameters.
+      ValueError: there is no index at all, or fewer than k passages.
     """
     if self._open_search is None:
       raise ValueError(
@@ -239,7 +238,7 @@ class Retriever:
       most = max(1, _BATCH_TOKENS // int(width))
       for start in range(0, len(members), most):
         mine = members[start : start + most]
-        # Powers of two, so that few shapes are compiled.
+        # Powers of two limit the number of compiled shapes.
         rows = min(most, 1 << (len(mine) - 1).bit_length())
         ids = np.zeros((rows, width), np.int32)
         types = np.zeros((rows, width), np.int32)
@@ -255,7 +254,7 @@ class Retriever:
 def _lengths(
     config: config_lib.Config, query: int | None, passage: int | None
 ) -> config_lib.LengthsConfig:
-  """The lengths of a config or of the user, within what the model knows."""
+  """Returns the lengths of the user or of the config, as the model allows."""
   positions = config.model.max_positions
   for name, value in (('query', query), ('passage', passage)):
     if value is not None and not 4 <= value <= positions:

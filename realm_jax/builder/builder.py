@@ -1,10 +1,8 @@
 """The index builder: snapshots of the retriever in, index generations out.
 
-Public: `follow` (the process beside the trainer), `build` (one generation). It
-shares nothing with the trainer but the workdir, and begins with the newest
-snapshot only. What it was killed in, it goes on with, shard by shard. As a job
-of several processes, each embeds its part of the shards; process 0 does the
-rest.
+The builder shares only the workdir with the trainer. It builds from the newest
+snapshot, and resumes an interrupted build shard by shard. In a job of several
+processes, each embeds a part of the shards; process 0 does the rest.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,24 +25,24 @@ from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
+from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
-# Rows of a shard, which is lost if the builder is killed in it: fewer where
-# embedding takes long. There are at most so many shards, as all are opened, and
-# of a large corpus so many for each process, as all should be done at once.
+# Rows of a shard. A kill loses the unfinished shard, so shards are smaller
+# where embedding is slow.
 _SHARD_ROWS = {'cpu': 2**11}
 _SHARD_ROWS_ELSEWHERE = 2**16
-_LEAST_SHARD_ROWS = 2**11
-_MOST_SHARDS = 256
-_ROUNDS = 8
-_LOW_RECALL = 0.9  # Of an approximate backend; below, that is said aloud.
+_MIN_SHARD_ROWS = 2**11
+_MAX_SHARDS = 256  # All shards are open files.
+_SHARDS_PER_PROCESS = 8  # At least, so that processes finish together.
+_LOW_RECALL = 0.9  # A backend of less recall is reported as a warning.
 _POLL_SECONDS = 0.25
-_SAY_SECONDS = 30.0
-_ROOM_SECONDS = 30.0  # Until it is looked whether the disk has room again.
+_LOG_SECONDS = 30.0
+_ROOM_SECONDS = 30.0  # Between two attempts while the disk is full.
 
 Path = pathlib.Path | str
 T = TypeVar('T')
@@ -53,23 +51,23 @@ T = TypeVar('T')
 def build(workdir: Path, step: int | None = None) -> pathlib.Path:
   """Builds the generation of one snapshot, by default the newest.
 
-  Where training took none, as of `ict`, or none at its end, one is taken of the
-  newest checkpoint.
+  If training took no snapshot (objective `ict`), or none at its end, one is
+  taken from the newest checkpoint.
 
   Returns:
     The path of the generation.
 
   Raises:
-    FileNotFoundError: if there is no config, or no such snapshot.
-    ValueError: if corpus, config and snapshot do not fit together.
-    RuntimeError: if an index builder is at work on this workdir.
-    OSError: if the disk is full; the next call goes on from there.
+    FileNotFoundError: the config or the snapshot does not exist.
+    ValueError: corpus, config and snapshot do not match.
+    RuntimeError: another index builder runs on this workdir.
+    OSError: the disk is full; the next call resumes the build.
   """
   workdir = pathlib.Path(workdir)
   config = config_lib.read(workdir)
   steps = snapshots_lib.steps_of(workdir)
-  untaken = _untaken(workdir, config, steps)
-  known = steps if untaken is None else sorted({*steps, untaken})
+  unsaved = _checkpoint_without_snapshot(workdir, config, steps)
+  known = steps if unsaved is None else sorted({*steps, unsaved})
   if not known or step not in (None, *known):
     raise FileNotFoundError(
         f'{workdir} has retrievers of the steps {known}, not of'
@@ -77,15 +75,15 @@ def build(workdir: Path, step: int | None = None) -> pathlib.Path:
         f' snapshots of them to {snapshots_lib.DIRECTORY}/ (objectives realm'
         ' and open_qa) or checkpoints (ict, too).'
     )
-  with process.stop_signals(), _alone(workdir) as heartbeat:
+  with process.stop_signals(), _locked(workdir) as heartbeat:
     job = _Job.open(workdir, config, heartbeat)
     step = distributed.broadcast(known[-1] if step is None else step)
-    if step == untaken and distributed.is_main():
+    if step == unsaved and distributed.is_main():
       params, _ = checkpoint.load_params(
           workdir, {'embedder': job.component.abstract}, step
       )
       snapshots_lib.save(workdir, step, params['embedder'])
-    distributed.barrier('the snapshot is there')
+    distributed.barrier('the snapshot is on disk')
     path = job.build(step)
   if path is None:
     raise FileNotFoundError(
@@ -100,30 +98,30 @@ def follow(
     start_timeout: float | None = None,
     parent_pid: int | None = None,
 ) -> None:
-  """Builds a generation from the newest snapshot whenever there is one.
+  """Builds a generation from the newest snapshot whenever a new one appears.
 
-  Returns when training is done (summary.json is there and the newest snapshot
-  has its generation) or on SIGTERM. With `parent_pid`, that process decides
-  when it is time to leave. While the disk is full it waits for room.
+  Returns when training is done (summary.json exists and the newest snapshot has
+  its generation) or on SIGTERM. With `parent_pid`, that process decides when to
+  stop. While the disk is full, the builder waits for room.
 
   Args:
-    workdir: of the training job; it need not exist yet.
+    workdir: workdir of the training job; it need not exist yet.
     start_timeout: seconds to wait for the job's config and first snapshot;
-      None: for ever.
-    parent_pid: leave when this is no longer the parent process.
+      None: no limit.
+    parent_pid: stop when this is no longer the parent process.
 
   Raises:
-    RuntimeError: if another index builder is at work on this workdir.
-    TimeoutError: if the job does not start.
-    ValueError, FileNotFoundError: if corpus, config and snapshot do not fit.
+    RuntimeError: another index builder runs on this workdir.
+    TimeoutError: the job does not start.
+    ValueError, FileNotFoundError: corpus, config and snapshot do not match.
   """
   workdir = pathlib.Path(workdir)
-  # The builder of a trainer that was just killed may still be leaving.
-  patience = process.GRACE_SECONDS + 5 if parent_pid else 0.0
+  # The builder of a trainer that was just killed may still be stopping.
+  timeout = process.GRACE_SECONDS + 5 if parent_pid else 0.0
   try:
     with (
         process.stop_signals(parent_pid),
-        _alone(workdir, patience) as heartbeat,
+        _locked(workdir, timeout) as heartbeat,
     ):
       if distributed.is_main():
         _wait_for_start(workdir, heartbeat, start_timeout)
@@ -134,10 +132,10 @@ def follow(
     log.info('The index builder leaves: %s.', stopped)
 
 
-def _untaken(
+def _checkpoint_without_snapshot(
     workdir: pathlib.Path, config: config_lib.Config, snapshots: list[int]
 ) -> int | None:
-  """The newest checkpoint, if its retriever has no snapshot and needs one."""
+  """The newest checkpoint, if its retriever needs a snapshot and has none."""
   saved = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
   if not saved:
     return None
@@ -152,22 +150,23 @@ def _untaken(
 
 
 @contextlib.contextmanager
-def _alone(
-    workdir: pathlib.Path, patience: float = 0.0
-) -> Iterator[process.Heartbeat]:
-  """Keeps other builders away; process 0 stands for all of this one."""
+def _locked(
+    workdir: pathlib.Path, timeout: float = 0.0
+) -> Iterator[heartbeat_lib.Heartbeat]:
+  """Keeps other builders away; process 0 acts for all processes of this one."""
   directory = workdir / generation.DIRECTORY
-  heartbeat = process.Heartbeat(directory, silent=not distributed.is_main())
-  if not distributed.is_main():
+  main = distributed.is_main()
+  heartbeat = heartbeat_lib.Heartbeat(directory, silent=not main)
+  if not main:
     yield heartbeat
     return
-  with process.Lock(directory, patience), heartbeat:
+  with process.lock(directory, 'index builder', timeout), heartbeat:
     yield heartbeat
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """What stays the same from snapshot to snapshot."""
+  """A job whose snapshots are built; the same for all snapshots."""
 
   workdir: pathlib.Path
   config: config_lib.Config
@@ -175,21 +174,21 @@ class _Job:
   mesh: jax.sharding.Mesh
   component: components.Component
   embedder: embedding.PassageEmbedder
-  heartbeat: process.Heartbeat
+  heartbeat: heartbeat_lib.Heartbeat
 
   @classmethod
   def open(
       cls,
       workdir: pathlib.Path,
       config: config_lib.Config,
-      heartbeat: process.Heartbeat,
+      heartbeat: heartbeat_lib.Heartbeat,
   ) -> '_Job':
     config = config_lib.resolve(config)
     corpus = corpus_lib.Corpus.open(config.corpus)
     config.model.vocab_size = (
         config.model.vocab_size or corpus.tokenizer.vocab_size
     )
-    # All devices of this process, whatever the trainer and the others have.
+    # All devices of this process, whatever mesh the trainer has.
     devices = np.array(jax.local_devices()).reshape(-1, 1)
     mesh = jax.sharding.Mesh(devices, (mesh_lib.DATA, mesh_lib.MODEL))
     component = components.make('embedder', config.model)
@@ -207,12 +206,12 @@ class _Job:
     return self.workdir / generation.DIRECTORY
 
   def follow(self, supervised: bool) -> None:
-    waiting = None  # For room on the disk, since then.
+    full = False  # Whether the disk was full in the last attempt.
     while True:
-      step, leave = distributed.broadcast(
-          self._look(supervised) if distributed.is_main() else None
+      step, stop = distributed.broadcast(
+          self._poll(supervised) if distributed.is_main() else None
       )
-      if leave:
+      if stop:
         generation.remove_leftovers(self.directory)
         log.info('Training is done and its newest snapshot has an index.')
         return
@@ -221,20 +220,20 @@ class _Job:
         continue
       try:
         self.build(step)
-        waiting = None
+        full = False
       except shards.NoRoom as error:
-        if waiting is None:
+        if not full:
           log.error(
               '%s The index stays as it is; trying again every %.0f s.',
               error, _ROOM_SECONDS,
           )
-        waiting = waiting or time.monotonic()
+        full = True
         self.heartbeat.beat('waiting for room on the disk', step, at_once=True)
         time.sleep(_ROOM_SECONDS)
 
-  def _look(self, supervised: bool) -> tuple[int | None, bool]:
-    """Returns which snapshot to build from, if any, and whether to leave."""
-    # Looked for first: a snapshot written after it can then not be missed.
+  def _poll(self, supervised: bool) -> tuple[int | None, bool]:
+    """Returns the snapshot to build from, if any, and whether to stop."""
+    # Checked first, so that a snapshot written before it is not missed.
     done = (self.workdir / 'summary.json').exists()
     steps = snapshots_lib.steps_of(self.workdir)
     if steps and self._is_missing(steps[-1]):
@@ -245,27 +244,27 @@ class _Job:
     return None, False
 
   def _is_missing(self, step: int) -> bool:
-    """Whether the snapshot has no generation made from these parameters."""
+    """Returns whether the snapshot has no generation of its parameters."""
     path = self.directory / str(step)
     try:
-      made_from = generation.read_manifest(path)['params_digest']
-      if made_from == snapshots_lib.digest_of(self.workdir, step):
+      found = generation.read_manifest(path)['params_digest']
+      if found == snapshots_lib.digest_of(self.workdir, step):
         return False
-      log.warning('%s is of an earlier run; it is built anew.', path)
+      log.warning('%s is of an earlier run; it is built again.', path)
     except FileNotFoundError:
-      pass  # No generation yet, or the snapshot was just taken away.
+      pass  # No generation yet, or the snapshot was just deleted.
     except generation.Damaged as error:
       log.warning('%s', error)
     return True
 
   def build(self, step: int) -> pathlib.Path | None:
-    """Returns the path, or None if the snapshot went away meanwhile."""
+    """Returns the path; None if the snapshot was deleted during the build."""
     self.heartbeat.beat('loading', step, at_once=True)
     started = time.perf_counter()
     if distributed.is_main():
-      # A newer snapshot makes what was begun for an older one worthless.
+      # A newer snapshot makes an unfinished build of an older one useless.
       for name in generation.remove_leftovers(self.directory, resume=step):
-        log.info('Removed %s/%s, left unfinished.', self.directory, name)
+        log.info('Removed %s/%s, an unfinished build.', self.directory, name)
     loaded = self._load(step)
     if loaded is None:
       return None
@@ -294,21 +293,21 @@ class _Job:
     todo = sum(len(writer.rows(shard)) for shard in missing)
     if todo < rows:
       log.info(
-          'Going on with the generation of step %d: %d of its %d passages are '
+          'Resuming the generation of step %d: %d of its %d passages are '
           'embedded.',
           step, rows - todo, rows,
       )
     embedding_started = time.perf_counter()
-    with process.Progress(
+    with heartbeat_lib.Progress(
         self.heartbeat, step, rows - todo, rows, jax.process_count()
     ) as progress:
-      mine = missing[jax.process_index() :: jax.process_count()]
-      whole = _together(
-          lambda: self._embed(writer, mine, params, digest, progress)
+      numbers = missing[jax.process_index() :: jax.process_count()]
+      complete = _together(
+          lambda: self._embed(writer, numbers, params, digest, progress)
       )
     seconds = time.perf_counter() - embedding_started
     path = None
-    if all(whole):
+    if all(complete):
       path = _together(lambda: self._finish(writer, digest))[0]
     if path is None:
       log.info('The snapshot of step %d was taken back; not published.', step)
@@ -327,9 +326,7 @@ class _Job:
     """Loads a snapshot, the same one in all processes; None if it is gone."""
     found = None
     try:
-      found = snapshots_lib.load(
-          self.workdir, step, self.component.abstract
-      )
+      found = snapshots_lib.load(self.workdir, step, self.component.abstract)
     except (ValueError, OSError) as error:
       if step in snapshots_lib.steps_of(self.workdir):
         raise
@@ -343,44 +340,44 @@ class _Job:
       numbers: list[int],
       params: components.Params,
       digest: str,
-      progress: process.Progress,
+      progress: heartbeat_lib.Progress,
   ) -> bool:
-    """Writes shards; False if the snapshot was taken back meanwhile.
+    """Writes shards; False if the snapshot was deleted.
 
-    A newer snapshot is no reason to stop: a builder that is slower than the
-    interval would then never publish anything.
+    A newer snapshot does not stop the build: a builder slower than the interval
+    would then never publish.
     """
     for number in numbers:
-      if not self._is_still(writer.step, digest):
+      if not self._is_current(writer.step, digest):
         return False
       rows = writer.rows(number)
       writer.add(self.embedder(params, rows, progress), number)
     return True
 
   def _finish(self, writer: generation.Writer, digest: str) -> str | None:
-    """Publishes what is embedded; None if the snapshot was taken back."""
+    """Publishes the generation; None if the snapshot was deleted."""
     if not distributed.is_main():
       return None
     self.heartbeat.beat('indexing', writer.step, at_once=True)
     writer.add_backend(self.config.mips, self.mesh)
-    if not self._is_still(writer.step, digest):
+    if not self._is_current(writer.step, digest):
       return None
     path = writer.publish()
-    if not self._is_still(writer.step, digest):  # Taken back just now.
+    if not self._is_current(writer.step, digest):  # It was deleted just now.
       files.remove(path)
       return None
     recall = writer.recall
     if recall is not None:
-      say = log.warning if recall < _LOW_RECALL else log.info
-      say(
-          'The backend %s finds %.1f %% of what exact search finds.',
+      log.log(
+          logging.WARNING if recall < _LOW_RECALL else logging.INFO,
+          'The backend %s finds %.1f %% of the results of exact search.',
           self.config.mips.backend, 100 * recall,
       )
     self._prune(writer.step)
     return str(path)
 
-  def _is_still(self, step: int, digest: str) -> bool:
-    """A trainer that resumed takes back the snapshots after its checkpoint."""
+  def _is_current(self, step: int, digest: str) -> bool:
+    """A trainer that resumes deletes the snapshots after its checkpoint."""
     try:
       return snapshots_lib.digest_of(self.workdir, step) == digest
     except FileNotFoundError:
@@ -392,12 +389,12 @@ class _Job:
       return
     steps = checkpoint.steps_in(self.directory)
     # At least two: a checkpoint that is being written may refer to the one
-    # before the newest, which the trainer holds until it adopts this one.
+    # before the newest, which the trainer uses until it adopts the newest.
     wanted = {newest, *steps[-max(keep, 2) :]}
     try:
       wanted |= checkpoint.referenced_generations(self.workdir)
       wanted |= generation.in_use(self.directory)
-    except ValueError as error:  # A damaged file: who knows what it wants.
+    except ValueError as error:  # Damaged: the references are not known.
       log.warning('No old generation is deleted: %s', error)
       return
     for step in set(steps) - wanted:
@@ -407,10 +404,11 @@ class _Job:
 def _shard_rows(num_rows: int, mesh: jax.sharding.Mesh) -> int:
   platform = mesh.devices.flat[0].platform
   rows = _SHARD_ROWS.get(platform, _SHARD_ROWS_ELSEWHERE)
-  least = min(rows, _LEAST_SHARD_ROWS)
-  while rows > least and rows * _ROUNDS * jax.process_count() > num_rows:
+  least = min(rows, _MIN_SHARD_ROWS)
+  wanted = _SHARDS_PER_PROCESS * jax.process_count()
+  while rows > least and rows * wanted > num_rows:
     rows //= 2
-  while rows * _MOST_SHARDS < num_rows:
+  while rows * _MAX_SHARDS < num_rows:
     rows *= 2
   return rows
 
@@ -419,7 +417,7 @@ def _together(work: Callable[[], T]) -> list[T]:
   """Calls `work` in all processes; a full disk in one is an error in all.
 
   Returns:
-    What it returned in each: small, and JSON.
+    The (small, JSON) results of all processes.
   """
   result, failure = None, None
   try:
@@ -435,30 +433,30 @@ def _together(work: Callable[[], T]) -> list[T]:
 
 def _wait_for_start(
     workdir: pathlib.Path,
-    heartbeat: process.Heartbeat,
+    heartbeat: heartbeat_lib.Heartbeat,
     timeout: float | None,
 ) -> None:
-  started = said = time.monotonic()
+  started = logged = time.monotonic()
   while True:
     if not (workdir / 'config.json').is_file():
       missing = 'config.json'
-    elif not snapshots_lib.steps_of(workdir):
-      if (workdir / 'summary.json').exists():
-        raise ValueError(
-            f'Training in {workdir} is done and took no snapshot of a '
-            'retriever: only the objective `realm` has an index.'
-        )
-      missing = f'first snapshot in {snapshots_lib.DIRECTORY}/'
-    else:
+    elif snapshots_lib.steps_of(workdir):
       return
+    elif (workdir / 'summary.json').exists():
+      raise ValueError(
+          f'Training in {workdir} is done and took no snapshot of a '
+          'retriever: only the objective `realm` has an index.'
+      )
+    else:
+      missing = f'first snapshot in {snapshots_lib.DIRECTORY}/'
     now = time.monotonic()
     if timeout is not None and now - started > timeout:
       raise TimeoutError(
           f'{workdir} had no {missing} after {timeout:.0f} s: does '
           f'`realm-jax train --workdir={workdir}` run?'
       )
-    if now - said > _SAY_SECONDS or said == started:
+    if now - logged > _LOG_SECONDS or logged == started:
       log.info('Waiting for the trainer: %s has no %s yet.', workdir, missing)
-      said = now
+      logged = now
     heartbeat.beat('waiting for the trainer')
     time.sleep(_POLL_SECONDS)

@@ -311,12 +311,12 @@ class Index:
   ) -> search.Search:
     """Returns the backend of `config` over what was not removed.
 
-    A saved ScaNN index of the first part is kept; what was added is searched
-    exactly beside it.
+    A saved index of the first part is kept, and merged with an exact search of
+    the documents added since.
     """
     if len(self.tables) == 1:
       return self.generation.make_search(config, mesh, self.removed)
-    if config.backend != 'scann':
+    if search.backend(config).folder is None:
       return search.make_search(
           config, self.table, mesh, removed=self.removed
       )

@@ -170,8 +170,8 @@ def locked(workdir: Path) -> Iterator[documents_lib.Documents]:
   """
   workdir = pathlib.Path(workdir)
   config = config_lib.resolve(config_lib.read(workdir))
-  with process.Lock(
-      workdir / edition_lib.DIRECTORY, what='command that changes documents'
+  with process.lock(
+      workdir / edition_lib.DIRECTORY, 'command that changes documents'
   ):
     documents = documents_lib.Documents.open(workdir, config)
     # What commands that were killed left behind, and what a compaction made

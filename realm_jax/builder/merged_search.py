@@ -10,7 +10,7 @@ import numpy as np
 from realm_jax.index import search as search_lib
 
 
-class Beside:
+class Beside(search_lib.Search):
   """Merges what two searches find, by inner product in float32."""
 
   def __init__(
@@ -26,9 +26,9 @@ class Beside:
       table_NE: all rows.
       removed: sorted rows that neither search returns.
     """
-    self._searches, self._table_NE, self._removed = searches, table_NE, removed
+    super().__init__(table_NE, removed)
+    self._searches = searches
     self._border = searches[0].num_documents
-    self.num_documents = self._border + searches[1].num_documents
 
   def search(
       self,
@@ -39,9 +39,7 @@ class Beside:
     """As `search.Search.search`."""
     query_emb_BE = np.asarray(jax.device_get(query_emb_BE), np.float32)
     size = len(query_emb_BE)
-    if exclude_BR2 is None:
-      exclude_BR2 = np.zeros((size, 1, 2), np.int64)
-    exclude_BR2 = np.asarray(exclude_BR2, np.int64)
+    exclude_BR2, _ = self.check(query_emb_BE, k, exclude_BR2)
     borders = (0, self._border, self.num_documents)
     allowed = [
         search_lib.num_allowed(
@@ -49,12 +47,6 @@ class Beside:
         )
         for first, limit in zip(borders, borders[1:], strict=False)
     ]
-    if size and k > (allowed[0] + allowed[1]).min():
-      worst = int((allowed[0] + allowed[1]).argmin())
-      raise ValueError(
-          f'k={k} documents were asked for, but query {worst} may have only '
-          f'{(allowed[0] + allowed[1])[worst]}.'
-      )
     rows_BK = np.zeros((size, k), np.int32)
     # Mostly one group: few queries exclude nearly all of a part.
     wanted_B2 = np.minimum(np.stack(allowed, axis=1), k)

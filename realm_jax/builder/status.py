@@ -19,7 +19,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
-from realm_jax.runtime import process
+from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 
 _ALIVE_SECONDS = 15.0  # A heartbeat is no older while a builder is at work.
@@ -179,7 +179,7 @@ def info(workdir: Path) -> dict[str, Any]:
         'recall': manifest['recall'],
         'build_seconds': round(manifest['seconds'], 1),
     })
-  heartbeat = process.read_heartbeat(directory)
+  heartbeat = heartbeat_lib.read(directory)
   if heartbeat is not None:
     heartbeat['age_seconds'] = round(now - heartbeat['time'], 1)
   return {
@@ -203,7 +203,7 @@ def partial_builds(directory: Path) -> dict[int, dict[str, Any]]:
   """
   found = {}
   for path in pathlib.Path(directory).glob(f'{generation.BUILDING}*'):
-    begun = shards.begun(path)
+    begun = shards.read_build_record(path)
     if begun is None:
       continue  # Published or removed meanwhile.
     made_from = begun['made_from']

@@ -1,9 +1,8 @@
 """The functions that run the commands of `realm-jax`.
 
-Public: one function for each row of `commands.COMMANDS`. Its keywords are the
-flags of the row; flags that the program behind it takes by the same names pass
-through. Each function imports its own program, so that no command waits for
-the libraries of another.
+Each row of `commands.COMMANDS` names one; its keywords are the flags of the
+row, and `options` pass through to the program. Each function imports its own
+program, so that no command waits for the libraries of another.
 """
 
 import contextlib
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app
 
+from realm_jax.runtime import lines
+
 if TYPE_CHECKING:
-  from realm_jax.api import open_qa
   from realm_jax.builder import editing
   from realm_jax.config import Config
+  from realm_jax.inference import answering
 
-# Exit code of a job that SIGTERM stopped after it saved a checkpoint: 128 + 15,
-# as a shell reports the signal.
-_TERMINATED = 143
+_TERMINATED = 143  # Exit code of a job that SIGTERM stopped: 128 + SIGTERM.
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +41,16 @@ def prepare(
   if not source and not stats:
     raise ValueError(
         'Give --source, the texts to prepare; without it, --stats describes the'
-        ' corpus that is there.'
+        ' corpus at --output.'
     )
   if source:
     from realm_jax.prepare import filters
     from realm_jax.prepare import prepare as prepare_lib
 
     manifest = prepare_lib.prepare(
-        _split(source),
+        lines.comma_separated(source),
         output,
-        pretraining_sources=_split(pretraining_source),
+        pretraining_sources=lines.comma_separated(pretraining_source),
         exclude=filters.KINDS if exclude == ['all'] else exclude,
         beam=None if beam is None else shlex.split(beam),
         **options,
@@ -77,7 +76,6 @@ def _describe(directory: pathlib.Path) -> None:
 
 
 def tag(*, corpus: str, tagger: str, output: str, **options: bool) -> None:
-  _quiet_jax()
   from realm_jax.corpus import corpus as corpus_lib
   from realm_jax.inference import tagging
 
@@ -98,7 +96,6 @@ def plan(
     json: bool,
     **setting: Any,
 ) -> None:
-  _quiet_jax()
   from realm_jax.planner import plan as plan_lib
   from realm_jax.trainer import stages
 
@@ -149,7 +146,6 @@ def train(
     with_index_builder: bool,
     **processes: Any,
 ) -> None:
-  _quiet_jax()
   from realm_jax.runtime import distributed
   from realm_jax.runtime import profile as profile_lib
   from realm_jax.trainer import loop
@@ -191,7 +187,6 @@ def index(
     parent_pid: int,
     **processes: Any,
 ) -> None:
-  _quiet_jax()
   from realm_jax.builder import builder
   from realm_jax.runtime import distributed
 
@@ -209,14 +204,14 @@ def index(
 def _processes(
     *, distributed: bool, coordinator_timeout: float, **explicit: Any
 ) -> contextlib.AbstractContextManager[None]:
-  """Joins the other processes of the job, if it has several."""
+  """Joins the other processes of a job that has several."""
   is_explicit = any(value is not None for value in explicit.values())
   if not distributed and not is_explicit:
     return contextlib.nullcontext()
   if distributed and is_explicit:
     raise ValueError(
-        '--distributed finds out by itself what --coordinator, --num_processes'
-        ' and --process_id say: give it alone, or these three.'
+        'Give either --distributed or --coordinator, --num_processes and'
+        ' --process_id: --distributed detects these three.'
     )
   from realm_jax.runtime import distributed as distributed_lib
 
@@ -245,29 +240,26 @@ def info(*, workdir: str, json: bool) -> None:
 
 
 def add(*, workdir: str, input: str, **options: Any) -> None:
-  _quiet_jax()
   from realm_jax.builder import editing
 
-  _report(workdir, editing.add(workdir, _split(input), **options))
+  records = lines.comma_separated(input)
+  _report(workdir, editing.add(workdir, records, **options))
 
 
 def update(*, workdir: str, input: str, **options: Any) -> None:
-  _quiet_jax()
   from realm_jax.builder import editing
 
-  _report(workdir, editing.update(workdir, _split(input), **options))
+  records = lines.comma_separated(input)
+  _report(workdir, editing.update(workdir, records, **options))
 
 
-def delete(*, workdir: str, input: str, ignore_missing: bool) -> None:
-  _quiet_jax()
+def delete(*, workdir: str, **options: Any) -> None:
   from realm_jax.builder import editing
 
-  change = editing.delete(workdir, input, ignore_missing=ignore_missing)
-  _report(workdir, change)
+  _report(workdir, editing.delete(workdir, **options))
 
 
 def compact(*, workdir: str, output: str | None) -> None:
-  _quiet_jax()
   from realm_jax.builder import compaction
 
   change = compaction.compact(workdir, output)
@@ -287,12 +279,12 @@ def _report(workdir: str, change: 'editing.Change') -> None:
       f' {change.live:,} can be found (version {change.version}).'
   )
   if change.missing:
-    print(f'Documents that were not there: {change.missing:,}.')
+    print(f'Unknown ids: {change.missing:,}.')
   _report_embedding(change)
   if change.compact:
     print(
-        'So much was added and removed that searches are slower for it: it is'
-        f' time for `realm-jax index compact --workdir={workdir}`.'
+        'Many changes have accumulated and slow down search; run'
+        f' `realm-jax index compact --workdir={workdir}`.'
     )
 
 
@@ -306,7 +298,6 @@ def _report_embedding(change: 'editing.Change') -> None:
 
 
 def evaluate(*, workdir: str, tagged: str | None, **options: Any) -> None:
-  _quiet_jax()
   from realm_jax.evaluation import report
 
   if tagged:
@@ -339,7 +330,6 @@ def inspect(
         'Give one sentence with a [MASK] in it, in quotes; got'
         f' {len(sentences)} arguments.'
     )
-  _quiet_jax()
   from realm_jax.evaluation import inspect as inspect_lib
 
   found = inspect_lib.inspect(workdir, sentences[0], k)
@@ -352,20 +342,23 @@ def inspect(
 def import_(
     *, source: str, workdir: str, components: str | None, **options: Any
 ) -> None:
-  _quiet_jax()
   from realm_jax.interop import importing
 
   summary = importing.run(
-      _split(source), workdir, components=_split(components) or None, **options
+      lines.comma_separated(source),
+      workdir,
+      components=lines.comma_separated(components) or None,
+      **options,
   )
   print(_indented(summary))
 
 
 def export(*, classes: str | None, **options: Any) -> None:
-  _quiet_jax()
-  from realm_jax.interop import exporting
+  from realm_jax.interop import export as export_lib
 
-  folders = exporting.run(classes=_split(classes) or None, **options)
+  folders = export_lib.run(
+      classes=lines.comma_separated(classes) or None, **options
+  )
   print('\n'.join(map(str, folders)))
 
 
@@ -382,10 +375,9 @@ def ask(
     raise app.UsageError(
         f'Give one question, in quotes, or none; got {len(asked)}.'
     )
-  _quiet_jax()
-  from realm_jax.api import open_qa
+  from realm_jax.inference import answering
 
-  loaded = open_qa.OpenQA.load(workdir, step)
+  loaded = answering.OpenQA.load(workdir, step)
   show = _as_json if json else _as_text
   if asked:
     print(show(loaded, loaded.answer(asked[0], k)))
@@ -402,11 +394,11 @@ def ask(
     print(show(loaded, loaded.answer(line, k)), flush=True)
 
 
-def _as_json(loaded: 'open_qa.OpenQA', answer: Any) -> str:
+def _as_json(loaded: 'answering.OpenQA', answer: Any) -> str:
   age = loaded.index_age_seconds
   values = {
       **dataclasses.asdict(answer),
-      # A reader of spans has nothing to read from without a passage.
+      # Without a passage, a reader of spans has no answer.
       'without_retrieval': '',
       'checkpoint': loaded.step,
       'index_generation': loaded.index_generation,
@@ -415,34 +407,34 @@ def _as_json(loaded: 'open_qa.OpenQA', answer: Any) -> str:
   return json_lib.dumps(values, ensure_ascii=False)
 
 
-def _as_text(loaded: 'open_qa.OpenQA', answer: Any) -> str:
-  lines = [f'{answer.text or "(no answer)"}   p={answer.probability:.2f}', '']
+def _as_text(loaded: 'answering.OpenQA', answer: Any) -> str:
+  shown = [f'{answer.text or "(no answer)"}   p={answer.probability:.2f}', '']
   for number, passage in enumerate(answer.passages):
     mark = '*' if number == answer.best else ' '
-    lines += [
+    shown += [
         f'{mark} p(z|x)={passage.probability:.2f}'
         f' answer p={passage.answer_probability:.2f}  {passage.id}'
         f'  {passage.title}',
         f'    {_marked(passage)}',
     ]
   age = loaded.index_age_seconds
-  lines += [
+  shown += [
       '',
       'Without retrieval: nothing; this reader answers with a part of a'
       ' passage.',
       f'Checkpoint {loaded.step}, index generation {loaded.index_generation}'
       + ('.' if age is None else f', published {_duration(age)} ago.'),
   ]
-  return '\n'.join(lines)
+  return '\n'.join(shown)
 
 
 def _marked(passage: Any) -> str:
-  """The text of a passage with brackets around its answer."""
+  """Returns the text of a passage with brackets around its answer."""
+  if not passage.answer:
+    return passage.text
   text = passage.text.encode('utf-8')  # `start` and `limit` count bytes.
   before = text[: passage.start].decode('utf-8')
-  answer = text[passage.start : passage.limit].decode('utf-8')
-  after = text[passage.limit :].decode('utf-8')
-  return f'{before}[{answer}]{after}' if answer else before + after
+  return f'{before}[{passage.answer}]{text[passage.limit :].decode("utf-8")}'
 
 
 def _duration(seconds: float) -> str:
@@ -452,16 +444,5 @@ def _duration(seconds: float) -> str:
   return f'{seconds:.0f} seconds'
 
 
-def _split(names: str | None) -> list[str]:
-  """The names between the commas of a flag; none of an absent flag."""
-  return [name.strip() for name in (names or '').split(',') if name.strip()]
-
-
 def _indented(value: Any) -> str:
   return json_lib.dumps(value, indent=2)
-
-
-def _quiet_jax() -> None:
-  """Lets JAX, Orbax and absl log warnings and errors only."""
-  for name in ('orbax', 'absl', 'jax'):
-    logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,7 +1,4 @@
-"""The table of the commands of `realm-jax`, with all their flags.
-
-Public: `Command`, `COMMANDS`.
-"""
+"""The table of the commands of `realm-jax`, with all their flags."""
 
 from collections.abc import Callable
 import dataclasses
@@ -22,10 +19,10 @@ class Command:
   """One command, `realm-jax NAME`.
 
   summary: one sentence.
-  example: arguments, as they follow the name.
+  example: arguments after the name.
   action: called with the positional arguments, and the flags as keywords.
-  flags: a missing flag is reported in this order.
-  positional: describes the positional arguments; empty: there are none.
+  flags: missing flags are reported in this order.
+  positional: describes the positional arguments; empty: the command has none.
   """
 
   def __init__(
@@ -36,11 +33,8 @@ class Command:
       *flags: Flag,
       positional: str = '',
   ):
-    self.summary = summary
-    self.example = example
-    self.action = action
-    self.flags = flags
-    self.positional = positional
+    self.summary, self.example, self.action = summary, example, action
+    self.flags, self.positional = flags, positional
 
 
 _RECORDS = Flag(
@@ -49,8 +43,7 @@ _RECORDS = Flag(
     ' (.gz, .xz too), folders or globs, comma-separated.', REQUIRED,
 )
 
-# By name, in the order of the help. A name of two words, `index verify`, has
-# flags of its own, apart from those of its first word.
+# By name, in the order of the help.
 COMMANDS = {
     'prepare': Command(
         'Turns text into a corpus: passages, sentences, salient spans.',
@@ -73,27 +66,27 @@ COMMANDS = {
              ' sentences are set aside for evaluation.', 0.01),
         Flag('exclude', list, 'Kinds of articles to leave out, of lists,'
              ' indices, outlines, disambiguation; or `all`.', []),
-        Flag('near_duplicates', float, 'Leave out what is that similar to an'
-             ' earlier record, such as 0.8.'),
+        Flag('near_duplicates', float, 'Leave out records of this similarity to'
+             ' an earlier one, such as 0.8.'),
         WORKERS,
         SKIP_BAD_RECORDS,
         Flag('beam', str, 'Options of an Apache Beam pipeline to do the work,'
              " in one string: '' or '--runner=FlinkRunner"
              " --flink_master=host:8081'."),
         Flag('stats', bool, 'Describe the corpus: figures in stats.json, a plot'
-             ' in stats.png; without --source, the corpus that is at --output'
-             ' already.', False),
+             ' in stats.png; without --source, the existing corpus at'
+             ' --output.', False),
         OVERWRITE,
     ),
     'tag': Command(
-        'Marks the names that a tagger finds to be masked, in a new corpus.',
+        'Writes a corpus with the names of a tagger as salient spans.',
         '--corpus=corpus --tagger=runs/tagger --output=tagged',
         actions.tag,
         Flag('corpus', str, 'Folder that `prepare` wrote.', REQUIRED),
         Flag('tagger', str, 'Workdir of the objective `tagger`.', REQUIRED),
         OUTPUT,
-        Flag('dates_and_numbers', bool, 'Keep those that the rules found.',
-             True),
+        Flag('dates_and_numbers', bool,
+             'Keep the dates and numbers that the rules found.', True),
         OVERWRITE,
     ),
     'plan': Command(
@@ -103,23 +96,24 @@ COMMANDS = {
         ' --builder_devices=16',
         actions.plan,
         dataclasses.replace(CONFIG, default=None),  # --chip=list needs none.
-        Flag('passages', int, "Of the corpus; default: config.corpus'."),
-        Flag('mean_wordpieces', float, 'Of a passage, with title and specials;'
-             " default: config.corpus', or else config.lengths.document, the"
-             ' most there can be.'),
-        Flag('chip', str, 'Of all devices; `--chip=list`: which.', 'h100'),
-        Flag('trainer_devices', int, 'Chips that train.', 1),
-        Flag('builder_devices', int, 'Chips that embed the corpus; 0: those'
-             ' that train do it, in turns.', 1),
-        Flag('peak_tflops', float, "Of a chip, instead of its vendor's."),
-        Flag('memory_gb', float, "Of a chip, instead of its vendor's."),
+        Flag('passages', int, 'Size of the corpus; default: of config.corpus.'),
+        Flag('mean_wordpieces', float, 'Mean length of a passage, with title'
+             ' and specials; default: of config.corpus, or else the maximum,'
+             ' config.lengths.document.'),
+        Flag('chip', str, 'Type of all devices; `--chip=list` lists them.',
+             'h100'),
+        Flag('trainer_devices', int, 'Number of chips that train.', 1),
+        Flag('builder_devices', int, 'Number of chips that embed the corpus; 0:'
+             ' the trainer chips do both in turn.', 1),
+        Flag('peak_tflops', float, "Peak of a chip; default: its vendor's."),
+        Flag('memory_gb', float, "Memory of a chip; default: its vendor's."),
         Flag('utilization', float,
              'Share of the peak that a training step reaches.', 0.4),
         Flag('builder_utilization', float,
-             'The same of the embedding of passages.', 0.5),
-        Flag('price', float, 'Of a chip for an hour, for the cost.', 0.0),
+             'Share of the peak that the embedding of passages reaches.', 0.5),
+        Flag('price', float, 'Price of a chip for an hour.', 0.0),
         Flag('compile', bool,
-             'Compile the step here, and show what XLA says of it.', False),
+             'Compile the step here; show the memory that XLA needs.', False),
         Flag('json', bool, 'Print JSON.', False),
     ),
     'train': Command(
@@ -133,39 +127,38 @@ COMMANDS = {
         Flag('profile', str,
              'Steps to trace, for example 10-15, to WORKDIR/profile.'),
         Flag('with_index_builder', bool, 'Start and supervise the index'
-             ' builder, for one machine. Else run `realm-jax index --follow`'
-             ' beside this job.', False),
+             ' builder, on one machine. Otherwise run `realm-jax index'
+             ' --follow` as a second job.', False),
     ),
     'index': Command(
-        'Builds index generations beside a running trainer.',
+        'Builds index generations for a running trainer.',
         '--workdir=runs/realm --follow',
         actions.index,
         WORKDIR,
         *PROCESSES,
-        Flag('follow', bool, 'Stay until training is done, and build a'
-             ' generation from the newest snapshot each time there is one. Else'
-             ' build one and leave.', False),
+        Flag('follow', bool, 'Build a generation from each new snapshot until'
+             ' training is done. Otherwise build one and exit.', False),
         Flag('step', int,
-             'Build that of this snapshot; default: of the newest.'),
+             'Snapshot to build from; default: the newest.'),
         Flag('start_timeout', float, 'Seconds to wait for the trainer to write'
              ' its config and first snapshot.', 600.0),
         Flag('parent_pid', int,
-             'Leave when this process is gone; 0: do not look.', 0),
+             'Exit when this process ends; 0: never.', 0),
     ),
     'index verify': Command(
-        'Checks every byte of the index, and what it was made from.',
+        'Checks every byte of the index and its provenance.',
         '--workdir=runs/realm',
         actions.verify,
         WORKDIR,
         Flag('step', int,
-             'Look at this generation alone; default: at all of them.'),
+             'Generation to check; default: all.'),
     ),
     'index info': Command(
-        'Lists the generations, who uses them, and what the builder does.',
+        'Lists the generations, their users, and the state of the builder.',
         '--workdir=runs/realm --json',
         actions.info,
         WORKDIR,
-        Flag('json', bool, 'As JSON instead of a table.', False),
+        Flag('json', bool, 'Print JSON.', False),
     ),
     'index add': Command(
         'Adds documents to a trained job.',
@@ -184,21 +177,19 @@ COMMANDS = {
         _RECORDS,
         SKIP_BAD_RECORDS,
         WORKERS,
-        Flag('ignore_missing', bool, 'Add the documents that are not there.',
-             False),
+        Flag('ignore_missing', bool, 'Add documents with unknown ids.', False),
     ),
     'index delete': Command(
         'Removes documents by their ids.',
         '--workdir=runs/realm --input=ids.txt',
         actions.delete,
         WORKDIR,
-        Flag('input', str, 'Which: JSON Lines (.gz, .xz too) of objects with an'
-             ' `id`, or any other file, with an id a line.', REQUIRED),
-        Flag('ignore_missing', bool,
-             'Pass over the documents that are not there.', False),
+        Flag('input', str, 'Ids: JSON Lines (.gz, .xz too) of objects with an'
+             ' `id`, or any other file, with an id on each line.', REQUIRED),
+        Flag('ignore_missing', bool, 'Ignore unknown ids.', False),
     ),
     'index compact': Command(
-        'Writes what was added and removed as a plain corpus.',
+        'Writes all additions and removals as one plain corpus.',
         '--workdir=runs/realm',
         actions.compact,
         WORKDIR,
@@ -214,19 +205,18 @@ COMMANDS = {
              ' passage_id}, or a question set as published (see `realm-jax'
              " questions --help`); default: the corpus' questions.jsonl if it"
              ' has one.'),
-        Flag('tagged', str, 'Of a tagger: files of tagged sentences,'
+        Flag('tagged', str, 'For a tagger: files of tagged sentences,'
              ' comma-separated; CoNLL, or JSON Lines of {tokens, tags}.'),
-        Flag('corpus', str, 'Search this corpus instead of the one trained on;'
+        Flag('corpus', str, 'Search this corpus instead of the training corpus;'
              ' same tokenizer.'),
-        Flag('steps', str, 'Which steps: `latest`, `all` (every snapshot and'
-             ' checkpoint still there), or numbers, comma-separated.',
-             'latest'),
+        Flag('steps', str, '`latest`, `all` (every remaining snapshot and'
+             ' checkpoint), or numbers, comma-separated.', 'latest'),
         Flag('limit', int,
-             'Evaluate the first questions and sentences only.'),
-        Flag('read', int, 'Passages that are read for a question; default: as'
-             ' many as in training.'),
-        Flag('run_file', str, 'Also write what was retrieved to this file, for'
-             ' trec_eval, ir-measures or pyserini.'),
+             'Maximum number of questions and of masked sentences.'),
+        Flag('read', int, 'Passages to read for a question; default: as in'
+             ' training.'),
+        Flag('run_file', str, 'Also write the retrieved passages to this file,'
+             ' for trec_eval, ir-measures or pyserini.'),
         Flag('beir', str,
              'Also write corpus and questions to this folder, as BEIR.'),
     ),
@@ -238,49 +228,48 @@ COMMANDS = {
         positional='OURS THEIRS',
     ),
     'inspect': Command(
-        'Shows what is retrieved for one sentence, and what it changes.',
+        'Shows the retrieved passages and predictions for one sentence.',
         '--workdir=runs/realm "The capital is [MASK]."',
         actions.inspect,
         WORKDIR,
         Flag('k', int,
-             "Candidates, null document included; default: the config's."),
+             'Candidates, null document included; default: as in training.'),
         Flag('html', str, 'Also write a page to this file.'),
         positional='SENTENCE',
     ),
     'import': Command(
-        'Makes a workdir of published checkpoints of BERT or REALM.',
+        'Makes a workdir from published checkpoints of BERT or REALM.',
         '--source=bert-base-uncased --workdir=runs/bert',
         actions.import_,
         Flag('source', str, 'Checkpoints of BERT or REALM: folders or Hugging'
-             ' Face hub ids, comma-separated, which together make one job.',
-             REQUIRED),
+             ' Face hub ids, comma-separated, for one job.', REQUIRED),
         WORKDIR,
-        Flag('components', str, 'Which to take, of embedder, reader,'
-             ' span_reader; default: all of them.'),
+        Flag('components', str, 'Some of embedder, reader, span_reader;'
+             ' default: all.'),
         Flag('corpus', str, 'A corpus prepared with the vocabulary of the'
              ' checkpoint, for `index` and `evaluate`. An open-QA checkpoint'
              ' brings its own.'),
-        Flag('vocab', str, "Vocabulary to take instead of the checkpoint's."),
-        Flag('blocks', str, 'block_records.npy of an open-QA checkpoint that'
-             ' has none beside it.'),
+        Flag('vocab', str, "Vocabulary; default: the checkpoint's."),
+        Flag('blocks', str, 'block_records.npy of an open-QA checkpoint whose'
+             ' folder has none.'),
         Flag('workers', int,
              'Processes for a corpus; default: one for each core.'),
         Flag('seed', int, 'For parameters that a checkpoint does not have.', 0),
     ),
     'export': Command(
-        'Writes what transformers, sentence-transformers or FAISS read.',
+        'Exports a model to transformers, sentence-transformers or FAISS.',
         '--workdir=runs/realm --format=huggingface --output=model',
         actions.export,
         WORKDIR,
         Flag('format', ('huggingface', 'sentence-transformers', 'index'),
              'What to write.', REQUIRED),
         OUTPUT,
-        Flag('step', int, 'Of a checkpoint or of a snapshot of the retriever;'
-             ' default: the newest checkpoint.'),
-        Flag('classes', str, 'Of huggingface: some of embedder, scorer,'
+        Flag('step', int, 'Checkpoint, or snapshot of the retriever; default:'
+             ' the newest checkpoint.'),
+        Flag('classes', str, 'For huggingface: some of embedder, scorer,'
              ' encoder, reader, openqa, bert, tagger, comma-separated; default:'
-             ' what the workdir has.'),
-        Flag('dtype', ('float32', 'float16'), 'Of the embeddings of index.',
+             ' those of the workdir.'),
+        Flag('dtype', ('float32', 'float16'), 'For index: of the embeddings.',
              'float32'),
     ),
     'questions': Command(
@@ -300,9 +289,9 @@ COMMANDS = {
         '--workdir=runs/open_qa "who founded Delatuk?"',
         actions.ask,
         WORKDIR,
-        Flag('k', int, 'Passages to read; default: as many as in training.'),
-        Flag('step', int, 'Of a checkpoint; default: the newest.'),
-        Flag('json', bool, 'One JSON object for each question.', False),
+        Flag('k', int, 'Passages to read; default: as in training.'),
+        Flag('step', int, 'Checkpoint step; default: newest.'),
+        Flag('json', bool, 'Print a JSON object for each question.', False),
         positional='[QUESTION]',
     ),
 }

@@ -1,26 +1,31 @@
-"""Flags of the command line: their types, and those that several commands have.
-
-Public: `Flag`, `REQUIRED`, the flags in capitals, `explain`.
-"""
+"""Flags of the command line, and the flags that several commands share."""
 
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import json
 import re
 from typing import Any, Literal
 
 from absl import flags
 
-REQUIRED: Any = object()  # As a default: the flag must be given.
+_DEFINE: dict[type, Any] = {
+    bool: flags.DEFINE_boolean,
+    float: flags.DEFINE_float,
+    int: flags.DEFINE_integer,
+    list: flags.DEFINE_list,
+    str: flags.DEFINE_string,
+}
+REQUIRED: Any = object()  # Default of a flag that must be given.
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
   """One flag of a command.
 
-  name: `--name` on the command line, and the argument of the command's action.
-  type: `bool`, `float`, `int`, `str`, `list` for names between commas, or a
-    tuple of the strings to choose from.
+  name: `--name` on the command line, and the keyword of the action.
+  type: `bool`, `float`, `int`, `str`, `list` (names separated by commas), or
+    a tuple of the allowed strings.
   help: one sentence.
   default: the value without the flag, or `REQUIRED`.
   """
@@ -31,25 +36,17 @@ class Flag:
   default: Any = None
 
   def define(self) -> None:
-    """Makes `absl.flags.FLAGS` accept the flag."""
+    """Defines the flag in `absl.flags.FLAGS`."""
     required = self.default is REQUIRED
     default = None if required else self.default
     if isinstance(self.type, tuple):
-      flags.DEFINE_enum(
-          self.name, default, self.type, self.help, required=required
-      )
-      return
-    define = {
-        bool: flags.DEFINE_boolean,
-        float: flags.DEFINE_float,
-        int: flags.DEFINE_integer,
-        list: flags.DEFINE_list,
-        str: flags.DEFINE_string,
-    }[self.type]
-    define(self.name, default, self.help, required=required)
+      define, values = flags.DEFINE_enum, [self.type]
+    else:
+      define, values = _DEFINE[self.type], []
+    define(self.name, default, *values, self.help, required=required)
 
   def __str__(self) -> str:
-    """The line of the flag in the help of its command."""
+    """Returns the line of the flag in the help of its command."""
     text = f'  --{self.name}: '
     if isinstance(self.type, tuple):
       text += f'<{"|".join(self.type)}>: '
@@ -59,14 +56,22 @@ class Flag:
     return text if self.default is None else f'{text} (default {self.default})'
 
 
+class _Json(flags.ArgumentParser):
+  """A dictionary, as in --config.mips.options='{"lists": 100}'."""
+
+  def parse(self, argument: Any) -> Any:
+    return json.loads(argument) if isinstance(argument, str) else argument
+
+
 class ConfigFlag(Flag):
-  """A file that returns a `Config`, and a flag for each of its fields."""
+  """A file that returns a `Config`, with a flag for each of its fields."""
 
   def define(self) -> None:
     from ml_collections import config_flags
 
-    # A field of type Literal is a string here; config.validate checks it.
+    # A field of type Literal is parsed as a string; config.validate checks it.
     config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
+    config_flags.register_flag_parser_for_type(dict, _Json())
     config_flags.DEFINE_config_file(
         self.name, None, self.help, lock_config=True
     )
@@ -90,7 +95,7 @@ SKIP_BAD_RECORDS = Flag(
     'Count and list malformed lines, do not stop.', False,
 )
 WORKERS = Flag('workers', int, 'Processes; default: one for each core.')
-# How the processes of a job find each other.
+# The processes of a job.
 PROCESSES = (
     Flag('coordinator', str,
          'HOST:PORT of process 0, where a job has several, one on each host.'),
@@ -104,13 +109,13 @@ PROCESSES = (
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:
-  """Describes an error of the flag libraries in terms of the command line.
+  """Returns the message for an error of the flag libraries.
 
   Args:
     error: raised while the flags were parsed.
     arguments: the command line after the name of the command.
   """
-  # An error in a config file comes with its traceback, which ends in the cause.
+  # The last line of an error in a config file, with traceback, is the cause.
   text = str(error.args[0] if error.args else error).strip()
   reason = text.splitlines()[-1]
   if match := re.match(r'flag --(\S+)=None: .*must have a value other', reason):

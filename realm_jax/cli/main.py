@@ -1,7 +1,6 @@
 """The command line: `realm-jax COMMAND --flag=value ...`.
 
-Public: `run`. Only the flags of the command are defined, so any other flag is
-an error.
+Only the flags of the command are defined; any other flag is an error.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from absl import logging as absl_logging
 from realm_jax.cli import flags as flags_lib
 from realm_jax.cli.commands import COMMANDS
 
-# Exit codes of a wrong command line and of Ctrl-C: 128 + 2, as a shell reports
-# the signal.
+# Exit codes of a wrong command line and of Ctrl-C (128 + SIGINT).
 _USAGE, _INTERRUPTED = 2, 130
 
 
@@ -55,15 +53,15 @@ def _name(words: Sequence[str]) -> tuple[str, list[str]]:
   """Returns the command's name, of one word or two, and what follows it."""
   name = words[0] if words else ''
   second = words[1] if len(words) > 1 else '-'
-  # Any second word belongs to the name where names of two words exist, so that
-  # the error for a misspelt one names it.
+  # If commands of two words exist, a second word belongs to the name, and the
+  # error for a misspelt one shows both words.
   if not second.startswith('-') and _subcommands(name):
     return f'{name} {second}', [*words[2:]]
   return name, [*words[1:]]
 
 
 def _subcommands(name: str) -> list[str]:
-  """The commands of two words that begin with this one."""
+  """Returns the commands of two words with this first word."""
   return [other for other in COMMANDS if other.startswith(f'{name} ')]
 
 
@@ -77,9 +75,11 @@ def _parse(name: str, argv: Sequence[str]) -> list[str]:
 
 
 def _call(name: str, argv: Sequence[str]) -> None:
-  """Calls the action of a command with its flags, and reports its errors."""
+  """Calls the action of a command with its flags; reports its errors."""
   logging.getLogger().setLevel(logging.INFO)
   absl_logging.use_absl_handler()
+  for library in ('orbax', 'absl', 'jax'):
+    logging.getLogger(library).setLevel(logging.WARNING)
   command, words = COMMANDS[name], argv[1:]
   try:
     if words and not command.positional:
@@ -95,10 +95,10 @@ def _call(name: str, argv: Sequence[str]) -> None:
   except (
       ValueError, OSError, ImportError, FloatingPointError, RuntimeError
   ) as error:
-    # The user can act on these. Any other error is a bug and shows its trace,
-    # and so do the subclasses of RuntimeError, which are JAX's.
-    theirs = isinstance(error, RuntimeError) and type(error) is not RuntimeError
-    if theirs or os.environ.get('REALM_JAX_TRACEBACK'):
+    # The user can act on these errors. All others are bugs and show a trace;
+    # so do the subclasses of RuntimeError, which are JAX's.
+    is_bug = isinstance(error, RuntimeError) and type(error) is not RuntimeError
+    if is_bug or os.environ.get('REALM_JAX_TRACEBACK'):
       raise
     print(f'realm-jax {name}: {error}', file=sys.stderr)
     sys.exit(1)

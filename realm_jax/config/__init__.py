@@ -21,6 +21,12 @@ PRESETS = {
     'small': (4, 512, 8),
     'base': (12, 768, 12),
 }
+# Search backends and their classes; see index/search.py.
+BACKENDS = {
+    'exact': 'realm_jax.index.search:ExactSearch',
+    'approx': 'realm_jax.index.search:ApproxSearch',
+    'scann': 'realm_jax.index.scann:ScannSearch',
+}
 # Fields that name files of training data.
 _INPUT_FILES = (
     ('ict', 'questions'), ('open_qa', 'questions'), ('tagger', 'files')
@@ -184,13 +190,15 @@ class RefreshConfig:
 class MipsConfig:
   """Maximum inner product search over the document embeddings."""
 
-  backend: Literal['exact', 'approx', 'scann'] = 'exact'
+  backend: str = 'exact'  # A key of BACKENDS, or `package.module:Name`.
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # Of the embedding table.
   recall_target: float = 0.95  # `approx` only.
-  # `scann` only; 0: derived from the number of rows (index/search.py).
+  # `scann` only; 0: derived from the number of rows (index/scann.py).
   num_leaves: int = 0
   leaves_to_search: int = 0
   reorder: int = 0
+  # Settings of a backend given as `package.module:Name`.
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -374,8 +382,9 @@ def identity(config: Config) -> dict[str, Any]:
     del values[name]
   for name in ('attention', 'remat'):
     del values['model'][name]
-  if not values['options']:  # Configs of older versions lack it.
-    del values['options']
+  for section in (values, values['mips']):
+    if not section['options']:  # Configs of older versions lack them.
+      del section['options']
   values['model']['attention_dropout'] = attention_rate(config.model)
   for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]

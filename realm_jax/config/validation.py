@@ -101,6 +101,11 @@ def _relations(c: config_lib.Config) -> Problems:
         'a fused kernel drops no attention weights; set'
         f' config.model.attention_dropout=0, not {rate}'
     )
+  if c.mips.backend not in config_lib.BACKENDS and ':' not in c.mips.backend:
+    yield 'mips.backend', (
+        f'must be one of {tuple(config_lib.BACKENDS)} or have the form'
+        ' package.module:Name'
+    )
   if c.batch_size % c.accumulate:
     yield 'accumulate', f'must divide the batch size, {c.batch_size}'
   if not c.optimizer.clip_norm > 0:

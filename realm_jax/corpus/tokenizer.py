@@ -27,7 +27,7 @@ from realm_jax.runtime import files
 _SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 _MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
-_FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
+FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
 
 # Wordpieces never cross these characters.
 _SPACES = ' \t\n\r'
@@ -428,26 +428,48 @@ def _json_object(path: pathlib.Path) -> dict:
   return values
 
 
-def _download(name: str) -> pathlib.Path:
-  """Downloads a tokenizer from the Hugging Face hub, or finds it cached."""
-  if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
-    raise FileNotFoundError(
-        f'There is no vocabulary file or tokenizer folder {name!r}.'
-    )
-  # Imported late: the import is slow.
+def hub_file(name: str, file: str) -> pathlib.Path | None:
+  """Downloads a file from the Hugging Face hub, or finds it in its cache.
+
+  Args:
+    name: id of a repository.
+    file: name of the file.
+
+  Returns:
+    The path; None: the repository lacks the file, or the hub cannot be reached
+    and the cache lacks it.
+
+  Raises:
+    FileNotFoundError: the repository cannot be read; gives the reason.
+  """
+  # Imported late: it is slow, and local files do not need it.
   import huggingface_hub
   from huggingface_hub import errors
 
   try:
-    return pathlib.Path(
-        huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_FOLDER_FILES)
-        )
-    )
+    return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
+  except errors.EntryNotFoundError:
+    return None
   except (errors.HfHubHTTPError, OSError, ValueError) as error:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise FileNotFoundError(
-        f'{name!r} is neither a vocabulary file nor a tokenizer folder, and the'
-        f' Hugging Face hub gives no model of that name ({reason[0]}). Without'
-        ' network, give the path of a vocab.txt.'
+        f'{name!r} is no file or folder, and as an id of the Hugging Face hub'
+        f' it could not be fetched: {reason}'
     ) from error
+
+
+def _download(name: str) -> pathlib.Path:
+  """Downloads a tokenizer from the hub; returns its folder."""
+  if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
+    raise FileNotFoundError(
+        f'There is no vocabulary file or tokenizer folder {name!r}.'
+    )
+  found = [path for file in FOLDER_FILES if (path := hub_file(name, file))]
+  if not found:
+    raise FileNotFoundError(
+        f'{name!r} is neither a vocabulary file nor a tokenizer folder, and as'
+        ' an id of the Hugging Face hub it has no tokenizer, or the hub cannot'
+        ' be reached and the tokenizer is not in the cache. Without network,'
+        ' give the path of a vocab.txt.'
+    )
+  return found[0].parent

@@ -1,7 +1,6 @@
-"""What is in a corpus, in figures and as a picture: `prepare --stats`.
+"""`realm-jax prepare --stats`: figures and a plot of a corpus.
 
-Public: `measure`, `plot`. Everything comes from the tables and the manifest;
-spans are counted in blocks, so that memory does not depend on the corpus.
+Spans are counted in blocks, so that memory does not grow with the corpus.
 """
 
 import collections
@@ -12,12 +11,12 @@ import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
 
-_BIN = 16  # Wordpieces, of the histogram of lengths.
-_MOST_SPANS = 10  # In a sentence; the last number counts those with more, too.
-_LONGEST_NAME = 12  # Wordpieces; longer spans are no entity met often.
-_BLOCK = 1 << 20  # Spans.
-_MAX_NAMES = 2_000_000  # Kept while counting.
-# Reasons, as the writer counts them, and what they are a share of.
+_BIN = 16  # Bin width of the histogram of lengths, in wordpieces.
+_MOST_SPANS = 10  # Last bin of spans per sentence; counts more spans, too.
+_LONGEST_NAME = 12  # Wordpieces; longer spans are not counted.
+_BLOCK = 1 << 20  # Spans counted at once.
+_MAX_NAMES = 2_000_000  # Different spans kept while counting.
+# The reasons for dropping records and sentences, named as in the manifest.
 _DROPPED = {
     'records': (
         'excluded_lists',
@@ -36,13 +35,12 @@ _DROPPED = {
 
 
 def measure(corpus: corpus_lib.Corpus, most_frequent: int = 30) -> dict:
-  """Returns figures of a corpus, for JSON.
+  """Returns the figures of a corpus as plain JSON.
 
   Args:
-    corpus: any.
-    most_frequent: how many of the spans that occur most often are listed. They
-      are exact up to two million different spans; beyond, the rarest of them
-      are forgotten from time to time.
+    corpus: to describe.
+    most_frequent: number of most frequent spans to list. Their counts are exact
+      up to two million different spans; beyond, single spans are dropped.
   """
   counts = corpus.manifest['counts']
   lengths = np.asarray(corpus.passages.lengths)
@@ -69,10 +67,10 @@ def measure(corpus: corpus_lib.Corpus, most_frequent: int = 30) -> dict:
 
 
 def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
-  """Draws what `measure` returned, as a PNG.
+  """Draws the figures of `measure` as a PNG.
 
   Raises:
-    ImportError: if matplotlib is not installed.
+    ImportError: matplotlib is not installed.
   """
   try:
     from matplotlib import figure
@@ -83,13 +81,8 @@ def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
     ) from error
   canvas = figure.Figure(figsize=(11, 8), layout='constrained')
   lengths, spans, names, dropped = canvas.subplots(2, 2).flat
-  about = figures['passage_length']
-  lengths.bar(
-      np.arange(len(about['histogram'])) * about['bin'],
-      about['histogram'],
-      width=about['bin'],
-      align='edge',
-  )
+  bars = figures['passage_length']['histogram']
+  lengths.bar(np.arange(len(bars)) * _BIN, bars, width=_BIN, align='edge')
   lengths.set(
       title=f'{figures["passages"]:,} passages',
       xlabel='wordpieces, with title and special tokens',
@@ -149,9 +142,9 @@ def _sentences(table: corpus_lib.SentenceTable) -> dict[str, Any]:
 
 
 def _dropped(manifest: dict[str, Any]) -> dict[str, Any]:
-  """Returns of each thing that is counted how many are gone for which reason.
+  """Returns the number and share of dropped items by reason.
 
-  What `--skip_bad_records` left out is among no records: it was never one.
+  Malformed lines that `--skip_bad_records` skipped do not count as records.
   """
   counts = manifest['counts']
   found: dict[str, Any] = {}
@@ -160,7 +153,7 @@ def _dropped(manifest: dict[str, Any]) -> dict[str, Any]:
       if f'{prefix}{whole}' not in counts:
         continue
       total = counts[f'{prefix}{whole}']
-      if whole == 'records':  # Duplicates never reach those who count records.
+      if whole == 'records':  # The count leaves out near-duplicates.
         total += counts.get(f'{prefix}near_duplicates', 0)
       dropped = {
           reason: counts[prefix + reason]
@@ -186,7 +179,7 @@ def _dropped(manifest: dict[str, Any]) -> dict[str, Any]:
 def _most_frequent(
     corpus: corpus_lib.Corpus, count: int
 ) -> dict[str, list[dict[str, Any]]]:
-  """Returns the spans met most often: names, and dates and numbers."""
+  """Returns the most frequent names, and dates and numbers."""
   counter: collections.Counter[bytes] = collections.Counter()
   for table in corpus.sentences.values():
     _count_spans(table, counter)
@@ -194,7 +187,7 @@ def _most_frequent(
       'names': [],
       'dates_and_numbers': [],
   }
-  # By number, then by wordpieces: the same for any order of counting.
+  # Sorted by count, then by wordpieces, independent of the counting order.
   for key, number in sorted(counter.items(), key=lambda x: (-x[1], x[0])):
     text = corpus.tokenizer.decode(np.frombuffer(key, np.uint32).tolist())
     digits = any(c.isdigit() for c in text)

@@ -1,13 +1,13 @@
-"""How good are retriever and reader? The driver of `realm-jax evaluate`.
+"""`realm-jax evaluate`: measures retriever and reader of a workdir.
 
-Public: `evaluate`, `sentence_clusters`. Questions measure the retriever alone
-(zero-shot, as in Guu et al. 2020, table 2, "zero-shot retrieval recall").
-Masked sentences of the split `validation`, on which nothing is trained,
-measure retriever and reader together.
+Questions measure the retriever alone ("zero-shot retrieval recall", Guu et al.
+2020, table 2). Masked sentences of the split `validation`, which is not trained
+on, measure retriever and reader together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import logging
 import pathlib
 import time
@@ -17,11 +17,9 @@ import jax
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.evaluation import answer_metrics
-from realm_jax.evaluation import ranking
+from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
-from realm_jax.evaluation import statistics
 from realm_jax.index import search as search_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
@@ -33,8 +31,8 @@ from realm_jax.trainer.stages import realm
 
 log = logging.getLogger(__name__)
 
-_MAX_SENTENCES = 2000  # Masked; more would take long and say little more.
-_SEARCH_BATCH = 1024  # Questions searched for at once.
+_MAX_SENTENCES = 2000  # Masked sentences, without a limit of the user.
+_SEARCH_BATCH = 1024  # Questions in one search.
 _QUESTIONS = 'questions.jsonl'  # In the folder of a generated corpus.
 
 
@@ -54,38 +52,36 @@ def evaluate(
 ) -> list[report.Result]:
   """Measures a workdir and writes evaluation/<step>.json for each step.
 
-  For questions: recall@{1,5,20,50,100} and MRR by gold passage and by answer
-  string, for all of them and, where they say so, apart for `held_out` and
-  `seen` facts. For a workdir with a reader: the share of masked spans of the
-  corpus' `validation` sentences that are filled in with every wordpiece right,
-  with retrieval (marginal over the candidates) and without (the same reader,
-  the null document alone), and what training also logs
-  (`objectives.retrieval_metrics`). Trivial candidates are excluded as in
-  training, but at least the sentence's own passage. The search is exact, so
-  that the retriever is measured and not the backend.
+  Questions: recall@{1,5,20,50,100} and MRR by gold passage and by answer
+  string, for all questions and, if they are marked, separately for `held_out`
+  and `seen` facts.
+
+  Masked `validation` sentences, for a workdir with a reader: the share of
+  sentences with every masked wordpiece right, with retrieval (marginal over the
+  candidates) and without (the same reader with the null document alone), and
+  the metrics of training (`objectives.retrieval_metrics`). Trivial candidates
+  are excluded as in training, but at least the sentence's own passage. The
+  search is exact: the backend does not influence the figures.
 
   Args:
     workdir: of `train`.
-    questions: a file of them, or themselves; None: those that came with the
-      corpus, if any did. Empty: only masked sentences are measured.
-    steps: 'latest' checkpoint, 'all' that can be loaded, checkpoints and
-      retriever snapshots (of which only the retrieval can be measured), or the
-      numbers of some, with commas in between.
-    corpus: searched instead of the one trained on; same tokenizer.
-    limit: use the first so many questions and masked sentences; None: all
+    questions: a file of questions, or a sequence; None: the questions in the
+      folder of the corpus, if any. Empty: only masked sentences are measured.
+    steps: 'latest' checkpoint; 'all' checkpoints and retriever snapshots (which
+      have no reader); or numbers of steps, separated by commas.
+    corpus: searched instead of the workdir's documents; same tokenizer.
+    limit: maximum number of questions and of masked sentences; None: all
       questions, and 2,000 sentences.
-    read: passages that a reader of answers reads for a question; None: as many
-      as in training.
-    run_file: also write what was retrieved, in the format of TREC; of the last
-      step, if there are several.
-    beir: also write corpus and questions to this folder, in that of BEIR.
+    read: passages to read for a question; None: as many as in training.
+    run_file: TREC run file to write, of the last step.
+    beir: BEIR folder to write, with corpus and questions.
 
   Returns:
     The results, plain JSON, by step.
 
   Raises:
-    FileNotFoundError: no such workdir, step or corpus.
-    ValueError: nothing to measure, or the corpus does not fit.
+    FileNotFoundError: there is no such workdir, step or corpus.
+    ValueError: nothing can be measured, or the corpus does not fit.
   """
   trained = trained_lib.Trained.open(workdir, corpus)
   if limit is not None and limit < 1:
@@ -97,7 +93,7 @@ def evaluate(
     )
   if 'embedder' not in trained.components and questions:
     raise ValueError(
-        f'{workdir} has no retriever to ask questions of: its components are'
+        f'{workdir} has no retriever for the questions: its components are'
         f' {sorted(trained.components)}.'
     )
   questions = _questions(trained.corpus, questions)[:limit]
@@ -109,7 +105,7 @@ def evaluate(
   )
   if not (can_ask or can_mask):
     raise ValueError(
-        f'There is nothing to measure {workdir} with: its components are'
+        f'Nothing can be measured in {workdir}: its components are'
         f' {sorted(trained.components)}, {len(questions)} questions were given,'
         f' and the splits of {trained.corpus.directory} are'
         f' {sorted(trained.corpus.sentences)}. A retriever needs questions, a'
@@ -153,12 +149,17 @@ def _questions(
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-  """Questions, made ready for all steps."""
+  """The questions in the form that all steps use.
+
+  gold_rows: of each question; empty if the gold passage is unknown.
+  cluster_B: see `metrics.interval`.
+  text_of: returns the body of a passage row, cached.
+  """
 
   table: question_table_lib.QuestionTable
-  gold_rows: list[list[int]]  # Empty where the gold passage is not known.
-  cluster_B: np.ndarray  # For the intervals: the questions about one article.
-  texts: '_Texts'
+  gold_rows: list[list[int]]
+  cluster_B: np.ndarray
+  text_of: Callable[[int], str]
 
   @classmethod
   def of(
@@ -166,7 +167,6 @@ class _Asked:
       trained: trained_lib.Trained,
       questions: Sequence[questions_lib.Question],
   ) -> '_Asked':
-    texts = _Texts(trained.corpus)
     table = question_table_lib.QuestionTable.of(
         list(questions), trained.config.lengths.query, trained.corpus.tokenizer
     )
@@ -174,28 +174,17 @@ class _Asked:
         rows.tolist()
         for rows in passage_answers.gold_rows(trained.corpus, questions)
     ]
-    # The id of a gold passage that the corpus lacks still says which questions
-    # share it.
-    cluster_B = statistics.clusters(
+    # Questions can share the id of a gold passage that the corpus lacks.
+    cluster_B = metrics_lib.clusters(
         int(trained.corpus.passages.articles[rows[0]])
         if rows
         else question.passage_id
         for question, rows in zip(questions, gold_rows, strict=True)
     )
-    return cls(table, gold_rows, cluster_B, texts)
-
-
-class _Texts:
-  """Bodies of passages by row; each is read once."""
-
-  def __init__(self, corpus: corpus_lib.Corpus):
-    self._corpus = corpus
-    self._texts: dict[int, str] = {}
-
-  def __call__(self, row: int) -> str:
-    if row not in self._texts:
-      self._texts[row] = self._corpus.passage_text(row)['text']
-    return self._texts[row]
+    text_of = functools.cache(
+        lambda row: trained.corpus.passage_text(row)['text']
+    )
+    return cls(table, gold_rows, cluster_B, text_of)
 
 
 def _steps(
@@ -211,16 +200,11 @@ def _steps(
   words = str(steps).split(',')
   if not all(word.isdigit() for word in words):
     raise ValueError(
-        f"steps={steps!r}: must be 'latest', 'all', or numbers of steps with"
-        ' commas in between.'
+        f"steps={steps!r}: must be 'latest', 'all', or numbers of steps,"
+        ' separated by commas.'
     )
   wanted = sorted({int(word) for word in words})
-  for step in wanted:
-    if step not in (*checkpoints, *snapshots):
-      raise FileNotFoundError(
-          f'{trained.workdir} has nothing of step {step}: checkpoints'
-          f' {checkpoints}, retriever snapshots {snapshots}.'
-      )
+  trained_lib.check_steps(trained.workdir, wanted, snapshots_too)
   return wanted
 
 
@@ -239,8 +223,7 @@ def _evaluate_step(
       'passages': trained.corpus.num_live,
       'corpus_fingerprint': trained.corpus.fingerprint,
   }
-  changes = trained.documents.about()
-  if changes is not None:
+  if (changes := trained.documents.about()) is not None:
     result['documents'] = changes
   index, run = None, None
   if 'embedder' in params:
@@ -249,9 +232,9 @@ def _evaluate_step(
   if asked is not None and index is not None:
     run = _retrieve(trained, params, index, asked)
     if 'span_reader' in params:
-      answerer = answering.Answerer(trained, step, params, index)
-      figures, answers = answer_metrics.measure(
-          answerer, asked.table, run.doc_ids_BK, read
+      model = answering.OpenQA(trained, step, params, index)
+      figures, answers = metrics_lib.answer_figures(
+          model, asked.table, run.doc_ids_BK, read
       )
       run = dataclasses.replace(run, figures=figures, answers=answers)
     result['questions'] = _question_metrics(trained, run, asked)
@@ -263,8 +246,8 @@ def _evaluate_step(
 
 
 def _depth(trained: trained_lib.Trained) -> int:
-  """How many passages are retrieved for a question."""
-  return min(ranking.CUTOFFS[-1], trained.corpus.num_live)
+  """Returns the number of passages retrieved for a question."""
+  return min(metrics_lib.CUTOFFS[-1], trained.corpus.num_live)
 
 
 def _retrieve(
@@ -286,12 +269,12 @@ def _retrieve(
       questions,
       doc_ids_BK,
       np.concatenate(scores),
-      ranking.gold_ranks(doc_ids_BK, asked.gold_rows),
-      ranking.answer_ranks(
+      metrics_lib.gold_ranks(doc_ids_BK, asked.gold_rows),
+      metrics_lib.answer_ranks(
           doc_ids_BK,
           [question.answers for question in questions],
           [question.match for question in questions],
-          asked.texts,
+          asked.text_of,
       ),
       asked.cluster_B,
   )
@@ -316,25 +299,24 @@ def _question_metrics(
         'questions': int(members.sum()),
         'clusters': len(np.unique(asked.cluster_B[members])),
         'with_gold_passage': int((members & has_gold).sum()),
-        'answer': ranking.summarize(
+        'answer': metrics_lib.ranking(
             run.answer_rank_B[members], depth, num_live
         ),
     }
     if (members & has_gold).any():
-      metrics[name]['gold'] = ranking.summarize(
+      metrics[name]['gold'] = metrics_lib.ranking(
           run.gold_rank_B[members & has_gold], depth, num_live
       )
     if run.figures:
-      found = run.answer_rank_B > 0
+      found, wrong = run.answer_rank_B > 0, run.figures['exact_match'] == 0
+      could_read = run.figures['reader_oracle'] == 1
       figures = {
           **run.figures,
-          'not_retrieved': (~found & (run.figures['exact_match'] == 0)),
-          'not_read': found & (run.figures['reader_oracle'] == 0)
-          & (run.figures['exact_match'] == 0),
-          'misread': found & (run.figures['reader_oracle'] == 1)
-          & (run.figures['exact_match'] == 0),
+          'not_retrieved': wrong & ~found,
+          'not_read': wrong & found & ~could_read,
+          'misread': wrong & found & could_read,
       }
-      metrics[name]['open_qa'] = answer_metrics.summarize(
+      metrics[name]['open_qa'] = metrics_lib.means(
           {what: values[members] for what, values in figures.items()},
           asked.cluster_B[members],
       )
@@ -347,11 +329,11 @@ def _masked_metrics(
     search: search_lib.Search | None,
     max_sentences: int,
 ) -> dict[str, Any]:
-  """Masked `validation` sentences filled in.
+  """Measures the filling of masked `validation` sentences.
 
-  Without a search, as after reader warm-up, the null document is all. A passage
-  that gives the answer away is never a candidate here, whatever training
-  allowed: else rows of an ablation could not be compared.
+  Without a search, as after reader warm-up, the null document is the only
+  candidate. Trivial candidates are excluded even if training allowed them, so
+  that the rows of an ablation are comparable.
   """
   trivial = trained.config.trivial
   size = trained.config.num_candidates if search is not None else 1
@@ -386,22 +368,22 @@ def _masked_metrics(
     values_B = np.concatenate(parts)
     metrics[name] = float(values_B.mean())
     if name.startswith('accuracy'):
-      metrics |= statistics.named_interval(name, values_B, cluster_B)
+      metrics |= metrics_lib.named_interval(name, values_B, cluster_B)
   return metrics
 
 
 def sentence_clusters(
     corpus: corpus_lib.Corpus, sentence_B: np.ndarray
 ) -> np.ndarray:
-  """Clusters that intervals over masked `validation` sentences resample.
+  """Returns the clusters of `validation` sentences for intervals.
 
   Args:
-    corpus: the opened corpus.
+    corpus: with the split `validation`.
     sentence_B: rows of the sentences.
 
   Returns:
-    int64 [B]: the sentence's article; a negative number of its own for each
-    sentence that is from no passage.
+    int64 [B]: the sentence's article; for a sentence from no passage, a unique
+    negative number.
   """
   passage_B = corpus.sentences['validation'].passages[sentence_B]
   article_B = corpus.passages.articles[np.maximum(passage_B, 0)]

@@ -1,7 +1,4 @@
-"""One sentence, looked at closely: what is retrieved, and what it changes.
-
-Public: `inspect` and its `Inspection`, `as_text`, `as_html`.
-"""
+"""`realm-jax inspect`: retrieval and predictions for one masked sentence."""
 
 import dataclasses
 import html
@@ -16,6 +13,7 @@ import rich.text
 
 from realm_jax.corpus import inputs
 from realm_jax.inference import trained as trained_lib
+from realm_jax.runtime import checkpoint
 from realm_jax.trainer.stages import realm
 
 MASK = '[MASK]'
@@ -23,9 +21,9 @@ MASK = '[MASK]'
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What fills the blanks, a text for each run of masks, and how surely."""
+  """The most probable wordpieces for the masks."""
 
-  fillings: tuple[str, ...]
+  fillings: tuple[str, ...]  # A text for each run of masks.
   probability: float  # Product over the masked wordpieces.
 
 
@@ -44,12 +42,12 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-  """All there is to show about one sentence."""
+  """Candidates and predictions for one sentence."""
 
   text: str
   workdir: str
   step: int  # Of the checkpoint.
-  index_step: int  # Of the snapshot that the index was made from.
+  index_step: int  # Of the snapshot that embedded the index.
   documents: tuple[Document, ...]  # Best first, without the null document.
   null: Document
   marginal: Prediction  # sum_z p(y_j|z,x) p(z|x)
@@ -58,7 +56,7 @@ class Inspection:
 def inspect(
     workdir: pathlib.Path | str, text: str, k: int | None = None
 ) -> Inspection:
-  """Fills the blanks of a sentence with the newest checkpoint and index.
+  """Fills the masks of a sentence with the newest checkpoint and index.
 
   Args:
     workdir: of a job with the objective `realm`.
@@ -66,9 +64,9 @@ def inspect(
     k: candidates, counting the null document; None: as in training.
 
   Raises:
-    FileNotFoundError: no such workdir, or no index yet.
-    ValueError: no `[MASK]`, too long a sentence, no reader, or a k that does
-      not fit the corpus.
+    FileNotFoundError: there is no such workdir, or no index yet.
+    ValueError: there is no `[MASK]` or no reader, the sentence is too long, or
+      k does not fit the corpus.
   """
   trained = trained_lib.Trained.open(workdir)
   missing = {'embedder', 'reader'} - set(trained.components)
@@ -81,7 +79,7 @@ def inspect(
   if size < 2:
     raise ValueError(f'k={size}: must be at least 2; the null document counts.')
   query = _query(trained, text)
-  step = trained_lib.steps_available(workdir)[0][-1]
+  step = checkpoint.newest_step(trained.workdir)
   params = trained.load(step)
   search, index_step = trained.published_search()
   retrieved_BJ = search.search(
@@ -124,7 +122,7 @@ def inspect(
       workdir=str(workdir),
       step=step,
       index_step=index_step,
-      # The index may be older than the scores, so its order is not theirs.
+      # The index may be older than the parameters, and its order differ.
       documents=tuple(sorted(rest, key=lambda d: -d.score)),
       null=null,
       marginal=prediction(
@@ -134,7 +132,7 @@ def inspect(
 
 
 def as_text(found: Inspection, width: int = 100) -> str:
-  """Lays an inspection out for a terminal of `width` columns."""
+  """Returns an inspection as a table of `width` columns."""
   table = rich.table.Table(show_lines=True, expand=True)
   table.add_column('p(z|x)', justify='right', no_wrap=True)
   table.add_column('passage', ratio=1)
@@ -142,7 +140,7 @@ def as_text(found: Inspection, width: int = 100) -> str:
   table.add_column('p(y|z,x)', justify='right', no_wrap=True)
   for line in _lines(found):
     passage = '\n'.join(part for part in (line.title, line.text) if part)
-    # As Text, so that nothing in a passage is taken for markup.
+    # Text prevents that a passage is read as markup.
     table.add_row(
         *map(
             rich.text.Text,
@@ -159,7 +157,7 @@ def as_text(found: Inspection, width: int = 100) -> str:
 
 
 def as_html(found: Inspection) -> str:
-  """Returns a page of its own, without scripts or outside resources."""
+  """Returns a self-contained HTML page without scripts."""
   return _PAGE.format(
       title=html.escape(found.text),
       sentence=html.escape(found.text).replace(MASK, f'<mark>{MASK}</mark>'),
@@ -209,7 +207,7 @@ td.number, th.number {{ text-align: right; white-space: nowrap;
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-  """A line of either table."""
+  """A line of the text or HTML table."""
 
   kind: str  # 'document', 'null' or 'marginal'.
   probability: str
@@ -281,11 +279,10 @@ def _joined(prediction: Prediction) -> str:
 
 
 def _query(trained: trained_lib.Trained, text: str) -> realm.Queries:
-  """Returns the sentence as a batch of one; raises as `inspect` does."""
+  """Returns the sentence as a `realm` batch of size one."""
   if MASK not in text:
     raise ValueError(
-        f'{text!r} has no {MASK}: put one in the place of each wordpiece to be'
-        ' filled in.'
+        f'{text!r} has no {MASK}: put one in place of each missing wordpiece.'
     )
   tokenizer, length = trained.corpus.tokenizer, trained.config.lengths.query
   pieces = tokenizer.encode(text, masks=True)
@@ -308,6 +305,6 @@ def _query(trained: trained_lib.Trained, text: str) -> realm.Queries:
 
 
 def _runs(positions_M: np.ndarray) -> list[np.ndarray]:
-  """Masks that stand side by side are one blank: their indices, by blank."""
+  """Returns the indices of adjacent masks, for each run of masks."""
   breaks = np.flatnonzero(np.diff(positions_M) > 1) + 1
   return np.split(np.arange(len(positions_M)), breaks)

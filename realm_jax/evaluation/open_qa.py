@@ -1,4 +1,4 @@
-"""The names by which scripts know the answer matcher of `qa/answers.py`."""
+"""Aliases of the answer matcher in `qa/answers.py`."""
 
 from realm_jax.qa.answers import exact_match  # noqa: F401
 from realm_jax.qa.answers import f1  # noqa: F401

@@ -1,10 +1,6 @@
-"""What was measured, for people: JSON, a Markdown table, plots over training.
+"""Files of `workdir`/evaluation: results as JSON, report.md and plots."""
 
-Public: `save`, `load_all`, `table`, `plot`, `write`, `FOLDER`, `QUESTIONS`.
-Everything lies in `workdir`/evaluation; `save` writes what the rest is made of.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import json
 import logging
 import pathlib
@@ -12,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax.evaluation import statistics
 from realm_jax.runtime import files as files_lib
 from realm_jax.runtime import metrics as metrics_lib
 
@@ -20,10 +15,12 @@ log = logging.getLogger(__name__)
 
 FOLDER = 'evaluation'
 QUESTIONS = '.questions.jsonl'  # After the step: a line for each question.
+# Description of the clusters of questions and of masked sentences.
+UNIT = 'the article of the gold passage, else that passage, else the question'
 
-Result = dict[str, Any]  # Of `retrieval.evaluate`; plain JSON.
+Result = dict[str, Any]  # Of `evaluate.evaluate`; plain JSON.
 
-# Columns of the table: heading, and where the figure is in a result.
+# Columns of the tables: heading, and path of the figure in a result.
 _QUESTION_COLUMNS = (
     ('recall@1', ('gold', 'recall_at_1')),
     ('recall@5', ('gold', 'recall_at_5')),
@@ -70,7 +67,7 @@ _PANELS = (
 
 
 def save(workdir: pathlib.Path | str, result: Result) -> pathlib.Path:
-  """Writes evaluation/<step>.json, in place of an earlier one."""
+  """Writes evaluation/<step>.json."""
   path = pathlib.Path(workdir) / FOLDER / f'{result["step"]}.json'
   files_lib.write_json(path, result)
   return path
@@ -79,84 +76,85 @@ def save(workdir: pathlib.Path | str, result: Result) -> pathlib.Path:
 def load_all(workdir: pathlib.Path | str) -> list[Result]:
   """Reads all results of a workdir, by step."""
   paths = (pathlib.Path(workdir) / FOLDER).glob('*.json')
-  return [
-      files_lib.read_json(path)
-      for path in sorted(
-          (path for path in paths if path.stem.isdigit()),
-          key=lambda path: int(path.stem),
-      )
-  ]
+  numbered = [path for path in paths if path.stem.isdigit()]
+  numbered.sort(key=lambda path: int(path.stem))
+  return [files_lib.read_json(path) for path in numbered]
 
 
 def table(results: list[Result]) -> str:
-  """Returns Markdown: retrieval for questions, then filling of masks."""
-  parts = []
-  rows = [
-      [str(result['step']), name, str(group['questions'])]
-      + [_percent(group.get(a, {}).get(b)) for _, (a, b) in _QUESTION_COLUMNS]
+  """Returns Markdown tables of questions, answers, entities and masks."""
+  groups = [
+      (result['step'], name, group)
       for result in results
       for name, group in result.get('questions', {}).items()
   ]
-  if rows:
-    heads = ['step', 'facts', 'questions', *(h for h, _ in _QUESTION_COLUMNS)]
-    parts.append('Passages retrieved for questions, in per cent\n')
-    parts.append(_markdown(heads, rows))
-  rows = [
-      [str(result['step']), name, str(group['questions'])]
-      + [str(group.get('clusters', ''))]
-      + [
-          _percent(group['open_qa'].get(figure))
-          + _interval(group['open_qa'].get(f'{figure}_interval'))
-          for _, figure in _ANSWER_COLUMNS
-      ]
-      for result in results
-      for name, group in result.get('questions', {}).items()
-      if 'open_qa' in group
-  ]
-  if rows:
-    heads = ['step', 'facts', 'questions', 'clusters']
-    heads += [head for head, _ in _ANSWER_COLUMNS]
-    parts.append(
-        '\nQuestions answered, in per cent (95 % interval, resampled by'
-        f' cluster: {statistics.UNIT})\n'
-    )
-    parts.append(_markdown(heads, rows))
-  rows = [
-      [str(result['step']), name, str(score['count'])]
-      + [_percent(score[figure]) for figure in _ENTITY_FIGURES]
-      for result in results
-      for name, score in result.get('entities', {}).items()
-  ]
-  if rows:
-    heads = ['step', 'type', 'entities', *_ENTITY_FIGURES]
-    parts.append('\nEntities found, in per cent\n')
-    parts.append(_markdown(heads, rows))
-  rows = [
-      [str(result['step'])]
-      + [
-          _number(result['masked'].get(name))
-          + _interval(result['masked'].get(f'{name}_interval'), _number)
-          for _, name in _MASKED_COLUMNS
-      ]
-      for result in results
-      if result.get('masked')
-  ]
-  if rows:
-    heads = ['step', *(head for head, _ in _MASKED_COLUMNS)]
-    parts.append(
-        '\nMasked spans filled in (95 % interval, resampled by cluster: the'
-        " sentence's article where it is known, else the sentence)\n"
-    )
-    parts.append(_markdown(heads, rows))
-    parts += _trivial_notes(results)
-  return '\n'.join(parts) + '\n' if parts else ''
+  answered = [group for group in groups if 'open_qa' in group[2]]
+  masked = [r for r in results if r.get('masked')]
+  parts = {
+      'Passages retrieved for questions, in per cent\n': _markdown(
+          ['step', 'facts', 'questions', *(h for h, _ in _QUESTION_COLUMNS)],
+          [
+              [step, name, group['questions']]
+              + [
+                  _percent(group.get(a, {}).get(b))
+                  for _, (a, b) in _QUESTION_COLUMNS
+              ]
+              for step, name, group in groups
+          ],
+      ),
+      '\nQuestions answered, in per cent (95 % interval, resampled by'
+      f' cluster: {UNIT})\n': _markdown(
+          ['step', 'facts', 'questions', 'clusters']
+          + [head for head, _ in _ANSWER_COLUMNS],
+          [
+              [step, name, group['questions'], group.get('clusters', '')]
+              + [
+                  _percent(group['open_qa'].get(figure))
+                  + _interval(group['open_qa'].get(f'{figure}_interval'))
+                  for _, figure in _ANSWER_COLUMNS
+              ]
+              for step, name, group in answered
+          ],
+      ),
+      '\nEntities found, in per cent\n': _markdown(
+          ['step', 'type', 'entities', *_ENTITY_FIGURES],
+          [
+              [result['step'], name, score['count']]
+              + [_percent(score[figure]) for figure in _ENTITY_FIGURES]
+              for result in results
+              for name, score in result.get('entities', {}).items()
+          ],
+      ),
+      '\nMasked spans filled in (95 % interval, resampled by cluster: the'
+      " sentence's article where it is known, else the sentence)\n": _markdown(
+          ['step', *(head for head, _ in _MASKED_COLUMNS)],
+          [
+              [result['step']]
+              + [
+                  _number(result['masked'].get(name))
+                  + _interval(result['masked'].get(f'{name}_interval'), _number)
+                  for _, name in _MASKED_COLUMNS
+              ]
+              for result in masked
+          ],
+      ),
+  }
+  lines = [line for part in parts.items() if part[1] for line in part]
+  for result in masked:
+    trained = result['masked'].get('trivial_in_training')
+    if trained != result['masked'].get('trivial'):
+      lines.append(
+          f'\nStep {result["step"]}: measured with config.trivial='
+          f'{result["masked"]["trivial"]}, trained with {trained}.'
+      )
+  return '\n'.join(lines) + '\n' if lines else ''
 
 
 def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
-  """Draws recall.png, answers.png and training.png, if there are figures.
+  """Draws recall.png, answers.png and training.png of the available figures.
 
   Raises:
-    ImportError: without matplotlib; the message is the command to install it.
+    ImportError: matplotlib is not installed; names the command to install it.
   """
   try:
     from matplotlib import figure as figure_lib
@@ -175,7 +173,7 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
   ):
     if not panels:
       continue
-    # A single point is no curve; draw it only where there is nothing else.
+    # A panel of single points is drawn only if all panels are such.
     panels = {
         title: curves
         for title, curves in panels.items()
@@ -183,7 +181,7 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
     } or panels
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    # Not pyplot: it would keep the figure, and choose a window system.
+    # pyplot would keep the figure and choose a window system.
     figure = figure_lib.Figure(
         figsize=(6 * columns, 3.6 * rows), layout='constrained'
     )
@@ -195,7 +193,7 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
       axis.set_title(title, fontsize=10)
       axis.set_xlabel('training step')
       axis.grid(alpha=0.3)
-      if any(curves):  # A single curve needs no name.
+      if any(curves):  # A single curve has no name.
         axis.legend(fontsize=8)
     for axis in axes[len(panels) :]:
       axis.set_axis_off()
@@ -212,7 +210,7 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
 
 
 def _draw_answers(figure: Any, result: Result, path: pathlib.Path) -> bool:
-  """Recall by depth, calibration, and where it fails; False: nothing read."""
+  """Draws recall, calibration and failures; False: nothing was read."""
   records = [
       json.loads(line) for line in path.read_text('utf-8').splitlines()
   ]
@@ -255,12 +253,12 @@ def _draw_answers(figure: Any, result: Result, path: pathlib.Path) -> bool:
 
 
 def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
-  """Writes report.md and the plots, from all results that are saved.
+  """Writes report.md and the plots of all saved results.
 
-  Without matplotlib there are no plots, and a warning says how to get it.
+  Without matplotlib, a warning replaces the plots.
 
   Returns:
-    The table of `results`, and which files were written, to be printed.
+    The table of `results` and the names of the files, for printing.
   """
   path = pathlib.Path(workdir) / FOLDER / 'report.md'
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,14 +280,12 @@ Panels = dict[str, dict[str, list[tuple[int, float]]]]
 
 
 def _recall_panels(results: list[Result]) -> Panels:
-  """One panel for each group of questions and each way to count."""
+  """Returns a panel for each group of questions and each kind of rank."""
   panels: Panels = {}
   for result in results:
     for group, values in result.get('questions', {}).items():
-      for kind, words in (
-          ('gold', 'gold passage'),
-          ('answer', 'answer string'),
-      ):
+      for kind in ('gold', 'answer'):
+        words = {'gold': 'gold passage', 'answer': 'answer string'}[kind]
         for name, value in values.get(kind, {}).items():
           label = name.replace('recall_at_', 'recall@').replace('mrr', 'MRR')
           curves = panels.setdefault(f'{words}, {group} questions', {})
@@ -311,7 +307,7 @@ def _training_panels(lines: list[dict[str, Any]]) -> Panels:
     points = [
         (line['step'], line[name])
         for line in lines
-        # A loss that is not finite is a string there.
+        # A loss that is not finite is a string in the file.
         if isinstance(line.get(name), (int, float))
     ]
     if points:
@@ -319,21 +315,10 @@ def _training_panels(lines: list[dict[str, Any]]) -> Panels:
   return panels
 
 
-def _trivial_notes(results: list[Result]) -> Iterator[str]:
-  """Says where training allowed candidates that evaluation excludes."""
-  for result in results:
-    masked = result.get('masked') or {}
-    trained = masked.get('trivial_in_training')
-    if trained != masked.get('trivial'):
-      yield (
-          f'\nStep {result["step"]}: measured with config.trivial='
-          f'{masked["trivial"]}, trained with {trained}.'
-      )
-
-
-def _markdown(heads: list[str], rows: list[list[str]]) -> str:
-  lines = [heads, ['---'] * len(heads), *rows]
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+def _markdown(heads: list[str], rows: list[list[Any]]) -> str:
+  """Returns a table, or an empty string without rows."""
+  lines = [heads, ['---'] * len(heads), *rows] if rows else []
+  return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 
 def _percent(value: float | None) -> str:

@@ -1,44 +1,46 @@
-"""A retriever's results in the formats of other tools, and side by side.
+"""Results of a retriever as TREC run, BEIR folder and question lines.
 
-Public: `Run`, `write_trec`, `write_beir`, `write_questions`, `read_questions`,
-`compare`, `as_text`. A TREC run file is what trec_eval, ir-measures and
-pyserini score; a BEIR folder is a collection that any retriever can be run on.
+Also `realm-jax compare`, which compares two files of question lines.
 """
 
-from collections.abc import Iterator, Sequence
-import contextlib
+from collections.abc import Sequence
 import csv
 import dataclasses
 import json
-import os
 import pathlib
 from typing import IO, Any
 
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.evaluation import statistics
+from realm_jax.evaluation import metrics
+from realm_jax.evaluation import report
 from realm_jax.inference import answering
 from realm_jax.qa import questions as questions_lib
-from realm_jax.runtime import lines as lines_lib
+from realm_jax.runtime import files
+from realm_jax.runtime import lines
 
-Path = str | os.PathLike[str]
-# Figures of a question that two runs are compared in.
+Path = pathlib.Path | str
+# Figures of a question that `compare` tests.
 _FIGURES = ('reciprocal_rank', 'recall_at_1', 'recall_at_5', 'recall_at_20')
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What was retrieved for each question, best first."""
+  """The passages retrieved for each question, best first.
+
+  doc_ids_BK, score_BK: passage rows and inner products.
+  gold_rank_B, answer_rank_B: from 1; 0: not retrieved, or unknown.
+  cluster_B: see `metrics.interval`; None: each question is one.
+  figures, answers: see `metrics.answer_figures`; empty without a reader.
+  """
 
   questions: Sequence[questions_lib.Question]
-  doc_ids_BK: np.ndarray  # Passage rows.
-  score_BK: np.ndarray  # Inner products.
-  gold_rank_B: np.ndarray  # From 1; 0: not retrieved, or not known.
+  doc_ids_BK: np.ndarray
+  score_BK: np.ndarray
+  gold_rank_B: np.ndarray
   answer_rank_B: np.ndarray
-  # The cluster of each question, see `statistics`; None: each is one.
   cluster_B: np.ndarray | None = None
-  # Of a reader, if there was one: see `answer_metrics.measure`.
   figures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   answers: Sequence[answering.Answer] = ()
 
@@ -51,11 +53,11 @@ def write_trec(
 ) -> None:
   """Writes `query Q0 passage rank score name` lines.
 
-  Queries are named by their number in the question file, from 1. Equal scores
-  are kept in order by their ranks.
+  Queries are named by their number in the question file, from 1. The ranks
+  order passages of equal scores.
   """
   names = _passage_names(corpus, run.doc_ids_BK)
-  with _replacing(path) as file:
+  with files.atomic_file(path) as file:
     for number, (rows, scores) in enumerate(
         zip(run.doc_ids_BK.tolist(), run.score_BK.tolist(), strict=True), 1
     ):
@@ -72,14 +74,13 @@ def write_beir(
   """Writes corpus.jsonl, queries.jsonl and qrels/test.tsv.
 
   Args:
-    folder: is made.
+    folder: output.
     questions: only those with a gold passage have lines in qrels.
     gold_rows: the rows of each question's gold passages.
-    corpus: its passages, but for those that were removed.
+    corpus: its removed passages are left out.
   """
   folder = pathlib.Path(folder)
-  (folder / 'qrels').mkdir(parents=True, exist_ok=True)
-  with _replacing(folder / 'corpus.jsonl') as file:
+  with files.atomic_file(folder / 'corpus.jsonl') as file:
     every = np.arange(len(corpus.passages))
     for row in np.setdiff1d(every, corpus.removed).tolist():
       passage = corpus.passage_text(row)
@@ -87,10 +88,10 @@ def write_beir(
           file, _id=_word(passage['id']), title=passage['title'],
           text=passage['text'],
       )
-  with _replacing(folder / 'queries.jsonl') as file:
+  with files.atomic_file(folder / 'queries.jsonl') as file:
     for number, question in enumerate(questions, 1):
       _line(file, _id=str(number), text=question.question)
-  with _replacing(folder / 'qrels' / 'test.tsv') as file:
+  with files.atomic_file(folder / 'qrels' / 'test.tsv') as file:
     table = csv.writer(file, delimiter='\t', lineterminator='\n')
     table.writerow(('query-id', 'corpus-id', 'score'))
     for number, rows in enumerate(gold_rows, 1):
@@ -103,7 +104,7 @@ def write_questions(
 ) -> None:
   """Writes one JSON line per question: ranks, and the best passages."""
   names = _passage_names(corpus, run.doc_ids_BK[:, :depth])
-  with _replacing(path) as file:
+  with files.atomic_file(path) as file:
     for i, question in enumerate(run.questions):
       rows = run.doc_ids_BK[i, :depth].tolist()
       scores = run.score_BK[i, :depth].tolist()
@@ -125,23 +126,20 @@ def write_questions(
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-  """Reads what `write_questions` wrote.
+  """Reads a file of `write_questions`.
 
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: a line is not of such a file; names it.
   """
   records = []
-  for number, line in enumerate(lines_lib.lines(pathlib.Path(path)), start=1):
-    try:
-      record = lines_lib.json_object(line)
-      record['question'], record['answer_rank'], record['gold_rank']
-    except (ValueError, KeyError, TypeError) as error:
-      why = f'no field {error}' if isinstance(error, KeyError) else error
-      raise ValueError(
-          f'{path}:{number}: not a line of evaluation/STEP.questions.jsonl, as'
-          f' `realm-jax evaluate` writes it: {why}'
-      ) from error
+  for where, record in lines.json_objects(pathlib.Path(path)):
+    for field in ('question', 'answer_rank', 'gold_rank'):
+      if field not in record:
+        raise ValueError(
+            f'{where}: not a line of evaluation/STEP.questions.jsonl, as'
+            f' `realm-jax evaluate` writes it: no field {field!r}'
+        )
     records.append(record)
   if not records:
     raise ValueError(f'{path} holds no question.')
@@ -151,17 +149,16 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
   """Compares two files of `write_questions` question by question.
 
-  The test resamples the clusters that `ours` names: questions about one
-  article. A file without them, of an older version, is resampled by the gold
-  passage.
+  The test resamples the clusters in `ours`: questions about one article. The
+  clusters of a file without them, of an older version, are the gold passages.
 
   Args:
-    ours: of the run that is hoped to be better.
-    theirs: of the run that it is compared with.
+    ours: the run that is expected to be better.
+    theirs: the run to compare with.
 
   Returns:
-    For each figure, by answer, what `statistics.paired_test` says, and the two
-    means as `ours` and `theirs`.
+    For each figure, by answer, the result of `metrics.paired_test`, and the
+    two means as `ours` and `theirs`.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -180,7 +177,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
           f' {other["question"]!r} in {theirs}: only runs over the same'
           ' questions, in the same order, can be compared.'
       )
-  cluster_B = statistics.clusters(
+  cluster_B = metrics.clusters(
       record.get('cluster', record.get('passage_id')) for record in a
   )
   figures = {}
@@ -192,35 +189,35 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
     figures[name] = {
         'ours': float(ours_B.mean()),
         'theirs': float(theirs_B.mean()),
-        **statistics.paired_test(ours_B, theirs_B, cluster_B),
+        **metrics.paired_test(ours_B, theirs_B, cluster_B),
     }
   return figures
 
 
 def as_text(figures: dict[str, dict[str, float]]) -> str:
-  """Returns `compare`'s figures as a table in Markdown."""
-  lines = [
+  """Returns the figures of `compare` as a Markdown table."""
+  rows = [
       '| | ours | theirs | difference (95 % interval) | p | better | worse |',
       '|---|---|---|---|---|---|---|',
   ]
   for name, figure in figures.items():
     interval = f'{figure["low"]:+.3f} to {figure["high"]:+.3f}'
-    lines.append(
+    rows.append(
         f'| {name.replace("_", " ")} | {figure["ours"]:.3f} |'
         f' {figure["theirs"]:.3f} | {figure["difference"]:+.3f} ({interval}) |'
         f' {figure["p_value"]:.4f} | {figure["better"]:.0f} |'
         f' {figure["worse"]:.0f} |'
     )
   counts = next(iter(figures.values()))
-  lines.append(
+  rows.append(
       f'\n{counts["questions"]:.0f} questions in {counts["clusters"]:.0f}'
-      f' clusters. Interval and p: resampled by {statistics.UNIT}.'
+      f' clusters. Interval and p: resampled by {report.UNIT}.'
   )
-  return '\n'.join(lines)
+  return '\n'.join(rows)
 
 
 def _read(run: Run, i: int) -> dict[str, Any]:
-  """What the reader made of question i."""
+  """Returns the fields of the reader for question i."""
   if not run.answers:
     return {}
   answer = run.answers[i]
@@ -255,20 +252,9 @@ def _passage_names(
 
 
 def _word(name: str) -> str:
-  """A run file is divided at blanks, so a name must not have any."""
+  """Replaces blanks, which separate the columns of a run file."""
   return '_'.join(name.split())
 
 
 def _line(file: IO[str], **values: Any) -> None:
   file.write(json.dumps(values, ensure_ascii=False) + '\n')
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-  """A text file that takes its name only when it is whole."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.tmp-{path.name}')
-  with temporary.open('w', encoding='utf-8') as file:
-    yield file
-  os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Metrics of a trained tagger: precision, recall and F1 of entities."""
+"""`realm-jax evaluate --tagged`: precision, recall and F1 of a tagger."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,11 +16,11 @@ def evaluate(workdir: pathlib.Path | str, sources: str) -> report.Result:
 
   Args:
     workdir: of the objective `tagger`.
-    sources: of `entities.read`. Their types need not be those of the tagger:
-      then `any` is what says something.
+    sources: of `entities.read`. If their types are not those of the tagger,
+      only the figures of `any` are meaningful.
 
   Returns:
-    What is also written to `workdir`/evaluation/<step>.json.
+    The contents of `workdir`/evaluation/<step>.json.
   """
   start = time.perf_counter()
   sentences = entities.read(sources)

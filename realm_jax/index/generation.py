@@ -1,19 +1,14 @@
-"""A generation of the index on disk: embeddings, ScaNN assets, lineage.
+"""A generation of the index on disk: embeddings, saved search, lineage.
 
-Public: `Lineage`, `Writer`, `publish`, `load`, `Generation`, `read_manifest`,
-`lineage_of`, `problems`, `remove_leftovers`, `mark_in_use`, `in_use`,
-`Damaged`. A generation is written beside its final name, its manifest last, and
-then renamed: what can be listed under its step is whole.
+A generation is written under a temporary name, its manifest last, and then
+renamed, so a generation that is listed under its step is complete.
 """
 
 from collections.abc import Iterator
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import pathlib
-import re
 import shutil
 import time
 from typing import Any
@@ -24,42 +19,39 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import concatenated
-from realm_jax.index import scann
 from realm_jax.index import search as search_lib
 from realm_jax.index import shards
 from realm_jax.runtime import files as files_lib
 
 FORMAT_VERSION = 1
-DIRECTORY = 'index'  # In a workdir.
+DIRECTORY = 'index'  # Folder of a workdir.
 ROWS_PER_SHARD = 2**16
 MANIFEST = 'manifest.json'
-_SCANN = 'scann'
 _IN_USE = 'in_use.json'
-BUILDING = '.building-'  # And the step: what may be gone on with.
-# The recall of an approximate backend is measured on as many documents in the
-# place of queries, and on the paper's number of candidates.
+BUILDING = '.building-'  # Prefix of an unfinished build that can be resumed.
+# Recall is measured on documents as queries, with the paper's k.
 _RECALL_QUERIES, _RECALL_K = 256, 8
 
 Path = pathlib.Path | str
 
 
 class Damaged(ValueError):
-  """Bytes on disk are not those that were written."""
+  """Bytes on disk differ from those that were written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-  """What a generation was made from. None, in an expectation: anything."""
+  """What a generation was made from. In an expectation, None matches all."""
 
-  step: int | None  # Of the snapshot.
-  params_digest: str | None  # Of the embedder's parameters.
+  step: int | None  # Step of the snapshot.
+  params_digest: str | None  # Digest of the embedder's parameters.
   tokenizer_digest: str | None
   corpus_fingerprint: str | None
   num_rows: int | None
   width: int | None  # E.
 
   def differences(self, expected: 'Lineage') -> list[str]:
-    """Says in which fields this is not what was expected, with both sides."""
+    """Lists the fields that differ from an expectation, with both values."""
     return [
         f'{field.name}: {getattr(self, field.name)!r} in the index, '
         f'{getattr(expected, field.name)!r} expected'
@@ -71,7 +63,7 @@ class Lineage:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """A generation that was found whole and as expected."""
+  """A generation that was read and checked."""
 
   path: pathlib.Path
   lineage: Lineage
@@ -86,26 +78,28 @@ class Generation:
   ) -> search_lib.Search:
     """Returns the backend of `config` over this generation.
 
-    A saved ScaNN index serves if it has as many leaves; else one is built.
-    Rows in `removed`, sorted int64, are never found.
+    The saved index is used if it has the backend and settings of `config`; else
+    an index is built. Rows in `removed`, sorted int64, are never found.
     """
-    saved = self.path / _SCANN
+    backend = search_lib.backend(config)
     ours = _settings(config, len(self.embeddings))
-    same = all(
+    saved = None
+    if backend.folder is not None and all(
         self.manifest['mips'].get(name) == ours.get(name)
-        for name in ('backend', 'num_leaves')  # The rest is of a search.
-    )
+        for name in ('backend', *backend.saved_settings)
+    ):
+      saved = self.path / backend.folder
     return search_lib.make_search(
         config,
         self.embeddings,
         mesh,
-        saved if same and saved.is_dir() else None,
+        saved if saved is not None and saved.is_dir() else None,
         removed,
     )
 
 
 class Writer:
-  """Writes one generation; a context that leaves nothing half-done behind."""
+  """Writes one generation, as a context that leaves no unfinished files."""
 
   def __init__(
       self,
@@ -121,14 +115,15 @@ class Writer:
 
     Args:
       directory: `index` of a workdir.
-      lineage: what it is made from.
-      dtype: of the table.
-      shard_rows: of each shard but the last; default: ROWS_PER_SHARD.
-      resume: (JSON) what its shards depend on besides. If it is interrupted,
-        what was written stays, and is gone on with by the next one of the same
-        lineage and kind; only who holds the builder's lock may ask for that.
-        None: then nothing is left of it.
-      main: whether this process begins and publishes it; others add shards.
+      lineage: what the generation is made from.
+      dtype: type of the table.
+      shard_rows: rows of each shard but the last; default: ROWS_PER_SHARD.
+      resume: (JSON) what the shards depend on besides the lineage. An
+        interrupted build then stays on disk and is resumed by the next one with
+        the same lineage and `resume`; the caller must hold the builder's lock.
+        None: an interrupted build is deleted.
+      main: whether this process begins and publishes the generation; other
+        processes only add shards.
     """
     assert lineage.step is not None and lineage.num_rows is not None
     self._directory = pathlib.Path(directory)
@@ -141,7 +136,7 @@ class Writer:
       unique = f'{os.getpid()}-{uuid.uuid4().hex[:8]}'
       name = f'{files_lib.TEMPORARY}{self.step}-{unique}'
     self._folder = shards.ShardFolder(self._directory / name, dtype)
-    self._about: dict[str, Any] = {}
+    self._record: dict[str, Any] = {}
     self._started = 0.0
 
   def __enter__(self) -> 'Writer':
@@ -153,14 +148,13 @@ class Writer:
       self.discard()
 
   def begin(self) -> list[int]:
-    """Makes the folder, or takes over the one that was left.
+    """Creates the folder, or resumes an unfinished build.
 
     Returns:
-      Numbers of the shards that are still to be written. [] in a process that
-      is not the main one.
+      Numbers of the missing shards; [] in a process that is not the main one.
 
     Raises:
-      shards.NoRoom: if the disk is full.
+      shards.NoRoom: the disk is full.
     """
     if not self._main:
       return []
@@ -178,8 +172,8 @@ class Writer:
 
   @property
   def recall(self) -> float | None:
-    """Of the backend against exact search; None where it is exact itself."""
-    measured = self._about.get('recall')
+    """Measured recall of the backend; None for an exact backend."""
+    measured = self._record.get('recall')
     return measured['value'] if measured else None
 
   def rows(self, shard: int) -> range:
@@ -188,11 +182,11 @@ class Writer:
     return range(start, min(start + self._shard_rows, self._num_rows))
 
   def add(self, embeddings_NE: np.ndarray, shard: int | None = None) -> None:
-    """Writes rows as a shard, by default as that after the last.
+    """Writes rows as a shard, by default as the next one.
 
     Raises:
-      ValueError: if they are not finite or of another width.
-      shards.NoRoom: if the disk is full.
+      ValueError: the rows are not finite or of another width.
+      shards.NoRoom: the disk is full.
     """
     if embeddings_NE.shape[1] != self._lineage.width:
       raise ValueError(
@@ -215,11 +209,11 @@ class Writer:
       config: config_lib.MipsConfig,
       mesh: jax.sharding.Mesh | None = None,
   ) -> None:
-    """Builds what the backend needs over all rows, and measures its recall.
+    """Builds and saves the search over all rows, and measures its recall.
 
     Raises:
-      ValueError: if rows are missing, or a setting of the backend is wrong.
-      shards.NoRoom: if the disk is full.
+      ValueError: rows are missing, or a setting of the backend is wrong.
+      shards.NoRoom: the disk is full.
     """
     path = self._folder.path
     files = [*self._folder.records().values()]
@@ -230,43 +224,43 @@ class Writer:
           f'{rows} embeddings were written; the lineage says '
           f'{self._num_rows}.'
       )
-    self._about = {
+    self._record = {
         'dtype': self._dtype,
         'mips': _settings(config, rows),
         'num_shards': len(files),
-        'recall': None,  # By definition 1 where the search is exact.
+        'recall': None,  # 1 by definition for an exact backend.
         'files': files,
     }
-    if config.backend == 'exact':
+    backend = search_lib.backend(config)
+    if backend.exact and backend.folder is None:
       return
-    with _scann_writing(path / _SCANN):
+    with shards.writing(path / (backend.folder or '')):
       search = search_lib.make_search(config, table, mesh)
-      self._about['recall'] = _measure(search, table, mesh)
-      if isinstance(search, search_lib.ScannSearch):
-        (path / _SCANN).mkdir()
-        search.save(path / _SCANN)
-        saved = [
-            shards.facts(path, f'{_SCANN}/{name}')
-            for name in sorted(os.listdir(path / _SCANN))
+      if not backend.exact:
+        self._record['recall'] = _measure(search, table, mesh)
+      if backend.folder is not None:
+        folder = path / backend.folder
+        folder.mkdir()
+        search.save(folder)
+        files += [
+            shards.file_record(path, f'{backend.folder}/{name}')
+            for name in sorted(os.listdir(folder))
         ]
-        files += saved
-        if not all(file['bytes'] for file in saved):
-          raise OSError(errno.ENOSPC, f'ScaNN wrote an empty file: {saved}')
 
   def publish(self) -> pathlib.Path:
-    """Writes the manifest and gives the generation its name.
+    """Writes the manifest and renames the folder to its step.
 
     Returns:
-      The path of the generation. One of the same step is replaced.
+      The path of the generation; an older one of the same step is replaced.
 
     Raises:
-      shards.NoRoom: if the disk is full.
+      shards.NoRoom: the disk is full.
     """
     now = time.time()
     manifest = {
         'format_version': FORMAT_VERSION,
         **dataclasses.asdict(self._lineage),
-        **self._about,
+        **self._record,
         'seconds': now - self._started,
         'created': now,
     }
@@ -278,14 +272,14 @@ class Writer:
     os.rename(self._folder.path, path)
     descriptor = os.open(self._directory, os.O_RDONLY)
     try:
-      os.fsync(descriptor)  # The rename itself.
+      os.fsync(descriptor)  # Makes the rename durable.
     finally:
       os.close(descriptor)
     shutil.rmtree(path / shards.RECORDS, ignore_errors=True)
     return path
 
   def discard(self) -> None:
-    """Deletes what was written, unless it is published."""
+    """Deletes the unpublished files."""
     if self._main:
       shutil.rmtree(self._folder.path, ignore_errors=True)
 
@@ -310,19 +304,19 @@ def load(path: Path, expected: Lineage | None = None) -> Generation:
 
   Args:
     path: `index/<step>` of a workdir.
-    expected: what the running job needs it to be made from.
+    expected: the lineage that the running job needs.
 
   Raises:
-    FileNotFoundError: if there is none.
-    Damaged: if a file is missing or not what was written.
-    ValueError: if it is of a newer format or made from something else; the
+    FileNotFoundError: the generation does not exist.
+    Damaged: a file is missing or differs from what was written.
+    ValueError: the generation has a newer format or another lineage; the
       message names both sides.
   """
   path = pathlib.Path(path)
   manifest = read_manifest(path)
-  made_from = lineage_of(manifest)
+  lineage = lineage_of(manifest)
   if expected is not None:
-    differences = made_from.differences(expected)
+    differences = lineage.differences(expected)
     if differences:
       raise ValueError(
           f'The index generation {path} does not belong to this job:\n  '
@@ -332,11 +326,11 @@ def load(path: Path, expected: Lineage | None = None) -> Generation:
     raise Damaged(
         f'The index generation {path} is damaged: {problem}. ' + _remedy(path)
     )
-  return Generation(path, made_from, manifest, _table(path, manifest))
+  return Generation(path, lineage, manifest, _table(path, manifest))
 
 
 def lineage_of(manifest: dict[str, Any]) -> Lineage:
-  """What a manifest says that its generation was made from."""
+  """Returns the lineage that a manifest records."""
   return Lineage(
       *(manifest[field.name] for field in dataclasses.fields(Lineage))
   )
@@ -345,7 +339,7 @@ def lineage_of(manifest: dict[str, Any]) -> Lineage:
 def problems(
     path: pathlib.Path, manifest: dict[str, Any]
 ) -> Iterator[str]:
-  """Yields how the files of a generation differ from its manifest."""
+  """Yields the differences between a generation's files and its manifest."""
   found = False
   for problem in shards.problems(path, manifest['files']):
     found = True
@@ -362,9 +356,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
   """Reads and checks the manifest of a generation, but none of its arrays.
 
   Raises:
-    FileNotFoundError: if there is no such generation.
-    Damaged: if it is not what was written.
-    ValueError: if it is of a newer format.
+    FileNotFoundError: the generation does not exist.
+    Damaged: the manifest differs from what was written.
+    ValueError: the generation has a newer format.
   """
   path = pathlib.Path(path)
   try:
@@ -394,13 +388,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(directory: Path, resume: int | None = None) -> list[str]:
-  """Deletes what builders that were killed left behind; returns the names.
+  """Deletes the unfinished files of killed builders; returns their names.
 
   Only the holder of the builder's lock may call this.
 
   Args:
     directory: `index` of a workdir.
-    resume: the step whose partial build is kept, to be gone on with.
+    resume: step of an unfinished build to keep, so that it can be resumed.
   """
   directory = pathlib.Path(directory)
   names = [
@@ -415,12 +409,12 @@ def remove_leftovers(directory: Path, resume: int | None = None) -> list[str]:
 
 
 def mark_in_use(directory: Path, steps: list[int]) -> None:
-  """Asks the builder, which deletes old generations, to keep these."""
+  """Asks the builder to keep these generations."""
   files_lib.write_json(pathlib.Path(directory) / _IN_USE, {'steps': steps})
 
 
 def in_use(directory: Path) -> set[int]:
-  """The generations that the trainer asked to keep."""
+  """Returns the generations that the trainer asked to keep."""
   try:
     return set(files_lib.read_json(pathlib.Path(directory) / _IN_USE)['steps'])
   except FileNotFoundError:
@@ -428,30 +422,8 @@ def in_use(directory: Path) -> set[int]:
 
 
 def _settings(config: config_lib.MipsConfig, num_rows: int) -> dict[str, Any]:
-  """What of the config shapes the saved backend, defaults filled in."""
-  settings: dict[str, Any] = {'backend': config.backend}
-  if config.backend == 'approx':
-    settings['recall_target'] = config.recall_target
-  if config.backend == 'scann':
-    leaves, to_search, reorder = scann.settings(config, num_rows)
-    settings |= {
-        'num_leaves': leaves,
-        'leaves_to_search': to_search,
-        'reorder': reorder,
-    }
-  return settings
-
-
-@contextlib.contextmanager
-def _scann_writing(path: pathlib.Path) -> Iterator[None]:
-  """As `shards.writing`; ScaNN's error on a full disk has no number."""
-  with shards.writing(path):
-    try:
-      yield
-    except RuntimeError as error:
-      if not re.search('writ|I/O', str(error)):
-        raise
-      raise OSError(errno.ENOSPC, str(error)) from error
+  backend = search_lib.backend(config)
+  return {'backend': config.backend, **backend.settings(config, num_rows)}
 
 
 def _measure(
@@ -463,8 +435,8 @@ def _measure(
   rows = np.linspace(0, len(table) - 1, count).astype(np.int64)
   queries = table[rows].astype(np.float32)
   k = min(_RECALL_K, len(table))
-  exact_BK = search_lib.exact_rows(table, queries, k, mesh)
-  value = search_lib.overlap(search.search(queries, k), exact_BK)
+  exact = search_lib.StreamedSearch(table, mesh)
+  value = search_lib.recall(search, exact, queries, k)
   return {'value': value, 'k': k, 'queries': count}
 
 

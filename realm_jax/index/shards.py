@@ -1,15 +1,12 @@
-"""Rows of a matrix in files: written one by one, checked, read as one table.
+"""Shards: the rows of a table in checksummed files, mapped as one table.
 
-Public: `ShardFolder`, `begun`, `open_table`, `facts`, `problems`, `writing`,
-`NoRoom`, `RECORDS`. A shard counts once its record, with its
-checksum, is there; so what a killed process leaves behind can be told from what
-it had finished.
+A shard counts as written once its record with its checksum is on disk, so the
+finished shards of a killed process can be told from its unfinished ones.
 """
 
 from collections.abc import Iterable, Iterator
 import contextlib
 import errno
-import hashlib
 import os
 import pathlib
 import shutil
@@ -22,8 +19,8 @@ import numpy as np
 from realm_jax.corpus import concatenated
 from realm_jax.runtime import files as files_lib
 
-RECORDS = 'records'  # A folder, deleted once all shards are there.
-_BEGUN = f'{RECORDS}/begun.json'
+RECORDS = 'records'  # Folder of the records, deleted when all shards exist.
+_BUILD_RECORD = f'{RECORDS}/begun.json'
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -33,7 +30,7 @@ class NoRoom(OSError):
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Makes a full disk an error that names the file, as a context."""
+  """Turns the error of a full disk into `NoRoom`, which names the file."""
   try:
     yield
   except OSError as error:
@@ -49,49 +46,46 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 class ShardFolder:
-  """Shards as they are finished, in any order and by several processes."""
+  """A folder of shards, written in any order and by several processes."""
 
   def __init__(self, path: pathlib.Path, dtype: str):
-    """Will write `path`/shard-*.npy in `dtype`, float32 or bfloat16."""
+    """Prepares `path`/shard-*.npy of `dtype`, float32 or bfloat16."""
     self.path, self._dtype = path, dtype
 
   def begin(self, made_from: dict[str, Any]) -> float:
-    """Makes the folder, or goes on with one that was made from the same.
+    """Creates the folder, or resumes one that was made from the same.
 
-    What is not whole, or from something else, is deleted.
+    Incomplete shards, and a folder made from something else, are deleted.
 
     Args:
-      made_from: JSON.
+      made_from: what the shards depend on (JSON).
 
     Returns:
-      When it was begun, in seconds of the epoch.
+      The time of the first `begin`, in seconds of the epoch.
 
     Raises:
-      NoRoom: if the disk is full.
+      NoRoom: the disk is full.
     """
-    try:
-      begun = files_lib.read_json(self.path / _BEGUN)
-    except (FileNotFoundError, ValueError):
-      begun = {}
-    if begun.get('made_from') != made_from:
-      begun = {'made_from': made_from, 'started': time.time()}
+    record = read_build_record(self.path)
+    if record is None or record.get('made_from') != made_from:
+      record = {'made_from': made_from, 'started': time.time()}
       shutil.rmtree(self.path, ignore_errors=True)
       with writing(self.path):
         (self.path / RECORDS).mkdir(parents=True)
-        files_lib.write_json(self.path / _BEGUN, begun)
+        files_lib.write_json(self.path / _BUILD_RECORD, record)
     keep = {RECORDS}
-    for number, record in self.records().items():
-      if any(problems(self.path, [record])):
-        self._record(number).unlink()
+    for number, shard in self.records().items():
+      if any(problems(self.path, [shard])):
+        self._record_path(number).unlink()
       else:
-        keep.add(record['name'])
+        keep.add(shard['name'])
     for entry in [*self.path.iterdir()]:
       if entry.name not in keep:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return begun['started']
+    return record['started']
 
   def records(self) -> dict[int, dict[str, Any]]:
-    """Returns the facts of each finished shard, by its number, in order."""
+    """Returns the file record of each finished shard, by ascending number."""
     found = {}
     for path in sorted((self.path / RECORDS).glob('[0-9]*.json')):
       with contextlib.suppress(ValueError):
@@ -101,10 +95,10 @@ class ShardFolder:
     return found
 
   def write(self, number: int, rows_NE: np.ndarray) -> None:
-    """Writes a shard, whole and on disk when this returns.
+    """Writes a shard; it is on disk when this returns.
 
     Raises:
-      NoRoom: if the disk is full; nothing of the shard is left.
+      NoRoom: the disk is full; nothing of the shard is left.
     """
     path = self.path / f'shard-{number:05d}.npy'
     array = np.ascontiguousarray(rows_NE.astype(jnp.dtype(self._dtype)))
@@ -113,27 +107,26 @@ class ShardFolder:
     with writing(path):
       try:
         with open(path, 'wb') as file:
-          # Not np.save, whose error on a full disk does not say so.
+          # The error of np.save does not tell that the disk is full.
           header = np.lib.format.header_data_from_array_1_0(array)
           np.lib.format.write_array_header_1_0(file, header)
           file.write(array.data)
           file.flush()
           os.fsync(file.fileno())
-        files_lib.write_json(
-            self._record(number), facts(self.path, path.name)
-        )
+        record = file_record(self.path, path.name)
+        files_lib.write_json(self._record_path(number), record)
       except OSError:
         path.unlink(missing_ok=True)
         raise
 
-  def _record(self, number: int) -> pathlib.Path:
+  def _record_path(self, number: int) -> pathlib.Path:
     return self.path / RECORDS / f'{number:05d}.json'
 
 
-def begun(path: pathlib.Path) -> dict[str, Any] | None:
-  """What a folder was begun with, and when: made_from, started; or None."""
+def read_build_record(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns `made_from` and `started` of an unfinished folder, or None."""
   try:
-    return files_lib.read_json(path / _BEGUN)
+    return files_lib.read_json(path / _BUILD_RECORD)
   except (FileNotFoundError, NotADirectoryError, ValueError):
     return None
 
@@ -141,10 +134,10 @@ def begun(path: pathlib.Path) -> dict[str, Any] | None:
 def open_table(
     directory: pathlib.Path, files: list[dict[str, Any]], dtype: str
 ) -> concatenated.Chained:
-  """Maps shards into memory, in the order given."""
+  """Maps shards into memory, in the order of `files`."""
   shards = []
-  for one in files:
-    path = directory / one['name']
+  for record in files:
+    path = directory / record['name']
     shard = np.load(path, mmap_mode='r', allow_pickle=False)
     if dtype == 'bfloat16':
       shard = shard.view(jnp.bfloat16)
@@ -152,27 +145,30 @@ def open_table(
   return concatenated.Chained(shards)
 
 
-def facts(directory: pathlib.Path, name: str) -> dict[str, Any]:
-  """Name, size and checksum of a file."""
-  with open(directory / name, 'rb') as file:
-    digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    return {'name': name, 'bytes': file.tell(), 'sha256': digest}
+def file_record(directory: pathlib.Path, name: str) -> dict[str, Any]:
+  """Returns name, size and checksum of a file."""
+  path = directory / name
+  return {
+      'name': name,
+      'bytes': path.stat().st_size,
+      'sha256': files_lib.sha256(path),
+  }
 
 
 def problems(
     directory: pathlib.Path, files: Iterable[dict[str, Any]]
 ) -> Iterator[str]:
-  """Yields how files differ from what was recorded of them, one line each."""
+  """Yields the differences between files and their records."""
   for expected in files:
     name = expected['name']
     if not (directory / name).is_file():
       yield f'the file {name} is not there'
       continue
-    found = facts(directory, name)
-    for what in ('bytes', 'sha256'):
-      if found[what] != expected[what]:
+    found = file_record(directory, name)
+    for field in ('bytes', 'sha256'):
+      if found[field] != expected[field]:
         yield (
-            f'{name} has {what} {found[what]}, its manifest says '
-            f'{expected[what]}'
+            f'{name} has {field} {found[field]}, its manifest says '
+            f'{expected[field]}'
         )
         break

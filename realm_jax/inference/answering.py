@@ -1,12 +1,13 @@
-"""Questions answered: retrieve, read, and take the best span.
+"""Open-domain question answering: retrieve, read, and take the best span.
 
-Public: `Answerer`, `Answer`, `Passage` (Guu et al. 2020, section 4.3). An
-answer is a part of a passage's own text, never put together from wordpieces.
+Guu et al. 2020, section 4.3. An answer is a substring of a passage and not a
+text decoded from wordpieces.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.corpus import inputs
+from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
 from realm_jax.models import embedder as embedder_lib
@@ -21,9 +23,10 @@ from realm_jax.models import span_reader
 from realm_jax.qa import passage_answers as passage_answers_lib
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions
+from realm_jax.runtime import checkpoint
 
-_BATCH_WORDPIECES = 2**14  # Read at once.
-_SEARCH_BATCH = 256  # Questions searched for at once.
+_BATCH_WORDPIECES = 2**14  # In one batch of the reader.
+_SEARCH_BATCH = 256  # Questions in one search.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +35,10 @@ class Passage:
 
   row, id, title, text: of the corpus.
   score: inner product with the question.
-  probability: p(z|x) among those that were read.
-  answer: the best span in it; empty if it has no wordpiece that could be read.
-  start, limit: where the answer stands in the text, in UTF-8 bytes.
-  answer_probability: of this passage and this span together, of all spans of
+  probability: p(z|x) among the passages that were read.
+  answer: the best span; empty if the reader saw no wordpiece of the text.
+  start, limit: position of the answer in the text, in UTF-8 bytes.
+  answer_probability: joint probability of passage and span, among all spans of
     all passages that were read.
   """
 
@@ -53,12 +56,12 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What was answered, and from what.
+  """An answer and its evidence.
 
-  text: the answer; empty if nothing could be read.
-  probability: of the passage and the span that it is from.
-  passages: that were read, best first by relevance.
-  best: the number of the passage that it is from; None without an answer.
+  text: the answer; empty if no passage has a readable wordpiece.
+  probability: joint probability of passage and span.
+  passages: that were read, most relevant first.
+  best: index of the passage with the answer; None without an answer.
   """
 
   question: str
@@ -68,8 +71,11 @@ class Answer:
   best: int | None
 
 
-class Answerer:
-  """Answers questions with the retriever and the reader of one step."""
+class OpenQA:
+  """Answers questions with the retriever and the reader of one step.
+
+  `OpenQA.load` makes one from a workdir.
+  """
 
   def __init__(
       self,
@@ -78,7 +84,7 @@ class Answerer:
       params: trained_lib.Params | None = None,
       index: trained_lib.Index | None = None,
   ):
-    """Takes, or loads, the parameters of a checkpoint and its index.
+    """Uses the given parameters and index, or loads them.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or no index for it.
@@ -95,11 +101,46 @@ class Answerer:
     self.index = trained.index(self.params, step) if index is None else index
     self.passage_answers = passage_answers_lib.PassageAnswers(trained.corpus)
 
+  @classmethod
+  def load(
+      cls, workdir: trained_lib.Path, step: int | None = None
+  ) -> 'OpenQA':
+    """Loads retriever, reader and index of a workdir.
+
+    Args:
+      workdir: of the objective `open_qa`, or an imported open-QA checkpoint.
+      step: of a checkpoint; None: the newest.
+
+    Raises:
+      FileNotFoundError: there is no such workdir, checkpoint or index.
+      ValueError: it has no reader of answers, or something is damaged.
+    """
+    trained = trained_lib.Trained.open(workdir)
+    if step is None:
+      step = checkpoint.newest_step(trained.workdir)
+    return cls(trained, step)
+
+  @property
+  def index_generation(self) -> int | None:
+    """Step of the retriever that embedded the passages; None: unpublished."""
+    return self.index.generation
+
+  @property
+  def index_age_seconds(self) -> float | None:
+    """Seconds since the index was published."""
+    if self.index_generation is None:
+      return None
+    folder = self.trained.workdir / generation_lib.DIRECTORY
+    manifest = generation_lib.read_manifest(
+        folder / str(self.index_generation)
+    )
+    return time.time() - manifest['created']
+
   def retrieve(self, query_ids_BQ: np.ndarray, k: int) -> np.ndarray:
     """Returns the k best passage rows of each question, [B, k].
 
     Raises:
-      ValueError: there are not so many passages.
+      ValueError: the corpus has fewer than k passages.
     """
     query_emb_BE = self.trained.embed_queries(self.params, query_ids_BQ)
     return np.concatenate([
@@ -110,18 +151,19 @@ class Answerer:
     ])
 
   def answer(
-      self, texts: Sequence[str], k: int | None = None
-  ) -> list[Answer]:
-    """Answers questions.
+      self, question: str | Sequence[str], k: int | None = None
+  ) -> Answer | list[Answer]:
+    """Answers one question, or several.
 
     Args:
-      texts: the questions.
+      question: a text, or a list of them.
       k: passages to read for each; None: as many as in training.
 
     Raises:
       ValueError: no question, an empty one, or k is not between 1 and the
         number of passages.
     """
+    texts = [question] if isinstance(question, str) else question
     config, live = self.trained.config, self.trained.corpus.num_live
     k = min(config.open_qa.read, live) if k is None else k
     if not 1 <= k <= live:
@@ -133,7 +175,8 @@ class Answerer:
         config.lengths.query,
         self.trained.corpus.tokenizer,
     )
-    return self.read(table, self.retrieve(table.query_ids_NQ, k))
+    found = self.read(table, self.retrieve(table.query_ids_NQ, k))
+    return found[0] if isinstance(question, str) else found
 
   def read(
       self, table: question_table_lib.QuestionTable, rows_BK: np.ndarray
@@ -164,7 +207,7 @@ class Answerer:
       rows_BK: np.ndarray,
       size: int,
   ) -> list[Answer]:
-    """`size`: questions of a batch, padded, so that it compiles once."""
+    """Reads a batch, padded to `size` questions: all compile to one shape."""
     trained, config = self.trained, self.trained.config
     corpus, titles = trained.corpus, config.open_qa.title
     length = config.lengths.joint
@@ -190,20 +233,22 @@ class Answerer:
     )
     found = []
     for b, text in enumerate(texts):
-      score_K = score_BK[b].astype(np.float64)
-      p_K = np.exp(score_K - score_K.max())
-      passages = tuple(
-          self._passage(
-              int(rows_BK[b, k]),
-              float(score_K[k]),
-              float(p_K[k] / p_K.sum()),
-              float(np.exp(logp_BK[b, k])),
-              int(start_BK[b, k] - body_BK2[b, k, 0]),
-              int(end_BK[b, k] - body_BK2[b, k, 0]),
-              bool(body_BK2[b, k, 0] < body_BK2[b, k, 1]),
-          )
-          for k in range(rows_BK.shape[1])
-      )
+      p_K = np.exp(score_BK[b].astype(np.float64) - score_BK[b].max())
+      passages = []
+      for k, row in enumerate(rows_BK[b].tolist()):
+        first, limit = body_BK2[b, k].tolist()
+        span = None
+        if first < limit:
+          span = int(start_BK[b, k]) - first, int(end_BK[b, k]) - first
+        passages.append(
+            self._passage(
+                row,
+                float(score_BK[b, k]),
+                float(p_K[k] / p_K.sum()),
+                float(np.exp(logp_BK[b, k])),
+                span,
+            )
+        )
       best = int(logp_BK[b].argmax())
       answer = passages[best]
       found.append(
@@ -211,7 +256,7 @@ class Answerer:
               text,
               answer.answer,
               answer.answer_probability,
-              passages,
+              tuple(passages),
               best if answer.answer else None,
           )
       )
@@ -223,27 +268,25 @@ class Answerer:
       score: float,
       probability: float,
       answer_probability: float,
-      first: int,
-      last: int,
-      readable: bool,
+      span: tuple[int, int] | None,
   ) -> Passage:
-    about = self.trained.corpus.passage_text(row)
+    """`span`: first and last wordpiece of the answer in the body, if any."""
+    record = self.trained.corpus.passage_text(row)
     start = limit = 0
-    if readable:
-      offsets_L2 = self.passage_answers.wordpieces(row, about['text'])
-      start, limit = int(offsets_L2[first, 0]), int(offsets_L2[last, 1])
-    text = about['text'].encode('utf-8')
+    if span is not None:
+      offsets_L2 = self.passage_answers.wordpieces(row, record['text'])
+      start, limit = int(offsets_L2[span[0], 0]), int(offsets_L2[span[1], 1])
     return Passage(
         row,
-        about['id'],
-        about['title'],
-        about['text'],
+        record['id'],
+        record['title'],
+        record['text'],
         score,
         probability,
-        text[start:limit].decode('utf-8'),
+        record['text'].encode('utf-8')[start:limit].decode('utf-8'),
         start,
         limit,
-        answer_probability if readable else 0.0,
+        0.0 if span is None else answer_probability,
     )
 
   @functools.cached_property
@@ -259,10 +302,9 @@ class Answerer:
         body_BK2: jax.Array,
     ) -> tuple[jax.Array, ...]:
       b, k, t = ids_BKT.shape
+      reader = components['span_reader'].module(params['span_reader'])
       score_BK = embedder_lib.score(query_emb_BE, doc_emb_BKE)
-      logits = components['span_reader'].apply(  # (B*K) P
-          params['span_reader'],
-          'span_logits',
+      logits = reader.span_logits(  # (B*K) P
           ids_BKT.reshape(b * k, t),
           types_BKT.reshape(b * k, t),
           span_reader.inside(body_BK2, t).reshape(b * k, t),

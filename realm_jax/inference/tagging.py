@@ -1,7 +1,4 @@
-"""A trained tagger in use: labels of sentences, and a corpus with its spans.
-
-Public: `SentenceTagger`, `tag_corpus`.
-"""
+"""Inference with a tagger: labels of sentences, and corpora with its spans."""
 
 import pathlib
 from typing import Any
@@ -29,8 +26,8 @@ class SentenceTagger:
     """Loads the newest checkpoint.
 
     Raises:
-      FileNotFoundError, ValueError: see `trained.Trained.open`; or it is no
-        workdir of the objective `tagger`.
+      FileNotFoundError, ValueError: see `trained.Trained.open`; or the
+        objective of the workdir is not `tagger`.
     """
     trained = trained_lib.Trained.open(workdir)
     if 'tagger' not in trained.components:
@@ -42,30 +39,31 @@ class SentenceTagger:
     self.config = trained.config
     self.tokenizer = trained.corpus.tokenizer
     self.types = trained.config.model.entity_types
-    self.step = trained_lib.steps_available(workdir)[0][-1]
+    self.step = checkpoint.newest_step(trained.workdir)
     self.params = trained.load(self.step)['tagger']
     self._component = trained.components['tagger']
     self._mesh = mesh_lib.make_mesh(config_lib.MeshConfig())
     self._encoder: embedding.RowEncoder | None = None
 
   def __call__(self, table: entities.TaggedTable) -> np.ndarray:
-    """Returns the labels of sentences, int32 NL; those without are -1."""
+    """Returns the labels of sentences, int32 [N, L]; -1: no label."""
     lengths_N = (table.ids_NL != self.tokenizer.pad_id).sum(axis=1)
 
     def tag(
         params: components_lib.Params, *arrays_BL: jax.Array
     ) -> jax.Array:
-      return self._component.apply(params, 'tags', *arrays_BL)
+      return self._component.module(params).tags(*arrays_BL)
 
     def assemble(rows: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
-      # Of -1, for which there is no row, the last serves as well.
+      # A row of -1 is padding; the last row takes its place.
       return tuple(
           array_NL[rows, :width]
           for array_NL in (table.ids_NL, table.types_NL, table.begins_NL)
       )
 
-    if self._encoder is None:  # Planned for what comes first.
-      length = self.config.tagger.length  # Which may come later.
+    if self._encoder is None:
+      # The first table decides the buckets; a later one may be longer.
+      length = self.config.tagger.length
       self._encoder = embedding.RowEncoder(
           tag, np.append(lengths_N, length), length, self._mesh
       )
@@ -89,17 +87,17 @@ def tag_corpus(
     dates_and_numbers: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-  """Writes a corpus again with the names that a tagger finds to be masked.
+  """Writes a copy of a corpus with the names of a tagger as salient spans.
 
-  The rules' names give way to the tagger's spans; their dates and numbers stay.
-  Where two spans overlap, the longer one does, and of equally long ones the
+  The tagger's spans replace the names that the rules found; dates and numbers
+  stay. Of two overlapping spans the longer one stays; of equally long ones, the
   tagger's.
 
   Args:
-    corpus: as `prepare` wrote it, with the tokenizer of the tagger.
+    corpus: output of `prepare`, with the tokenizer of the tagger.
     workdir: of the objective `tagger`.
     output: folder to write.
-    dates_and_numbers: whether to keep those of the corpus.
+    dates_and_numbers: whether to keep the dates and numbers of the corpus.
     overwrite: whether to replace a corpus at `output`.
 
   Returns:

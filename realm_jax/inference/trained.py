@@ -1,12 +1,13 @@
-"""A trained workdir opened for use: its parameters, its search, its readings.
+"""A workdir opened for use: parameters by step, search and reading.
 
-Public: `Trained`, `Index`, `steps_available`, `pad_rows`. What is evaluated or
-inspected comes through here; nothing in a workdir is changed.
+Evaluation, inference, export and the public API open workdirs here. Nothing in
+a workdir is changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -19,19 +20,20 @@ from realm_jax import config as config_lib
 from realm_jax.builder import documents as documents_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
+from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import snapshots as snapshots_lib
-from realm_jax.trainer import stages
 from realm_jax.trainer.stages import realm
 
+Path = str | os.PathLike[str]
 Params = dict[str, components_lib.Params]
 
-_QUERY_BATCHES = (1, 4, 16, 64, 256)  # Sizes that are compiled, as needed.
-# Scores of the vocabulary at once, [B, K, M, V]: 256 MiB of float32.
+_QUERY_BATCHES = (1, 4, 16, 64, 256)  # Batch sizes that are compiled.
+# Size of a batch of logits, [B, K, M, V]: 256 MiB of float32.
 _MAX_LOGITS = 2**26
 
 
@@ -39,9 +41,9 @@ _MAX_LOGITS = 2**26
 class Index:
   """Embeddings of all documents.
 
-  search: exact, over those that were not removed.
-  table: of all of them, by row.
-  generation: that served for it; None if the corpus had to be embedded here.
+  search: exact, without the removed documents.
+  table: of all rows.
+  generation: step of the generation; None: the corpus was embedded here.
   """
 
   search: search_lib.Search
@@ -51,80 +53,136 @@ class Index:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """What is fixed about a trained model; parameters are loaded by step."""
+  """An opened workdir; parameters are loaded by step.
+
+  config: resolved, with the size of the vocabulary.
+  components: of the checkpoints, without parameters.
+  searched: corpus that replaces the workdir's documents, if any.
+  """
 
   workdir: pathlib.Path
-  config: config_lib.Config  # Resolved.
-  documents: documents_lib.Documents
+  config: config_lib.Config
   components: dict[str, components_lib.Component]
+  searched: pathlib.Path | None = None
 
   @classmethod
-  def open(
-      cls,
-      workdir: pathlib.Path | str,
-      corpus: pathlib.Path | str | None = None,
-  ) -> 'Trained':
-    """Opens a workdir over its documents, or over another corpus.
+  def open(cls, workdir: Path, corpus: Path | None = None) -> 'Trained':
+    """Opens a workdir with its documents, or with another corpus.
 
-    Its documents are the corpus that it was trained on, with what was added to
-    it and removed from it since.
+    The documents are the training corpus with all later additions and removals.
 
     Raises:
-      FileNotFoundError: no such workdir, checkpoint or corpus.
-      ValueError: the corpus is not the one it was trained on and was not asked
-        for, or has another tokenizer.
+      FileNotFoundError: there is no such workdir, checkpoint or corpus.
+      ValueError: the corpus has another tokenizer than the checkpoint, or the
+        documents are not those of training.
+    """
+    trained = cls.open_parameters(workdir, corpus)
+    opened = trained.corpus
+    saved = checkpoint.saved_about(
+        trained.workdir, checkpoint.newest_step(trained.workdir)
+    )
+    found = {'tokenizer_digest': opened.tokenizer.digest}
+    if corpus is None:
+      found['corpus_fingerprint'] = trained.documents.edition.origin
+    for name, digest in found.items():
+      if saved[name] != digest:
+        raise ValueError(
+            f'The corpus {opened.directory} is not what the model was trained'
+            f' on: {name} {digest[:16]}, {saved[name][:16]} in the checkpoint.'
+        )
+    return trained
+
+  @classmethod
+  def open_parameters(
+      cls, workdir: Path, corpus: Path | None = None
+  ) -> 'Trained':
+    """Opens a workdir for its parameters; its documents are not checked.
+
+    Raises:
+      FileNotFoundError: there is no such workdir, checkpoint or corpus.
+      ValueError: the workdir is damaged.
     """
     workdir = pathlib.Path(workdir)
     config = config_lib.resolve(config_lib.read(workdir))
-    documents = documents_lib.Documents.open(workdir, config, corpus)
-    opened = documents.corpus
-    saved = checkpoint.saved_about(
-        workdir, checkpoint.newest_step(workdir)
+    names = checkpoint.components_in(workdir)
+    searched = None if corpus is None else pathlib.Path(corpus)
+    trained = cls(workdir, config, {}, searched)
+    config.model.vocab_size = (
+        config.model.vocab_size or trained.tokenizer.vocab_size
     )
-    _compare('tokenizer_digest', saved, opened.tokenizer.digest, opened)
-    if corpus is None:
-      origin = documents.edition.origin
-      _compare('corpus_fingerprint', saved, origin, opened)
-    config = documents.config
-    return cls(workdir, config, documents, stages.components_of(config))
+    trained.components.update(components_lib.make_all(names, config.model))
+    return trained
+
+  @functools.cached_property
+  def documents(self) -> documents_lib.Documents:
+    """All documents; a ValueError says that the config names no corpus."""
+    return documents_lib.Documents.open(
+        self.workdir, self.config, self.searched
+    )
 
   @property
   def corpus(self) -> corpus_lib.Corpus:
-    """All documents."""
+    """All documents as one corpus."""
     return self.documents.corpus
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer_lib.Tokenizer:
+    """The tokenizer of an import, or else of the corpus."""
+    if (self.workdir / 'vocab.txt').is_file():
+      return tokenizer_lib.Tokenizer.from_source(str(self.workdir))
+    return self.corpus.tokenizer
 
   def load(self, step: int) -> Params:
     """Loads the parameters of a checkpoint, or of a snapshot (embedder only).
 
     Raises:
-      FileNotFoundError: there is neither, naming those there are.
+      FileNotFoundError: there is neither; lists the available steps.
     """
-    checkpoints, snapshots = steps_available(self.workdir)
-    if step in checkpoints:
+    check_steps(self.workdir, [step])
+    if step in steps_available(self.workdir)[0]:
       wanted = {name: c.abstract for name, c in self.components.items()}
       return checkpoint.load_params(self.workdir, wanted, step)[0]
-    if step in snapshots:
-      params, _ = snapshots_lib.load(
-          self.workdir, step, self.components['embedder'].abstract
-      )
-      return {'embedder': params}
-    raise FileNotFoundError(
-        f'{self.workdir} has nothing of step {step}: checkpoints'
-        f' {checkpoints}, retriever snapshots {snapshots}.'
+    params, _ = snapshots_lib.load(
+        self.workdir, step, self.components['embedder'].abstract
     )
+    return {'embedder': params}
 
-  def index(self, params: Params, step: int | None = None) -> 'Index':
-    """The documents' embeddings by these parameters, searched exactly.
-
-    Where documents were frozen while questions were trained on, those that were
-    trained with instead.
+  def published(self, params: Params, step: int) -> documents_lib.Index:
+    """Returns the published embeddings of all documents by these parameters.
 
     Args:
       params: with an embedder.
-      step: of the checkpoint or snapshot that they are from, if any.
+      step: of the parameters, for the message.
 
     Raises:
-      FileNotFoundError: the index that was trained with is gone.
+      FileNotFoundError: there is no generation of these parameters.
+      ValueError: it is damaged, or of another corpus.
+    """
+    embedder = params['embedder']
+    build, condition = 'index', ', with a corpus in its config.'
+    if self.config.corpus:
+      found = self.documents.find(checkpoint.params_digest(embedder))
+      if found is not None:
+        return self.documents.index(found, lambda: embedder)
+      condition = '.'
+      if self.documents.is_compacted:
+        build, condition = 'index compact', ', after `realm-jax index`.'
+    raise FileNotFoundError(
+        f'{self.workdir} has no index of the retriever of step {step}. Build'
+        f' it: `realm-jax {build} --workdir={self.workdir}`{condition}'
+    )
+
+  def index(self, params: Params, step: int | None = None) -> 'Index':
+    """Returns an exact search of the documents by these parameters.
+
+    Fine-tuning with frozen documents keeps the embeddings of its training.
+
+    Args:
+      params: with an embedder.
+      step: of the checkpoint or snapshot of the parameters, if any.
+
+    Raises:
+      FileNotFoundError: the index of the training does not exist any more.
       ValueError: it is damaged.
     """
     config, removed = self.config, self.corpus.removed
@@ -159,10 +217,7 @@ class Trained:
     return Index(search, embeddings_NE, None)
 
   def published_search(self) -> tuple[search_lib.Search, int]:
-    """An exact search of the newest generation, made from any parameters.
-
-    Returns:
-      The search, and the step of the generation.
+    """Returns an exact search of the newest generation, and its step.
 
     Raises:
       FileNotFoundError: there is no generation.
@@ -175,7 +230,7 @@ class Trained:
   def embed_queries(
       self, params: Params, query_ids_BQ: np.ndarray
   ) -> np.ndarray:
-    """Embeds `[CLS] x [SEP]`, any number of them: float32 [B, E], in numpy."""
+    """Embeds any number of `[CLS] x [SEP]`: float32 numpy, [B, E]."""
     parts, largest = [], _QUERY_BATCHES[-1]
     for start in range(0, len(query_ids_BQ), largest):
       part = query_ids_BQ[start : start + largest]
@@ -186,7 +241,7 @@ class Trained:
     return np.concatenate(parts)
 
   def reading_batch_size(self, num_candidates: int, num_masks: int) -> int:
-    """How many sentences can be read at once within bounded memory."""
+    """Returns the largest batch of sentences within bounded memory."""
     each = num_candidates * num_masks * self.config.model.vocab_size
     return max(1, min(self.config.batch_size, _MAX_LOGITS // each))
 
@@ -199,7 +254,8 @@ class Trained:
       score_BK, logp_BK: inner products, and log p(z|x); candidate 0 is null.
       target_logp_BKM: log p(y_j|z,x) of batch.targets_BM.
       best_BKM, best_logp_BKM: the likeliest wordpiece with each candidate.
-      marginal_best_BM, marginal_logp_BM: that of sum_z p(y_j|z,x) p(z|x).
+      marginal_best_BM, marginal_logp_BM: the likeliest wordpiece by
+        sum_z p(y_j|z,x) p(z|x).
     """
     found = self._read(params, batch)
     return {name: np.asarray(value) for name, value in found.items()}
@@ -266,10 +322,8 @@ class Trained:
     return jax.jit(read)
 
 
-def steps_available(
-    workdir: pathlib.Path | str,
-) -> tuple[list[int], list[int]]:
-  """Steps of the checkpoints and of the retriever snapshots of a workdir."""
+def steps_available(workdir: Path) -> tuple[list[int], list[int]]:
+  """Returns the steps of checkpoints and of retriever snapshots."""
   workdir = pathlib.Path(workdir)
   return (
       checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS),
@@ -277,20 +331,21 @@ def steps_available(
   )
 
 
-def _compare(
-    name: str,
-    saved: dict[str, Any],
-    found: str,
-    corpus: corpus_lib.Corpus,
+def check_steps(
+    workdir: Path, steps: Iterable[int], with_snapshots: bool = True
 ) -> None:
-  if saved[name] != found:
-    raise ValueError(
-        f'The corpus {corpus.directory} is not what the model was trained on:'
-        f' {name} {found[:16]}, {saved[name][:16]} in the checkpoint.'
-    )
+  """Raises a FileNotFoundError if a step cannot be loaded."""
+  checkpoints, snapshots = steps_available(workdir)
+  snapshots = snapshots if with_snapshots else []
+  for step in steps:
+    if step not in (*checkpoints, *snapshots):
+      raise FileNotFoundError(
+          f'{workdir} has nothing of step {step}: checkpoints {checkpoints},'
+          f' retriever snapshots {snapshots}.'
+      )
 
 
 def pad_rows(array: np.ndarray, size: int) -> np.ndarray:
-  """Repeats the last row, so that batches of one shape compile once."""
+  """Repeats the last row, so that all batches have one compiled shape."""
   widths = [(0, size - len(array)), *[(0, 0)] * (array.ndim - 1)]
   return np.pad(array, widths, mode='edge')

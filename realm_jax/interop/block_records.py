@@ -1,12 +1,13 @@
-"""Block records: an .npy file of Python byte strings, streamed.
+"""The documents of open-QA checkpoints: block_records.npy, streamed.
 
-Public: `byte_records`, `byte_records_writer`. REALM's documents come as such a
-file, block_records.npy, larger than memory. It holds a pickle; its instructions
-are parsed, and none is executed.
+The file is an array of Python byte strings and larger than memory. It holds a
+pickle, whose instructions are parsed and never executed.
 """
 
 import array
 from collections.abc import Iterable, Iterator
+import json
+import logging
 import os
 import pathlib
 import pickletools
@@ -15,9 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax import config as config_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import generation
 from realm_jax.interop import weights
+from realm_jax.prepare import prepare
 
-# Every word in the pickle of an object array, up to its items.
+log = logging.getLogger(__name__)
+
+FILE = 'block_records.npy'  # In the folder of a checkpoint.
+# The longest possible passage: each block becomes one passage.
+_MAX_BLOCK = 65_535
+_BLANK = '[UNK]'  # Replaces a block without text.
+
+# All words in the pickle of an object array, before its items.
 _WORDS = frozenset(
     'numpy.core.multiarray numpy._core.multiarray _reconstruct numpy ndarray'
     ' dtype O8 |'.split()
@@ -25,10 +37,10 @@ _WORDS = frozenset(
 _LIST_OPCODES = ('MARK', 'APPEND', 'APPENDS', 'FRAME')
 _PUTS = ('BINPUT', 'LONG_BINPUT', 'MEMOIZE')
 _GETS = ('BINGET', 'LONG_BINGET')
-_MAX_GAP = 1000  # Between the numbers of memo entries.
+_MAX_GAP = 1000  # Between the numbers of consecutive memo entries.
 _ABSENT = 2**64 - 1
 _BATCH = 1000  # Items per APPENDS, as in Python's own pickler.
-# The pickle of an array of %b objects, up to its items.
+# The pickle of an array of %b objects, before its items.
 _HEAD = (
     b'\x80\x03cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n'
     b'K\x00\x85C\x01b\x87R(K\x01J%b\x85cnumpy\ndtype\nX\x02\x00\x00\x00O8'
@@ -38,15 +50,14 @@ _HEAD = (
 
 
 def byte_records(path: str | os.PathLike[str]) -> tuple[int, Iterator[bytes]]:
-  """Opens an .npy file of byte strings, such as REALM's block_records.npy.
+  """Opens an .npy file of byte strings and streams it.
 
   Returns:
-    Their number, and the strings one after the other; the file is never in
-    memory as a whole.
+    The number of strings, and an iterator over them.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: here or while iterating, if it is not such a file, is truncated
+    FileNotFoundError: the file does not exist.
+    ValueError: here or while iterating: it is not such a file, is truncated
       or names a global that such a file does not need.
   """
   path = pathlib.Path(path)
@@ -66,7 +77,7 @@ def byte_records(path: str | os.PathLike[str]) -> tuple[int, Iterator[bytes]]:
 
 
 def _records(path: pathlib.Path, start: int, number: int) -> Iterator[bytes]:
-  # The memo has places in the file: all strings do not fit in memory.
+  # The memo holds file offsets, since all strings do not fit in memory.
   memo = array.array('Q')
   found, last, in_list = 0, _ABSENT, False
   with open(path, 'rb', buffering=1 << 20) as file, weights.located(path):
@@ -105,18 +116,16 @@ def _records(path: pathlib.Path, start: int, number: int) -> Iterator[bytes]:
       elif opcode.name == 'EMPTY_LIST':
         in_list = True
     if found != number:
-      raise ValueError(
-          f'it holds {found} records, its header says {number}'
-      )
+      raise ValueError(f'it holds {found} records, its header says {number}')
 
 
 def byte_records_writer(
     path: str | os.PathLike[str], number: int, records: Iterable[bytes]
 ) -> None:
-  """Writes what `byte_records` reads, one record at a time.
+  """Writes a file that `byte_records` reads, one record at a time.
 
   Raises:
-    ValueError: if there are not `number` records.
+    ValueError: the number of records is not `number`.
   """
   header = {'descr': '|O', 'fortran_order': False, 'shape': (number,)}
   written = 0
@@ -131,5 +140,103 @@ def byte_records_writer(
     file.write(b'etb.' if written else b'tb.')
   if written != number:
     raise ValueError(
-        f'{path}: {written} records came, {number} were announced.'
+        f'{path}: got {written} records, expected {number}.'
     )
+
+
+def prepare_corpus(
+    path: pathlib.Path | None,
+    table: weights.FileTensor,
+    name: str,
+    workdir: pathlib.Path,
+    workers: int | None,
+) -> list[int] | None:
+  """Makes `workdir`/corpus of the documents of an open-QA checkpoint.
+
+  Row i of the file becomes passage i.
+
+  Args:
+    path: of the file; None: the checkpoint came without it.
+    table: the embeddings of the documents, [N, E].
+    name: of the checkpoint, for messages.
+    workdir: output; has the vocabulary.
+    workers: processes.
+
+  Returns:
+    The rows without text; None without a file.
+
+  Raises:
+    ValueError: file and embeddings do not fit.
+  """
+  if path is None:
+    log.warning(
+        '%s has embeddings of %d documents, but no %s: it is imported'
+        ' without an index. Give the file with --blocks.',
+        name, table.shape[0], FILE,
+    )
+    return None
+  number, records = byte_records(path)
+  if number != table.shape[0]:
+    raise ValueError(
+        f'{path} has {number} documents, {name} has embeddings of'
+        f' {table.shape[0]}.'
+    )
+  lines = workdir / 'blocks.jsonl'
+  blanks = []
+  with open(lines, 'w', encoding='utf-8') as file:
+    for row, record in enumerate(records):
+      try:
+        text = record.decode('utf-8')
+      except UnicodeDecodeError as error:
+        raise ValueError(
+            f'{path}: document {row} is not UTF-8 ({error.reason}).'
+        ) from None
+      if not text.strip():
+        blanks.append(row)
+        text = _BLANK
+      file.write(json.dumps({'text': text}) + '\n')
+  corpus = workdir / 'corpus'
+  prepare.prepare(
+      [str(lines)],
+      corpus,
+      vocab=str(workdir),
+      max_wordpieces=_MAX_BLOCK,
+      workers=workers,
+  )
+  lines.unlink()
+  rows = len(corpus_lib.Corpus.open(corpus).passages)
+  if rows != number:
+    raise ValueError(
+        f'{path} has {number} documents, which became {rows} passages: some'
+        ' have no wordpiece, or more than a passage can hold.'
+    )
+  return blanks
+
+
+def publish(
+    workdir: pathlib.Path,
+    config: config_lib.Config,
+    table: weights.FileTensor,
+    corpus: corpus_lib.Corpus,
+    digest: str | None,
+) -> None:
+  """Publishes the embeddings of the documents as the generation of step 0.
+
+  The embeddings come from the embedder before fine-tuning, which trains the
+  query tower only. The job treats them as made by the imported parameters.
+  """
+  lineage = generation.Lineage(
+      step=0,
+      params_digest=digest,
+      tokenizer_digest=corpus.tokenizer.digest,
+      corpus_fingerprint=corpus.fingerprint,
+      num_rows=table.shape[0],
+      width=table.shape[1],
+  )
+  row_bytes = table.shape[1] * table.dtype.itemsize
+  directory = workdir / generation.DIRECTORY
+  with generation.Writer(directory, lineage, config.mips.dtype) as writer:
+    for rows_NE in table.chunks(generation.ROWS_PER_SHARD * row_bytes):
+      writer.add(rows_NE)
+    writer.add_backend(config.mips)
+    writer.publish()

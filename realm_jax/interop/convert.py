@@ -1,10 +1,8 @@
-"""Weights of published checkpoints, into our parameters and back.
+"""Conversion of published weights to our parameters and back.
 
-Public: `load`, `Loaded`, `components_in`, `tensors_of`, `tower_tensors`,
-`foreign_tensor`, `model_config`, `foreign_config`. Known are BERT and the five
-REALM classes of transformers 4.40.2; `huggingface_names` has their names. Each
-tensor of a checkpoint is a parameter of ours, a copy of another tensor, or one
-that the class holds and never uses; any other, or a missing one, is an error.
+Each tensor of a checkpoint becomes a parameter, is a copy of another tensor, or
+belongs to the class without being used. Any other tensor, and a missing one, is
+an error. `huggingface_names` has the names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +23,7 @@ _ACTIVATIONS: dict[Any, Literal['gelu', 'gelu_new']] = {
     'gelu_new': 'gelu_new',
     'gelu_pytorch_tanh': 'gelu_new',
 }
-# Field of ours, key in config.json, and the value where the key is absent.
+# Field of ModelConfig, key in config.json, and the default of the key.
 _SIZES: tuple[tuple[str, str, Any], ...] = (
     ('num_layers', 'num_hidden_layers', 12),
     ('width', 'hidden_size', 768),
@@ -48,18 +46,17 @@ Tensor = np.ndarray | weights.FileTensor
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A checkpoint, as our parameters.
+  """A converted checkpoint.
 
   kind: one of `huggingface_names.KINDS`.
-  config: sizes of the model; its `towers` are as found.
+  config: sizes of the model; its `towers` are those of the checkpoint.
   params: of each component, float32 numpy arrays.
-  sources: for each tensor that became a parameter, its name in the file and
-    'component/name' of ours.
-  copies: for each tensor in the file that is a copy, the name of the other.
-  unused: what the class never uses, still in its file.
-  fresh: 'component/name' of what the checkpoint does not have, at its random
-    initial value.
-  block_emb: the document embeddings of an open-QA checkpoint, in its file.
+  sources: names in the file to 'component/name' of the parameter.
+  copies: names in the file to the tensor that each is a copy of.
+  unused: tensors that the class never uses, still in their file.
+  fresh: 'component/name' of the parameters that the checkpoint lacks, which are
+    at their random initial values.
+  block_emb: the document embeddings of an open-QA checkpoint, in their file.
   """
 
   kind: str
@@ -72,18 +69,13 @@ class Loaded:
   block_emb: weights.FileTensor | None
 
 
-# Configurations.
-
-
 def model_config(values: Mapping[str, Any]) -> config_lib.ModelConfig:
-  """Returns our model's config for the contents of a config.json.
+  """Returns the model config for the contents of a config.json.
 
-  Unknown keys are no error; a missing one has the value that transformers
-  gives it.
+  Unknown keys are ignored; a missing key has the default of transformers.
 
   Raises:
-    ValueError: if it is of another architecture, or asks for something that
-      is not BERT as it was published.
+    ValueError: the architecture is not BERT as it was published.
   """
   kind = values.get('model_type', 'bert')
   if kind not in ('bert', 'realm'):
@@ -126,12 +118,12 @@ def foreign_config(
     config: config_lib.ModelConfig,
     base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Returns the contents of config.json for a model of ours.
+  """Returns the contents of config.json for a model.
 
   Args:
     kind: one of `huggingface_names.KINDS`.
     config: resolved.
-    base: further keys, such as those of the checkpoint that was imported.
+    base: further keys, such as those of the imported checkpoint.
   """
   values = dict(base or {})
   values |= {
@@ -142,8 +134,8 @@ def foreign_config(
       'torch_dtype': 'float32',
       **{key: getattr(config, field) for field, key, _ in _SIZES},
   }
-  # [PAD]; the default of REALM's class is another row, which it then does not
-  # train.
+  # [PAD]; the default of REALM's class is another row, which is then not
+  # trained.
   values.setdefault('pad_token_id', 0)
   values.setdefault('attention_probs_dropout_prob', config.dropout)
   if kind in huggingface_names.BERT_KINDS:
@@ -153,16 +145,11 @@ def foreign_config(
   return values
 
 
-# Reading.
-
-
-def components_in(
-    tensors: Mapping[str, weights.FileTensor],
-) -> list[str]:
-  """Names of the components that a checkpoint gives.
+def components_in(tensors: Mapping[str, weights.FileTensor]) -> list[str]:
+  """Returns the names of the components that a checkpoint has.
 
   Raises:
-    ValueError: if it is neither BERT nor REALM.
+    ValueError: it is neither BERT nor REALM.
   """
   kind, _ = huggingface_names.kind_of(
       map(huggingface_names.modern_name, tensors)
@@ -183,18 +170,18 @@ def load(
     wanted: Iterable[str] | None = None,
     seed: int = 0,
 ) -> Loaded:
-  """Reads a checkpoint of any known kind, told by its names.
+  """Converts a checkpoint; its tensor names tell its kind.
 
   Args:
     tensors: of the checkpoint's files, by name.
     values: its config.json.
-    wanted: components to take of those it has; None for all.
+    wanted: components to convert; None: all.
     seed: for parameters that a BERT does not have.
 
   Raises:
-    ValueError: listing every tensor that is missing, unexpected, of a wrong
-      shape, or differs from what it is a copy of; or naming a component that
-      is not in it.
+    ValueError: lists every tensor that is missing, unexpected, of a wrong
+      shape, or differs from what it is a copy of; or names a component that the
+      checkpoint lacks.
   """
   config = model_config(values)
   named = {
@@ -210,14 +197,14 @@ def load(
       if kind == 'bert'
       else huggingface_names.layout_of(kind, config)
   )
-  there = sorted({e.ours.partition('/')[0] for e in layout.entries})
-  names = there if wanted is None else list(wanted)
-  if not names or set(names) - set(there):
+  known = sorted({e.ours.partition('/')[0] for e in layout.entries})
+  names = known if wanted is None else list(wanted)
+  if not names or set(names) - set(known):
     raise ValueError(
-        f'The checkpoint is of the kind {kind!r} and has the components '
-        f'{there}; asked for: {names}.'
+        f'The checkpoint is of the kind {kind!r} and has the components'
+        f' {known}; wanted: {names}.'
     )
-  parts = {name: components.make(name, config) for name in there}
+  parts = {name: components.make(name, config) for name in known}
   block_emb = named.pop(_BLOCK_EMB, None) if kind == 'openqa' else None
   _check(kind, config, layout, parts, named, block_emb)
   params, sources = _read(layout, named, names)
@@ -240,7 +227,7 @@ def load(
 
 
 def _differ(named: Mapping[str, weights.FileTensor]) -> bool:
-  """Whether the towers of a scorer are two."""
+  """Whether the two towers of a scorer have different weights."""
   for name, tensor in named.items():
     if name.startswith('query_embedder.') and 'predictions' not in name:
       other = named.get(name.removeprefix('query_'))
@@ -249,9 +236,7 @@ def _differ(named: Mapping[str, weights.FileTensor]) -> bool:
   return False
 
 
-def _equal(
-    a: weights.FileTensor, b: weights.FileTensor
-) -> bool:
+def _equal(a: weights.FileTensor, b: weights.FileTensor) -> bool:
   if a.same_storage(b):
     return True
   return a.shape == b.shape and np.array_equal(a.read(), b.read())
@@ -265,6 +250,7 @@ def _check(
     named: Mapping[str, weights.FileTensor],
     block_emb: weights.FileTensor | None,
 ) -> None:
+  """Raises a ValueError that lists all tensors that do not fit."""
   shapes = dict(layout.unused)
   for entry in layout.entries:
     component, _, name = entry.ours.partition('/')
@@ -298,7 +284,7 @@ def _check(
           + _BLOCK_EMB
       )
   if problems:
-    problems = list(dict.fromkeys(problems))  # BERT's appear twice.
+    problems = list(dict.fromkeys(problems))  # BERT's entries appear twice.
     more = len(problems) - _MAX_LISTED
     raise ValueError(
         'The checkpoint does not fit its config.json as a'
@@ -329,14 +315,11 @@ def _read(
       if entry.transposed:
         array = np.ascontiguousarray(array.T)
       array = array.astype(np.float32, copy=False)
-      if shared[entry.theirs]:  # Components of one BERT share the memory.
+      if shared[entry.theirs]:  # Both components of a BERT share the array.
         arrays[entry.theirs] = array
       sources[named[entry.theirs].name] = entry.ours
     params[component][name] = array
   return params, sources
-
-
-# Writing.
 
 
 def tensors_of(
@@ -345,21 +328,21 @@ def tensors_of(
     params: Mapping[str, components.Params],
     unused: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-  """Returns every tensor that transformers has in a class, by name.
+  """Returns all tensors of a class of transformers, by name.
 
   Args:
     kind: one of `huggingface_names.KINDS`; 'bert' is the reader.
     config: resolved.
     params: of the components that the class consists of.
-    unused: values of those that the class never uses; the others are 0, and 1
-      for the scale of a LayerNorm.
+    unused: values of tensors that the class never uses. Without a value, the
+      scale of a LayerNorm is 1 and any other tensor 0.
 
   Returns:
     float32 arrays; those of `unused` as given. Copies are the same objects.
-    `block_emb` of an open-QA model is not among them.
+    `block_emb` of an open-QA model is not included.
 
   Raises:
-    ValueError: if a component is missing, or the class cannot hold the towers.
+    ValueError: a component is missing, or the class cannot hold the towers.
   """
   layout = huggingface_names.layout_of(kind, config)
   needs_tower = any(e.ours.startswith('embedder/') for e in layout.entries)
@@ -368,9 +351,10 @@ def tensors_of(
         f'The retriever has config.model.towers={config.towers!r}; of the '
         "classes of transformers only 'scorer' has a tower for queries."
     )
-  found: dict[str, Tensor] = {}
-  for entry in layout.entries:
-    found[entry.theirs] = foreign_tensor(entry.ours, params)
+  found: dict[str, Tensor] = {
+      entry.theirs: foreign_tensor(entry.ours, params)
+      for entry in layout.entries
+  }
   given = unused or {}
   for name, shape in layout.unused.items():
     tensor = given.get(name)
@@ -388,7 +372,7 @@ def tensors_of(
 def tower_tensors(
     config: config_lib.ModelConfig, params: components.Params, encoder: str
 ) -> dict[str, np.ndarray]:
-  """Returns one tower of an embedder as a BertModel, with its pooler.
+  """Returns the tensors of a BertModel for one tower of an embedder.
 
   Args:
     config: resolved.
@@ -404,10 +388,10 @@ def tower_tensors(
 def foreign_tensor(
     ours: str, params: Mapping[str, components.Params]
 ) -> np.ndarray:
-  """Returns 'component/name' as PyTorch holds it.
+  """Returns the parameter 'component/name' in the layout of PyTorch.
 
   Raises:
-    ValueError: if there is no such component.
+    ValueError: `params` lacks the component.
   """
   component, _, name = ours.partition('/')
   if component not in params:

@@ -1,29 +1,34 @@
 """`realm-jax export --format=huggingface`: folders that transformers loads.
 
-Public: `export`, `default_kinds`. Each class of transformers 4.40.2 gets a
-folder with config.json, model.safetensors (every name, so that nothing is
-missing), the tokenizer and a card. What was imported and not trained comes back
-as it was.
+Each class of transformers 4.40.2 becomes a folder with config.json, the
+tokenizer, a card, and model.safetensors with every tensor of the class. An
+import that was not trained is exported exactly as it was.
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
+import realm_jax
 from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import entities
+from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import block_records
-from realm_jax.interop import card
-from realm_jax.interop import checkpoint_sources
 from realm_jax.interop import convert
-from realm_jax.interop import exported
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import importing
 from realm_jax.interop import weights
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
+
+Path = str | os.PathLike[str]
 
 _SUMMARIES = {
     'bert': 'The reader of REALM as a BERT with its masked-LM head.',
@@ -55,17 +60,148 @@ _INPUTS = {
         ' without their titles.'
     ),
     'tagger': (
-        'The input is `[CLS] sentence [SEP]`; what a wordpiece that begins a'
-        ' word is labelled counts. Where config.model.capitals was true,'
-        ' segment 1 (`token_type_ids`) marks the words with a capital letter.'
+        'The input is `[CLS] sentence [SEP]`. The label of a word is that of'
+        ' its first wordpiece. With config.model.capitals, segment 1'
+        ' (`token_type_ids`) marks the words with a capital letter.'
     ),
 }
 _TABLE_BYTES = 1 << 26
+_CARD = """---
+library_name: {library}
+language: en
+tags: [realm, retrieval, open-domain-question-answering]
+---
+
+# {title}
+
+{summary}
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+{usage}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The parameters of one step of a workdir, for an export.
+
+  about: the metadata of the checkpoint.
+  imported: the sources of the parameters; none after training.
+  """
+
+  trained: trained_lib.Trained
+  step: int
+  params: trained_lib.Params
+  about: dict[str, Any]
+  imported: list[importing.Imported]
+
+  @classmethod
+  def open(cls, workdir: Path, step: int | None) -> 'Model':
+    """Loads a checkpoint, or a snapshot of the retriever; None: the newest."""
+    trained = trained_lib.Trained.open_parameters(workdir)
+    checkpoints, _ = trained_lib.steps_available(workdir)
+    step = checkpoints[-1] if step is None else step
+    params = trained.load(step)
+    about = checkpoint.saved_about(
+        trained.workdir, step if step in checkpoints else checkpoints[-1]
+    )
+    imported = importing.read_imported(workdir) if step == 0 else []
+    return cls(trained, step, params, about, imported)
+
+  def folder(
+      self, output: pathlib.Path
+  ) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Gives a temporary folder that replaces an empty or absent `output`."""
+    return files.atomic_folder(output, overwrite=True)
+
+  def write_tokenizer(
+      self, folder: pathlib.Path, tokenizer_class: str
+  ) -> None:
+    """Writes the files of a WordPiece tokenizer of transformers."""
+    self.trained.tokenizer.save(folder)
+    specials = {
+        f'{name}_token': f'[{name.upper()}]'
+        for name in ('pad', 'unk', 'cls', 'sep', 'mask')
+    }
+    settings = {
+        'do_lower_case': self.trained.tokenizer.lowercase,
+        'model_max_length': self.trained.config.model.max_positions,
+        'strip_accents': None,
+        'tokenize_chinese_chars': True,
+        'tokenizer_class': tokenizer_class,
+        **specials,
+    }
+    for name, values in (
+        ('tokenizer_config.json', settings),
+        ('special_tokens_map.json', specials),
+    ):
+      (folder / name).write_text(json.dumps(values, indent=2) + '\n', 'utf-8')
+
+  def write_card(
+      self,
+      folder: pathlib.Path,
+      title: str,
+      library: str,
+      summary: str,
+      usage: str,
+  ) -> None:
+    """Writes the model card; `usage` is Markdown."""
+    config = self.trained.config
+    model = config.model
+    facts: dict[str, Any] = {
+        'training step': self.step,
+        'objective': config.objective,
+        'corpus fingerprint': self.about.get('corpus_fingerprint') or 'none',
+        'tokenizer digest': self.trained.tokenizer.digest,
+        'layers, width, heads': (
+            f'{model.num_layers}, {model.width}, {model.num_heads}'
+        ),
+        'retrieval embedding': f'{model.embedding_width}, inner product',
+        'towers': model.towers,
+        **{
+            f'parameters of the {name}': checkpoint.params_digest(params)[:16]
+            for name, params in sorted(self.params.items())
+        },
+        **self._metrics(),
+        'made with': f'realm_jax {realm_jax.__version__}',
+    }
+    for one in self.imported:
+      local = pathlib.Path(one.name)
+      name = local.name if local.exists() else one.name
+      facts[f'imported from ({one.kind})'] = name
+    text = _CARD.format(
+        title=title,
+        library=library,
+        summary=summary,
+        facts='\n'.join(f'| {key} | {value} |' for key, value in facts.items()),
+        usage=usage.strip(),
+    )
+    (folder / 'README.md').write_text(text, 'utf-8')
+
+  def _metrics(self) -> dict[str, str]:
+    """Returns the figures of `realm-jax evaluate` for this step, if any."""
+    path = self.trained.workdir / 'evaluation' / f'{self.step}.json'
+    found: dict[str, str] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+      if isinstance(value, dict):
+        for name, part in value.items():
+          visit(f'{prefix} {name}'.strip(), part)
+      elif isinstance(value, float):
+        found[prefix] = f'{value:.4g}'
+
+    visit('', files.read_json(path) if path.is_file() else {})
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  """Some embeddings of a table as one float32 tensor."""
+  """Rows of a table of embeddings as one float32 tensor."""
 
   table: concatenated.Rows
   rows: np.ndarray
@@ -88,50 +224,42 @@ class _Rows:
       yield self.table[self.rows[start : start + step]].astype(np.float32)
 
 
-def default_kinds(workdir: exported.Workdir) -> list[str]:
-  """What a workdir is exported as, unless the user says otherwise.
-
-  An import as what it was; else the retriever, then the reader.
-  """
-  # An open-QA model can come without its documents, or in part.
-  whole = workdir.corpus is not None and 'span_reader' in workdir.params
-  kinds = [one.kind for one in workdir.imported]
+def _default_kinds(model: Model) -> list[str]:
+  """Returns the kinds of the sources, or else one kind for each component."""
+  config = model.trained.config
+  # An open-QA model can be imported without its documents, or in part.
+  whole = bool(config.corpus) and 'span_reader' in model.params
+  kinds = [one.kind for one in model.imported]
   if kinds and ('openqa' not in kinds or whole):
     return kinds
-  shared = workdir.config.model.towers == 'shared'
-  kinds = []
-  if 'embedder' in workdir.params:
-    kinds.append('embedder' if shared else 'scorer')
-  if 'reader' in workdir.params:
-    kinds.append('encoder')
-  if 'span_reader' in workdir.params:
-    kinds.append('reader')
-  if 'tagger' in workdir.params:
-    kinds.append('tagger')
-  return kinds
+  by_component = {
+      'embedder': 'embedder' if config.model.towers == 'shared' else 'scorer',
+      'reader': 'encoder',
+      'span_reader': 'reader',
+      'tagger': 'tagger',
+  }
+  return [k for name, k in by_component.items() if name in model.params]
 
 
 def export(
-    workdir: exported.Workdir,
-    output: exported.Path,
-    kinds: Sequence[str] | None = None,
+    model: Model, output: pathlib.Path, kinds: Sequence[str] | None = None
 ) -> list[pathlib.Path]:
   """Writes `output` for the first kind, `output`/KIND for each further one.
 
   Args:
-    workdir: opened.
+    model: to export.
     output: folder to write; it appears, complete, at the very end.
-    kinds: of `huggingface_names.KINDS`; None: `default_kinds`.
+    kinds: of `huggingface_names.KINDS`; None: as imported, or else the
+      retriever, then the reader.
 
   Returns:
     The folders.
 
   Raises:
-    FileExistsError: if `output` is there and not empty.
-    FileNotFoundError: if 'openqa' is wanted and there is no index.
-    ValueError: if a kind is unknown, or the workdir has not what it needs.
+    FileNotFoundError: 'openqa' is wanted and there is no index.
+    ValueError: a kind is unknown, or the model lacks a component of it.
   """
-  kinds = default_kinds(workdir) if kinds is None else list(kinds)
+  kinds = _default_kinds(model) if kinds is None else list(kinds)
   for kind in kinds:
     if kind not in huggingface_names.KINDS:
       raise ValueError(
@@ -139,35 +267,35 @@ def export(
           f' {", ".join(huggingface_names.KINDS)}.'
       )
   folders = []
-  with exported.atomic_folder(output) as temporary:
+  with model.folder(output) as temporary:
     for kind in kinds:
       name = '' if kind == kinds[0] else kind
       folder = temporary / name
       folder.mkdir(exist_ok=True)
-      _write(workdir, folder, kind, name)
-      folders.append(pathlib.Path(output) / name)
+      _write(model, folder, kind, name)
+      folders.append(output / name)
   return folders
 
 
 def _write(
-    workdir: exported.Workdir, folder: pathlib.Path, kind: str, subfolder: str
+    model: Model, folder: pathlib.Path, kind: str, subfolder: str
 ) -> None:
-  source = next((one for one in workdir.imported if one.kind == kind), None)
-  model = workdir.config.model
+  source = next((one for one in model.imported if one.kind == kind), None)
+  config = model.trained.config
   values = convert.foreign_config(
-      kind, model, source.config if source else None
+      kind, config.model, source.config if source else None
   )
   if kind not in huggingface_names.BERT_KINDS:
-    values.setdefault('num_candidates', workdir.config.num_candidates)
+    values.setdefault('num_candidates', config.num_candidates)
   if kind == 'tagger':
-    tags = entities.labels(model.entity_types)
+    tags = entities.labels(config.model.entity_types)
     values['id2label'] = {str(label): tag for label, tag in enumerate(tags)}
     values['label2id'] = {tag: label for label, tag in enumerate(tags)}
   tensors: dict[str, np.ndarray | weights.Chunked]
   if kind == 'bert' and source is not None:
     values['architectures'] = source.config.get('architectures', ['BertModel'])
     tensors = {
-        name: convert.foreign_tensor(ours, workdir.params)
+        name: convert.foreign_tensor(ours, model.params)
         for name, ours in source.tensors.items()
     }
     tensors |= {name: tensors[of] for name, of in source.copies.items()}
@@ -175,82 +303,62 @@ def _write(
   else:
     tensors = dict(
         convert.tensors_of(
-            kind, model, workdir.params, source.unused if source else None
+            kind, config.model, model.params, source.unused if source else None
         )
     )
   if kind == 'openqa':
-    index = workdir.index()
+    index = model.trained.published(model.params, model.step)
     live = index.live_rows
     rows = _Rows(index.table, live)
     values['num_block_records'] = rows.shape[0]
     tensors = {'block_emb': rows, **tensors}
   if source is not None and source.dtypes:
-    tensors |= _as_it_was(tensors, source)
+    # A conversion from half precision to float32 and back is exact.
+    for name, dtype in source.dtypes.items():
+      tensor = tensors[name]
+      if isinstance(tensor, np.ndarray):
+        tensors[name] = tensor.astype(np.dtype(dtype))
     values['torch_dtype'] = source.config.get('torch_dtype', 'float16')
   (folder / 'config.json').write_text(
       json.dumps(values, indent=2, sort_keys=True) + '\n', 'utf-8'
   )
-  # transformers refuses a file that does not say so.
+  # transformers refuses a file without this entry.
   weights.write_safetensors(
       folder / 'model.safetensors', tensors, {'format': 'pt'}
   )
   if kind == 'openqa':
-    assert workdir.corpus is not None  # Else there were no generation.
-    blanks = source.blanks if source else []
+    blanks = set(source.blanks if source else [])
     block_records.byte_records_writer(
-        folder / checkpoint_sources.BLOCK_RECORDS,
+        folder / block_records.FILE,
         values['num_block_records'],
-        _blocks(workdir.corpus, live, set(blanks)),
+        _blocks(model.trained.corpus, live, blanks),
     )
   realm = kind not in huggingface_names.BERT_KINDS
-  card.tokenizer_files(
-      folder, workdir, 'RealmTokenizer' if realm else 'BertTokenizer'
+  model.write_tokenizer(folder, 'RealmTokenizer' if realm else 'BertTokenizer')
+  model.write_card(
+      folder,
+      huggingface_names.KINDS[kind],
+      'transformers',
+      f'{_SUMMARIES[kind]} {_INPUTS[kind]}',
+      _usage(kind, subfolder),
   )
-  (folder / 'README.md').write_text(
-      card.model_card(
-          workdir,
-          huggingface_names.KINDS[kind],
-          'transformers',
-          f'{_SUMMARIES[kind]} {_INPUTS[kind]}',
-          _usage(kind, subfolder),
-      ),
-      'utf-8',
-  )
-
-
-def _as_it_was(
-    tensors: dict[str, np.ndarray | weights.Chunked],
-    source: importing.Imported,
-) -> dict[str, np.ndarray]:
-  """Gives half-precision tensors back in half precision: exact both ways."""
-  found = {}
-  for name, dtype in source.dtypes.items():
-    tensor = tensors[name]
-    if isinstance(tensor, np.ndarray):
-      found[name] = tensor.astype(np.dtype(dtype))
-  return found
 
 
 def _blocks(
     corpus: corpus_lib.Corpus, rows: np.ndarray, blanks: set[int]
 ) -> Iterator[bytes]:
   for row in rows.tolist():
-    yield (
-        b''
-        if row in blanks
-        else corpus.passage_text(row)['text'].encode('utf-8')
-    )
+    text = '' if row in blanks else corpus.passage_text(row)['text']
+    yield text.encode('utf-8')
 
 
 def _usage(kind: str, subfolder: str) -> str:
   name = huggingface_names.KINDS[kind]
   inside = f", subfolder='{subfolder}'" if subfolder else ''
+  version = '4.40.2, the last that has REALM'
   if kind in huggingface_names.BERT_KINDS:
-    version, imports = 'any version', f'AutoTokenizer, {name}'
-  else:
-    version = '4.40.2, the last that has REALM'
-    imports = f'AutoTokenizer, {name}'
-  lines = [f'from transformers import {imports}', '']
+    version = 'any version'
+  lines = [f'from transformers import AutoTokenizer, {name}', '']
   if kind == 'openqa':
     lines[0] += ', RealmRetriever'
     lines += [

@@ -1,8 +1,6 @@
-"""Which tensors a published checkpoint holds, and which of ours each one is.
+"""Tensor names of published checkpoints and the parameters they map to.
 
-Public: `KINDS`, `BERT_KINDS`, `Entry`, `Layout`, `layout_of`, `bert_layout`,
-`tower`, `kind_of`, `modern_name`. Pure tables of names for two classes of BERT
-and for the five of REALM of transformers 4.40.2.
+Covers two classes of BERT and the five REALM classes of transformers 4.40.2.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +8,7 @@ import dataclasses
 
 from realm_jax import config as config_lib
 
-# Our name of each kind of checkpoint, and what transformers calls the class.
+# Kinds of checkpoint and their classes in transformers.
 KINDS = {
     'bert': 'BertForMaskedLM',
     'embedder': 'RealmEmbedder',
@@ -22,24 +20,38 @@ KINDS = {
 }
 BERT_KINDS = ('bert', 'tagger')  # In every version of transformers.
 _WORD_EMBED = 'embeddings.word_embeddings.weight'
+_HEAD = 'cls.predictions.'  # The masked-LM head.
+
+# BERT's tensors: the name in transformers and the name of the parameter.
+_EMBEDDINGS = {'word': 'word', 'position': 'position', 'token_type': 'type'}
+_LAYER = {
+    'attention.self.query': 'query',
+    'attention.self.key': 'key',
+    'attention.self.value': 'value',
+    'attention.output.dense': 'attention_output',
+    'attention.output.LayerNorm': 'attention_norm',
+    'intermediate.dense': 'mlp_in',
+    'output.dense': 'mlp_out',
+    'output.LayerNorm': 'mlp_norm',
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor of theirs and the parameter that it is."""
+  """A tensor of a checkpoint and the parameter that it becomes."""
 
   theirs: str
   ours: str  # 'component/dotted.name'
-  transposed: bool = False  # PyTorch's Linear has [out, in].
+  transposed: bool = False  # PyTorch's Linear is [out, in].
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """What a checkpoint of one kind holds.
+  """The tensors of one kind of checkpoint.
 
-  entries: what becomes a parameter.
-  copies: a name and the one that it must equal; either may be left out.
-  unused: shapes of what the class holds and never computes with.
+  entries: tensors that become parameters.
+  copies: a tensor and the one that it must equal; either may be absent.
+  unused: shapes of the tensors that the class holds and never computes with.
   """
 
   entries: list[Entry]
@@ -47,16 +59,12 @@ class Layout:
   unused: dict[str, tuple[int, ...]]
 
 
-def _dense(theirs: str, ours: str) -> list[Entry]:
+def _module(theirs: str, ours: str) -> list[Entry]:
+  """Returns the two tensors of a linear layer or of a LayerNorm."""
+  norm = theirs.endswith(('LayerNorm', 'layer_normalization'))
   return [
-      Entry(f'{theirs}.weight', f'{ours}.kernel', True),
-      Entry(f'{theirs}.bias', f'{ours}.bias'),
-  ]
-
-
-def _norm(theirs: str, ours: str) -> list[Entry]:
-  return [
-      Entry(f'{theirs}.weight', f'{ours}.scale'),
+      Entry(f'{theirs}.weight', f'{ours}.{"scale" if norm else "kernel"}',
+            not norm),
       Entry(f'{theirs}.bias', f'{ours}.bias'),
   ]
 
@@ -64,35 +72,25 @@ def _norm(theirs: str, ours: str) -> list[Entry]:
 def _body(theirs: str, ours: str, num_layers: int) -> list[Entry]:
   entries = [
       Entry(
-          f'{theirs}embeddings.{kind}_embeddings.weight',
-          f'{ours}.{name}_embed.embedding',
+          f'{theirs}embeddings.{name}_embeddings.weight',
+          f'{ours}.{own}_embed.embedding',
       )
-      for kind, name in (
-          ('word', 'word'),
-          ('position', 'position'),
-          ('token_type', 'type'),
-      )
+      for name, own in _EMBEDDINGS.items()
   ]
-  entries += _norm(f'{theirs}embeddings.LayerNorm', f'{ours}.embed_norm')
+  entries += _module(f'{theirs}embeddings.LayerNorm', f'{ours}.embed_norm')
   for i in range(num_layers):
-    layer, own = f'{theirs}encoder.layer.{i}', f'{ours}.layers.{i}'
-    for name in ('query', 'key', 'value'):
-      entries += _dense(f'{layer}.attention.self.{name}', f'{own}.{name}')
-    entries += [
-        *_dense(f'{layer}.attention.output.dense', f'{own}.attention_output'),
-        *_norm(f'{layer}.attention.output.LayerNorm', f'{own}.attention_norm'),
-        *_dense(f'{layer}.intermediate.dense', f'{own}.mlp_in'),
-        *_dense(f'{layer}.output.dense', f'{own}.mlp_out'),
-        *_norm(f'{layer}.output.LayerNorm', f'{own}.mlp_norm'),
-    ]
+    for name, own in _LAYER.items():
+      entries += _module(
+          f'{theirs}encoder.layer.{i}.{name}', f'{ours}.layers.{i}.{own}'
+      )
   return entries
 
 
 def _mlm_head(theirs: str, ours: str) -> list[Entry]:
   return [
       Entry(f'{theirs}bias', f'{ours}output_bias'),
-      *_dense(f'{theirs}transform.dense', f'{ours}transform'),
-      *_norm(f'{theirs}transform.LayerNorm', f'{ours}transform_norm'),
+      *_module(f'{theirs}transform.dense', f'{ours}transform'),
+      *_module(f'{theirs}transform.LayerNorm', f'{ours}transform_norm'),
   ]
 
 
@@ -100,12 +98,9 @@ def _mlm_shapes(
     prefix: str, config: config_lib.ModelConfig
 ) -> dict[str, tuple[int, ...]]:
   v, d = config.vocab_size, config.width
-  return {
+  return {entry.theirs: (d,) for entry in _mlm_head(prefix, '')} | {
       f'{prefix}bias': (v,),
       f'{prefix}transform.dense.weight': (d, d),
-      f'{prefix}transform.dense.bias': (d,),
-      f'{prefix}transform.LayerNorm.weight': (d,),
-      f'{prefix}transform.LayerNorm.bias': (d,),
       f'{prefix}decoder.weight': (v, d),
       f'{prefix}decoder.bias': (v,),
   }
@@ -130,15 +125,13 @@ def _embedder(
   ours = 'embedder/'
   return Layout(
       [
-          *_body(
-              f'{prefix}realm.', f'{ours}{encoder}.bert', config.num_layers
-          ),
-          *_dense(f'{prefix}realm.pooler.dense', f'{ours}{encoder}.pooler'),
-          *_dense(f'{prefix}cls.dense', f'{ours}{projection}.dense'),
-          *_norm(f'{prefix}cls.LayerNorm', f'{ours}{projection}.norm'),
+          *_body(f'{prefix}realm.', f'{ours}{encoder}.bert', config.num_layers),
+          *_module(f'{prefix}realm.pooler.dense', f'{ours}{encoder}.pooler'),
+          *_module(f'{prefix}cls.dense', f'{ours}{projection}.dense'),
+          *_module(f'{prefix}cls.LayerNorm', f'{ours}{projection}.norm'),
       ],
       {},
-      _mlm_shapes(f'{prefix}cls.predictions.', config),
+      _mlm_shapes(f'{prefix}{_HEAD}', config),
   )
 
 
@@ -157,15 +150,14 @@ def _scorer(config: config_lib.ModelConfig) -> Layout:
 
 
 def _encoder(config: config_lib.ModelConfig) -> Layout:
-  head = 'cls.predictions.'
   return Layout(
       [
           *_body('realm.', 'reader/bert', config.num_layers),
-          *_mlm_head(head, 'reader/'),
+          *_mlm_head(_HEAD, 'reader/'),
       ],
       {
-          f'{head}decoder.weight': f'realm.{_WORD_EMBED}',
-          f'{head}decoder.bias': f'{head}bias',
+          f'{_HEAD}decoder.weight': f'realm.{_WORD_EMBED}',
+          f'{_HEAD}decoder.bias': f'{_HEAD}bias',
       },
       _pooler_shapes('realm.', config),
   )
@@ -176,13 +168,13 @@ def _reader(prefix: str, config: config_lib.ModelConfig) -> Layout:
   return Layout(
       [
           *_body(f'{prefix}realm.', f'{ours}bert', config.num_layers),
-          *_dense(f'{head}dense_intermediate', f'{ours}intermediate'),
-          *_dense(f'{head}dense_output', f'{ours}output'),
-          *_norm(f'{head}layer_normalization', f'{ours}norm'),
+          *_module(f'{head}dense_intermediate', f'{ours}intermediate'),
+          *_module(f'{head}dense_output', f'{ours}output'),
+          *_module(f'{head}layer_normalization', f'{ours}norm'),
       ],
       {},
       _pooler_shapes(f'{prefix}realm.', config)
-      | _mlm_shapes(f'{prefix}cls.predictions.', config),
+      | _mlm_shapes(f'{prefix}{_HEAD}', config),
   )
 
 
@@ -196,24 +188,23 @@ def _open_qa(config: config_lib.ModelConfig) -> Layout:
 def bert_layout(
     config: config_lib.ModelConfig, names: Iterable[str], prefix: str
 ) -> Layout:
-  """BERT becomes an embedder, as far as it goes, and a reader.
+  """Returns the layout of BERT as a reader and as part of an embedder.
 
-  A name may occur in two entries: both components start from it.
+  A name may occur in two entries: both components start from the tensor.
   """
   names = set(names)
-  head = 'cls.predictions.'
   d = config.width
   entries = [
       *_body(prefix, 'reader/bert', config.num_layers),
       *_body(prefix, 'embedder/encoder.bert', config.num_layers),
   ]
   if any(name.startswith(f'{prefix}pooler.') for name in names):
-    entries += _dense(f'{prefix}pooler.dense', 'embedder/encoder.pooler')
-  if any(name.startswith(head) for name in names):
-    entries += _mlm_head(head, 'reader/')
+    entries += _module(f'{prefix}pooler.dense', 'embedder/encoder.pooler')
+  if any(name.startswith(_HEAD) for name in names):
+    entries += _mlm_head(_HEAD, 'reader/')
   copies = {
-      f'{head}decoder.weight': f'{prefix}{_WORD_EMBED}',
-      f'{head}decoder.bias': f'{head}bias',
+      f'{_HEAD}decoder.weight': f'{prefix}{_WORD_EMBED}',
+      f'{_HEAD}decoder.bias': f'{_HEAD}bias',
   }
   unused = {  # Next-sentence prediction.
       'cls.seq_relationship.weight': (2, d),
@@ -223,9 +214,8 @@ def bert_layout(
 
 
 def _masked_lm(config: config_lib.ModelConfig) -> Layout:
-  """The reader as a BERT that every version of transformers knows."""
-  head = 'cls.predictions.'
-  layout = bert_layout(config, [f'{head}bias'], 'bert.')
+  """Returns the reader as a class of every version of transformers."""
+  layout = bert_layout(config, [f'{_HEAD}bias'], 'bert.')
   entries = [e for e in layout.entries if e.ours.startswith('reader/')]
   return Layout(entries, layout.copies, {})
 
@@ -234,7 +224,7 @@ def _tagger(config: config_lib.ModelConfig) -> Layout:
   return Layout(
       [
           *_body('bert.', 'tagger/bert', config.num_layers),
-          *_dense('classifier', 'tagger/output'),
+          *_module('classifier', 'tagger/output'),
       ],
       {},
       {},
@@ -253,7 +243,11 @@ _LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], Layout]] = {
 
 
 def kind_of(names: Iterable[str]) -> tuple[str, str]:
-  """Returns the kind of a checkpoint, and the prefix of a BERT's body."""
+  """Returns the kind of a checkpoint and the prefix of a BERT's body.
+
+  Raises:
+    ValueError: the names are neither of BERT nor of REALM.
+  """
   names = set(names)
   prefixes = {
       name.removesuffix(_WORD_EMBED)
@@ -286,7 +280,7 @@ def kind_of(names: Iterable[str]) -> tuple[str, str]:
 
 
 def modern_name(name: str) -> str:
-  """The name since 2019, when LayerNorm's had still been TensorFlow's."""
+  """Renames the LayerNorm tensors of checkpoints from before 2019."""
   for old, new in (('gamma', 'weight'), ('beta', 'bias')):
     if name.endswith(f'LayerNorm.{old}'):
       return name.removesuffix(old) + new
@@ -294,16 +288,14 @@ def modern_name(name: str) -> str:
 
 
 def layout_of(kind: str, config: config_lib.ModelConfig) -> Layout:
-  """Returns what transformers has in a class; 'bert' is the reader."""
+  """Returns the tensors of a class; 'bert' is the reader."""
   return _LAYOUTS[kind](config)
 
 
-def tower(
-    config: config_lib.ModelConfig, encoder: str
-) -> list[Entry]:
+def tower(config: config_lib.ModelConfig, encoder: str) -> list[Entry]:
   """Returns one tower of an embedder as a BertModel, with its pooler."""
   ours = f'embedder/{encoder}'
   return [
       *_body('', f'{ours}.bert', config.num_layers),
-      *_dense('pooler.dense', f'{ours}.pooler'),
+      *_module('pooler.dense', f'{ours}.pooler'),
   ]

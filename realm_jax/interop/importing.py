@@ -1,56 +1,91 @@
-"""`realm-jax import`: a published checkpoint becomes a workdir.
+"""`realm-jax import`: published checkpoints become a workdir.
 
-Public: `run`, `Imported`, `read_imported`. `train` (through
-config.init_from), `index`, `evaluate` and `export` start from it. What a
-checkpoint holds and no model computes with is kept beside, so that an export
-gives back every tensor.
+`train` (through config.init_from), `index`, `evaluate` and `export` start from
+the workdir. Tensors that no model computes with are stored too, so that an
+export returns every tensor.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
-import json
-import logging
+import functools
 import os
 import pathlib
-import shutil
+import re
 from typing import Any
-import uuid
 
 import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.index import generation
 from realm_jax.interop import block_records
-from realm_jax.interop import checkpoint_sources
 from realm_jax.interop import convert
+from realm_jax.interop import huggingface_names
 from realm_jax.interop import weights
-from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import stages
 
-log = logging.getLogger(__name__)
-
-DIRECTORY = 'imported'  # In a workdir; one folder for each source's kind.
+DIRECTORY = 'imported'  # In a workdir; holds one folder for each source.
 CORPUS = 'corpus'
 _UNUSED = 'unused.safetensors'
-# As long as a table can hold: a block of theirs is one passage of ours.
-_MAX_BLOCK = 65_535
-_BLANK = '[UNK]'  # In the place of a block without text.
+_HUB_ID = re.compile(r'[\w-][\w.-]*(/[\w-][\w.-]*)?')
+
+Path = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """An opened checkpoint of transformers; the weights are not yet read.
+
+  name: as the user gave it.
+  folder: of its files.
+  config: the contents of config.json.
+  tensors: by name, still in their files.
+  vocab: where the tokenizer is read from.
+  """
+
+  name: str
+  folder: pathlib.Path
+  config: dict[str, Any]
+  tensors: dict[str, weights.FileTensor]
+  vocab: str
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer_lib.Tokenizer:
+    """The tokenizer, with one wordpiece for each row of the embedding.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged or has another size than the embedding.
+    """
+    tokenizer = tokenizer_lib.Tokenizer.from_source(self.vocab)
+    rows = convert.model_config(self.config).vocab_size
+    if tokenizer.vocab_size != rows:
+      raise ValueError(
+          f'The vocabulary of {self.vocab} has {tokenizer.vocab_size}'
+          f' wordpieces, but {self.name} was made for {rows} (vocab_size in its'
+          ' config.json). Give its own with --vocab.'
+      )
+    return tokenizer
+
+  @property
+  def blocks(self) -> pathlib.Path | None:
+    """The documents of an open-QA checkpoint, if its folder has them."""
+    path = self.folder / block_records.FILE
+    return path if path.is_file() else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-  """What is remembered of a checkpoint that was imported.
+  """The record of an imported checkpoint, for an exact export.
 
   kind: one of `huggingface_names.KINDS`.
   name: of the source.
   config: its config.json.
-  tensors: their names to 'component/name' of ours.
-  copies: their names to the tensor of theirs that each is a copy of.
+  tensors: names in the checkpoint to 'component/name' of the parameters.
+  copies: names in the checkpoint to the tensor that each is a copy of.
   dtypes: of the tensors that were not float32.
   blanks: rows of the blocks that had no text.
   unused: tensors that no model computes with, still in their file.
@@ -66,25 +101,95 @@ class Imported:
   unused: dict[str, weights.FileTensor]
 
 
-def read_imported(workdir: checkpoint_sources.Path) -> list[Imported]:
-  """Returns what a workdir was imported from; nothing if it was trained."""
+def read_imported(workdir: Path) -> list[Imported]:
+  """Returns the records of a workdir's sources; none if it was trained."""
   found = []
   for path in sorted(pathlib.Path(workdir).glob(f'{DIRECTORY}/*/source.json')):
     unused = path.parent / _UNUSED
-    found.append(
-        Imported(
-            **files.read_json(path),
-            unused=(
-                weights.open_file(unused) if unused.is_file() else {}
-            ),
-        )
-    )
+    tensors = weights.open_file(unused) if unused.is_file() else {}
+    found.append(Imported(**files.read_json(path), unused=tensors))
   return found
+
+
+def looks_foreign(name: Path) -> bool:
+  """Whether a name is a checkpoint's folder or a hub id, and no workdir."""
+  path = pathlib.Path(name)
+  if not path.exists():
+    return bool(_HUB_ID.fullmatch(str(name)))
+  return path.is_dir() and any(
+      (path / file).is_file() for file in weights.WEIGHT_FILES
+  )
+
+
+def open_source(
+    name: Path, vocab: str | None = None, blocks: bool = True
+) -> Source:
+  """Opens a checkpoint's folder, or downloads it from the hub.
+
+  Args:
+    name: a folder with config.json and weights, or a hub id such as
+      'google/realm-cc-news-pretrained-embedder'.
+    vocab: source of the tokenizer; None: the checkpoint.
+    blocks: whether to download the documents of an open-QA checkpoint too.
+
+  Raises:
+    FileNotFoundError: it is neither, or lacks config.json or weights.
+    ValueError: a file is truncated, damaged or refused.
+  """
+  folder = pathlib.Path(name)
+  if not folder.exists():
+    folder = _download(str(name), blocks)
+  if not folder.is_dir():
+    raise FileNotFoundError(
+        f'{folder} is a file; give the folder that holds config.json too.'
+    )
+  path = folder / 'config.json'
+  if not path.is_file():
+    raise FileNotFoundError(
+        f'{folder} has no config.json: it is no checkpoint of transformers.'
+    )
+  config = files.read_json(path)
+  if not isinstance(config, dict):
+    raise ValueError(f'{path} is not a JSON object.')
+  try:
+    convert.model_config(config)  # Another architecture is refused first.
+  except ValueError as error:
+    raise ValueError(f'{folder}: {error}') from None
+  tensors = weights.open_folder(folder)
+  return Source(str(name), folder, config, tensors, vocab or str(folder))
+
+
+def _download(name: str, blocks: bool) -> pathlib.Path:
+  """Downloads the necessary files, or finds them in the hub's cache."""
+  if not _HUB_ID.fullmatch(name):
+    raise FileNotFoundError(f'There is no folder {name}.')
+  get = functools.partial(tokenizer_lib.hub_file, name)
+  config = get('config.json')
+  if config is None:
+    raise FileNotFoundError(
+        f'{name!r} is no folder, and as an id of the Hugging Face hub it could'
+        ' not be fetched: it is not there, or the hub cannot be reached and it'
+        ' is not in the cache. Give a folder with the downloaded files.'
+    )
+  for file in tokenizer_lib.FOLDER_FILES:
+    get(file)
+  for file in weights.WEIGHT_FILES:
+    found = get(file)
+    if found is None:
+      continue
+    if file.endswith('.json'):
+      for shard in sorted(set(files.read_json(found)['weight_map'].values())):
+        get(shard)
+    break
+  architecture = files.read_json(config).get('architectures') or []
+  if blocks and huggingface_names.KINDS['openqa'] in architecture:
+    get(block_records.FILE)
+  return config.parent
 
 
 def run(
     names: Sequence[str],
-    workdir: checkpoint_sources.Path,
+    workdir: Path,
     *,
     components: Sequence[str] | None = None,
     corpus: str | None = None,
@@ -98,22 +203,23 @@ def run(
   Args:
     names: folders or hub ids; together they give each component once, such as
       an embedder's and an encoder's.
-    workdir: to write; it appears, complete, at the very end.
-    components: 'embedder', 'reader', 'span_reader'; None: all there are.
+    workdir: output; it appears, complete, at the very end.
+    components: 'embedder', 'reader', 'span_reader'; None: all.
     corpus: a corpus prepared with the checkpoint's vocabulary, for `index` and
       `evaluate`. An open-QA checkpoint brings its own.
-    vocab: vocabulary to take instead of the checkpoint's.
-    blocks: block_records.npy of an open-QA checkpoint that has none beside it.
+    vocab: vocabulary to use instead of the checkpoint's.
+    blocks: block_records.npy of an open-QA checkpoint whose folder has none.
     workers: processes that make the corpus of an open-QA checkpoint.
     seed: for parameters that a checkpoint does not have.
 
   Returns:
-    A summary: what came from where, and what is at its random initial value.
+    A summary: the source of each component, and the names of the parameters
+    at their random initial values.
 
   Raises:
-    FileExistsError: if `workdir` exists and is not empty.
-    FileNotFoundError: if a source, or a part of it, is not there.
-    ValueError: if a checkpoint is damaged, of another architecture, or does not
+    FileExistsError: `workdir` exists and is not empty.
+    FileNotFoundError: a source, or a part of it, does not exist.
+    ValueError: a checkpoint is damaged, of another architecture, or does not
       fit its config.json, its vocabulary or the other sources.
   """
   workdir = pathlib.Path(workdir).absolute()
@@ -121,70 +227,67 @@ def run(
     raise FileExistsError(
         f'{workdir} exists and is not empty; give another --workdir.'
     )
-  opened = [
-      checkpoint_sources.open_source(name, vocab, blocks is None)
-      for name in names
-  ]
-  if not opened:
+  sources = [open_source(name, vocab, blocks is None) for name in names]
+  if not sources:
     raise ValueError('Give a --source: a folder or a hub id.')
-  chosen = _choose(opened, components)
-  tokenizer = _one_tokenizer(opened)
-  temporary = workdir.with_name(f'.{workdir.name}-{uuid.uuid4().hex[:8]}')
-  temporary.mkdir(parents=True)
-  try:
+  chosen = _choose(sources, components)
+  tokenizer = _one_tokenizer(sources)
+  with files.atomic_folder(workdir, overwrite=True) as temporary:
     loaded = [
         convert.load(source.tensors, source.config, wanted, seed)
-        for source, wanted in zip(opened, chosen, strict=True)
+        for source, wanted in zip(sources, chosen, strict=True)
     ]
-    _check_same_model(opened, loaded)
+    _check_same_model(sources, loaded)
     params = {k: v for one in loaded for k, v in one.params.items()}
-    config = _config(opened, loaded, list(params))
+    config = _config(sources, loaded, list(params))
     tokenizer.save(temporary)
     files.write_json(
         temporary / 'tokenizer_config.json',
         {'do_lower_case': tokenizer.lowercase},
     )
-    blanks = _open_qa_corpus(
-        opened, loaded, blocks, temporary, tokenizer, workers
-    )
-    if blanks is not None:
+    opened, table = None, None
+    blanks: list[int] | None = None
+    for source, one in zip(sources, loaded, strict=True):
+      path = pathlib.Path(blocks) if blocks else source.blocks
+      if one.block_emb is not None and 'embedder' in one.params:
+        blanks = block_records.prepare_corpus(
+            path, one.block_emb, source.name, temporary, workers
+        )
+        if blanks is not None:
+          table = one.block_emb
+        break
+    if table is not None:
       config.corpus = str(workdir / CORPUS)
-      made = corpus_lib.Corpus.open(temporary / CORPUS)
+      opened = corpus_lib.Corpus.open(temporary / CORPUS)
     elif corpus is not None:
       config.corpus = str(pathlib.Path(corpus).absolute())
-      made = corpus_lib.Corpus.open(corpus)
-      if made.tokenizer.digest != tokenizer.digest:
+      opened = corpus_lib.Corpus.open(corpus)
+      if opened.tokenizer.digest != tokenizer.digest:
         raise ValueError(
             f'The corpus {corpus} was prepared with another vocabulary:'
-            f' {made.tokenizer.digest[:16]}, {tokenizer.digest[:16]} in the'
+            f' {opened.tokenizer.digest[:16]}, {tokenizer.digest[:16]} in the'
             ' checkpoint. Prepare it with the --vocab of the checkpoint.'
         )
-    else:
-      made = None
+    index_step = None if table is None else 0
     about = {
         'step': 0,
         'config_digest': config_lib.digest(config),
         'tokenizer_digest': tokenizer.digest,
-        'corpus_fingerprint': made.fingerprint if made else '',
-        'index_generation': 0 if blanks is not None else None,
+        'corpus_fingerprint': opened.fingerprint if opened else '',
+        'index_generation': index_step,
         # `train` does not take these for parameters of the checkpoint.
         'at_random': [name for one in loaded for name in one.fresh],
     }
     checkpoint.save_params(temporary, 0, params, about)
     digest = None
     if 'embedder' in params:
-      with checkpoint.frugal():
+      with checkpoint.uncompressed_context():
         digest = snapshots_lib.save(temporary, 0, params['embedder'])
-    if blanks is not None and made is not None:
-      _publish(temporary, config, loaded, made, digest)
-    for source, one in zip(opened, loaded, strict=True):
-      _remember(temporary, source, one, blanks or [])
-    files.write_json(
-        temporary / 'config.json', config_lib.to_dict(config)
-    )
-    os.replace(temporary, workdir)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+    if table is not None and opened is not None:
+      block_records.publish(temporary, config, table, opened, digest)
+    for source, one in zip(sources, loaded, strict=True):
+      _write_record(temporary, source, one, blanks or [])
+    files.write_json(temporary / 'config.json', config_lib.to_dict(config))
   return {
       'workdir': str(workdir),
       'sources': {
@@ -193,43 +296,38 @@ def run(
               'components': sorted(one.params),
               'at_random': one.fresh,
           }
-          for source, one in zip(opened, loaded, strict=True)
+          for source, one in zip(sources, loaded, strict=True)
       },
       'parameters': int(
           sum(np.size(x) for part in params.values() for x in part.values())
       ),
       'corpus': config.corpus or None,
-      'index': 0 if blanks is not None else None,
+      'index': index_step,
   }
 
 
 def _choose(
-    opened: Sequence[checkpoint_sources.Source],
-    components: Sequence[str] | None,
+    sources: Sequence[Source], components: Sequence[str] | None
 ) -> list[list[str]]:
-  """Which components come from which source."""
+  """Returns the components to take from each source."""
   chosen: list[list[str]] = []
   owners: dict[str, str] = {}
-  for source in opened:
-    mine = [
-        name
-        for name in convert.components_in(source.tensors)
-        if components is None or name in components
-    ]
-    if not mine:
+  for source in sources:
+    known = convert.components_in(source.tensors)
+    taken = [n for n in known if components is None or n in components]
+    if not taken:
       raise ValueError(
-          f'{source.name} has the components'
-          f' {convert.components_in(source.tensors)}, of which'
+          f'{source.name} has the components {known}, of which'
           f' {list(components or [])} are wanted.'
       )
-    for name in mine:
+    for name in taken:
       if name in owners:
         raise ValueError(
             f'Both {owners[name]} and {source.name} have the component {name};'
             ' import one of them, or choose with --components.'
         )
       owners[name] = source.name
-    chosen.append(mine)
+    chosen.append(taken)
   missing = set(components or []) - set(owners)
   if missing:
     raise ValueError(
@@ -239,11 +337,9 @@ def _choose(
   return chosen
 
 
-def _one_tokenizer(
-    opened: Sequence[checkpoint_sources.Source],
-) -> tokenizer_lib.Tokenizer:
-  first = opened[0]
-  for other in opened[1:]:
+def _one_tokenizer(sources: Sequence[Source]) -> tokenizer_lib.Tokenizer:
+  first = sources[0]
+  for other in sources[1:]:
     if other.tokenizer.digest != first.tokenizer.digest:
       raise ValueError(
           f'{first.name} and {other.name} have different vocabularies; one job'
@@ -253,11 +349,10 @@ def _one_tokenizer(
 
 
 def _check_same_model(
-    opened: Sequence[checkpoint_sources.Source],
-    loaded: Sequence[convert.Loaded],
+    sources: Sequence[Source], loaded: Sequence[convert.Loaded]
 ) -> None:
   first = dataclasses.asdict(loaded[0].config)
-  for source, one in zip(opened[1:], loaded[1:], strict=True):
+  for source, one in zip(sources[1:], loaded[1:], strict=True):
     problems = [
         f'{name}: {first[name]!r} and {value!r}'
         for name, value in dataclasses.asdict(one.config).items()
@@ -265,13 +360,13 @@ def _check_same_model(
     ]
     if problems:
       raise ValueError(
-          f'{opened[0].name} and {source.name} are of different sizes; one job'
+          f'{sources[0].name} and {source.name} are of different sizes; one job'
           ' has one model:\n  ' + '\n  '.join(problems)
       )
 
 
 def _config(
-    opened: Sequence[checkpoint_sources.Source],
+    sources: Sequence[Source],
     loaded: Sequence[convert.Loaded],
     components: Sequence[str],
 ) -> config_lib.Config:
@@ -283,12 +378,12 @@ def _config(
     if sizes == (model.num_layers, model.width, model.num_heads):
       model.preset = name  # type: ignore[assignment]
   config = config_lib.Config(model=model)
-  # What trains as much as possible of what is here.
+  # The last objective that trains imported components only.
   for objective in stages.STAGES:
     stage = stages.load(dataclasses.replace(config, objective=objective))
     if set(stage.components) <= set(components):
       config.objective = objective
-  candidates = opened[0].config.get('num_candidates')
+  candidates = sources[0].config.get('num_candidates')
   if isinstance(candidates, int) and candidates >= 2:
     config.num_candidates = candidates
   lengths = config.lengths
@@ -298,14 +393,14 @@ def _config(
   return config_lib.resolve(config)
 
 
-def _remember(
+def _write_record(
     workdir: pathlib.Path,
-    source: checkpoint_sources.Source,
+    source: Source,
     loaded: convert.Loaded,
     blanks: list[int],
 ) -> None:
   folder = workdir / DIRECTORY / loaded.kind
-  while folder.exists():  # Two of a kind, with a component each.
+  while folder.exists():  # Two sources of one kind give different components.
     folder = folder.with_name(folder.name + '_')
   folder.mkdir(parents=True)
   if loaded.unused:
@@ -326,113 +421,3 @@ def _remember(
           'blanks': blanks if loaded.block_emb is not None else [],
       },
   )
-
-
-# Open-QA checkpoints: documents and their embeddings.
-
-
-def _open_qa_corpus(
-    opened: Sequence[checkpoint_sources.Source],
-    loaded: Sequence[convert.Loaded],
-    blocks: str | None,
-    workdir: pathlib.Path,
-    tokenizer: tokenizer_lib.Tokenizer,
-    workers: int | None,
-) -> list[int] | None:
-  """Makes the corpus of an open-QA checkpoint, row by row.
-
-  Returns:
-    The rows without text; None if there is no such checkpoint, or it came
-    without its documents.
-  """
-  for source, one in zip(opened, loaded, strict=True):
-    if one.block_emb is None or 'embedder' not in one.params:
-      continue
-    path = pathlib.Path(blocks) if blocks else source.blocks
-    if path is None:
-      log.warning(
-          '%s has embeddings of %d documents, but no %s: it is imported'
-          ' without an index. Give the file with --blocks.',
-          source.name, one.block_emb.shape[0], checkpoint_sources.BLOCK_RECORDS,
-      )
-      return None
-    number, records = block_records.byte_records(path)
-    if number != one.block_emb.shape[0]:
-      raise ValueError(
-          f'{path} has {number} documents, {source.name} has embeddings of '
-          f'{one.block_emb.shape[0]}.'
-      )
-    lines = workdir / 'blocks.jsonl'
-    blanks = _write_lines(lines, records, path)
-    prepare.prepare(
-        [str(lines)],
-        workdir / CORPUS,
-        vocab=str(workdir),
-        max_wordpieces=_MAX_BLOCK,
-        workers=workers,
-    )
-    lines.unlink()
-    rows = len(corpus_lib.Corpus.open(workdir / CORPUS).passages)
-    if rows != number:
-      raise ValueError(
-          f'{path} has {number} documents, which became {rows} passages: some'
-          ' have no wordpiece, or more than a passage can hold.'
-      )
-    return blanks
-  return None
-
-
-def _write_lines(
-    lines: pathlib.Path, records: Iterable[bytes], path: pathlib.Path
-) -> list[int]:
-  blanks = []
-
-  def texts() -> Iterator[str]:
-    for row, record in enumerate(records):
-      try:
-        text = record.decode('utf-8')
-      except UnicodeDecodeError as error:
-        raise ValueError(
-            f'{path}: document {row} is not UTF-8 ({error.reason}).'
-        ) from None
-      if not text.strip():
-        blanks.append(row)
-        text = _BLANK
-      yield text
-
-  with open(lines, 'w', encoding='utf-8') as file:
-    for text in texts():
-      file.write(json.dumps({'text': text}) + '\n')
-  return blanks
-
-
-def _publish(
-    workdir: pathlib.Path,
-    config: config_lib.Config,
-    loaded: Sequence[convert.Loaded],
-    corpus: corpus_lib.Corpus,
-    digest: str | None,
-) -> None:
-  """The embeddings of the documents, as the index generation of step 0.
-
-  They were made by the embedder before fine-tuning, which trains the query's
-  side only; for the job they belong to the parameters that they came with.
-  """
-  table = next(
-      one.block_emb for one in loaded if one.block_emb is not None
-  )
-  lineage = generation.Lineage(
-      step=0,
-      params_digest=digest,
-      tokenizer_digest=corpus.tokenizer.digest,
-      corpus_fingerprint=corpus.fingerprint,
-      num_rows=table.shape[0],
-      width=table.shape[1],
-  )
-  row_bytes = table.shape[1] * table.dtype.itemsize
-  directory = workdir / generation.DIRECTORY
-  with generation.Writer(directory, lineage, config.mips.dtype) as writer:
-    for rows_NE in table.chunks(generation.ROWS_PER_SHARD * row_bytes):
-      writer.add(rows_NE)
-    writer.add_backend(config.mips)
-    writer.publish()

@@ -1,9 +1,7 @@
-"""Weight files: safetensors and PyTorch's, read without PyTorch.
+"""Weight files, safetensors and PyTorch's, read without PyTorch.
 
-Public: `FileTensor`, `Chunked`, `WEIGHT_FILES`, `open_folder`, `open_file`,
-`write_safetensors`, `located`. Opening a file reads its table of contents;
-memory holds one tensor at a time. No function that a pickle names is imported
-or called.
+Opening a file reads its table of contents; memory holds one tensor at a time.
+No function that a pickle names is imported or called.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,6 +23,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from realm_jax.runtime import files as files_lib
+
 _TYPES = (  # The names in safetensors, PyTorch and numpy.
     ('F64', 'Double', '<f8'),
     ('F32', 'Float', '<f4'),
@@ -38,7 +38,7 @@ _TYPES = (  # The names in safetensors, PyTorch and numpy.
     ('BOOL', 'Bool', '?'),
 )
 _DTYPES = {name: np.dtype(dtype) for name, _, dtype in _TYPES}
-# In the order of preference: several formats of a checkpoint are equal.
+# In order of preference; the formats of one checkpoint are equal.
 WEIGHT_FILES = (
     'model.safetensors',
     'model.safetensors.index.json',
@@ -47,7 +47,7 @@ WEIGHT_FILES = (
 )
 _CHUNK_BYTES = 1 << 26
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# The pickle instructions that build plain data, and those for globals.
+# The allowed pickle instructions: those for plain data and for globals.
 _OPCODES = frozenset(
     'PROTO FRAME MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1'
     ' BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES'
@@ -62,7 +62,7 @@ _MAX_TUPLES = 50_000  # The hash of a tuple 200,000 deep overflows the C stack.
 
 
 class Chunked(Protocol):
-  """A tensor that comes in pieces: consecutive rows."""
+  """A tensor that is read in chunks of consecutive rows."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...
@@ -78,15 +78,15 @@ class Chunked(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-  """A tensor that is still in its file.
+  """A tensor that is not yet read from its file.
 
   name: in the file.
   shape, dtype: of the tensor.
   path, offset: the file, and the byte at which the storage begins.
   storage_size: elements in the storage.
   storage_offset, strides: of the tensor in its storage, in elements; None if
-    the tensor is all of its storage, in order.
-  crc: of the storage's bytes, where the file has one.
+    the tensor is the whole storage, in order.
+  crc: CRC-32 of the storage's bytes, if the file has one.
   """
 
   name: str
@@ -104,14 +104,14 @@ class FileTensor:
     return math.prod(self.shape) * self.dtype.itemsize
 
   def same_storage(self, other: 'FileTensor') -> bool:
-    """Whether both are the same bytes of the same file."""
+    """Whether both tensors are the same bytes of the same file."""
     return dataclasses.replace(self, name=other.name) == other
 
   def read(self) -> np.ndarray:
-    """Returns the tensor as an array of its own.
+    """Returns the tensor as a new array.
 
     Raises:
-      ValueError: if the file is truncated or its checksum does not fit.
+      ValueError: the file is truncated or its checksum does not match.
     """
     storage = dataclasses.replace(
         self, shape=(self.storage_size,), storage_offset=0, strides=None
@@ -163,7 +163,7 @@ class FileTensor:
 
 @contextlib.contextmanager
 def located(path: pathlib.Path, name: str | None = None) -> Iterator[None]:
-  """Turns the errors of a damaged file into a ValueError that names it."""
+  """Raises the errors of a damaged file as a ValueError that names it."""
   try:
     yield
   except Exception as error:  # The libraries document no complete list.
@@ -181,9 +181,9 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, FileTensor]:
     All tensors by name.
 
   Raises:
-    FileNotFoundError: if the folder has none of the known weight files, or
-      lacks one that its index names.
-    ValueError: if a file is truncated, damaged or refused.
+    FileNotFoundError: the folder has none of the known weight files, or lacks
+      one that its index names.
+    ValueError: a file is truncated, damaged or refused.
   """
   folder = pathlib.Path(folder)
   if folder.is_file():
@@ -216,11 +216,11 @@ def _open_index(path: pathlib.Path) -> dict[str, FileTensor]:
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, FileTensor]:
-  """Opens one safetensors or PyTorch file, whatever its name.
+  """Opens one safetensors or PyTorch file; its first bytes tell the format.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it is neither, truncated, damaged or refused.
+    FileNotFoundError: the file does not exist.
+    ValueError: it is neither, truncated, damaged or refused.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -237,12 +237,10 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, FileTensor]:
     raise ValueError(f'neither safetensors nor PyTorch, it starts {start!r}')
 
 
-def _open_safetensors(
-    path: pathlib.Path, offset: int
-) -> dict[str, FileTensor]:
+def _open_safetensors(path: pathlib.Path, offset: int) -> dict[str, FileTensor]:
   tensors = {}
   with safetensors.safe_open(path, 'numpy') as file:
-    # The library has checked that the tensors lie without gaps.
+    # The library has checked that the tensors have no gaps between them.
     for name in file.offset_keys():
       entry = file.get_slice(name)
       kind, shape = entry.get_dtype(), tuple(entry.get_shape())
@@ -253,9 +251,6 @@ def _open_safetensors(
       )
       offset += tensors[name].nbytes
   return tensors
-
-
-# PyTorch's files: the table of contents is a pickle.
 
 
 class _Storage(NamedTuple):
@@ -296,7 +291,8 @@ def _rebuild_parameter(entry: Any, *_: Any) -> _Entry:
   return entry
 
 
-# The globals that a table may name, and their inert stand-ins.
+# The table of contents of a PyTorch file is a pickle. The globals that it may
+# name, and their inert stand-ins:
 _GLOBALS: dict[str, Any] = {
     'collections.OrderedDict': _StateDict,
     'torch._utils._rebuild_tensor_v2': _rebuild_tensor,
@@ -333,11 +329,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
-  """Reads one pickle: its value, and the storages that it refers to by key."""
+  """Returns the value of a pickle and the storages that it names, by key."""
   start = file.tell()
   # The unpickler hashes dictionary keys without a limit. A deep tuple overflows
-  # the C stack. A tuple that holds another one twice, at many levels, takes
-  # exponential time. No state dictionary has either, so both are refused.
+  # the C stack, and a tuple that holds another one twice, at many levels, takes
+  # exponential time. State dictionaries have neither, so both are refused.
   previous, tuples = '', 0
   memo: dict[int, str] = {}  # The instruction that made each entry.
   # This loop parses the instructions and executes none.
@@ -366,7 +362,7 @@ def _tensors(
     path: pathlib.Path,
     places: Mapping[str, tuple[int, int | None]],
 ) -> dict[str, FileTensor]:
-  """Returns the tensors; `places` has offset and checksum of each storage."""
+  """Returns the tensors; `places` has each storage's offset and checksum."""
   tensors = {}
   for name, entry in table.items() if isinstance(table, dict) else [(0, 0)]:
     if not isinstance(name, str) or not isinstance(entry, _Entry):
@@ -407,7 +403,7 @@ def _open_zip(raw: IO[bytes], path: pathlib.Path) -> dict[str, FileTensor]:
       raise ValueError(
           f'storage {key} of {size} bytes is missing or of another size'
       )
-    # The local header's name and padding have lengths of their own.
+    # The lengths of name and padding differ from those in the directory.
     raw.seek(info.header_offset)
     magic, name, padding = struct.unpack('<4s22xHH', raw.read(30))
     if magic != b'PK\x03\x04':
@@ -417,7 +413,7 @@ def _open_zip(raw: IO[bytes], path: pathlib.Path) -> dict[str, FileTensor]:
 
 
 def _open_legacy(file: IO[bytes], path: pathlib.Path) -> dict[str, FileTensor]:
-  """The format before PyTorch 1.6: pickles, then the storages, in a row."""
+  """Opens the format before PyTorch 1.6: pickles, then the storages."""
   places: dict[str, tuple[int, int | None]] = {}
   if _unpickle(file)[0] != _LEGACY_MAGIC:
     raise ValueError('a pickle, but not one of PyTorch')
@@ -446,10 +442,9 @@ def write_safetensors(
 ) -> None:
   """Writes a safetensors file, one tensor after the other.
 
-  The safetensors library needs all tensors in memory at once; here a tensor
-  may come in pieces. The file appears under its name when it is complete.
+  Unlike the safetensors library, this needs no more than one chunk of a tensor
+  in memory. The file appears under its name when it is complete.
   """
-  path = pathlib.Path(path)
   names = {dtype: name for name, dtype in _DTYPES.items()}
   header: dict[str, Any] = {}
   if metadata:
@@ -464,17 +459,12 @@ def write_safetensors(
     }
     offset = end
   text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)  # So that the data is aligned.
-  partial = path.with_name(path.name + '.partial')
-  try:
-    with open(partial, 'wb') as file:
-      file.write(struct.pack('<Q', len(text)) + text)
-      for tensor in tensors.values():
-        for part in (
-            [tensor] if isinstance(tensor, np.ndarray) else tensor.chunks()
-        ):
-          flat = np.ascontiguousarray(part).reshape(-1)
-          file.write(flat.view(np.uint8).data)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+  text += b' ' * (-len(text) % 8)  # Aligns the data.
+  with files_lib.atomic_file(pathlib.Path(path), 'wb') as file:
+    file.write(struct.pack('<Q', len(text)) + text)
+    for tensor in tensors.values():
+      for part in (
+          [tensor] if isinstance(tensor, np.ndarray) else tensor.chunks()
+      ):
+        flat = np.ascontiguousarray(part).reshape(-1)
+        file.write(flat.view(np.uint8).data)

@@ -15,6 +15,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import search as search_lib
 from realm_jax.models import flops
 from realm_jax.planner import memory as memory_lib
 from realm_jax.runtime import mesh as mesh_lib
@@ -206,6 +207,13 @@ class _Estimate:
     return self.stage.config
 
   @property
+  def row_bytes(self) -> search_lib.RowBytes:
+    backend = search_lib.backend(self.config.mips)
+    return backend.row_bytes(
+        self.config.mips, self.config.model.embedding_width
+    )
+
+  @property
   def axis_sizes(self) -> tuple[int, int]:
     """Returns the mesh's sizes; raises ValueError if the devices do not fit."""
     return mesh_lib.axis_sizes(
@@ -262,9 +270,10 @@ class _Estimate:
     if not self.stage.searches:
       builders = 0
     else:
-      if self.config.mips.backend != 'scann':
+      table = self.row_bytes.devices * self.setting.passages
+      if table:
         # Either reading the table once or the products take longer.
-        read = self.table_bytes() / devices
+        read = table / devices
         figures['search_seconds'] = max(
             read / (chip.memory_gb_per_second * 1e9),
             work['search_tflop'] / training,
@@ -307,9 +316,10 @@ class _Estimate:
     used = memory_lib.step_memory(
         self.config, self.sizes, self.stage.passes(), data, model, fused
     )
-    if self.stage.searches and self.config.mips.backend != 'scann':
-      # The one in use, and the next one, which is loaded meanwhile.
-      used['two_index_tables'] = 2 * self.table_bytes() / (data * model)
+    table = self.row_bytes.devices * self.setting.passages / (data * model)
+    if self.stage.searches and table:
+      # The one in use, and the next one during its loading.
+      used['two_index_tables'] = 2 * table
     return _gigabytes(used) | {'chip_gb': self.setting.chip.memory_gb}
 
   def builder_memory(self) -> Figures:
@@ -331,8 +341,10 @@ class _Estimate:
     }
     if self.stage.searches:
       used['snapshot'] = 4 * self.sizes['embedder']
-      if self.config.mips.backend == 'scann':
-        used['two_scann_indexes'] = 2 * self.scann_bytes()
+      index = self.row_bytes.host * self.setting.passages
+      if index:
+        name = self.config.mips.backend.rpartition(':')[2].lower()
+        used[f'two_{name}_indexes'] = 2 * index
     return _gigabytes(used)
 
   def disk(self) -> Figures:
@@ -348,9 +360,9 @@ class _Estimate:
         'checkpoints': checkpoint * min(saved, config.checkpoint.keep or saved),
     }
     if self.stage.searches:
-      generation = self.table_bytes()
-      if config.mips.backend == 'scann':
-        generation += self.scann_bytes()
+      width = jnp.dtype(config.mips.dtype).itemsize
+      row = config.model.embedding_width * width + self.row_bytes.saved
+      generation = row * self.setting.passages
       built = 1
       if config.refresh.policy != 'none':
         built += config.steps // config.refresh.interval
@@ -360,15 +372,6 @@ class _Estimate:
       used['generations'] = kept * generation
       used['snapshots'] = kept * 4 * self.sizes['embedder']
     return _gigabytes(used, not_in_total=('checkpoint', 'generation'))
-
-  def table_bytes(self) -> float:
-    width = jnp.dtype(self.config.mips.dtype).itemsize
-    return self.setting.passages * self.config.model.embedding_width * width
-
-  def scann_bytes(self) -> float:
-    # A float32 table, and half a byte for the code of each two dimensions.
-    width = 4 + 0.25
-    return self.setting.passages * self.config.model.embedding_width * width
 
   def advice(self, memory: Figures, time: Figures) -> Iterable[str]:
     if not _fits(memory):

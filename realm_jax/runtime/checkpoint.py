@@ -1,15 +1,8 @@
-"""What a workdir holds, read and written whole or not at all.
+"""Checkpoints of a workdir: parameters and train state by step.
 
-Public: `Checkpoints` (params and train state by step), `save_params`,
-`load_params`, `frugal`, `saved_about`, `params_digest`,
-`referenced_generations`, `steps_in`, `newest_step`, `components_in`,
-`abstract_in`, `check_leaves`; for
-snapshots.py, which has those of the retriever alone: `custom_metadata`,
-`on_one_device`, `alone`, `remove_unfinished`. Orbax writes beside the final
-name and renames, so a number that can be listed is a checkpoint that can be
-read. The processes of a job write a checkpoint together, to a folder that all
-of them see; everything else is read by each for itself, and written by process
-0.
+Orbax writes under a temporary name and renames, so a listed step is a complete
+checkpoint. The processes of a job write a checkpoint together, to a folder that
+all of them see; each process reads for itself.
 """
 
 import hashlib
@@ -34,9 +27,9 @@ Path = pathlib.Path | str
 
 
 def params_digest(params: Any) -> str:
-  """SHA-256 over names, shapes, types and bytes of all arrays, by name.
+  """Returns the SHA-256 over names, shapes, types and bytes of all arrays.
 
-  The same however they lie on devices. Where they are spread over those of
+  It does not depend on the sharding. If arrays are spread over the devices of
   several processes, all of these must call.
   """
   leaves = {
@@ -52,7 +45,7 @@ def params_digest(params: Any) -> str:
 
 
 def steps_in(directory: Path) -> list[int]:
-  """Steps of the complete checkpoints, snapshots or generations in a folder."""
+  """Returns the complete checkpoints, snapshots or generations in a folder."""
   try:
     names = os.listdir(directory)
   except FileNotFoundError:
@@ -61,10 +54,10 @@ def steps_in(directory: Path) -> list[int]:
 
 
 class Checkpoints:
-  """The checkpoints of a training job, saved while it goes on."""
+  """The checkpoints of a running job, saved in the background."""
 
   def __init__(self, workdir: Path, keep: int):
-    """Opens `workdir`/checkpoints; `keep` newest are kept, 0 keeps all."""
+    """Opens `workdir`/checkpoints; the `keep` newest are kept, 0 keeps all."""
     policies = ocp.training.preservation_policies
     self._directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
     self._checkpointer = ocp.training.Checkpointer(
@@ -77,7 +70,8 @@ class Checkpoints:
         ),
         cleanup_tmp_directories=True,
     )
-    self._saving: int | None = None
+    # The step last handed to `save`, which may not be on disk yet.
+    self.saving: int | None = None
 
   @property
   def latest(self) -> int | None:
@@ -85,32 +79,27 @@ class Checkpoints:
     steps = steps_in(self._directory)
     return steps[-1] if steps else None
 
-  @property
-  def saving(self) -> int | None:
-    """The step last handed to `save`, which may not be on disk yet."""
-    return self._saving
-
   def save(
       self, step: int, params: Any, train_state: Any, about: Any
   ) -> None:
     """Saves in the background; `about` is small and JSON.
 
-    That the one before could not be saved, as on a full disk, is logged and no
-    more: the checkpoints before it are there, and the next may succeed. Only
-    `wait` and `close` raise what went wrong with the last.
+    A failure to save the checkpoint before, for example on a full disk, is only
+    logged: older checkpoints exist, and this one may succeed. `wait` and
+    `close` raise the error of the last one.
     """
     try:
       self._checkpointer.wait()
     except (ValueError, OSError) as error:
-      if jax.process_count() > 1:  # The others wait for it.
+      if jax.process_count() > 1:  # The other processes wait for it.
         raise
       log.error(
           'There is no checkpoint of step %s: %s. Training goes on; the newest '
-          'checkpoint is of step %s.', self._saving, error, self.latest,
+          'checkpoint is of step %s.', self.saving, error, self.latest,
       )
     if jax.process_count() == 1:
       remove_unfinished(self._directory)
-    self._saving = step
+    self.saving = step
     self._checkpointer.save_checkpointables_async(
         step,
         {'params': params, 'train_state': train_state},
@@ -121,33 +110,29 @@ class Checkpoints:
   def restore(
       self, step: int, params: Any, train_state: Any
   ) -> tuple[Any, Any]:
-    """Restores onto the shapes and shardings given.
-
-    Returns:
-      params and train_state.
+    """Returns params and train_state, in the shapes and shardings given.
 
     Raises:
-      ValueError: naming the parameters whose presence or shape differs.
+      ValueError: names the parameters that are missing or of another shape.
     """
-    path = self._directory / str(step)
-    _check_structure(path, 'params', params)
+    _check_structure(self._directory / str(step), params)
     loaded = self._checkpointer.load_checkpointables(
         step, {'params': params, 'train_state': train_state}
     )
     return loaded['params'], loaded['train_state']
 
   def wait(self) -> None:
-    """Returns when everything handed to `save` is on disk."""
+    """Waits until every `save` is on disk."""
     self._checkpointer.wait()
 
   def close(self) -> None:
     self._checkpointer.close()
 
 
-def frugal() -> ocp.Context:
-  """A context in which saving neither copies nor compresses the arrays.
+def uncompressed_context() -> ocp.Context:
+  """Returns a context in which saving neither copies nor compresses arrays.
 
-  For arrays of the size of the memory that do not change meanwhile.
+  For arrays of the size of the memory that do not change during the save.
   """
   context = ocp.Context()
   context.array.saving.use_compression = False
@@ -158,36 +143,36 @@ def frugal() -> ocp.Context:
 def save_params(
     workdir: Path, step: int, params: dict[str, Any], about: Any
 ) -> None:
-  """Saves a checkpoint of parameters alone, to start from but not to resume.
+  """Saves a checkpoint of parameters alone, which cannot be resumed.
 
   Args:
-    workdir: of a training job, or one made by an import.
-    step: that the parameters are of.
+    workdir: workdir of a training job or an import.
+    step: step of the parameters.
     params: {component: {name: array}}.
     about: small and JSON.
   """
   path = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
-  with frugal():
+  with uncompressed_context():
     ocp.save_checkpointables(path, {'params': params}, custom_metadata=about)
 
 
 def load_params(
     workdir: Path, abstract: dict[str, Any], step: int | None = None
 ) -> tuple[dict[str, Any], int]:
-  """Loads parameters alone, of the newest checkpoint or of `step`.
+  """Loads the parameters of a checkpoint.
 
   Args:
-    workdir: of a training job.
-    abstract: {component: {name: ShapeDtypeStruct}}; it may leave out
-      components that the checkpoint has.
-    step: None for the newest.
+    workdir: workdir of a training job.
+    abstract: {component: {name: ShapeDtypeStruct}}, for some or all components
+      of the checkpoint.
+    step: step of the checkpoint; None: the newest.
 
   Returns:
-    The parameters, and their step.
+    The parameters and their step.
 
   Raises:
-    FileNotFoundError: if there is no such checkpoint.
-    ValueError: naming the parameters whose presence or shape differs.
+    FileNotFoundError: the checkpoint does not exist.
+    ValueError: names the parameters that are missing or of another shape.
   """
   directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
   step = newest_step(workdir) if step is None else step
@@ -196,16 +181,9 @@ def load_params(
     raise FileNotFoundError(
         f'{directory} has no checkpoint of step {step}; it has {steps}.'
     )
-  found = _check_structure(directory / str(step), 'params', abstract)
-  template = {
-      component: abstract.get(component)
-      or {
-          name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-          for name, leaf in leaves.items()
-      }
-      for component, leaves in found.items()
-  }
-  with alone():
+  _check_structure(directory / str(step), abstract)
+  template = {**abstract_in(workdir, step), **abstract}
+  with single_process_context():
     loaded = ocp.load_checkpointables(
         directory / str(step), {'params': on_one_device(template)}
     )
@@ -213,15 +191,15 @@ def load_params(
 
 
 def saved_about(workdir: Path, step: int) -> dict[str, Any]:
-  """The JSON that was saved with the checkpoint of a step."""
+  """Returns the JSON that was saved with the checkpoint of a step."""
   return custom_metadata(pathlib.Path(workdir) / CHECKPOINTS / str(step))
 
 
 def newest_step(workdir: Path) -> int:
-  """The step of the newest checkpoint of a workdir.
+  """Returns the step of the newest checkpoint of a workdir.
 
   Raises:
-    FileNotFoundError: if there is none.
+    FileNotFoundError: no checkpoint exists.
   """
   directory = pathlib.Path(workdir) / CHECKPOINTS
   steps = steps_in(directory)
@@ -234,16 +212,14 @@ def newest_step(workdir: Path) -> int:
 
 
 def components_in(workdir: Path, step: int | None = None) -> list[str]:
-  """Names of the components that a workdir's newest checkpoint holds."""
-  directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
-  step = newest_step(workdir) if step is None else step
-  return sorted(_structure(directory / str(step), 'params'))
+  """Returns the names of the components in a checkpoint; default: newest."""
+  return sorted(abstract_in(workdir, step))
 
 
 def abstract_in(
     workdir: Path, step: int | None = None
 ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-  """Shapes of the parameters of a workdir's newest checkpoint, or of `step`."""
+  """Returns the parameter shapes of a checkpoint, by default the newest."""
   directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
   step = newest_step(workdir) if step is None else step
   return {
@@ -251,44 +227,40 @@ def abstract_in(
           name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
           for name, leaf in leaves.items()
       }
-      for component, leaves in _structure(
-          directory / str(step), 'params'
-      ).items()
+      for component, leaves in _structure(directory / str(step)).items()
   }
 
 
 def referenced_generations(workdir: Path) -> set[int]:
-  """Steps of the index generations that the checkpoints were using."""
+  """Returns the index generations in use at the checkpoints."""
   directory = pathlib.Path(workdir) / CHECKPOINTS
   found = set()
   for step in steps_in(directory):
     try:
-      generation = custom_metadata(directory / str(step)).get(
-          'index_generation'
-      )
-    except FileNotFoundError:  # Deleted by the trainer meanwhile.
+      about = custom_metadata(directory / str(step))
+    except FileNotFoundError:  # The trainer just deleted it.
       continue
-    if generation is not None:
-      found.add(int(generation))
+    if about.get('index_generation') is not None:
+      found.add(int(about['index_generation']))
   return found
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
-  """Deletes what Orbax leaves of a save that failed."""
+  """Deletes the temporary folders of Orbax saves that failed."""
   for path in directory.glob('*.orbax-checkpoint-tmp'):
     shutil.rmtree(path, ignore_errors=True)
 
 
 def custom_metadata(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON that was saved with what Orbax wrote to a folder."""
-  # The file is Orbax' own, public format; going through Orbax costs 100 times
-  # as much, as it looks at every array.
+  """Returns the JSON that was saved with an Orbax folder."""
+  # The file format is public. Orbax's own function takes 100 times as long,
+  # because it looks at every array.
   metadata = files.read_json(path / '_CHECKPOINT_METADATA')
   return metadata.get('custom_metadata') or {}
 
 
-def alone() -> ocp.Context:
-  """A context in which Orbax does not wait for the other processes."""
+def single_process_context() -> ocp.Context:
+  """Returns a context in which Orbax does not wait for other processes."""
   context = ocp.Context()
   if jax.process_count() > 1:
     this = jax.process_index()
@@ -299,7 +271,7 @@ def alone() -> ocp.Context:
 
 
 def on_one_device(abstract: Any) -> Any:
-  """Abstract arrays, to be loaded to the first device of this process."""
+  """Returns abstract arrays on the first device of this process."""
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -307,8 +279,8 @@ def on_one_device(abstract: Any) -> Any:
   )
 
 
-def _structure(path: pathlib.Path, item: str) -> Any:
-  return ocp.checkpointables_metadata(path).metadata[item]
+def _structure(path: pathlib.Path) -> Any:
+  return ocp.checkpointables_metadata(path).metadata['params']
 
 
 def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -318,22 +290,20 @@ def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _check_structure(path: pathlib.Path, item: str, expected: Any) -> Any:
-  """Compares before loading: Orbax' own message for a mismatch misleads."""
-  found = _structure(path, item)
-  there = {
-      name: leaves for name, leaves in found.items() if name in expected
-  }
-  check_leaves(there, expected, path)
-  return found
+def _check_structure(path: pathlib.Path, expected: Any) -> None:
+  """Compares before loading: Orbax's message for a mismatch is misleading."""
+  found = _structure(path)
+  check_leaves(
+      {name: found[name] for name in found if name in expected}, expected, path
+  )
 
 
 def check_leaves(found: Any, expected: Any, where: Path) -> None:
-  """Compares names and shapes of two trees of arrays, found and expected.
+  """Compares names and shapes of two trees of arrays.
 
   Raises:
-    ValueError: naming the arrays whose presence or shape differs, and `where`
-      the first were found.
+    ValueError: names the arrays that are missing or of another shape, and
+      `where` they were found.
   """
   found, expected = _leaves(found), _leaves(expected)
   problems = []

@@ -1,12 +1,11 @@
-"""Several processes, one for each host, that work as one job.
+"""Jobs of several processes, one for each host.
 
-Public: `job`, `initialize`, `is_main`, `any`, `LateAny`, `barrier`,
-`broadcast`, `gather`, `same`, `fetch`. With one process all of them are free.
-
-What the hosts tell each other goes through JAX's coordination service and not
-through the devices: it waits for no step that is being computed, and a wait of
-hours sees a signal that comes. All processes must make the same calls in the
-same order, hence from one thread.
+With one process, all functions return at once. Values are exchanged through
+JAX's coordination service, not through the devices: an exchange does not wait
+for the step that is being computed, and a wait of hours can be interrupted by a
+signal. All processes must make the same calls in the same order, from one
+thread. This is the only module with a private import of JAX (the client of the
+coordination service).
 """
 
 import atexit
@@ -29,9 +28,9 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 300.0  # Until all processes have found each other.
-_SLICE_SECONDS = 0.5  # Of a wait: signals are seen in between.
-_SAY_SECONDS = 60.0
+TIMEOUT_SECONDS = 300.0  # Until all processes have joined.
+_SLICE_SECONDS = 0.5  # Of a wait; signals are handled between two slices.
+_LOG_SECONDS = 60.0
 _WATCH_SECONDS = 1.0
 _FAILED, _END = 'realm/failed', 'realm/end'
 
@@ -46,10 +45,10 @@ def job(
     process_id: int | None = None,
     timeout: float = TIMEOUT_SECONDS,
 ) -> Iterator[None]:
-  """As `initialize`; then what fails in one process ends all of them.
+  """Joins as `initialize`; an error in one process then ends all of them.
 
-  Without that, they would wait for each other: in a collective on their
-  devices, or in the end. Left without an error, it waits for the others.
+  Otherwise the processes would wait for each other, in a collective or at the
+  end. Without an error, the context waits for the other processes to finish.
   """
   try:
     initialize(coordinator, num_processes, process_id, timeout)
@@ -74,20 +73,18 @@ def initialize(
   """Joins the other processes of this job; before any other use of JAX.
 
   Args:
-    coordinator: HOST:PORT, of process 0 and a free port there. None: it and
-      the two numbers are found out from SLURM, Kubernetes, Open MPI or the TPU
-      slice.
-    num_processes: of the job.
-    process_id: of this one, 0 to num_processes - 1.
-    timeout: seconds to wait for the others.
+    coordinator: HOST:PORT of process 0, with a free port. None: JAX finds the
+      address and both numbers from SLURM, Kubernetes, Open MPI or a TPU slice.
+    num_processes: number of processes of the job.
+    process_id: number of this process, 0 to num_processes - 1.
+    timeout: seconds to wait for the other processes.
 
   Raises:
-    ValueError: if the arguments do not fit together, or there is no cluster.
-    TimeoutError: if the others did not come; names the coordinator.
+    ValueError: the arguments are inconsistent, or no cluster was found.
+    TimeoutError: processes are missing; names the coordinator.
   """
-  explicit = (coordinator, num_processes, process_id)
   if coordinator is None:
-    if explicit != (None, None, None):
+    if (num_processes, process_id) != (None, None):
       raise ValueError(
           '--num_processes and --process_id need --coordinator=HOST:PORT.'
       )
@@ -101,9 +98,9 @@ def initialize(
       return
     if process_id:
       _wait_for_port(coordinator, timeout)
-  # How CPUs exchange arrays; of no use to other devices.
+  # How CPUs exchange arrays; other devices ignore it.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  # Its handler of SIGTERM would take the place of ours.
+  # JAX's handler of SIGTERM would replace ours.
   jax.config.update('jax_enable_preemption_service', False)
   failed: list[BaseException] = []
 
@@ -113,7 +110,7 @@ def initialize(
           coordinator,
           num_processes,
           process_id,
-          # JAX would end the process, with no word of the address.
+          # At its own timeout JAX ends the process without naming the address.
           initialization_timeout=int(timeout) + 60,
           # None would mean one device for each process under SLURM.
           local_device_ids=[],
@@ -125,46 +122,43 @@ def initialize(
   thread = threading.Thread(target=connect, daemon=True)
   thread.start()
   thread.join(timeout)
-  where = coordinator or jax_distributed.global_state.coordinator_address
+  state = jax_distributed.global_state
+  address = coordinator or state.coordinator_address
   if thread.is_alive():
     raise TimeoutError(
         f'Not all {num_processes or "the"} processes of this job came to the'
-        f' coordinator {where} within {timeout:.0f} seconds. Is each of them'
+        f' coordinator {address} within {timeout:.0f} seconds. Is each of them'
         ' started, with the same --coordinator and --num_processes and a'
         ' --process_id of its own?'
     )
-  if failed:
-    if coordinator is None and where is None:
-      raise ValueError(
-          '--distributed: there is no SLURM, Kubernetes, Open MPI or TPU slice'
-          ' to find the other processes by; give --coordinator=HOST:PORT'
-          f' --num_processes=N --process_id=I. ({failed[0]})'
-      ) from failed[0]
-    raise RuntimeError(
-        f'The coordinator {where} refused this process: {failed[0]}'
+  if failed and address is None:
+    raise ValueError(
+        '--distributed: there is no SLURM, Kubernetes, Open MPI or TPU slice'
+        ' to find the other processes by; give --coordinator=HOST:PORT'
+        f' --num_processes=N --process_id=I. ({failed[0]})'
     ) from failed[0]
-  state = jax_distributed.global_state
+  if failed:
+    raise RuntimeError(
+        f'The coordinator {address} refused this process: {failed[0]}'
+    ) from failed[0]
   _has_joined.set()
   _check_count(state.client, state.process_id, state.num_processes)
   log.info(
       'Process %d of %d, on %s; coordinator %s.',
-      state.process_id,
-      state.num_processes,
-      socket.gethostname(),
-      where,
+      state.process_id, state.num_processes, socket.gethostname(), address,
   )
 
 
 def is_main() -> bool:
-  """Whether this process writes what is written once: it is process 0."""
+  """Returns whether this is process 0, which writes the shared files."""
   return _client() is None or jax.process_index() == 0
 
 
 def gather(value: Any, what: str = 'gather') -> list[Any]:
-  """Returns the (small, JSON) values of all processes, by their number.
+  """Returns the (small, JSON) values of all processes, by process number.
 
   Raises:
-    RuntimeError: if another process is about something else: a bug.
+    RuntimeError: the processes are at different calls (a bug).
   """
   client = _client()
   if client is None:
@@ -174,7 +168,7 @@ def gather(value: Any, what: str = 'gather') -> list[Any]:
   client.key_value_set(f'realm/{number}/{this}', json.dumps([what, value]))
   found = _wait_for_all(client, f'realm/{number}/')
   if number:
-    # All have gone on to this call, so nobody reads the one before.
+    # All processes have read the exchange before, since they are at this one.
     client.key_value_delete(f'realm/{number - 1}/{this}')
   names, values = zip(*map(json.loads, found), strict=True)
   if set(names) != {what}:
@@ -183,15 +177,14 @@ def gather(value: Any, what: str = 'gather') -> list[Any]:
 
 
 def any(flag: bool) -> bool:
-  """Whether the flag is set in any process."""
+  """Returns whether the flag is set in any process."""
   return True in gather(bool(flag), 'any')
 
 
 class LateAny:
-  """As `any`, but free, for each step of a loop: the answer comes one late.
+  """As `any` for each step of a loop, without a wait: one call late.
 
-  It goes over the devices, behind the step that they are at, and is asked for
-  when they are done with it anyway.
+  The flags are reduced on the devices, behind the step that they compute.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
@@ -202,9 +195,9 @@ class LateAny:
     self._answer: jax.Array | None = None
 
   def __call__(self, flag: bool) -> bool:
-    """Takes this call's flag, returns whether any was set in the last call.
+    """Returns whether any flag was set in the last call.
 
-    With one process, the flag itself.
+    With one process, returns the flag itself.
     """
     if not self._several:
       return flag
@@ -217,41 +210,39 @@ class LateAny:
 
 
 def broadcast(value: Any) -> Any:
-  """Returns the (small, JSON) value that process 0 has."""
+  """Returns the (small, JSON) value of process 0."""
   return gather(value if is_main() else None, 'broadcast')[0]
 
 
 def barrier(name: str) -> None:
-  """Returns when all processes are here; `name` says where."""
+  """Returns when all processes are at the barrier of this name."""
   gather(None, name)
 
 
 def same(name: str, value: Any) -> None:
-  """Refuses to go on if the (JSON) value is not the same in all processes.
+  """Checks that a (JSON) value is the same in all processes.
 
   Raises:
-    ValueError: in all of them; names the hosts and both values. Of
-      dictionaries, only the entries that differ.
+    ValueError: in all processes; names the hosts and both values. For
+      dictionaries, it lists only the entries that differ.
   """
   found = gather([socket.gethostname(), value], name)
   host, expected = found[0]
-  problems = []
-  for process, (other, theirs) in enumerate(found):
-    for ours_part, theirs_part, what in _differing(expected, theirs, name):
-      problems.append(
-          f'{what} is {theirs_part!r} in process {process} on {other},'
-          f' {ours_part!r} in process 0 on {host}.'
-      )
+  problems = [
+      f'{field} is {there!r} in process {process} on {other},'
+      f' {here!r} in process 0 on {host}.'
+      for process, (other, value) in enumerate(found)
+      for here, there, field in _differing(expected, value, name)
+  ]
   if problems:
-    shown = '\n  '.join(problems[:8])
     raise ValueError(
         'The processes of a job must be started alike, but they differ:\n  '
-        + shown
+        + '\n  '.join(problems[:8])
     )
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-  """Returns the whole of an array, however it lies on the processes' devices.
+  """Returns a whole array, whatever its sharding.
 
   To be called in all processes, on the main thread.
   """
@@ -267,7 +258,7 @@ def _client() -> Any:
 
 
 def _fail(error: BaseException) -> None:
-  """Tells the others; then this process ends, without waiting for them."""
+  """Tells the other processes; this one then ends without waiting for them."""
   _has_failed.set()
   state = jax_distributed.global_state
   if _has_joined.is_set():
@@ -278,11 +269,11 @@ def _fail(error: BaseException) -> None:
         allow_overwrite=True,
     )
 
-  def end() -> None:  # In place of JAX' own, which waits for minutes.
+  def end() -> None:  # JAX's own exit handler would wait for minutes.
     sys.stdout.flush()
     sys.stderr.flush()
     if state.process_id == 0:
-      time.sleep(2 * _WATCH_SECONDS)  # The others ask here what happened.
+      time.sleep(2 * _WATCH_SECONDS)  # The others read the error from here.
     os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
   atexit.register(end)
@@ -295,10 +286,10 @@ def _watch() -> None:
     if client is None:
       return
     try:
-      who = client.key_value_try_get(_FAILED)
+      failure = client.key_value_try_get(_FAILED)
     except jax.errors.JaxRuntimeError:
-      continue  # Nobody has.
-    print(f'Another process of this job failed: {who}', file=sys.stderr)
+      continue  # None has failed.
+    print(f'Another process of this job failed: {failure}', file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)
 
@@ -320,7 +311,7 @@ def _check_arguments(
 
 
 def _check_count(client: Any, process_id: int, num_processes: int) -> None:
-  """JAX does not notice that processes were told different numbers."""
+  """Compares --num_processes with process 0, which JAX does not do."""
   key = 'realm/num_processes'
   if process_id == 0:
     client.key_value_set(key, str(num_processes))
@@ -333,7 +324,7 @@ def _check_count(client: Any, process_id: int, num_processes: int) -> None:
 
 
 def _wait_for_port(coordinator: str, timeout: float) -> None:
-  """Returns when somebody listens there: JAX does not say who is missing."""
+  """Waits for process 0, since JAX does not tell which process is missing."""
   host, _, port = coordinator.rpartition(':')
   deadline = time.monotonic() + timeout
   while True:
@@ -351,20 +342,25 @@ def _wait_for_port(coordinator: str, timeout: float) -> None:
 
 
 def _wait_for_all(client: Any, folder: str) -> list[str]:
-  """Returns what each process has put under its number in the folder.
+  """Returns the value that each process has written to the folder.
 
   Raises:
-    RuntimeError: if one will not, as it has left.
+    RuntimeError: a process has left the job without writing its value.
   """
-  said = time.monotonic()
+
+  def values(folder: str) -> dict[int, str]:
+    entries = client.key_value_dir_get(folder)
+    return {int(key.rpartition('/')[2]): value for key, value in entries}
+
+  logged = time.monotonic()
   while True:
-    # In this order: who has left by now has put its value there before.
-    gone = set(_in_folder(client, f'{_END}/'))
-    found = _in_folder(client, folder)
+    # In this order: a process writes its value before it leaves.
+    gone = values(f'{_END}/')
+    found = values(folder)
     missing = sorted(set(range(jax.process_count())) - set(found))
     if not missing:
       return [found[process] for process in sorted(found)]
-    left = sorted(gone & set(missing))
+    left = sorted(set(gone) & set(missing))
     if left:
       raise RuntimeError(f'The processes {left} of this job have left it.')
     try:
@@ -374,16 +370,9 @@ def _wait_for_all(client: Any, folder: str) -> list[str]:
     except jax.errors.JaxRuntimeError as error:
       if 'DEADLINE_EXCEEDED' not in str(error):
         raise
-    if time.monotonic() - said > _SAY_SECONDS:
-      said = time.monotonic()
+    if time.monotonic() - logged > _LOG_SECONDS:
+      logged = time.monotonic()
       log.info('Waiting for the processes %s of this job.', missing)
-
-
-def _in_folder(client: Any, folder: str) -> dict[int, str]:
-  return {
-      int(key.rpartition('/')[2]): value
-      for key, value in client.key_value_dir_get(folder)
-  }
 
 
 def _differing(

@@ -1,13 +1,11 @@
-"""Metrics of a job: JSON lines as the record of truth, TensorBoard beside it.
+"""Metrics of a job: metrics.jsonl, one line a step, and TensorBoard.
 
-Public: `MetricsWriter`, `Means`, `Clock`, `read_metrics`. One flat namespace,
-`train/loss`, `refresh/age_steps`, ...; a line is one step.
+All metrics share one flat namespace: `train/loss`, `refresh/age_steps`, ...
 """
 
 from collections.abc import Iterator
 import contextlib
 import json
-import os
 import pathlib
 import time
 from typing import Any, TextIO
@@ -15,21 +13,21 @@ from typing import Any, TextIO
 import jax
 
 from realm_jax.runtime import distributed
+from realm_jax.runtime import files
 
 
 class MetricsWriter:
-  """Appends to `workdir`/metrics.jsonl, and to tensorboard/ if asked to.
+  """Appends to `workdir`/metrics.jsonl and, optionally, to tensorboard/.
 
-  In process 0 of a job; in the others it does nothing.
+  Only process 0 writes.
   """
 
   def __init__(
       self, workdir: pathlib.Path | str, step: int, tensorboard: bool = False
   ):
-    """Opens the files of a job that starts, or goes on, at `step`.
+    """Opens the files of a job that starts or resumes at `step`.
 
-    Lines of steps after `step` are of a run that was killed; they are dropped,
-    for they will be written again.
+    Lines of later steps, from a killed run, are dropped.
     """
     self._file: TextIO | None = None
     self._board: Any = None
@@ -37,10 +35,8 @@ class MetricsWriter:
       return
     path = pathlib.Path(workdir) / 'metrics.jsonl'
     kept = [line for line in read_metrics(workdir) if line['step'] <= step]
-    temporary = path.with_name('.metrics.jsonl')
-    with temporary.open('w', encoding='utf-8') as file:
+    with files.atomic_file(path) as file:
       file.writelines(json.dumps(line) + '\n' for line in kept)
-    os.replace(temporary, path)
     self._file = path.open('a', encoding='utf-8')
     if tensorboard:
       try:
@@ -74,7 +70,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
-  """Reads metrics.jsonl; a last line cut short by a kill is left out."""
+  """Reads metrics.jsonl up to a line that a kill cut short."""
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   if not path.exists():
     return []
@@ -88,41 +84,40 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
 
 
 class Means:
-  """Means over the steps since they were last taken.
+  """Means over the steps since the last `take`.
 
-  One step says little, and nothing where steps take turns in what they learn
-  from, as in the warm-up: every tenth may be of the rarer kind.
+  Values of single steps are noisy. During `mlm`, consecutive batches even come
+  from different streams.
   """
 
   def __init__(self, saved: dict[str, Any] | None = None):
-    """Goes on from what `saved` returned."""
+    """Starts, or resumes from the result of `saved`."""
     saved = saved or {'steps': 0, 'sums': {}}
     self._steps: int = saved['steps']
     self._sums: dict[str, float] = dict(saved['sums'])
 
   def add(self, values: dict[str, float]) -> None:
-    """Counts one step in."""
+    """Adds the values of one step."""
     self._steps += 1
     for name, value in values.items():
       self._sums[name] = self._sums.get(name, 0.0) + value
 
   def take(self) -> dict[str, float]:
-    """Returns the means, and begins anew."""
+    """Returns the means and starts again."""
     means = {name: value / self._steps for name, value in self._sums.items()}
     self._steps, self._sums = 0, {}
     return means
 
   def saved(self) -> dict[str, Any]:
-    """What a resumed job needs for the same means; plain JSON."""
+    """Returns the state for a checkpoint (JSON)."""
     return {'steps': self._steps, 'sums': dict(self._sums)}
 
 
 class Clock:
-  """Splits the wall time of a loop into named parts, all of it.
+  """Splits the wall time of a loop into named parts, which profiles show.
 
-  What no part claims is 'other'. A part inside another interrupts it, so that
-  the parts always add up to the time that has passed. They are named in
-  profiles too.
+  The rest is 'other'. A part inside another one interrupts it, so the parts add
+  up to the whole time.
   """
 
   def __init__(self) -> None:
@@ -131,29 +126,30 @@ class Clock:
 
   @contextlib.contextmanager
   def measure(self, part: str) -> Iterator[None]:
+    """Counts the time inside to a part."""
     outer = self._part
-    self._turn_to(part)
+    self._switch_to(part)
     try:
       with jax.profiler.TraceAnnotation(part):
         yield
     finally:
-      self._turn_to(outer)
+      self._switch_to(outer)
 
   def take(self) -> dict[str, float]:
-    """Seconds of each part since the last call."""
-    self._turn_to(self._part)
+    """Returns the seconds of each part since the last call."""
+    self._switch_to(self._part)
     seconds, self._seconds = self._seconds, {}
     return seconds
 
-  def _turn_to(self, part: str) -> None:
+  def _switch_to(self, part: str) -> None:
     now = time.perf_counter()
-    taken = now - self._since
-    self._seconds[self._part] = self._seconds.get(self._part, 0.0) + taken
+    self._seconds[self._part] = (
+        self._seconds.get(self._part, 0.0) + now - self._since
+    )
     self._part, self._since = part, now
 
 
 def _plain(value: Any) -> float | int | str:
   if isinstance(value, (int, str)):
     return value
-  # Six digits are what anyone reads, and keep the file small.
-  return float(f'{float(value):.6g}')
+  return float(f'{float(value):.6g}')  # Six digits keep the file small.

@@ -1,7 +1,4 @@
-"""A profiler trace of some steps, by JAX's own profiler.
-
-Public: `StepProfile`, `parse_steps`.
-"""
+"""Trace of some training steps by JAX's profiler."""
 
 import logging
 import pathlib
@@ -12,14 +9,14 @@ from realm_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = 'profile'  # In a workdir.
+DIRECTORY = 'profile'  # Folder of a workdir.
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-  """Reads '10-15', or '10' for one step.
+  """Parses '10-15', or '10' for one step.
 
   Raises:
-    ValueError: if it is no range of steps, from 1 on.
+    ValueError: the text is no range of steps, counted from 1.
   """
   first, dash, last = text.partition('-')
   try:
@@ -40,18 +37,18 @@ class StepProfile:
   def __init__(
       self, workdir: pathlib.Path | str, steps: tuple[int, int] | None
   ):
-    """Will trace `steps`, first and last; None: nothing."""
+    """Plans to trace `steps`, first and last; None: nothing."""
     self._directory = pathlib.Path(workdir) / DIRECTORY
     self._steps = steps if distributed.is_main() else None
     self._running = False
 
   def before(self, step: int, *pending: object) -> None:
-    """To be called before each step, from 1 on, and before what follows it.
+    """Starts or ends the trace; to be called before each step, from 1 on.
 
     Args:
-      step: its number.
-      pending: arrays that are waited for where the trace begins and ends, so
-        that the devices' work is counted to the step that it belongs to.
+      step: number of the step.
+      pending: arrays to wait for where the trace starts and ends, so that the
+        work of the devices is counted to its own step.
     """
     if self._steps is None:
       return
@@ -67,7 +64,7 @@ class StepProfile:
       self._running = True
 
   def close(self) -> None:
-    """Ends and writes the trace, if one is running."""
+    """Ends and writes a running trace."""
     if not self._running:
       return
     self._running, self._steps = False, None

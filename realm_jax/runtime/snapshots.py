@@ -1,8 +1,6 @@
-"""Snapshots of the retriever, which the trainer takes for the index builder.
+"""Retriever snapshots: the embedder's parameters, for the index builder.
 
-Public: `Snapshots` (of a running job), `save`, `load`, `steps_of`,
-`digest_of`. A snapshot is the embedder's parameters of a step. As of
-checkpoints, what can be listed can be read.
+As with checkpoints, a listed step is a complete snapshot.
 """
 
 from collections.abc import Callable
@@ -24,34 +22,33 @@ DIRECTORY = 'retriever'
 
 
 def save(workdir: checkpoint.Path, step: int, params: Any) -> str:
-  """Publishes the embedder's parameters for the index builder.
+  """Saves a snapshot, for one process; a running job uses `Snapshots`.
 
-  For one process; a running job uses `Snapshots`.
+  An existing snapshot of this step and digest is kept.
 
   Returns:
-    Their digest, by which the trainer knows the generation made from them. A
-    snapshot of this step and digest that is already there is kept.
+    The digest of the parameters, by which the trainer knows the generation made
+    from them.
   """
-  path = pathlib.Path(workdir).absolute() / DIRECTORY / str(step)
   params = jax.device_get(params)
   digest = checkpoint.params_digest(params)
-  if _has(workdir, step, digest):
-    return digest
-  about = {'step': step, 'params_digest': digest}
-  ocp.save(path, params, overwrite=True, custom_metadata=about)
+  if not _has(workdir, step, digest):
+    about = {'step': step, 'params_digest': digest}
+    ocp.save(
+        _path(workdir, step), params, overwrite=True, custom_metadata=about
+    )
   return digest
 
 
 class Snapshots:
-  """The snapshots that a training job takes, saved while it goes on."""
+  """The snapshots of a running job, saved in the background."""
 
   def __init__(
       self, workdir: checkpoint.Path, keep: int, required: bool = True
   ):
-    """Of the older snapshots the `keep` newest are kept; 0 keeps all.
+    """Keeps the `keep` newest of the older snapshots; 0 keeps all.
 
-    Where none is `required`, that one could not be saved, as on a full disk, is
-    logged and no more.
+    If not `required`, a failed save (for example a full disk) is only logged.
     """
     self._workdir, self._keep = pathlib.Path(workdir), keep
     self._required = required or jax.process_count() > 1
@@ -61,13 +58,13 @@ class Snapshots:
   def save(
       self, step: int, params: Any, in_use: int, saving: int | None = None
   ) -> None:
-    """Publishes parameters as `save`, in the background.
+    """Saves a snapshot in the background.
 
     Args:
-      step: that the parameters are of.
-      params: of the embedder; the next training step may take them over.
-      in_use: the snapshots after this step are all kept: their generations may
-        still be adopted.
+      step: step of the parameters.
+      params: parameters of the embedder, which the next step may donate.
+      in_use: snapshots after this step are kept: their generations may still be
+        adopted.
       saving: a checkpoint that may not be on disk yet.
     """
     self.wait()
@@ -84,33 +81,33 @@ class Snapshots:
   def _prune(self, in_use: int, saving: int | None) -> None:
     steps = steps_of(self._workdir)
     wanted = set(steps[-self._keep :])
-    # Where a job resumes, the last snapshot before may be yet to be adopted.
+    # A job that resumes may still have to adopt the last snapshot before.
     saved = set(checkpoint.steps_in(self._workdir / checkpoint.CHECKPOINTS))
     for resumed in saved if saving is None else {*saved, saving}:
       wanted.update([step for step in steps if step < resumed][-1:])
     for step in steps:
       if step < in_use and step not in wanted:
-        files.remove(self._workdir / DIRECTORY / str(step))
+        files.remove(_path(self._workdir, step))
 
   def _begin(self, step: int, params: Any) -> Callable[[], object]:
-    """Does what must be done at once, and returns what is left to do."""
+    """Begins to save; returns the part for the background."""
     if jax.process_count() == 1:
       return lambda: save(self._workdir, step, params)
-    # Orbax wants all processes, and that on their main threads.
+    # Orbax needs all processes, on their main threads.
     digest = checkpoint.params_digest(params) if distributed.is_main() else ''
     if distributed.any(
         distributed.is_main() and _has(self._workdir, step, digest)
     ):
       return lambda: None
     return ocp.save_async(
-        self._workdir.absolute() / DIRECTORY / str(step),
+        _path(self._workdir, step),
         params,
         overwrite=True,
         custom_metadata={'step': step, 'params_digest': digest},
     ).result
 
   def wait(self) -> None:
-    """Returns when the last one is on disk."""
+    """Waits until the last snapshot is on disk."""
     saving, self._saving = self._saving, None
     try:
       if saving is not None:
@@ -129,14 +126,13 @@ class Snapshots:
 
 
 def steps_of(workdir: checkpoint.Path) -> list[int]:
-  """Steps of the snapshots that can be read."""
+  """Returns the steps of the snapshots."""
   return checkpoint.steps_in(pathlib.Path(workdir) / DIRECTORY)
 
 
 def digest_of(workdir: checkpoint.Path, step: int) -> str:
-  """The digest that `save` returned for this step."""
-  path = pathlib.Path(workdir).absolute() / DIRECTORY / str(step)
-  return checkpoint.custom_metadata(path)['params_digest']
+  """Returns the digest of a snapshot; FileNotFoundError if it is gone."""
+  return checkpoint.custom_metadata(_path(workdir, step))['params_digest']
 
 
 def load(
@@ -145,15 +141,14 @@ def load(
   """Loads a snapshot onto one device.
 
   Returns:
-    The embedder's parameters and their digest.
+    The parameters of the embedder and their digest.
 
   Raises:
-    ValueError: if it is of another shape, or its bytes are not those that
-      were saved.
+    ValueError: the snapshot has other shapes, or its bytes are damaged.
   """
-  path = pathlib.Path(workdir).absolute() / DIRECTORY / str(step)
+  path = _path(workdir, step)
   checkpoint.check_leaves(ocp.metadata(path).metadata, abstract, path)
-  with checkpoint.alone():
+  with checkpoint.single_process_context():
     params = ocp.load(path, checkpoint.on_one_device(abstract))
   digest, expected = checkpoint.params_digest(params), digest_of(workdir, step)
   if digest != expected:
@@ -162,6 +157,10 @@ def load(
         f' {expected[:16]} was written.'
     )
   return params, digest
+
+
+def _path(workdir: checkpoint.Path, step: int) -> pathlib.Path:
+  return pathlib.Path(workdir).absolute() / DIRECTORY / str(step)
 
 
 def _has(workdir: checkpoint.Path, step: int, digest: str) -> bool:

@@ -19,7 +19,6 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 from realm_jax.trainer import initial
 from realm_jax.trainer import stages
 from realm_jax.trainer import step
@@ -88,7 +87,7 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   _check_same_job(workdir, config, lineage)
   _warn_of_cuts(config, corpus)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-  sharding.check(config, mesh)
+  mesh_lib.check(config, mesh)
   attention.check(config.model, mesh.devices.flat[0])
   for source in initial.sources(config):
     config_lib.read(source)  # Raises if it is no workdir.

@@ -1,8 +1,4 @@
-"""Index generations read in the background while training goes on.
-
-Public: `Loader`, `Loaded`, `Patience`. One at a time, checked byte by byte,
-ready to be searched when handed over.
-"""
+"""Index generations, read and checked in the background during training."""
 
 from collections.abc import Callable
 import concurrent.futures
@@ -18,15 +14,15 @@ from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
-from realm_jax.runtime import process
+from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_ROWS = 1024  # For the drift of the embeddings.
-_POLL_SECONDS = (0.05, 0.5)  # While waiting: at first, and at most.
-_SAY_SECONDS = 30.0
-_STALE_SECONDS = 15.0  # Without a new heartbeat no builder seems to run.
+_SAMPLE_ROWS = 1024  # Rows on which the drift of the embeddings is measured.
+_POLL_SECONDS = (0.05, 0.5)  # Pause while waiting: first and longest.
+_LOG_SECONDS = 30.0
+_STALE_SECONDS = 15.0  # Without a new heartbeat, no builder seems to run.
 _SNAPSHOT_SECONDS = 60.0  # A snapshot that is being written appears by then.
 
 MakeSearch = Callable[[generation_lib.Generation], search_lib.Search]
@@ -34,20 +30,20 @@ MakeSearch = Callable[[generation_lib.Generation], search_lib.Search]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A generation ready to be searched."""
+  """A generation that is ready to be searched."""
 
   step: int
   path: pathlib.Path
   search: search_lib.Search
   embeddings: concatenated.Chained
-  digest: str  # Of the parameters that it was made from.
-  born: float  # When its snapshot was read, in seconds of the epoch.
-  sample: np.ndarray  # Embeddings of the same documents each time.
-  seconds: float  # It took to load.
+  digest: str  # Digest of the parameters that it was made from.
+  snapshot_time: float  # When its build began, in seconds of the epoch.
+  sample: np.ndarray  # Embeddings of the same documents in each generation.
+  seconds: float  # Time to load it.
 
 
 class Loader:
-  """Loads generations of one workdir; all methods are of the main thread."""
+  """Loads one generation at a time; for the main thread only."""
 
   def __init__(
       self,
@@ -58,31 +54,27 @@ class Loader:
     """Prepares to load.
 
     Args:
-      workdir: of the job.
-      expected: what a generation must be made from.
-      make_search: the backend; called in the loading thread.
+      workdir: workdir of the job.
+      expected: lineage that a generation must have.
+      make_search: makes the search; called in the loading thread.
     """
     self._workdir = workdir
     self._directory = workdir / generation_lib.DIRECTORY
     self._expected = expected
     self._make_search = make_search
     self._threads = concurrent.futures.ThreadPoolExecutor(1, 'index')
-    self._number: int | None = None
+    # The generation that is being loaded, or is ready for `take`.
+    self.number: int | None = None
     self._future: concurrent.futures.Future[Loaded] | None = None
     self._warned: set[int] = set()
 
   @property
-  def number(self) -> int | None:
-    """Of the generation that is being loaded, or waits to be taken."""
-    return self._number
-
-  @property
   def done(self) -> bool:
-    """Whether `take` would return, or raise, at once."""
+    """Whether `take` would return or raise at once."""
     return self._future is not None and self._future.done()
 
   def is_published(self, number: int) -> bool:
-    """Whether a generation is there that was made from our own snapshot.
+    """Returns whether a generation of this job's own snapshot is on disk.
 
     Raises:
       Damaged, ValueError: see `generation.read_manifest`.
@@ -91,49 +83,47 @@ class Loader:
       manifest = generation_lib.read_manifest(self._directory / str(number))
     except FileNotFoundError:
       return False
-    ours = self._digest(number)
-    theirs = manifest['params_digest']
-    if ours is None or ours == theirs:
+    expected, found = self._digest(number), manifest['params_digest']
+    if expected is None or expected == found:
       return True
     if number not in self._warned:
       self._warned.add(number)
       log.warning(
           'The index generation %d was made from parameters %.16s, the '
-          'snapshot has %.16s: waiting for it to be built anew.',
-          number, theirs, ours,
+          'snapshot has %.16s: waiting for it to be built again.',
+          number, found, expected,
       )
     return False
 
   def begin(self, number: int, held: list[int]) -> None:
-    """Starts to load; `held` are those to be kept on disk meanwhile."""
+    """Starts to load; the builder keeps the generations in `held`."""
 
     def load() -> Loaded:
       self._mark([*held, number])
       return self._load(number)
 
-    self._number = number
+    self.number = number
     self._future = self._threads.submit(load)
 
   def take(self, timeout: float | None = None) -> Loaded:
-    """Returns what was loaded, and forgets it; waits `timeout` seconds.
+    """Returns the generation begun, and forgets it; waits `timeout` seconds.
 
     Raises:
-      TimeoutError: if it takes longer; it goes on being loaded.
-      FileNotFoundError: if it was replaced or deleted meanwhile.
+      TimeoutError: it is still being loaded.
+      FileNotFoundError: it was replaced or deleted.
       ValueError, OSError: see `generation.load`.
     """
-    if self._future is None:
-      raise RuntimeError('Nothing is being loaded.')
+    assert self._future is not None
     concurrent.futures.wait([self._future], timeout)
     if not self._future.done():
-      raise TimeoutError(f'Index generation {self._number} is still loading.')
+      raise TimeoutError(f'Index generation {self.number} is still loading.')
     future = self._future
     self.drop()
     return future.result()
 
   def drop(self) -> None:
-    """Forgets what is being loaded."""
-    self._number = self._future = None
+    """Forgets the generation begun."""
+    self.number = self._future = None
 
   def load(self, number: int) -> Loaded:
     """Loads a generation at once; raises as `take`."""
@@ -154,8 +144,8 @@ class Loader:
     try:
       generation_lib.mark_in_use(self._directory, held)
     except OSError as error:
-      # The builder keeps the newest two and what checkpoints refer to anyway.
-      log.warning('The index builder cannot be told what is in use: %s', error)
+      # The builder keeps the newest two and those of checkpoints in any case.
+      log.warning('The generations in use could not be marked: %s', error)
 
   def _digest(self, number: int) -> str | None:
     try:
@@ -178,33 +168,35 @@ class Loader:
         search=self._make_search(loaded),
         embeddings=loaded.embeddings,
         digest=loaded.manifest['params_digest'],
-        born=loaded.manifest['created'] - loaded.manifest['seconds'],
+        snapshot_time=loaded.manifest['created'] - loaded.manifest['seconds'],
         sample=loaded.embeddings[rows].astype(np.float32),
         seconds=time.perf_counter() - start,
     )
 
 
-class Patience:
-  """Of a wait: how long to sleep, what to say, when to give up."""
+class GenerationWait:
+  """Back-off, log messages and timeout while waiting for a generation."""
 
   def __init__(self, workdir: pathlib.Path, number: int, timeout: float):
     self._workdir, self._number, self._timeout = workdir, number, timeout
-    self._start = self._said = self._changed = time.monotonic()
+    self._start = self._logged = self._changed = time.monotonic()
     self._heartbeat: object = None
     self._state = 'no index builder was seen'
     self._pause = _POLL_SECONDS[0]
 
   def pause(self) -> float:
+    """Returns the next pause, in seconds."""
     self._pause = min(self._pause * 1.2, _POLL_SECONDS[1])
     return self._pause
 
   def check(self) -> None:
-    """Raises if there is no point in going on; logs now and then."""
+    """Raises if the wait is hopeless or too long; logs now and then."""
     now = time.monotonic()
     directory = self._workdir / generation_lib.DIRECTORY
-    heartbeat = process.read_heartbeat(directory)
+    heartbeat = heartbeat_lib.read(directory)
     if heartbeat is not None and heartbeat != self._heartbeat:
-      # Compared with itself, not with our clock: it may be another machine's.
+      # Compared with the last one, not with the clock: the builder may run on
+      # another machine.
       if self._heartbeat is not None and heartbeat['state'] != 'gone':
         self._changed = now
       self._heartbeat = heartbeat
@@ -215,10 +207,10 @@ class Patience:
       if heartbeat['total']:
         self._state += f' {heartbeat["done"]} of {heartbeat["total"]}'
     waited = now - self._start
-    what = f'{directory}/{self._number}'
+    path = f'{directory}/{self._number}'
     if waited > self._timeout:
       raise TimeoutError(
-          f'{what} did not come within config.refresh.timeout='
+          f'{path} did not come within config.refresh.timeout='
           f'{self._timeout:.0f} seconds; {self._state}.'
       )
     if waited > _SNAPSHOT_SECONDS and not (
@@ -226,22 +218,23 @@ class Patience:
         or self._number in checkpoint.steps_in(directory)
     ):
       raise FileNotFoundError(
-          f'{what} can never come: its snapshot, '
+          f'{path} can never come: its snapshot, '
           f'{self._workdir / snapshots_lib.DIRECTORY}/{self._number}, is gone.'
       )
     stale = now - self._changed > _STALE_SECONDS
-    again = now - self._said > _SAY_SECONDS
-    if again and not stale:
-      self._said = now
-      log.info(
-          'Waiting for generation %d since %.0f s; %s.',
-          self._number, waited, self._state,
-      )
-    if stale and (again or self._said == self._start):
-      self._said = now
+    first = self._logged == self._start
+    if now - self._logged <= _LOG_SECONDS and not (stale and first):
+      return
+    self._logged = now
+    if stale:
       log.warning(
           'No index builder seems to run for %s: start `realm-jax index '
           '--workdir=%s --follow` or pass --with_index_builder. Waiting for '
           'generation %d since %.0f s; %s.',
           self._workdir, self._workdir, self._number, waited, self._state,
+      )
+    else:
+      log.info(
+          'Waiting for generation %d since %.0f s; %s.',
+          self._number, waited, self._state,
       )

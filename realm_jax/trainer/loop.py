@@ -76,9 +76,9 @@ def train(
   job = job_lib.open_job(config, workdir)
   with contextlib.ExitStack() as stack:
     if distributed.is_main():
-      # One that was told to leave may still be saving.
+      # A trainer that was asked to stop may still be saving.
       stack.enter_context(
-          process.Lock(job.workdir, process.GRACE_SECONDS, 'trainer')
+          process.lock(job.workdir, 'trainer', process.GRACE_SECONDS)
       )
       (job.workdir / SUMMARY).unlink(missing_ok=True)
     if job.stage.searches:
@@ -152,6 +152,7 @@ class _Loop:
           job.workdir,
           config,
           corpus=job.corpus,
+          probe=probe_lib.Probe(job),
           mesh=job.mesh,
           step=self._step,
           generation=about.get('index_generation'),
@@ -161,13 +162,8 @@ class _Loop:
       )
       stack.callback(self._refresher.close)
       self._retriever = retrieval.Retriever(
-          job.components['embedder'],
-          job.mesh,
-          self._refresher,
-          self._rows,
-          collective=config.mips.backend != 'scann',
+          job.components['embedder'], job.mesh, self._refresher, self._rows
       )
-      self._probe = probe_lib.Probe(job)
     self._snapshots = snapshots_lib.Snapshots(
         job.workdir,
         config.refresh.keep,
@@ -250,48 +246,21 @@ class _Loop:
     self._save(self._step)
 
   def _refresh(self, step: int) -> None:
-    """Adopts the generation due at this step, and takes a snapshot if due."""
-    refresher, config = self._refresher, self._job.config
-    if refresher is None:
-      return
-    at_interval = step % config.refresh.interval == 0
-    if at_interval:
-      self._finish_step()
-    # The first generation, and every one of `sync`, is made from the snapshot
-    # of this very step. Otherwise adopt first: the builder works on the newest
-    # snapshot only, and must finish the one that this step waits for.
-    first = step == 0 or (at_interval and config.refresh.policy == 'sync')
-    with refresher.standing_still():
-      if first:
-        self._take_snapshot(step)
-        self._snapshots.wait()
-        distributed.barrier('a snapshot is there')
-      if refresher.adopt(step):
-        with refresher.training_goes_on():
-          self._finish_step()
-        refresher.probe_overlap(
-            self._probe.embed(self.state.params['embedder']), self._probe.k
-        )
-      if not first and refresher.snapshot_due(
-          step,
-          lambda: self._probe.overlap_with_current(
-              self.state.params['embedder'], refresher.search
-          ),
-      ):
-        self._take_snapshot(step)
+    if self._refresher is not None:
+      self._refresher.before_step(
+          step, self.state.params['embedder'], self._take_snapshot
+      )
 
-  def _finish_step(self) -> None:
-    """Waits for the device, which may be at the step before."""
-    jax.block_until_ready(self.state.params)
-
-  def _take_snapshot(self, step: int) -> None:
-    """Publishes the embedder for the index builder, in the background."""
+  def _take_snapshot(self, step: int, wait: bool = False) -> None:
+    """Publishes the embedder for the index builder; waits until it is saved."""
     self._snapshots.save(
         step,
         self.state.params['embedder'],
         in_use=self.generation or 0,
         saving=self._checkpoints.saving,
     )
+    if wait:
+      self._snapshots.wait()
 
   def _save(self, step: int) -> None:
     with self._clock.measure('checkpoint'):

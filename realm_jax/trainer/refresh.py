@@ -1,17 +1,9 @@
 """The trainer's side of the index: which generation is searched at which step.
 
-Public: `Refresher`, `drop_future`. Policies (config.refresh.policy):
-
-  none       generation 0, for ever
-  sync       at step s that of the newest snapshot up to s; waits for each
-  scheduled  that of snapshot s from step s + lag on, exactly; waits if late
-  adaptive   as scheduled, but a snapshot is taken only if the index, compared
-             with the parameters of the moment, has become too stale
-  eager      the newest there is, as soon as it is loaded; waits for the first
-
-With all but `eager`, the search is a function of the step and the parameters,
-so a run can be repeated and resumed bit by bit, however fast the index builder
-is. With several processes, all search the same generation at the same step.
+With every policy but `eager`, the search is a function of the step and of the
+parameters. A run can then be repeated and resumed bit by bit, however fast the
+index builder is. All processes of a job search the same generation at the same
+step.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +12,7 @@ import logging
 import pathlib
 import shutil
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,16 +27,54 @@ from realm_jax.runtime import distributed
 from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
+from realm_jax.trainer import probe as probe_lib
 
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.2  # Between two looks at the folder while training goes on.
-# The same under `eager` with several processes, which look together.
-_LOOK_STEPS = 8
+_POLL_SECONDS = 0.2  # Between two looks at the folder while training continues.
+# Steps between two looks under `eager` with several processes, a collective.
+_POLL_STEPS = 8
+
+
+_Config = config_lib.RefreshConfig
+
+
+def _none(config: _Config, step: int, ordered: int) -> int:
+  """Generation 0, for the whole run."""
+  del config, step, ordered
+  return 0
+
+
+def _sync(config: _Config, step: int, ordered: int) -> int:
+  """The generation of the newest snapshot."""
+  del ordered
+  return step // config.interval * config.interval
+
+
+def _scheduled(config: _Config, step: int, ordered: int) -> int:
+  """The generation of snapshot s from step s + lag on."""
+  return _sync(config, max(step - config.lag, 0), ordered)
+
+
+def _adaptive(config: _Config, step: int, ordered: int) -> int:
+  """As `_scheduled`; a snapshot is taken only if the index is too stale."""
+  return ordered if ordered + config.lag <= step else 0
+
+
+# The generation that a step must not be without: the trainer waits for it.
+# `ordered` is the snapshot that `adaptive` took and has not adopted yet, or 0.
+# `eager` waits for generation 0 only; see `Refresher._adopt_newest`.
+_DUE = {
+    'none': _none,
+    'sync': _sync,
+    'scheduled': _scheduled,
+    'adaptive': _adaptive,
+    'eager': _none,
+}
 
 
 class Refresher:
-  """Holds the search in use and swaps it between two steps."""
+  """Holds the search in use and replaces it between two steps."""
 
   def __init__(
       self,
@@ -51,6 +82,7 @@ class Refresher:
       config: config_lib.Config,
       *,
       corpus: corpus_lib.Corpus,
+      probe: probe_lib.Probe,
       mesh: jax.sharding.Mesh | None = None,
       step: int = 0,
       generation: int | None = None,
@@ -59,32 +91,33 @@ class Refresher:
       interrupt: Callable[[], None] = lambda: None,
       make_search: loader.MakeSearch | None = None,
   ):
-    """Starts, or goes on, at a step.
+    """Starts or resumes at a step.
 
     Args:
-      workdir: of the job. What it holds of later steps is removed.
-      config: of the job, resolved.
-      corpus: what the index must be of.
-      mesh: where `exact` and `approx` keep their table.
+      workdir: workdir of the job; files of later steps are removed.
+      config: resolved config of the job.
+      corpus: corpus of the index.
+      probe: queries on which generations are compared.
+      mesh: devices for the search.
       step: the first step to come.
-      generation: the one that the checkpoint of this step was using; None at
-        the start of a job.
-      pending: `pending` as it was then.
-      health: called at every step, and while waiting; returns how often the
-        builder has failed so far, raises if there is no use in going on.
-      interrupt: called while waiting, in all processes equally often; raises
-        in all of them to end the wait.
-      make_search: by default the backend of config.mips.
+      generation: generation in use at the checkpoint of this step, if any.
+      pending: value of `pending` at that checkpoint.
+      health: called at every step and while waiting; returns the number of
+        failures of the builder so far, raises if training cannot continue.
+      interrupt: called while waiting, equally often in all processes; raises in
+        all of them to end the wait.
+      make_search: default: the backend of config.mips.
 
     Raises:
-      FileNotFoundError: if that generation is gone; names the command that
-        builds it again.
-      ValueError: if it is damaged or of another job.
+      FileNotFoundError: the generation is gone; names the command to build it.
+      ValueError: the generation is damaged or of another job, or the backend is
+        unknown.
     """
     self._workdir = pathlib.Path(workdir)
     self._directory = self._workdir / generation_lib.DIRECTORY
-    self._config = config.refresh
+    self._config, self._probe = config.refresh, probe
     self._health, self._interrupt = health, interrupt
+    search_lib.backend(config.mips)
     expected = generation_lib.Lineage(
         step=None,
         params_digest=None,
@@ -99,40 +132,39 @@ class Refresher:
         make_search or (lambda loaded: loaded.make_search(config.mips, mesh)),
     )
     self._current: loader.Loaded | None = None
-    self._previous: search_lib.Search | None = None
     self._pending = pending
-    self._looked = 0.0
-    self._refused: set[int] = set()  # Said once, and not tried again.
+    self._last_poll = 0.0
+    self._refused: set[int] = set()  # Reported once and not tried again.
     self.num_adopted = 0
-    self.waited_seconds = 0.0
-    self._last_wait = 0.0
-    self._stood_seconds = self._stood_since_swap = self._last_stand = 0.0
-    # Metrics that are there from some moment on.
+    self.waited_seconds = self._last_wait = 0.0
+    self._stall = self._stall_since_swap = self._last_stall = 0.0
+    # Metrics that exist only after the first refresh.
     self._measured: dict[str, float] = {}
     self._failures = 0
-    self._loading = False  # In this step.
-    # SIGTERM ended the wait for a generation. A snapshot of this step, if there
-    # is one, is of a run that was killed; the builder would begin with that.
+    self._loading = False  # Whether a generation is being loaded in this step.
+    # If SIGTERM ended the wait for a generation, a snapshot of this step is of
+    # the killed run, and the builder would begin with it.
     waiting = generation is not None and generation < self._due(step) < step
     drop_future(self._workdir, step - 1 if waiting else step)
-    distributed.barrier('what is of later steps is removed')
+    distributed.barrier('files of later steps are removed')
     if generation is not None:
       self._current = self._loader.load(generation)
       log.info('The index is that of step %d, as before.', generation)
 
   @property
   def search(self) -> search_lib.Search:
-    """The search to use; it changes in `adopt` only."""
-    if self._current is None:
-      raise RuntimeError('There is no index before the first adopt().')
-    return self._current.search
+    """The search in use; only `before_step` changes it."""
+    return self._in_use().search
 
   @property
   def embeddings(self) -> concatenated.Chained:
-    """The documents' embeddings that `search` searches."""
+    """The document embeddings of the generation in use."""
+    return self._in_use().embeddings
+
+  def _in_use(self) -> loader.Loaded:
     if self._current is None:
-      raise RuntimeError('There is no index before the first adopt().')
-    return self._current.embeddings
+      raise RuntimeError('There is no index before the first step.')
+    return self._current
 
   @property
   def generation_step(self) -> int | None:
@@ -140,38 +172,71 @@ class Refresher:
     return None if self._current is None else self._current.step
 
   @property
-  def generation_digest(self) -> str | None:
-    """Digest of the parameters that the generation in use was made from."""
-    return None if self._current is None else self._current.digest
-
-  @property
   def pending(self) -> int | None:
-    """The snapshot that `adaptive` has taken and not yet adopted."""
+    """The snapshot that `adaptive` took and has not adopted yet."""
     return self._pending
 
   def age_steps(self, step: int) -> int:
-    """How many steps older than `step` the generation in use is."""
+    """Steps since the snapshot of the generation in use."""
     return step - (self.generation_step or 0)
 
-  def snapshot_due(self, step: int, still_right: Callable[[], float]) -> bool:
-    """Whether to take a snapshot of this step; to be asked after `adopt`.
+  def before_step(
+      self,
+      step: int,
+      params: Any,
+      take_snapshot: Callable[[int, bool], object],
+  ) -> bool:
+    """Adopts the generation due at a step and takes a snapshot if one is due.
 
     Args:
-      step: about to begin.
-      still_right: the share of the top k by the index in use that is also
-        among the top k by the parameters of the moment, 0 to 1; the same in
-        all processes. Only `adaptive` asks, once an interval.
+      step: the step that is about to begin.
+      params: current parameters of the embedder.
+      take_snapshot: take_snapshot(step, wait) hands the parameters to the index
+        builder; with `wait` they are on disk when it returns.
+
+    Returns:
+      Whether the search changed.
+
+    Raises:
+      TimeoutError: the generation did not come within config.refresh.timeout
+        seconds.
+      FileNotFoundError: its snapshot is gone, so that it can never come.
+      ValueError: it is of another job or of a newer format, or it was damaged
+        again after a rebuild.
     """
-    if step == 0:
-      return True
-    if self._config.policy == 'none' or step % self._config.interval:
+    at_interval = step % self._config.interval == 0
+    if at_interval:
+      jax.block_until_ready(params)  # The device may be at the last step.
+    # The first generation, and each of `sync`, is made from the snapshot of
+    # this very step. Otherwise adopt first: the builder works on the newest
+    # snapshot only, and must finish the one that this step waits for.
+    first = step == 0 or (at_interval and self._config.policy == 'sync')
+    with self._stall_timer():
+      if first:
+        take_snapshot(step, True)
+        distributed.barrier('the snapshot is on disk')
+      before = None if self._current is None else self._current.search
+      adopted = self._adopt(step)
+      if adopted:
+        with self._stall_timer(-1):  # The device still trains.
+          jax.block_until_ready(params)
+        self._compare(before, self._probe.embed(params))
+      del before  # Frees the table of the old generation.
+      if at_interval and not first and self._snapshot_due(step, params):
+        take_snapshot(step, False)
+    if adopted:
+      self._last_stall, self._stall_since_swap = self._stall_since_swap, 0.0
+    return adopted
+
+  def _snapshot_due(self, step: int, params: Any) -> bool:
+    if self._config.policy in ('none', 'sync'):
       return False
-    if self._config.policy != 'adaptive':
-      return True
-    if self._pending == step:
-      return True  # Decided before the checkpoint that this run began with.
+    if self._config.policy != 'adaptive' or self._pending == step:
+      return True  # Decided before the checkpoint that this run resumed from.
     start = time.perf_counter()
-    overlap = distributed.broadcast(still_right())
+    overlap = distributed.broadcast(
+        self._probe.overlap_with_current(params, self.search)
+    )
     due = overlap < self._config.overlap_bound
     if due:
       self._pending = step
@@ -179,106 +244,77 @@ class Refresher:
     self._measured['refresh/snapshot_due'] = float(due)
     self._measured['refresh/probe_seconds'] = time.perf_counter() - start
     log.info(
-        'Step %d: %.1f %% of what the index of step %s finds is still right, '
-        'the bound is %.1f %%: %s.',
+        'Step %d: %.1f %% of the results of the index of step %s are still '
+        'right, the bound is %.1f %%: %s.',
         step, 100 * overlap, self.generation_step,
         100 * self._config.overlap_bound,
-        'a new one is ordered' if due else 'it stays',
+        'a new index is ordered' if due else 'it stays',
     )
     return due
 
-  def adopt(self, step: int) -> bool:
-    """Swaps in the generation that the policy wants from this step on.
-
-    To be called at the top of each step, at step 0 and under `sync` after the
-    snapshot of that step was handed over, else before it.
-
-    Returns:
-      Whether the search changed.
-
-    Raises:
-      TimeoutError: if it did not come within config.refresh.timeout seconds.
-      FileNotFoundError: if it can never come, as its snapshot is gone.
-      ValueError: if it is of another job, of a newer format, or damaged and
-        damaged again after it was built anew.
-    """
-    self._previous = None
+  def _adopt(self, step: int) -> bool:
+    """Swaps in the generation that the policy wants from this step on."""
     self._loading = self._loader.number is not None and not self._loader.done
-    if self._current is not None and self._config.policy == 'none':
-      return False  # Whatever becomes of the builder.
-    self._look_after_builder(step)
-    if self._config.policy == 'eager' and self._current is not None:
+    policy = self._config.policy
+    if self._current is not None and policy == 'none':
+      return False  # The builder is not needed any more.
+    self._check_builder(step)
+    if self._current is not None and policy == 'eager':
       return self._adopt_newest(step)
     due = self._due(step)
-    if self._current is not None and self._current.step >= due:
-      # Loaded before its time, so that the swap takes none.
-      if self._config.policy == 'scheduled':
-        self._look(step // self._config.interval * self._config.interval)
-      elif self._config.policy == 'adaptive' and self._pending is not None:
-        self._look(self._pending)
-      return False
-    self._swap(self._wait(due, step), step)
-    return True
+    if self._current is None or self._current.step < due:
+      self._swap(self._wait(due, step), step)
+      return True
+    # Load ahead of time, so that the swap takes none.
+    if policy == 'scheduled':
+      self._begin_if_published(_sync(self._config, step, 0))
+    elif policy == 'adaptive' and self._pending is not None:
+      self._begin_if_published(self._pending)
+    return False
 
-  def probe_overlap(
-      self, query_emb_BE: np.ndarray | jax.Array, k: int
-  ) -> float | None:
-    """Share of the top k that the last swap left the same, on some queries.
+  def _due(self, step: int) -> int:
+    return _DUE[self._config.policy](self._config, step, self._pending or 0)
 
-    To be called after `adopt` returned True; the old index is then let go.
-    None if there was none before.
-    """
-    previous, self._previous = self._previous, None
-    # Also with nothing to compare: what it compiles, no later swap has to.
-    found_BK = self.search.search(query_emb_BE, k)
-    if previous is None:
-      return None
-    overlap = search_lib.overlap(previous.search(query_emb_BE, k), found_BK)
-    self._measured['refresh/probe_overlap'] = overlap
-    return overlap
+  def _compare(
+      self, previous: search_lib.Search | None, query_emb_BE: np.ndarray
+  ) -> None:
+    """Measures the share of the top k that the swap left the same."""
+    # Also without a previous search: compiles for later swaps.
+    found_BK = self.search.search(query_emb_BE, self._probe.k)
+    if previous is not None:
+      old_BK = previous.search(query_emb_BE, self._probe.k)
+      overlap = search_lib.overlap(old_BK, found_BK)
+      self._measured['refresh/probe_overlap'] = overlap
 
   @contextlib.contextmanager
-  def standing_still(self) -> Iterator[None]:
-    """Counts what is done inside as time in which training stood still."""
-    start, adopted = time.perf_counter(), self.num_adopted
-    try:
-      yield
-    finally:
-      seconds = time.perf_counter() - start
-      self._stood_seconds += seconds
-      self._stood_since_swap += seconds
-      if self.num_adopted != adopted:
-        self._last_stand, self._stood_since_swap = self._stood_since_swap, 0.0
-
-  @contextlib.contextmanager
-  def training_goes_on(self) -> Iterator[None]:
-    """Takes what is done inside out of `standing_still`, around it."""
+  def _stall_timer(self, sign: int = 1) -> Iterator[None]:
+    """Adds the time inside to that in which training stood still."""
     start = time.perf_counter()
     try:
       yield
     finally:
-      seconds = time.perf_counter() - start
-      self._stood_seconds -= seconds
-      self._stood_since_swap -= seconds
+      seconds = sign * (time.perf_counter() - start)
+      self._stall += seconds
+      self._stall_since_swap += seconds
 
   def metrics(self, step: int) -> dict[str, float]:
-    """How stale the index is, and what keeping it fresh costs.
+    """Returns how stale the index is and what its refresh costs.
 
-    See docs/refresh.md for what each of them says.
+    docs/refresh.md explains each metric.
     """
     if self._current is None:
       return {}
     return {
         'refresh/generation': float(self._current.step),
         'refresh/age_steps': float(self.age_steps(step)),
-        'refresh/age_seconds': time.time() - self._current.born,
+        'refresh/age_seconds': time.time() - self._current.snapshot_time,
         'refresh/adopted': float(self.num_adopted),
         'refresh/loading': float(self._loading),
         'refresh/load_seconds': self._current.seconds,
         'refresh/wait_seconds': self.waited_seconds,
         'refresh/last_wait_seconds': self._last_wait,
-        'refresh/stall_seconds': self._stood_seconds,
-        'refresh/last_stall_seconds': self._last_stand,
+        'refresh/stall_seconds': self._stall,
+        'refresh/last_stall_seconds': self._last_stall,
         'refresh/builder_failures': float(self._failures),
         **self._measured,
     }
@@ -286,33 +322,20 @@ class Refresher:
   def close(self) -> None:
     self._loader.close()
 
-  def _look_after_builder(self, step: int) -> None:
+  def _check_builder(self, step: int) -> None:
     failures = self._health() or 0
     if failures > self._failures and self._current is not None:
       log.warning(
-          'The index builder has failed %d times so far. Training goes on with '
-          'the index of step %d, %d steps and %.0f seconds old.',
+          'The index builder has failed %d times so far. Training continues '
+          'with the index of step %d, %d steps and %.0f seconds old.',
           failures, self._current.step, self.age_steps(step),
-          time.time() - self._current.born,
+          time.time() - self._current.snapshot_time,
       )
     self._failures = failures
 
-  def _due(self, step: int) -> int:
-    """The generation that must be in use at a step, at the least."""
-    match self._config.policy:
-      case 'sync':
-        passed = step
-      case 'scheduled':
-        passed = max(step - self._config.lag, 0)
-      case 'adaptive' if (self._pending or 0) + self._config.lag <= step:
-        passed = self._pending or 0
-      case _:
-        passed = 0
-    return passed // self._config.interval * self._config.interval
-
   def _adopt_newest(self, step: int) -> bool:
     """Process 0 chooses; the swap comes when all processes have loaded it."""
-    if jax.process_count() > 1 and step % _LOOK_STEPS:
+    if jax.process_count() > 1 and step % _POLL_STEPS:
       return False
     number = distributed.broadcast(
         self._choose(step) if distributed.is_main() else None
@@ -326,17 +349,16 @@ class Refresher:
     try:
       loaded = self._loader.take()
     except FileNotFoundError:
-      pass  # Replaced or pruned meanwhile.
+      pass  # It was replaced or deleted.
     except (ValueError, OSError) as error:
       refused = True
       log.error(
-          'Training goes on with the index of step %s: %s',
-          self.generation_step,
-          error,
+          'Training continues with the index of step %s: %s',
+          self.generation_step, error,
       )
     if distributed.any(refused):
       self._refused.add(number)
-    # A checkpoint could not refer to one that is gone.
+    # A checkpoint could not refer to a generation that is gone.
     if distributed.any(loaded is None or not loaded.path.exists()):
       return False
     assert loaded is not None
@@ -344,35 +366,33 @@ class Refresher:
     return True
 
   def _choose(self, step: int) -> int | None:
-    """The generation that `eager` is loading, or should begin to load."""
-    if self._loader.number is not None or not self._may_look():
+    """The generation that `eager` is loading or should begin to load."""
+    if self._loader.number is not None or not self._may_poll():
       return self._loader.number
     for number in reversed(checkpoint.steps_in(self._directory)):
       newer = (self.generation_step or 0) < number <= step
-      if newer and number not in self._refused and self._is_there(number):
+      if newer and number not in self._refused and self._is_published(number):
         return number
     return None
 
-  def _look(self, number: int) -> None:
-    """Begins to load a generation if it is there, newer, and not begun."""
+  def _begin_if_published(self, number: int) -> None:
     if number <= (self.generation_step or 0) or self._loader.number is not None:
       return
-    if self._may_look() and self._is_there(number):
+    if self._may_poll() and self._is_published(number):
       self._begin(number)
 
-  def _may_look(self) -> bool:
+  def _may_poll(self) -> bool:
     now = time.monotonic()
-    if now - self._looked < _LOOK_SECONDS:
+    if now - self._last_poll < _POLL_SECONDS:
       return False
-    self._looked = now
+    self._last_poll = now
     return True
 
-  def _is_there(self, number: int) -> bool:
+  def _is_published(self, number: int) -> bool:
     try:
       return self._loader.is_published(number)
     except ValueError:
-      # Under `eager`, loading it will say what is wrong, once; else waiting
-      # for it will, when it is due.
+      # Loading it (`eager`), or the wait for it, will report the error.
       return self._config.policy == 'eager'
 
   def _begin(self, number: int) -> None:
@@ -383,7 +403,6 @@ class Refresher:
   def _swap(self, loaded: loader.Loaded, step: int) -> None:
     start = time.perf_counter()
     if self._current is not None:
-      self._previous = self._current.search
       self._measured['refresh/drift_cosine'] = _mean_cosine(
           self._current.sample, loaded.sample
       )
@@ -400,42 +419,37 @@ class Refresher:
     )
 
   def _wait(self, number: int, step: int) -> loader.Loaded:
-    """Returns a generation as soon as it is there and loaded."""
+    """Returns a generation as soon as it is published and loaded."""
     start = time.perf_counter()
-    patience = loader.Patience(self._workdir, number, self._config.timeout)
-    damaged: generation_lib.Damaged | None = None
-    path = self._directory / str(number)
+    wait = loader.GenerationWait(self._workdir, number, self._config.timeout)
+    damaged = False
     loaded: loader.Loaded | None = None
-    while True:  # In step with the other processes.
+    while True:  # All processes go through it equally often.
       self._interrupt()
       try:
         if self._loader.number == number:
-          loaded = self._loader.take(patience.pause())
-        elif loaded is not None:
-          time.sleep(patience.pause())  # Another process still loads it.
-        elif self._loader.number is not None:
-          if self._loader.done:
-            self._loader.drop()  # Of no use any more.
-          time.sleep(patience.pause())
-        elif self._loader.is_published(number):
+          loaded = self._loader.take(wait.pause())
+        elif self._loader.number is None and loaded is None and (
+            self._loader.is_published(number)
+        ):
           self._begin(number)
         else:
-          time.sleep(patience.pause())
-      except TimeoutError:
-        pass  # Still loading.
-      except FileNotFoundError:
-        pass  # Being replaced.
+          if loaded is None and self._loader.done:
+            self._loader.drop()  # Another generation, not needed any more.
+          time.sleep(wait.pause())
+      except (TimeoutError, FileNotFoundError):
+        pass  # Still loading, or being replaced.
       except generation_lib.Damaged as error:
-        if distributed.is_main():  # The others wait for what it decides.
-          if damaged is not None:
+        if distributed.is_main():  # The other processes wait for its decision.
+          if damaged:
             raise
-          damaged = error
-          log.error('%s It is removed, to be built anew.', error)
-          files.remove(path)
-      self._look_after_builder(step)
+          damaged = True
+          log.error('%s It is removed, to be built again.', error)
+          files.remove(self._directory / str(number))
+      self._check_builder(step)
       if not distributed.any(loaded is None):
         break
-      patience.check()
+      wait.check()
     assert loaded is not None
     self._last_wait = time.perf_counter() - start
     self.waited_seconds += self._last_wait
@@ -443,17 +457,17 @@ class Refresher:
 
 
 def drop_future(workdir: pathlib.Path | str, step: int) -> None:
-  """Removes what a killed trainer left of steps that are now run again.
+  """Removes a killed trainer's files of steps that are run again.
 
-  That is: snapshots and generations of steps after `step`, and generations of
-  other parameters than the snapshot of their step.
+  These are the snapshots and generations of steps after `step`, and generations
+  made from other parameters than the snapshot of their step.
   """
   if not distributed.is_main():
     return
   workdir = pathlib.Path(workdir)
   snapshots = workdir / snapshots_lib.DIRECTORY
-  for left in snapshots.glob(f'{files.TEMPORARY}*'):
-    shutil.rmtree(left, ignore_errors=True)
+  for leftover in snapshots.glob(f'{files.TEMPORARY}*'):
+    shutil.rmtree(leftover, ignore_errors=True)
   # Snapshots first: a builder does not publish without its snapshot.
   for number in snapshots_lib.steps_of(workdir):
     if number > step:
@@ -466,10 +480,10 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
     stale = number > step
     if not stale and number in kept:
       try:
-        theirs = generation_lib.read_manifest(path)['params_digest']
+        found = generation_lib.read_manifest(path)['params_digest']
       except (generation_lib.Damaged, FileNotFoundError):
-        continue  # Whoever needs it will say so.
-      stale = theirs != snapshots_lib.digest_of(workdir, number)
+        continue  # Loading it reports the error.
+      stale = found != snapshots_lib.digest_of(workdir, number)
     if stale:
       files.remove(path)
       log.info('Removed %s, of steps that are run again.', path)

@@ -25,7 +25,6 @@ class Retriever:
       mesh: jax.sharding.Mesh,
       refresher: refresh_lib.Refresher,
       rows: np.ndarray,
-      collective: bool,
   ):
     """Compiles nothing yet.
 
@@ -34,12 +33,9 @@ class Retriever:
       mesh: of the job.
       refresher: has the index in use.
       rows: this process' rows of a batch.
-      collective: whether the index lies on the devices of all processes, which
-        then search together.
     """
     self.params: components_lib.Params = {}  # Current parameters.
     self._mesh, self._refresher, self._rows = mesh, refresher, rows
-    self._collective = collective and jax.process_count() > 1
     self._embedder = embedding.Embedder(embedder, mesh)
 
   def search(
@@ -50,12 +46,14 @@ class Retriever:
         self._embedder.queries(self.params, self._on_devices(query_ids_BQ))
     )
     own_emb_BE = query_emb_BE[self._rows]
-    search = self._refresher.search.search
-    if not self._collective:
-      return search(own_emb_BE, k, exclude_BR2), own_emb_BE
+    search = self._refresher.search
+    if not search.collective or jax.process_count() == 1:
+      return search.search(own_emb_BE, k, exclude_BR2), own_emb_BE
+    # The table lies on the devices of all processes, which search together.
     if exclude_BR2 is not None:
       exclude_BR2 = distributed.fetch(self._on_devices(exclude_BR2))
-    return search(query_emb_BE, k, exclude_BR2)[self._rows], own_emb_BE
+    rows_BK = search.search(query_emb_BE, k, exclude_BR2)[self._rows]
+    return rows_BK, own_emb_BE
 
   def embeddings(self, rows_BN: np.ndarray) -> np.ndarray:
     return search_lib.gather(self._refresher.embeddings, rows_BN)

@@ -18,7 +18,6 @@ from realm_jax import config as config_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import sharding
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
 
@@ -58,7 +57,7 @@ def state_shardings(
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
   """Returns the sharding of each array of the state."""
-  return sharding.shardings(
+  return mesh_lib.shardings(
       abstract_state(components, tx), mesh, config.mesh.zero
   )
 
@@ -174,19 +173,19 @@ def make_gradients(
   Args:
     stage: of the job.
     components: networks of the stage.
-    specs: partition spec of each parameter, from `sharding.rule_for`; the
+    specs: partition spec of each parameter, from `mesh_lib.rule_for`; the
       gradients have the same.
     mesh: of the job.
     accumulate: number of parts of a device's rows, computed one by one.
     frozen: components without gradients; they have no backward pass.
   """
-  over_data = jax.tree.map(sharding.over_data, specs)
+  over_data = jax.tree.map(mesh_lib.over_data, specs)
   learned = [name for name in specs if name not in frozen]
 
   def on_device(
       params: Any, batch: Any, noise: dropout.Noise
   ) -> tuple[LossAndMetrics, Any]:
-    params = jax.tree.map(sharding.gather, params, specs)
+    params = jax.tree.map(mesh_lib.gather, params, specs)
     fixed = {name: params.pop(name) for name in frozen}
     totals = jax.lax.psum(stage.counts(batch), mesh_lib.DATA)
 
@@ -223,7 +222,7 @@ def make_gradients(
     return (
         jax.lax.psum(value, mesh_lib.DATA),
         {
-            name: jax.tree.map(sharding.reduce_gradient, x, specs[name])
+            name: jax.tree.map(mesh_lib.reduce_gradient, x, specs[name])
             for name, x in grads.items()
         },
     )

@@ -1,6 +1,6 @@
-"""What a compiled program exchanges between its devices, read from its HLO.
+"""The collectives of a compiled program, read from its HLO.
 
-Public: `Collective`, `read`, `bytes_sent`. Loops count as often as they turn.
+A collective in a loop counts once for each turn.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ _CALLED = re.compile(
 class Collective:
   """One collective operation of a program."""
 
-  op: str  # As HLO names it, 'all-reduce' say.
+  op: str  # HLO's name, such as 'all-reduce'.
   result_bytes: int  # On one device.
-  group: int  # How many devices take part together.
-  times: int  # How often it runs in one run of the program.
-  source: str  # What it was made for, as JAX names it.
+  group: int  # Number of devices that take part together.
+  times: int  # Number of runs in one run of the program.
+  source: str  # JAX's name of the operation.
 
   @property
   def bytes_sent(self) -> float:
-    """What one device sends, by a ring: the least that there can be.
+    """Bytes that one device sends in a ring, the minimum.
 
-    An all-reduce is a reduce-scatter and an all-gather; each of these sends
-    all but 1/group of the whole array.
+    An all-reduce is a reduce-scatter and an all-gather; each sends all but
+    1/group of the whole array.
     """
     others = (self.group - 1) / self.group
     match self.op:
@@ -53,15 +53,15 @@ class Collective:
 
 
 def read(hlo: str, num_devices: int) -> list[Collective]:
-  """Returns the collectives of a program, those that reach others.
+  """Returns the collectives of a program between two or more devices.
 
   Args:
-    hlo: the text of the compiled program, `compiled.as_text()`.
-    num_devices: that it runs on.
+    hlo: text of the compiled program, `compiled.as_text()`.
+    num_devices: number of devices that it runs on.
 
   Raises:
-    ValueError: if a collective is in a loop without a known number of turns,
-      or is written in an unknown way.
+    ValueError: a collective is in a loop without a known number of turns, or
+      its text is not understood.
   """
   bodies, entry = _computations(hlo)
   found: list[Collective] = []
@@ -96,8 +96,8 @@ def read(hlo: str, num_devices: int) -> list[Collective]:
         visit(inner, times * abs(turns))
       if turns < 0 and len(found) > before:
         raise ValueError(
-            'A collective is in a loop of which the program does not say how'
-            f' often it turns: {line.strip()[:200]}'
+            'A collective is in a loop without a known number of turns:'
+            f' {line.strip()[:200]}'
         )
 
   visit(entry, 1)
@@ -105,7 +105,7 @@ def read(hlo: str, num_devices: int) -> list[Collective]:
 
 
 def bytes_sent(collectives: list[Collective]) -> float:
-  """What each device sends in one run of the program."""
+  """Returns the bytes that each device sends in one run of the program."""
   return math.fsum(c.bytes_sent for c in collectives)
 
 
@@ -131,7 +131,7 @@ def _bytes(result: str, started: bool) -> int:
     elements = math.prod(int(n) for n in shape.split(',') if n)
     sizes.append(elements * int(bits or 8) // 8)  # pred has 8.
   if started and len(sizes) > 1:
-    # What is started is a pair of operands and results.
+    # An asynchronous start has operands and results.
     sizes = sizes[len(sizes) // 2 :]
   return sum(sizes)
 

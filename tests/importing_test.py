@@ -1,0 +1,133 @@
+"""Errors of `realm-jax import`, and checkpoints of the hub."""
+
+import json
+import pathlib
+import shutil
+
+import export_test
+import numpy as np
+import pytest
+
+from realm_jax.interop import export
+from realm_jax.interop import importing
+from realm_jax.interop import weights
+
+_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+workdirs = export_test.workdirs
+
+
+def test_what_cannot_be_imported(tmp_path, workdirs):
+  def run(*names, **options):
+    importing.run([str(n) for n in names], tmp_path / 'out', **options)
+
+  with pytest.raises(FileNotFoundError, match='no folder'):
+    run('/nowhere/at/all')
+  with pytest.raises(FileNotFoundError, match=r'config\.json'):
+    run(tmp_path)
+  with pytest.raises(ValueError, match='Both .* have the component reader'):
+    run(_FIXTURES / 'bert', _FIXTURES / 'encoder')
+  with pytest.raises(ValueError, match="of which .'span_reader'. are wanted"):
+    run(_FIXTURES / 'bert', components=['span_reader'])
+  with pytest.raises(FileExistsError, match='not empty'):
+    importing.run([str(_FIXTURES / 'bert')], workdirs)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_sources_of_different_models(tmp_path):
+  folder = tmp_path / 'encoder'
+  shutil.copytree(_FIXTURES / 'encoder', folder)
+  values = json.loads((folder / 'config.json').read_bytes())
+  values['hidden_act'] = 'gelu'
+  (folder / 'config.json').write_text(json.dumps(values))
+  with pytest.raises(ValueError, match="activation: 'gelu_new' and 'gelu'"):
+    importing.run(
+        [str(_FIXTURES / 'embedder'), str(folder)], tmp_path / 'out'
+    )
+  text = (folder / 'vocab.txt').read_text().replace('cat', 'dog')
+  (folder / 'vocab.txt').write_text(text)
+  with pytest.raises(ValueError, match='different vocabularies'):
+    importing.run(
+        [str(_FIXTURES / 'embedder'), str(folder)], tmp_path / 'out'
+    )
+
+
+def test_a_vocabulary_of_another_size(tmp_path):
+  folder = tmp_path / 'source'
+  shutil.copytree(_FIXTURES / 'embedder', folder)
+  with (folder / 'vocab.txt').open('ab') as file:
+    file.write(b'more\r\n')
+  with pytest.raises(ValueError, match='has 65 wordpieces, .* made for 64'):
+    importing.run([str(folder)], tmp_path / 'out')
+  importing.run(
+      [str(folder)], tmp_path / 'out', vocab=str(_FIXTURES / 'embedder')
+  )
+  (folder / 'vocab.txt').unlink()
+  with pytest.raises(FileNotFoundError, match=r'neither vocab\.txt'):
+    importing.run([str(folder)], tmp_path / 'other')
+
+
+def test_documents_that_do_not_fit_their_embeddings(tmp_path):
+  folder = tmp_path / 'source'
+  shutil.copytree(_FIXTURES / 'open_qa', folder)
+  blocks = folder / 'block_records.npy'
+  np.save(blocks, np.array([b'a', b'b'], object), allow_pickle=True)
+  with pytest.raises(ValueError, match='2 documents, .* embeddings of 7'):
+    importing.run([str(folder)], tmp_path / 'out', workers=1)
+  assert not (tmp_path / 'out').exists()
+  blocks.unlink()
+  # Without documents there is no index, but what there is can be used.
+  importing.run([str(folder)], tmp_path / 'out')
+  with pytest.raises(FileNotFoundError, match='realm-jax index'):
+    export.run(
+        tmp_path / 'out', 'huggingface', tmp_path / 'again', classes=['openqa']
+    )
+  export.run(tmp_path / 'out', 'huggingface', tmp_path / 'again')
+  back = weights.open_folder(tmp_path / 'again')
+  there = weights.open_folder(_FIXTURES / 'embedder')
+  for name in there:
+    if 'cls.predictions' not in name and 'position_ids' not in name:
+      assert back[name].read().tobytes() == there[name].read().tobytes()
+  importing.run(
+      [str(folder)],
+      tmp_path / 'elsewhere',
+      blocks=str(_FIXTURES / 'open_qa/block_records.npy'),
+      workers=1,
+  )
+  assert (tmp_path / 'elsewhere/index/0').is_dir()
+
+
+def test_a_hub_id(tmp_path, monkeypatch):
+  """Only what is needed is fetched; what the hub lacks is no error."""
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  fetched = []
+
+  def download(name, file):
+    assert name == 'someone/scorer'
+    path = _FIXTURES / 'scorer' / file
+    if not path.is_file():
+      raise errors.LocalEntryNotFoundError(f'no {file}')
+    fetched.append(file)
+    return str(path)
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
+  summary = importing.run(['someone/scorer'], tmp_path / 'workdir')
+  assert summary['sources']['someone/scorer']['kind'] == 'scorer'
+  assert sorted(fetched) == [
+      'config.json',
+      'model-00001-of-00002.safetensors',
+      'model-00002-of-00002.safetensors',
+      'model.safetensors.index.json',
+      'tokenizer_config.json',
+      'vocab.txt',
+  ]
+
+  def offline(name, file):
+    raise errors.LocalEntryNotFoundError('offline')
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', offline)
+  with pytest.raises(FileNotFoundError, match='hub cannot be reached'):
+    importing.run(['someone/else'], tmp_path / 'other')
+  with pytest.raises(FileNotFoundError, match='There is no folder'):
+    importing.run([str(tmp_path / 'nothing')], tmp_path / 'other')
