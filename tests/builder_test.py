@@ -265,7 +265,7 @@ def test_keep_zero_keeps_all(workdir, config, component):
   assert len(checkpoint.steps_in(workdir / 'index')) == 7
 
 
-def test_a_generation_of_an_earlier_run_or_a_damaged_one_is_built_anew(
+def test_a_damaged_or_foreign_generation_is_built_again(
     workdir, component
 ):
   index = workdir / 'index'
@@ -274,7 +274,7 @@ def test_a_generation_of_an_earlier_run_or_a_damaged_one_is_built_anew(
   files.write_json(workdir / 'summary.json', {})
   before = (index / '0' / 'manifest.json').read_bytes()
   builder.follow(workdir)
-  assert (index / '0' / 'manifest.json').read_bytes() == before  # As it was.
+  assert (index / '0' / 'manifest.json').read_bytes() == before  # Unchanged.
   _, digest = _snapshot(workdir, component, 0, seed=2)
   builder.follow(workdir)
   assert generation.read_manifest(index / '0')['params_digest'] == digest
@@ -334,7 +334,7 @@ def _files(path):
   }
 
 
-def test_a_build_is_gone_on_with_where_it_was_interrupted(
+def test_an_interrupted_build_is_resumed(
     workdir, component, monkeypatch, small_shards
 ):
   index = workdir / 'index'
@@ -377,7 +377,7 @@ def test_a_build_is_gone_on_with_where_it_was_interrupted(
 
 
 @pytest.mark.parametrize('change', ['params', 'length', 'dtype', 'newer'])
-def test_what_was_begun_for_something_else_is_thrown_away(
+def test_an_unfinished_build_of_another_kind_is_deleted(
     workdir, config, component, monkeypatch, small_shards, change
 ):
   _snapshot(workdir, component, 0)
@@ -420,7 +420,7 @@ def test_a_second_builder_names_the_first(workdir, component):
   builder.build(workdir)  # The lock is free again.
 
 
-def test_waits_no_longer_than_told(tmp_path, workdir, monkeypatch):
+def test_start_timeout(tmp_path, workdir, monkeypatch):
   with pytest.raises(TimeoutError, match='no config.json after 0 s'):
     builder.follow(tmp_path / 'new', start_timeout=0.1)
   with pytest.raises(TimeoutError, match='no first snapshot'):
@@ -467,7 +467,7 @@ def test_as_a_process_it_leaves_on_sigterm_and_with_its_parent(
     assert 'leaves: SIGTERM' in (tmp_path / 'log').read_text()
     _until((orphaned / 'index' / 'heartbeat.json').exists)
     child = heartbeat_lib.read(orphaned / 'index')['pid']
-    os.kill(child, 0)  # It is there.
+    os.kill(child, 0)  # It exists.
     shell.kill()
     shell.wait()
     _until(

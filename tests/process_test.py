@@ -9,7 +9,7 @@ from realm_jax.runtime import files
 from realm_jax.runtime import process as process_lib
 
 
-def test_storage_without_locks_is_spoken_of(tmp_path, monkeypatch, caplog):
+def test_storage_without_locks_is_logged(tmp_path, monkeypatch, caplog):
   def flock(file, how):
     raise OSError(errno.ENOLCK, 'No locks available')
 

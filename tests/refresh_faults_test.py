@@ -16,7 +16,7 @@ from realm_jax.trainer import loader
 from realm_jax.trainer import refresh
 
 
-def test_a_damaged_generation_is_built_anew_once(tmp_path):
+def test_a_damaged_generation_is_built_again_once(tmp_path):
   refresher = refresh_test._refresher(tmp_path)
   refresh_test._snapshot(tmp_path, 0)
   path = refresh_test._publish(tmp_path, 0)
@@ -33,7 +33,7 @@ def test_a_damaged_generation_is_built_anew_once(tmp_path):
   thread.start()
   assert refresh_test._step(refresher, 0)
   thread.join()
-  # Damaged each time it is built: the disk is at fault, and that is said.
+  # Damaged at every build: the disk is at fault; the error says so.
   refresher = refresh_test._refresher(tmp_path)
   refresh_test._flip(path / 'shard-00000.npy')
   thread = threading.Thread(target=_rebuild_damaged, args=(tmp_path, path))
@@ -122,7 +122,7 @@ def test_waiting_ends(tmp_path, monkeypatch):
     refresh_test._step(refresher, 0)
 
 
-def test_the_builders_health_is_looked_at(tmp_path):
+def test_health_is_checked_at_every_step(tmp_path):
   calls = []
 
   def health():
@@ -144,7 +144,7 @@ def test_the_builders_health_is_looked_at(tmp_path):
   refresher.close()
 
 
-def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
+def test_a_wait_logs_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(loader, '_STALE_SECONDS', 0.1)
   monkeypatch.setattr(loader, '_LOG_SECONDS', 0.3)
   refresher = refresh_test._refresher(tmp_path)
@@ -196,7 +196,7 @@ def test_resuming_without_its_generation_names_the_command(tmp_path):
   assert not refresh_test._step(refresher, 6)
 
 
-def test_a_failing_builder_is_spoken_of_with_the_age_of_the_index(
+def test_failures_of_the_builder_are_logged_with_the_age(
     tmp_path, monkeypatch, caplog
 ):
   failures = [0]
@@ -247,7 +247,7 @@ def test_scheduled_waits_for_a_failing_builder_at_the_due_step_only(tmp_path):
   refresher.close()
 
 
-def test_without_refresh_nobody_looks_after_the_builder(tmp_path):
+def test_without_refresh_the_builder_is_not_checked(tmp_path):
   def give_up():
     raise RuntimeError('too often')
 

@@ -50,7 +50,7 @@ def _snapshot(workdir, step, value=None):
 
 
 def _publish(workdir, step, **lineage):
-  """What the index builder does."""
+  """Publishes a generation, in the place of the index builder."""
   made_from = generation.Lineage(
       step=step,
       params_digest=lineage.pop('params_digest', None)
@@ -116,7 +116,7 @@ def _run(workdir, policy, steps, publish, start=0, saved=None, lag=4):
     about[step] = {
         'generation': refresher.generation_step, 'pending': refresher.pending
     }
-    # What is searched is that generation indeed.
+    # The search is over that generation.
     number = refresher.generation_step
     found = refresher.search.search(_embeddings(number)[:5] * 100, 3)
     expected = search.ExactSearch(_embeddings(number)).search(
@@ -179,7 +179,7 @@ def test_resumed_anywhere_the_sequence_is_the_same(tmp_path, policy, lag):
     assert used == expected[killed:], killed
 
 
-def test_what_was_built_of_steps_run_again_is_dropped(tmp_path):
+def test_files_of_steps_that_run_again_are_removed(tmp_path):
   for step in (0, 4, 8):
     _snapshot(tmp_path, step)
     _publish(tmp_path, step)
@@ -192,7 +192,7 @@ def test_what_was_built_of_steps_run_again_is_dropped(tmp_path):
   assert not (tmp_path / 'new').exists()
 
 
-def test_who_was_stopped_while_waiting_waits_for_the_same_again(tmp_path):
+def test_a_stopped_wait_resumes_for_the_same_generation(tmp_path):
   """A snapshot of the step itself would keep the builder from that."""
   for step in (0, 4, 8):
     _snapshot(tmp_path, step)
@@ -295,7 +295,7 @@ def _flip(path):
   path.write_bytes(bytes(data))
 
 
-def test_eager_goes_on_with_the_last_good_one(tmp_path, monkeypatch, caplog):
+def test_eager_keeps_the_last_good_generation(tmp_path, monkeypatch, caplog):
   refresher = _eager(tmp_path, monkeypatch)
   _snapshot(tmp_path, 4)
   path = _publish(tmp_path, 4)

@@ -111,7 +111,9 @@ def test_a_backend_of_the_user_trains_evaluates_and_plans(
 
 
 def test_the_planner_asks_the_backend_for_its_memory(world, brute):
-  config = training_test.make_config(world, 'realm', mips__backend=_NAME)
+  config = training_test.make_config(
+      world, 'realm', mips__backend=_NAME, model__vocab_size=200
+  )
   setting = plan.Setting(10**6, 30.0, plan.CHIPS['h100'])
   ours = plan.plan(config, setting)
   assert 'two_index_tables_gb' not in ours['device_memory']
