@@ -46,8 +46,8 @@ _SUMMARIES = {
     'reader': 'The span reader of REALM for open-domain questions. The input is'
     ' `[CLS] question [SEP] body [SEP]`.',
     'openqa': 'REALM for open-domain questions, with its documents. One'
-    ' question at a time; documents are the bodies of the passages, without their'
-    ' titles.',
+    ' question at a time; documents are the bodies of the passages, without'
+    ' their titles.',
     'tagger': 'A tagger of named entities, for salient spans. The input is'
     ' `[CLS] sentence [SEP]`. The label of a word is that of its first'
     ' wordpiece. With config.model.capitals, segment 1 (`token_type_ids`) marks'
