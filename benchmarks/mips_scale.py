@@ -1,4 +1,4 @@
-"""Search at full size: what `scann` costs beside FAISS, and `exact` from disk.
+"""Search at full size: `scann` against FAISS, and `exact` from disk.
 
   python benchmarks/mips_scale.py --output=benchmarks/results/mips_scale.json \
       [--rows=N] [--folder=DIR] [--small]
@@ -95,7 +95,7 @@ class Vectors:
     return _normalised(self._raw(number)[:count])
 
   def queries(self, rows: int) -> np.ndarray:
-    """Queries for a table of so many rows."""
+    """Returns queries for a table of this many rows."""
     rng = np.random.default_rng([self._seed, 2])
     parts = []
     for _ in range(8):
@@ -218,7 +218,7 @@ def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
 
 
 class _Ours:
-  """What `serve` asks of either side: `search`."""
+  """Our side: `search`, for `_serve`."""
 
   def __init__(self, folder: pathlib.Path, rows: int):
     start = time.perf_counter()
