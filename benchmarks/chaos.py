@@ -102,7 +102,7 @@ class _Run:
         if code is not None and code != -signal.SIGKILL:
           raise RuntimeError(f'The trainer ended with {code}; see {self.log}.')
         if time.monotonic() - changed > _PATIENCE_SECONDS:
-          raise RuntimeError(f'Nothing goes on any more; see {self.log}.')
+          raise RuntimeError(f'The job makes no progress; see {self.log}.')
         for kill in kills:
           if kill.reached is None and step >= kill.step:
             kill.reached = now
@@ -311,7 +311,7 @@ def main() -> int:
   shutil.rmtree(arguments.scratch, ignore_errors=True)
   corpus = arguments.scratch / 'corpus'
   prepare.prepare(['world:0:100'], str(corpus), workers=1, progress=False)
-  # Starting again is most of the time; compiling anew each time is no use.
+  # Restarts take most of the time; a cache avoids compilation in each.
   os.environ.setdefault(
       'JAX_COMPILATION_CACHE_DIR', str((arguments.scratch / 'cache').absolute())
   )

@@ -138,7 +138,7 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
 
 
 def _needed(config: config_lib.Config, params: Any) -> dict[str, float]:
-  """What one device has to send, by the design."""
+  """Returns the bytes that a device has to send, by the design."""
   c, m, lengths = config, config.model, config.lengths
   data, model = c.mesh.data, c.mesh.model
   n = data * model

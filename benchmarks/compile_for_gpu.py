@@ -214,7 +214,7 @@ def _figures(trace: Any) -> dict[str, Any]:
 
 
 def _a_layer(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-  """What a layer adds, from the figures of two depths."""
+  """Returns the cost of a layer, from the figures of two depths."""
   layers = other['layers'] - one['layers']
   return {
       name: (other[name] - one[name]) / layers

@@ -1,7 +1,7 @@
 """Cost of `realm-jax index add|update|delete|compact` by corpus size.
 
-  python benchmarks/documents.py [--output=FILE.json] [--small] [--sizes=4000,16000]
-      [--width=128]
+  python benchmarks/documents.py [--output=FILE.json] [--small]
+      [--sizes=4000,16000] [--width=128]
 
 Corpora of short invented passages, with random embeddings of the given width
 and an untrained retriever of preset `tiny`. Each figure is the median of three

@@ -134,9 +134,11 @@ def about(*packages: str) -> dict[str, Any]:
   Args:
     *packages: whose versions matter, by their names on PyPI.
   """
+  # Folders of this machine mean nothing elsewhere.
   words = [
       '--torch_python=hf/bin/python' if w.startswith('--torch_python') else w
       for w in sys.argv
+      if not w.startswith('--folder')
   ]
   return {
       'command': shlex.join(['python', *words]),

@@ -3,7 +3,7 @@
   python benchmarks/huggingface_parity.py --torch_python=hf/bin/python \
       [--output=FILE.json] [--small] [--seed=N] [--width=N] [--layers=N]
 
-`hf/bin/python` has PyTorch and transformers 4.40.2, which cannot live beside
+`hf/bin/python` has PyTorch and transformers 4.40.2, which cannot live with
 what realm_jax needs; tests/make_huggingface_fixtures.py says how to make it.
 All five REALM classes and BERT, both activations: the largest difference
 forward, in the losses, in the gradients of the pretraining loss, each over the

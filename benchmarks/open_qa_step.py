@@ -1,4 +1,4 @@
-"""A fine-tuning step on questions beside RealmForOpenQA of transformers.
+"""A fine-tuning step on questions against RealmForOpenQA of transformers.
 
   python benchmarks/open_qa_step.py --corpus=corpus \
       --questions=train.jsonl --torch_python=/path/to/python \

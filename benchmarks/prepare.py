@@ -7,7 +7,7 @@
 The same sources are prepared with several numbers of workers, and once more by
 a run that is killed (SIGKILL) and started again; the files must be the same.
 Other work on the machine makes wall time longer, so that CPU time, which
-includes all processes, is given beside it, and the load before each run.
+includes all processes, is given next to it, and the load before each run.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""NaturalQuestions, WebQuestions and CuratedTREC after SQuAD, beside BM25.
+"""NaturalQuestions, WebQuestions and CuratedTREC after SQuAD, against BM25.
 
   python benchmarks/question_sets.py --corpus=corpus \
       --init_from=runs/squad_open/open_qa --output=results.json \
       nq=nq.jsonl webquestions=webquestions.jsonl curatedtrec=curatedtrec.jsonl
 
-What benchmarks/squad_open.py has trained goes on with the questions of each
+The models of benchmarks/squad_open.py continue with the questions of each
 set, the passages' side frozen as published. The re-split of ORQA (`realm-jax
 questions --split`) sets a tenth of each file aside, which is evaluated. How
 many of those have an answer in the corpus at all is counted too: that bounds

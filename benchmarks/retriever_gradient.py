@@ -238,7 +238,7 @@ def main() -> int:
           title=f'step {step}: {_UPDATES[name]}\ncorrelation'
           f' {pooled:.2f}, within a sentence {within:.2f} (median)',
           xlabel='r(z)',
-          ylabel='change of f(x,z) beside the other candidates',
+          ylabel='change of f(x,z) relative to the other candidates',
       )
       axis.title.set_fontsize(9)
   harness.write(arguments.output, figures, 'jax', 'flax')

@@ -77,7 +77,7 @@ def divide(arguments: argparse.Namespace) -> dict[str, pathlib.Path]:
 
 
 def by_rules(sentences: Sentences, names_only: bool) -> Entities:
-  """What `find_spans` marks in the tokens with spaces in between.
+  """Returns the spans of `find_spans` in tokens joined by spaces.
 
   It was made for running text; here it knows of no document, and whether a
   word that begins a sentence is a name it cannot look up elsewhere.

@@ -47,7 +47,7 @@ def train(arguments: argparse.Namespace) -> list[str]:
         '--config.masking=random_token',
         f'--config.steps={arguments.steps}',
         '--config.batch_size=64',
-        # Sentences alone: nothing is read beside them.
+        # Sentences alone, without documents.
         '--config.mlm.own_passage_rate=0',
         '--config.lengths.document=8',
     )

@@ -1,4 +1,4 @@
-"""SQuAD as open-domain questions, from scratch on a CPU, beside BM25.
+"""SQuAD as open-domain questions, from scratch on a CPU, against BM25.
 
   python benchmarks/squad_open.py --corpus=corpus --train=train.jsonl \
       --dev=dev.jsonl --output=benchmarks/results/squad_open.json
@@ -6,7 +6,7 @@
 Four stages (experiments/squad_open.py): reader and retriever are warmed up on
 the corpus, the retriever on questions with their paragraphs, then both learn to
 answer. Recall and exact match over training go into a curve. A stage that is
-finished is not run again; its processor time is kept beside it. BM25 (k1 0.9, b
+finished is not run again; its processor time is kept next to it. BM25 (k1 0.9, b
 0.4, title and text, English stop words and stemming left alone) is that of the
 package bm25s, over the same passages.
 """
