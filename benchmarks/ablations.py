@@ -24,7 +24,7 @@ import sys
 from typing import Any
 
 import ablations_table
-import commands
+import harness
 
 from realm_jax.evaluation import report
 from realm_jax.prepare import world
@@ -142,7 +142,7 @@ def _start(row: str) -> tuple[str, str]:
 
 def run(arguments: argparse.Namespace, rows: list[str]) -> None:
   """Trains and evaluates, `jobs` runs at a time, each on cores of its own."""
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   available = sorted(os.sched_getaffinity(0))
   free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
   for i in range(arguments.jobs):
@@ -187,15 +187,11 @@ def run(arguments: argparse.Namespace, rows: list[str]) -> None:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument('--rows', default=','.join(ablations_table.ROWS))
   parser.add_argument('--seeds', type=int, default=3, help='how many')
   parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
   parser.add_argument('--workdir', type=pathlib.Path)
-  parser.add_argument('--output', type=pathlib.Path)
-  parser.add_argument('--small', action='store_true', help='minutes, no proof')
   arguments = parser.parse_args()
   rows = arguments.rows.split(',')
   known = ', '.join(ablations_table.ROWS)
@@ -213,12 +209,12 @@ def main() -> int:
   if arguments.output.exists():
     recorded = files.read_json(arguments.output)
   figures = ablations_table.collect(arguments.workdir, recorded)
-  figures |= commands.about('jax', 'flax')
+  figures |= harness.about('jax', 'flax')
   files.write_json(arguments.output, figures)
   table = ablations_table.markdown(figures)
   arguments.output.with_suffix('.md').write_text(table, encoding='utf-8')
   ablations_table.plot(figures, arguments.output.with_suffix('.png'))
-  print(f'\n{table}\nWritten: {arguments.output}, .md and .png beside it')
+  print(f'\n{table}\nWritten: {arguments.output}, also as .md and .png')
   return 0
 
 

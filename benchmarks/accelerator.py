@@ -38,7 +38,9 @@ import threading
 import time
 from typing import Any, TextIO
 
-import commands
+import harness
+
+from realm_jax.runtime import files
 
 _HERE = pathlib.Path(__file__).resolve().parent
 # Each stage's share of the time, in the default order. A stage leaves what it
@@ -60,13 +62,6 @@ _PACKAGES = (
 ).split()
 _CUT = 3  # Exit code of a stage that noticed that its time is over.
 _PROBE_SECONDS = 60  # Until the device must have been found.
-
-
-def _write(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file that a reader never sees half of."""
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
-  os.replace(temporary, path)
 
 
 def _environment(scratch: str) -> dict[str, str]:
@@ -92,10 +87,10 @@ def _environment(scratch: str) -> dict[str, str]:
 
 def _about() -> dict[str, Any]:
   """Command, hardware and versions; the command names no folder."""
-  found = commands.about()
+  found = harness.about()
   for package in _PACKAGES:
     try:
-      found['versions'] |= commands.about(package)['versions']
+      found['versions'] |= harness.about(package)['versions']
     except metadata.PackageNotFoundError:
       continue
   words = ['python', 'benchmarks/accelerator.py']
@@ -123,7 +118,7 @@ class _Run:
     self.write()
 
   def write(self) -> None:
-    _write(self._arguments.output, self._figures | self._about)
+    files.write_json(self._arguments.output, self._figures | self._about)
 
   def probe(self) -> str | None:
     """Records the device; returns why there is none to measure on."""
@@ -240,10 +235,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser = harness.parser(__doc__)
   parser.add_argument('--seconds', type=float, default=240, help='in all')
   parser.add_argument('--stages', default=','.join(STAGES), help='in order')
   parser.add_argument('--texts', default='', help='passages, as of `prepare`')
@@ -252,7 +244,6 @@ def main() -> int:
       default=sys.executable,
       help='Python that has PyTorch and transformers 5',
   )
-  parser.add_argument('--small', action='store_true', help='toy sizes')
   arguments = parser.parse_args()
   arguments.stages = stages = arguments.stages.split(',')
   if unknown := [stage for stage in stages if stage not in STAGES]:

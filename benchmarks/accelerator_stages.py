@@ -23,9 +23,11 @@ import time
 import traceback
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import training
 
 from realm_jax import config as config_lib
 from realm_jax.index import embedding
@@ -36,11 +38,9 @@ from realm_jax.models import components as components_lib
 from realm_jax.models import flops
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.trainer import optimizer
-from realm_jax.trainer import step as step_lib
 
 _HERE = pathlib.Path(__file__).resolve().parent
-_NULL = (101, 102, 102)
+_NULL_LENGTH = 3  # Wordpieces of the null document.
 _MOST_BYTES = 16e6  # Limit for a file that is kept.
 _K = 8  # Passages per query.
 _CHECKED = 16  # Queries whose result is compared with a plain computation.
@@ -252,55 +252,16 @@ def _with(config: config_lib.Config, **changes: Any) -> config_lib.Config:
   return dataclasses.replace(config, model=model, batch_size=batch_size)
 
 
-def _batch(config: config_lib.Config) -> dict[str, np.ndarray]:
-  """Inputs of full length, of random wordpieces."""
-  rng = np.random.default_rng(0)
-  b, k, m = config.batch_size, config.num_candidates, config.lengths.masks
-  q, s, t = config.lengths.query, config.lengths.document, config.lengths.joint
-
-  def ids(*shape: int) -> np.ndarray:
-    return rng.integers(5, config.model.vocab_size, shape, np.int32)
-
-  if config.objective == 'ict':
-    return {
-        'query_ids_BQ': ids(b, q),
-        'doc_ids_BS': ids(b, s),
-        'doc_types_BS': np.ones((b, s), np.int32),
-    }
-  return {
-      'query_ids_BQ': ids(b, q),
-      'doc_ids_BJS': ids(b, k - 1, s),
-      'doc_types_BJS': np.ones((b, k - 1, s), np.int32),
-      'joint_ids_BKT': ids(b, k, t),
-      'joint_types_BKT': np.ones((b, k, t), np.int32),
-      'positions_BM': np.tile(np.arange(1, m + 1, dtype=np.int32), (b, 1)),
-      'targets_BM': ids(b, m),
-      'mask_BM': np.ones((b, m), bool),
-  }
-
-
 class _Step:
   """A training step, compiled apart from being run."""
 
   def __init__(self, config: config_lib.Config):
     """Traces it."""
     self.config = config
-    self._components = components_lib.make_all(config)
-    self._tx = optimizer.make_optimizer(config, tuple(self._components))
-    self._mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-    self._batch = _batch(config)
-    step = step_lib.make_train_step(
-        config, self._components, self._tx, _NULL, self._mesh
-    )
-    start = time.perf_counter()
+    self._training = training.Training(config)
     self._state = self._arrays = None
-    self._lowered = step.lower(
-        step_lib.abstract_state(self._components, self._tx),
-        {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype)
-            for name, x in self._batch.items()
-        },
-    )
+    start = time.perf_counter()
+    self._lowered = self._training.lower()
     self._trace_seconds = time.perf_counter() - start
 
   def compile(self) -> '_Step':
@@ -324,17 +285,21 @@ class _Step:
     """Puts state and batch on the device."""
     params = {
         name: _random_params(component)
-        for name, component in self._components.items()
+        for name, component in self._training.components.items()
     }
-    self._state = jax.device_put(
-        step_lib.TrainState(
-            jnp.int32(0), params, self._tx.init(params), jax.random.key(0)
-        ),
-        step_lib.state_shardings(
-            self.config, self._components, self._tx, self._mesh
-        ),
+    self._state = self._training.start(params)
+    self._arrays = mesh_lib.to_devices(
+        self._training.mesh, self._training.random_batch()
     )
-    self._arrays = mesh_lib.to_devices(self._mesh, self._batch)
+
+  @property
+  def model_flop(self) -> float:
+    return flops.model_flop(self.config, self._training.stage.passes())
+
+  @property
+  def hardware_flop(self) -> float:
+    stage = self._training.stage
+    return flops.hardware_flop(self.config, stage.passes(), stage.in_batch)
 
   def run(self, count: int) -> float:
     """Seconds of a step, of `count` in a row.
@@ -404,12 +369,12 @@ def _measure(context: _Context, case: str, step: _Step) -> None:
         step.run(count) for _ in range(context.size.rounds)
     )
     config = step.config
-    hardware = context.rate(flops.hardware_flop(config), seconds)
+    hardware = context.rate(step.hardware_flop, seconds)
     context.report(
         case,
         seconds=seconds,
         examples_per_second=config.batch_size / seconds,
-        **context.rate(flops.model_flop(config), seconds),
+        **context.rate(step.model_flop, seconds),
         hardware_mfu=hardware['mfu'],
         peak_gigabytes=_peak_gigabytes(),
     )
@@ -499,33 +464,6 @@ def step(context: _Context) -> None:
 # ---------------------------------------------------------------------- torch
 
 
-class _Torch:
-  """benchmarks/accelerator_torch.py as a child."""
-
-  def __init__(self, python: str):
-    self._process = subprocess.Popen(
-        [python, str(_HERE / 'accelerator_torch.py')],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-  def ask(self, do: str, **request: Any) -> Figures:
-    assert self._process.stdin and self._process.stdout
-    print(
-        json.dumps({'do': do, **request}), file=self._process.stdin, flush=True
-    )
-    line = self._process.stdout.readline()
-    if not line:
-      raise RuntimeError(
-          f'PyTorch ended, exit code {self._process.wait()}, asked for {do}.'
-      )
-    answer = json.loads(line)
-    if 'error' in answer:
-      raise RuntimeError(f'PyTorch, asked for {do}: {answer["error"]}')
-    return answer
-
-
 def _torch_flop(config: config_lib.Config) -> float:
   """FLOP of the step of accelerator_torch.py.
 
@@ -536,7 +474,7 @@ def _torch_flop(config: config_lib.Config) -> float:
   flop = flops.head_flop(model, b * k * lengths.masks)
   for rows, length in (
       (b, lengths.query),
-      (1, len(_NULL)),
+      (1, _NULL_LENGTH),
       (b * (k - 1), lengths.document),
       (b * k, lengths.joint),
   ):
@@ -564,7 +502,9 @@ def torch(context: _Context) -> None:
         ' Python that has them'
     )
     return
-  theirs = _Torch(context.torch_python)
+  theirs = harness.Child(
+      context.torch_python, _HERE / 'accelerator_torch.py'
+  )
   for case, config in (
       ('quick', _quick(context.size)), ('', _config(context.size))
   ):
@@ -572,7 +512,10 @@ def torch(context: _Context) -> None:
 
 
 def _in_turns(
-    context: _Context, case: str, config: config_lib.Config, theirs: _Torch
+    context: _Context,
+    case: str,
+    config: config_lib.Config,
+    theirs: harness.Child,
 ) -> None:
   model, lengths = config.model, config.lengths
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -608,7 +551,7 @@ def _in_turns(
       layers=model.num_layers,
       batch=config.batch_size,
       ours_seconds=seconds,
-      ours_mfu=context.rate(flops.model_flop(config), seconds)['mfu'],
+      ours_mfu=context.rate(ours.model_flop, seconds)['mfu'],
       torch_seconds=their_seconds,
       torch_mfu=rates['mfu'],
       ours_times_faster=statistics.median(b / a for a, b in pairs),
@@ -798,7 +741,7 @@ def _embed_documents(
     ids_NS: jax.Array,
     types_NS: jax.Array,
 ) -> jax.Array:
-  return component.apply(params, 'embed_document', ids_NS, types_NS)
+  return component.module(params).embed_document(ids_NS, types_NS)
 
 
 # ------------------------------------------------------------------------ ict

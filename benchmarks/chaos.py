@@ -17,7 +17,6 @@ Then it is checked that
     the same loss at every step.
 """
 
-import argparse
 import collections
 import dataclasses
 import datetime
@@ -34,7 +33,7 @@ import sys
 import time
 from typing import Any
 
-import commands
+import harness
 
 from realm_jax.index import generation
 from realm_jax.prepare import prepare
@@ -103,7 +102,7 @@ class _Run:
         if code is not None and code != -signal.SIGKILL:
           raise RuntimeError(f'The trainer ended with {code}; see {self.log}.')
         if time.monotonic() - changed > _PATIENCE_SECONDS:
-          raise RuntimeError(f'Nothing goes on any more; see {self.log}.')
+          raise RuntimeError(f'The job makes no progress; see {self.log}.')
         for kill in kills:
           if kill.reached is None and step >= kill.step:
             kill.reached = now
@@ -264,9 +263,7 @@ def _plot(
     adoptions: list[dict[str, Any]],
     began: datetime.datetime,
 ) -> None:
-  from matplotlib import pyplot
-
-  figure, axis = pyplot.subplots(figsize=(11, 5), layout='constrained')
+  figure, (axis,) = harness.panels(1, height=3.5)
   axis.plot(*zip(*chaos.progress, strict=True), color='0.6', lw=1, label='step')
   for victim, marker, color in (
       ('trainer', 'X', 'tab:red'), ('builder', 'x', 'tab:orange')
@@ -299,10 +296,7 @@ def _seconds_since(began: datetime.datetime, clock: str) -> float:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
+  parser = harness.parser(__doc__)
   parser.add_argument('--builder_kills', type=int, default=50)
   parser.add_argument('--trainer_kills', type=int, default=20)
   parser.add_argument('--steps', type=int, default=1500)
@@ -310,7 +304,6 @@ def main() -> int:
   parser.add_argument(
       '--scratch', type=pathlib.Path, default=pathlib.Path('runs/chaos')
   )
-  parser.add_argument('--small', action='store_true')
   arguments = parser.parse_args()
   if arguments.small:
     arguments.builder_kills, arguments.trainer_kills = 3, 2
@@ -318,7 +311,7 @@ def main() -> int:
   shutil.rmtree(arguments.scratch, ignore_errors=True)
   corpus = arguments.scratch / 'corpus'
   prepare.prepare(['world:0:100'], str(corpus), workers=1, progress=False)
-  # Starting again is most of the time; compiling anew each time is no use.
+  # Restarts take most of the time; a cache avoids compilation in each.
   os.environ.setdefault(
       'JAX_COMPILATION_CACHE_DIR', str((arguments.scratch / 'cache').absolute())
   )
@@ -394,13 +387,10 @@ def main() -> int:
           for kill in sorted(kills, key=lambda kill: kill.seconds or 0.0)
           if kill.seconds is not None
       ],
-      **commands.about('jax', 'flax'),
   }
   figures['ok'] = figures['ok'] and figures['all_kills_done']
-  files.write_json(arguments.output, figures)
+  harness.write(arguments.output, figures, 'jax', 'flax')
   _plot(arguments.output.with_suffix('.png'), chaos, kills, adoptions, began)
-  shown = {k: v for k, v in figures.items() if k != 'kills'}
-  print(json.dumps(shown, indent=2))
   return 0 if figures['ok'] else 1
 
 

@@ -22,13 +22,8 @@ minutes for each of the twelve cases; `--preset=small` or `tiny` is quicker, and
 `--small` stops at 8 devices.
 """
 
-import argparse
 import dataclasses
-import json
-import os
 import pathlib
-import platform
-import shlex
 import sys
 import time
 from typing import Any
@@ -37,21 +32,19 @@ import jax
 
 jax.config.update('jax_num_cpu_devices', 64)
 
+import harness  # noqa: E402
 import hlo_collectives  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import training  # noqa: E402
 
 from realm_jax import config as config_lib  # noqa: E402
 from realm_jax.index import embedding  # noqa: E402
 from realm_jax.index import topk  # noqa: E402
-from realm_jax.models import components as components_lib  # noqa: E402
 from realm_jax.runtime import mesh as mesh_lib  # noqa: E402
-from realm_jax.trainer import optimizer  # noqa: E402
-from realm_jax.trainer import step  # noqa: E402
 
 _ROWS = 13_353_718
 _PER_DEVICE = 8
-_NULL = (101, 102, 102)
 _VOCAB = 30_522
 
 
@@ -64,22 +57,6 @@ def _config(
   config.accumulate = how.get('accumulate', 1)
   config.mesh = config_lib.MeshConfig(data, model, how.get('zero', False))
   return config_lib.resolve(config)
-
-
-def _batch(config: config_lib.Config) -> dict[str, tuple[int, ...]]:
-  b, k = config.batch_size, config.num_candidates
-  q, s = config.lengths.query, config.lengths.document
-  t, m = config.lengths.joint, config.lengths.masks
-  return {
-      'query_ids_BQ': (b, q),
-      'doc_ids_BJS': (b, k - 1, s),
-      'doc_types_BJS': (b, k - 1, s),
-      'joint_ids_BKT': (b, k, t),
-      'joint_types_BKT': (b, k, t),
-      'positions_BM': (b, m),
-      'targets_BM': (b, m),
-      'mask_BM': (b, m),
-  }
 
 
 def measure(config: config_lib.Config) -> dict[str, Any]:
@@ -96,25 +73,23 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
   def array(shape: tuple[int, ...], sharding: Any, dtype: Any = jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  components = components_lib.make_all(config)
-  tx = optimizer.make_optimizer(config, tuple(components))
+  job = training.Training(config, mesh=mesh)
   state = jax.tree.map(
       lambda x, place: array(x.shape, place, x.dtype),
-      step.abstract_state(components, tx),
-      step.state_shardings(config, components, tx, mesh),
+      job.abstract_state,
+      job.shardings,
   )
-  batch = {name: array(x, rows) for name, x in _batch(config).items()}
-  batch['mask_BM'] = array(batch['mask_BM'].shape, rows, jnp.bool_)
+  batch = jax.tree.map(
+      lambda x: array(x.shape, rows, x.dtype), job.stage.abstract_batch()
+  )
   width = config.model.embedding_width
   per_device = -(-_ROWS // n // topk.ALIGN) * topk.ALIGN
   k = config.num_candidates - 1
   programs = {
-      'step': step.make_train_step(
-          config, components, tx, _NULL, mesh
-      ).lower(state, batch),
+      'step': job.step.lower(state, batch),
       'queries': embedding.Embedder(
-          components['embedder'], mesh
-      ).queries.lower(state.params['embedder'], batch['query_ids_BQ']),
+          job.components['embedder'], mesh
+      ).queries.lower(state.params['embedder'], batch.query_ids_BQ),
       'top_k': topk.top_rows.lower(
           array(
               (per_device * n, width),
@@ -163,7 +138,7 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
 
 
 def _needed(config: config_lib.Config, params: Any) -> dict[str, float]:
-  """What one device has to send, by the design."""
+  """Returns the bytes that a device has to send, by the design."""
   c, m, lengths = config, config.model, config.lengths
   data, model = c.mesh.data, c.mesh.model
   n = data * model
@@ -235,16 +210,11 @@ def _table(runs: list[dict[str, Any]]) -> str:
 
 
 def _plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-
   plain = [
       r for r in runs
       if r['model'] == 1 and not r['zero'] and r['accumulate'] == 1
   ]
-  figure, axes = pyplot.subplots(figsize=(6, 4))
+  figure, (axes,) = harness.panels(1)
   for name, label, style in (
       ('sent_bytes', 'sent, from the HLO', 'o-'),
       ('needed_bytes', 'needed, by the design', 'x--'),
@@ -263,20 +233,13 @@ def _plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
   axes.set_ylabel('MB that a device sends in a step')
   axes.legend()
   axes.grid(alpha=0.3)
-  figure.tight_layout()
   figure.savefig(path, dpi=120)
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--output', type=pathlib.Path)
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument(
       '--preset', default='base', help='size of the BERTs (default: base)'
-  )
-  parser.add_argument(
-      '--small', action='store_true', help='BERT-tiny, up to 8 devices'
   )
   parser.add_argument(
       '--only', help="a part of the cases, as '8x1,4x2' (data x model)"
@@ -308,17 +271,11 @@ def main() -> int:
       ),
       'largest_excess': max(abs(run['excess']) for run in runs),
       'runs': runs,
-      'command': shlex.join(['python', 'benchmarks/collectives.py'])
-      + ''.join(f' {a}' for a in sys.argv[1:]),
-      'hardware': f'{os.cpu_count()} x {platform.machine()}, 64 simulated'
-      ' devices; compiled only',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-      },
+      'hardware': f'{harness.about()["hardware"]}, 64 simulated devices;'
+      ' compiled only',
   }
+  harness.write(arguments.output, result, 'jax')
   if arguments.output:
-    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
     _plot(runs, arguments.output.with_suffix('.png'))
   return 0 if result['largest_excess_data'] <= 0.1 else 1
 

@@ -38,16 +38,14 @@ difference of the depths given by --layers; --layers=2,12 compiles the whole
 model. --small compiles toy sizes.
 """
 
-import argparse
 import collections
 import importlib.util
 import json
-import pathlib
 import re
 import time
 from typing import Any
 
-import commands
+import harness
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
@@ -216,7 +214,7 @@ def _figures(trace: Any) -> dict[str, Any]:
 
 
 def _a_layer(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-  """What a layer adds, from the figures of two depths."""
+  """Returns the cost of a layer, from the figures of two depths."""
   layers = other['layers'] - one['layers']
   return {
       name: (other[name] - one[name]) / layers
@@ -225,13 +223,9 @@ def _a_layer(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument('--layers', default='2,4', help='of the steps')
   parser.add_argument('--programs', default=','.join(_PROGRAMS))
-  parser.add_argument('--small', action='store_true')
-  parser.add_argument('--output', type=pathlib.Path)
   arguments = parser.parse_args()
   depths = sorted(map(int, arguments.layers.split(',')))
   # All arrays stay abstract; JAX must not look for a driver.
@@ -262,11 +256,7 @@ def main() -> None:
     if len(depths) > 1:
       found[-1]['a_layer'] = _a_layer(found[-len(depths)], found[-1])
   result = {'device': device.device_kind, 'programs': found}
-  result |= commands.about('jax', *plugin)
-  text = json.dumps(result, indent=2) + '\n'
-  print(text)
-  if arguments.output:
-    arguments.output.write_text(text, encoding='utf-8')
+  harness.write(arguments.output, result, 'jax', *plugin)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Cost of `realm-jax index add|update|delete|compact` by corpus size.
 
-  python benchmarks/documents.py [--output=FILE.json] [--sizes=4000,16000]
-      [--width=128]
+  python benchmarks/documents.py [--output=FILE.json] [--small]
+      [--sizes=4000,16000] [--width=128]
 
 Corpora of short invented passages, with random embeddings of the given width
 and an untrained retriever of preset `tiny`. Each figure is the median of three
@@ -12,18 +12,15 @@ timed once at the end. The last figure is the look-up of 100 ids among those of
 the paper's corpus.
 """
 
-import argparse
 import json
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
-import jax
+import harness
 import numpy as np
 
 from realm_jax import config as config_lib
@@ -148,9 +145,7 @@ def _lookup(folder: pathlib.Path) -> float:
 
 
 def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(6, 4))
+  figure, (axes,) = harness.panels(1)
   for name in ('add', 'update', 'delete', 'whole_add', 'whole_delete'):
     seconds = [result[f'{name}_seconds_{size}'] for size in sizes]
     axes.plot(sizes, seconds, marker='o', label=name.replace('_', ' '))
@@ -161,16 +156,17 @@ def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
       ylabel=f'seconds, for {_DOCUMENTS} documents',
   )
   axes.legend()
-  figure.savefig(path, dpi=120, bbox_inches='tight')
+  figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-  parser.add_argument('--output', type=pathlib.Path)
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument('--sizes', default='4000,16000,64000,256000')
   parser.add_argument('--width', type=int, default=128)
   arguments = parser.parse_args()
   sizes = [int(size) for size in arguments.sizes.split(',')]
+  if arguments.small:
+    sizes = [1000, 4000]
   result: dict[str, Any] = {
       'documents': _DOCUMENTS, 'width': arguments.width
   }
@@ -192,19 +188,8 @@ def main() -> None:
       documents.compact(workdir, progress=False)
       result[f'compact_seconds_{size}'] = time.perf_counter() - start
     result[f'lookup_seconds_{_PAPER}'] = _lookup(pathlib.Path(temporary))
-  result |= {
-      'command': ' '.join(['python', *sys.argv]),
-      'hardware': f'{os.cpu_count()} x {platform.machine()}, '
-      + ', '.join(map(str, jax.devices())),
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'numpy': np.__version__,
-      },
-  }
-  print(json.dumps(result, indent=2))
+  harness.write(arguments.output, result, 'jax', 'numpy')
   if arguments.output:
-    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
     _plot(result, sizes, arguments.output.with_suffix('.png'))
 
 

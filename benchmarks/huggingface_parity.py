@@ -3,24 +3,22 @@
   python benchmarks/huggingface_parity.py --torch_python=hf/bin/python \
       [--output=FILE.json] [--small] [--seed=N] [--width=N] [--layers=N]
 
-`hf/bin/python` has PyTorch and transformers 4.40.2, which cannot live beside
+`hf/bin/python` has PyTorch and transformers 4.40.2, which cannot live with
 what realm_jax needs; tests/make_huggingface_fixtures.py says how to make it.
 All five REALM classes and BERT, both activations: the largest difference
 forward, in the losses, in the gradients of the pretraining loss, each over the
 largest value; then import and export, and what transformers says to the result.
 """
 
-import argparse
 import json
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +30,8 @@ from realm_jax.interop import weights
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import objectives
-from realm_jax.models import realm
 from realm_jax.models import span_reader
+from realm_jax.trainer.stages import realm
 
 _SCRIPT = (
     pathlib.Path(__file__).resolve().parent.parent
@@ -79,20 +77,15 @@ def _pretraining(
   reads = components.make('reader', reader.config)
 
   def loss_of(embedder_params, reader_params):
-    query_emb = embeds.apply(
-        embedder_params, 'embed_query', _int32(want['query_ids'])
-    )
-    doc_emb = embeds.apply(
-        embedder_params,
-        'embed_document',
-        _int32(want['doc_ids']),
-        _int32(want['doc_types']),
+    embedder = embeds.module(embedder_params)
+    query_emb = embedder.embed_query(_int32(want['query_ids']))
+    doc_emb = embedder.embed_document(
+        _int32(want['doc_ids']), _int32(want['doc_types'])
     ).reshape(want['doc_emb'].shape)
     scores = embedder_lib.score(query_emb, doc_emb)
     joint = (*scores.shape, -1)
     token_logp = realm.read_targets(
-        reads,
-        reader_params,
+        reads.module(reader_params),
         _int32(want['joint_ids']).reshape(joint),
         _int32(want['joint_types']).reshape(joint),
         _int32(want['positions']),
@@ -152,8 +145,8 @@ def _spans(
 ) -> dict[str, float]:
   loaded = _load(folder / 'reader', activation)
   reader = components.make('span_reader', loaded.config)
-  width = loaded.config.max_span_width
   rows, length = want['ids'].shape
+  starts_P, ends_P = span_reader.spans(length, loaded.config.max_span_width)
   run = jax.jit(
       lambda params, mask: reader.apply(
           params,
@@ -171,9 +164,10 @@ def _spans(
     for blocks in ('some', 'empty'):
       theirs = _part(want, f'{case}/{blocks}')
       logits_KP = run(params, want['block_mask'] & (blocks == 'some'))
-      correct_KP = span_reader.correct_spans(
-          theirs['starts'][:rows], theirs['ends'][:rows], length, width
-      )
+      correct_KP = (
+          (theirs['starts'][:rows, :, None] == starts_P)
+          & (theirs['ends'][:rows, :, None] == ends_P)
+      ).any(axis=1)
       total, _ = span_reader.span_losses(
           logits_KP[None],
           want['relevance'][None],
@@ -185,10 +179,12 @@ def _spans(
         target = theirs['retriever_loss']
       error = float(abs(total - target) / max(1e-3, abs(target)))
       loss = max(loss, error)
-      best = span_reader.best_span(
-          logits_KP[None], want['relevance'][None, :rows], length, width
-      )
-      wrong += [int(x[0]) for x in best] != theirs['prediction'].tolist()
+      total_KP = span_reader.joint_scores(
+          logits_KP[None], want['relevance'][None, :rows]
+      )[0]
+      k, p = np.unravel_index(np.argmax(total_KP), total_KP.shape)
+      best = [k, starts_P[p], ends_P[p]]
+      wrong += best != theirs['prediction'].tolist()
   return {
       f'forward_reader_{activation}': _difference(
           logits[usable], want['logits'][usable]
@@ -263,16 +259,12 @@ def _round_trip(
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument(
       '--torch_python',
       default=sys.executable,
       help='Python that has PyTorch and transformers 4.40.2.',
   )
-  parser.add_argument('--output', type=pathlib.Path)
-  parser.add_argument('--small', action='store_true', help="the tests' sizes")
   parser.add_argument('--seed', type=int, default=1)
   parser.add_argument('--width', type=int, default=256)
   parser.add_argument('--layers', type=int, default=4)
@@ -325,24 +317,11 @@ def main() -> int:
   result = {
       **figures,
       'seconds': time.time() - started,
-      # Where the other Python lies is of no interest elsewhere.
-      'command': ' '.join(
-          ['python benchmarks/huggingface_parity.py']
-          + ['--torch_python=hf/bin/python']
-          + [a for a in sys.argv[1:] if not a.startswith('--torch_python')]
-      ),
       'sizes': ' '.join(sizes),
-      'hardware': f'{os.cpu_count()} x {platform.machine()}, '
-      + ', '.join(map(str, jax.devices())),
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'numpy': np.__version__,
-          'transformers': '4.40.2',
-      },
+      'versions': harness.about('jax', 'numpy')['versions']
+      | {'transformers': '4.40.2'},
   }
-  if arguments.output:
-    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
+  harness.write(arguments.output, result)
   return 0 if ok else 1
 
 

@@ -1,4 +1,4 @@
-"""Search at full size: what `scann` costs beside FAISS, and `exact` from disk.
+"""Search at full size: `scann` against FAISS, and `exact` from disk.
 
   python benchmarks/mips_scale.py --output=benchmarks/results/mips_scale.json \
       [--rows=N] [--folder=DIR] [--small]
@@ -31,12 +31,11 @@ With --folder, the parts that are there already are not made again.
 """
 
 import argparse
+from collections.abc import Callable
 import contextlib
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -44,6 +43,7 @@ import tempfile
 import time
 from typing import Any
 
+import harness
 import numpy as np
 
 from realm_jax import config as config_lib
@@ -95,7 +95,7 @@ class Vectors:
     return _normalised(self._raw(number)[:count])
 
   def queries(self, rows: int) -> np.ndarray:
-    """Queries for a table of so many rows."""
+    """Returns queries for a table of this many rows."""
     rng = np.random.default_rng([self._seed, 2])
     parts = []
     for _ in range(8):
@@ -218,7 +218,7 @@ def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
 
 
 class _Ours:
-  """What `serve` asks of either side: `search`."""
+  """Our side: `search`, for `_serve`."""
 
   def __init__(self, folder: pathlib.Path, rows: int):
     start = time.perf_counter()
@@ -262,25 +262,23 @@ class _Faiss:
 
 
 def _serve(side: str, folder: pathlib.Path, rows: int) -> None:
-  """Answers one JSON line with another."""
+  """Answers searches, as a `harness.Child`."""
   queries = np.load(folder / 'queries.npy')
   exact = np.load(folder / 'exact.npy')
   server: _Ours | _Faiss = {'ours': _Ours, 'faiss': _Faiss}[side](folder, rows)
-  answer: Figures = {**server.about, 'most': server.most}
-  while True:
-    print(json.dumps({**answer, 'peak_gib': _peak_gib()}), flush=True)
-    line = sys.stdin.readline()
-    if not line:
-      return
-    asked = json.loads(line)
-    setting = asked['setting']
-    if asked['what'] == 'recall':
-      found = server.search(*setting, queries)
-      answer = {'recall': search_lib.overlap(found, exact)}
-    else:
+
+  def answer(do: str, request: dict[str, Any]) -> Figures:
+    figures = {**server.about, 'most': server.most}
+    if do == 'recall':
+      found = server.search(*request['setting'], queries)
+      figures = {'recall': search_lib.overlap(found, exact)}
+    elif do == 'ms':
       start = time.perf_counter()
-      server.search(*setting, queries[:_BATCH])
-      answer = {'ms': 1e3 * (time.perf_counter() - start)}
+      server.search(*request['setting'], queries[:_BATCH])
+      figures = {'ms': 1e3 * (time.perf_counter() - start)}
+    return {**figures, 'peak_gib': _peak_gib()}
+
+  harness.serve(answer)
 
 
 def _growth(sizes: list[int], seed: int) -> Figures:
@@ -320,32 +318,17 @@ class _Side:
 
   def __init__(self, side: str, arguments: list[str]):
     self.label = {'ours': 'scann'}.get(side, side)
-    self._process = subprocess.Popen(
-        [sys.executable, __file__, f'--worker={side}', *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+    self._process = harness.Child(
+        sys.executable, __file__, f'--worker={side}', *arguments
     )
+    self.close = self._process.close
     self._recall: dict[tuple[int, int], float] = {}
-    self.about = self._read()
+    self.about = self._process.ask('open')
     self.peak = self.about.pop('peak_gib')
     self.most = self.about.pop('most')
 
-  def _read(self) -> Figures:
-    assert self._process.stdout is not None
-    line = self._process.stdout.readline()
-    if not line:
-      raise RuntimeError(f'The process of {self.label} has died.')
-    return json.loads(line)
-
   def _ask(self, what: str, setting: tuple[int, int]) -> Any:
-    assert self._process.stdin is not None
-    self._process.stdin.write(
-        json.dumps({'what': what, 'setting': setting}) + '\n'
-    )
-    self._process.stdin.flush()
-    answer = self._read()
+    answer = self._process.ask(what, setting=setting)
     self.peak = answer['peak_gib']
     return answer[what]
 
@@ -380,9 +363,6 @@ class _Side:
         setting = (lists, count)
         timed.append((min(self.ms(setting) for _ in range(3)), setting))
     return min(timed)[1] if timed else None
-
-  def close(self) -> None:
-    self._process.communicate()
 
 
 def _turns(
@@ -428,9 +408,7 @@ def _compare(arguments: list[str], written: Figures, times: int) -> Figures:
 
 
 def _plot(figures: Figures, path: pathlib.Path) -> None:
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+  figure, (axes,) = harness.panels(1)
   names = {'scann': 'realm_jax, scann', 'faiss': 'FAISS, IVF-PQ'}
   for label, name in names.items():
     points = sorted(
@@ -465,13 +443,9 @@ def _part(name: str, folder: str, arguments: list[str]) -> Figures:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-  )
-  parser.add_argument('--output', type=pathlib.Path)
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument('--rows', type=int, default=ROWS)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--small', action='store_true')
   parser.add_argument(
       '--folder', type=pathlib.Path, help='kept, 12 GB; default: temporary'
   )
@@ -482,22 +456,18 @@ def main() -> int:
       not arguments.small
   )
   folder = arguments.folder
-  match arguments.worker:
-    case 'write':
-      print(json.dumps(_write(folder, rows, arguments.seed)))
-      return 0
-    case 'exact':
-      print(json.dumps(_exact(folder, rows)))
-      return 0
-    case 'faiss_build':
-      print(json.dumps(_faiss_build(folder, rows)))
-      return 0
-    case 'growth':
-      print(json.dumps(_growth(sizes, arguments.seed)))
-      return 0
-    case 'ours' | 'faiss':
-      _serve(arguments.worker, folder, rows)
-      return 0
+  if arguments.worker in ('ours', 'faiss'):
+    _serve(arguments.worker, folder, rows)
+    return 0
+  workers: dict[str, Callable[[], Figures]] = {
+      'write': lambda: _write(folder, rows, arguments.seed),
+      'exact': lambda: _exact(folder, rows),
+      'faiss_build': lambda: _faiss_build(folder, rows),
+      'growth': lambda: _growth(sizes, arguments.seed),
+  }
+  if arguments.worker:
+    print(json.dumps(workers[arguments.worker]()))
+    return 0
   with contextlib.ExitStack() as stack:
     name = folder or stack.enter_context(tempfile.TemporaryDirectory())
     pathlib.Path(name).mkdir(parents=True, exist_ok=True)
@@ -510,29 +480,11 @@ def main() -> int:
     figures |= _part('faiss_build', name, passed)
     figures |= _compare(passed, written, 3 if arguments.small else 9)
     figures |= _part('growth', name, passed)
-  import faiss
-  import jax
-
-  result = {
-      **figures,
-      'command': ' '.join(
-          ['python benchmarks/mips_scale.py']
-          + [a for a in sys.argv[1:] if not a.startswith('--folder')]
-      ),
-      'hardware': f'{os.cpu_count()} x {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'numpy': np.__version__,
-          'faiss': faiss.__version__,
-          'scann': importlib.metadata.version('scann'),
-      },
-  }
-  for key, value in result.items():
-    print(f'{key:40} {value}')
+  harness.write(
+      arguments.output, figures, 'jax', 'numpy', 'faiss-cpu', 'scann'
+  )
   if arguments.output:
-    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
-    _plot(result, arguments.output.with_suffix('.png'))
+    _plot(figures, arguments.output.with_suffix('.png'))
   return 0
 
 

@@ -1,4 +1,4 @@
-"""A fine-tuning step on questions beside RealmForOpenQA of transformers.
+"""A fine-tuning step on questions against RealmForOpenQA of transformers.
 
   python benchmarks/open_qa_step.py --corpus=corpus \
       --questions=train.jsonl --torch_python=/path/to/python \
@@ -14,10 +14,7 @@ that are read, where theirs tokenises 5,000 blocks and ours looks them up.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -25,31 +22,20 @@ import tempfile
 import time
 from typing import Any
 
+import harness
 import jax
 import numpy as np
+import training
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import embedding
 from realm_jax.index import search
-from realm_jax.models import components as components_lib
 from realm_jax.qa import question_table as question_table_lib
-from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.trainer import batches
-from realm_jax.trainer import job as job_lib
-from realm_jax.trainer import optimizer
-from realm_jax.trainer import retrieve
-from realm_jax.trainer import step as step_lib
+from realm_jax.trainer import examples
 
 _QUERY, _DOCUMENT = 32, 288  # Together 320, as published.
-
-
-class _Index:
-  """Embeddings in the place of a published index."""
-
-  def __init__(self, embeddings_NE: np.ndarray):
-    self.search = search.ExactSearch(embeddings_NE)
-    self.embeddings = embeddings_NE
 
 
 class _Ours:
@@ -66,48 +52,49 @@ class _Ours:
     config.open_qa.retrieved = arguments.retrieved
     config.refresh.policy = 'none'
     config = config_lib.resolve(config)
-    corpus = corpus_lib.Corpus.open(arguments.corpus)
+    self.corpus = corpus = corpus_lib.Corpus.open(arguments.corpus)
     config.model.vocab_size = corpus.tokenizer.vocab_size
-    table = question_table_lib.QuestionTable.read(
+    self.table = question_table_lib.QuestionTable.read(
         arguments.questions, _QUERY, corpus.tokenizer
     )
-    mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-    components = components_lib.make_all(config)
-    job = job_lib.Job(
-        pathlib.Path(), config, corpus, mesh, components, {}, table
-    )
+    self._size = config.batch_size
+    self._job = training.Training(config, corpus)
     rows = min(arguments.passages, len(corpus.passages))
     rng = np.random.default_rng(0)
-    embeddings_NE = rng.normal(size=(rows, 128)).astype(np.float32)
-    self.corpus, self.table = corpus, table
-    self._config, self._size = config, config.batch_size
-    index: Any = _Index(embeddings_NE)
-    self._retrieval = retrieve.Retrieval(job, index, np.arange(self._size))
-    self._batches = batches.training_batches(corpus, config, questions=table)
-    tx = optimizer.make_optimizer(config, tuple(components))
-    params = {name: c.init(0) for name, c in components.items()}
-    self._state = step_lib.TrainState(
-        step=jax.numpy.int32(0),
-        params=params,
-        opt_state=tx.init(params),
-        rng=jax.random.key(0),
+    # Random embeddings replace a published index.
+    self._embeddings_NE = rng.normal(size=(rows, 128)).astype(np.float32)
+    self._search = search.ExactSearch(self._embeddings_NE)
+    self._embedder = embedding.Embedder(
+        self._job.components['embedder'], self._job.mesh
     )
-    ids = corpus.tokenizer
-    self._step = step_lib.make_train_step(
-        config, components, tx, (ids.cls_id, ids.sep_id, ids.sep_id), mesh
+    self._batches = examples.training_batches(self._job.stage)
+    self._state = self._job.start()
+
+  def search(
+      self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    ids = mesh_lib.to_devices(self._job.mesh, query_ids_BQ)
+    query_emb_BE = np.asarray(
+        self._embedder.queries(self._state.params['embedder'], ids)
     )
-    self._mesh = mesh
+    return self._search.search(query_emb_BE, k, exclude_BR2), query_emb_BE
+
+  def embeddings(self, rows_BN: np.ndarray) -> np.ndarray:
+    return search.gather(self._embeddings_NE, rows_BN)
+
+  def embed_documents(
+      self, ids_BLS: np.ndarray, types_BLS: np.ndarray
+  ) -> np.ndarray:
+    arrays = mesh_lib.to_devices(self._job.mesh, (ids_BLS, types_BLS))
+    params = self._state.params['embedder']
+    return np.asarray(self._embedder.documents(params, *arrays))
 
   def __call__(self) -> dict[str, float]:
     start = time.perf_counter()
-    batch = next(self._batches)
-    batch = self._retrieval(batch, self._state.params['embedder'])
+    batch = self._job.stage.retrieve(next(self._batches).inputs, self)
     retrieved = time.perf_counter()
-    names = step_lib.input_names(self._config)
-    arrays = mesh_lib.to_devices(
-        self._mesh, {name: batch[name] for name in names}
-    )
-    self._state, metrics = self._step(self._state, arrays)
+    arrays = mesh_lib.to_devices(self._job.mesh, batch)
+    self._state, metrics = self._job.step(self._state, arrays)
     jax.block_until_ready((self._state, metrics))
     end = time.perf_counter()
     return {
@@ -165,7 +152,7 @@ class _Theirs:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = harness.parser(__doc__)
   parser.add_argument('--corpus', required=True)
   parser.add_argument('--questions', required=True)
   parser.add_argument('--torch_python', required=True)
@@ -176,8 +163,6 @@ def main() -> None:
   parser.add_argument(
       '--compute_dtype', default='float32', help='of ours; or bfloat16'
   )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
-  parser.add_argument('--small', action='store_true')
   arguments = parser.parse_args()
   if arguments.small:
     arguments.passages, arguments.retrieved = 2_000, 500
@@ -197,18 +182,14 @@ def main() -> None:
     figures[f'{part}_seconds_per_question_theirs'] = round(medians[1], 4)
     ratios = [pair[1][part] / pair[0][part] for pair in measured]
     figures[f'{part}_times_faster'] = round(statistics.median(ratios), 2)
-  values = {
-      'command': shlex.join(['python', *sys.argv]),
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {'jax': jax.__version__, **theirs.versions},
+  figures |= {
+      'versions': harness.about('jax')['versions'] | theirs.versions,
       'passages': arguments.passages,
       'retrieved': arguments.retrieved,
       'questions_a_step_ours': arguments.batch_size,
       'rounds': arguments.rounds,
-      **figures,
   }
-  files.write_json(arguments.output, values)
-  print(json.dumps(values, indent=2))
+  harness.write(arguments.output, figures)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@
 The same sources are prepared with several numbers of workers, and once more by
 a run that is killed (SIGKILL) and started again; the files must be the same.
 Other work on the machine makes wall time longer, so that CPU time, which
-includes all processes, is given beside it, and the load before each run.
+includes all processes, is given next to it, and the load before each run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import threading
 import time
 from typing import Any
 
-import commands
+import harness
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.runtime import files as files_lib
@@ -190,23 +190,19 @@ def _interrupted(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   parser.add_argument('--source', required=True)
   parser.add_argument('--vocab', required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument('--workers', default='2,4,1')
   parser.add_argument(
       '--kill_at', type=int, default=300, help='parts; 0: no run is killed'
   )
-  parser.add_argument('--small', action='store_true', help='kill at 2 parts')
   arguments = parser.parse_args()
   arguments.workers = [int(count) for count in arguments.workers.split(',')]
   if arguments.small:
     arguments.kill_at = 2
-  about = commands.about('nupunkt', 'tokenizers')
+  about = harness.about('nupunkt', 'tokenizers')
   for figures in measure(arguments):
     files_lib.write_json(arguments.output, figures | about)
     print(json.dumps(figures, indent=2), flush=True)

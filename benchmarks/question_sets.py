@@ -1,10 +1,10 @@
-"""NaturalQuestions, WebQuestions and CuratedTREC after SQuAD, beside BM25.
+"""NaturalQuestions, WebQuestions and CuratedTREC after SQuAD, against BM25.
 
   python benchmarks/question_sets.py --corpus=corpus \
       --init_from=runs/squad_open/open_qa --output=results.json \
       nq=nq.jsonl webquestions=webquestions.jsonl curatedtrec=curatedtrec.jsonl
 
-What benchmarks/squad_open.py has trained goes on with the questions of each
+The models of benchmarks/squad_open.py continue with the questions of each
 set, the passages' side frozen as published. The re-split of ORQA (`realm-jax
 questions --split`) sets a tenth of each file aside, which is evaluated. How
 many of those have an answer in the corpus at all is counted too: that bounds
@@ -16,7 +16,7 @@ import json
 import pathlib
 from typing import Any
 
-import commands
+import harness
 import squad_open
 
 from realm_jax.corpus import corpus as corpus_lib
@@ -29,7 +29,7 @@ _DEPTHS = (1, 5, 20, 100)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
 
   figures: dict[str, Any] = {}
   for given in arguments.sets:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(json.dumps(found, indent=2), flush=True)
   return {
       **figures,
-      **commands.about('jax'),
+      **harness.about('jax'),
       'commands': realm_jax.done,
   }
 
@@ -104,7 +104,7 @@ def _in_corpus(directory: pathlib.Path, dev: str) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = harness.parser(__doc__)
   parser.add_argument('sets', nargs='+', help='NAME=FILE')
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--init_from', required=True)
@@ -112,9 +112,8 @@ def main() -> None:
   parser.add_argument(
       '--workdir', type=pathlib.Path, default=pathlib.Path('runs/question_sets')
   )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
   arguments = parser.parse_args()
-  files.write_json(arguments.output, run(arguments))
+  harness.write(arguments.output, run(arguments))
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ to a check of the script, and `--flag=STAGE:FLAG`, repeated, changes a stage:
 """
 
 import argparse
-import json
 import pathlib
 import resource
 import shutil
@@ -21,7 +20,7 @@ import statistics
 import time
 from typing import Any
 
-import commands
+import harness
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
@@ -37,7 +36,7 @@ STAGES = ('mlm', 'ict', 'realm')
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
   """Trains the three stages, evaluates them, and returns flat figures."""
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   figures: dict[str, Any] = {}
 
   for stage in STAGES:
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f'--steps={steps}',
     )
   return {
-      **commands.about('jax', 'flax'),
+      **harness.about('jax', 'flax'),
       'commands': realm_jax.done,
       **_corpus_figures(arguments.corpus),
       **figures,
@@ -167,25 +166,22 @@ def _retrieval_figures(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--questions', type=pathlib.Path, required=True)
   parser.add_argument(
       '--workdir', type=pathlib.Path, default=pathlib.Path('runs/real_text')
   )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
-  parser.add_argument('--small', action='store_true')
   parser.add_argument(
       '--flag', action='append', default=[], help='STAGE:FLAG of `train`'
   )
   arguments = parser.parse_args()
   figures = run(arguments)
-  files.write_json(arguments.output, figures)
+  harness.write(arguments.output, figures)
   shutil.copy(
       arguments.workdir / 'realm' / report.FOLDER / 'recall.png',
       arguments.output.with_suffix('.png'),
   )
-  print(json.dumps(figures, indent=2))
 
 
 if __name__ == '__main__':

@@ -1,24 +1,24 @@
-"""What keeping the index fresh costs: embedding, refreshing, standing still.
+"""Cost of a fresh index: embedding, refreshing, stalls of the trainer.
 
   python benchmarks/refresh.py --corpus=CORPUS --torch_python=hf/bin/python \
       --output=benchmarks/results/refresh.json [--parts=embedding,stall]
 
-CORPUS is made by `realm-jax prepare`; `hf/bin/python` has PyTorch and
-transformers 4.40.2 (tests/make_huggingface_fixtures.py says how to make it).
-Without --corpus an invented world is prepared. Parts:
+CORPUS is an output of `realm-jax prepare`; `hf/bin/python` has PyTorch and
+transformers 4.40.2 (tests/make_huggingface_fixtures.py). Without --corpus an
+invented world is prepared. Parts:
 
   embedding  passages/s of the index builder's embedder, of the same model with
-             every batch padded to the longest passage there can be, and of
-             PyTorch with the same weights; in turns, on the same passages
+             every batch padded to the maximum length, and of PyTorch with the
+             same weights; in turns, on the same passages
   growth     seconds of a refresh, embedding to publishing, over the number of
              passages; the last point is the whole corpus
-  stall      a real job, `train --with_index_builder`, trainer and builder on a
-             core each: how long the trainer stands still for a refresh, and its
-             steps while a generation is being loaded
+  stall      a job, `train --with_index_builder`, trainer and builder on a core
+             each: stalls of the trainer at a refresh, and its steps while a
+             generation is loading
   steps      a training step with its search by ScaNN, over the number of rows
              of an invented index
 
-Measure on a machine that does nothing else. `--small` takes about a minute.
+Measure on an idle machine. `--small` takes about a minute.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import functools
 import json
 import os
 import pathlib
-import platform
 import shlex
 import shutil
 import statistics
@@ -38,9 +37,10 @@ import tempfile
 import time
 from typing import Any
 
-import flax
+import harness
 import jax
 import numpy as np
+import training
 
 from realm_jax import config as config_lib
 from realm_jax.builder import builder
@@ -57,9 +57,8 @@ from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import snapshots as snapshots_lib
-from realm_jax.trainer import batches
-from realm_jax.trainer import optimizer
-from realm_jax.trainer import step as step_lib
+from realm_jax.trainer import examples
+from realm_jax.trainer.stages import realm
 
 _HERE = pathlib.Path(__file__).resolve().parent
 PARTS = ('embedding', 'growth', 'stall', 'steps')
@@ -95,9 +94,9 @@ class _Padded:
     self._corpus = corpus
     self._size = max(tokens // _LONGEST, 1)
     self._embed = jax.jit(
-        lambda params, ids_BS, types_BS: component.apply(
-            params, 'embed_document', ids_BS, types_BS
-        )
+        lambda params, ids_BS, types_BS: component.module(
+            params
+        ).embed_document(ids_BS, types_BS)
     )
 
   def __call__(self, params: components.Params, rows: np.ndarray) -> np.ndarray:
@@ -116,63 +115,41 @@ class _Padded:
     return np.concatenate(found)[: len(rows)]
 
 
-class _Torch:
-  """benchmarks/refresh_torch.py as a child."""
-
-  def __init__(
-      self,
-      python: str,
-      config: config_lib.Config,
-      params: components.Params,
-      corpus: corpus_lib.Corpus,
-      rounds: list[np.ndarray],
-      folder: pathlib.Path,
-  ):
-    np.savez(
-        folder / 'weights.npz',
-        **convert.tensors_of(
-            'embedder', config.model, {'embedder': params}
-        ),
+def _open_torch(
+    python: str,
+    config: config_lib.Config,
+    params: components.Params,
+    corpus: corpus_lib.Corpus,
+    rounds: list[np.ndarray],
+    folder: pathlib.Path,
+) -> tuple[harness.Child, Figures]:
+  """Starts refresh_torch.py with the same weights and passages."""
+  np.savez(
+      folder / 'weights.npz',
+      **convert.tensors_of('embedder', config.model, {'embedder': params}),
+  )
+  passages = {}
+  for number, rows in enumerate(rounds):
+    ids_BS, types_BS = inputs.assemble_documents(
+        corpus.passages, rows, _LONGEST, corpus.tokenizer
     )
-    passages = {}
-    for number, rows in enumerate(rounds):
-      ids_BS, types_BS = inputs.assemble_documents(
-          corpus.passages, rows, _LONGEST, corpus.tokenizer
-      )
-      real = ids_BS != corpus.tokenizer.pad_id
-      passages |= {
-          f'{number}/tokens': ids_BS[real],
-          f'{number}/segments': types_BS[real],
-          f'{number}/offsets': np.concatenate([[0], real.sum(1).cumsum()]),
-      }
-    np.savez(folder / 'passages.npz', **passages)
-    self._process = subprocess.Popen(
-        [python, str(_HERE / 'refresh_torch.py')],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
-    )
-    self.versions = self.ask({
-        'threads': len(os.sched_getaffinity(0)),
-        'config': convert.foreign_config('embedder', config.model, None),
-        'weights': str(folder / 'weights.npz'),
-        'passages': str(folder / 'passages.npz'),
-        'longest': _LONGEST,
-    })
-
-  def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-    assert self._process.stdin is not None and self._process.stdout is not None
-    print(json.dumps(request), file=self._process.stdin, flush=True)
-    line = self._process.stdout.readline()
-    if not line:
-      raise RuntimeError('The PyTorch side ended; what it said is above.')
-    return json.loads(line)
-
-  def close(self) -> None:
-    assert self._process.stdin is not None
-    self._process.stdin.close()
-    self._process.wait()
+    real = ids_BS != corpus.tokenizer.pad_id
+    passages |= {
+        f'{number}/tokens': ids_BS[real],
+        f'{number}/segments': types_BS[real],
+        f'{number}/offsets': np.concatenate([[0], real.sum(1).cumsum()]),
+    }
+  np.savez(folder / 'passages.npz', **passages)
+  child = harness.Child(python, _HERE / 'refresh_torch.py')
+  versions = child.ask(
+      'open',
+      threads=len(os.sched_getaffinity(0)),
+      config=convert.foreign_config('embedder', config.model, None),
+      weights=str(folder / 'weights.npz'),
+      passages=str(folder / 'passages.npz'),
+      longest=_LONGEST,
+  )
+  return child, versions
 
 
 def measure_embedding(
@@ -203,15 +180,14 @@ def measure_embedding(
   seconds: dict[str, list[float]] = {}
   figures: Figures = {}
   with contextlib.ExitStack() as stack:
-    torch: _Torch | None = None
+    torch: harness.Child | None = None
     variants: list[str] = []
     folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if arguments.torch_python:
-      torch = _Torch(
+      torch, figures['versions_of_torch_side'] = _open_torch(
           arguments.torch_python, config, params, corpus, rounds, folder
       )
       stack.callback(torch.close)
-      figures['versions_of_torch_side'] = torch.versions
       variants = [
           f'{how} {attention} {tokens}'
           for how in ('bucketed', 'padded')
@@ -239,9 +215,9 @@ def measure_embedding(
         assert torch is not None
         request: dict[str, Any] = {'round': number, 'variant': variant}
         if number == 0:
-          torch.ask(request)  # The first has to allocate.
+          torch.ask('embed', **request)  # Allocates memory.
           request['save'] = str(folder / 'found.npy')
-        times[variant] = torch.ask(request)['seconds']
+        times[variant] = torch.ask('embed', **request)['seconds']
         if number:
           seconds.setdefault(f'torch {variant}', []).append(times[variant])
         else:
@@ -515,54 +491,33 @@ def measure_steps(
   count = 24
   if arguments.small:
     sizes, count = [2_000, 20_000], 6
-  parts = components.make_all(config)
-  mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-  tx = optimizer.make_optimizer(config, tuple(parts))
-  tokenizer = corpus.tokenizer
-  train_step = step_lib.make_train_step(
-      config,
-      parts,
-      tx,
-      (tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id),
-      mesh,
-  )
-  embed = embedding.Embedder(parts['embedder'], mesh).queries
-  params = {name: part.init(0) for name, part in parts.items()}
-  state = jax.device_put(
-      step_lib.TrainState(
-          np.int32(0), params, tx.init(params), jax.random.key(0)
-      ),
-      step_lib.state_shardings(config, parts, tx, mesh),
-  )
+  job = training.Training(config, corpus)
+  embed = embedding.Embedder(job.components['embedder'], job.mesh).queries
+  state = job.start()
   searches = {}
   for size in sizes:
     print(f'Building an index of {size} rows', flush=True)
     searches[size] = search.make_search(config.mips, _clustered(size, 128))
-  data = batches.training_batches(corpus, config)
+  data = examples.training_batches(job.stage)
   seconds: dict[int, list[float]] = {size: [] for size in sizes}
   search_seconds: dict[int, list[float]] = {size: [] for size in sizes}
   for number in range(count + 2):
     shift = number % len(sizes)
     for size in sizes[shift:] + sizes[:shift]:
-      batch = next(data)
+      queries = next(data).inputs
       jax.block_until_ready(state)
       start = time.perf_counter()
-      query_ids = mesh_lib.to_devices(
-          mesh, {'query_ids_BQ': batch['query_ids_BQ']}
-      )['query_ids_BQ']
+      query_ids = mesh_lib.to_devices(job.mesh, queries.query_ids_BQ)
       query_emb_BE = jax.device_get(embed(state.params['embedder'], query_ids))
       before = time.perf_counter()
       rows_BJ = searches[size].search(query_emb_BE, config.num_candidates - 1)
       searched = time.perf_counter() - before
-      batch = inputs.with_candidates(
-          batch, rows_BJ % len(corpus.passages), corpus, config.lengths
+      batch = realm.with_candidates(
+          queries, rows_BJ % len(corpus.passages), corpus, config.lengths
       )
-      arrays = mesh_lib.to_devices(
-          mesh, {name: batch[name] for name in step_lib.input_names(config)}
-      )
-      state, _ = train_step(state, arrays)
+      state, _ = job.step(state, mesh_lib.to_devices(job.mesh, batch))
       jax.block_until_ready(state)
-      if number >= 2:  # Compiling, and the first searches.
+      if number >= 2:  # The first steps compile and warm up.
         seconds[size].append(time.perf_counter() - start)
         search_seconds[size].append(searched)
   medians = [statistics.median(seconds[size]) for size in sizes]
@@ -590,8 +545,6 @@ def _clustered(size: int, width: int) -> np.ndarray:
 
 
 def _plot(figures: Figures, path: pathlib.Path) -> None:
-  from matplotlib import pyplot
-
   shown = [
       name
       for name, key in (
@@ -602,10 +555,8 @@ def _plot(figures: Figures, path: pathlib.Path) -> None:
       )
       if key in figures
   ]
-  figure, axes = pyplot.subplots(
-      1, len(shown), figsize=(5 * len(shown), 4), layout='constrained'
-  )
-  for name, axis in zip(shown, np.atleast_1d(axes), strict=True):
+  figure, axes = harness.panels(len(shown))
+  for name, axis in zip(shown, axes, strict=True):
     match name:
       case 'embedding':
         bars = {
@@ -659,14 +610,11 @@ def _plot(figures: Figures, path: pathlib.Path) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path)
   parser.add_argument(
       '--stall_corpus', type=pathlib.Path, help='of `stall`; default: --corpus'
   )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument('--parts', default=','.join(PARTS))
   parser.add_argument('--torch_python', help='has PyTorch, transformers 4.40.2')
   parser.add_argument('--backend', default='scann', help='of `growth`')
@@ -679,7 +627,6 @@ def main() -> None:
   parser.add_argument(
       '--scratch', type=pathlib.Path, default=pathlib.Path('runs/refresh')
   )
-  parser.add_argument('--small', action='store_true')
   arguments = parser.parse_args()
   parts = arguments.parts.split(',')
   if unknown := set(parts) - set(PARTS):
@@ -715,20 +662,8 @@ def main() -> None:
     figures |= found
     shown = {k: v for k, v in found.items() if not k.startswith('curve_')}
     print(json.dumps(shown, indent=2), flush=True)
-  words = [w for w in sys.argv if not w.startswith('--torch_python')]
-  if len(words) < len(sys.argv):  # Where it lies is of no interest elsewhere.
-    words.append('--torch_python=hf/bin/python')
-  figures |= {
-      'command': shlex.join(['python', *words]),
-      'commands': [*commands, shlex.join(['python', *words])],
-      'hardware': f'{os.cpu_count()} CPU cores, {platform.machine()}',
-      'versions': {
-          'python': platform.python_version(),
-          'jax': jax.__version__,
-          'flax': flax.__version__,
-          'numpy': np.__version__,
-      },
-  }
+  figures |= harness.about('jax', 'flax', 'numpy')
+  figures['commands'] = [*commands, figures['command']]
   files.write_json(arguments.output, figures)
   _plot(figures, arguments.output.with_suffix('.png'))
 

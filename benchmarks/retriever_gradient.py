@@ -15,15 +15,13 @@ on one sentence, the same on a whole batch, and the job's own training step
 (AdamW with the moments it had, retriever and reader).
 """
 
-import argparse
-import json
 import pathlib
 import shutil
 import sys
 import tempfile
 from typing import Any
 
-import commands
+import harness
 import jax
 import jax.numpy as jnp
 from matplotlib import figure as figure_lib
@@ -32,16 +30,15 @@ import optax
 from scipy import stats
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import inputs
 from realm_jax.inference import trained as trained_lib
+from realm_jax.models import components as components_lib
 from realm_jax.models import objectives
-from realm_jax.models import realm
 from realm_jax.runtime import checkpoint
-from realm_jax.runtime import files
-from realm_jax.trainer import batches as batches_lib
+from realm_jax.trainer import examples
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import step as step_lib
+from realm_jax.trainer.stages import realm
 
 _UPDATES = {
     'sentence': 'gradient descent on one sentence',
@@ -61,41 +58,27 @@ class _Measurement:
     self._workdir, self._step = workdir, step
     self._params = self._trained.load(step)
     self._search = self._trained.index(self._params, step).search
-    components = self._trained.components
-    null_ids = self._trained.null_ids
+    stage = realm.Realm(self._config, self._trained.corpus)
+    self._stage = stage
+
+    def outputs(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+      models = components_lib.bind(self._trained.components, params)
+      return stage.outputs(models, batch, None)
 
     def scores(params: Any, batch: Any) -> jax.Array:
-      return realm.candidate_scores(
-          components['embedder'],
-          params['embedder'],
-          batch['query_ids_BQ'],
-          batch['doc_ids_BJS'],
-          batch['doc_types_BJS'],
-          null_ids if self._config.null_document else None,
-      )
+      return outputs(params, batch)[0]
 
     def credit(params: Any, batch: Any) -> jax.Array:
-      token_logp_BKM = realm.read_targets(
-          components['reader'],
-          params['reader'],
-          batch['joint_ids_BKT'],
-          batch['joint_types_BKT'],
-          batch['positions_BM'],
-          batch['targets_BM'],
-      )
-      _, aux = objectives.marginal_mlm(
-          scores(params, batch), token_logp_BKM, batch['mask_BM']
-      )
+      _, aux = objectives.marginal_mlm(*outputs(params, batch), batch.mask_BM)
       # p(z|x) p(y|z,x) / p(y|x) is p(z|x,y).
       return aux['posterior_BK'] - jnp.exp(aux['retriever_logp_BK'])
-
-    loss = step_lib.loss_function(self._config, components, null_ids)
 
     def descend(params: Any, batch: Any) -> jax.Array:
       """The change of the scores by a small step of the embedder alone."""
 
       def of_embedder(embedder: Any) -> jax.Array:
-        return loss({**params, 'embedder': embedder}, batch, None)[0]
+        found = outputs({**params, 'embedder': embedder}, batch)
+        return stage.loss(found, batch)[0]
 
       grads = jax.grad(of_embedder)(params['embedder'])
 
@@ -116,44 +99,43 @@ class _Measurement:
     self._scores, self._credit = jax.jit(scores), jax.jit(credit)
     self._descend = jax.jit(descend)
 
-  def batches(self, count: int) -> list[inputs.Batch]:
-    """The batches that the run would see next, with candidates."""
+  def batches(self, count: int) -> list[realm.Batch]:
+    """Returns the next batches of the run, with candidates."""
     trained, config = self._trained, self._config
-    stream = batches_lib.training_batches(trained.corpus, config, self._step)
+    stream = examples.training_batches(self._stage, self._step)
     found = []
     for _ in range(count):
-      batch = next(stream)
+      queries = next(stream).inputs
       retrieved_BJ = self._search.search(
-          trained.embed_queries(self._params, batch['query_ids_BQ']),
+          trained.embed_queries(self._params, queries.query_ids_BQ),
           config.num_candidates - 1,
-          batch['exclude_BR2'],
-      )
-      batch = inputs.with_candidates(
-          batch, retrieved_BJ, trained.corpus, config.lengths
+          queries.exclude_BR2,
       )
       found.append(
-          {name: batch[name] for name in step_lib.input_names(config)}
+          realm.with_candidates(
+              queries, retrieved_BJ, trained.corpus, config.lengths
+          )
       )
     return found
 
-  def credits(self, batch: inputs.Batch) -> np.ndarray:
+  def credits(self, batch: realm.Batch) -> np.ndarray:
     """r(z) of each candidate, [B, K]."""
     return np.asarray(self._credit(self._params, batch))
 
-  def after_sentences(self, batch: inputs.Batch) -> np.ndarray:
+  def after_sentences(self, batch: realm.Batch) -> np.ndarray:
     """Changes of the scores of each sentence after a step on it, [B, K]."""
     return np.concatenate([
         self._descend(
-            self._params, {n: v[i : i + 1] for n, v in batch.items()}
+            self._params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
         )
-        for i in range(len(batch['mask_BM']))
+        for i in range(len(batch.mask_BM))
     ])
 
-  def after_batch(self, batch: inputs.Batch) -> np.ndarray:
+  def after_batch(self, batch: realm.Batch) -> np.ndarray:
     """The same after one step on all of them, [B, K]."""
     return np.asarray(self._descend(self._params, batch))
 
-  def after_training(self, batches: list[inputs.Batch]) -> list[np.ndarray]:
+  def after_training(self, batches: list[realm.Batch]) -> list[np.ndarray]:
     """After the job's next step, had it this batch; for each, [B, K]."""
     changes = []
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +148,7 @@ class _Measurement:
       job = job_lib.open_job(config_lib.read(copy), copy)
       tx = optimizer.make_optimizer(job.config, tuple(job.components))
       train_step = step_lib.make_train_step(
-          job.config, job.components, tx, self._trained.null_ids, job.mesh
+          job.stage, job.components, tx, job.mesh
       )
       checkpoints = checkpoint.Checkpoints(copy, keep=0)
       for batch in batches:
@@ -230,14 +212,10 @@ def measure(
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--steps', required=True, help='comma-separated')
   parser.add_argument('--batches', type=int, default=16)
-  parser.add_argument('--output', type=pathlib.Path, required=True)
-  parser.add_argument('--small', action='store_true', help='two batches')
   arguments = parser.parse_args()
   steps = [int(step) for step in arguments.steps.split(',')]
   figures: dict[str, Any] = {}
@@ -260,12 +238,10 @@ def main() -> int:
           title=f'step {step}: {_UPDATES[name]}\ncorrelation'
           f' {pooled:.2f}, within a sentence {within:.2f} (median)',
           xlabel='r(z)',
-          ylabel='change of f(x,z) beside the other candidates',
+          ylabel='change of f(x,z) relative to the other candidates',
       )
       axis.title.set_fontsize(9)
-  result = figures | commands.about('jax', 'flax')
-  print(json.dumps(result, indent=2))
-  files.write_json(arguments.output, result)
+  harness.write(arguments.output, figures, 'jax', 'flax')
   figure.savefig(arguments.output.with_suffix('.png'), dpi=110)
   return 0
 

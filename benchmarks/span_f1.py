@@ -22,7 +22,7 @@ import sys
 import time
 from typing import Any
 
-import commands
+import harness
 
 from realm_jax.corpus import entities
 from realm_jax.evaluation import tagger as tagger_metrics
@@ -77,7 +77,7 @@ def divide(arguments: argparse.Namespace) -> dict[str, pathlib.Path]:
 
 
 def by_rules(sentences: Sentences, names_only: bool) -> Entities:
-  """What `find_spans` marks in the tokens with spaces in between.
+  """Returns the spans of `find_spans` in tokens joined by spaces.
 
   It was made for running text; here it knows of no document, and whether a
   word that begins a sentence is a name it cannot look up elsewhere.
@@ -165,26 +165,22 @@ def measure(
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--ner', type=pathlib.Path, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument(
       '--init_from', action='append', default=[], help='NAME:WORKDIR'
   )
   parser.add_argument(
       '--flag', action='append', default=[], help='METHOD:FLAG of `train`'
   )
-  parser.add_argument('--small', action='store_true', help='20 steps')
   arguments = parser.parse_args()
   given = dict(pair.split(':', 1) for pair in arguments.init_from)
   arguments.init_from = {'scratch': None} | given
   arguments.workdir.mkdir(parents=True, exist_ok=True)
   paths = divide(arguments)
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   for method, earlier in arguments.init_from.items():
     workdir = arguments.workdir / method
     if (workdir / 'summary.json').exists():
@@ -207,11 +203,10 @@ def main() -> int:
         *(['--config.steps=20'] if arguments.small else []),
     )
   figures = measure(arguments, paths['held_out']) | {
-      **commands.about('jax'),
+      **harness.about('jax'),
       'commands': realm_jax.done,
   }
-  print(json.dumps(figures, indent=2))
-  files.write_json(arguments.output, figures)
+  harness.write(arguments.output, figures)
   return 0
 
 

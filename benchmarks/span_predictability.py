@@ -19,25 +19,25 @@ import pathlib
 import sys
 from typing import Any
 
-import commands
+import harness
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import metrics
 from realm_jax.inference import trained as trained_lib
 from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.runtime import files
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.trainer import batches as batches_lib
+from realm_jax.trainer.stages import realm
 
 _MASKS = ('random_token', 'random_span', 'salient')
 
 
 def train(arguments: argparse.Namespace) -> list[str]:
   """Trains the model, unless it is trained, and returns the commands."""
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   if not (arguments.workdir / 'summary.json').exists():
     realm_jax(
         'train',
@@ -47,7 +47,7 @@ def train(arguments: argparse.Namespace) -> list[str]:
         '--config.masking=random_token',
         f'--config.steps={arguments.steps}',
         '--config.batch_size=64',
-        # Sentences alone: nothing is read beside them.
+        # Sentences alone, without documents.
         '--config.mlm.own_passage_rate=0',
         '--config.lengths.document=8',
     )
@@ -72,26 +72,25 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
         masking=masking,
         batch_size=trained.reading_batch_size(1, trained.config.lengths.masks),
     )
-    for batch in batches_lib.evaluation_batches(
+    for rows, queries in realm.evaluation_batches(
         trained.corpus, config, 'validation', count
     ):
-      size, mask_BM = len(batch['mask_BM']), batch['mask_BM']
-      batch = {
-          name: trained_lib.pad_rows(value, config.batch_size)
-          for name, value in batch.items()
-      }
-      batch = inputs.with_candidates(
-          batch,
+      mask_BM, positions_BM = queries.mask_BM, queries.positions_BM
+      batch = realm.with_candidates(
+          jax.tree.map(
+              lambda x, size=config.batch_size: trained_lib.pad_rows(x, size),
+              queries,
+          ),
           np.zeros((config.batch_size, 0), np.int64),
           trained.corpus,
           config.lengths,
       )
-      best_BM = trained.read(params, batch)['best_BKM'][:size, 0]
-      correct_BM = best_BM == batch['targets_BM'][:size]
-      for i in range(size):
-        kind, row = masking, int(batch['sentence_B'][i])
+      best_BM = trained.read(params, batch)['best_BKM'][: len(rows), 0]
+      correct_BM = best_BM == queries.targets_BM
+      for i, row in enumerate(rows.tolist()):
+        kind = masking
         if masking == 'salient':
-          first = int(batch['positions_BM'][i, 0]) - 1  # Without [CLS].
+          first = int(positions_BM[i, 0]) - 1  # Without [CLS].
           kind = _kind(trained, source, row, first)
         correct = correct_BM[i][mask_BM[i]]
         pieces.setdefault(kind, []).extend((x, row) for x in correct.tolist())
@@ -128,22 +127,18 @@ def _kind(
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--output', type=pathlib.Path, required=True)
   parser.add_argument('--steps', type=int, default=4000)
   parser.add_argument('--sentences', type=int, default=5000)
-  parser.add_argument('--small', action='store_true', help='20 steps')
   arguments = parser.parse_args()
   if arguments.small:
     arguments.steps, arguments.sentences = 20, 200
   done = train(arguments)
   figures = measure(arguments.workdir, arguments.sentences) | {
       'loss': metrics_lib.read_metrics(arguments.workdir)[-1]['train/loss'],
-      **commands.about('jax'),
+      **harness.about('jax'),
       'commands': done,
   }
   print(json.dumps(figures, indent=2))

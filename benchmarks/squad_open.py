@@ -1,4 +1,4 @@
-"""SQuAD as open-domain questions, from scratch on a CPU, beside BM25.
+"""SQuAD as open-domain questions, from scratch on a CPU, against BM25.
 
   python benchmarks/squad_open.py --corpus=corpus --train=train.jsonl \
       --dev=dev.jsonl --output=benchmarks/results/squad_open.json
@@ -6,21 +6,19 @@
 Four stages (experiments/squad_open.py): reader and retriever are warmed up on
 the corpus, the retriever on questions with their paragraphs, then both learn to
 answer. Recall and exact match over training go into a curve. A stage that is
-finished is not run again; its processor time is kept beside it. BM25 (k1 0.9, b
-0.4, title and text, English stop words and stemming left alone) is that of the
-package bm25s, over the same passages.
+finished is not run again; its processor time is kept next to it. BM25 (k1 0.9,
+b 0.4, title and text, English stop words and stemming left alone) is that of
+the package bm25s, over the same passages.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import resource
 from typing import Any
 
 import bm25s
-import commands
-from matplotlib import figure as figure_lib
+import harness
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
@@ -39,7 +37,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
       name: arguments.workdir / name
       for name in ('mlm', 'ict', 'retriever', 'open_qa')
   }
-  realm_jax = commands.Commands()
+  realm_jax = harness.Commands()
   figures: dict[str, Any] = {}
 
   def train(name: str, experiment: str, *more: str) -> None:
@@ -87,7 +85,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f'--steps={steps}', '--limit=200' if arguments.small else '--read=5',
     )
   return {
-      **commands.about('jax', 'bm25s'),
+      **harness.about('jax', 'bm25s'),
       'commands': realm_jax.done,
       **figures,
       **bm25(arguments.corpus, arguments.dev),
@@ -159,8 +157,7 @@ def _curve(jobs: dict[str, pathlib.Path]) -> dict[str, Any]:
 
 
 def _plot(figures: dict[str, Any], path: pathlib.Path) -> None:
-  figure = figure_lib.Figure(figsize=(11, 3.8), layout='constrained')
-  recall, match = figure.subplots(1, 2)
+  figure, (recall, match) = harness.panels(2)
   depths = (1, 5, 20, 50, 100)
   for name, label in (
       ('bm25', 'BM25'),
@@ -192,21 +189,18 @@ def _plot(figures: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--train', required=True)
   parser.add_argument('--dev', required=True)
   parser.add_argument(
       '--workdir', type=pathlib.Path, default=pathlib.Path('runs/squad_open')
   )
-  parser.add_argument('--output', type=pathlib.Path, required=True)
-  parser.add_argument('--small', action='store_true')
   arguments = parser.parse_args()
   os.chdir(_ROOT)
   figures = run(arguments)
-  files.write_json(arguments.output, figures)
+  harness.write(arguments.output, figures)
   _plot(figures, arguments.output.with_suffix('.png'))
-  print(json.dumps(figures, indent=2))
 
 
 if __name__ == '__main__':

@@ -19,12 +19,12 @@ import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
+import harness
 import numpy as np
 
 _VARIANTS = ('shipped', 'masked_head', 'null_once', 'sdpa')
@@ -100,96 +100,69 @@ class _Side:
   """Our models, optimizer and one batch, driven like the PyTorch side."""
 
   def __init__(self, spec: dict[str, Any]):
+    # JAX starts after the process has set its CPU cores.
     import jax
     import jax.numpy as jnp
+    import training
 
     from realm_jax import config as config_lib
-    from realm_jax.models import components
+    from realm_jax.models import components as components_lib
     from realm_jax.models import dropout
-    from realm_jax.models import realm
     from realm_jax.runtime import mesh as mesh_lib
-    from realm_jax.trainer import optimizer
-    from realm_jax.trainer import step
+    from realm_jax.trainer.stages import realm
 
     self._jax = jax
     self.config = config = config_lib.resolve(_config(spec))
-    self.components = components.make_all(config)
-    tx = optimizer.make_optimizer(config, tuple(self.components))
-    mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
-    self._step = step.make_train_step(
-        config, self.components, tx, _NULL, mesh
-    )
-
-    def fresh() -> step.TrainState:
-      params = {n: c.init(0) for n, c in self.components.items()}
-      return step.TrainState(
-          step=jnp.int32(0),
-          params=params,
-          opt_state=tx.init(params),
-          rng=jax.random.key(0),
-      )
-
-    self.state = jax.jit(fresh, out_shardings=mesh_lib.replicated(mesh))()
+    self._job = job = training.Training(config)
+    self.state = job.start()
     with np.load(spec['inputs']) as file:
       x = {name: file[name].astype(np.int32) for name in file.files}
     self.batch = mesh_lib.to_devices(
-        mesh,
-        {
-            'query_ids_BQ': x['query_ids'],
-            'doc_ids_BJS': x['doc_ids'][:, 1:],
-            'doc_types_BJS': x['doc_types'][:, 1:],
-            'joint_ids_BKT': x['joint_ids'],
-            'joint_types_BKT': x['joint_types'],
-            'positions_BM': x['positions'],
-            'targets_BM': x['targets'],
-            'mask_BM': np.ones_like(x['targets'], bool),
-        },
+        job.mesh,
+        realm.Batch(
+            query_ids_BQ=x['query_ids'],
+            doc_ids_BJS=x['doc_ids'][:, 1:],
+            doc_types_BJS=x['doc_types'][:, 1:],
+            joint_ids_BKT=x['joint_ids'],
+            joint_types_BKT=x['joint_types'],
+            positions_BM=x['positions'],
+            targets_BM=x['targets'],
+            mask_BM=np.ones_like(x['targets'], bool),
+        ),
     )
-    embedder, reader = (self.components[n] for n in ('embedder', 'reader'))
-    self._loss = jax.jit(
-        lambda params, batch: step.loss_function(
-            dataclasses.replace(
-                config, model=dataclasses.replace(config.model, dropout=0.0)
-            ),
-            components.make_all(
-                dataclasses.replace(
-                    config,
-                    model=dataclasses.replace(config.model, dropout=0.0),
-                )
-            ),
-            _NULL,
-        )(params, batch, jax.random.key(0))[0]
-    )
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+      models = components_lib.bind(job.components, params)
+      return job.stage.loss(job.stage.outputs(models, batch, None), batch)[0]
 
     def embed(params: Any, batch: Any) -> jax.Array:
       return realm.candidate_scores(
-          embedder,
-          params['embedder'],
-          batch['query_ids_BQ'],
-          batch['doc_ids_BJS'],
-          batch['doc_types_BJS'],
+          components_lib.bind(job.components, params).embedder,
+          batch.query_ids_BQ,
+          batch.doc_ids_BJS,
+          batch.doc_types_BJS,
           _NULL,
           dropout.noise(jax.random.key(0), config.batch_size),
       ).sum()
 
     def read(params: Any, batch: Any) -> jax.Array:
       return realm.read_targets(
-          reader,
-          params['reader'],
-          batch['joint_ids_BKT'],
-          batch['joint_types_BKT'],
-          batch['positions_BM'],
-          batch['targets_BM'],
+          components_lib.bind(job.components, params).reader,
+          batch.joint_ids_BKT,
+          batch.joint_types_BKT,
+          batch.positions_BM,
+          batch.targets_BM,
           dropout.noise(jax.random.key(0), config.batch_size),
       ).mean()
 
     def update(state: Any) -> Any:
-      updates, opt_state = tx.update(
+      updates, opt_state = job.tx.update(
           state.params, state.opt_state, state.params, step=state.step
       )
       params = jax.tree.map(jnp.add, state.params, updates)
       return dataclasses.replace(state, params=params, opt_state=opt_state)
 
+    self._loss = jax.jit(loss)
     self._parts = {
         'embed_forward': jax.jit(embed),
         'embed': jax.jit(jax.value_and_grad(embed)),
@@ -250,64 +223,37 @@ def _config(spec: dict[str, Any]) -> Any:
 
 
 def _worker() -> None:
-  """Our side: JSON requests in, JSON answers out, a line each."""
+  """Our side, as a `harness.Child`."""
   side: Any = None
-  out = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # What libraries print is no answer.
-  for line in sys.stdin:
-    request = json.loads(line)
-    answer: dict[str, Any] = {}
-    match request['do']:
+
+  def answer(do: str, request: dict[str, Any]) -> dict[str, Any]:
+    nonlocal side
+    match do:
       case 'open':
         cores = sorted(os.sched_getaffinity(0))[: request['threads']]
         os.sched_setaffinity(0, cores)
-        import jax
-
         side = _Side(request)
-        answer = {'jax': jax.__version__}
+        return harness.about('jax')['versions']
       case 'save':
         side.save(request['folder'])
       case 'loss':
-        answer['value'] = side.loss()
+        return {'value': side.loss()}
       case 'time':
-        answer['seconds'] = side.time(request['part'])
-    print(json.dumps(answer), file=out, flush=True)
+        return {'seconds': side.time(request['part'])}
+    return {}
+
+  harness.serve(answer)
 
 
-class _Process:
-  """A side in a process of its own, that works only when told to."""
-
-  def __init__(self, command: list[str], threads: int):
-    self._process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            'JAX_PLATFORMS': 'cpu',
-            'NPROC': str(threads),
-            'OMP_NUM_THREADS': str(threads),
-        },
-    )
-
-  def ask(self, do: str, **request: Any) -> dict[str, Any]:
-    assert self._process.stdin and self._process.stdout
-    print(
-        json.dumps({'do': do, **request}), file=self._process.stdin, flush=True
-    )
-    line = self._process.stdout.readline()
-    if not line:
-      raise RuntimeError(
-          f'{" ".join(map(str, self._process.args))} ended, exit code'
-          f' {self._process.wait()}, asked for {do}.'
-      )
-    return json.loads(line)
-
-  def close(self) -> None:
-    assert self._process.stdin
-    self._process.stdin.close()
-    self._process.wait(60)
+def _child(python: str, script: str, *words: str, threads: int) -> Any:
+  return harness.Child(
+      python,
+      pathlib.Path(__file__).resolve().with_name(script),
+      *words,
+      JAX_PLATFORMS='cpu',
+      NPROC=str(threads),
+      OMP_NUM_THREADS=str(threads),
+  )
 
 
 def _processor() -> str:
@@ -327,7 +273,9 @@ def _flop(size: _Size, side: str) -> float:
   spec = {**dataclasses.asdict(size), 'dropout': 0.0, 'dtype': 'float32'}
   config = config_lib.resolve(_config(spec))
   if side == 'ours':
-    return flops.model_flop(config)
+    from realm_jax.trainer import stages
+
+    return flops.model_flop(config, stages.load(config)(config).passes())
   # Theirs: the last layer everywhere; the null document as long as any.
   rows = size.batch * size.candidates
   model, joint = config.model, size.query + size.document
@@ -350,7 +298,6 @@ def _compare(
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """Alternates the two sides; returns figures and versions."""
   threads = arguments.threads
-  here = pathlib.Path(__file__).resolve()
   with tempfile.TemporaryDirectory() as folder:
     inputs = f'{folder}/inputs.npz'
     np.savez(inputs, **_inputs(size))
@@ -361,8 +308,10 @@ def _compare(
         'threads': threads,
         'inputs': inputs,
     }
-    ours = _Process([sys.executable, str(here), '--worker'], threads)
-    theirs = _torch(arguments)
+    ours = _child(sys.executable, 'train_step.py', '--worker', threads=threads)
+    theirs = _child(
+        arguments.torch_python, 'train_step_torch.py', threads=threads
+    )
     versions = ours.ask('open', **spec) | theirs.ask('open', **spec)
     ours.ask('save', folder=folder)
     theirs.ask('load', folder=folder)
@@ -409,25 +358,13 @@ def _compare(
   return figures, versions
 
 
-def _torch(arguments: argparse.Namespace) -> _Process:
-  here = pathlib.Path(__file__).resolve()
-  return _Process(
-      [arguments.torch_python, str(here.with_name('train_step_torch.py'))],
-      arguments.threads,
-  )
-
-
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = harness.parser(__doc__, output=False)
   parser.add_argument(
       '--torch_python',
       default=sys.executable,
       help='Python that has PyTorch and transformers 4.40.2.',
   )
-  parser.add_argument('--output', type=pathlib.Path)
-  parser.add_argument('--small', action='store_true', help='toy sizes')
   parser.add_argument('--sizes', default='base,small', help='which to run')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--threads', type=int, default=2)
@@ -446,23 +383,12 @@ def main() -> int:
   for name, size in sizes.items():
     found, versions = _compare(name, size, arguments)
     figures |= found
-    # Where the other Python lies is of no interest elsewhere.
-    figures[f'{name}_command'] = ' '.join(
-        ['python benchmarks/train_step.py --torch_python=hf/bin/python']
-        + [a for a in sys.argv[1:] if not a.startswith('--torch_python')]
-    )
-  for key, value in figures.items():
-    if isinstance(value, float):
-      print(f'{key:44} {value:.4g}')
-    elif not isinstance(value, list):
-      print(f'{key:44} {value}')
-  result = {
-      **figures,
+    figures[f'{name}_command'] = harness.about()['command']
+  figures |= {
       'hardware': f'{arguments.threads} of {os.cpu_count()} x {_processor()}',
-      'versions': {'python': platform.python_version(), **versions},
+      'versions': harness.about()['versions'] | versions,
   }
-  if arguments.output:
-    arguments.output.write_text(json.dumps(result, indent=2) + '\n')
+  harness.write(arguments.output, figures)
   return 0
 
 

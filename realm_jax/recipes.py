@@ -1,7 +1,4 @@
-"""Settings that several experiments share.
-
-Public: `from_scratch`, `invented_world`, `fine_tuning`, `FINE_TUNING`.
-"""
+"""Settings that several experiments share."""
 
 from typing import Literal
 
@@ -13,11 +10,11 @@ Stage = Literal['mlm', 'ict', 'realm', 'open_qa']
 
 
 def from_scratch(stage: Stage) -> config_lib.Config:
-  """A model of preset `tiny` without published weights (docs/learning.md)."""
+  """Trains preset `tiny` without published weights (docs/learning.md)."""
   config = config_lib.Config(objective=stage)
   config.model.preset = 'tiny'
-  config.model.init_stddev = 0.05  # Width 128 learns faster so than with 0.02.
-  config.model.dropout = 0.0  # Too few steps to overfit.
+  config.model.init_stddev = 0.05  # At width 128, faster than 0.02.
+  config.model.dropout = 0.0  # The runs are too short to overfit.
   config.model.embedding_scale_init = 128**-0.25
   config.optimizer.learning_rate = 1e-3
   config.optimizer.final_fraction = 0.1
@@ -27,7 +24,7 @@ def from_scratch(stage: Stage) -> config_lib.Config:
 
 
 def invented_world(stage: Stage) -> config_lib.Config:
-  """A stage on a corpus of `prepare --source=world:SEED`, 1,000 entities."""
+  """Trains on `prepare --source=world:SEED`, a world of 1,000 entities."""
   config = from_scratch(stage)
   config.batch_size = 96
   config.num_candidates = 5
@@ -59,19 +56,19 @@ def invented_world(stage: Stage) -> config_lib.Config:
 def fine_tuning(
     recipe: str, questions: int, epochs: int
 ) -> config_lib.Config:
-  """Fine-tuning BERT-base on a set of questions over 13 million passages.
+  """Fine-tunes BERT-base on a question set over 13 million passages.
 
   Args:
-    recipe: 'published': one question a step, 5,000 passages retrieved, the
+    recipe: 'published': one question per step, 5,000 passages retrieved, the
       best 5 read without their titles, documents frozen (Lee et al. 2019,
       section 6.2; Guu et al. 2020, section 4.3). 'plus_plus': batches of 16,
-      more passages, with titles (Balachandran et al. 2021, whose exact values
-      are not published in one place; these are ours).
-    questions: of the training set.
-    epochs: over them.
+      more passages, with titles (Balachandran et al. 2021, who do not publish
+      all values in one place; these are ours).
+    questions: number of questions in the training set.
+    epochs: passes over them.
 
   Raises:
-    ValueError: for another recipe.
+    ValueError: the recipe is unknown.
   """
   if recipe not in FINE_TUNING:
     raise ValueError(

@@ -234,7 +234,7 @@ def _other_corpus(tmp_path):
 
 
 def _st_embed(folder, ids, types):
-  """What sentence-transformers computes with its modules, in numpy and JAX."""
+  """Computes the modules of sentence-transformers in numpy and JAX."""
   values = json.loads((folder / 'config.json').read_bytes())
   modules = json.loads((folder / 'modules.json').read_bytes())
   kinds = [m['type'].rpartition('.')[2] for m in modules]

@@ -18,7 +18,7 @@ original = retrieval_test.original
 
 
 class _Page(html.parser.HTMLParser):
-  """What a browser would show, and the tags that are open at the end."""
+  """The text that a browser shows, and the tags that are open at the end."""
 
   def __init__(self, page):
     super().__init__()

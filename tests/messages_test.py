@@ -1,4 +1,4 @@
-"""What the modules log is seen by whoever runs the command."""
+"""Every command shows the log messages of its modules."""
 
 import json
 import os

@@ -10,6 +10,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
@@ -20,8 +21,8 @@ from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 
-_WIDTH_STEP = 32  # Wordpieces between two bucket widths.
-_BATCH_TOKENS = 2**13  # Of one batch, at most.
+_WIDTH_STEP = 32  # Bucket widths are multiples of it.
+_BATCH_TOKENS = 2**13  # Maximum wordpieces of a batch.
 
 Path = str | os.PathLike[str]
 
@@ -38,7 +39,7 @@ class Hits(NamedTuple):
 
 
 class Retriever:
-  """Embeds queries and passages, and searches; `Retriever.load` makes one."""
+  """Embeds and searches; `Retriever.load` makes one."""
 
   def __init__(
       self,
@@ -158,17 +159,12 @@ class Retriever:
 
   def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds `[CLS] text [SEP]`: float32 [B, E]."""
-    t = self.tokenizer
-    body = self.lengths.query - 2
-    pairs: list[tuple[list[int], list[int]]] = [
-        ([t.cls_id, *ids[:body], t.sep_id], [])
-        for ids in t.encode_batch(_checked(texts))
-    ]
-
-    def embed(ids_BQ: np.ndarray, types_BQ: np.ndarray) -> jax.Array:
-      return self._embedder.queries(self._params, ids_BQ)
-
-    return self._embed(embed, pairs, self.lengths.query)
+    ids_BQ = inputs.encode_queries(
+        _checked(texts), self.lengths.query, self.tokenizer
+    )
+    return self._embed(
+        lambda ids_BQ: self._embedder.queries(self._params, ids_BQ), ids_BQ
+    )
 
   def embed_passages(
       self, passages: Sequence[tuple[str, str]]
@@ -181,22 +177,26 @@ class Retriever:
     given: Sequence[Any] = passages
     if any(isinstance(p, str) or len(p) != 2 for p in given):
       raise ValueError('Each passage must be a pair (title, body).')
-    t = self.tokenizer
-    titles = t.encode_batch(_checked([title for title, _ in passages]))
-    bodies = t.encode_batch(_checked([body for _, body in passages]))
-    length = self.lengths.document
-    pairs = []
-    for title, body in zip(titles, bodies, strict=True):
-      # The title has priority, as in training.
-      first = [t.cls_id, *title[: length - 3], t.sep_id]
-      pairs.append((first, [*body[: length - 1 - len(first)], t.sep_id]))
+    encode = self.tokenizer.encode_batch
+    titles = encode(_checked([title for title, _ in passages]))
+    bodies = encode(_checked([body for _, body in passages]))
+    pieces = [t + b for t, b in zip(titles, bodies, strict=True)]
+    table = corpus_lib.PassageTable(
+        tokens=np.array([piece for row in pieces for piece in row], np.uint32),
+        offsets=np.cumsum([0, *map(len, pieces)]),
+        title_lengths=np.array([len(title) for title in titles], np.int32),
+        articles=np.arange(len(pieces), dtype=np.int32),
+    )
+    arrays = inputs.assemble_documents(
+        table, np.arange(len(table)), self.lengths.document, self.tokenizer
+    )
 
     def embed(ids_BS: np.ndarray, types_BS: np.ndarray) -> jax.Array:
       return self._embedder.documents(
           self._params, ids_BS[:, None], types_BS[:, None]
       )[:, 0]
 
-    return self._embed(embed, pairs, length)
+    return self._embed(embed, *arrays)
 
   def search(self, texts: Sequence[str], k: int) -> Hits:
     """Finds the k passages of the highest inner product with each text.
@@ -224,30 +224,25 @@ class Retriever:
     return self.corpus.passage_text(int(row))
 
   def _embed(
-      self,
-      embed: Callable[..., jax.Array],
-      pairs: list[tuple[list[int], list[int]]],
-      longest: int,
+      self, embed: Callable[..., jax.Array], *arrays_BL: np.ndarray
   ) -> np.ndarray:
-    """Embeds two-segment inputs, sorted into few widths and batch sizes."""
-    emb_BE = np.zeros((len(pairs), self.width), np.float32)
-    sizes = np.array([len(a) + len(b) for a, b in pairs], np.int64)
-    widths = np.minimum(-(-sizes // _WIDTH_STEP) * _WIDTH_STEP, longest)
-    for width in np.unique(widths):
+    """Embeds padded rows, ids first, in few widths and batch sizes."""
+    ids_BL = arrays_BL[0]
+    emb_BE = np.zeros((len(ids_BL), self.width), np.float32)
+    sizes = (ids_BL != self.tokenizer.pad_id).sum(axis=1)
+    widths = np.minimum(
+        -(-sizes // _WIDTH_STEP) * _WIDTH_STEP, ids_BL.shape[1]
+    )
+    for width in np.unique(widths).tolist():
       members = np.flatnonzero(widths == width)
-      most = max(1, _BATCH_TOKENS // int(width))
+      most = max(1, _BATCH_TOKENS // width)
       for start in range(0, len(members), most):
-        mine = members[start : start + most]
+        rows = members[start : start + most]
         # Powers of two limit the number of compiled shapes.
-        rows = min(most, 1 << (len(mine) - 1).bit_length())
-        ids = np.zeros((rows, width), np.int32)
-        types = np.zeros((rows, width), np.int32)
-        for row, member in enumerate(mine):
-          first, second = pairs[member]
-          limit = len(first) + len(second)
-          ids[row, :limit] = first + second
-          types[row, len(first) : limit] = 1
-        emb_BE[mine] = np.asarray(embed(ids, types))[: len(mine)]
+        size = min(most, 1 << (len(rows) - 1).bit_length())
+        padding = ((0, size - len(rows)), (0, 0))
+        batch = [np.pad(x_BL[rows, :width], padding) for x_BL in arrays_BL]
+        emb_BE[rows] = np.asarray(embed(*batch))[: len(rows)]
     return emb_BE
 
 

@@ -139,14 +139,12 @@ def as_text(found: Inspection, width: int = 100) -> str:
   table.add_column('prediction', overflow='fold')
   table.add_column('p(y|z,x)', justify='right', no_wrap=True)
   for line in _lines(found):
-    passage = '\n'.join(part for part in (line.title, line.text) if part)
-    # Text prevents that a passage is read as markup.
-    table.add_row(
-        *map(
-            rich.text.Text,
-            (line.probability, passage, line.prediction, line.likelihood),
-        )
+    passage = '\n'.join(filter(None, (line['title'], line['text'])))
+    cells = (
+        line['probability'], passage, line['prediction'], line['likelihood']
     )
+    # Text prevents that a passage is read as markup.
+    table.add_row(*map(rich.text.Text, cells))
   console = rich.console.Console(
       width=width, file=io.StringIO(), record=True, color_system=None
   )
@@ -205,57 +203,39 @@ td.number, th.number {{ text-align: right; white-space: nowrap;
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
-  """A line of the text or HTML table."""
-
-  kind: str  # 'document', 'null' or 'marginal'.
-  probability: str
-  title: str
-  text: str
-  id: str
-  prediction: str
-  likelihood: str
-
-
-def _lines(found: Inspection) -> list[_Line]:
-  lines = []
-  for document in (*found.documents, found.null):
-    is_null = document is found.null
-    lines.append(
-        _Line(
-            'null' if is_null else 'document',
-            f'{document.probability:.3f}',
-            'No passage (the null document)' if is_null else document.title,
-            document.text,
-            document.id,
-            _joined(document.prediction),
-            f'{document.prediction.probability:.3f}',
-        )
-    )
-  marginal = found.marginal
-  lines.append(
-      _Line(
-          'marginal',
-          '',
-          'Marginalised over all of the above',
-          '',
-          '',
-          _joined(marginal),
-          f'{marginal.probability:.3f}',
-      )
+def _lines(found: Inspection) -> list[dict[str, str]]:
+  """Returns the cells of each line of the text or HTML table."""
+  marginal = dataclasses.replace(
+      found.null,
+      title='Marginalised over all of the above',
+      prediction=found.marginal,
   )
-  return lines
+  null = dataclasses.replace(
+      found.null, title='No passage (the null document)'
+  )
+  return [
+      {
+          'kind': kind,
+          'probability': '' if kind == 'marginal' else f'{d.probability:.3f}',
+          'title': d.title,
+          'text': d.text,
+          'id': d.id,
+          'prediction': _joined(d.prediction),
+          'likelihood': f'{d.prediction.probability:.3f}',
+      }
+      for kind, d in (
+          *(('document', d) for d in found.documents),
+          ('null', null),
+          ('marginal', marginal),
+      )
+  ]
 
 
-def _html_row(line: _Line) -> str:
-  cells = {
-      name: html.escape(value)
-      for name, value in dataclasses.asdict(line).items()
-  }
+def _html_row(line: dict[str, str]) -> str:
+  cells = {name: html.escape(value) for name, value in line.items()}
   bar = ''
-  if cells['probability']:
-    width = f'{float(line.probability):.1%}'
+  if line['probability']:
+    width = f'{float(line["probability"]):.1%}'
     bar = f'<div class="bar" style="width: {width}"></div>'
   return (
       f'<tr class="{cells["kind"]}">'
@@ -292,7 +272,7 @@ def _query(trained: trained_lib.Trained, text: str) -> realm.Queries:
         f' most {length} fit (config.lengths.query).'
     )
   ids = np.zeros((1, length), np.int32)
-  ids[0, : len(pieces) + 2] = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
+  ids[0, : len(pieces) + 2] = inputs.query(pieces, length, tokenizer)
   positions_BM = np.flatnonzero(ids[0] == tokenizer.mask_id)[None]
   return realm.Queries(
       query_ids_BQ=ids,

@@ -30,40 +30,28 @@ from realm_jax.runtime import files
 
 Path = str | os.PathLike[str]
 
+_TEXT = (
+    'A query is `[CLS] text [SEP]`, a document `[CLS] title [SEP] body [SEP]`'
+)
 _SUMMARIES = {
-    'bert': 'The reader of REALM as a BERT with its masked-LM head.',
-    'embedder': 'The retriever of REALM: text to a vector.',
-    'scorer': 'The two towers of the retriever of REALM.',
-    'encoder': 'The knowledge-augmented encoder (reader) of REALM.',
-    'reader': 'The span reader of REALM for open-domain questions.',
-    'openqa': 'REALM for open-domain questions, with its documents.',
-    'tagger': 'A tagger of named entities, for salient spans.',
-}
-_INPUTS = {
-    'bert': 'The input is `[CLS] sentence with [MASK] [SEP] document [SEP]`.',
-    'embedder': (
-        'A query is `[CLS] text [SEP]`, a document `[CLS] title [SEP] body'
-        ' [SEP]` with segments 0 and 1. Relevance is the inner product; there'
-        ' is no L2 norm.'
-    ),
-    'scorer': (
-        'A query is `[CLS] text [SEP]`, a document `[CLS] title [SEP] body'
-        ' [SEP]` with segments 0 and 1.'
-    ),
-    'encoder': (
-        'The input is `[CLS] sentence with [MASK] [SEP] body [SEP]`, once for'
-        ' each candidate. Pass `mlm_mask` with `labels`.'
-    ),
-    'reader': 'The input is `[CLS] question [SEP] body [SEP]`.',
-    'openqa': (
-        'One question at a time; documents are the bodies of the passages,'
-        ' without their titles.'
-    ),
-    'tagger': (
-        'The input is `[CLS] sentence [SEP]`. The label of a word is that of'
-        ' its first wordpiece. With config.model.capitals, segment 1'
-        ' (`token_type_ids`) marks the words with a capital letter.'
-    ),
+    'bert': 'The reader of REALM as a BERT with its masked-LM head. The input'
+    ' is `[CLS] sentence with [MASK] [SEP] document [SEP]`.',
+    'embedder': f'The retriever of REALM: text to a vector. {_TEXT} with'
+    ' segments 0 and 1. Relevance is the inner product; there is no L2 norm.',
+    'scorer': f'The two towers of the retriever of REALM. {_TEXT} with segments'
+    ' 0 and 1.',
+    'encoder': 'The knowledge-augmented encoder (reader) of REALM. The input is'
+    ' `[CLS] sentence with [MASK] [SEP] body [SEP]`, once for each candidate.'
+    ' Pass `mlm_mask` with `labels`.',
+    'reader': 'The span reader of REALM for open-domain questions. The input is'
+    ' `[CLS] question [SEP] body [SEP]`.',
+    'openqa': 'REALM for open-domain questions, with its documents. One'
+    ' question at a time; documents are the bodies of the passages, without'
+    ' their titles.',
+    'tagger': 'A tagger of named entities, for salient spans. The input is'
+    ' `[CLS] sentence [SEP]`. The label of a word is that of its first'
+    ' wordpiece. With config.model.capitals, segment 1 (`token_type_ids`) marks'
+    ' the words with a capital letter.',
 }
 _TABLE_BYTES = 1 << 26
 _CARD = """---
@@ -83,6 +71,17 @@ tags: [realm, retrieval, open-domain-question-answering]
 ## Use
 
 {usage}
+"""
+_RETRIEVER = """
+With realm_jax:
+
+```python
+import realm_jax
+
+retriever = realm_jax.Retriever.load('FOLDER')
+query_emb = retriever.embed_queries(['a query'])
+doc_emb = retriever.embed_passages([('title', 'body')])
+```
 """
 
 
@@ -214,10 +213,6 @@ class _Rows:
   def dtype(self) -> np.dtype:
     return np.dtype(np.float32)
 
-  @property
-  def nbytes(self) -> int:
-    return self.shape[0] * self.shape[1] * 4
-
   def chunks(self) -> Iterator[np.ndarray]:
     step = max(1, _TABLE_BYTES // (self.shape[1] * 4))
     for start in range(0, self.shape[0], step):
@@ -339,7 +334,7 @@ def _write(
       folder,
       huggingface_names.KINDS[kind],
       'transformers',
-      f'{_SUMMARIES[kind]} {_INPUTS[kind]}',
+      _SUMMARIES[kind],
       _usage(kind, subfolder),
   )
 
@@ -380,12 +375,5 @@ def _usage(kind: str, subfolder: str) -> str:
         'embedding = model(**inputs).projected_score',
     ]
   code = '\n'.join(lines)
-  ours = ''
-  if kind in ('embedder', 'scorer', 'openqa'):
-    ours = (
-        '\nWith realm_jax:\n\n```python\nimport realm_jax\n\n'
-        "retriever = realm_jax.Retriever.load('FOLDER')\n"
-        "query_emb = retriever.embed_queries(['a query'])\n"
-        "doc_emb = retriever.embed_passages([('title', 'body')])\n```\n"
-    )
-  return f'With transformers ({version}):\n\n```python\n{code}\n```\n{ours}'
+  text = f'With transformers ({version}):\n\n```python\n{code}\n```\n'
+  return text + _RETRIEVER * (kind in ('embedder', 'scorer', 'openqa'))

@@ -45,7 +45,6 @@ WEIGHT_FILES = (
     'pytorch_model.bin',
     'pytorch_model.bin.index.json',
 )
-_CHUNK_BYTES = 1 << 26
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # The allowed pickle instructions: those for plain data and for globals.
 _OPCODES = frozenset(
@@ -69,9 +68,6 @@ class Chunked(Protocol):
 
   @property
   def dtype(self) -> np.dtype: ...
-
-  @property
-  def nbytes(self) -> int: ...
 
   def chunks(self) -> Iterator[np.ndarray]: ...
 
@@ -116,8 +112,8 @@ class FileTensor:
     storage = dataclasses.replace(
         self, shape=(self.storage_size,), storage_offset=0, strides=None
     )
-    parts = list(storage.chunks(max(1, storage.nbytes)))
-    found = self._view(parts[0] if parts else np.empty(0, self.dtype))
+    chunks = storage.chunks(max(1, storage.nbytes))
+    found = self._view(next(chunks, np.empty(0, self.dtype)))
     return found if self.strides is None else found.copy()
 
   def mapped(self) -> np.ndarray:
@@ -129,7 +125,7 @@ class FileTensor:
           np.memmap(self.path, self.dtype, 'r', self.offset, self.storage_size)
       )
 
-  def chunks(self, max_bytes: int = _CHUNK_BYTES) -> Iterator[np.ndarray]:
+  def chunks(self, max_bytes: int = 1 << 26) -> Iterator[np.ndarray]:
     """Yields consecutive rows, a bounded number of bytes at a time."""
     if self.strides is not None:
       yield self.read()
@@ -175,10 +171,7 @@ def located(path: pathlib.Path, name: str | None = None) -> Iterator[None]:
 
 
 def open_folder(folder: str | os.PathLike[str]) -> dict[str, FileTensor]:
-  """Opens the weights of a checkpoint's folder, or of one weight file.
-
-  Returns:
-    All tensors by name.
+  """Returns the tensors of a checkpoint's folder, or of one file, by name.
 
   Raises:
     FileNotFoundError: the folder has none of the known weight files, or lacks
@@ -336,7 +329,6 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
   # exponential time. State dictionaries have neither, so both are refused.
   previous, tuples = '', 0
   memo: dict[int, str] = {}  # The instruction that made each entry.
-  # This loop parses the instructions and executes none.
   for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
     name, key = opcode.name, argument or 0
     if name not in _OPCODES:
@@ -438,7 +430,7 @@ def _open_legacy(file: IO[bytes], path: pathlib.Path) -> dict[str, FileTensor]:
 def write_safetensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, np.ndarray | Chunked],
-    metadata: Mapping[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
   """Writes a safetensors file, one tensor after the other.
 
@@ -446,18 +438,16 @@ def write_safetensors(
   in memory. The file appears under its name when it is complete.
   """
   names = {dtype: name for name, dtype in _DTYPES.items()}
-  header: dict[str, Any] = {}
-  if metadata:
-    header['__metadata__'] = dict(metadata)
+  header: dict[str, Any] = {'__metadata__': metadata} if metadata else {}
   offset = 0
   for name, tensor in tensors.items():
-    end = offset + tensor.nbytes
+    start = offset
+    offset += math.prod(tensor.shape) * tensor.dtype.itemsize
     header[name] = {
         'dtype': names[tensor.dtype],
         'shape': list(tensor.shape),
-        'data_offsets': [offset, end],
+        'data_offsets': [start, offset],
     }
-    offset = end
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)  # Aligns the data.
   with files_lib.atomic_file(pathlib.Path(path), 'wb') as file:
