@@ -214,7 +214,7 @@ def main() -> int:
   table = ablations_table.markdown(figures)
   arguments.output.with_suffix('.md').write_text(table, encoding='utf-8')
   ablations_table.plot(figures, arguments.output.with_suffix('.png'))
-  print(f'\n{table}\nWritten: {arguments.output}, and the same with .md and .png')
+  print(f'\n{table}\nWritten: {arguments.output}, also as .md and .png')
   return 0
 
 

@@ -3,11 +3,11 @@
   python benchmarks/documents.py [--output=FILE.json] [--small]
 
 Corpora of short invented passages, each with an index of random embeddings and
-a retriever of preset `tiny` that was never trained. For each, the seconds of a
-command for 100 documents, in a process that has run one before (so without
-imports, but with compilation of the embedder), and of a whole command in a process
-of its own: medians of three turns. Then the look-up of 100 ids among those of
-as many passages as the paper has.
+an untrained retriever of preset `tiny`. For each, the seconds of a command for
+100 documents, in a process that has run one before (without imports, but with
+compilation of the embedder), and of a whole command in a new process: medians
+of three turns. Then the look-up of 100 ids among those of a corpus of the
+paper's size.
 """
 
 import json
