@@ -46,7 +46,7 @@ setuptools.setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=setuptools.find_packages(include=['realm_jax', 'realm_jax.*']),
-    package_data={'realm_jax': ['py.typed']},
+    package_data={'realm_jax': ['py.typed', 'prepare/world.json']},
     python_requires='>=3.11',
     install_requires=[
         'absl-py>=2.2',

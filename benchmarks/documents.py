@@ -1,13 +1,15 @@
-"""Cost of `realm-jax index add|update|delete` in a growing corpus.
+"""Cost of `realm-jax index add|update|delete|compact` by corpus size.
 
   python benchmarks/documents.py [--output=FILE.json] [--small]
+      [--sizes=4000,16000] [--width=128]
 
-Corpora of short invented passages, each with an index of random embeddings and
-an untrained retriever of preset `tiny`. For each, the seconds of a command for
-100 documents, in a process that has run one before (without imports, but with
-compilation of the embedder), and of a whole command in a new process: medians
-of three turns. Then the look-up of 100 ids among those of a corpus of the
-paper's size.
+Corpora of short invented passages, with random embeddings of the given width
+and an untrained retriever of preset `tiny`. Each figure is the median of three
+turns, in seconds: a command for 100 documents in a running process (without
+imports, but compiling the embedder), and a whole `index add` or `index delete`
+in a process of its own. `compact`, which rewrites the corpus and its index, is
+timed once at the end. The last figure is the look-up of 100 ids among those of
+the paper's corpus.
 """
 
 import json
@@ -22,7 +24,7 @@ import harness
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.builder import editing
+from realm_jax.builder import documents
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.models import components
@@ -30,7 +32,7 @@ from realm_jax.prepare import prepare
 from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
 
-_DOCUMENTS = 100  # That a command changes.
+_DOCUMENTS = 100  # Changed by a command.
 _TURNS = 3
 _PAPER = 13_353_718  # Passages (Guu et al. 2020, section 4.1).
 
@@ -53,18 +55,19 @@ def _write(path: pathlib.Path, records: list[dict[str, str]]) -> str:
   return str(path)
 
 
-def _make_workdir(folder: pathlib.Path, size: int) -> pathlib.Path:
+def _make_workdir(
+    folder: pathlib.Path, size: int, width: int
+) -> pathlib.Path:
   source = _write(folder / 'source.jsonl', _records(size, 'base', 0))
   prepare.prepare([source], folder / 'corpus', vocab_size=500, progress=False)
   corpus = corpus_lib.Corpus.open(folder / 'corpus')
   config = config_lib.Config(objective='realm', corpus=str(corpus.directory))
-  config.model.preset = 'tiny'
+  config.model.preset, config.model.embedding_width = 'tiny', width
   config = config_lib.resolve(config)
   config.model.vocab_size = corpus.tokenizer.vocab_size
   workdir = folder / 'job'
   files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   params = components.make('embedder', config.model).init(0)
-  width = config.model.embedding_width
   lineage = generation.Lineage(
       step=0,
       params_digest=snapshots_lib.save(workdir, 0, params),
@@ -73,15 +76,18 @@ def _make_workdir(folder: pathlib.Path, size: int) -> pathlib.Path:
       num_rows=len(corpus.passages),
       width=width,
   )
-  table_NE = np.random.default_rng(1).normal(size=(len(corpus.passages), width))
-  generation.publish(
-      workdir / generation.DIRECTORY, lineage, table_NE, config.mips
-  )
+  rng = np.random.default_rng(1)
+  with generation.Writer(workdir / generation.DIRECTORY, lineage) as writer:
+    for start in range(0, len(corpus.passages), generation.ROWS_PER_SHARD):
+      rows = min(generation.ROWS_PER_SHARD, len(corpus.passages) - start)
+      writer.add(rng.standard_normal((rows, width), np.float32))
+    writer.add_backend(config.mips)
+    writer.publish()
   return workdir
 
 
 def _measure(workdir: pathlib.Path, size: int, turn: int) -> dict[str, float]:
-  """Seconds of each command; `turn` 0 only warms up."""
+  """Returns the seconds of each command; turn 0 only warms up."""
 
   def records(name: str) -> list[dict[str, str]]:
     return _records(_DOCUMENTS, f'{name} {turn} ', turn)
@@ -97,34 +103,35 @@ def _measure(workdir: pathlib.Path, size: int, turn: int) -> dict[str, float]:
   gone = [{'id': f'base{first + _DOCUMENTS + i}'} for i in range(_DOCUMENTS)]
   source = write('add', records('added'))
   start = time.perf_counter()
-  editing.add(workdir, [source], progress=False)
+  documents.add(workdir, [source], progress=False)
   found = {'add': time.perf_counter() - start}
   if not turn:
     return {}
   source = write('update', newer)
   start = time.perf_counter()
-  editing.update(workdir, [source], progress=False)
+  documents.update(workdir, [source], progress=False)
   found['update'] = time.perf_counter() - start
   source = write('delete', gone)
   start = time.perf_counter()
-  editing.delete(workdir, source)
+  documents.delete(workdir, source)
   found['delete'] = time.perf_counter() - start
-  source = write('command', records('command'))
-  start = time.perf_counter()
-  subprocess.run(
-      [
-          sys.executable, '-m', 'realm_jax', 'index', 'add',
-          f'--workdir={workdir}', f'--input={source}',
-      ],
-      check=True,
-      capture_output=True,
-  )
-  found['whole_command'] = time.perf_counter() - start
+  for command in ('add', 'delete'):
+    source = write('command', records('command'))
+    start = time.perf_counter()
+    subprocess.run(
+        [
+            sys.executable, '-m', 'realm_jax', 'index', command,
+            f'--workdir={workdir}', f'--input={source}',
+        ],
+        check=True,
+        capture_output=True,
+    )
+    found[f'whole_{command}'] = time.perf_counter() - start
   return {f'{name}_seconds_{size}': value for name, value in found.items()}
 
 
 def _lookup(folder: pathlib.Path) -> float:
-  """Seconds to find ids among those of the paper's corpus, from disk."""
+  """Returns the seconds to find ids in a file of the paper's size."""
   rng = np.random.default_rng(6)
   path = folder / 'ids.npy'
   np.save(path, rng.integers(0, 2**64, _PAPER, dtype=np.uint64))
@@ -139,7 +146,7 @@ def _lookup(folder: pathlib.Path) -> float:
 
 def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
   figure, (axes,) = harness.panels(1)
-  for name in ('add', 'update', 'delete', 'whole_command'):
+  for name in ('add', 'update', 'delete', 'whole_add', 'whole_delete'):
     seconds = [result[f'{name}_seconds_{size}'] for size in sizes]
     axes.plot(sizes, seconds, marker='o', label=name.replace('_', ' '))
   axes.set(
@@ -154,22 +161,32 @@ def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
 
 def main() -> None:
   parser = harness.parser(__doc__, output=False)
+  parser.add_argument('--sizes', default='4000,16000,64000,256000')
+  parser.add_argument('--width', type=int, default=128)
   arguments = parser.parse_args()
-  sizes = [1000, 4000] if arguments.small else [4000, 16_000, 64_000, 256_000]
-  result: dict[str, Any] = {'documents': _DOCUMENTS}
+  sizes = [int(size) for size in arguments.sizes.split(',')]
+  if arguments.small:
+    sizes = [1000, 4000]
+  result: dict[str, Any] = {
+      'documents': _DOCUMENTS, 'width': arguments.width
+  }
   with tempfile.TemporaryDirectory() as temporary:
     workdirs = {}
     for size in sizes:
       folder = pathlib.Path(temporary) / str(size)
       folder.mkdir()
-      workdirs[size] = _make_workdir(folder, size)
-    # In turns, so that what else the machine does is not taken for growth.
+      workdirs[size] = _make_workdir(folder, size, arguments.width)
+    # Sizes take turns, so that other load on the machine affects all of them.
     seconds: dict[str, list[float]] = {}
     for turn in range(_TURNS + 1):
       for size, workdir in workdirs.items():
         for name, value in _measure(workdir, size, turn).items():
           seconds.setdefault(name, []).append(value)
     result |= {n: float(np.median(values)) for n, values in seconds.items()}
+    for size, workdir in workdirs.items():
+      start = time.perf_counter()
+      documents.compact(workdir, progress=False)
+      result[f'compact_seconds_{size}'] = time.perf_counter() - start
     result[f'lookup_seconds_{_PAPER}'] = _lookup(pathlib.Path(temporary))
   harness.write(arguments.output, result, 'jax', 'numpy')
   if arguments.output:

@@ -145,8 +145,8 @@ def _spans(
 ) -> dict[str, float]:
   loaded = _load(folder / 'reader', activation)
   reader = components.make('span_reader', loaded.config)
-  width = loaded.config.max_span_width
   rows, length = want['ids'].shape
+  starts_P, ends_P = span_reader.spans(length, loaded.config.max_span_width)
   run = jax.jit(
       lambda params, mask: reader.apply(
           params,
@@ -164,9 +164,10 @@ def _spans(
     for blocks in ('some', 'empty'):
       theirs = _part(want, f'{case}/{blocks}')
       logits_KP = run(params, want['block_mask'] & (blocks == 'some'))
-      correct_KP = span_reader.correct_spans(
-          theirs['starts'][:rows], theirs['ends'][:rows], length, width
-      )
+      correct_KP = (
+          (theirs['starts'][:rows, :, None] == starts_P)
+          & (theirs['ends'][:rows, :, None] == ends_P)
+      ).any(axis=1)
       total, _ = span_reader.span_losses(
           logits_KP[None],
           want['relevance'][None],
@@ -178,10 +179,12 @@ def _spans(
         target = theirs['retriever_loss']
       error = float(abs(total - target) / max(1e-3, abs(target)))
       loss = max(loss, error)
-      best = span_reader.best_span(
-          logits_KP[None], want['relevance'][None, :rows], length, width
-      )
-      wrong += [int(x[0]) for x in best] != theirs['prediction'].tolist()
+      total_KP = span_reader.joint_scores(
+          logits_KP[None], want['relevance'][None, :rows]
+      )[0]
+      k, p = np.unravel_index(np.argmax(total_KP), total_KP.shape)
+      best = [k, starts_P[p], ends_P[p]]
+      wrong += best != theirs['prediction'].tolist()
   return {
       f'forward_reader_{activation}': _difference(
           logits[usable], want['logits'][usable]

@@ -175,8 +175,8 @@ def test_undefined_padding_reaches_no_loss_and_no_gradient(monkeypatch):
   @jax.jit
   @jax.value_and_grad
   def loss(params):
-    return reader.apply(
-        params, 'token_logp', ids_BT, ids_BT * 0, positions_BM, positions_BM
+    return reader.module(params).token_logp(
+        ids_BT, ids_BT * 0, positions_BM, positions_BM
     ).sum()
 
   value, grads = loss(reader.init(0))

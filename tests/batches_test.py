@@ -367,7 +367,7 @@ def test_training_never_tokenises(corpus, monkeypatch):
   def fail(*args, **kwargs):
     raise AssertionError('a training step tokenised something')
 
-  for name in ('encode', 'encode_batch', 'encode_with_offsets'):
+  for name in ('encode', 'encode_batch', 'encode_arrays'):
     monkeypatch.setattr(type(corpus.tokenizer), name, fail)
   monkeypatch.setattr(corpus_lib.Corpus, 'passage_text', fail)
   for objective in ('mlm', 'ict', 'realm'):

@@ -1,8 +1,6 @@
 """The index builder: right embeddings, newest snapshot, alone, clean end."""
 
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -21,14 +19,12 @@ from realm_jax.builder import builder
 from realm_jax.builder import status
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
-from realm_jax.index import embedding
 from realm_jax.index import generation
 from realm_jax.models import components
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import heartbeat as heartbeat_lib
-from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process as process_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 
@@ -66,11 +62,6 @@ def workdir(tmp_path, config):
   return tmp_path
 
 
-@pytest.fixture
-def mesh():
-  return mesh_lib.make_mesh(config_lib.MeshConfig(data=4, model=2))
-
-
 @pytest.fixture(scope='module')
 def check_some(corpus, component):
   """Compares some passages with themselves alone and without padding."""
@@ -94,77 +85,6 @@ def check_some(corpus, component):
       )
 
   return check
-
-
-@pytest.mark.parametrize('widths', [[24], [8, 12, 16, 24]])
-def test_buckets_and_devices_change_no_embedding(
-    corpus, component, check_some, mesh, monkeypatch, widths
-):
-  assert corpus.passages.lengths.max() > 24  # Some are cut.
-  monkeypatch.setattr(embedding, '_widths', lambda *_: widths)
-  embedder = embedding.PassageEmbedder(
-      component, corpus.passages, corpus.tokenizer, 24, mesh, batch_tokens=700
-  )
-  params = component.init(seed=0)
-  seen = []
-  found = embedder(params, progress=seen.append)
-  check_some(found, params, 24)
-  assert sum(seen) == len(corpus.passages)
-  assert embedder._encoder._encode._cache_size() <= len(widths)
-  # A part is that part of the whole; parameters are not baked in.
-  part = embedder(params, range(11, 40))
-  np.testing.assert_allclose(part, found[11:40], atol=2e-6)
-  other = embedder(component.init(seed=1))
-  assert np.abs(other - found).max() > 0.1
-  assert embedder._encoder._encode._cache_size() <= len(widths)
-
-
-def test_widths_are_few_and_pay_for_themselves():
-  def widths(lengths, most):
-    return embedding._widths(np.array(lengths), most, 2**16)
-
-  assert widths([20] * 100, 288) == [24]
-  assert widths([20, 70] * 100, 288) == [72]
-  assert widths([20, 70] * 100_000, 288) == [24, 72]
-  assert widths([20, 288] * 100_000, 288) == [24, 288]
-  assert widths([5], 7) == [7]
-  even = np.arange(8, 289).repeat(1_000)
-  assert 8 <= len(widths(even, 288)) <= 20
-  assert widths(even, 300)[-1] == 288
-
-
-def test_batches_are_static_and_mostly_full(corpus, mesh):
-  encoder = embedding.RowEncoder(
-      lambda params, *arrays: arrays[0],
-      corpus.passages.lengths,
-      40,
-      mesh,
-      2**14,
-  )
-  lengths = np.minimum(corpus.passages.lengths, 40)
-  sizes = dict(zip(encoder._widths, encoder._batch_rows, strict=True))
-  for rows in (np.arange(len(lengths)), np.arange(7, 60), np.array([3])):
-    seen = []
-    for mine, width, size in encoder._batches(lengths[rows]):
-      assert size == sizes[width] and size % mesh.size == 0
-      assert 0 < len(mine) <= size
-      assert (lengths[rows[mine]] <= width).all()
-      seen.extend(mine)
-    assert sorted(seen) == [*range(len(rows))]  # Each once.
-
-
-def test_rests_join_the_next_width(mesh, monkeypatch):
-  monkeypatch.setattr(embedding, '_widths', lambda *_: [10, 20, 40])
-  lengths = [5] * 9 + [15] * 7 + [35]
-  encoder = embedding.RowEncoder(
-      lambda params, *arrays: arrays[0], np.array(lengths), 40, mesh, 1
-  )
-  encoder._batch_rows = [8, 8, 8]
-  batches = [
-      ([lengths[i] for i in mine], width)
-      for mine, width, _ in encoder._batches(np.array(lengths))
-  ]
-  assert batches == [([5] * 8, 10), ([5] + [15] * 7, 20), ([35], 40)]
 
 
 def _snapshot(workdir, component, step, seed=None):
@@ -345,7 +265,7 @@ def test_keep_zero_keeps_all(workdir, config, component):
   assert len(checkpoint.steps_in(workdir / 'index')) == 7
 
 
-def test_a_generation_of_an_earlier_run_or_a_damaged_one_is_built_anew(
+def test_a_damaged_or_foreign_generation_is_built_again(
     workdir, component
 ):
   index = workdir / 'index'
@@ -354,7 +274,7 @@ def test_a_generation_of_an_earlier_run_or_a_damaged_one_is_built_anew(
   files.write_json(workdir / 'summary.json', {})
   before = (index / '0' / 'manifest.json').read_bytes()
   builder.follow(workdir)
-  assert (index / '0' / 'manifest.json').read_bytes() == before  # As it was.
+  assert (index / '0' / 'manifest.json').read_bytes() == before  # Unchanged.
   _, digest = _snapshot(workdir, component, 0, seed=2)
   builder.follow(workdir)
   assert generation.read_manifest(index / '0')['params_digest'] == digest
@@ -414,7 +334,7 @@ def _files(path):
   }
 
 
-def test_a_build_is_gone_on_with_where_it_was_interrupted(
+def test_an_interrupted_build_is_resumed(
     workdir, component, monkeypatch, small_shards
 ):
   index = workdir / 'index'
@@ -457,7 +377,7 @@ def test_a_build_is_gone_on_with_where_it_was_interrupted(
 
 
 @pytest.mark.parametrize('change', ['params', 'length', 'dtype', 'newer'])
-def test_what_was_begun_for_something_else_is_thrown_away(
+def test_an_unfinished_build_of_another_kind_is_deleted(
     workdir, config, component, monkeypatch, small_shards, change
 ):
   _snapshot(workdir, component, 0)
@@ -500,28 +420,7 @@ def test_a_second_builder_names_the_first(workdir, component):
   builder.build(workdir)  # The lock is free again.
 
 
-def test_storage_without_locks_is_spoken_of(tmp_path, monkeypatch, caplog):
-  def flock(file, how):
-    raise OSError(errno.ENOLCK, 'No locks available')
-
-  monkeypatch.setattr(files.fcntl, 'flock', flock)
-  with process_lib.lock(tmp_path, 'index builder'):
-    pass
-  assert 'make sure that no second index builder runs on' in caplog.text
-
-
-def test_the_lock_is_waited_for_if_asked(tmp_path):
-  first = contextlib.ExitStack()
-  first.enter_context(process_lib.lock(tmp_path, 'index builder'))
-  timer = threading.Timer(0.3, first.close)
-  timer.start()
-  start = time.monotonic()
-  with process_lib.lock(tmp_path, 'index builder', timeout=30):
-    assert 0.2 < time.monotonic() - start < 20
-  timer.join()
-
-
-def test_waits_no_longer_than_told(tmp_path, workdir, monkeypatch):
+def test_start_timeout(tmp_path, workdir, monkeypatch):
   with pytest.raises(TimeoutError, match='no config.json after 0 s'):
     builder.follow(tmp_path / 'new', start_timeout=0.1)
   with pytest.raises(TimeoutError, match='no first snapshot'):
@@ -568,7 +467,7 @@ def test_as_a_process_it_leaves_on_sigterm_and_with_its_parent(
     assert 'leaves: SIGTERM' in (tmp_path / 'log').read_text()
     _until((orphaned / 'index' / 'heartbeat.json').exists)
     child = heartbeat_lib.read(orphaned / 'index')['pid']
-    os.kill(child, 0)  # It is there.
+    os.kill(child, 0)  # It exists.
     shell.kill()
     shell.wait()
     _until(

@@ -6,7 +6,7 @@ import re
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-_PAGES = [_ROOT / 'README.md', *sorted((_ROOT / 'docs').glob('*.md'))]
+_PAGES = sorted([*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md')])
 _CODE = re.compile(r'`((?:[a-z_]+/)+[a-z_]+\.py)')
 _LINK = re.compile(r'\]\((?!https?://|#)([^)#]+)')
 # Folders that a path in the text may be relative to.

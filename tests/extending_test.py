@@ -1,5 +1,6 @@
 """The examples of docs/extending.md, executed from its text."""
 
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.runtime import metrics
 
 _PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'extending.md'
@@ -66,3 +68,18 @@ def test_a_mask(executed):
   folder, _ = executed
   lines = metrics.read_metrics(folder / 'masked')
   assert len(lines) == 2
+
+
+def test_a_search_backend(executed):
+  folder, _ = executed
+  lines = metrics.read_metrics(folder / 'realm')
+  assert [line['refresh/generation'] for line in lines] == [0.0, 0.0]
+  manifest = json.loads((folder / 'realm/index/0/manifest.json').read_text())
+  assert 'my_search:Numpy' in json.dumps(manifest)
+
+
+def test_a_source(executed):
+  folder, _ = executed
+  corpus = corpus_lib.Corpus.open(folder / 'poems')
+  assert len(corpus.passages) == 40
+  assert corpus.passage_text(7)['title'] == 'Poem 7'

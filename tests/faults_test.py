@@ -142,7 +142,7 @@ def _until(condition, seconds=60):
 
 @contextlib.contextmanager
 def _no_file_beyond(size):
-  """Every write beyond so many bytes of a file fails, as on a full disk."""
+  """Writes beyond a file size fail, as on a full disk."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
   try:
@@ -156,7 +156,7 @@ def _state(workdir):
 
 
 def test_a_full_disk_while_building(workdir, config, corpus, component, caplog):
-  """Training goes on with the last generation; the builder waits for room."""
+  """Training continues with the last generation; the builder waits."""
   index = workdir / 'index'
   refresher = _refresher(workdir, config, corpus)
   _step(refresher, 0)
@@ -189,7 +189,7 @@ def _snapshot_made_before(workdir, component):
 
 
 def test_a_disk_that_is_really_full(workdir, component):
-  """What was embedded before it was full is not embedded again."""
+  """Shards written before the disk was full are not embedded again."""
   index, full = workdir / 'index', workdir / 'full'
   full.mkdir()
 
@@ -238,7 +238,7 @@ def test_a_full_disk_under_scann(tmp_path, monkeypatch, size):
 
 
 def test_a_full_disk_while_checkpointing(tmp_path, caplog):
-  """That checkpoint is missing, training goes on, the next one is there."""
+  """The checkpoint is missing, training continues, the next one is saved."""
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
   noise = np.random.default_rng(0).normal(size=(100, 100))
   params = {'reader': {'w': jnp.asarray(noise)}}
@@ -282,7 +282,7 @@ def test_a_full_disk_while_a_snapshot_is_taken(tmp_path, caplog, required):
   assert os.listdir(tmp_path / snapshots_lib.DIRECTORY) == []
   if not required:
     assert f'{tmp_path}/{snapshots_lib.DIRECTORY}/0.orbax' in caplog.text
-    assert 'Training goes on with the index that there is' in caplog.text
+    assert 'Training continues with the present index' in caplog.text
   snapshots.save(10, params, in_use=0)
   snapshots.wait()
   assert snapshots_lib.steps_of(tmp_path) == [10]
@@ -312,12 +312,12 @@ def _truncate(path):
 def test_damage_on_disk_is_never_searched(
     workdir, config, corpus, component, caplog, name, damage
 ):
-  """The trainer that needs it has it built anew; another goes on without."""
+  """`scheduled` has it built again; `eager` continues without it."""
   path = workdir / 'index' / str(_INTERVAL)
   _snapshot(workdir, component, _INTERVAL)
   builder.build(workdir)
   whole = {file.name: file.read_bytes() for file in path.glob('shard-*')}
-  if name == 'manifest.json' and damage is _truncate:  # Of a line's end.
+  if name == 'manifest.json' and damage is _truncate:  # At the end of a line.
     _truncate(path / name)
   damage(path / name)
   eager = _refresher(workdir, config, corpus, step=_INTERVAL, generation=0)
@@ -370,7 +370,7 @@ def test_a_builder_slower_than_the_interval(
 def test_a_snapshot_deleted_under_the_builder(
     workdir, component, monkeypatch, caplog
 ):
-  """What was made of it is of nobody: the builder turns to what there is."""
+  """The build is dropped; the builder takes the next snapshot."""
   write = generation.Writer.add
   written = []
 
@@ -411,7 +411,7 @@ def test_in_doubt_nothing_is_deleted(workdir, component, caplog, name):
 def test_a_stopped_builder(
     workdir, config, corpus, component, monkeypatch, caplog
 ):
-  """`scheduled` waits and says for whom, `eager` goes on; then all is well."""
+  """`scheduled` waits and names the builder, `eager` continues."""
   monkeypatch.setattr(loader, '_STALE_SECONDS', 0.2)
   command = f'-m realm_jax index --workdir={workdir} --follow'.split()
   with open(workdir / 'log', 'wb') as file:

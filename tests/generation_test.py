@@ -137,7 +137,7 @@ def test_another_jobs_generation_is_refused_with_both_sides(
   assert field in message and str(path) in message
   assert repr(value) in message
   assert repr(getattr(_LINEAGE, field)) in message
-  # What is not expected is not compared.
+  # Fields without an expectation are not compared.
   generation.load(path, dataclasses.replace(_LINEAGE, **{field: None}))
 
 

@@ -1,7 +1,10 @@
 """Functions that several test modules share."""
 
+import numpy as np
+
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
+from realm_jax.models import span_reader
 from realm_jax.trainer import examples
 from realm_jax.trainer import stages
 
@@ -25,3 +28,20 @@ def loss_function(stage, components):
     return stage.loss(stage.outputs(models, batch, noise), batch)
 
   return loss
+
+
+def correct_spans(gold_starts_KA, gold_ends_KA, length, max_width):
+  """Marks the spans that are one of A answers, bool KP; -1 for no answer."""
+  starts_P, ends_P = span_reader.spans(length, max_width)
+  same_KAP = (np.asarray(gold_starts_KA)[..., None] == starts_P) & (
+      np.asarray(gold_ends_KA)[..., None] == ends_P
+  )
+  return same_KAP.any(axis=-2)
+
+
+def best_span(logits_KP, score_K, length, max_width):
+  """Returns passage, first and last wordpiece of the best span, as ints."""
+  total_KP = span_reader.joint_scores(logits_KP[None], score_K[None])[0]
+  passage, span = np.unravel_index(np.argmax(total_KP), total_KP.shape)
+  starts_P, ends_P = span_reader.spans(length, max_width)
+  return int(passage), int(starts_P[span]), int(ends_P[span])

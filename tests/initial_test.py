@@ -146,7 +146,7 @@ def test_a_missing_query_tower_begins_as_the_document_tower(
     np.testing.assert_array_equal(value, given[there], err_msg=name)
   if theirs == 'shared':
     _assert_one_tower(params['embedder'])
-  more = '; its query tower begins as the document tower'
+  more = '; its query tower is initialised from the document tower'
   assert _said(caplog) == {
       f'embedder from {tmp_path}/a, step 3{more if theirs != ours else ""}.':
       'INFO'
@@ -249,8 +249,8 @@ def test_a_cold_component_of_a_search_is_a_warning(
     _assert_equal(params[name], fresh[name])
   warnings = [m for m, level in _said(caplog).items() if level == 'WARNING']
   assert warnings == [
-      f'{name}: no workdir of config.init_from has it; it begins at random.'
-      f" Train the objective '{first}' first, or import a checkpoint"
+      f'{name} is initialised at random (no workdir of config.init_from has'
+      f" it). Train the objective '{first}' first, or import a checkpoint"
       ' (docs/learning.md).'
       for name, first in cold.items()
   ]
@@ -273,7 +273,7 @@ def test_what_begins_from_scratch_is_no_warning(
 ):
   _begin(tmp_path / 'job', world, objective, [])
   (name,) = stages.load(config_lib.Config(objective=objective)).components
-  assert _said(caplog) == {f'{name} begins at random.': 'INFO'}
+  assert _said(caplog) == {f'{name} is initialised at random.': 'INFO'}
 
 
 def test_a_body_of_another_size_names_both_sides(world, tmp_path):

@@ -98,7 +98,7 @@ def test_all_rows_in_order_and_no_padding():
 
 
 def test_minus_zero_does_not_break_a_tie():
-  # Of width 1, or the sum would begin with a zero and lose the sign.
+  # Width 1: a longer sum would begin with a zero and lose the sign.
   table = np.array([[-0.0], [0.0], [-0.0], [0.0]], np.float32)
   queries = np.array([[1], [-1]], np.float32)
   for backend in ('exact', 'approx', 'scann'):
@@ -240,7 +240,7 @@ def test_scann_tree_finds_what_exact_search_finds(tmp_path):
   assert search._leaves == 283
   exact = search_lib.ExactSearch(table)
   assert search_lib.recall(search, exact, queries, 8) > 0.95
-  # What is found is ranked exactly.
+  # The candidates are ranked exactly.
   found = search.search(queries, 8)
   scores = np.einsum('BE,BKE->BK', queries, table[found])
   assert (np.diff(scores, axis=1) <= 1e-4).all()

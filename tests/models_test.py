@@ -32,7 +32,7 @@ def _ids(*shape, seed=0):
 def _embed(config, method='embed_document', ids=None, types=None, noise=None):
   embedder = components.make('embedder', config)
   args = (ids,) if method == 'embed_query' else (ids, types)
-  return embedder.apply(embedder.init(0), method, *args, noise)
+  return getattr(embedder.module(embedder.init(0)), method)(*args, noise)
 
 
 def test_padding_does_not_matter():
@@ -52,7 +52,7 @@ def test_padding_gets_no_gradient():
   ids = np.pad(_ids(2, 6), ((0, 0), (0, 4)))
 
   def loss(params):
-    return embedder.apply(params, 'embed_query', ids).sum()
+    return embedder.module(params).embed_query(ids).sum()
 
   grads = jax.grad(loss)(params)
   assert not np.any(grads['encoder.bert.word_embed.embedding'][0])
@@ -75,13 +75,13 @@ def test_everything_else_matters(name):
 
 
 def test_the_last_layer_at_some_positions_is_the_last_layer_there():
-  reader = components.make('reader', CONFIG)
-  params = reader.init(0)
+  component = components.make('reader', CONFIG)
+  reader = component.module(component.init(0))
   ids, types = _ids(2, 9), np.zeros((2, 9), np.int32)
   everywhere = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
   some = np.array([[4, 0], [8, 4]], np.int32)
-  all_logits = reader.apply(params, 'mlm_logits', ids, types, everywhere)
-  logits = reader.apply(params, 'mlm_logits', ids, types, some)
+  all_logits = reader.mlm_logits(ids, types, everywhere)
+  logits = reader.mlm_logits(ids, types, some)
   np.testing.assert_allclose(
       logits,
       np.take_along_axis(np.asarray(all_logits), some[..., None], axis=1),
@@ -90,14 +90,12 @@ def test_the_last_layer_at_some_positions_is_the_last_layer_there():
 
 
 def test_token_logp_is_a_log_probability():
-  reader = components.make('reader', CONFIG)
-  params = reader.init(0)
+  component = components.make('reader', CONFIG)
+  reader = component.module(component.init(0))
   ids, types = _ids(1, 6), np.zeros((1, 6), np.int32)
   positions = np.full((1, 50), 2, np.int32)
-  logp = reader.apply(
-      params, 'token_logp', ids, types, positions,
-      np.arange(50, dtype=np.int32)[None],
-  )
+  targets = np.arange(50, dtype=np.int32)[None]
+  logp = reader.token_logp(ids, types, positions, targets)
   np.testing.assert_allclose(np.exp(logp).sum(), 1, rtol=1e-5)
 
 
@@ -117,11 +115,10 @@ def test_towers_share_what_they_say_and_begin_as_one(towers, more, of_queries):
   ids = _ids(2, 6)
 
   def embed(params):
+    bound = embedder.module(params)
     return (
-        np.asarray(embedder.apply(params, 'embed_query', ids)),
-        np.asarray(embedder.apply(
-            params, 'embed_document', ids, np.zeros_like(ids)
-        )),
+        np.asarray(bound.embed_query(ids)),
+        np.asarray(bound.embed_document(ids, np.zeros_like(ids))),
     )
 
   params = embedder.init(0)
@@ -165,19 +162,17 @@ def test_dropout_needs_a_key_and_follows_it():
 
 
 def test_candidate_scores_embed_documents_without_dropout():
-  embedder = components.make('embedder', CONFIG)
-  params = embedder.init(0)
+  component = components.make('embedder', CONFIG)
+  embedder = component.module(component.init(0))
   docs, types = _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32)
   null = (1, 2, 2)
-  score = realm.candidate_scores(
-      embedder.module(params), _ids(2, 6), docs, types, null
-  )
-  query = embedder.apply(params, 'embed_query', _ids(2, 6))
-  doc = embedder.apply(
-      params, 'embed_document', docs.reshape(6, 8), types.reshape(6, 8)
+  score = realm.candidate_scores(embedder, _ids(2, 6), docs, types, null)
+  query = embedder.embed_query(_ids(2, 6))
+  doc = embedder.embed_document(
+      docs.reshape(6, 8), types.reshape(6, 8)
   ).reshape(2, 3, 8)
-  null_emb = embedder.apply(
-      params, 'embed_document', np.array([null]), np.array([[0, 0, 1]])
+  null_emb = embedder.embed_document(
+      np.array([null]), np.array([[0, 0, 1]])
   )
   np.testing.assert_allclose(score[:, 0], query @ null_emb[0], rtol=1e-4)
   np.testing.assert_allclose(
@@ -259,7 +254,9 @@ def test_logits_are_products_in_float32(name, method, outputs):
   ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
   arrays = [ids, ids] + [ids] * (name != 'tagger')
   traced = jax.make_jaxpr(
-      lambda params, *arrays: component.apply(params, method, *arrays)
+      lambda params, *arrays: getattr(component.module(params), method)(
+          *arrays
+      )
   )(component.abstract, *arrays)
   found = [x for x in _products(traced.jaxpr) if x.shape[-1] == outputs]
   assert [x.dtype for x in found] == [jnp.float32]

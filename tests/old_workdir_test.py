@@ -10,6 +10,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import evaluate
 from realm_jax.interop import export
+from realm_jax.qa import questions as questions_lib
 from realm_jax.trainer import loop
 
 _ARCHIVE = pathlib.Path(__file__).parent / 'fixtures' / 'old' / 'workdir.tar.xz'
@@ -40,6 +41,7 @@ def test_the_corpus_opens(old):
 def test_training_resumes(old):
   config = config_lib.read(old / 'realm')
   assert config.steps == 6
+  config.mesh = config_lib.MeshConfig(data=4, model=2)  # 8 devices, 4 rows.
   summary = loop.train(config, old / 'realm')
   assert summary['step'] == 6
   assert summary['index_generation'] == 2
@@ -48,7 +50,8 @@ def test_training_resumes(old):
 def test_changed_documents_are_evaluated_as_before(old):
   expected = json.loads((old / 'expected.json').read_text())['questions']
   questions = old / 'corpus' / 'questions.jsonl'
-  (found,) = evaluate.evaluate(old / 'documents', [str(questions)])
+  asked = questions_lib.read_questions(questions)
+  (found,) = evaluate.evaluate(old / 'documents', asked)
   assert found['passages'] == 91
   for group, wanted in expected.items():
     for kind in ('gold', 'answer'):

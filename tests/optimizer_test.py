@@ -102,7 +102,8 @@ def test_frozen_components_have_no_backward_pass():
       np.array(jax.devices()[:1]).reshape(1, 1),
       (mesh_lib.DATA, mesh_lib.MODEL),
   )
-  flop = plan.compile_step(config, mesh).cost_analysis()['flops']
+  step = plan.trace_step(config, mesh).lower().compile()
+  flop = step.cost_analysis()['flops']
   passes = stages.load(config)(config).passes()
   found = flops.hardware_flop(config, passes, in_batch=False)
   assert found == pytest.approx(flop, rel=0.15)

@@ -60,7 +60,7 @@ def _one_device():
 )
 def test_flop_and_memory_are_near_what_xla_reports(objective, model):
   config = _config(objective, **model)
-  step = plan.compile_step(config, _one_device())
+  step = plan.trace_step(config, _one_device()).lower().compile()
   # XLA counts what is done to single elements too, and one part of several.
   flop = step.cost_analysis()['flops'] * config.accumulate
   assert _hardware_flop(config) == pytest.approx(flop, rel=0.15)

@@ -1,4 +1,4 @@
-"""`prepare` after an interruption and on odd texts; statistics of a corpus."""
+"""`prepare` after an interruption, on unusual texts; corpus statistics."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ if __name__ == '__main__':
 
 @pytest.fixture(scope='module', name='killed')
 def _fixture_killed(tmp_path_factory):
-  """A corpus; and the parts of another run like it that was killed."""
+  """A corpus, and the chunk files of the same run when it is killed."""
   tmp_path = tmp_path_factory.mktemp('killed')
   source = _source(tmp_path)
   vocab = tmp_path / 'made' / 'vocab.txt'
@@ -90,7 +90,7 @@ def _fixture_killed(tmp_path_factory):
 
 @pytest.fixture(name='made')
 def _fixture_made(tmp_path, monkeypatch, killed):
-  """A copy of these, to go on with."""
+  """A copy of the corpus and the chunk files."""
   monkeypatch.setattr(prepare, '_CHUNK_BYTES', 5000)
   shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
   made = corpus_lib.Corpus.open(tmp_path / 'made')
@@ -100,7 +100,7 @@ def _fixture_made(tmp_path, monkeypatch, killed):
 
 @pytest.fixture(name='tasks')
 def _fixture_tasks(monkeypatch):
-  """The tasks that are worked out, rather than found."""
+  """The tasks that are computed, not read from chunk files."""
   done = []
   work = passages.Packer.__call__
 
@@ -112,7 +112,7 @@ def _fixture_tasks(monkeypatch):
   return done
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, made, tasks):
+def test_a_killed_run_resumes(tmp_path, made, tasks):
   made, source, vocab, parts = made
   kept = sorted(parts.glob('*.part'))
   kept[0].write_bytes(kept[0].read_bytes()[:-9])  # As after a loss of power.
@@ -122,12 +122,14 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, made, tasks):
   assert not list(tmp_path.glob('.*'))
 
 
-def test_parts_are_used_by_any_number_of_workers(tmp_path, made):
+def test_chunk_files_serve_any_number_of_workers(tmp_path, made):
   made, source, vocab, _ = made
   assert _same(made, _prepare(source, tmp_path / 'out', vocab=vocab, workers=2))
 
 
-def test_parts_of_other_settings_are_discarded(tmp_path, made, tasks, caplog):
+def test_chunk_files_of_other_settings_are_discarded(
+    tmp_path, made, tasks, caplog
+):
   made, source, vocab, parts = made
   number = len(list(parts.glob('*.part')))
   with caplog.at_level(logging.WARNING):
@@ -139,7 +141,7 @@ def test_parts_of_other_settings_are_discarded(tmp_path, made, tasks, caplog):
   assert not list(tmp_path.glob('.*'))
 
 
-def test_of_changed_sources_only_what_is_the_same_is_used(
+def test_only_changed_tasks_are_computed_again(
     tmp_path, made, tasks
 ):
   made, source, vocab, parts = made
@@ -155,7 +157,7 @@ def test_of_changed_sources_only_what_is_the_same_is_used(
   assert len(tasks) == 16 - number + 16
 
 
-def test_an_interruption_keeps_the_parts_and_an_error_does_not(
+def test_an_interruption_keeps_chunk_files_and_an_error_does_not(
     tmp_path, made, monkeypatch
 ):
   _, source, vocab, parts = made
@@ -179,7 +181,7 @@ def _raise(error: type[BaseException]):
   raise error('for the test')
 
 
-def test_a_part_is_what_was_worked_out(tmp_path, monkeypatch):
+def test_a_chunk_file_has_the_chunk_of_its_task(tmp_path, monkeypatch):
   source = _source(tmp_path, 5)
   made = _prepare(source, tmp_path / 'made')
   packer = passages.Packer(made.tokenizer, passages.Settings())
@@ -221,7 +223,7 @@ _VOCAB = [
     ),
     strategies.booleans(),
 )
-def test_remembered_words_are_cut_as_the_library_does(texts, lowercase):
+def test_cached_words_are_encoded_as_the_library_does(texts, lowercase):
   tokenizer = tokenizer_lib.Tokenizer(_VOCAB, lowercase)
   cached = tokenizer_lib.CachedTokenizer(tokenizer)
   for _ in range(2):  # Then from the table.
@@ -233,7 +235,7 @@ def test_remembered_words_are_cut_as_the_library_does(texts, lowercase):
         assert a.dtype == b.dtype
 
 
-def test_words_are_forgotten_when_there_are_too_many(monkeypatch):
+def test_the_word_cache_is_cleared_when_full(monkeypatch):
   monkeypatch.setattr(tokenizer_lib, '_MAX_CACHED_CHARACTERS', 10)
   tokenizer = tokenizer_lib.Tokenizer(_VOCAB)
   cached = tokenizer_lib.CachedTokenizer(tokenizer)
@@ -344,7 +346,7 @@ def test_stats_of_a_corpus(tmp_path):
   assert (output / 'stats.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_without_a_source_there_must_be_something_to_do(tmp_path):
+def test_without_a_source_stats_need_a_corpus(tmp_path):
   for more, message in (([], 'Give --source'), (['--stats'], 'no corpus')):
     done = subprocess.run(
         [sys.executable, '-m', 'realm_jax', 'prepare']

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import pathlib
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,7 +199,7 @@ def test_span_reader(expected, activation, blocks, case):
   config, params, step = _span_step(activation)
   rows, length = want['ids'].shape
   width = config.max_span_width
-  correct_KP = span_reader.correct_spans(
+  correct_KP = helpers.correct_spans(
       want['starts'][:rows], want['ends'][:rows], length, width
   )
   np.testing.assert_array_equal(correct_KP, want['reader_correct'])
@@ -211,10 +212,10 @@ def test_span_reader(expected, activation, blocks, case):
       correct_KP,
       want['has_answer'],
   )
-  best = span_reader.best_span(
-      logits_KP[None], want['relevance'][None, :rows], length, width
+  best = helpers.best_span(
+      logits_KP, want['relevance'][:rows], length, width
   )
-  assert [int(x[0]) for x in best] == want['prediction'].tolist()
+  assert list(best) == want['prediction'].tolist()
   if blocks == 'some':
     usable = want['logits'] > -1e30
     np.testing.assert_array_equal(np.asarray(logits_KP) > -1e30, usable)
@@ -278,13 +279,9 @@ def test_open_qa(expected):
       _int32(want['reader_types']),
       jnp.asarray(want['block_mask']),
   )
-  best = span_reader.best_span(
-      logits_KP[None],
-      jnp.asarray(want['relevance'])[None],
-      length,
-      loaded.config.max_span_width,
+  passage, start, end = helpers.best_span(
+      logits_KP, want['relevance'], length, loaded.config.max_span_width
   )
-  passage, start, end = (int(x[0]) for x in best)
   assert passage == want['block_idx']
   answer = want['reader_ids'][passage, start : end + 1]
   np.testing.assert_array_equal(answer, want['answer_ids'])

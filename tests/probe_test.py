@@ -63,7 +63,7 @@ def test_overlap_with_current_equals_brute_force(job):
 
 
 def test_of_many_candidates_more_are_embedded(job):
-  """Of as many as are compared, all would be right."""
+  """A pool of only k candidates would always overlap fully."""
   stale, other = (job.components['embedder'].init(seed) for seed in (0, 1))
   search = search_lib.ExactSearch(_embed_all(job, stale))
   probe = probe_lib.Probe(job)

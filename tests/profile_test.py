@@ -63,7 +63,7 @@ def test_a_job_splits_its_time_and_traces_the_steps_asked_for(
     assert {'time/data_seconds', 'time/compute_seconds'} <= {*parts}
     flop = flops.model_flop(config) * 2 / wall
     assert line['time/model_tflops'] == pytest.approx(flop / 1e12, rel=1e-3)
-    # Of eight devices.
+    # From eight devices.
     assert line['time/mfu'] == pytest.approx(flop / 4e12, rel=1e-3)
   (trace,) = tmp_path.glob('profile/plugins/profile/*/perfetto_trace.json.gz')
   assert trace.stat().st_mtime >= started - 1

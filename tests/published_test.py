@@ -9,6 +9,7 @@ question there is tried here on the fixture.
 import os
 import pathlib
 
+import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from realm_jax.interop import convert
 from realm_jax.interop import importing
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
-from realm_jax.models import span_reader
 
 _FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 _HUB = os.environ.get('REALM_JAX_HUB', '')
@@ -106,10 +106,8 @@ def test_reader():
       np.array([[0, 0, 1, 1, 1]] * 2, np.int32),
       np.array([[0, 0, 1, 1, 0]] * 2, bool),
   )
-  best = span_reader.best_span(
-      logits[None], jnp.array([[0.3, 0.7]]), ids.shape[1], 3
-  )
-  assert [int(x[0]) for x in best] == [1, 3, 3]
+  best = helpers.best_span(logits, jnp.array([0.3, 0.7]), ids.shape[1], 3)
+  assert best == (1, 3, 3)
 
 
 @_if_all
@@ -165,10 +163,9 @@ def _answer(name, question):
   logits = components.make('span_reader', config).apply(
       loaded.params['span_reader'], 'span_logits', ids, types, mask
   )
-  best = span_reader.best_span(
-      logits[None], scores[rows][None], length, config.max_span_width
+  k, start, end = helpers.best_span(
+      logits, scores[rows], length, config.max_span_width
   )
-  k, start, end = (int(x[0]) for x in best)
   return tokenizer.decode(ids[k, start : end + 1]), int(rows[k])
 
 

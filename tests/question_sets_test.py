@@ -138,7 +138,7 @@ def test_trivia_qa_takes_the_aliases(tmp_path):
 
 
 def test_squad_as_open_questions(tmp_path):
-  asked = {'id': 'q1', 'question': ' Where? ', 'answers': [
+  answerable = {'id': 'q1', 'question': ' Where? ', 'answers': [
       {'text': 'Juneau', 'answer_start': 0},
       {'text': 'Juneau', 'answer_start': 9},
   ]}
@@ -153,7 +153,7 @@ def test_squad_as_open_questions(tmp_path):
               'title': 'State_Capitals',
               'paragraphs': [
                   {'context': '...', 'qas': [unanswerable]},
-                  {'context': '...', 'qas': [asked]},
+                  {'context': '...', 'qas': [answerable]},
               ],
           }],
       },

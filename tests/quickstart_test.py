@@ -50,7 +50,7 @@ def test_the_null_reader_is_not_warned_of_passages_that_it_never_reads(
   assert not caplog.records
   config.mlm.null_rate = 0.5
   job._warn_of_cuts(config, corpus)
-  assert 'what is beyond is not seen' in caplog.text
+  assert 'the rest of them is cut off' in caplog.text
 
 
 def test_the_report_has_both_readers_without_retrieval(quickstart, tmp_path):

@@ -2,9 +2,7 @@
 
 import dataclasses
 import gc
-import json
 import logging
-import shutil
 import threading
 import time
 import types
@@ -19,8 +17,6 @@ from realm_jax.index import generation
 from realm_jax.index import search
 from realm_jax.index import topk
 from realm_jax.runtime import checkpoint
-from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
 from realm_jax.trainer import refresh
@@ -54,7 +50,7 @@ def _snapshot(workdir, step, value=None):
 
 
 def _publish(workdir, step, **lineage):
-  """What the index builder does."""
+  """Publishes a generation, in the place of the index builder."""
   made_from = generation.Lineage(
       step=step,
       params_digest=lineage.pop('params_digest', None)
@@ -120,7 +116,7 @@ def _run(workdir, policy, steps, publish, start=0, saved=None, lag=4):
     about[step] = {
         'generation': refresher.generation_step, 'pending': refresher.pending
     }
-    # What is searched is that generation indeed.
+    # The search is over that generation.
     number = refresher.generation_step
     found = refresher.search.search(_embeddings(number)[:5] * 100, 3)
     expected = search.ExactSearch(_embeddings(number)).search(
@@ -183,7 +179,7 @@ def test_resumed_anywhere_the_sequence_is_the_same(tmp_path, policy, lag):
     assert used == expected[killed:], killed
 
 
-def test_what_was_built_of_steps_run_again_is_dropped(tmp_path):
+def test_files_of_steps_that_run_again_are_removed(tmp_path):
   for step in (0, 4, 8):
     _snapshot(tmp_path, step)
     _publish(tmp_path, step)
@@ -196,7 +192,7 @@ def test_what_was_built_of_steps_run_again_is_dropped(tmp_path):
   assert not (tmp_path / 'new').exists()
 
 
-def test_who_was_stopped_while_waiting_waits_for_the_same_again(tmp_path):
+def test_a_stopped_wait_resumes_for_the_same_generation(tmp_path):
   """A snapshot of the step itself would keep the builder from that."""
   for step in (0, 4, 8):
     _snapshot(tmp_path, step)
@@ -293,7 +289,13 @@ def test_eager_never_waits_and_takes_the_newest(tmp_path, monkeypatch):
   refresher.close()
 
 
-def test_eager_goes_on_with_the_last_good_one(tmp_path, monkeypatch, caplog):
+def _flip(path):
+  data = bytearray(path.read_bytes())
+  data[-1] ^= 1
+  path.write_bytes(bytes(data))
+
+
+def test_eager_keeps_the_last_good_generation(tmp_path, monkeypatch, caplog):
   refresher = _eager(tmp_path, monkeypatch)
   _snapshot(tmp_path, 4)
   path = _publish(tmp_path, 4)
@@ -308,191 +310,6 @@ def test_eager_goes_on_with_the_last_good_one(tmp_path, monkeypatch, caplog):
   _publish(tmp_path, 8)
   _adopt_until(refresher, 40, 8)
   refresher.close()
-
-
-def _flip(path):
-  data = bytearray(path.read_bytes())
-  data[-1] ^= 1
-  path.write_bytes(bytes(data))
-
-
-def test_a_damaged_generation_is_built_anew_once(tmp_path):
-  refresher = _refresher(tmp_path)
-  _snapshot(tmp_path, 0)
-  path = _publish(tmp_path, 0)
-  _flip(path / 'shard-00000.npy')
-
-  def rebuild(damage):
-    while path.exists():
-      time.sleep(0.01)
-    _publish(tmp_path, 0)
-    if damage:
-      _flip(path / 'shard-00000.npy')
-
-  thread = threading.Thread(target=rebuild, args=(False,))
-  thread.start()
-  assert _step(refresher, 0)
-  thread.join()
-  # Damaged each time it is built: the disk is at fault, and that is said.
-  refresher = _refresher(tmp_path)
-  _flip(path / 'shard-00000.npy')
-  thread = threading.Thread(target=_rebuild_damaged, args=(tmp_path, path))
-  thread.start()
-  with pytest.raises(generation.Damaged, match='its manifest says'):
-    _step(refresher, 0)
-  thread.join()
-
-
-def _rebuild_damaged(workdir, path):
-  """Publishes a generation that is damaged from the first moment."""
-  while path.exists():
-    time.sleep(0.01)
-  aside = workdir / 'aside'
-  shutil.copytree(workdir / 'retriever', aside / 'retriever')
-  _flip(_publish(aside, 0) / 'shard-00000.npy')
-  (aside / 'index' / '0').rename(path)
-
-
-def test_one_of_other_parameters_is_waited_out(tmp_path, caplog):
-  """Published by a builder that had not noticed that the trainer resumed."""
-  refresher = _refresher(tmp_path)
-  digest = _snapshot(tmp_path, 0)
-  _publish(tmp_path, 0, params_digest='0123456789abcdef' * 4)
-  timer = threading.Timer(0.5, _publish, (tmp_path, 0))
-  timer.start()
-  with caplog.at_level(logging.WARNING):
-    assert _step(refresher, 0)
-  timer.join()
-  assert refresher._current.digest == digest
-  assert refresher.waited_seconds > 0.3
-  assert caplog.text.count('0123456789abcdef') == 1
-  assert digest[:16] in caplog.text
-
-
-@pytest.mark.parametrize('field', ['corpus_fingerprint', 'tokenizer_digest'])
-def test_one_of_another_job_is_refused(tmp_path, field):
-  refresher = _refresher(tmp_path)
-  _snapshot(tmp_path, 0)
-  _publish(tmp_path, 0, **{field: 'theirs'})
-  with pytest.raises(ValueError, match='does not belong to this job') as error:
-    _step(refresher, 0)
-  assert f"{field}: 'theirs' in the index" in str(error.value)
-
-
-def test_one_copied_under_another_number_is_refused(tmp_path):
-  refresher = _refresher(tmp_path)
-  digest = _snapshot(tmp_path, 0)
-  _snapshot(tmp_path, 4)
-  _publish(tmp_path, 4).rename(tmp_path / 'index' / '0')
-  _rewrite(tmp_path / 'index' / '0', params_digest=digest)
-  with pytest.raises(ValueError, match='step: 4 in the index, 0 expected'):
-    _step(refresher, 0)
-
-
-def _rewrite(path, **values):
-  manifest = json.loads((path / 'manifest.json').read_text())
-  manifest.update(values)
-  manifest['manifest_sha256'] = files.manifest_digest(manifest)
-  (path / 'manifest.json').write_text(json.dumps(manifest))
-
-
-def test_a_newer_format_is_refused(tmp_path):
-  refresher = _refresher(tmp_path)
-  _snapshot(tmp_path, 0)
-  _rewrite(_publish(tmp_path, 0), format_version=99)
-  with pytest.raises(ValueError, match='format 99, from a newer realm_jax'):
-    _step(refresher, 0)
-
-
-def test_waiting_ends(tmp_path, monkeypatch):
-  config = _config('sync')
-  config.refresh.timeout = 0.2
-  refresher = refresh.Refresher(
-      tmp_path, config, corpus=_CORPUS, probe=_Probe()
-  )
-  _snapshot(tmp_path, 0)
-  with heartbeat_lib.Heartbeat(tmp_path / 'index') as heartbeat:
-    heartbeat.beat('embedding', done=7, total=60, at_once=True)
-    with pytest.raises(TimeoutError, match=r'index/0.*embedding 7 of 60'):
-      _step(refresher, 0)
-  monkeypatch.setattr(loader, '_SNAPSHOT_SECONDS', 0.1)
-  config.refresh.timeout = 20.0
-  shutil.rmtree(tmp_path / 'retriever')
-  with pytest.raises(FileNotFoundError, match='its snapshot.*is gone'):
-    _step(refresher, 0)
-
-
-def test_the_builders_health_is_looked_at(tmp_path):
-  calls = []
-
-  def health():
-    calls.append(0)
-    if len(calls) == 5:
-      raise RuntimeError('it died three times')
-
-  refresher = _refresher(tmp_path, health=health)
-  _snapshot(tmp_path, 0)
-  with pytest.raises(RuntimeError, match='three times'):
-    _step(refresher, 0)
-  # Also by a trainer that does not wait.
-  calls.clear()
-  _publish(tmp_path, 0)
-  _step(refresher, 0)
-  before = len(calls)
-  _step(refresher, 1)
-  assert len(calls) == before + 1
-  refresher.close()
-
-
-def test_says_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(loader, '_STALE_SECONDS', 0.1)
-  monkeypatch.setattr(loader, '_LOG_SECONDS', 0.3)
-  refresher = _refresher(tmp_path)
-  _snapshot(tmp_path, 0)
-  timer = threading.Timer(1.5, _publish, (tmp_path, 0))
-  timer.start()
-  with caplog.at_level(logging.WARNING):
-    _step(refresher, 0)
-  timer.join()
-  said = f'start `realm-jax index --workdir={tmp_path} --follow`'
-  assert 2 <= caplog.text.count(said) <= 6
-  # A builder that is seen to be alive is given its time in silence.
-  caplog.clear()
-  _snapshot(tmp_path, 4)
-  done = threading.Event()
-
-  def beat():
-    with heartbeat_lib.Heartbeat(tmp_path / 'index') as heartbeat:
-      while not done.wait(0.02):
-        heartbeat.beat('embedding', at_once=True)
-
-  thread = threading.Thread(target=beat)
-  thread.start()
-  timer = threading.Timer(1.0, _publish, (tmp_path, 4))
-  timer.start()
-  monkeypatch.setattr(loader, '_STALE_SECONDS', 0.7)
-  with caplog.at_level(logging.WARNING):
-    _step(refresher, 4)
-  done.set()
-  thread.join()
-  timer.join()
-  assert said not in caplog.text
-  refresher.close()
-
-
-def test_resuming_without_its_generation_names_the_command(tmp_path):
-  _snapshot(tmp_path, 4)
-  with pytest.raises(FileNotFoundError) as error:
-    _refresher(tmp_path, step=6, generation=4)
-  assert f'realm-jax index --workdir={tmp_path} --step=4' in str(error.value)
-  _publish(tmp_path, 4)
-  assert _refresher(tmp_path, step=6, generation=4).generation_step == 4
-  # Its snapshot may be gone by then.
-  shutil.rmtree(tmp_path / 'retriever')
-  refresher = _refresher(tmp_path, step=6, generation=4)
-  assert refresher.generation_step == 4
-  assert refresher.num_adopted == 0
-  assert not _step(refresher, 6)
 
 
 def test_staleness_is_measured(tmp_path):
@@ -624,143 +441,3 @@ def test_the_old_generation_is_freed(tmp_path, monkeypatch):
   assert len(searches) == 5
   assert counts == [1, 2, 2, 2, 2]  # Old and new, during the swap.
   refresher.close()
-
-
-def test_a_failing_builder_is_spoken_of_with_the_age_of_the_index(
-    tmp_path, monkeypatch, caplog
-):
-  failures = [0]
-  refresher = _eager(tmp_path, monkeypatch, health=lambda: failures[0])
-  with caplog.at_level(logging.WARNING):
-    for step in range(1, 12):
-      if step in (5, 7):
-        failures[0] += 1
-      assert not _step(refresher, step)  # It goes on, and does not wait.
-  said = [record.message for record in caplog.records]
-  assert len(said) == 2
-  assert 'failed 1 times' in said[0] and 'of step 0, 5 steps and' in said[0]
-  assert 'failed 2 times' in said[1] and 'of step 0, 7 steps and' in said[1]
-  assert refresher.metrics(11)['refresh/builder_failures'] == 2
-  assert refresher.waited_seconds < 10
-
-  def give_up():
-    raise RuntimeError('too often')
-
-  refresher._health = give_up
-  with pytest.raises(RuntimeError, match='too often'):
-    _step(refresher, 12)
-  refresher.close()
-
-
-def test_scheduled_waits_for_a_failing_builder_at_the_due_step_only(tmp_path):
-  failures = [0]
-  refresher = _refresher(
-      tmp_path, 'scheduled', lag=3, health=lambda: failures[0]
-  )
-  _snapshot(tmp_path, 0)
-  _publish(tmp_path, 0)
-  _step(refresher, 0)
-  waited = refresher.waited_seconds
-  for step in range(1, 7):
-    failures[0] = step
-    assert not _step(refresher, step)
-    if step == 4:
-      _snapshot(tmp_path, 4)
-  assert refresher.waited_seconds == waited
-  timer = threading.Timer(0.3, _publish, (tmp_path, 4))
-  timer.start()
-  assert _step(refresher, 7)
-  timer.join()
-  assert refresher.waited_seconds - waited > 0.2
-  refresher.close()
-
-
-def test_without_refresh_nobody_looks_after_the_builder(tmp_path):
-  def give_up():
-    raise RuntimeError('too often')
-
-  refresher = _refresher(tmp_path, 'none')
-  _snapshot(tmp_path, 0)
-  _publish(tmp_path, 0)
-  _step(refresher, 0)
-  refresher._health = give_up
-  assert not _step(refresher, 1)
-  refresher.close()
-
-
-class _Processes:
-  """Threads in the place of processes: what `runtime.distributed` offers."""
-
-  def __init__(self, count):
-    self._rank = threading.local()
-    self._barrier = threading.Barrier(count, timeout=20)
-    self._values = [None] * count
-
-  def join_in(self, rank):
-    self._rank.value = rank
-
-  def is_main(self):
-    return getattr(self._rank, 'value', 0) == 0
-
-  def gather(self, value):
-    self._barrier.wait()
-    self._values[self._rank.value] = value
-    self._barrier.wait()
-    return list(self._values)
-
-  def any(self, flag):
-    return True in self.gather(bool(flag))
-
-  def barrier(self, name):
-    assert set(self.gather(name)) == {name}
-
-  def broadcast(self, value):
-    return self.gather(value if self.is_main() else None)[0]
-
-
-@pytest.mark.parametrize('slow', [0, 1])
-def test_all_processes_adopt_the_same_at_the_same_step(
-    tmp_path, monkeypatch, slow
-):
-  """Under `eager`, however long one of them takes to load."""
-  processes = _Processes(2)
-  monkeypatch.setattr(refresh, 'distributed', processes)
-  monkeypatch.setattr(refresh, 'jax', types.SimpleNamespace(
-      process_count=lambda: 2, block_until_ready=lambda params: params
-  ))
-  monkeypatch.setattr(refresh, '_POLL_SECONDS', 0.0)
-  monkeypatch.setattr(refresh, '_POLL_STEPS', 2)
-  _snapshot(tmp_path, 0)
-  _publish(tmp_path, 0)
-  used = [[], []]
-  damaged = threading.Event()
-
-  def run(rank):
-    processes.join_in(rank)
-
-    def make_search(made):
-      if rank == slow:
-        time.sleep(0.2)
-        if made.lineage.step == 12 and not damaged.is_set():
-          damaged.set()
-          raise generation.Damaged('it was seen so by one process')
-      return made.make_search(config_lib.MipsConfig(), None)
-
-    refresher = _refresher(tmp_path, 'eager', make_search=make_search)
-    for step in range(36):
-      if rank == 0 and step in (4, 12, 20):
-        _snapshot(tmp_path, step)
-        _publish(tmp_path, step)
-      _step(refresher, step)
-      used[rank].append(refresher.generation_step)
-      time.sleep(0.05)
-    refresher.close()
-
-  threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert len(used[0]) == len(used[1]) == 36
-  assert used[0] == used[1]
-  assert set(used[0]) == {0, 4, 20}  # 12 was refused by both.

@@ -8,10 +8,12 @@ import pytest
 import training_test
 
 from realm_jax import config as config_lib
+from realm_jax.builder import builder
 from realm_jax.evaluation import evaluate
 from realm_jax.index import generation
 from realm_jax.index import search as search_lib
 from realm_jax.planner import plan
+from realm_jax.runtime import files
 
 _MODULE = '''
 import json
@@ -109,7 +111,9 @@ def test_a_backend_of_the_user_trains_evaluates_and_plans(
 
 
 def test_the_planner_asks_the_backend_for_its_memory(world, brute):
-  config = training_test.make_config(world, 'realm', mips__backend=_NAME)
+  config = training_test.make_config(
+      world, 'realm', mips__backend=_NAME, model__vocab_size=200
+  )
   setting = plan.Setting(10**6, 30.0, plan.CHIPS['h100'])
   ours = plan.plan(config, setting)
   assert 'two_index_tables_gb' not in ours['device_memory']
@@ -136,6 +140,17 @@ def test_names_that_are_no_backend_are_refused(world, brute):
   ]:
     with pytest.raises(ValueError, match=message):
       search_lib.make_search(config_lib.MipsConfig(backend=name), table)
+
+
+def test_an_unknown_backend_fails_before_a_build(world, tmp_path):
+  config = training_test.make_config(world, 'ict', steps=1)
+  training_test.run(config, tmp_path)
+  config = config_lib.read(tmp_path)
+  config.mips.backend = 'no_such_module:Name'
+  files.write_json(tmp_path / 'config.json', config_lib.to_dict(config))
+  with pytest.raises(ValueError, match='no_such_module.*cannot be imported'):
+    builder.build(tmp_path)
+  assert not list((tmp_path / 'index').glob('.building-*'))
 
 
 def test_options_identify_a_config_only_if_there_are_any(world):

@@ -17,7 +17,6 @@ from realm_jax import config as config_lib
 from realm_jax.index import embedding
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.trainer import gradients
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
@@ -114,7 +113,7 @@ def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
   placed = mesh_lib.shardings(params, mesh, zero)
   rows = mesh_lib.over_batch(mesh)
   run = jax.jit(
-      gradients.make_gradients(
+      step_lib.make_gradients(
           _stage(config),
           components,
           jax.tree.map(lambda x: x.spec, placed),

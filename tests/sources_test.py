@@ -12,7 +12,6 @@ import pytest
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.prepare import datasets as datasets_lib
-from realm_jax.prepare import filters
 from realm_jax.prepare import prepare
 from realm_jax.prepare import records
 from realm_jax.prepare import sources
@@ -46,7 +45,7 @@ def _prepare(source, output, **arguments) -> corpus_lib.Corpus:
 def test_files_may_be_compressed(tmp_path, ending, pack):
   lines = [json.dumps({'text': f'Über {i}'}).encode() + b'\n' for i in range(3)]
   path = tmp_path / f'in.jsonl{ending}'
-  # Compressed files may be put together; not all readers go on after one.
+  # Compressed files may be concatenated; some readers stop after the first.
   path.write_bytes(pack(lines[0]) + pack(lines[1] + lines[2]))
   assert [r.text for r in _read(path)] == ['Über 0', 'Über 1', 'Über 2']
 
@@ -67,7 +66,7 @@ def test_a_folder_of_texts_is_an_article_a_file(tmp_path):
   # The first line is left out where it says the title again.
   assert (rome.id, rome.title) == ('b/Old_Rome.txt', 'Old Rome')
   assert rome.text == 'A town.\n'
-  # Beside files that say what they hold, a text is no article.
+  # Next to files of other kinds, a text is not an article.
   (tmp_path / 'in' / 'z.jsonl').write_text('{"text": "alone"}')
   for source in ('in', 'in/*', 'in/**/*'):
     assert [r.text for r in _read(tmp_path / source)] == ['alone'], source
@@ -297,83 +296,7 @@ def test_wrong_markup_is_named(tmp_path, fields, message):
     _read(path)
 
 
-@pytest.mark.parametrize(
-    ('title', 'text', 'kind'),
-    [
-        ('List of towns', '', 'lists'),
-        ('Lists of towns', '', 'lists'),
-        ('Listening', '', None),
-        ('A List of towns', '', None),
-        ('Index of towns', '', 'indices'),
-        ('Outline of history', '', 'outlines'),
-        ('Mercury (disambiguation)', '', 'disambiguation'),
-        ('Mercury', 'Mercury may refer to:\nA planet', 'disambiguation'),
-        (
-            'Mercury',
-            '\nMercury or mercury can also refer to the following:',
-            'disambiguation',
-        ),
-        ('Law', 'The law may refer to a person. It says:\n1.', None),
-        ('Mercury', '{{disambiguation}}', None),  # It is no markup.
-    ],
-)
-def test_what_the_filters_take(title, text, kind):
-  assert filters.reason(title, text, filters.KINDS) == kind
-  assert filters.reason(title, text, ()) is None
-
-
-def test_filtered_articles_are_counted_by_reason(tmp_path):
-  source = tmp_path / 'in.jsonl'
-  titles = ['Rome', 'List of towns', 'List of men', 'Index of men']
-  source.write_text(
-      '\n'.join(json.dumps({'title': t, 'text': _TEXT}) for t in titles)
-  )
-  made = _prepare(source, tmp_path / 'out', exclude=['lists', 'indices'])
-  counts = made.manifest['counts']
-  assert (counts['records'], counts['passages']) == (4, 1)
-  assert (counts['excluded_lists'], counts['excluded_indices']) == (2, 1)
-  assert made.manifest['settings']['exclude'] == ['lists', 'indices']
-  assert len(_prepare(source, tmp_path / 'all').passages) == 4
-  with pytest.raises(ValueError, match='exclude is .*stubs.* some of lists'):
-    _prepare(source, tmp_path / 'no', exclude=['stubs'])
-
-
-def _near(count: int) -> list[dict]:
-  """Texts of which every third is the one before with a word changed."""
-  items = []
-  for i in range(count):
-    words = [f'word{(i - i % 3 // 2) * 37 + j * j}' for j in range(200)]
-    if i % 3 == 2:
-      words[i % 200] = 'other'
-    text = f'{" ".join(words)}. In 1990 somebody came.'
-    items.append({'id': f'a{i}', 'text': text, 'article': f'{i}'})
-  return items
-
-
-def test_near_duplicates_are_left_out(tmp_path, monkeypatch):
-  pytest.importorskip('rensa')
-  monkeypatch.setattr(filters, '_BATCH_CHARACTERS', 5000)
-  source = tmp_path / 'in.jsonl'
-  items = [*_near(60), {'id': 'z', 'text': '...'}, {'id': 'y', 'text': '...'}]
-  source.write_text('\n'.join(map(json.dumps, items)))
-  found = {
-      workers: _prepare(
-          source, tmp_path / f'{workers}', near_duplicates=0.8, workers=workers
-      )
-      for workers in (1, 2)
-  }
-  assert found[1].fingerprint == found[2].fingerprint
-  assert found[1].manifest['counts']['near_duplicates'] == 20
-  assert found[1].manifest['settings']['near_duplicates'] == 0.8
-  kept = {found[1].passage_text(i)['id'] for i in range(len(found[1].passages))}
-  # The first stays; texts without a word are no duplicates.
-  names = {name.partition('#')[0] for name in kept}
-  assert names == {f'a{i}' for i in range(60) if i % 3 != 2} | {'z', 'y'}
-  with pytest.raises(ValueError, match='near_duplicates is 1.5'):
-    _prepare(source, tmp_path / 'no', near_duplicates=1.5)
-
-
-def test_what_is_learned_and_what_is_known_may_be_of_different_kinds(tmp_path):
+def test_passages_and_sentences_may_come_from_different_kinds(tmp_path):
   (tmp_path / 'wiki_00').write_text(
       f'<doc id="1" title="Rome">\nRome\n{_TEXT}\n</doc>'
   )
@@ -391,15 +314,119 @@ def test_what_is_learned_and_what_is_known_may_be_of_different_kinds(tmp_path):
   assert made.tokenizer.decode(ids) == 'paul left rome in may 1991.'
 
 
+def _records(count: int) -> list[dict]:
+  return [
+      {'id': f'a{i}', 'text': f'In {1900 + i} Ann{i} came. ' * 40}
+      for i in range(count)
+  ]
+
+
 def test_beam_gives_the_same_bytes(tmp_path, monkeypatch):
   pytest.importorskip('apache_beam', reason='needs the extra [beam]')
   monkeypatch.setattr(prepare, '_CHUNK_BYTES', 4000)
   source = tmp_path / 'in.jsonl'
-  source.write_text('\n'.join(map(json.dumps, _near(30))))
+  source.write_text('\n'.join(map(json.dumps, _records(30))))
   made = _prepare(source, tmp_path / 'made')
   beamed = _prepare(source, tmp_path / 'beamed', beam=['--runner=DirectRunner'])
   assert beamed.manifest == made.manifest
   assert not list(tmp_path.glob('.*'))
+
+
+_ARTICLES = """
+import json
+
+class Articles:
+
+  def __init__(self, path=None):
+    self.path = path
+
+  def __iter__(self):
+    with open(self.path) as file:
+      yield from map(json.loads, file)
+
+def two():
+  yield {'id': 7, 'title': 'T', 'text': 'In 1990 Paul came to Rome by train.'}
+  yield {'text': 'Anna met Bert.', 'split': 'validation', 'extra': object()}
+
+def bad():
+  yield {'text': 'x'}
+  yield {'title': 'y'}
+
+def no_dicts():
+  return ['x']
+
+calls = []
+
+def growing():
+  calls.append(1)
+  return [{'text': 'In 1990 somebody came to Rome with Paul.'}] * len(calls)
+
+def number():
+  return 3
+
+def needs_two(a, b):
+  return []
+
+constant = 3
+"""
+
+
+@pytest.fixture(name='articles')
+def _fixture_articles(tmp_path, monkeypatch):
+  """A name for a module with sources of the user."""
+  name = f'articles_{tmp_path.name}'
+  (tmp_path / 'lib').mkdir()
+  (tmp_path / 'lib' / f'{name}.py').write_text(_ARTICLES)
+  monkeypatch.syspath_prepend(tmp_path / 'lib')
+  return name
+
+
+def test_a_python_object_gives_records(articles):
+  first, second = _read(f'{articles}:two')
+  assert (first.id, first.title) == ('7', 'T')
+  assert first.text == 'In 1990 Paul came to Rome by train.'
+  assert (second.id, second.text) == ('1', 'Anna met Bert.')
+  assert second.validation
+
+
+def test_a_python_object_gives_the_corpus_of_its_records(
+    tmp_path, articles, monkeypatch
+):
+  monkeypatch.setattr(prepare, '_CHUNK_BYTES', 4000)
+  source = tmp_path / 'in.jsonl'
+  source.write_text('\n'.join(map(json.dumps, _records(30))))
+  expected = _prepare(source, tmp_path / 'expected')
+  for workers in (1, 2):
+    made = _prepare(
+        f'{articles}:Articles:{source}',
+        tmp_path / f'made{workers}',
+        workers=workers,
+    )
+    assert made.manifest == expected.manifest
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('no_such_module_here:Name', 'no_such_module_here.*cannot be imported'),
+        ('{}:Missing', "has no 'Missing'"),
+        ('{}:constant', 'constant cannot be called with .*not a callable'),
+        ('{}:needs_two', 'needs_two cannot be called with .*missing'),
+        ('{}:two:text', "two cannot be called with .*'text'"),
+        ('{}:number', 'number gives a int; .* an iterable of records'),
+        ('{}:bad', '{}:bad, record 2: no field `text`; the fields are title'),
+        ('{}:no_dicts', 'no_dicts, record 1: a str; each record must'),
+    ],
+)
+def test_a_wrong_python_object_is_named(articles, name, message):
+  with pytest.raises(ValueError, match=message.format(articles)):
+    _read(name.format(articles))
+
+
+def test_a_python_object_must_repeat_its_records(tmp_path, articles):
+  with pytest.raises(ValueError, match='1 records when checked and 2 when'):
+    _prepare(f'{articles}:growing', tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
 
 
 def test_the_path_of_a_source_is_its_name(tmp_path):

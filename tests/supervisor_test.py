@@ -48,7 +48,7 @@ sys.exit(1)
 
 def test_a_dead_builder_is_started_again(tmp_path):
   with _Child(tmp_path, _SLEEP) as child:
-    assert child.pid is None  # What it will read is not written yet.
+    assert child.pid is None  # Its config is not written yet.
     assert child.health() == 0
     first = child.pid
     assert child.health() == 0
@@ -71,7 +71,7 @@ raise SystemExit('ValueError: the corpus is gone')
       pytest.raises(RuntimeError) as error,
       _Child(tmp_path, program, backoff) as child,
   ):
-    _until(lambda: child.health() < 0)  # It goes on until it raises.
+    _until(lambda: child.health() < 0)  # Until it raises.
   message = str(error.value)
   assert 'ended 3 times' in message and 'exit code 1' in message
   assert message.endswith('ValueError: the corpus is gone')
@@ -170,7 +170,7 @@ with supervise.IndexBuilderProcess({str(tmp_path)!r}) as child:
 
 
 def _is_gone(pid):
-  """Also true of a zombie, whom nobody may be there to bury."""
+  """A zombie counts as dead: its parent may never reap it."""
   try:
     status = pathlib.Path(f'/proc/{pid}/stat').read_text()
   except FileNotFoundError:

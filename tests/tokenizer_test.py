@@ -36,7 +36,7 @@ def _tokenizer(lowercase=True):
         ('über-cat', [('[UNK]', 'über'), ('-', '-'), ('cat', 'cat')]),
         # Chinese characters are words of their own.
         ('日本x', [('日', '日'), ('本', '本'), ('x', 'x')]),
-        # Control characters and odd spaces disappear.
+        # Control characters and unusual spaces disappear.
         ('c\u0000a\u200bt\u00a0sat', [('cat', 'c\0a\u200bt'), ('sat', 'sat')]),
         ('cat\u3000\r\n\tsat', [('cat', 'cat'), ('sat', 'sat')]),
         # A syllable of three letters: three wordpieces of the same bytes.
@@ -50,11 +50,12 @@ def _tokenizer(lowercase=True):
 )
 def test_offsets_are_bytes_of_the_text(text, expected):
   tokenizer = _tokenizer()
-  ids, offsets = tokenizer.encode_with_offsets(text)
+  ((ids, starts, limits),) = tokenizer.encode_arrays([text])
+  ids = ids.tolist()
   data = text.encode('utf-8')
   found = [
       (tokenizer.vocab[i], data[start:limit].decode('utf-8'))
-      for i, (start, limit) in zip(ids, offsets, strict=True)
+      for i, start, limit in zip(ids, starts, limits, strict=True)
   ]
   assert found == expected
   assert tokenizer.encode(text) == ids

@@ -191,7 +191,7 @@ def test_what_holds_most_of_a_sentence_counts():
       np.concatenate([noise[1], one, noise[2]]),
       np.concatenate([noise[3], edited]),  # Two words replaced.
       np.concatenate([one[:11], noise[4][:2], one[11:]]),  # Two inserted.
-      np.concatenate([noise[5], one[:15]]),  # It goes on in the next.
+      np.concatenate([noise[5], one[:15]]),  # It continues in the next.
       np.concatenate([one[15:], noise[6]]),
       np.concatenate([noise[7], one[:14]]),  # Less than half.
       np.concatenate([noise[8], one[::-1]]),
@@ -233,7 +233,7 @@ def test_no_passage_with_the_whole_sentence_is_missed(
   """Also in small blocks, and with few different wordpieces."""
   monkeypatch.setattr(trivial, '_AT_ONCE', [64, 300, 2**16][seed % 3])
   monkeypatch.setattr(trivial, '_BLOCK', [7, 2**19][seed % 2])
-  monkeypatch.setattr(trivial, '_BLOCKS', 1000)
+  monkeypatch.setattr(trivial, '_MAX_BLOCKS', 1000)
   rng = np.random.default_rng(seed)
   bodies = [rng.integers(0, vocab, rng.integers(1, 60)) for _ in range(50)]
   sentences, own = [], []

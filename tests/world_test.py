@@ -9,7 +9,6 @@ import unicodedata
 import pytest
 
 from realm_jax.prepare import world
-from realm_jax.prepare import world_text
 
 # Words that relate nothing; every other word of a wording does.
 _FUNCTION_WORDS = set(
@@ -45,7 +44,7 @@ def _span_texts(record):
   return [text[start:limit].decode() for start, limit in record['spans']]
 
 
-def test_a_seed_is_one_world_for_ever():
+def test_a_seed_always_gives_the_same_world():
   """Recorded runs name a world by its seed alone.
 
   Change the digest only with a change of the world that is meant, and then say
@@ -74,7 +73,7 @@ def test_size_of_the_default_world(default):
   assert len(default.questions) == 6000
   assert 4300 < len(default.knowledge) < 4700
   assert 14_000 < len(default.pretraining) < 16_000
-  assert len(world_text.RELATIONS) == 22
+  assert len(world.RELATIONS) == 22
 
 
 @pytest.mark.parametrize('entities', [20, 21, 777])
@@ -95,7 +94,7 @@ def test_any_size(entities):
         (-1, 100, 'seed is -1'),
     ],
 )
-def test_silly_arguments_are_refused(seed, entities, message):
+def test_arguments_out_of_bounds_are_refused(seed, entities, message):
   with pytest.raises(ValueError, match=message):
     world.generate(seed, entities)
 
@@ -243,11 +242,11 @@ def test_relation_words_of_the_two_corpora_differ(default):
 
 
 def test_questions_use_the_words_of_pretraining_in_another_order():
-  for relation in world_text.RELATIONS:
-    asked = set(_words(relation.question)) - _FUNCTION_WORDS - {'n'}
+  for relation in world.RELATIONS:
+    question = set(_words(relation.question)) - _FUNCTION_WORDS - {'n'}
     told = set(_words(' '.join(relation.pretraining)))
-    assert asked, relation
-    assert asked <= told, relation
+    assert question, relation
+    assert question <= told, relation
     assert relation.question not in relation.pretraining
 
 
@@ -255,7 +254,7 @@ def test_wordings_of_a_kind_do_not_share_what_tells_them_apart():
   """Two relations of an entity need words of their own to be told apart."""
   for part in ('knowledge', 'pretraining'):
     users = collections.defaultdict(set)
-    for relation in world_text.RELATIONS:
+    for relation in world.RELATIONS:
       for word in set(_words(' '.join(getattr(relation, part)))):
         if word not in _FUNCTION_WORDS | {'n', 'v', 'p'}:
           users[relation.kind, word].add(relation.pool)
@@ -270,7 +269,7 @@ def test_many_entities_share_a_value(default):
     users[kind, question['answers'][0]] += 1
   shared = sum(n for n in users.values() if n >= 3)
   assert shared / len(default.questions) > 0.95
-  per_relation = len(users) / len(world_text.RELATIONS)
+  per_relation = len(users) / len(world.RELATIONS)
   assert 16 <= per_relation <= 60
 
 

@@ -20,6 +20,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import embedding
 from realm_jax.index import generation
+from realm_jax.index import search as search_lib
 from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
@@ -35,8 +36,7 @@ log = logging.getLogger(__name__)
 # Rows of a shard. A kill loses the unfinished shard, so shards are smaller
 # where embedding is slow.
 _SHARD_ROWS = {'cpu': 2**11}
-_SHARD_ROWS_ELSEWHERE = 2**16
-_MIN_SHARD_ROWS = 2**11
+_SHARD_ROWS_ELSEWHERE, _MIN_SHARD_ROWS = 2**16, 2**11
 _MAX_SHARDS = 256  # All shards are open files.
 _SHARDS_PER_PROCESS = 8  # At least, so that processes finish together.
 _LOW_RECALL = 0.9  # A backend of less recall is reported as a warning.
@@ -53,9 +53,6 @@ def build(workdir: Path, step: int | None = None) -> pathlib.Path:
 
   If training took no snapshot (objective `ict`), or none at its end, one is
   taken from the newest checkpoint.
-
-  Returns:
-    The path of the generation.
 
   Raises:
     FileNotFoundError: the config or the snapshot does not exist.
@@ -169,6 +166,7 @@ class _Job:
   """A job whose snapshots are built; the same for all snapshots."""
 
   workdir: pathlib.Path
+  directory: pathlib.Path  # The folder of the generations.
   config: config_lib.Config
   corpus: corpus_lib.Corpus
   mesh: jax.sharding.Mesh
@@ -184,6 +182,7 @@ class _Job:
       heartbeat: heartbeat_lib.Heartbeat,
   ) -> '_Job':
     config = config_lib.resolve(config)
+    search_lib.backend(config.mips)  # An unknown one fails before the work.
     corpus = corpus_lib.Corpus.open(config.corpus)
     config.model.vocab_size = (
         config.model.vocab_size or corpus.tokenizer.vocab_size
@@ -193,17 +192,13 @@ class _Job:
     mesh = jax.sharding.Mesh(devices, (mesh_lib.DATA, mesh_lib.MODEL))
     component = components.make('embedder', config.model)
     embedder = embedding.PassageEmbedder(
-        component,
-        corpus.passages,
-        corpus.tokenizer,
-        config.lengths.document,
+        component, corpus.passages, corpus.tokenizer, config.lengths.document,
         mesh,
     )
-    return cls(workdir, config, corpus, mesh, component, embedder, heartbeat)
-
-  @property
-  def directory(self) -> pathlib.Path:
-    return self.workdir / generation.DIRECTORY
+    directory = workdir / generation.DIRECTORY
+    return cls(
+        workdir, directory, config, corpus, mesh, component, embedder, heartbeat
+    )
 
   def follow(self, supervised: bool) -> None:
     full = False  # Whether the disk was full in the last attempt.
@@ -270,17 +265,16 @@ class _Job:
       return None
     params, digest = loaded
     rows = len(self.corpus.passages)
-    lineage = generation.Lineage(
-        step=step,
-        params_digest=digest,
-        tokenizer_digest=self.corpus.tokenizer.digest,
-        corpus_fingerprint=self.corpus.fingerprint,
-        num_rows=rows,
-        width=self.config.model.embedding_width,
-    )
     writer = generation.Writer(
         self.directory,
-        lineage,
+        generation.Lineage(
+            step=step,
+            params_digest=digest,
+            tokenizer_digest=self.corpus.tokenizer.digest,
+            corpus_fingerprint=self.corpus.fingerprint,
+            num_rows=rows,
+            width=self.config.model.embedding_width,
+        ),
         self.config.mips.dtype,
         shard_rows=_shard_rows(rows, self.mesh),
         resume={

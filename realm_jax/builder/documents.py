@@ -1,424 +1,387 @@
-"""The documents of a workdir: its corpus, and what was added and removed.
+"""`realm-jax index add|update|delete|compact`: changes to the documents.
 
-Public: `Documents`, `Part`, `Index`, `newest_generation`, `load_params`,
-`problems`. Readers come through here: `evaluate`, `inspect`, `Retriever`, the
-export of the index. The trainer and the index builder do not.
-
-  documents/manifest.json     which version holds; see `edition`
-  documents/removed-V.npy     rows that were removed up to version V
-  documents/corpus-V/         what version V added: a corpus artifact
-  documents/index-V/<step>/   its generations, as those in index/
-
-Rows count through all parts: first the corpus that was trained on, then each
-addition. After a compaction the first part is the compacted corpus.
+Nothing is trained: only new texts are embedded, by the parameters of the newest
+generation of the index. A command writes all of its files and then replaces the
+manifest, which commits the change; see `documents` for the files.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-import copy
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
-import logging
+import os
 import pathlib
+import re
+import shutil
+import time
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 
 from realm_jax import config as config_lib
-from realm_jax.builder import edition as edition_lib
-from realm_jax.builder import merged_search
-from realm_jax.corpus import concatenated
+from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
-from realm_jax.index import embedding
-from realm_jax.index import generation as generation_lib
-from realm_jax.index import search
+from realm_jax.index import generation
 from realm_jax.models import components
+from realm_jax.prepare import compaction
+from realm_jax.prepare import prepare
+from realm_jax.prepare import records as records_lib
+from realm_jax.prepare import sources as sources_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.runtime import process
 
-log = logging.getLogger(__name__)
+# Share of rows changed, and number of parts, above which `compact` pays.
+_MAX_CHANGES, _MAX_PARTS = 0.1, 16
+_MAX_LISTED = 5  # Ids in an error message.
+_OURS = re.compile(r'(corpus|index)-\d+|removed-\d+\.npy|\.corpus-\d+\.tmp-\d+')
 
-Path = pathlib.Path | str
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """A corpus, and the folder of its generations."""
-
-  corpus: corpus_lib.Corpus
-  index: pathlib.Path
+Path = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Documents:
-  """What can be found in a workdir; `Documents.open` makes one."""
+class Change:
+  """The effect of a command; counts are of passages."""
 
-  workdir: pathlib.Path
-  config: config_lib.Config  # Resolved.
-  edition: edition_lib.Edition  # Of version 0 if there was no change.
-  parts: tuple[Part, ...]
-
-  @classmethod
-  def open(
-      cls,
-      workdir: Path,
-      config: config_lib.Config,
-      corpus: Path | None = None,
-  ) -> 'Documents':
-    """Opens the corpus of a job with what was added and removed, if anything.
-
-    Args:
-      workdir: of the job.
-      config: resolved.
-      corpus: to be searched instead, just as it is.
-
-    Raises:
-      FileNotFoundError: if a corpus is not there.
-      ValueError: if something is damaged, of a newer format, or the corpus is
-        not that which the documents were added to; names both sides.
-    """
-    workdir = pathlib.Path(workdir)
-    if not (corpus or config.corpus):
-      raise ValueError(f'{workdir} has no corpus: its config names none.')
-    folder = workdir / edition_lib.DIRECTORY
-    edition = None if corpus else edition_lib.read(folder)
-    index = workdir / generation_lib.DIRECTORY
-    parts = []
-    if edition is None:
-      opened = corpus_lib.Corpus.open(corpus or config.corpus)
-      parts.append(Part(opened, index))
-      edition = edition_lib.Edition(
-          0, opened.fingerprint, (), np.zeros(0, np.int64)
-      )
-    else:
-      for part in edition.parts:
-        path = folder / part.corpus if part.corpus else config.corpus
-        opened = corpus_lib.Corpus.open(path)
-        if opened.fingerprint != part.fingerprint:
-          raise ValueError(
-              f'The corpus {path} is not the one that {folder} was made for: '
-              f'its fingerprint is {opened.fingerprint[:16]}, '
-              f'{part.fingerprint[:16]} in {edition_lib.MANIFEST}. Put that '
-              f'corpus back, or remove {folder} and add its documents anew.'
-          )
-        parts.append(Part(opened, folder / part.index if part.index else index))
-    config = copy.deepcopy(config)
-    config.model.vocab_size = (
-        config.model.vocab_size or parts[0].corpus.tokenizer.vocab_size
-    )
-    return cls(workdir, config, edition, tuple(parts))
-
-  @property
-  def folder(self) -> pathlib.Path:
-    return self.workdir / edition_lib.DIRECTORY
-
-  @property
-  def removed(self) -> np.ndarray:
-    """Rows that count no more, sorted int64."""
-    return self.edition.removed
-
-  @property
-  def is_compacted(self) -> bool:
-    """Whether the first part is another corpus than was trained on."""
-    return self.parts[0].corpus.fingerprint != self.edition.origin
-
-  @functools.cached_property
-  def corpus(self) -> corpus_lib.Corpus:
-    """All parts as one corpus."""
-    if len(self.parts) == 1 and not len(self.removed):
-      return self.parts[0].corpus
-    return overlay_lib.Overlay(
-        [part.corpus for part in self.parts], self.removed
-    )
-
-  @functools.cached_property
-  def component(self) -> components.Component:
-    """The embedder, without parameters."""
-    return components.make('embedder', self.config.model)
-
-  def about(self) -> dict[str, Any] | None:
-    """What a result should say of the changes; None if there are none."""
-    if not self.edition.version:
-      return None
-    return {
-        'version': self.edition.version,
-        'digest': self.edition.digest,
-        'added': sum(len(part.corpus.passages) for part in self.parts[1:]),
-        'removed': len(self.removed),
-    }
-
-  def find(self, params_digest: str) -> int | None:
-    """The newest generation of the first part made from these parameters."""
-    base = self.parts[0]
-    for step in reversed(checkpoint.steps_in(base.index)):
-      try:
-        about = generation_lib.read_manifest(base.index / str(step))
-      except FileNotFoundError:  # A builder at work just took it away.
-        continue
-      if (
-          about['params_digest'] == params_digest
-          and about['corpus_fingerprint'] == base.corpus.fingerprint
-      ):
-        return step
-    return None
-
-  def index(
-      self, step: int, params: Callable[[], components.Params] | None = None
-  ) -> 'Index':
-    """Opens a generation, and the embeddings of all that was added.
-
-    Where those are of other parameters, or damaged, they are made anew in
-    memory: embeddings of different parameters never meet in one table.
-
-    Args:
-      step: of the generation of the first part.
-      params: gives the parameters that it was made from; None: of whichever
-        snapshot or checkpoint has its digest.
-
-    Raises:
-      FileNotFoundError: if there is no such generation.
-      ValueError: if it is damaged or of another corpus; if the parameters are
-        needed and nowhere to be found.
-    """
-    base = self.parts[0]
-    expected = self.lineage(base, step, None)
-    loaded = generation_lib.load(base.index / str(step), expected)
-    tables: list[Any] = [loaded.embeddings]
-    for part in self.parts[1:]:
-      table: Any = self.embeddings(part, loaded.manifest)
-      if table is None:
-        given = self.params(loaded.manifest) if params is None else params()
-        table = np.concatenate(list(self.embed(part, given)))
-        table = table.astype(loaded.embeddings.dtype)
-        log.info(
-            '%d added passages were embedded anew by the parameters of step '
-            '%d; the next `realm-jax index add`, `update`, `delete` or '
-            '`compact` keeps such embeddings.',
-            len(table), step,
-        )
-      tables.append(table)
-    return Index(loaded, tuple(tables), self.removed)
-
-  def embeddings(
-      self, part: Part, about: dict[str, Any]
-  ) -> concatenated.Chained | None:
-    """Those of a part made like the generation with this manifest, if any."""
-    path = part.index / str(about['step'])
-    expected = self.lineage(part, about['step'], about['params_digest'])
-    try:
-      if generation_lib.read_manifest(path)['dtype'] != about['dtype']:
-        return None
-      return generation_lib.load(path, expected).embeddings
-    except FileNotFoundError:
-      return None
-    except ValueError as error:  # Damaged, or of other parameters.
-      log.warning('Not used: %s', error)
-      return None
-
-  def lineage(
-      self, part: Part, step: int, digest: str | None
-  ) -> generation_lib.Lineage:
-    """What a generation of a part must be made from."""
-    return generation_lib.Lineage(
-        step=step,
-        params_digest=digest,
-        tokenizer_digest=part.corpus.tokenizer.digest,
-        corpus_fingerprint=part.corpus.fingerprint,
-        num_rows=len(part.corpus.passages),
-        width=self.config.model.embedding_width,
-    )
-
-  def params(self, about: dict[str, Any]) -> components.Params:
-    """Finds those that the generation with this manifest was made from."""
-    return load_params(
-        self.workdir, self.component, about['step'], about['params_digest']
-    )
-
-  def publish(
-      self,
-      part: Part,
-      about: dict[str, Any],
-      blocks: Iterable[np.ndarray],
-      config: config_lib.MipsConfig,
-  ) -> None:
-    """Writes blocks of embeddings as a generation like that of `about`."""
-    lineage = self.lineage(part, about['step'], about['params_digest'])
-    size = generation_lib.ROWS_PER_SHARD
-    with generation_lib.Writer(part.index, lineage, about['dtype']) as writer:
-      waiting = np.zeros((0, self.config.model.embedding_width), np.float32)
-      for block in blocks:
-        waiting = np.concatenate([waiting, block.astype(np.float32)])
-        if len(waiting) >= size:
-          writer.add(waiting[:size])
-          waiting = waiting[size:]
-      if len(waiting):
-        writer.add(waiting)
-      writer.add_backend(config, mesh_lib.make_mesh(config_lib.MeshConfig()))
-      writer.publish()
-
-  def embed(
-      self, part: Part, params: components.Params, progress: bool = False
-  ) -> Iterator[np.ndarray]:
-    """Yields float32 [rows, E] of a part, as many rows as a shard has."""
-    embedder = embedding.PassageEmbedder(
-        self.component,
-        part.corpus.passages,
-        part.corpus.tokenizer,
-        self.config.lengths.document,
-        mesh_lib.make_mesh(config_lib.MeshConfig()),
-    )
-    rows = len(part.corpus.passages)
-    with tqdm.tqdm(
-        total=rows,
-        desc='embedding',
-        unit=' passages',
-        disable=None if progress else True,
-    ) as bar:
-      for start in range(0, rows, generation_lib.ROWS_PER_SHARD):
-        limit = min(start + generation_lib.ROWS_PER_SHARD, rows)
-        yield embedder(params, range(start, limit), bar.update)
+  version: int  # Of the documents, after the command.
+  step: int  # Of the generation whose parameters embed.
+  added: int
+  removed: int
+  missing: int  # Unknown ids, where the command allows them.
+  embedded: int
+  seconds: float  # For embedding, with the start.
+  live: int  # Found by searches now.
+  compact: bool = False  # Whether `compact` is due.
+  output: pathlib.Path | None = None  # Corpus that `compact` wrote.
 
 
-@dataclasses.dataclass(frozen=True)
-class Index:
-  """The embeddings of all parts, made from the same parameters."""
-
-  generation: generation_lib.Generation  # Of the first part.
-  tables: tuple[concatenated.Rows, ...]  # Of each part.
-  removed: np.ndarray
-
-  @functools.cached_property
-  def table(self) -> concatenated.Rows:
-    """All rows, those removed too."""
-    if len(self.tables) == 1:
-      return self.tables[0]
-    return concatenated.Chained(self.tables)
-
-  @functools.cached_property
-  def live_rows(self) -> np.ndarray:
-    """int64: the rows that were not removed."""
-    live = np.ones(self.table.shape[0], bool)
-    live[self.removed] = False
-    return np.flatnonzero(live)
-
-  def make_search(
-      self,
-      config: config_lib.MipsConfig,
-      mesh: jax.sharding.Mesh | None = None,
-  ) -> search.Search:
-    """Returns the backend of `config` over what was not removed.
-
-    A saved index of the first part is kept, and merged with an exact search of
-    the documents added since.
-    """
-    if len(self.tables) == 1:
-      return self.generation.make_search(config, mesh, self.removed)
-    if search.backend(config).folder is None:
-      return search.make_search(
-          config, self.table, mesh, removed=self.removed
-      )
-    rows = self.tables[0].shape[0]
-    split = np.searchsorted(self.removed, rows)
-    added = (
-        self.tables[1] if len(self.tables) == 2
-        else concatenated.Chained(self.tables[1:])
-    )
-    searches = (
-        self.generation.make_search(config, mesh, self.removed[:split]),
-        search.ExactSearch(added, removed=self.removed[split:] - rows),
-    )
-    return merged_search.Beside(searches, self.table, self.removed)
-
-
-def newest_generation(documents: Documents) -> dict[str, Any]:
-  """Returns the manifest of the newest generation of the first part.
-
-  Raises:
-    FileNotFoundError: if there is none yet.
-    ValueError: if there are only generations of another corpus.
-  """
-  base = documents.parts[0]
-  others = []
-  for step in reversed(checkpoint.steps_in(base.index)):
-    try:
-      about = generation_lib.read_manifest(base.index / str(step))
-    except FileNotFoundError:  # A builder at work just took it away.
-      continue
-    if about['corpus_fingerprint'] == base.corpus.fingerprint:
-      return about
-    others.append(about['corpus_fingerprint'][:16])
-  if others:
-    raise ValueError(
-        f'The index in {base.index} is of the corpora {sorted(set(others))}; '
-        f'{base.corpus.directory} is {base.corpus.fingerprint[:16]}.'
-    )
-  raise FileNotFoundError(
-      f'{documents.workdir} has no index yet; build one with `realm-jax index '
-      f'--workdir={documents.workdir}`.'
-  )
-
-
-def load_params(
-    workdir: Path, component: components.Component, step: int, digest: str
-) -> components.Params:
-  """Finds the embedder's parameters that have a digest.
+def add(
+    workdir: Path,
+    sources: Sequence[str],
+    *,
+    replace: bool = False,
+    ignore_missing: bool = False,
+    skip_bad_records: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Change:
+  """Adds documents, or replaces all passages of documents.
 
   Args:
-    workdir: whose snapshots and checkpoints are looked through.
-    component: the embedder.
-    step: at which they most likely are.
-    digest: as the manifest of a generation names it.
+    workdir: of a job that has an index.
+    sources: JSON Lines files, folders or glob patterns, as of `prepare`; each
+      record needs an `id`.
+    replace: require that each id exists, not that it is new.
+    ignore_missing: with `replace`, add the documents that do not exist.
+    skip_bad_records: leave out bad records, instead of failing at the first.
+    workers: processes that tokenise; None: one for each core.
+    progress: whether to show progress bars.
 
   Raises:
-    ValueError: if they are nowhere; names the digests that there are.
+    FileNotFoundError: a source, the workdir, or its index is missing.
+    ValueError: a record or an id is wrong, or no document would remain.
+    RuntimeError: another such command is running.
+    OSError: the disk is full; then nothing changes.
   """
-  workdir = pathlib.Path(workdir)
-  seen = {}
-  snapshots = snapshots_lib.steps_of(workdir)
-  for one in sorted(snapshots, key=lambda s: (s != step, -s)):
-    try:
-      seen[f'snapshot {one}'] = snapshots_lib.digest_of(workdir, one)
-      if seen[f'snapshot {one}'] == digest:
-        return snapshots_lib.load(workdir, one, component.abstract)[0]
-    except FileNotFoundError:  # A trainer at work just took it away.
-      continue
-  checkpoints = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
-  for one in sorted(checkpoints, key=lambda s: (s != step, -s)):
-    params, _ = checkpoint.load_params(
-        workdir, {component.name: component.abstract}, one
+  with _locked(workdir) as documents:
+    source = records_lib.Records(
+        sources_lib.find(sources), skip_bad=skip_bad_records, need_ids=True
     )
-    found = params[component.name]
-    seen[f'checkpoint {one}'] = checkpoint.params_digest(found)
-    if seen[f'checkpoint {one}'] == digest:
-      return found
-  there = ', '.join(f'{name}: {found[:16]}' for name, found in seen.items())
-  raise ValueError(
-      f'The index of step {step} was made from the parameters {digest[:16]}, '
-      f'which are no longer in {workdir} ({there or "nothing"}), so that no '
-      'document can be embedded to join it. Build an index of the newest '
-      f'snapshot: `realm-jax index --workdir={workdir}`.'
+    ids = [record.id for record in source.check()]
+    command = 'update' if replace else 'add'
+    gone, missing = _rows_of(documents, ids, command, ignore_missing)
+    documents.newest()  # Fails before any work.
+    path = documents.folder / f'corpus-{documents.version + 1}'
+    base = documents.parts[0].corpus
+    prepare.prepare_more(
+        base, source, path, workers=workers, progress=progress
+    )
+    made = documents.part(path)
+    _check_ids(documents, gone, made.corpus, ids)
+    return _commit(documents, command, gone, made, missing, progress)
+
+
+update = functools.partial(add, replace=True)
+
+
+def delete(
+    workdir: Path, source: Path, *, ignore_missing: bool = False
+) -> Change:
+  """Removes documents: all passages of each id.
+
+  Args:
+    workdir: of a job that has an index.
+    source: JSON Lines of objects with an `id`, or a text with an id a line.
+    ignore_missing: skip ids that do not exist.
+
+  Raises: as `add`; ValueError also if no document would remain.
+  """
+  with _locked(workdir) as documents:
+    ids = records_lib.read_ids(pathlib.Path(source))
+    gone, missing = _rows_of(documents, ids, 'delete', ignore_missing)
+    return _commit(documents, 'delete', gone, None, missing, progress=True)
+
+
+def compact(
+    workdir: Path, output: Path | None = None, *, progress: bool = True
+) -> Change | None:
+  """Writes the documents as one plain corpus with a generation of its own.
+
+  The corpus becomes the first part of the documents. Its generation is of the
+  newest parameters in the workdir; saved embeddings of these are copied.
+
+  Args:
+    workdir: of a job that has an index.
+    output: folder for the corpus; None: documents/corpus-V of the workdir.
+    progress: whether to show progress bars.
+
+  Returns:
+    The change; None if the documents are one plain, current corpus already.
+
+  Raises: as `add`, and FileExistsError if `output` exists.
+  """
+  with _locked(workdir) as documents, contextlib.ExitStack() as undo:
+    newest, removed = documents.newest(), documents.removed
+    trained = document_store.find(
+        documents.workdir / generation.DIRECTORY, documents.manifest['origin']
+    )
+    if trained and trained['step'] > newest['step']:
+      newest = trained  # Made since the last `compact`.
+    same = documents.find(newest['params_digest'])
+    plain = len(documents.parts) == 1 and not len(removed)
+    if plain and same is not None:
+      return None
+    path = documents.folder / f'corpus-{documents.version + 1}'
+    if output is not None:
+      path = pathlib.Path(output).absolute()
+    corpora = [part.corpus for part in documents.parts]
+    compaction.compact(overlay_lib.Overlay(corpora, removed), path, progress)
+    undo.callback(files.remove, path)
+    made = documents.part(path)
+    start, size = time.perf_counter(), len(made.corpus.passages)
+    source: document_store.Index | components.Params
+    if same is not None:
+      source = documents.index(same)
+      embedded = source.embedded
+    else:
+      source, embedded = documents.load_params(newest), size
+    mips = documents.config.mips
+    _publish(documents, made, newest, source, mips, progress)
+    seconds = time.perf_counter() - start
+    change = {'command': 'compact'}
+    version = _write(documents, [_names(made)], removed[:0], change)
+    undo.pop_all()
+  return Change(
+      version=version, step=newest['step'], added=0, removed=len(removed),
+      missing=0, embedded=embedded, seconds=seconds, live=size, output=path,
   )
 
 
-def problems(documents: Documents) -> Iterator[str]:
-  """Reads every byte of what was added, and says what is wrong with it.
-
-  The corpus and the index that training knows are not part of it.
-  """
-  for part in documents.parts:
-    if part.index == documents.workdir / generation_lib.DIRECTORY:
-      continue
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[document_store.Documents]:
+  """Opens the documents for one command and removes what it leaves behind."""
+  workdir = pathlib.Path(workdir)
+  config = config_lib.resolve(config_lib.read(workdir))
+  with process.lock(
+      workdir / document_store.DIRECTORY, 'command that changes documents'
+  ):
+    documents = document_store.Documents.open(workdir, config)
+    # Also what `compact` superseded: a reader may have used it until now.
+    _sweep(documents.folder)
+    for part in documents.parts:
+      # Not index/, which is the builder's.
+      if part.index.parent == documents.folder and part.index.is_dir():
+        generation.remove_leftovers(part.index)
     try:
-      part.corpus.verify()
-    except (ValueError, OSError) as error:
-      yield str(error)
-    for step in checkpoint.steps_in(part.index):
-      try:
-        generation_lib.load(
-            part.index / str(step), documents.lineage(part, step, None)
-        )
-      except (ValueError, OSError) as error:
-        yield str(error)
+      yield documents
+    except BaseException:
+      _sweep(documents.folder)
+      raise
+
+
+def _sweep(folder: pathlib.Path) -> None:
+  """Deletes the files that do not belong to the current version."""
+  manifest = document_store.read_manifest(folder)
+  wanted = {part[name] for part in manifest['parts'] for name in part}
+  wanted.add(manifest['removed'] and manifest['removed']['file'])
+  for path in folder.iterdir():
+    if path.name in wanted or not _OURS.fullmatch(path.name):
+      continue
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink()
+
+
+def _rows_of(
+    documents: document_store.Documents,
+    ids: list[str],
+    command: str,
+    ignore_missing: bool,
+) -> tuple[np.ndarray, int]:
+  """Returns the rows of documents, and the number of unknown ids.
+
+  Raises:
+    ValueError: `add` knows an id, or another command does not.
+  """
+  found, adds = documents.corpus.record_rows(ids), command == 'add'
+  wrong = [i for i, r in zip(ids, found, strict=True) if bool(len(r)) == adds]
+  if wrong and (adds or not ignore_missing):
+    shown = ', '.join(map(repr, wrong[:_MAX_LISTED]))
+    if len(wrong) > _MAX_LISTED:
+      shown += f' and {len(wrong) - _MAX_LISTED} more'
+    subject = f'document {shown} is'
+    if len(wrong) > 1:
+      subject = f'documents {shown} are'
+    problem = 'not there; --ignore_missing accepts that.'
+    if adds:
+      problem = 'there already; `realm-jax index update` replaces documents.'
+    raise ValueError(f'The {subject} {problem}')
+  return np.concatenate([documents.removed[:0], *found]), len(wrong)
+
+
+def _check_ids(
+    documents: document_store.Documents,
+    gone: np.ndarray,
+    made: corpus_lib.Corpus,
+    ids: list[str],
+) -> None:
+  """Refuses a part ID#1 of a long record whose id is another document's."""
+  hashes = np.load(made.directory / 'tables' / 'passage_ids.npy')
+  own = np.array([corpus_lib.id_hash(name) for name in ids], np.uint64)
+  names = [
+      made.passage_text(int(row))['id']
+      for row in np.flatnonzero(~np.isin(hashes, own))
+  ]
+  found = documents.corpus.record_rows(names)
+  for name, rows in zip(names, found, strict=True):
+    if not np.isin(rows, gone).all():
+      raise ValueError(
+          'A document that is longer than one passage becomes ID#0, ID#1 and '
+          f'so on, and another document already has the id {name!r}. Give the '
+          'record another id.'
+      )
+
+
+def _commit(
+    documents: document_store.Documents,
+    command: str,
+    gone: np.ndarray,
+    made: document_store.Part | None,
+    missing: int,
+    progress: bool,
+) -> Change:
+  """Saves the embeddings that are missing, then commits the next version."""
+  removed = np.union1d(documents.removed, gone)
+  parts, names = [*documents.parts], documents.manifest['parts']
+  if made is not None:
+    parts.append(made)
+    names = [*names, _names(made)]
+  rows = [len(part.corpus.passages) for part in parts]
+  live = sum(rows) - len(removed)
+  if not live:
+    raise ValueError(
+        f'Nothing would remain: all {sum(rows)} passages would be removed.'
+    )
+  newest, start = documents.newest(), time.perf_counter()
+  lacking = [p for p in parts[1:] if not documents.has_table(p, newest)]
+  if lacking:
+    params = documents.load_params(newest)
+    # Additions have no ScaNN index of their own.
+    exact = dataclasses.replace(documents.config.mips, backend='exact')
+    for part in lacking:
+      _publish(documents, part, newest, params, exact, progress)
+  seconds = time.perf_counter() - start
+  added = 0 if made is None else rows[-1]
+  newly = len(removed) - len(documents.removed)
+  change = {'command': command, 'added': added, 'removed': newly}
+  version = _write(documents, names, removed, change)
+  # Embeddings for generations that the builder has deleted.
+  wanted = set(checkpoint.steps_in(parts[0].index))
+  for part in parts[1:]:
+    for step in set(checkpoint.steps_in(part.index)) - wanted:
+      files.remove(part.index / str(step))
+  many = sum(rows[1:]) + len(removed) > _MAX_CHANGES * rows[0]
+  return Change(
+      version=version, step=newest['step'], added=added, removed=newly,
+      missing=missing, embedded=sum(len(p.corpus.passages) for p in lacking),
+      seconds=seconds, live=live, compact=many or len(parts) > _MAX_PARTS,
+  )
+
+
+def _publish(
+    documents: document_store.Documents,
+    part: document_store.Part,
+    like: dict[str, Any],
+    source: document_store.Index | components.Params,
+    config: config_lib.MipsConfig,
+    progress: bool,
+) -> None:
+  """Writes a generation of a part with the lineage of another manifest.
+
+  `source` has parameters to embed with, or an index whose live rows are copied.
+  """
+  embedder = documents.embedder(part)
+  lineage = documents.lineage(part, like['step'], like['params_digest'])
+  total = len(part.corpus.passages)
+  with (
+      generation.Writer(part.index, lineage, like['dtype']) as writer,
+      tqdm.tqdm(
+          total=total,
+          desc='embedding',
+          unit=' passages',
+          disable=None if progress else True,
+      ) as bar,
+  ):
+    for shard in range(-(-total // generation.ROWS_PER_SHARD)):
+      rows = writer.rows(shard)
+      if isinstance(source, document_store.Index):
+        writer.add(source.table[source.live_rows[rows]], shard)
+        bar.update(len(rows))
+      else:
+        writer.add(embedder(source, rows, bar.update), shard)
+    writer.add_backend(config, mesh_lib.make_mesh(config_lib.MeshConfig()))
+    writer.publish()
+
+
+def _names(part: document_store.Part) -> dict[str, str]:
+  """Returns the entry of the manifest; `compact` may write elsewhere."""
+  corpus, index = part.corpus.directory, part.index
+  inside = corpus.parent == index.parent
+  return {
+      'corpus': corpus.name if inside else str(corpus),
+      'index': index.name,
+      'fingerprint': part.corpus.fingerprint,
+  }
+
+
+def _write(
+    documents: document_store.Documents,
+    parts: list[dict[str, Any]],
+    removed: np.ndarray,
+    change: dict[str, Any],
+) -> int:
+  """Commits the next version, of which all parts exist; returns it."""
+  folder, version = documents.folder, documents.version + 1
+  record = None
+  if len(removed):
+    path = folder / f'removed-{version}.npy'
+    with files.atomic_file(path, 'wb') as file:
+      np.save(file, removed, allow_pickle=False)
+    record = {
+        'file': path.name, 'rows': len(removed), 'sha256': files.sha256(path)
+    }
+  manifest = {
+      'format_version': document_store.FORMAT_VERSION,
+      'version': version,
+      'origin': documents.manifest['origin'],
+      'parts': parts,
+      'removed': record,
+      'change': {**change, 'time': time.time()},
+  }
+  manifest['manifest_sha256'] = files.manifest_digest(manifest)
+  files.write_json(folder / document_store.MANIFEST, manifest)
+  return version

@@ -1,20 +1,20 @@
-"""What the index folder of a workdir holds, and what is wrong with it.
+"""`realm-jax index verify` and `index info`: the index of a workdir, read-only.
 
-Public: `verify`, `Finding`; `info`, `as_text`, `partial_builds`. They only
-read, so they may be called while trainer and builder are at work.
+Both may run while the trainer and the index builder do.
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import pathlib
 import time
 from typing import Any
 
 from realm_jax import config as config_lib
-from realm_jax.builder import documents as documents_lib
-from realm_jax.builder import edition
+from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.index import shards
@@ -22,38 +22,37 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 
-_ALIVE_SECONDS = 15.0  # A heartbeat is no older while a builder is at work.
+_ALIVE_SECONDS = 15.0  # Age of a running builder's heartbeat, at most.
 
 Path = pathlib.Path | str
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What was found of one generation, or of the workdir itself."""
+  """The problems of a generation, of the documents, or of the workdir."""
 
   path: pathlib.Path
-  about: str  # What it is, in a few words; '' if that cannot be read.
+  about: str  # A short description; '' if that cannot be read.
   problems: list[str]
 
 
 def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
-  """Reads every byte of the index, and compares it with all that it belongs to.
+  """Reads every byte of the index and compares it with its sources.
 
-  That is: the checksums of all files, the config, the corpus and its tokenizer,
-  the snapshot that a generation was made from, and the checkpoints that refer
-  to one.
+  These are checksums, the config, the corpus and its tokenizer, the snapshots,
+  and the checkpoints that refer to a generation.
 
   Args:
     workdir: of a job.
-    step: look at this generation alone; default: at all of them.
+    step: of the only generation to verify; None: all, and the documents.
 
   Yields:
-    A finding for each generation, by step; then one of the workdir, if
-    something is wrong that is of no generation that is there.
+    A finding for each generation, by step; one for the workdir if it has other
+    problems; one for the documents.
 
   Raises:
-    FileNotFoundError: if there is no workdir, or no generation of that step.
-    ValueError: if the config is damaged.
+    FileNotFoundError: there is no workdir, or no generation of that step.
+    ValueError: the config is damaged.
   """
   workdir = pathlib.Path(workdir)
   config = config_lib.resolve(config_lib.read(workdir))
@@ -63,26 +62,25 @@ def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
     raise FileNotFoundError(
         f'{directory} has generations of the steps {steps}, not of {step}.'
     )
-  elsewhere = []
-  corpus = None
+  problems, corpus = [], None
   try:
     corpus = corpus_lib.Corpus.open(config.corpus)
   except (ValueError, OSError) as error:
-    elsewhere.append(str(error))
+    problems.append(str(error))
   references = _references(workdir)
   for number in steps:
     if step in (None, number):
       yield _verify(workdir, config, number, corpus, references.get(number, {}))
   for number, saved in references.items():
     if number not in steps and step in (None, number):
-      elsewhere.append(
+      problems.append(
           f'{_checkpoints(saved)} refers to the generation {number}, which is '
-          'not there; if its snapshot still is, build it with `realm-jax index '
+          'missing; if its snapshot exists, build it with `realm-jax index '
           f'--workdir={workdir} --step={number}`'
       )
-  if elsewhere:
-    yield Finding(workdir, '', elsewhere)
-  if step is None and (workdir / edition.DIRECTORY).exists():
+  if problems:
+    yield Finding(workdir, '', problems)
+  if step is None and (workdir / document_store.DIRECTORY).exists():
     yield _verify_documents(workdir, config)
 
 
@@ -98,11 +96,9 @@ def _verify(
     manifest = generation.read_manifest(path)
   except (ValueError, OSError) as error:
     return Finding(path, '', [str(error)])
-  problems = [*generation.problems(path, manifest)]
-  try:
+  digest = None  # Snapshots are deleted before their generations.
+  with contextlib.suppress(FileNotFoundError):
     digest = snapshots_lib.digest_of(workdir, step)
-  except FileNotFoundError:
-    digest = None  # Snapshots are deleted before their generations.
   expected = generation.Lineage(
       step=step,
       params_digest=digest,
@@ -111,74 +107,88 @@ def _verify(
       num_rows=len(corpus.passages) if corpus else None,
       width=config.model.embedding_width,
   )
-  problems += generation.lineage_of(manifest).differences(expected)
-  for saved, about in references.items():
-    for name in ('corpus_fingerprint', 'tokenizer_digest'):
-      if about.get(name) not in (None, manifest[name]):
-        problems.append(
-            f'{name}: {manifest[name]!r} in the index, {about[name]!r} in '
-            f'{_checkpoints([saved])}, which refers to it'
-        )
-  return Finding(path, _about(manifest), problems)
+  problems = [
+      *generation.problems(path, manifest),
+      *generation.lineage_of(manifest).differences(expected),
+  ]
+  problems += [
+      f'{name}: {manifest[name]!r} in the index, {record[name]!r} in '
+      f'{_checkpoints([saved])}, which refers to it'
+      for saved, record in references.items()
+      for name in ('corpus_fingerprint', 'tokenizer_digest')
+      if record.get(name) not in (None, manifest[name])
+  ]
+  about = (
+      f'{manifest["num_rows"]:,} x {manifest["width"]} {manifest["dtype"]}, '
+      f'{manifest["mips"]["backend"]}, {len(manifest["files"])} file(s)'
+  )
+  return Finding(path, about, problems)
 
 
 def _verify_documents(
     workdir: pathlib.Path, config: config_lib.Config
 ) -> Finding:
-  path = workdir / edition.DIRECTORY
+  path, problems = workdir / document_store.DIRECTORY, []
   try:
-    documents = documents_lib.Documents.open(workdir, config)
+    documents = document_store.Documents.open(workdir, config)
   except (ValueError, OSError) as error:
     return Finding(path, '', [str(error)])
-  return Finding(
-      path, _changes(documents.about()), [*documents_lib.problems(documents)]
-  )
-
-
-def _changes(about: dict[str, Any] | None) -> str:
-  if about is None:
-    return 'no changes'
-  return (
-      f'version {about["version"]}, {about["added"]:,} passage(s) added, '
-      f'{about["removed"]:,} removed'
-  )
+  for part in documents.parts:
+    if part.index.parent != path:  # Verified above.
+      continue
+    checks = [part.corpus.verify] + [
+        functools.partial(
+            generation.load,
+            part.index / str(step),
+            documents.lineage(part, step),
+        )
+        for step in checkpoint.steps_in(part.index)
+    ]
+    for check in checks:
+      try:
+        check()
+      except (ValueError, OSError) as error:
+        problems.append(str(error))
+  changes, about = documents.about(), 'no changes'
+  if changes is not None:
+    about = (
+        f'version {changes["version"]}, {changes["added"]:,} passage(s) added, '
+        f'{changes["removed"]:,} removed'
+    )
+  return Finding(path, about, problems)
 
 
 def info(workdir: Path) -> dict[str, Any]:
-  """Returns what there is, as JSON: generations, partial builds, the builder.
+  """Returns generations, partial builds and the builder's state, as JSON.
 
   Raises:
-    FileNotFoundError: if there is no workdir.
+    FileNotFoundError: there is no workdir.
   """
   workdir = pathlib.Path(workdir)
   config_lib.read(workdir)
-  directory = workdir / generation.DIRECTORY
+  directory, now = workdir / generation.DIRECTORY, time.time()
   references, in_use = _references(workdir), generation.in_use(directory)
-  now = time.time()
   generations = []
   for step in checkpoint.steps_in(directory):
     path = directory / str(step)
-    one: dict[str, Any] = {
+    record: dict[str, Any] = {
         'step': step,
         'bytes': _bytes(path),
         'checkpoints': sorted(references.get(step, {})),
         'in_use': step in in_use,
     }
+    generations.append(record)
     try:
       manifest = generation.read_manifest(path)
     except (ValueError, OSError) as error:
-      generations.append({**one, 'problem': str(error)})
+      record['problem'] = str(error)
       continue
-    generations.append({
-        **one,
+    record |= {
         'age_seconds': round(now - manifest['created'], 1),
         'rows': manifest['num_rows'],
-        'width': manifest['width'],
-        'dtype': manifest['dtype'],
-        'mips': manifest['mips'],
-        'recall': manifest['recall'],
+        **{n: manifest[n] for n in ('width', 'dtype', 'mips', 'recall')},
         'build_seconds': round(manifest['seconds'], 1),
-    })
+    }
   heartbeat = heartbeat_lib.read(directory)
   if heartbeat is not None:
     heartbeat['age_seconds'] = round(now - heartbeat['time'], 1)
@@ -186,8 +196,8 @@ def info(workdir: Path) -> dict[str, Any]:
       'workdir': str(workdir),
       'generations': generations,
       'partial': [
-          {**one, 'step': step, 'bytes': _bytes(pathlib.Path(one['path']))}
-          for step, one in partial_builds(directory).items()
+          {**build, 'step': step, 'bytes': _bytes(pathlib.Path(build['path']))}
+          for step, build in partial_builds(directory).items()
       ],
       'snapshots': snapshots_lib.steps_of(workdir),
       'builder': heartbeat,
@@ -195,24 +205,22 @@ def info(workdir: Path) -> dict[str, Any]:
 
 
 def partial_builds(directory: Path) -> dict[int, dict[str, Any]]:
-  """What is being built or was interrupted, by step.
+  """Returns the builds that run or were interrupted, by step.
 
-  Returns:
-    Of each: `rows`, how many of them are `done`, `started` (in seconds of the
-    epoch) and its `path`.
+  Each has its number of `rows`, how many are `done`, when it `started` (seconds
+  of the epoch), and its `path`.
   """
   found = {}
   for path in pathlib.Path(directory).glob(f'{generation.BUILDING}*'):
     begun = shards.read_build_record(path)
     if begun is None:
-      continue  # Published or removed meanwhile.
+      continue  # Just published or removed.
     made_from = begun['made_from']
     finished = shards.ShardFolder(path, made_from['dtype']).records()
+    rows = made_from['num_rows']
     found[made_from['step']] = {
-        'rows': made_from['num_rows'],
-        'done': min(
-            len(finished) * made_from['shard_rows'], made_from['num_rows']
-        ),
+        'rows': rows,
+        'done': min(len(finished) * made_from['shard_rows'], rows),
         'started': begun['started'],
         'path': str(path),
     }
@@ -220,83 +228,70 @@ def partial_builds(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-  """Returns what `info` found as a table and some lines."""
-  rows = [
-      'step age rows width dtype backend recall built size used_by'.split()
-  ]
-  problems = []
-  for one in found['generations']:
-    used = [f'checkpoint {saved}' for saved in one['checkpoints']]
-    used += ['trainer'] * one['in_use']
-    size, users = f'{one["bytes"] / 1e6:,.1f} MB', ', '.join(used) or '-'
-    if 'problem' in one:
-      problems.append(one['problem'])
-      rows.append([f'{one["step"]}', *'???????', size, users])
-      continue
-    settings = ', '.join(
-        f'{name}={value}'
-        for name, value in one['mips'].items()
-        if name != 'backend'
-    )
-    recall = one['recall']
-    rows.append([
-        f'{one["step"]}',
-        _span(one['age_seconds']),
-        f'{one["rows"]:,}',
-        f'{one["width"]}',
-        one['dtype'],
-        one['mips']['backend'] + (f' ({settings})' if settings else ''),
-        f'{recall["value"]:.3f}' if recall else 'exact',
-        f'in {one["build_seconds"]:.1f} s',
-        size,
-        users,
-    ])
+  """Returns the result of `info` as a table and lines."""
+  rows = ['step|age|rows|width|dtype|backend|recall|built|size|used by']
+  for record in found['generations']:
+    used = [f'checkpoint {saved}' for saved in record['checkpoints']]
+    users = ', '.join(used + ['trainer'] * record['in_use']) or '-'
+    if 'problem' in record:
+      middle = '|'.join('???????')
+    else:
+      settings = dict(record['mips'])
+      backend = settings.pop('backend')
+      if settings:
+        named = ', '.join(f'{name}={v}' for name, v in settings.items())
+        backend += f' ({named})'
+      recall = record['recall']
+      middle = (
+          f'{_duration(record["age_seconds"])}|{record["rows"]:,}|'
+          f'{record["width"]}|{record["dtype"]}|{backend}|'
+          f'{format(recall["value"], ".3f") if recall else "exact"}|'
+          f'in {record["build_seconds"]:.1f} s'
+      )
+    size = f'{record["bytes"] / 1e6:,.1f} MB'
+    rows.append(f'{record["step"]}|{middle}|{size}|{users}')
   lines = [f'{found["workdir"]}: {len(rows) - 1} generation(s)']
   if len(rows) > 1:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += [
-        '  '.join(map(str.ljust, row, widths)).rstrip().replace('_', ' ')
-        for row in rows
-    ]
-  lines += problems
+    cells = [row.split('|') for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines += ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
+  lines += [r['problem'] for r in found['generations'] if 'problem' in r]
   lines += [
-      f'Partial build of step {one["step"]}: {one["done"]:,} of {one["rows"]:,}'
-      f' passages, {one["bytes"] / 1e6:,.1f} MB'
-      for one in found['partial']
+      f'Partial build of step {build["step"]}: {build["done"]:,} of '
+      f'{build["rows"]:,} passages, {build["bytes"] / 1e6:,.1f} MB'
+      for build in found['partial']
   ]
   return '\n'.join([*lines, _builder(found['builder'])])
 
 
 def _builder(heartbeat: dict[str, Any] | None) -> str:
   if heartbeat is None:
-    return 'No index builder was here yet.'
-  what = heartbeat['state']
+    return 'No index builder has run yet.'
+  state, age = heartbeat['state'], heartbeat['age_seconds']
+  silent = state != 'gone' and age > _ALIVE_SECONDS
   if heartbeat['step'] is not None:
-    what += f', step {heartbeat["step"]}'
+    state += f', step {heartbeat["step"]}'
   if heartbeat['total']:
-    what += (
+    state += (
         f', {heartbeat["done"]:,} of {heartbeat["total"]:,} passages,'
         f' {heartbeat.get("rate", 0.0):,.0f}/s'
     )
-  age = heartbeat['age_seconds']
-  silent = heartbeat['state'] != 'gone' and age > _ALIVE_SECONDS
   gone = ' It is dead, stopped, or in a long computation.' if silent else ''
   return (
       f'Index builder, process {heartbeat["pid"]} on {heartbeat["host"]}: '
-      f'{what}, {_span(age)} ago.{gone}'
+      f'{state}, {_duration(age)} ago.{gone}'
   )
 
 
 def _references(workdir: pathlib.Path) -> dict[int, dict[int, dict[str, Any]]]:
-  """What was saved with the checkpoints that refer to each generation."""
+  """Returns metadata of the checkpoints that refer to each generation."""
   found: dict[int, dict[int, dict[str, Any]]] = {}
   for saved in checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS):
-    try:
-      about = checkpoint.saved_about(workdir, saved)
-    except FileNotFoundError:  # Deleted by the trainer meanwhile.
-      continue
-    if about.get('index_generation') is not None:
-      found.setdefault(int(about['index_generation']), {})[saved] = about
+    # The trainer may delete a checkpoint meanwhile.
+    with contextlib.suppress(FileNotFoundError):
+      record = checkpoint.saved_about(workdir, saved)
+      if record.get('index_generation') is not None:
+        found.setdefault(int(record['index_generation']), {})[saved] = record
   return found
 
 
@@ -304,23 +299,15 @@ def _checkpoints(steps: Any) -> str:
   return ' and '.join(f'{checkpoint.CHECKPOINTS}/{step}' for step in steps)
 
 
-def _about(manifest: dict[str, Any]) -> str:
-  return (
-      f'{manifest["num_rows"]:,} x {manifest["width"]} {manifest["dtype"]}, '
-      f'{manifest["mips"]["backend"]}, {len(manifest["files"])} file(s)'
-  )
-
-
 def _bytes(path: pathlib.Path) -> int:
   total = 0
   for folder, _, names in os.walk(path):
     for name in names:
-      try:
+      # Other processes publish and remove files meanwhile.
+      with contextlib.suppress(FileNotFoundError):
         total += os.stat(pathlib.Path(folder) / name).st_size
-      except FileNotFoundError:
-        continue  # Published or removed meanwhile.
   return total
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
   return str(datetime.timedelta(seconds=round(max(seconds, 0))))

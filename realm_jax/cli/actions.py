@@ -19,7 +19,7 @@ from absl import app
 from realm_jax.runtime import lines
 
 if TYPE_CHECKING:
-  from realm_jax.builder import editing
+  from realm_jax.builder import documents
   from realm_jax.config import Config
   from realm_jax.inference import answering
 
@@ -240,60 +240,55 @@ def info(*, workdir: str, json: bool) -> None:
 
 
 def add(*, workdir: str, input: str, **options: Any) -> None:
-  from realm_jax.builder import editing
+  from realm_jax.builder import documents
 
   records = lines.comma_separated(input)
-  _report(workdir, editing.add(workdir, records, **options))
+  _report(workdir, documents.add(workdir, records, **options))
 
 
-def update(*, workdir: str, input: str, **options: Any) -> None:
-  from realm_jax.builder import editing
-
-  records = lines.comma_separated(input)
-  _report(workdir, editing.update(workdir, records, **options))
+def update(**options: Any) -> None:
+  add(replace=True, **options)
 
 
 def delete(*, workdir: str, **options: Any) -> None:
-  from realm_jax.builder import editing
+  from realm_jax.builder import documents
 
-  _report(workdir, editing.delete(workdir, **options))
+  _report(workdir, documents.delete(workdir, **options))
 
 
 def compact(*, workdir: str, output: str | None) -> None:
-  from realm_jax.builder import compaction
+  from realm_jax.builder import documents
 
-  change = compaction.compact(workdir, output)
+  change = documents.compact(workdir, output)
   if change is None:
     print('There is nothing to compact.')
-    return
-  print(
-      f'Wrote {change.output}: {change.live:,} passages (version'
-      f' {change.version}); {change.removed:,} removed ones are left out.'
-  )
-  _report_embedding(change)
+  else:
+    _report(workdir, change)
 
 
-def _report(workdir: str, change: 'editing.Change') -> None:
-  print(
-      f'Passages added: {change.added:,}, removed: {change.removed:,}; now'
-      f' {change.live:,} can be found (version {change.version}).'
-  )
+def _report(workdir: str, change: 'documents.Change') -> None:
+  if change.output:
+    print(
+        f'Wrote {change.output}: {change.live:,} passages (version'
+        f' {change.version}) without the {change.removed:,} removed.'
+    )
+  else:
+    print(
+        f'Passages added: {change.added:,}, removed: {change.removed:,}; now'
+        f' {change.live:,} can be found (version {change.version}).'
+    )
   if change.missing:
     print(f'Unknown ids: {change.missing:,}.')
-  _report_embedding(change)
-  if change.compact:
-    print(
-        'Many changes have accumulated and slow down search; run'
-        f' `realm-jax index compact --workdir={workdir}`.'
-    )
-
-
-def _report_embedding(change: 'editing.Change') -> None:
   if change.embedded:
     print(
         f'Passages embedded: {change.embedded:,} by the parameters of step'
         f' {change.step}, in {change.seconds:.1f} s with the start'
         f' ({change.embedded / change.seconds:,.1f}/s).'
+    )
+  if change.compact:
+    print(
+        'Many changes have accumulated and slow down search; run'
+        f' `realm-jax index compact --workdir={workdir}`.'
     )
 
 

@@ -51,8 +51,8 @@ COMMANDS = {
         actions.prepare,
         Flag('source', str, 'Articles or passages, comma-separated: files (JSON'
              ' Lines, text, WikiExtractor, dumps of MediaWiki; .gz, .xz, .bz2,'
-             ' .zst too), folders, globs, tfds:NAME, hf:NAME; or'
-             ' world:SEED[:ENTITIES].'),
+             ' .zst too), folders, globs, tfds:NAME, hf:NAME,'
+             ' package.module:Name[:TEXT]; or world:SEED[:ENTITIES].'),
         Flag('pretraining_source', str, 'A separate corpus to take the masked'
              ' sentences from; default: the source itself.'),
         OUTPUT,

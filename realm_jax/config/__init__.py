@@ -1,30 +1,413 @@
-"""The configuration of every job: one typed tree, its presets and its checks.
+"""The configuration of every job: one typed tree, its JSON and its identity.
 
-`experiments/*.py` build a `Config` and assign only what differs from the
-defaults in `schema`; `--config.section.field=value` overrides both. `checks`
-says what is wrong with one, `files` reads and compares them.
+`experiments/*.py` return a `Config` in which only what differs from the
+defaults is set; `--config.section.field=value` overrides both. The defaults are
+the paper's (Guu et al. 2020, section 4 and appendix A), except for `refresh`.
 """
 
-from realm_jax.config.identity import differences as differences
-from realm_jax.config.identity import digest as digest
-from realm_jax.config.identity import fields as fields
-from realm_jax.config.identity import from_dict as from_dict
-from realm_jax.config.identity import identity as identity
-from realm_jax.config.identity import read as read
-from realm_jax.config.identity import to_dict as to_dict
-from realm_jax.config.schema import BACKENDS as BACKENDS
-from realm_jax.config.schema import PRESETS as PRESETS
-from realm_jax.config.schema import CheckpointConfig as CheckpointConfig
-from realm_jax.config.schema import Config as Config
-from realm_jax.config.schema import IctConfig as IctConfig
-from realm_jax.config.schema import LengthsConfig as LengthsConfig
-from realm_jax.config.schema import MeshConfig as MeshConfig
-from realm_jax.config.schema import MipsConfig as MipsConfig
-from realm_jax.config.schema import MlmConfig as MlmConfig
-from realm_jax.config.schema import ModelConfig as ModelConfig
-from realm_jax.config.schema import OpenQaConfig as OpenQaConfig
-from realm_jax.config.schema import OptimizerConfig as OptimizerConfig
-from realm_jax.config.schema import RefreshConfig as RefreshConfig
-from realm_jax.config.schema import attention_rate as attention_rate
-from realm_jax.config.schema import resolve as resolve
-from realm_jax.config.validation import validate as validate
+import copy
+import dataclasses
+import hashlib
+import json
+import pathlib
+import typing
+from typing import Any, Literal
+
+# Layers, width and heads of the published small BERTs (Turc et al. 2019) and of
+# BERT-base. The MLP is four times as wide as the encoder.
+PRESETS = {
+    'tiny': (2, 128, 2),
+    'mini': (4, 256, 4),
+    'small': (4, 512, 8),
+    'base': (12, 768, 12),
+}
+# Search backends and their classes; see index/search.py.
+BACKENDS = {
+    'exact': 'realm_jax.index.search:ExactSearch',
+    'approx': 'realm_jax.index.search:ApproxSearch',
+    'scann': 'realm_jax.index.scann:ScannSearch',
+}
+# Fields that name files of training data.
+_INPUT_FILES = (
+    ('ict', 'questions'), ('open_qa', 'questions'), ('tagger', 'files')
+)
+
+
+@dataclasses.dataclass
+class ModelConfig:
+  """Architecture of the networks; each has a BERT of its own."""
+
+  preset: Literal['tiny', 'mini', 'small', 'base'] = 'base'
+  num_layers: int = 0  # 0: the preset's.
+  width: int = 0  # 0: the preset's.
+  num_heads: int = 0  # 0: the preset's.
+  mlp_width: int = 0  # 0: four times the width.
+  vocab_size: int = 0  # 0: the tokenizer's.
+  max_positions: int = 512
+  activation: Literal['gelu', 'gelu_new'] = 'gelu_new'  # erf or tanh form.
+  layer_norm_eps: float = 1e-12
+  dropout: float = 0.1
+  # Dropout of attention weights; <0: as `dropout`. Fused kernels need 0.
+  attention_dropout: float = -1.0
+  # xla: matmuls and softmax. cudnn, flash: fused kernels for NVIDIA GPUs and
+  # TPUs. auto: fused if the device has it and no attention weight is dropped.
+  attention: Literal['auto', 'xla', 'cudnn', 'flash'] = 'auto'
+  # Recomputed in the backward pass of each layer: nothing, all but the matmuls
+  # with weights, or everything.
+  remat: Literal['none', 'dots', 'full'] = 'none'
+  init_stddev: float = 0.02
+  embedding_width: int = 128  # E, width of the retrieval embedding.
+  # shared: one tower for queries and documents (as released). shared_bert: one
+  # BERT, two projections (as in the paper). separate: two BERTs. Both towers
+  # start from the same weights, unless a checkpoint has two.
+  towers: Literal['shared', 'shared_bert', 'separate'] = 'shared'
+  # Initial scale of the embedding's LayerNorm. With 1 (as released), scores are
+  # within +-E, and a softmax over +-128 has no gradient; E**-0.25 bounds them
+  # by sqrt(E), as training from scratch needs.
+  embedding_scale_init: float = 1.0
+  # The reader of open-domain questions (models/span_reader.py).
+  span_width: int = 256  # Width of the MLP that scores an answer span.
+  max_span_width: int = 10  # Maximum of an answer, in wordpieces.
+  span_norm_eps: float = 1e-3
+  # The tagger of named entities (models/tagger.py).
+  entity_types: tuple[str, ...] = ()  # (): those of config.tagger.files.
+  capitals: bool = True  # Capitalised words are segment 1 of its input.
+  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+
+@dataclasses.dataclass
+class LengthsConfig:
+  """Static shapes, in wordpieces with [CLS] and [SEP]."""
+
+  query: int = 96  # Q: [CLS] sentence [SEP].
+  document: int = 288  # S: [CLS] title [SEP] body [SEP].
+  masks: int = 10  # M: maximum of masked wordpieces per example.
+
+  @property
+  def joint(self) -> int:
+    """T: [CLS] sentence [SEP] body [SEP]."""
+    return self.query + self.document
+
+
+@dataclasses.dataclass
+class MlmConfig:
+  """Reader warm-up, in place of a pretrained BERT (docs/learning.md)."""
+
+  # Share of each batch in which a sentence of the knowledge corpus is read with
+  # its own passage, from which the reader learns to look an answer up. The
+  # other examples are sentences that REALM will mask, with a random passage or
+  # the null document, from which it learns that most passages do not help.
+  own_passage_rate: float = 0.8
+  # Share of the null document in the other examples. With own_passage_rate=0,
+  # 1 trains the baseline: a reader without passages.
+  null_rate: float = 0.5
+
+
+@dataclasses.dataclass
+class IctConfig:
+  """The inverse cloze task (Lee et al. 2019, section 4)."""
+
+  remove_rate: float = 0.9  # Share of sentences removed from their passage.
+  # Files of questions with a passage that answers them, comma-separated, in
+  # place of sentences (Karpukhin et al. 2020, in-batch negatives). The positive
+  # of a divided record is a part that holds an answer.
+  questions: str = ''
+
+
+@dataclasses.dataclass
+class OpenQaConfig:
+  """Fine-tuning on questions (Lee et al. 2019, section 5.2)."""
+
+  # Files of questions, comma-separated; see `realm-jax questions --help`.
+  questions: str = ''
+  retrieved: int = 5000  # Passages in the retriever's loss.
+  read: int = 5  # Best passages, which the reader reads.
+  title: bool = False  # The reader sees a passage's title.
+  # Over all spans of all passages read (as released), or p(z|x) p(y|z,x).
+  normalization: Literal['global', 'passage'] = 'global'
+  # frozen: passage embeddings are those of the initial index, only the question
+  # encoder learns (as published). trained: the passages that are read are
+  # embedded with current parameters and learn; the index may be refreshed.
+  documents: Literal['frozen', 'trained'] = 'frozen'
+  # Re-rank the top N with the current retriever before reading; 0: do not.
+  rerank: int = 0
+  # Whether a batch without any answer still applies weight decay and momentum.
+  update_unanswered: bool = False
+
+
+@dataclasses.dataclass
+class TaggerConfig:
+  """Training of a named-entity tagger for salient spans (docs/tagging.md)."""
+
+  # Files of tagged sentences, comma-separated: CoNLL or JSON Lines.
+  files: str = ''
+  length: int = 64  # L: [CLS] sentence [SEP]; longer ones take several rows.
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+  """AdamW with a linear warm-up and a linear decay."""
+
+  learning_rate: float = 3e-5  # Peak.
+  retriever_learning_rate: float = -1.0  # Peak of the embedder; <0: the same.
+  retriever_delay: int = 0  # First steps, in which the embedder does not learn.
+  frozen: tuple[str, ...] = ()  # Components that never change: 'embedder', ...
+  warmup_steps: int = -1  # <0: a tenth of the steps, at most 10,000.
+  final_fraction: float = 0.0  # Final learning rate / peak.
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-6
+  weight_decay: float = 0.01  # Not on biases and LayerNorms.
+  clip_norm: float = 1.0  # Maximum of the global gradient norm.
+
+
+@dataclasses.dataclass
+class RefreshConfig:
+  """Exchange of snapshots and index generations by trainer and builder."""
+
+  # none: keep the index of step 0. sync: wait for each generation. scheduled:
+  # adopt the generation of snapshot s exactly at step s + lag; wait only if the
+  # builder is late. eager: adopt as soon as it is ready. adaptive: as
+  # scheduled, but take a snapshot only if the index is too stale.
+  policy: Literal['none', 'sync', 'scheduled', 'eager', 'adaptive'] = (
+      'scheduled'
+  )
+  # The index in use is lag to lag + interval - 1 steps old, so by default never
+  # older than the paper's 500 steps between refreshes (docs/refresh.md).
+  interval: int = 250  # Steps between two snapshots of the retriever.
+  lag: int = 250  # Steps from snapshot to adoption: `scheduled`, `adaptive`.
+  # `adaptive`: take a snapshot if a smaller share of the probe queries' top k
+  # in the index is still their top k under the current parameters.
+  overlap_bound: float = 0.8
+  # Training ends after this number of consecutive builder failures without a
+  # new generation (with --with_index_builder); 0: restart without limit.
+  max_builder_failures: int = 3
+  timeout: float = 3600.0  # Seconds to wait for a generation.
+  keep: int = 3  # Newest snapshots and generations kept; 0: all.
+
+
+@dataclasses.dataclass
+class MipsConfig:
+  """Maximum inner product search over the document embeddings."""
+
+  backend: str = 'exact'  # A key of BACKENDS, or `package.module:Name`.
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # Of the embedding table.
+  recall_target: float = 0.95  # `approx` only.
+  # `scann` only; 0: derived from the number of rows (index/scann.py).
+  num_leaves: int = 0
+  leaves_to_search: int = 0
+  reorder: int = 0
+  # Settings of a backend given as `package.module:Name`.
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  """Devices; one of the two sizes may be -1: all remaining devices."""
+
+  data: int = -1  # Divides the batch.
+  model: int = 1  # Divides heads, MLP and vocabulary.
+  zero: bool = False  # Axis `data` divides parameters and optimizer state, too.
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+  interval: int = 1000  # Steps; the last step is always saved.
+  keep: int = 3  # Newest checkpoints kept; 0: all.
+
+
+@dataclasses.dataclass
+class Config:
+  """A training job; index building and evaluation read it, too."""
+
+  # mlm, ict, realm, open_qa, tagger (trainer/stages), or your own class as
+  # package.module:Class (docs/extending.md).
+  objective: str = 'realm'
+  corpus: str = ''  # Folder written by `realm-jax prepare`.
+  # Workdirs with initial parameters, comma-separated; of several workdirs with
+  # a component (`mlm` has a reader, `ict` an embedder, `realm` both), the last
+  # one counts. A component that none has takes another one's BERT
+  # (docs/checkpoints.md).
+  init_from: str = ''
+  seed: int = 0
+  steps: int = 200_000
+  batch_size: int = 512  # Of all devices together.
+  # Parts of a batch that a step computes one after the other, to save memory.
+  # `ict` then embeds twice, as its loss compares all examples.
+  accumulate: int = 1
+  num_candidates: int = 8  # K, with the null document.
+  # False, an ablation: the null document has probability 0; the other K - 1
+  # candidates stay the same.
+  null_document: bool = True
+  # Sentences to mask: `pretraining` (the corpus X of the paper), `knowledge`
+  # (the sentences of the passages), `auto` (X if the corpus has one).
+  sentences: Literal['auto', 'pretraining', 'knowledge'] = 'auto'
+  # salient, random_span, random_token (corpus/masking.py), or your own function
+  # as package.module:name.
+  masking: str = 'salient'
+  # Settings of your own objective or mask.
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # Excluded candidates, which give the answer away: the sentence's own passage
+  # and those that hold its text, their whole articles, or none (an ablation).
+  trivial: Literal['passage', 'article', 'none'] = 'passage'
+  # span: sum_z p(z|x) prod_j p(y_j|z,x) (the paper). token: per masked
+  # wordpiece (the released code).
+  granularity: Literal['span', 'token'] = 'span'
+  log_interval: int = 10  # Steps between two lines of metrics.jsonl.
+  tensorboard: bool = False  # Needs the extra [tensorboard].
+  # Peak TFLOP/s of one device, for the metric time/mfu; 0: unknown.
+  peak_tflops: float = 0.0
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  lengths: LengthsConfig = dataclasses.field(default_factory=LengthsConfig)
+  mlm: MlmConfig = dataclasses.field(default_factory=MlmConfig)
+  ict: IctConfig = dataclasses.field(default_factory=IctConfig)
+  open_qa: OpenQaConfig = dataclasses.field(default_factory=OpenQaConfig)
+  tagger: TaggerConfig = dataclasses.field(default_factory=TaggerConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+      default_factory=OptimizerConfig
+  )
+  refresh: RefreshConfig = dataclasses.field(default_factory=RefreshConfig)
+  mips: MipsConfig = dataclasses.field(default_factory=MipsConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(
+      default_factory=CheckpointConfig
+  )
+
+
+def resolve(config: Config) -> Config:
+  """Returns a copy in which derived defaults, such as `width=0`, are set."""
+  config = copy.deepcopy(config)
+  model = config.model
+  if model.preset in PRESETS:
+    layers, width, heads = PRESETS[model.preset]
+    model.num_layers = model.num_layers or layers
+    model.width = model.width or width
+    model.num_heads = model.num_heads or heads
+    model.mlp_width = model.mlp_width or 4 * model.width
+  if config.optimizer.retriever_learning_rate < 0:
+    config.optimizer.retriever_learning_rate = config.optimizer.learning_rate
+  if config.optimizer.warmup_steps < 0:
+    config.optimizer.warmup_steps = min(10_000, config.steps // 10)
+  return config
+
+
+def attention_rate(model: ModelConfig) -> float:
+  """Returns the dropout rate of attention weights."""
+  rate = model.attention_dropout
+  return model.dropout if rate < 0 else rate
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Returns the config tree as plain dictionaries, for JSON."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+  """Inverse of `to_dict`; raises ValueError on an unknown field."""
+  return _from_dict(Config, values, 'config')
+
+
+def _from_dict(cls: type, values: Any, path: str) -> Any:
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} must be an object of fields, not {values!r}.')
+  types = typing.get_type_hints(cls)
+  unknown = sorted(set(values) - set(types))
+  if unknown:
+    raise ValueError(
+        f'{path} has no field {", ".join(unknown)}; it has'
+        f' {", ".join(sorted(types))}.'
+    )
+  made = {}
+  for name, value in values.items():
+    if dataclasses.is_dataclass(types[name]):
+      value = _from_dict(types[name], value, f'{path}.{name}')
+    elif typing.get_origin(types[name]) is tuple and isinstance(value, list):
+      value = tuple(value)  # JSON has no tuples.
+    made[name] = value
+  return cls(**made)
+
+
+def read(workdir: pathlib.Path | str) -> Config:
+  """Reads the resolved config of a workdir.
+
+  Raises:
+    FileNotFoundError: the folder is no workdir.
+    ValueError: its config.json is damaged or of another version.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.exists():
+    raise FileNotFoundError(
+        f'{workdir} is not a workdir: it has no config.json. `realm-jax train'
+        f' --config=FILE.py --workdir={workdir}` makes one.'
+    )
+  try:
+    return from_dict(json.loads(path.read_text(encoding='utf-8')))
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+
+
+def flat(config: Config) -> dict[str, Any]:
+  """Returns {'steps': value, 'model.width': value, ...}."""
+  return _flat(to_dict(config))
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      flat.update({f'{name}.{field}': v for field, v in value.items()})
+    else:
+      flat[name] = value
+  return flat
+
+
+def fields() -> list[str]:
+  """Returns the names of all fields that can be set: 'model.width', ..."""
+  return list(flat(Config()))
+
+
+def identity(config: Config) -> dict[str, Any]:
+  """Returns the fields that determine the result of a run, as in `flat`.
+
+  Left out are paths of inputs (their digests are compared instead), intervals,
+  timeouts, and the division of the work over devices, parts and kernels, which
+  changes the result by rounding only. `steps` counts: the learning rate depends
+  on it.
+  """
+  values = to_dict(resolve(config))
+  for name in (
+      'corpus init_from log_interval tensorboard peak_tflops mesh accumulate'
+      ' checkpoint'
+  ).split():
+    del values[name]
+  for name in ('attention', 'remat'):
+    del values['model'][name]
+  for section in (values, values['mips']):
+    if not section['options']:  # Configs of older versions lack them.
+      del section['options']
+  values['model']['attention_dropout'] = attention_rate(config.model)
+  for name in ('timeout', 'keep', 'max_builder_failures'):
+    del values['refresh'][name]
+  for section, field in _INPUT_FILES:
+    values[section][field] = bool(values[section][field])  # Whether any.
+  return _flat(values)
+
+
+def digest(config: Config) -> str:
+  """Returns the SHA-256 of the config's identity."""
+  text = json.dumps(identity(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+  """Returns a line for each field in which the identities differ."""
+  now, then = identity(ours), identity(theirs)
+  return [
+      f'config.{name}: {then.get(name)!r} there, {now.get(name)!r} here'
+      for name in {**now, **then}
+      if now.get(name) != then.get(name)
+  ]
+
+
+# validation.py needs the tree above.
+from realm_jax.config.validation import validate as validate  # noqa: E402

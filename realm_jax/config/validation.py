@@ -1,4 +1,4 @@
-"""Checks of a configuration, before any work."""
+"""Checks of a configuration, before any expensive work."""
 
 from collections.abc import Callable, Iterable
 import dataclasses
@@ -7,9 +7,9 @@ import functools
 import typing
 from typing import Any, Literal
 
-from realm_jax.config import schema
+from realm_jax import config as config_lib
 
-# May be 0, for none of it, for a default, or for no limit.
+# 0 means none, a derived default, or no limit.
 _NOT_NEGATIVE = (
     'model.num_layers model.width model.num_heads model.mlp_width'
     ' model.vocab_size model.layer_norm_eps model.init_stddev'
@@ -29,145 +29,136 @@ _SHARES = (
 ).split()
 
 
-def validate(
-    config: schema.Config,
-    more: Callable[[], Iterable[tuple[str, str]]] = lambda: (),
-) -> None:
-  """Raises ValueError naming every field that is wrong, and what is right.
+Problems = Iterable[tuple[str, str]]  # Fields, and why their values are wrong.
 
-  `more` returns further pairs of a field and what is wrong with it; it is
-  called once the types are right and numbers positive.
+
+def validate(
+    config: config_lib.Config, more: Callable[[], Problems] = lambda: ()
+) -> None:
+  """Raises ValueError that names every wrong field and its valid values.
+
+  `more` returns further problems; it is called once types are right and numbers
+  in range.
   """
-  if not isinstance(config, schema.Config):
+  if not isinstance(config, config_lib.Config):
     raise ValueError(
         'An experiment file returns a realm_jax.config.Config; this one returns'
         f' {type(config).__name__}: {str(config)[:80]}'
     )
-  problems = _type_problems(config)
-  if problems:  # The checks below assume the types.
-    raise ValueError(_message(problems))
 
-  def require(ok: bool, field: str, what: str) -> None:
-    if not ok:
-      problems.append(f'config.{field}={_at(config, field)!r}: {what}')
+  def lines(problems: Problems) -> list[str]:
+    return [f'config.{f}={_at(config, f)!r}: {why}' for f, why in problems]
 
-  c = config
-  require(bool(c.corpus), 'corpus', 'give the folder that `prepare` wrote')
+  # Each check relies on those before it.
+  for check in (
+      lambda: _type_problems(config),
+      lambda: lines(_ranges(config)),
+      lambda: lines(_relations(config)) + lines(more()),
+  ):
+    problems = check()
+    if problems:
+      raise ValueError('The config is wrong:\n  ' + '\n  '.join(problems))
+
+
+def _ranges(c: config_lib.Config) -> Problems:
+  if not c.corpus:
+    yield 'corpus', 'give the folder that `prepare` wrote'
   for field in _NOT_NEGATIVE:
-    require(_at(c, field) >= 0, field, 'must not be negative')
+    if not _at(c, field) >= 0:
+      yield field, 'must not be negative'
   for field in _AT_LEAST_ONE:
-    require(_at(c, field) >= 1, field, 'must be at least 1')
-  require(
-      c.num_candidates >= 2,
-      'num_candidates',
-      'counts the null document, so it must be at least 2',
-  )
-  require(0 <= c.seed < 2**31, 'seed', 'must be between 0 and 2**31 - 1')
-  require(c.lengths.query >= 4, 'lengths.query', 'must be at least 4')
-  require(c.lengths.document >= 8, 'lengths.document', 'must be at least 8')
-  require(
-      c.lengths.masks <= c.lengths.query - 2,
-      'lengths.masks',
-      f'is more than a query of {c.lengths.query} wordpieces can have, with'
-      ' [CLS] and [SEP]',
-  )
-  if problems:  # What follows divides and multiplies.
-    raise ValueError(_message(problems))
-  model = schema.resolve(config).model
-  require(
-      model.width % model.num_heads == 0,
-      'model.num_heads',
-      f'must divide the width, {model.width}',
-  )
+    if not _at(c, field) >= 1:
+      yield field, 'must be at least 1'
+  if c.num_candidates < 2:
+    yield 'num_candidates', 'counts the null document, so it must be at least 2'
+  if not 0 <= c.seed < 2**31:
+    yield 'seed', 'must be between 0 and 2**31 - 1'
+  if c.lengths.query < 4:
+    yield 'lengths.query', 'must be at least 4'
+  if c.lengths.document < 8:
+    yield 'lengths.document', 'must be at least 8'
+  if c.lengths.masks > c.lengths.query - 2:
+    yield 'lengths.masks', (
+        f'is more than a query of {c.lengths.query} wordpieces can have, with'
+        ' [CLS] and [SEP]'
+    )
+
+
+def _relations(c: config_lib.Config) -> Problems:
+  model = config_lib.resolve(c).model
+  if model.width % model.num_heads:
+    yield 'model.num_heads', f'must divide the width, {model.width}'
   for field in _SHARES:
-    require(0 <= _at(c, field) <= 1, field, 'must be between 0 and 1')
-  require(
-      c.model.attention_dropout <= 1,
-      'model.attention_dropout',
-      'must be at most 1; below 0 stands for that of `dropout`',
-  )
-  require(
-      c.model.attention in ('auto', 'xla') or not schema.attention_rate(model),
-      'model.attention',
-      'a fused kernel drops no attention weights; set'
-      f' config.model.attention_dropout=0, not {schema.attention_rate(model)}',
-  )
-  require(
-      c.mips.backend in schema.BACKENDS or ':' in c.mips.backend,
-      'mips.backend',
-      f'must be one of {tuple(schema.BACKENDS)} or have the form'
-      ' package.module:Name',
-  )
-  require(
-      c.accumulate < 1 or c.batch_size % c.accumulate == 0,
-      'accumulate',
-      f'must divide the batch size, {c.batch_size}',
-  )
-  require(
-      c.optimizer.clip_norm > 0, 'optimizer.clip_norm', 'must be more than 0'
-  )
-  require(
-      1 <= c.refresh.lag <= c.refresh.interval
-      or c.refresh.policy not in ('scheduled', 'adaptive'),
-      'refresh.lag',
-      'must be between 1 and refresh.interval'
-      f' ({c.refresh.interval}), so that one generation is built at a time',
-  )
-  require(
-      sum(size == -1 for size in (c.mesh.data, c.mesh.model)) <= 1
-      and all(s == -1 or s >= 1 for s in (c.mesh.data, c.mesh.model)),
-      'mesh',
-      'sizes are positive; at most one may be -1',
-  )
-  for field, what in more():
-    require(False, field, what)
-  if problems:
-    raise ValueError(_message(problems))
+    if not 0 <= _at(c, field) <= 1:
+      yield field, 'must be between 0 and 1'
+  if not c.model.attention_dropout <= 1:
+    yield 'model.attention_dropout', (
+        'must be at most 1; below 0 stands for that of `dropout`'
+    )
+  rate = config_lib.attention_rate(model)
+  if c.model.attention not in ('auto', 'xla') and rate:
+    yield 'model.attention', (
+        'a fused kernel drops no attention weights; set'
+        f' config.model.attention_dropout=0, not {rate}'
+    )
+  if c.mips.backend not in config_lib.BACKENDS and ':' not in c.mips.backend:
+    yield 'mips.backend', (
+        f'must be one of {tuple(config_lib.BACKENDS)} or have the form'
+        ' package.module:Name'
+    )
+  if c.batch_size % c.accumulate:
+    yield 'accumulate', f'must divide the batch size, {c.batch_size}'
+  if not c.optimizer.clip_norm > 0:
+    yield 'optimizer.clip_norm', 'must be more than 0'
+  lag, interval = c.refresh.lag, c.refresh.interval
+  delayed = c.refresh.policy in ('scheduled', 'adaptive')
+  if delayed and not 1 <= lag <= interval:
+    yield 'refresh.lag', (
+        f'must be between 1 and refresh.interval ({interval}), so that one'
+        ' generation is built at a time'
+    )
+  sizes = (c.mesh.data, c.mesh.model)
+  if sizes == (-1, -1) or any(s != -1 and s < 1 for s in sizes):
+    yield 'mesh', 'sizes are positive; at most one may be -1'
 
 
-def _message(problems: list[str]) -> str:
-  return 'The config is wrong:\n  ' + '\n  '.join(problems)
-
-
-def _at(config: schema.Config, field: str) -> Any:
+def _at(config: config_lib.Config, field: str) -> Any:
   return functools.reduce(getattr, field.split('.'), config)
 
 
 def _type_problems(config: Any, path: str = 'config') -> list[str]:
   problems = []
   types = typing.get_type_hints(type(config))
-  # Of a dataclass any attribute can be set, also a misspelt one.
+  # A dataclass instance accepts any attribute, also a misspelt one.
   for unknown in sorted(vars(config).keys() - types.keys()):
     close = difflib.get_close_matches(unknown, types, 1)
     hint = f'; did you mean {path}.{close[0]}?' if close else ''
-    problems.append(f'{path}.{unknown}: there is no such field{hint}')
-  for field in dataclasses.fields(config):
-    value, kind = getattr(config, field.name), types[field.name]
-    name = f'{path}.{field.name}'
-    if dataclasses.is_dataclass(kind):
-      if type(value) is kind:
-        problems += _type_problems(value, name)
-      else:
-        words = types[field.name].__name__
-        problems.append(f'{name}={value!r}: must be of type {words}')
-    elif typing.get_origin(kind) is Literal:
-      if value not in typing.get_args(kind):
-        problems.append(
-            f'{name}={value!r}: must be one of {typing.get_args(kind)}'
-        )
-    elif typing.get_origin(kind) is tuple:
-      if not isinstance(value, tuple) or not all(
-          isinstance(v, str) for v in value
-      ):
-        problems.append(f'{name}={value!r}: must be a tuple of strings')
-    elif typing.get_origin(kind) is dict:
-      if not isinstance(value, dict):
-        problems.append(f'{name}={value!r}: must be a dictionary')
-    elif kind is float:
-      if isinstance(value, bool) or not isinstance(value, (int, float)):
-        problems.append(f'{name}={value!r}: must be a number')
-    elif isinstance(value, bool) != (kind is bool) or not isinstance(
-        value, kind
-    ):
-      problems.append(f'{name}={value!r}: must be of type {kind.__name__}')
+    problems.append(f'{path}.{unknown}: no such field{hint}')
+  for field, kind in types.items():
+    value = getattr(config, field)
+    if dataclasses.is_dataclass(kind) and type(value) is kind:
+      problems += _type_problems(value, f'{path}.{field}')
+      continue
+    right, need = _check_type(value, kind)
+    if not right:
+      problems.append(f'{path}.{field}={value!r}: must be {need}')
   return problems
+
+
+def _check_type(value: Any, kind: Any) -> tuple[bool, str]:
+  """Returns whether a value is of a type, and the type in words."""
+  origin, choices = typing.get_origin(kind), typing.get_args(kind)
+  if origin is Literal:
+    return value in choices, f'one of {choices}'
+  if origin is tuple:
+    right = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    return right, 'a tuple of strings'
+  if origin is dict:
+    return isinstance(value, dict), 'a dictionary'
+  if kind is float:
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return right, 'a number'
+  right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+  return right and not dataclasses.is_dataclass(kind), (
+      f'of type {kind.__name__}'
+  )

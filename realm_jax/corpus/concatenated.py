@@ -1,7 +1,6 @@
-"""Several arrays in a row that read like one, without being copied.
+"""Arrays joined along their first axis, read on demand and never copied.
 
-Public: `Chained`. For memory-mapped parts that together are larger than the
-memory: the wordpieces of a corpus and of what was added to it, say.
+The parts may be memory-mapped and together larger than the memory.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import numpy as np
 
 
 class Rows(Protocol):
-  """What a part offers: a numpy array does, and so does `Chained` itself."""
+  """Rows that are read by slice or by number, as of a numpy array."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...
@@ -23,14 +22,9 @@ class Rows(Protocol):
 
 
 class Chained:
-  """Parts of one type, joined along their first axis, read on demand."""
+  """The rows of at least one part; ValueError if dtypes or widths differ."""
 
   def __init__(self, parts: Sequence[Rows]):
-    """Joins at least one part.
-
-    Raises:
-      ValueError: if they are of several types or widths.
-    """
     kinds = {(str(part.dtype), part.shape[1:]) for part in parts}
     if len(kinds) != 1:
       raise ValueError(f'Parts of one table are of several kinds: {kinds}.')
@@ -43,7 +37,7 @@ class Chained:
     return self.shape[0]
 
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    """Returns a range of rows (of step 1), or those in an array of numbers."""
+    """Returns a slice of step 1, or the rows of an array of row numbers."""
     if isinstance(rows, slice):
       start, limit, step = rows.indices(len(self))
       if step != 1:
@@ -55,9 +49,8 @@ class Chained:
       ]
       if len(found) == 1:
         return found[0]
-      return np.concatenate(
-          [*found, np.empty((0, *self.shape[1:]), self.dtype)]
-      )
+      nothing = np.empty((0, *self.shape[1:]), self.dtype)
+      return np.concatenate([*found, nothing])
     rows = np.asarray(rows)
     taken = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
     owners = np.searchsorted(self._starts[1:], rows, side='right')

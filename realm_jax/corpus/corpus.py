@@ -1,12 +1,10 @@
-"""The corpus artifact that `prepare` writes, for reading.
+"""Reads the corpus artifact that `prepare` writes.
 
-Public: `Corpus`, `PassageTable`, `SentenceTable`, `Ranges`, `FORMAT_VERSION`,
-`id_hash`, `find_hashes`. Tables are memory-mapped numpy arrays, so that a
-corpus of any size opens at once and no training step ever tokenises a passage.
-A passage's number is its row.
+Tables are memory-mapped numpy arrays, so a corpus of any size opens at once and
+training never tokenises a passage. A passage's number is its row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -19,15 +17,16 @@ import numpy as np
 
 from realm_jax.corpus import concatenated
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.runtime import files
 
-# Version of the files and of their meaning. Version 1 had no table of trivial
-# candidates, and its articles were runs of records.
+# Version 1 has no tables of trivial candidates, and only adjacent records form
+# an article.
 FORMAT_VERSION = 2
-_READABLE = (1, 2)  # A reader refuses any other.
+_READABLE = (1, 2)
 NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
-_IDS_AT_ONCE = 2**20  # Hashes of ids that are looked through.
+_HASH_BLOCK = 2**20  # Hashes of ids that are searched at a time.
 
-# Wordpieces: of one file, or of a corpus and of what was added to it.
+# Wordpieces of one file, or of a corpus and the documents added to it.
 Tokens = np.ndarray | concatenated.Chained
 
 
@@ -35,10 +34,10 @@ Tokens = np.ndarray | concatenated.Chained
 class PassageTable:
   """Wordpieces of all passages.
 
-  tokens: uint16 or uint32, flat: of each passage the title's, then the body's.
-  offsets: int64 [N + 1]: where passage i begins and ends in `tokens`.
-  title_lengths: int32 [N]: how many of its wordpieces are the title's.
-  articles: int32 [N]: number of its article.
+  tokens: uint16 or uint32, flat: title and body of each passage.
+  offsets: int64 [N + 1]: start and end of each passage in `tokens`.
+  title_lengths: int32 [N]: number of wordpieces of the title.
+  articles: int32 [N]: number of the article.
   """
 
   tokens: Tokens
@@ -51,7 +50,7 @@ class PassageTable:
 
   @functools.cached_property
   def lengths(self) -> np.ndarray:
-    """int32 [N]: wordpieces with title, body, [CLS] and two [SEP]."""
+    """int32 [N]: wordpieces of title and body, with [CLS] and two [SEP]."""
     return (np.diff(self.offsets) + NUM_SPECIALS).astype(np.int32)
 
   def title_and_body(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,14 +60,14 @@ class PassageTable:
     return self.tokens[start:middle], self.tokens[middle:limit]
 
   def article_rows(self, passages: np.ndarray) -> np.ndarray:
-    """Returns which rows the articles of some passages cover.
+    """Returns the rows that the articles of passages cover.
 
     Args:
-      passages: rows, any shape; -1 for a sentence that is from no passage.
+      passages: rows, any shape; -1 for no passage.
 
     Returns:
-      int64 [..., R, 2]: half-open ranges of rows, as many as the article has
-      that is in the most places, filled up with [0, 0); for -1 only those.
+      int64 [..., R, 2]: half-open ranges of rows, padded with [0, 0). R is the
+      largest number of ranges of an article of the corpus.
     """
     passages = np.asarray(passages, np.int64)
     first, starts, limits = self.article_runs
@@ -82,10 +81,10 @@ class PassageTable:
 
   @functools.cached_property
   def article_runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of an article that stand together, in order of the articles.
+    """Ranges of adjacent rows of one article, sorted by article.
 
-    int64: which of the runs is the first of each article, and of one more; the
-    rows where each begins; and where it ends.
+    int64 [articles + 1]: number of the first range of each article; int64
+    [ranges]: first row of each range; and its last row + 1.
     """
     articles = np.asarray(self.articles)
     starts = np.flatnonzero(np.diff(articles, prepend=-1))
@@ -97,7 +96,7 @@ class PassageTable:
 
   @property
   def num_articles(self) -> int:
-    """One more than the highest number of an article."""
+    """Highest number of an article, plus one."""
     return int(self.articles.max()) + 1
 
 
@@ -105,11 +104,12 @@ class PassageTable:
 class SentenceTable:
   """Sentences with their salient spans.
 
-  tokens: uint16 or uint32, flat; of the passages when the sentences are theirs.
-  starts: int64 [n]: where sentence i begins in `tokens`.
-  lengths: int32 [n]: its wordpieces.
-  passages: int64 [n]: row of its passage, -1 if from none.
-  span_offsets: int64 [n + 1]: where its spans begin and end in `spans`.
+  tokens: uint16 or uint32, flat; that of the passages if they have the
+    sentences.
+  starts: int64 [n]: start of each sentence in `tokens`.
+  lengths: int32 [n]: number of wordpieces.
+  passages: int64 [n]: row of the passage, -1 for none.
+  span_offsets: int64 [n + 1]: start and end of the spans in `spans`.
   spans: int32 [total, 2]: half-open ranges of wordpieces of the sentence.
   """
 
@@ -135,9 +135,9 @@ class SentenceTable:
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-  """Ranges of passages for each sentence, in order and disjoint.
+  """Disjoint ranges of passages for each sentence, in order.
 
-  offsets: int64 [n + 1]: where those of sentence i begin and end in `rows`.
+  offsets: int64 [n + 1]: start and end of the ranges in `rows`.
   rows: int32 [total, 2]: half-open ranges of rows.
   """
 
@@ -146,9 +146,9 @@ class Ranges:
 
 
 class Corpus:
-  """An open corpus; `Corpus.open(directory)` makes one."""
+  """An open corpus; see `Corpus.open`."""
 
-  # Rows, in order, that no search may return: see `overlay.Overlay`.
+  # Sorted rows that no search may return; see `overlay.Overlay`.
   removed: np.ndarray = np.zeros(0, np.int64)
 
   def __init__(self, directory: pathlib.Path, manifest: dict[str, Any]):
@@ -156,39 +156,19 @@ class Corpus:
     self.manifest = manifest
     self.fingerprint: str = manifest['fingerprint']
     dtype = np.dtype(manifest['token_dtype'])
-    load = self._load
-    tokens = {
-        name: self._map_tokens(name, dtype)
-        for name in ['passage_tokens.bin'] + [
-            split['tokens'] for split in manifest['splits'].values()
-        ]
-    }
-    self.passages = PassageTable(
-        tokens['passage_tokens.bin'],
-        load('passage_offsets.npy'),
-        load('title_lengths.npy'),
-        load('articles.npy'),
+    self.passages, self.sentences = open_tables(
+        directory / 'tables',
+        manifest['splits'],
+        lambda path: np.memmap(path, dtype, mode='r'),
     )
-    # Only the splits that have sentences.
-    self.sentences = {
-        name: SentenceTable(
-            tokens[split['tokens']],
-            load(f'{name}.starts.npy'),
-            load(f'{name}.lengths.npy'),
-            load(f'{name}.passages.npy'),
-            load(f'{name}.span_offsets.npy'),
-            load(f'{name}.spans.npy'),
-        )
-        for name, split in manifest['splits'].items()
-    }
 
   @classmethod
   def open(cls, directory: str | os.PathLike[str]) -> 'Corpus':
     """Opens the folder that `prepare` wrote.
 
     Raises:
-      FileNotFoundError: if there is none, it was not finished, or lacks a file.
-      ValueError: if it is of another format version, or a file is damaged.
+      FileNotFoundError: the folder or one of its files is missing.
+      ValueError: the format version is unknown, or a file is damaged.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -212,34 +192,32 @@ class Corpus:
           f'{directory} has corpus format {version!r}; this realm_jax reads '
           f'the formats {_READABLE}. Prepare the corpus again.'
       )
-    for name, facts in manifest['files'].items():
-      file = directory / name
-      if not file.is_file():
+    for name, file in manifest['files'].items():
+      if not (directory / name).is_file():
         raise FileNotFoundError(
             f'The corpus {directory} lacks the file {name}.'
         )
-      size = file.stat().st_size
-      if size != facts['bytes']:
+      size = (directory / name).stat().st_size
+      if size != file['bytes']:
         raise ValueError(
             f'The corpus {directory} is damaged: {name} has {size} bytes, its '
-            f'manifest says {facts["bytes"]}.'
+            f'manifest says {file["bytes"]}.'
         )
     return cls(directory, manifest)
 
   def verify(self) -> None:
-    """Reads all files; raises ValueError if one is not as written."""
-    for name, facts in self.manifest['files'].items():
-      with open(self.directory / name, 'rb') as file:
-        found = hashlib.file_digest(file, 'sha256').hexdigest()
-      if found != facts['sha256']:
+    """Reads all files; raises ValueError if a checksum is wrong."""
+    for name, file in self.manifest['files'].items():
+      found = files.sha256(self.directory / name)
+      if found != file['sha256']:
         raise ValueError(
             f'The corpus {self.directory} is damaged: {name} has the SHA-256 '
-            f'{found}, its manifest says {facts["sha256"]}.'
+            f'{found}, its manifest says {file["sha256"]}.'
         )
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer_lib.Tokenizer:
-    """The tokenizer that the tables were made with."""
+    """The tokenizer of the tables."""
     made_with = self.manifest['tokenizer']
     found = tokenizer_lib.Tokenizer.from_vocab(
         self.directory / 'vocab.txt', made_with['lowercase']
@@ -252,10 +230,10 @@ class Corpus:
     return found
 
   def passage_text(self, row: int) -> dict[str, str]:
-    """Returns {id, title, text} of a passage, by random access.
+    """Returns {id, title, text} of a passage.
 
     Raises:
-      IndexError: if there is no such row.
+      IndexError: the row does not exist.
     """
     if not 0 <= row < len(self.passages):
       raise IndexError(
@@ -267,39 +245,40 @@ class Corpus:
     }
 
   def trivial(self, split: str) -> Ranges | None:
-    """Returns which other passages hold each sentence of a split (`trivial`).
+    """Returns the other passages that contain each sentence of a split.
 
-    None: not known, as `prepare` found none before format version 2.
+    None: unknown, as in format version 1. See the module `trivial`.
     """
     if self.manifest['version'] < 2:
       return None
+    tables = self.directory / 'tables'
     return Ranges(
-        self._load(f'{split}.trivial_offsets.npy'),
-        self._load(f'{split}.trivial.npy'),
+        _load(tables, f'{split}.trivial_offsets'),
+        _load(tables, f'{split}.trivial'),
     )
 
   @property
   def num_live(self) -> int:
-    """How many passages can be found."""
+    """Number of passages that a search can return."""
     return len(self.passages) - len(self.removed)
 
   def passage_rows_by_id(self, ids: Iterable[str]) -> np.ndarray:
-    """Returns the rows of passages by their ids, int64; -1 where unknown.
+    """Returns the rows of passages by id, int64; -1 for an unknown id.
 
-    The id of a record that was too long for one passage gives its first.
+    The id of a record of several passages gives the first of them.
     """
     found = self.record_rows(list(ids))
     return np.array([rows[0] if len(rows) else -1 for rows in found], np.int64)
 
   def record_rows(self, ids: Sequence[str]) -> list[np.ndarray]:
-    """Returns for each id the rows of all its passages, int64; none: unknown.
+    """Returns the rows of all passages of each id, int64; empty if unknown.
 
-    It is that of a passage, or of a record that was too long for one passage:
-    then its passages have the ids ID#0, ID#1 and so on, in a row. All ids are
-    looked up together, in one reading of the hashes, 8 bytes for each passage.
+    An id is that of a passage, or of a record that is longer than one passage.
+    Its passages are adjacent and have the ids ID#0, ID#1 and so on. All ids are
+    looked up in one reading of the hashes, 8 bytes for each passage.
     """
     names = [name for one in ids for name in (one, f'{one}#0')]
-    hashes = self._load('passage_ids.npy')
+    hashes = _load(self.directory / 'tables', 'passage_ids')
     candidates = find_hashes(hashes, [id_hash(name) for name in names])
     found = []
     for one in ids:
@@ -319,38 +298,69 @@ class Corpus:
 
   @functools.cached_property
   def _passage_records(self) -> Any:
-    # Imported late: it takes seconds, and training never needs the texts.
+    # Imported late: the import takes seconds, and training needs no texts.
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(str(self.directory / 'passages'))
     return builder.as_data_source(split='train')
 
-  def _load(self, name: str) -> np.ndarray:
-    return np.load(
-        self.directory / 'tables' / name, mmap_mode='r', allow_pickle=False
-    )
 
-  def _map_tokens(self, name: str, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(self.directory / 'tables' / name, dtype, mode='r')
+def open_tables(
+    tables: pathlib.Path,
+    splits: Mapping[str, Mapping[str, Any]],
+    open_tokens: Callable[[pathlib.Path], Tokens],
+) -> tuple[PassageTable, dict[str, SentenceTable]]:
+  """Opens the tables of passages, and of the sentences of each split.
+
+  Args:
+    tables: the folder.
+    splits: of the manifest; `tokens` names the file of wordpieces.
+    open_tokens: opens a file of wordpieces.
+  """
+  open_once = functools.cache(open_tokens)
+  load = functools.partial(_load, tables)
+  passages = PassageTable(
+      open_once(tables / 'passage_tokens.bin'),
+      load('passage_offsets'),
+      load('title_lengths'),
+      load('articles'),
+  )
+  sentences = {
+      name: SentenceTable(
+          open_once(tables / split['tokens']),
+          load(f'{name}.starts'),
+          load(f'{name}.lengths'),
+          load(f'{name}.passages'),
+          load(f'{name}.span_offsets'),
+          load(f'{name}.spans'),
+      )
+      for name, split in splits.items()
+  }
+  return passages, sentences
+
+
+def _load(tables: pathlib.Path, name: str) -> np.ndarray:
+  path = tables / f'{name}.npy'
+  return np.load(path, mmap_mode='r', allow_pickle=False)
 
 
 def find_hashes(
     hashes: np.ndarray, wanted: Sequence[int]
 ) -> dict[int, list[int]]:
-  """Returns the rows where hashes occur; far cheaper than to sort them all."""
+  """Returns the rows of each wanted hash; far cheaper than sorting them all."""
   targets = np.unique(np.array(wanted, np.uint64))
   found: dict[int, list[int]] = {}
   if not len(targets):
     return found
-  for start in range(0, len(hashes), _IDS_AT_ONCE):
-    part = hashes[start : start + _IDS_AT_ONCE]
-    at = np.minimum(np.searchsorted(targets, part), len(targets) - 1)
-    for row in np.flatnonzero(targets[at] == part):
-      found.setdefault(int(part[row]), []).append(start + int(row))
+  for start in range(0, len(hashes), _HASH_BLOCK):
+    block = hashes[start : start + _HASH_BLOCK]
+    at = np.minimum(np.searchsorted(targets, block), len(targets) - 1)
+    for row in np.flatnonzero(targets[at] == block):
+      found.setdefault(int(block[row]), []).append(start + int(row))
   return found
 
 
 def id_hash(name: str) -> int:
-  """Returns the 64-bit hash by which `tables/passage_ids.npy` knows an id."""
+  """Returns the 64-bit hash of an id, as in `tables/passage_ids.npy`."""
   digest = hashlib.blake2b(name.encode('utf-8'), digest_size=8).digest()
   return int.from_bytes(digest, 'little')

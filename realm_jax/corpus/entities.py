@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.runtime import lines as lines_lib
 
@@ -244,8 +245,7 @@ class TaggedTable:
       return array_NL
 
     ids_NL = table('ids', tokenizer.pad_id, np.int32)
-    ids_NL[:, 0] = tokenizer.cls_id
-    ids_NL[np.arange(len(of_row)), sizes_N + 1] = tokenizer.sep_id
+    inputs.add_specials(ids_NL, sizes_N, tokenizer)
     return cls(
         ids_NL,
         table('capitals', 0, np.int32),

@@ -1,7 +1,7 @@
-"""Rows of passages that no search may return for a sentence.
+"""Passages that a search must not return for a sentence.
 
-Public: `Exclusion`. These are the passage that the sentence is from and the
-others that hold its text (`trivial`), or the whole articles of all these.
+They are the passage of the sentence and the others that contain its text
+(`trivial`), or the articles of all of them.
 """
 
 import logging
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 class Exclusion:
   """The trivial candidates of the sentences of a split.
 
-  sizes: int64 [n]: how many rows are excluded for each sentence, at most.
+  sizes: int64 [n]: upper bound for the excluded rows of each sentence.
   """
 
   def __init__(self, corpus: corpus_lib.Corpus, split: str, extent: str):
-    """Takes what `config.trivial` says: 'passage', 'article' or 'none'."""
+    """Reads the candidates; `extent` is the value of `config.trivial`."""
     self._table, self._extent = corpus.passages, extent
     self._own = corpus.sentences[split].passages
     count = len(self._own)
@@ -32,11 +32,10 @@ class Exclusion:
     found = empty if extent == 'none' else corpus.trivial(split)
     if found is None:
       log.warning(
-          'The corpus %s was prepared by an older version, which did not look'
-          ' for the text of its sentences in the passages: apart from the'
-          ' passage that a sentence is from, any passage that gives its answer'
-          ' away may be retrieved. To exclude these too, run `realm-jax'
-          ' prepare` again.',
+          'The corpus %s was prepared by an older version, which did not search'
+          ' the passages for the text of the sentences. Apart from the passage'
+          ' of a sentence, passages that contain its text may be retrieved. To'
+          ' exclude them too, run `realm-jax prepare` again.',
           corpus.directory,
       )
       found = empty
@@ -48,27 +47,24 @@ class Exclusion:
     self.use(np.arange(count))
 
   def use(self, rows: np.ndarray) -> None:
-    """Says which sentences are asked for; that fixes the number of ranges."""
+    """Restricts `ranges` to some sentences; fixes its number of ranges, R."""
     counts = np.diff(self._found.offsets)[rows]
     self._width = int(counts.max(initial=0))
 
   def ranges(self, rows: np.ndarray) -> np.ndarray:
-    """Returns half-open ranges of rows, int64 [B, R, 2], some of them empty.
-
-    R is the same for all batches of a job.
-    """
+    """Returns half-open ranges of rows, int64 [B, R, 2], some of them empty."""
     own = np.asarray(self._own[rows])
     if self._extent == 'article':
-      mine = self._table.article_rows(own)
+      own_ranges = self._table.article_rows(own)
     else:
-      mine = np.stack([own, own + 1], axis=-1)[:, None]
-      mine[(own < 0) | (self._extent == 'none')] = 0
+      own_ranges = np.stack([own, own + 1], axis=-1)[:, None]
+      own_ranges[(own < 0) | (self._extent == 'none')] = 0
     first, limit = self._found.offsets[rows], self._found.offsets[rows + 1]
     at = first[:, None] + np.arange(self._width)
     known = at < limit[:, None]
     others = np.zeros((*at.shape, 2), np.int64)
     others[known] = self._found.rows[at[known]]
-    return np.concatenate([mine, others], axis=1)
+    return np.concatenate([own_ranges, others], axis=1)
 
   def _own_sizes(self) -> np.ndarray:
     own = np.asarray(self._own)
@@ -80,10 +76,10 @@ class Exclusion:
     return np.where(own >= 0, sizes[self._table.articles[own]], 0)
 
   def _articles_of(self, found: corpus_lib.Ranges) -> corpus_lib.Ranges:
-    """Returns the ranges of all articles of passages but the own article."""
+    """Returns the ranges of the articles of passages, without the own one."""
     owners = np.repeat(np.arange(len(self._own)), np.diff(found.offsets))
     sizes = found.rows[:, 1] - found.rows[:, 0]
-    # More rows than a sentence can be in: it has all of the corpus excluded.
+    # A range of more rows excludes the whole corpus (see `trivial.MOST`).
     whole = sizes > trivial.MOST
     sizes = np.where(whole, 0, sizes)
     sentences = np.repeat(owners, sizes)
@@ -105,7 +101,7 @@ class Exclusion:
 
 
 def _sums(found: corpus_lib.Ranges) -> np.ndarray:
-  """Rows in the ranges of each sentence."""
+  """Returns the number of rows in the ranges of each sentence."""
   sizes = (found.rows[:, 1] - found.rows[:, 0]).astype(np.int64)
   before = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
   return before[found.offsets[1:]] - before[found.offsets[:-1]]

@@ -1,8 +1,10 @@
-"""What the models read: rows of wordpieces with [CLS] and [SEP], in numpy.
+"""Model inputs: wordpieces with [CLS] and [SEP], in numpy.
 
-Whole batches at a time, from the tables of a corpus and from nowhere else.
+Only this module writes special ids. Batches are assembled as a whole from the
+tables of a corpus.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -11,15 +13,86 @@ import numpy as np
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
+Tokenizer = tokenizer_lib.Tokenizer
+
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
 NULL_TYPES = (0, 0, 1)  # The segments of `null_document`.
+
+
+def null_document(tokenizer: Tokenizer) -> tuple[int, int, int]:
+  """Returns the ids of the null document, `[CLS] [SEP] [SEP]`."""
+  return tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
+
+
+def query(
+    pieces: Sequence[int], length: int, tokenizer: Tokenizer
+) -> list[int]:
+  """Returns `[CLS] x [SEP]` of wordpieces, cut to `length`."""
+  return [tokenizer.cls_id, *pieces[: length - 2], tokenizer.sep_id]
+
+
+def document(
+    title: Sequence[int],
+    body: Sequence[int],
+    length: int,
+    tokenizer: Tokenizer,
+) -> tuple[list[int], list[int]]:
+  """Returns `[CLS] title [SEP]` and `body [SEP]`; the title has priority."""
+  first = [tokenizer.cls_id, *title[: length - 3], tokenizer.sep_id]
+  return first, [*body[: length - 1 - len(first)], tokenizer.sep_id]
+
+
+def add_specials(
+    ids_NL: np.ndarray, sizes_N: np.ndarray, tokenizer: Tokenizer
+) -> None:
+  """Puts [CLS] before and [SEP] after the wordpieces, which start at 1."""
+  ids_NL[:, 0] = tokenizer.cls_id
+  ids_NL[np.arange(len(ids_NL)), sizes_N + 1] = tokenizer.sep_id
+
+
+def encode_queries(
+    texts: list[str], length: int, tokenizer: Tokenizer
+) -> np.ndarray:
+  """Returns `[CLS] text [SEP]`, cut and padded to `length`, int32 [B, Q]."""
+  ids = np.full((len(texts), length), tokenizer.pad_id, np.int32)
+  for row, pieces in zip(ids, tokenizer.encode_batch(texts), strict=True):
+    cut = query(pieces, length, tokenizer)
+    row[: len(cut)] = cut
+  return ids
+
+
+def assemble_queries(
+    table: corpus_lib.SentenceTable,
+    rows: np.ndarray,
+    length: int,
+    tokenizer: Tokenizer,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `[CLS] x [SEP]` of sentences, padded.
+
+  Args:
+    table: the sentences.
+    rows: sentence numbers, [B].
+    length: Q; longer sentences are cut.
+    tokenizer: for the special ids.
+
+  Returns:
+    ids, int32 [B, Q], and the number of ids before the padding, int32 [B].
+  """
+  pieces = _Pieces(table.tokens, table.starts[rows], table.lengths[rows])
+  ids, _ = _join(
+      [tokenizer.cls_id, pieces, tokenizer.sep_id],
+      length,
+      first_segment=3,
+      shape=rows.shape,
+  )
+  return ids, np.minimum(pieces.lengths + 2, length).astype(np.int32)
 
 
 def assemble_documents(
     passages: corpus_lib.PassageTable,
     rows: np.ndarray,
     length: int,
-    tokenizer: tokenizer_lib.Tokenizer,
+    tokenizer: Tokenizer,
     cut: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns `[CLS] title [SEP] body [SEP]` of passages, padded.
@@ -27,12 +100,12 @@ def assemble_documents(
   Args:
     passages: the table.
     rows: passage numbers, any shape; NULL_DOCUMENT for the null document.
-    length: S; the title has priority, the body gets what remains.
+    length: S; the title has priority over the body.
     tokenizer: for the special ids.
     cut: for each row, a range (start, limit) of body wordpieces to leave out.
 
   Returns:
-    ids and types (segments 0 up to the first [SEP], 1 after), int32 [..., S].
+    ids and types (segment 0 up to the first [SEP], then 1), int32 [..., S].
   """
   title, body = _title_and_body(passages, rows.reshape(-1), cut)
   return _join(
@@ -49,16 +122,16 @@ def assemble_joint(
     query_ids: np.ndarray,
     query_lengths: np.ndarray,
     length: int,
-    tokenizer: tokenizer_lib.Tokenizer,
+    tokenizer: Tokenizer,
     titles: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `[CLS] x [SEP] body [SEP]`, the reader's input, padded.
+  """Returns the reader's input `[CLS] x [SEP] body [SEP]`, padded.
 
   Args:
     passages: the table.
     rows: passage numbers [B, K]; NULL_DOCUMENT for the null document.
     query_ids: `[CLS] x [SEP]`, padded, [B, Q].
-    query_lengths: wordpieces of each, with the specials, [B].
+    query_lengths: number of ids before the padding, [B].
     length: T.
     tokenizer: for the special ids.
     titles: whether to put `title [SEP]` in front of the body.
@@ -68,7 +141,7 @@ def assemble_joint(
   """
   num_queries, width = query_ids.shape
   starts = np.arange(num_queries) * width
-  query = _Pieces(
+  queries = _Pieces(
       query_ids.reshape(-1),
       np.repeat(starts, rows.shape[1]),
       np.repeat(query_lengths, rows.shape[1]),
@@ -76,7 +149,7 @@ def assemble_joint(
   title, body = _title_and_body(passages, rows.reshape(-1), None)
   before: list[_Pieces | int] = [title, tokenizer.sep_id] if titles else []
   return _join(
-      [query, *before, body, tokenizer.sep_id],
+      [queries, *before, body, tokenizer.sep_id],
       length,
       first_segment=1,
       shape=rows.shape,
@@ -90,9 +163,9 @@ def body_bounds(
     length: int,
     titles: bool = False,
 ) -> np.ndarray:
-  """Where the body lies in the rows of `assemble_joint`: int32 [B, K, 2].
+  """Returns the half-open range of the body in `assemble_joint`.
 
-  The arguments are those of `assemble_joint`; the ranges are half-open.
+  The arguments are those of `assemble_joint`; the result is int32 [B, K, 2].
   """
   title, body = _title_and_body(passages, rows.reshape(-1), None)
   starts = np.repeat(query_lengths, rows.shape[1]).astype(np.int64)
@@ -102,54 +175,11 @@ def body_bounds(
   return np.stack([starts, limits], -1).astype(np.int32).reshape(*rows.shape, 2)
 
 
-def assemble_queries(
-    table: corpus_lib.SentenceTable,
-    rows: np.ndarray,
-    length: int,
-    tokenizer: tokenizer_lib.Tokenizer,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `[CLS] x [SEP]` of sentences, padded.
-
-  Args:
-    table: the sentences.
-    rows: which of them, [B].
-    length: Q; a longer sentence is cut.
-    tokenizer: for the special ids.
-
-  Returns:
-    ids, int32 [B, Q], and how many of them are not padding, int32 [B].
-  """
-  pieces = _Pieces(table.tokens, table.starts[rows], table.lengths[rows])
-  ids, _ = _join(
-      [tokenizer.cls_id, pieces, tokenizer.sep_id],
-      length,
-      first_segment=3,
-      shape=rows.shape,
-  )
-  return ids, np.minimum(pieces.lengths + 2, length).astype(np.int32)
-
-
-def null_document(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int, int]:
-  """Returns the ids of the document without title and body."""
-  return tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
-
-
-def encode_queries(
-    texts: list[str], length: int, tokenizer: tokenizer_lib.Tokenizer
-) -> np.ndarray:
-  """Returns `[CLS] text [SEP]` of questions, cut to `length`, int32 [B, Q]."""
-  ids = np.full((len(texts), length), tokenizer.pad_id, np.int32)
-  for row, pieces in zip(ids, tokenizer.encode_batch(texts), strict=True):
-    pieces = pieces[: length - 2]
-    row[: len(pieces) + 2] = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
-  return ids
-
-
 @dataclasses.dataclass(frozen=True)
 class _Pieces:
-  """For each row, a run of wordpieces: where it begins and how long it is.
+  """A range of wordpieces for each row: start and length in `tokens`.
 
-  With a gap, `gap_sizes` wordpieces are skipped after the first `gap_starts`.
+  With gaps, `gap_sizes` wordpieces are skipped after the first `gap_starts`.
   """
 
   tokens: corpus_lib.Tokens
@@ -184,10 +214,10 @@ def _join(
     first_segment: int,
     shape: tuple[int, ...],
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Concatenates runs of wordpieces and single ids in each row.
+  """Concatenates ranges of wordpieces and single ids in each row.
 
-  A run is cut so that what follows it still fits. Parts from `first_segment`
-  on are of segment 1.
+  A range is cut so that the single ids after it still fit. Parts from index
+  `first_segment` on have type 1.
   """
   num_rows = next(len(p.lengths) for p in parts if isinstance(p, _Pieces))
   column = np.arange(length)[None]

@@ -1,8 +1,6 @@
-"""Hashes of runs of wordpieces.
+"""64-bit polynomial hashes of sequences of wordpieces.
 
-Public: `runs`, `whole`, `aranges`. The hash of wordpieces in a row is the same
-wherever they stand, and whichever function it is of: 64 bits of their
-polynomial in BASE.
+All functions give the same hash for the same wordpieces, at any position.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +12,11 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def runs(ids: np.ndarray, lengths: Sequence[int]) -> Iterator[np.ndarray]:
-  """Yields hashes of all runs of wordpieces of each length, in order.
+  """Yields the hashes of all n-grams of each length, by position.
 
-  That of a run is the sum of BASE**i times its i-th wordpiece.
+  The hash sums BASE**i times the i-th wordpiece.
   """
-  doubled = [_mixed(ids)]  # Of 1, 2, 4, ... wordpieces.
+  doubled = [_mixed(ids)]  # Sums over 1, 2, 4, ... wordpieces.
   for length in lengths:
     while 2 ** len(doubled) <= length:
       run, size = doubled[-1], 2 ** (len(doubled) - 1)
@@ -36,7 +34,7 @@ def runs(ids: np.ndarray, lengths: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 def whole(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-  """Hashes of whole sentences, which lie in a row."""
+  """Returns the hash of each of several adjacent sentences."""
   powers = np.full(int(lengths.max()), _BASE)
   powers[0] = 1
   values = _mixed(ids) * np.cumprod(powers)[aranges(lengths)]
@@ -45,7 +43,7 @@ def whole(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def aranges(sizes: np.ndarray) -> np.ndarray:
-  """Returns 0, 1, ... for each size, one after the other."""
+  """Returns the concatenation of arange(size) for each size."""
   total = int(sizes.sum())
   return np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
@@ -63,7 +61,7 @@ def _mixed(ids: np.ndarray) -> np.ndarray:
 
 
 def _finished(hashes: np.ndarray, length: Any) -> np.ndarray:
-  """Spreads sums of products over all 64 bits."""
+  """Spreads a sum over all 64 bits."""
   hashes = hashes ^ (np.asarray(length).astype(np.uint64) << np.uint64(56))
   hashes ^= hashes >> np.uint64(31)
   hashes *= np.uint64(0x94D049BB133111EB)

@@ -1,9 +1,4 @@
-"""A corpus with documents added to it and removed from it, for reading.
-
-Public: `Overlay`. It is a row of corpora of one tokenizer and a set of removed
-rows; the first corpus, whose rows keep their numbers, is never changed. What
-reads a `Corpus` reads an `Overlay`.
-"""
+"""A corpus with documents added and removed, which reads like a `Corpus`."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,20 +11,20 @@ from realm_jax.corpus import trivial
 
 
 class Overlay(corpus_lib.Corpus):
-  """A corpus, further ones behind it, and the rows that count no more.
+  """A base corpus, the corpora added to it, and the rows removed from them.
 
-  Fingerprint, manifest and sentences are those of the first. Sentences of an
-  article of which a passage was removed are left out: what stands in its place
-  now would give away what is masked in them, and could not be excluded.
+  Rows count through all parts. Fingerprint, manifest and sentences are those of
+  the base, without the sentences of articles that lost a passage: the passage
+  that replaces it could give away the masked text, and could not be excluded.
+
+  live: bool [N], whether a row is not removed.
   """
 
-  def __init__(
-      self, parts: Sequence[corpus_lib.Corpus], removed: np.ndarray
-  ):
-    """Takes corpora of one tokenizer, and sorted, distinct rows of them all.
+  def __init__(self, parts: Sequence[corpus_lib.Corpus], removed: np.ndarray):
+    """Joins corpora; `removed` are sorted and distinct rows, int64.
 
     Raises:
-      ValueError: if tokenizers differ, or a removed row is not there.
+      ValueError: the tokenizers differ, or a removed row does not exist.
     """
     base = parts[0]
     for part in parts[1:]:
@@ -42,19 +37,22 @@ class Overlay(corpus_lib.Corpus):
     self.directory, self.manifest = base.directory, base.manifest
     self.fingerprint, self.tokenizer = base.fingerprint, base.tokenizer
     self.parts, self.removed = tuple(parts), removed
-    sizes = [len(part.passages) for part in parts]
-    self._starts = np.cumsum([0, *sizes])
-    self.passages = _joined([part.passages for part in parts])
-    if len(removed) and not 0 <= removed[0] <= removed[-1] < self._starts[-1]:
+    self._starts = np.cumsum([0, *(len(part.passages) for part in parts)])
+    total = self._starts[-1]
+    if len(removed) and not 0 <= removed[0] <= removed[-1] < total:
       raise ValueError(
-          f'Rows {removed[0]} to {removed[-1]} were removed from '
-          f'{self._starts[-1]} passages.'
+          f'Rows {removed[0]} to {removed[-1]} were removed from {total} '
+          'passages.'
       )
-    # A removed row beyond the first corpus is of no sentence here.
-    gone = base.passages.articles[removed[: np.searchsorted(removed, sizes[0])]]
+    self.live = np.ones(total, bool)
+    self.live[removed] = False
+    self.passages = _joined([part.passages for part in parts])
+    articles = base.passages.articles
+    shortened = articles[~self.live[: len(articles)]]
     self._kept = {
-        name: _outside(table, base.passages.articles, np.unique(gone))
+        name: (rows < 0) | ~np.isin(articles[np.maximum(rows, 0)], shortened)
         for name, table in base.sentences.items()
+        for rows in [np.asarray(table.passages)]
     }
     self.sentences = {
         name: table if kept.all() else _chosen(table, kept)
@@ -68,21 +66,18 @@ class Overlay(corpus_lib.Corpus):
       part.verify()
 
   def trivial(self, split: str) -> corpus_lib.Ranges | None:
-    """As of a `Corpus`; what was added is looked through now."""
+    """As of a `Corpus`; the passages added are searched in this call."""
     known = self.parts[0].trivial(split)
     if known is None:
       return None
-    kept = self._kept[split]
-    counts = np.where(kept, np.diff(known.offsets), 0)
+    kept, counts = self._kept[split], np.diff(known.offsets)
+    owners = [np.repeat(np.cumsum(kept) - 1, np.where(kept, counts, 0))]
+    rows = [known.rows[np.repeat(kept, counts)]]
+    # A sentence has no own passage among those added.
     table = self.sentences[split]
-    owners = [np.repeat(np.cumsum(kept) - 1, counts)]
-    rows = [known.rows[np.repeat(kept, np.diff(known.offsets))]]
+    table = dataclasses.replace(table, passages=np.full(len(table), -1))
     for start, part in zip(self._starts[1:], self.parts[1:], strict=False):
-      found = trivial.find(
-          part.passages,
-          # Its passages are none of these.
-          dataclasses.replace(table, passages=np.full(len(table), -1)),
-      )
+      found = trivial.find(part.passages, table)
       owners.append(np.repeat(np.arange(len(table)), np.diff(found.offsets)))
       rows.append(found.rows + start)
     return trivial.by_sentence(
@@ -99,44 +94,29 @@ class Overlay(corpus_lib.Corpus):
     return self.parts[part].passage_text(int(row - self._starts[part]))
 
   def record_rows(self, ids: Sequence[str]) -> list[np.ndarray]:
-    """As of a `Corpus`; what was removed is not found."""
-    found = [np.zeros(0, np.int64) for _ in ids]
-    for start, part in zip(self._starts, self.parts, strict=False):
-      for i, rows in enumerate(part.record_rows(ids)):
-        rows = rows + start
-        before = np.searchsorted(self.removed, rows, side='left')
-        after = np.searchsorted(self.removed, rows, side='right')
-        found[i] = np.concatenate([found[i], rows[before == after]])
-    return found
+    """As of a `Corpus`, without the rows removed."""
+    found = [
+        [rows + start for rows in part.record_rows(ids)]
+        for start, part in zip(self._starts, self.parts, strict=False)
+    ]
+    joined = [np.concatenate(rows) for rows in zip(*found, strict=True)]
+    return [rows[self.live[rows]] for rows in joined]
 
 
 def _joined(
     tables: Sequence[corpus_lib.PassageTable],
 ) -> corpus_lib.PassageTable:
-  """The rows of several tables as one; only the wordpieces stay on disk."""
-  if len(tables) == 1:
-    return tables[0]
-  offsets, articles = [np.zeros(1, np.int64)], []
-  num_tokens = num_articles = 0
-  for table in tables:
-    offsets.append(table.offsets[1:] + num_tokens)
-    articles.append(table.articles + num_articles)
-    num_tokens += len(table.tokens)
-    num_articles += table.num_articles
+  """Joins tables; only the wordpieces stay on disk."""
+  tokens = np.cumsum([0, *(len(table.tokens) for table in tables)])
+  articles = np.cumsum([0, *(table.num_articles for table in tables)])
+  offsets = [t.offsets[1:] + n for t, n in zip(tables, tokens, strict=False)]
+  numbers = [t.articles + n for t, n in zip(tables, articles, strict=False)]
   return corpus_lib.PassageTable(
       concatenated.Chained([table.tokens for table in tables]),
-      np.concatenate(offsets),
+      np.concatenate([np.zeros(1, np.int64), *offsets]),
       np.concatenate([table.title_lengths for table in tables]),
-      np.concatenate(articles).astype(np.int32),
+      np.concatenate(numbers).astype(np.int32),
   )
-
-
-def _outside(
-    table: corpus_lib.SentenceTable, articles: np.ndarray, gone: np.ndarray
-) -> np.ndarray:
-  """Returns which sentences are not of some articles."""
-  passages = np.asarray(table.passages)
-  return (passages < 0) | ~np.isin(articles[np.maximum(passages, 0)], gone)
 
 
 def _chosen(

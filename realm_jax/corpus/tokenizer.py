@@ -259,20 +259,11 @@ class Tokenizer:
     encodings = self._tokenizer.encode_batch_fast(list(texts))
     return [encoding.ids for encoding in encodings]
 
-  def encode_with_offsets(
-      self, text: str
-  ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns wordpieces and their half-open ranges of UTF-8 bytes in `text`.
+  def encode_arrays(self, texts: Sequence[str]) -> list[Encoded]:
+    """Returns ids and half-open ranges of UTF-8 bytes of each text.
 
     The ranges are right for [UNK], accents and characters that BERT drops.
     """
-    ((ids, starts, limits),) = self.encode_arrays([text])
-    return ids.tolist(), list(
-        zip(starts.tolist(), limits.tolist(), strict=True)
-    )
-
-  def encode_arrays(self, texts: Sequence[str]) -> list[Encoded]:
-    """Returns ids and byte ranges of each text."""
     arrays = []
     for text, (ids, ranges) in zip(
         texts, self.encode_characters(texts), strict=True
@@ -286,13 +277,11 @@ class Tokenizer:
       self, texts: Sequence[str]
   ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns (uint32 ids, int64 [n, 2] ranges of characters) of each text."""
-    return [
-        (
-            np.array(encoding.ids, np.uint32),
-            np.array(encoding.offsets, np.int64).reshape(-1, 2),
-        )
-        for encoding in self._tokenizer.encode_batch(list(texts))
-    ]
+    found = []
+    for encoding in self._tokenizer.encode_batch(list(texts)):
+      ranges = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+      found.append((np.array(encoding.ids, np.uint32), ranges))
+    return found
 
   @functools.cached_property
   def starts_word(self) -> np.ndarray:
@@ -429,20 +418,15 @@ def _json_object(path: pathlib.Path) -> dict:
 
 
 def hub_file(name: str, file: str) -> pathlib.Path | None:
-  """Downloads a file from the Hugging Face hub, or finds it in its cache.
+  """Downloads a file of a repository of the Hugging Face hub, or its cache.
 
-  Args:
-    name: id of a repository.
-    file: name of the file.
-
-  Returns:
-    The path; None: the repository lacks the file, or the hub cannot be reached
-    and the cache lacks it.
+  None: the repository lacks the file, or the hub cannot be reached and the
+  cache lacks it.
 
   Raises:
-    FileNotFoundError: the repository cannot be read; gives the reason.
+    FileNotFoundError: the repository cannot be read, with the reason.
   """
-  # Imported late: it is slow, and local files do not need it.
+  # Imported late: the import is slow, and local files do not need it.
   import huggingface_hub
   from huggingface_hub import errors
 
@@ -459,7 +443,7 @@ def hub_file(name: str, file: str) -> pathlib.Path | None:
 
 
 def _download(name: str) -> pathlib.Path:
-  """Downloads a tokenizer from the hub; returns its folder."""
+  """Downloads a tokenizer from the hub and returns its folder."""
   if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
     raise FileNotFoundError(
         f'There is no vocabulary file or tokenizer folder {name!r}.'

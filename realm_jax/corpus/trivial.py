@@ -1,31 +1,29 @@
-"""Which passages hold the text of a sentence: its trivial candidates.
+"""Finds the trivial candidates of a sentence: passages that contain its text.
 
-Public: `find`, `find_in_blocks`, `by_sentence`, `MOST`. A passage that shows a
-masked sentence unmasked gives the answer away, so that REALM must not retrieve
-it (Guu et al. 2020, section 3.4). The passage that a sentence is from is known
-by its row. This module finds the others by content, also for sentences of
-another source.
+Such a passage gives the answer away, so REALM must not retrieve it (Guu et al.
+2020, section 3.4). The row of a sentence's own passage is known. This module
+finds the others by content, also for sentences of another source.
 
-A passage holds a sentence if they have 8 wordpieces in a row in common and,
-with the sentence laid there on the passage's body, at least half of the
-sentence's wordpieces agree. Several such places count together, so that a word
-can be replaced or inserted. A sentence that two passages share is in each that
-has half of it. A sentence of fewer than 8 wordpieces must be there whole.
+A passage contains a sentence if they share 8 consecutive wordpieces and, with
+the sentence aligned there to the passage's body, at least half of the
+sentence's wordpieces agree. Several alignments count together, so a word may be
+replaced or inserted. A shorter sentence must be contained whole.
 
-A sentence that more than `MOST` other passages hold is boilerplate. It gets one
-range, that of all rows: nothing may be retrieved for it, and REALM leaves it
-out. This bounds the ranges of a sentence, and allows no trivial candidate.
+A sentence in more than `MOST` other passages is boilerplate. It gets one range,
+that of all rows: nothing may be retrieved for it, and REALM leaves it out. This
+bounds the ranges of a sentence.
 
-The search reads all passages once for each block of sentences, so that memory
-depends on the block alone. An index of every n-gram of the passages would take
-8 bytes for each wordpiece, 20 GB for the paper's corpus. Up to four n-grams of
-a sentence, its anchors, are looked up: the one with the least hash in each
-quarter of the sentence. A passage with an anchor is then compared with the
-sentence wordpiece by wordpiece. A passage that holds the whole sentence has all
-anchors and is always found; one that holds only most of it can lack them all.
+The search reads all passages once for each block of sentences, so memory
+depends on the block alone. (An index of all n-grams of the paper's passages
+would take 20 GB.) It looks up at most four n-grams of a sentence, its anchors:
+the one with the least hash in each quarter. A passage with an anchor is then
+compared with the sentence, wordpiece by wordpiece. A passage that contains the
+whole sentence has all anchors and is always found; one that contains only most
+of it may have none.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,25 +31,25 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import ngrams
 
 _NGRAM = 8  # Wordpieces.
-MOST = 8  # Other passages that hold a sentence that is still used.
+MOST = 8  # Largest number of other passages with a sentence that is used.
 _ANCHORS = 4
-_SHARE = 0.5  # Of the sentence's wordpieces.
-# Sentences of a block with the same anchor. More have no rarer n-gram: they
-# are boilerplate of the sentences, and treated like that of the passages.
+_SHARE = 0.5  # Least share of the sentence's wordpieces that agree.
+# Largest number of sentences of a block with the same anchor. Sentences that
+# share even their rarest n-gram with more are boilerplate too.
 _MOST_SHARING = 16
-_BLOCK = 2**16  # Sentences; each takes about 500 bytes.
-_BLOCKS = 8  # At most, where there are that many sentences.
+_BLOCK = 2**16  # Least size of a block; a sentence takes about 500 bytes.
+_MAX_BLOCKS = 8
 _AT_ONCE = 2**16  # Wordpieces that are hashed at a time.
 
 
 def find(
     passages: corpus_lib.PassageTable, sentences: corpus_lib.SentenceTable
 ) -> corpus_lib.Ranges:
-  """Returns the rows of passages, but for the own one, that hold a sentence.
+  """Returns the other passages that contain each sentence, as ranges of rows.
 
   Args:
-    passages: all that are looked through.
-    sentences: of which the tokens and the rows of their passages are used.
+    passages: the passages to search.
+    sentences: their `tokens` and `passages` are used.
   """
   parts = [part for _, part in find_in_blocks(passages, [sentences])]
   counts = [np.diff(part.offsets) for part in parts]
@@ -64,7 +62,7 @@ def find(
 def by_sentence(
     sentences: np.ndarray, rows: np.ndarray, count: int
 ) -> corpus_lib.Ranges:
-  """Returns ranges by the sentence that each is of; `count` sentences."""
+  """Groups ranges by sentence, for `count` sentences."""
   offsets = np.cumsum(np.bincount(sentences, minlength=count))
   order = np.argsort(sentences, kind='stable')
   return corpus_lib.Ranges(
@@ -73,15 +71,15 @@ def by_sentence(
   )
 
 
-_Piece = tuple[int, int, int]  # Of a table by number: start, limit.
+_Piece = tuple[int, int, int]  # Number of a table, start, limit.
 
 
 def find_in_blocks(
     passages: corpus_lib.PassageTable,
     tables: Sequence[corpus_lib.SentenceTable],
 ) -> Iterator[tuple[int, corpus_lib.Ranges]]:
-  """Yields number of a table and what was found for its next sentences."""
-  size = max(_BLOCK, -(-sum(map(len, tables)) // _BLOCKS))
+  """Yields the number of a table and the ranges of its next sentences."""
+  size = max(_BLOCK, -(-sum(map(len, tables)) // _MAX_BLOCKS))
   pieces: list[_Piece] = []
   room = size
   for number, table in enumerate(tables):
@@ -113,9 +111,9 @@ def _found(
 
 
 class _Block:
-  """Some sentences, made ready to be looked up.
+  """A block of sentences with their anchors.
 
-  Equal sentences are one here: `self._of` is the number of each.
+  Equal sentences have one number, `self._of`.
   """
 
   def __init__(
@@ -142,13 +140,13 @@ class _Block:
         return_counts=True,
     )
     del hashes
-    order = np.argsort(first)  # As they are in the table.
+    order = np.argsort(first)  # The order of the table.
     first, counts = first[order], counts[order]
     numbers = np.empty(len(order), np.int32)
     numbers[order] = np.arange(len(order))
     self._of = numbers[inverse]
     self._lengths = lengths[first]
-    # Copies can be of several passages.
+    # Equal sentences may have different passages.
     self._own = np.where(counts == 1, self._passages[first], -1)
     self._starts = (np.cumsum(lengths) - lengths)[first]
     self._tokens = np.concatenate([ids for ids, _ in tokens])
@@ -156,12 +154,11 @@ class _Block:
     self._anchor()
 
   def _anchor(self) -> None:
-    """Chooses the anchors, and puts them in order of their hashes."""
+    """Chooses the anchors and sorts them by hash."""
     count = len(self._lengths)
     every = np.arange(count, dtype=np.int32)
     hashes, numbers, places = self._chosen(every)
-    # Sentences of which all anchors are boilerplate get the rarest n-grams
-    # that they have.
+    # A sentence whose anchors are all boilerplate gets its rarest n-grams.
     usable = np.zeros(count, bool)
     usable[numbers[_num_equal(hashes) <= _MOST_SHARING]] = True
     if not usable.all():
@@ -172,15 +169,15 @@ class _Block:
       places = np.concatenate([places[kept], others[2]])
     kept = _num_equal(hashes) <= _MOST_SHARING
     hashes, numbers, places = hashes[kept], numbers[kept], places[kept]
-    self._lost = np.ones(count, bool)  # Without an anchor.
-    self._lost[numbers] = False
+    self._no_anchor = np.ones(count, bool)
+    self._no_anchor[numbers] = False
     order = np.argsort(hashes, kind='stable')
     hashes = hashes[order]
     self._numbers, self._places = numbers[order], places[order]
     first = np.flatnonzero(np.diff(hashes, prepend=~hashes[:1]))
     self._hashes = hashes[first]
     self._first = np.append(first, len(hashes))
-    # Most n-grams of the passages are no anchor, which a bit says quickly.
+    # A bit map rules out most n-grams of the passages quickly.
     self._bits = {}
     sizes = np.minimum(self._lengths[self._numbers[first]], _NGRAM)
     for size in np.unique(sizes).tolist():
@@ -193,10 +190,10 @@ class _Block:
   def _chosen(
       self, sentences: np.ndarray, rare: bool = False
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns hash, sentence and place of the anchors of sentences in order.
+    """Returns hash, sentence and position of anchors, by sentence.
 
-    Each is the n-gram of the least hash in its part of the sentence or, if
-    `rare`, that which the fewest of these sentences have.
+    Each is the n-gram with the least hash in its part of the sentence or, if
+    `rare`, the one that the fewest of these sentences have.
     """
     found = []
     for numbers, hashes, places in self._ngrams(sentences):
@@ -219,9 +216,9 @@ class _Block:
   def _ngrams(
       self, sentences: np.ndarray
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields sentence, hash and place of n-grams, in order; some at a time.
+    """Yields arrays of sentence, hash and position of n-grams, in order.
 
-    A sentence that is shorter than an n-gram is one by itself.
+    A sentence that is shorter than an n-gram counts as one.
     """
     step = max(1, _AT_ONCE // 32)
     for i in range(0, len(sentences), step):
@@ -241,12 +238,12 @@ class _Block:
       yield np.repeat(some, counts), hashes, places.astype(np.int32)
 
   def ranges(self, passages: corpus_lib.PassageTable) -> corpus_lib.Ranges:
-    """Looks for the sentences in all passages."""
+    """Searches all passages for the sentences."""
     count = np.zeros(len(self._lengths), np.int64)
-    count[self._lost] = MOST + 2
+    count[self._no_anchor] = MOST + 2
     numbers, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for first, ids, begins, limits in _bodies(passages):
-      for number, row in self._held(ids, begins, limits, first, count):
+    for bodies in _bodies(passages):
+      for number, row in self._held(bodies, count):
         count += np.bincount(number, minlength=len(count))
         numbers.append(number)
         rows.append(row)
@@ -255,26 +252,22 @@ class _Block:
     )
 
   def _held(
-      self,
-      ids: np.ndarray,
-      begins: np.ndarray,
-      limits: np.ndarray,
-      first: int,
-      count: np.ndarray,
+      self, bodies: '_Bodies', count: np.ndarray
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields pairs of a sentence and a row of some passages that hold it."""
-    runs = ngrams.runs(ids, list(self._bits))
+    """Yields sentences and rows of the given passages that contain them."""
+    runs = ngrams.runs(bodies.ids, list(self._bits))
     found = list(map(self._hits, runs, self._bits.values()))
     if not found:  # No sentence has an anchor.
       return
     at, anchors = (np.concatenate(f) for f in zip(*found, strict=True))
-    local = np.searchsorted(limits, at, 'right')
+    local = np.searchsorted(bodies.limits, at, 'right')
     numbers = self._numbers[anchors].astype(np.int64)
     length = np.minimum(self._lengths[numbers], _NGRAM)
-    # A sentence is known to be in its own passage. With more than MOST + 1
-    # others, of which one may be its own, no further one counts.
-    kept = (at >= begins[local]) & (at + length <= limits[local])
-    kept &= self._own[numbers] != first + local
+    # A sentence is known to be in its own passage. After MOST + 1 other
+    # passages, one of which may be its own, no further one matters.
+    kept = at >= bodies.begins[local]
+    kept &= at + length <= bodies.limits[local]
+    kept &= self._own[numbers] != bodies.first + local
     kept &= count[numbers] <= MOST + 1
     numbers, local = numbers[kept], local[kept]
     shifts = at[kept] - self._places[anchors[kept]]
@@ -285,25 +278,24 @@ class _Block:
     fresh = pair_begins | (np.diff(shifts, prepend=0) != 0)
     numbers, local, shifts = numbers[fresh], local[fresh], shifts[fresh]
     pairs = np.cumsum(pair_begins[fresh]) - 1
-    # Parts of bounded size; a pair stays in one part.
+    # Split into parts of bounded size, without splitting a pair.
     sizes = np.cumsum(self._lengths[numbers])
     cuts = np.flatnonzero(np.diff(sizes // (8 * _AT_ONCE), prepend=0))
     cuts = np.searchsorted(pairs, pairs[cuts], 'left')
     for some in np.split(np.arange(len(numbers)), np.unique(cuts)):
       if len(some):
         yield self._verified(
-            numbers[some], local[some], shifts[some], pairs[some],
-            ids, begins, limits, first,
+            numbers[some], local[some], shifts[some], pairs[some], bodies
         )
 
   def _hits(
       self, hashes: np.ndarray, bits: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where n-grams are that are anchors, and which anchors."""
+    """Returns the positions of n-grams that are anchors, and the anchors."""
     cells = hashes & np.uint64(8 * len(bits) - 1)
     at = np.flatnonzero(bits[cells >> np.uint64(3)] & _bit(cells))
     wanted = hashes[at]
-    order = np.argsort(wanted)  # Looked up faster.
+    order = np.argsort(wanted)  # Makes searchsorted faster.
     at, wanted = at[order], wanted[order]
     found = np.searchsorted(self._hashes, wanted)
     known = found < len(self._hashes)
@@ -318,30 +310,26 @@ class _Block:
       local: np.ndarray,
       shifts: np.ndarray,
       pairs: np.ndarray,
-      ids: np.ndarray,
-      begins: np.ndarray,
-      limits: np.ndarray,
-      first: int,
+      bodies: '_Bodies',
   ) -> tuple[np.ndarray, np.ndarray]:
     """Compares sentences with passages, wordpiece by wordpiece.
 
     Args:
-      numbers, local: sentences and passages.
-      shifts: where the sentence would begin in `ids`.
+      numbers, local: sentences, and passages as indices of `bodies`.
+      shifts: the start of each aligned sentence in `bodies.ids`.
       pairs: number of each pair of a sentence and a passage, in order.
-      ids, begins, limits: wordpieces, and where the bodies lie in them.
-      first: row of the first passage.
+      bodies: the passages.
 
     Returns:
-      Sentences and rows of the pairs of which the one holds the other.
+      Sentences and rows of the pairs where the passage contains the sentence.
     """
     lengths = self._lengths[numbers].astype(np.int64)
     places = ngrams.aranges(lengths)
     at = np.repeat(shifts, lengths) + places
-    inside = at >= np.repeat(begins[local], lengths)
-    inside &= at < np.repeat(limits[local], lengths)
-    mine = self._tokens[np.repeat(self._starts[numbers], lengths) + places]
-    same = inside & (ids[np.where(inside, at, 0)] == mine)
+    inside = at >= np.repeat(bodies.begins[local], lengths)
+    inside &= at < np.repeat(bodies.limits[local], lengths)
+    wanted = self._tokens[np.repeat(self._starts[numbers], lengths) + places]
+    same = inside & (bodies.ids[np.where(inside, at, 0)] == wanted)
     fresh = np.diff(pairs, prepend=-1) != 0
     sizes = lengths[fresh]
     bases = np.cumsum(sizes) - sizes
@@ -349,9 +337,9 @@ class _Block:
     base = bases[pairs - pairs[0]]
     covered[(np.repeat(base, lengths) + places)[same]] = True
     share = np.add.reduceat(covered.astype(np.int64), bases)
-    # All wordpieces of a short sentence are an anchor.
+    # The anchor of a short sentence is the whole sentence.
     held = np.where(sizes < _NGRAM, share == sizes, share >= _SHARE * sizes)
-    return numbers[fresh][held], first + local[fresh][held]
+    return numbers[fresh][held], bodies.first + local[fresh][held]
 
   def _joined(
       self,
@@ -360,7 +348,7 @@ class _Block:
       count: np.ndarray,
       num_rows: int,
   ) -> corpus_lib.Ranges:
-    """Returns ranges for all sentences, also for those that are equal."""
+    """Returns ranges for all sentences, equal ones included."""
     order = np.lexsort((rows, numbers))
     numbers, rows = numbers[order], rows[order]
     counts = np.bincount(numbers, minlength=len(count))
@@ -370,7 +358,7 @@ class _Block:
     rows = rows[np.repeat(first[self._of], sizes) + ngrams.aranges(sizes)]
     other = rows != self._passages[sentences]
     sentences, rows = sentences[other], rows[other]
-    # With one left that is not its own, there are exactly MOST + 1.
+    # Among exactly MOST + 1 passages, one may be the sentence's own.
     too_often = count[self._of] > MOST + 1
     too_often |= np.bincount(sentences, minlength=len(sizes)) > MOST
     kept = ~too_often[sentences]
@@ -390,23 +378,29 @@ class _Block:
 def _tokens(
     table: corpus_lib.SentenceTable, start: int, limit: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields wordpieces of sentences in a row, and their lengths."""
+  """Yields concatenated wordpieces of sentences, and their lengths."""
   step = max(1, _AT_ONCE // 32)
   for first in range(start, limit, step):
     rows = slice(first, min(first + step, limit))
     starts = np.asarray(table.starts[rows])
     lengths = np.asarray(table.lengths[rows]).astype(np.int64)
-    # They are in order in the file, so that all between is little.
+    # The file has them in the same order, so the range is small.
     low, high = int(starts.min()), int((starts + lengths).max())
     ids = table.tokens[low:high]
     at = np.repeat(starts - low, lengths) + ngrams.aranges(lengths)
     yield ids[at], lengths
 
 
-def _bodies(
-    passages: corpus_lib.PassageTable,
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-  """Yields the first row, wordpieces, and where each body begins and ends."""
+class _Bodies(NamedTuple):
+  """The bodies of adjacent passages: their ranges in `ids`."""
+
+  first: int  # Row of the first passage.
+  ids: np.ndarray
+  begins: np.ndarray
+  limits: np.ndarray
+
+
+def _bodies(passages: corpus_lib.PassageTable) -> Iterator[_Bodies]:
   row = 0
   while row < len(passages):
     offsets = passages.offsets[row : row + _AT_ONCE // 8 + 1]
@@ -416,12 +410,12 @@ def _bodies(
     ids = passages.tokens[int(offsets[0]) : int(offsets[-1])]
     offsets = offsets - offsets[0]
     titles = np.asarray(passages.title_lengths[row : row + count])
-    yield row, ids, offsets[:-1] + titles, offsets[1:]
+    yield _Bodies(row, ids, offsets[:-1] + titles, offsets[1:])
     row += count
 
 
 def _num_equal(hashes: np.ndarray) -> np.ndarray:
-  """Returns how often each hash is there."""
+  """Returns the number of occurrences of each hash."""
   order = np.argsort(hashes)
   ordered = hashes[order]
   first = np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]))
@@ -432,7 +426,7 @@ def _num_equal(hashes: np.ndarray) -> np.ndarray:
 
 
 def _least(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-  """Returns where the first of the least values of each group is, in order."""
+  """Returns the position of the first least value of each group."""
   begins = np.flatnonzero(np.diff(groups, prepend=-1))
   least = np.minimum.reduceat(values, begins)
   sizes = np.diff(begins, append=len(groups))
@@ -441,7 +435,7 @@ def _least(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _bit(cells: np.ndarray) -> np.ndarray:
-  """Returns the bit, in its byte, that is for each cell."""
+  """Returns the bit of each cell in its byte."""
   return np.uint8(1) << (cells & np.uint64(7)).astype(np.uint8)
 
 

@@ -272,7 +272,7 @@ def _query(trained: trained_lib.Trained, text: str) -> realm.Queries:
         f' most {length} fit (config.lengths.query).'
     )
   ids = np.zeros((1, length), np.int32)
-  ids[0, : len(pieces) + 2] = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
+  ids[0, : len(pieces) + 2] = inputs.query(pieces, length, tokenizer)
   positions_BM = np.flatnonzero(ids[0] == tokenizer.mask_id)[None]
   return realm.Queries(
       query_ids_BQ=ids,

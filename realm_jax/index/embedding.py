@@ -15,13 +15,11 @@ from realm_jax.models import components
 from realm_jax.runtime import mesh as mesh_lib
 
 _WIDTH_MULTIPLE = 8  # Bucket widths are multiples of it, except the longest.
-# Cost of compiling one more bucket width, in wordpieces embedded in the same
-# time. Low, because a builder compiles once and embeds many times.
-_COMPILE_COST = {'cpu': 2**16}
-_COMPILE_COST_ELSEWHERE = 2**23
+# On CPU, and elsewhere: cost of compiling one more bucket width, in wordpieces
+# embedded in the same time. Low, because a builder embeds many times.
+_COMPILE_COST = (2**16, 2**23)
 # Wordpieces of a batch on one device; CPU caches are small.
-_BATCH_TOKENS = {'cpu': 2**12}
-_BATCH_TOKENS_ELSEWHERE = 2**16
+_BATCH_TOKENS = (2**12, 2**16)
 _ROW_MULTIPLE = 8  # A device's share of a batch is a multiple of it.
 _MAX_PLANNED_ROWS = 2**16  # Usual number of rows of one call.
 
@@ -112,16 +110,10 @@ class RowEncoder:
       batch_tokens: wordpieces of a batch on all devices together.
     """
     self._lengths = np.minimum(lengths_N, max_length)
-    platform = mesh.devices.flat[0].platform
-    self._widths = _widths(
-        self._lengths,
-        max_length,
-        _COMPILE_COST.get(platform, _COMPILE_COST_ELSEWHERE),
-    )
+    elsewhere = mesh.devices.flat[0].platform != 'cpu'
+    self._widths = _widths(self._lengths, max_length, _COMPILE_COST[elsewhere])
     if batch_tokens is None:
-      batch_tokens = mesh.size * _BATCH_TOKENS.get(
-          platform, _BATCH_TOKENS_ELSEWHERE
-      )
+      batch_tokens = mesh.size * _BATCH_TOKENS[elsewhere]
     buckets = np.searchsorted(self._widths, self._lengths)
     counts = np.bincount(buckets, minlength=len(self._widths))
     multiple = mesh.size * _ROW_MULTIPLE
@@ -206,16 +198,7 @@ class PassageEmbedder:
       mesh: jax.sharding.Mesh,
       batch_tokens: int | None = None,
   ):
-    """Plans the batches.
-
-    Args:
-      component: the embedder.
-      passages: token table of the corpus.
-      tokenizer: tokenizer of the corpus.
-      max_length: S; longer passages are cut to it.
-      mesh: a batch is divided over all its devices.
-      batch_tokens: wordpieces of a batch on all devices together.
-    """
+    """Plans the batches; `max_length` is S, the rest as `RowEncoder`."""
     self._passages, self._tokenizer = passages, tokenizer
 
     def embed(

@@ -83,23 +83,22 @@ class Generation:
     """
     backend = search_lib.backend(config)
     ours = _settings(config, len(self.embeddings))
-    saved = None
-    if backend.folder is not None and all(
-        self.manifest['mips'].get(name) == ours.get(name)
+    saved = None if backend.folder is None else self.path / backend.folder
+    if saved is None or not saved.is_dir() or any(
+        self.manifest['mips'].get(name) != ours.get(name)
         for name in ('backend', *backend.saved_settings)
     ):
-      saved = self.path / backend.folder
+      saved = None
     return search_lib.make_search(
-        config,
-        self.embeddings,
-        mesh,
-        saved if saved is not None and saved.is_dir() else None,
-        removed,
+        config, self.embeddings, mesh, saved, removed
     )
 
 
 class Writer:
-  """Writes one generation, as a context that leaves no unfinished files."""
+  """Writes one generation, as a context that leaves no unfinished files.
+
+  On a full disk, its methods raise `shards.NoRoom`.
+  """
 
   def __init__(
       self,
@@ -152,9 +151,6 @@ class Writer:
 
     Returns:
       Numbers of the missing shards; [] in a process that is not the main one.
-
-    Raises:
-      shards.NoRoom: the disk is full.
     """
     if not self._main:
       return []
@@ -186,7 +182,6 @@ class Writer:
 
     Raises:
       ValueError: the rows are not finite or of another width.
-      shards.NoRoom: the disk is full.
     """
     if embeddings_NE.shape[1] != self._lineage.width:
       raise ValueError(
@@ -213,20 +208,18 @@ class Writer:
 
     Raises:
       ValueError: rows are missing, or a setting of the backend is wrong.
-      shards.NoRoom: the disk is full.
     """
     path = self._folder.path
     files = [*self._folder.records().values()]
     table = shards.open_table(path, files, self._dtype) if files else None
-    rows = 0 if table is None else len(table)
-    if table is None or rows != self._num_rows:
+    if table is None or len(table) != self._num_rows:
       raise ValueError(
-          f'{rows} embeddings were written; the lineage says '
-          f'{self._num_rows}.'
+          f'{0 if table is None else len(table)} embeddings were written; the'
+          f' lineage says {self._num_rows}.'
       )
     self._record = {
         'dtype': self._dtype,
-        'mips': _settings(config, rows),
+        'mips': _settings(config, self._num_rows),
         'num_shards': len(files),
         'recall': None,  # 1 by definition for an exact backend.
         'files': files,
@@ -250,11 +243,7 @@ class Writer:
   def publish(self) -> pathlib.Path:
     """Writes the manifest and renames the folder to its step.
 
-    Returns:
-      The path of the generation; an older one of the same step is replaced.
-
-    Raises:
-      shards.NoRoom: the disk is full.
+    An older generation of the same step is replaced.
     """
     now = time.time()
     manifest = {
@@ -340,15 +329,10 @@ def problems(
     path: pathlib.Path, manifest: dict[str, Any]
 ) -> Iterator[str]:
   """Yields the differences between a generation's files and its manifest."""
-  found = False
-  for problem in shards.problems(path, manifest['files']):
-    found = True
-    yield problem
-  if found:
-    return
-  shape = _table(path, manifest).shape
+  found = [*shards.problems(path, manifest['files'])]
+  yield from found
   expected = (manifest['num_rows'], manifest['width'])
-  if shape != expected:
+  if not found and (shape := _table(path, manifest).shape) != expected:
     yield f'its embeddings are {shape}, its manifest says {expected}'
 
 

@@ -60,15 +60,7 @@ class Search(abc.ABC):
   saved_settings: tuple[str, ...] = ()
 
   def __init__(self, embeddings_NE: Rows, removed: np.ndarray | None = None):
-    """Checks the shape of a table.
-
-    Args:
-      embeddings_NE: the table, which may be memory-mapped.
-      removed: sorted int64 rows that are never returned.
-
-    Raises:
-      ValueError: the table is empty, not a matrix, or too long.
-    """
+    """Takes a table, which may be memory-mapped; see `build`."""
     shape = embeddings_NE.shape
     if len(shape) != 2 or not shape[0] or not shape[1]:
       raise ValueError(
@@ -158,9 +150,6 @@ class Search(abc.ABC):
     Returns:
       The ranges as int32 [B, R, 2] within the table, and the number of rows
       that each query may have, [B].
-
-    Raises:
-      ValueError: fewer than k rows are left for a query, or a shape is wrong.
     """
     num_rows, width = self.num_documents, self._width
     if query_emb_BE.ndim != 2 or query_emb_BE.shape[1] != width:

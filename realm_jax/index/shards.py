@@ -46,7 +46,10 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 class ShardFolder:
-  """A folder of shards, written in any order and by several processes."""
+  """A folder of shards, written in any order and by several processes.
+
+  On a full disk, its methods raise `NoRoom`.
+  """
 
   def __init__(self, path: pathlib.Path, dtype: str):
     """Prepares `path`/shard-*.npy of `dtype`, float32 or bfloat16."""
@@ -62,9 +65,6 @@ class ShardFolder:
 
     Returns:
       The time of the first `begin`, in seconds of the epoch.
-
-    Raises:
-      NoRoom: the disk is full.
     """
     record = read_build_record(self.path)
     if record is None or record.get('made_from') != made_from:
@@ -95,11 +95,7 @@ class ShardFolder:
     return found
 
   def write(self, number: int, rows_NE: np.ndarray) -> None:
-    """Writes a shard; it is on disk when this returns.
-
-    Raises:
-      NoRoom: the disk is full; nothing of the shard is left.
-    """
+    """Writes a shard to disk, all of it or nothing."""
     path = self.path / f'shard-{number:05d}.npy'
     array = np.ascontiguousarray(rows_NE.astype(jnp.dtype(self._dtype)))
     if self._dtype == 'bfloat16':  # Unknown to the .npy format.

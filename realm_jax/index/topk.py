@@ -1,35 +1,25 @@
 """The device part of exact and approximate search: chunked, sharded top-k.
 
-Public: `Rows`, `Part`, `place`, `search`, `top_rows`, `aligned`,
-`ALIGN`. Ties go to the lower row, as `lax.top_k` gives them within a chunk and
-the merges keep them.
+Equal scores are ordered by row: `lax.top_k` does so within a chunk, and the
+merges keep it.
 """
 
 import dataclasses
 import functools
-from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Rows of a shard are padded to a multiple, so that no row meets an edge of the
-# matmul, where the order of the sum (and so the last bit) may be another.
+from realm_jax.corpus import concatenated
+
+# The rows of a shard are padded to a multiple. Otherwise the sums of rows at an
+# edge of the matmul could have another order and so another last bit.
 ALIGN = 128
-# Scores held at once by one device: 64 MiB of float32.
-_MAX_SCORES = 2**24
+_MAX_SCORES = 2**24  # Scores on a device at once: 64 MiB of float32.
 _MAX_CHUNK = 2**16
 
 Ranked = tuple[jax.Array, jax.Array]  # Scores and rows.
-
-
-class Rows(Protocol):
-  """A table of rows: a numpy array, or the shards of a generation."""
-
-  @property
-  def shape(self) -> tuple[int, ...]: ...
-
-  def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,23 +27,23 @@ class Part:
   """Rows of a table on the devices, split over all axes of the mesh."""
 
   table_NE: jax.Array
-  removed_N: jax.Array | None  # bool; None: no row is.
-  rows: tuple[int, int]  # The first row, and how many the whole table has.
+  removed_N: jax.Array | None  # bool; None: no row is removed.
+  rows: tuple[int, int]  # The first row, and the number of rows of the table.
 
   @property
   def num_rows(self) -> int:
-    """How many rows the part has, padding included."""
+    """The number of rows of the part, with padding."""
     return self.table_NE.shape[0]
 
 
 def aligned(rows: int, mesh: jax.sharding.Mesh) -> int:
-  """How many rows a part of so many has, with padding."""
+  """Returns the padded number of rows."""
   step = mesh.size * ALIGN
   return -(-rows // step) * step
 
 
 def place(
-    embeddings_NE: Rows,
+    embeddings_NE: concatenated.Rows,
     removed: np.ndarray | None,
     rows: tuple[int, int],
     mesh: jax.sharding.Mesh,
@@ -66,13 +56,13 @@ def place(
     embeddings_NE: read slice by slice.
     removed: sorted row numbers.
     rows: the range; its length is a result of `aligned`.
-    mesh: the rows are split over all its axes.
-    dtype: of the table on the devices.
-    check: whether to refuse what is not finite. Without it a CPU device may use
-      the memory of the table itself.
+    mesh: rows are split over all its axes.
+    dtype: type of the table on the devices.
+    check: whether every row must be finite. If not, a CPU device may use the
+      memory of the table itself.
 
   Raises:
-    ValueError: if the check fails.
+    ValueError: a row is not finite.
   """
   first, count = rows[0], rows[1] - rows[0]
   total, width = embeddings_NE.shape
@@ -144,17 +134,17 @@ def top_rows(
   """Returns the best scores and rows, float32 and int32 [B, k].
 
   Args:
-    table_NE: a part of all rows, split over all axes of the mesh.
-    query_emb_BE: on every device, as all that follow but `removed_N`.
+    table_NE: a part of the table, split over all axes of the mesh.
+    query_emb_BE: whole on every device, as `exclude_BR2` and `rows_2`.
     exclude_BR2: ranges of rows per query.
-    removed_N: bool, of the part: rows hidden from all queries.
-    rows_2: the row that the part begins with, and how many rows there are in
-      all: what comes after is padding.
-    mesh: of the table.
-    k: at most the rows of the part.
-    recall_target: of `lax.approx_max_k`; None: exact.
+    removed_N: bool, rows of the part that are hidden from all queries.
+    rows_2: the first row of the part, and the number of rows of the table;
+      later rows are padding.
+    mesh: mesh of the table.
+    k: at most the number of rows of the part.
+    recall_target: for `lax.approx_max_k`; None: exact.
 
-  Where fewer than k rows of the part may be returned the score is -inf.
+  Rows beyond those that a query may have get the score -inf.
   """
   axes = mesh.axis_names
 
@@ -174,7 +164,7 @@ def top_rows(
     keep = min(keep, chunk)
 
     def visit(i: jax.Array, best: Ranked) -> Ranked:
-      # The last chunk begins earlier to be whole; what it repeats is hidden.
+      # The last chunk overlaps the one before; the repeated rows are hidden.
       start = jnp.minimum(i * chunk, rows_here - chunk)
       part_NE = jax.lax.dynamic_slice_in_dim(table_NE, start, chunk)
       here_N = start + jnp.arange(chunk)
@@ -224,7 +214,7 @@ def top_rows(
 def _score(
     shapes: str, query_emb_BE: jax.Array, rows: jax.Array, precision: str
 ) -> jax.Array:
-  """Inner products in float32, each above -inf, which marks hidden rows."""
+  """Returns finite inner products in float32; -inf marks hidden rows."""
   score = jnp.einsum(
       shapes,
       query_emb_BE.astype(jnp.float32),
@@ -236,10 +226,10 @@ def _score(
 
 
 def _top(score_BN: jax.Array, k: int) -> Ranked:
-  """As `lax.top_k`, looking closely only at the k groups with the best row.
+  """As `lax.top_k`, but only among the k groups with the best maximum.
 
-  A row in the top k is in one of them: otherwise each of the k has a row that
-  goes before it, by its score or, if equal, by its number.
+  Every row of the top k is in one of these groups: otherwise each of the k
+  groups would have a row that precedes it by score or row.
   """
   size, count = score_BN.shape
   if count % ALIGN or count // ALIGN <= 2 * k:

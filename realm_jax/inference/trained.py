@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 
 from realm_jax import config as config_lib
-from realm_jax.builder import documents as documents_lib
+from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
@@ -83,7 +83,7 @@ class Trained:
     )
     found = {'tokenizer_digest': opened.tokenizer.digest}
     if corpus is None:
-      found['corpus_fingerprint'] = trained.documents.edition.origin
+      found['corpus_fingerprint'] = trained.documents.manifest['origin']
     for name, digest in found.items():
       if saved[name] != digest:
         raise ValueError(
@@ -114,9 +114,9 @@ class Trained:
     return trained
 
   @functools.cached_property
-  def documents(self) -> documents_lib.Documents:
+  def documents(self) -> document_store.Documents:
     """All documents; a ValueError says that the config names no corpus."""
-    return documents_lib.Documents.open(
+    return document_store.Documents.open(
         self.workdir, self.config, self.searched
     )
 
@@ -147,7 +147,7 @@ class Trained:
     )
     return {'embedder': params}
 
-  def published(self, params: Params, step: int) -> documents_lib.Index:
+  def published(self, params: Params, step: int) -> document_store.Index:
     """Returns the published embeddings of all documents by these parameters.
 
     Args:
@@ -223,7 +223,7 @@ class Trained:
       FileNotFoundError: there is no generation.
       ValueError: it is damaged, or of another corpus.
     """
-    step = documents_lib.newest_generation(self.documents)['step']
+    step = self.documents.newest()['step']
     index = self.documents.index(step)
     return search_lib.ExactSearch(index.table, removed=index.removed), step
 

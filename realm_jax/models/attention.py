@@ -1,9 +1,8 @@
-"""Scaled dot-product attention over padded inputs, by the kernel that suits.
+"""Scaled dot-product attention over padded inputs, with a choice of kernels.
 
-Public: `attend`, `choose`, `check`, `Kernel`. The kernels: `xla`, matmuls and a
-softmax, which run everywhere; `cudnn`, NVIDIA's flash attention; `flash`, the
-one that JAX has for TPU. The fused ones never hold the M x L weights, skip the
-padding and know no dropout of the weights.
+`xla` (matmuls and a softmax) runs everywhere; `cudnn` is NVIDIA's flash
+attention, `flash` JAX's for TPU. These two are fused: they never hold the M x L
+weights, skip the padding and cannot drop weights.
 """
 
 from collections.abc import Callable
@@ -28,14 +27,14 @@ _MAX_BLOCK = 512
 def choose(
     config: config_lib.ModelConfig, device: jax.Device | None = None
 ) -> Kernel:
-  """Returns the kernel to use on a device.
+  """Returns the kernel for a device.
 
-  That is the one that `config.attention` names, or for 'auto' the fused one;
-  'xla' where the device cannot run it, since all compute the same.
+  The one that `config.attention` names, or the fused one for 'auto'; 'xla' on
+  a device that cannot run it, as all kernels compute the same function.
 
   Args:
     config: resolved.
-    device: None for the one that JAX computes on.
+    device: None for JAX's default device.
   """
   device = device or jax.devices()[0]
   kernels: tuple[Kernel, ...] = ('cudnn', 'flash')
@@ -47,21 +46,21 @@ def choose(
 
 
 def check(config: config_lib.ModelConfig, device: jax.Device) -> None:
-  """Raises ValueError if `config.attention` names what cannot run there."""
+  """Raises ValueError if the device cannot run `config.attention`."""
   obstacles = _obstacles(config.attention, config, device)
   if obstacles:
     raise ValueError(
         f'config.model.attention={config.attention!r} needs'
-        f' {" and ".join(obstacles)}; here is {device.device_kind}'
+        f' {" and ".join(obstacles)}; this job has {device.device_kind}'
         f' ({device.platform}), {config.compute_dtype}, heads of'
-        f" {config.width // config.num_heads}. 'auto' takes what there is."
+        f" {config.width // config.num_heads}. 'auto' takes one that runs."
     )
 
 
 def _obstacles(
     kernel: str, config: config_lib.ModelConfig, device: jax.Device
 ) -> list[str]:
-  """Returns what the kernel needs and does not find."""
+  """Returns the unmet requirements of a kernel."""
   width = config.width // config.num_heads
   needs: dict[str, list[tuple[bool, str]]] = {
       'cudnn': [
@@ -92,21 +91,21 @@ def attend(
   """Returns softmax(query key^T / sqrt(C)) value: mixed_BMHC, in their dtype.
 
   Args:
-    query_BMHC: of the M positions that attend.
-    key_BLHC: of the L positions that are attended.
-    value_BLHC: likewise.
-    mask_BL: which of them are; for a fused kernel a row is true up to its
-      length and false from there on.
-    kernel: what `choose` returned. Where `xla` must or should do it, it does:
-      with dropout of the weights, and for some of the positions.
-    rate: of the dropout of the weights.
+    query_BMHC: queries at M positions.
+    key_BLHC: keys at L positions.
+    value_BLHC: values at L positions.
+    mask_BL: positions to attend to; for a fused kernel each row is true up to
+      its length and false after it.
+    kernel: from `choose`. `xla` takes over if weights are dropped (fused
+      kernels cannot) or if queries are at some positions only.
+    rate: of the dropout of attention weights.
     noise: None for no dropout.
   """
   if noise is not None and rate > 0:
     b, m, heads, _ = query_BMHC.shape
     keep_BHML = dropout.keep(noise, (b, heads, m, key_BLHC.shape[1]), rate)
   elif kernel != 'xla' and query_BMHC.shape == key_BLHC.shape:
-    # A row of nothing but padding attends its first position.
+    # A row of padding only attends to its first position.
     length_B = jnp.maximum(mask_BL.sum(axis=1, dtype=jnp.int32), 1)
     fused = _partitioned(functools.partial(_fused, kernel))
     return fused(query_BMHC, key_BLHC, value_BLHC, length_B)
@@ -124,7 +123,7 @@ def _attend(
     keep_BHML: jax.Array | None,
     rate: float,
 ) -> jax.Array:
-  """`attend` by matmuls and a softmax, which is in float32."""
+  """`attend` by matmuls and a softmax in float32."""
   arrays = (query_BMHC, key_BLHC, value_BLHC, mask_BL, keep_BHML)
   return _attend_forward(*arrays, rate)[0]
 
@@ -157,9 +156,10 @@ def _attend_backward(
   grad_value_BLHC = jnp.einsum(
       'BHML,BMHC->BLHC', _drop(probs_BHML, keep_BHML, rate), grad_BMHC
   )
-  # Of the softmax: p (dp - sum p dp). The sum is that of the output times its
-  # gradient (Dao et al. 2022, appendix B), which spares a pass over BHML: the
-  # reason to write this by hand, worth a fifth of the attention on CPU.
+  # The gradient of the softmax is p (dp - sum p dp). The sum equals that of the
+  # output times its gradient (Dao et al. 2022, appendix B), which saves a pass
+  # over BHML: the reason for this hand-written gradient, and 20 % of the time
+  # of attention on CPU.
   along_BHM = _einsum('BMHC,BMHC->BHM', mixed_BMHC, grad_BMHC)
   grad_BHML = _einsum('BMHC,BLHC->BHML', grad_BMHC, value_BLHC)
   grad_BHML = _drop(grad_BHML, keep_BHML, rate) - along_BHM[..., None]
@@ -196,11 +196,11 @@ def _fused(
     value_BLHC: jax.Array,
     length_B: jax.Array,
 ) -> jax.Array:
-  """`attend` by a fused kernel, at a length that the kernel takes.
+  """`attend` by a fused kernel, padded to a length that the kernel accepts.
 
-  The kernels leave padded positions undefined, in the output and in the
-  gradients. There, `real` selects 0 in both: the layers that follow multiply
-  padding by a weight of 0, and 0 * nan is nan.
+  The kernels leave output and gradients at padded positions undefined. `real`
+  sets both to 0 there: later layers multiply padding by a weight of 0, and
+  0 * nan is nan.
   """
   compute, multiple = _FUSED[kernel]
   length = query_BLHC.shape[1]
@@ -226,7 +226,7 @@ def _cudnn(
     value_BLHC: jax.Array,
     length_B: jax.Array,
 ) -> jax.Array:
-  # Lengths, not a mask: of a mask it would make a bias, and its gradient.
+  # Lengths, since a mask would become a bias with a gradient of its own.
   return jax.nn.dot_product_attention(
       query_BLHC,
       key_BLHC,
@@ -246,7 +246,7 @@ def _flash(
   length, width = query_BLHC.shape[1], query_BLHC.shape[-1]
   sizes = range(_LANES, _MAX_BLOCK + 1, _LANES)
   block = max(size for size in sizes if length % size == 0)
-  # The padding is a segment of its own, which attends itself.
+  # The padding is a segment of its own, which attends to itself.
   segment_BL = (jnp.arange(length) < length_B[:, None]).astype(jnp.int32)
   names = (f.name for f in dataclasses.fields(flash_attention.BlockSizes))
   mixed_BHLC = flash_attention.flash_attention(
@@ -260,13 +260,13 @@ def _flash(
   return mixed_BHLC.swapaxes(1, 2)
 
 
-# The fused kernels, and what a length has to be a multiple of. JAX refuses the
+# The fused kernels and the factor that a length must have. JAX refuses the
 # gradient of cuDNN's attention at an odd length.
 _FUSED = {'cudnn': (_cudnn, 2), 'flash': (_flash, _LANES)}
 
 
 def _partitioned(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Runs a kernel on what each device has: XLA cannot divide it by itself."""
+  """Runs a kernel on each device's shard, as XLA cannot partition it."""
   mesh = jax.sharding.get_abstract_mesh()
   free = {
       name

@@ -1,9 +1,7 @@
-"""BERT (Devlin et al. 2019), post-LayerNorm, in the functional subset of NNX.
+"""BERT (Devlin et al. 2019) with post-LayerNorm, as NNX modules.
 
-Public: `Bert`, `activation`, `linear`, `layer_norm`, `PAD_ID`. A call takes
-ids and gives hidden states; without `noise` there is no dropout. Activations
-are kept flat, `(B*L) D`, around every matmul: that is free on accelerators and
-half as fast again on CPU.
+Dropout is on if `noise` is given. Activations are flat, `(B*L) D`, around every
+matmul: free on accelerators, 1.5 times as fast on CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +15,10 @@ from realm_jax import config as config_lib
 from realm_jax.models import attention
 from realm_jax.models import dropout
 
-# Every BERT vocabulary has [PAD] here; a position holding it is not attended.
-PAD_ID = 0
+PAD_ID = 0  # Never attended. The tokenizer refuses another id for [PAD].
 
-# What the backward pass of a layer finds of the forward pass: everything, the
-# results of the matmuls with weights, or the layer's input alone.
+# Activations of a layer that are kept for the backward pass: all, the results
+# of the matmuls with weights, or the layer's input.
 _REMAT: dict[str, Callable[[Callable], Callable]] = {
     'none': lambda layer: layer,
     'dots': functools.partial(
@@ -33,7 +30,7 @@ _REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-  """The MLP's non-linearity: 'gelu' is the erf form, 'gelu_new' the tanh."""
+  """Returns GELU in its erf form ('gelu') or tanh form ('gelu_new')."""
   return functools.partial(jax.nn.gelu, approximate=name == 'gelu_new')
 
 
@@ -44,14 +41,9 @@ def linear(
     rngs: nnx.Rngs,
     result: str | None = None,
 ) -> nnx.Linear:
-  """A dense layer with BERT's initialisation, computing in compute_dtype.
+  """Returns a dense layer with BERT's initialisation.
 
-  Args:
-    config: resolved.
-    inputs: width of its input.
-    outputs: width of its output.
-    rngs: of the initialisation.
-    result: dtype of the output; None for compute_dtype.
+  It computes in compute_dtype; `result` is the dtype of its output, if another.
   """
   return nnx.Linear(
       inputs,
@@ -69,7 +61,7 @@ def layer_norm(
     rngs: nnx.Rngs,
     scale_init: float = 1.0,
 ) -> nnx.LayerNorm:
-  """A LayerNorm computing in float32 (two-pass variance, as in BERT)."""
+  """Returns a LayerNorm in float32, with two-pass variance as in BERT."""
   return nnx.LayerNorm(
       width,
       epsilon=config.layer_norm_eps,
@@ -96,7 +88,7 @@ class Layer(nnx.Module):
     self.num_heads = config.num_heads
     self.rate = config.dropout
     self.attention_rate = config_lib.attention_rate(config)
-    self.kernel = config.attention  # Chosen by `components.make`.
+    self.kernel = config.attention  # Resolved by `components.make`.
     self.activation = config.activation
     self.dtype = config.compute_dtype
 
@@ -110,9 +102,8 @@ class Layer(nnx.Module):
     """Returns the layer's output at all positions, or at `positions_BM`."""
     b, length, d = hidden_BLD.shape
     dtype = jnp.dtype(self.dtype)
-    if positions_BM is None:
-      target_BMD = hidden_BLD
-    else:
+    target_BMD = hidden_BLD
+    if positions_BM is not None:
       target_BMD = jnp.take_along_axis(
           hidden_BLD, positions_BM[..., None], axis=1
       )
@@ -121,7 +112,7 @@ class Layer(nnx.Module):
     source = hidden_BLD.reshape(b * length, d)  # (B*L) D
 
     def heads(x: jax.Array, *layers: nnx.Linear) -> Iterator[jax.Array]:
-      # At once: one matmul, and one sum over devices in the backward pass.
+      # One matmul for all, and one sum over devices in the backward pass.
       kernel_DPD = jnp.stack([layer.kernel[...] for layer in layers], axis=1)
       bias_PD = jnp.stack([layer.bias[...] for layer in layers])
       projected = jnp.einsum('ND,DPE->NPE', x, kernel_DPD.astype(dtype))
@@ -155,7 +146,7 @@ class Layer(nnx.Module):
 
 
 class Bert(nnx.Module):
-  """Embeddings and layers; heads belong to the embedder and the reader."""
+  """Embeddings and layers, without a head."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     def embed(rows: int) -> nnx.Embed:
@@ -189,9 +180,9 @@ class Bert(nnx.Module):
     Args:
       ids_BL: wordpiece ids, int32.
       types_BL: segments, 0 or 1.
-      positions_BM: where the output is wanted. The last layer is computed
-        there alone, which saves most of it: the embedder needs [CLS] and the
-        reader its masks. None: everywhere.
+      positions_BM: positions of the output; None for all. The last layer is
+        computed only there, which saves most of it: the embedder needs [CLS],
+        the reader its masks.
       noise: for dropout; None for none.
 
     Returns:

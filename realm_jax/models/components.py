@@ -1,12 +1,13 @@
 """The networks of a job by name, with their parameters as flat dictionaries.
 
-The parameters of a component, `{'bert.layers.0.query.kernel': array, ...}`, are
-what the optimizer, the checkpoints, the digests and the importers see.
+Optimizer, checkpoints, digests and importers see a component's parameters as
+`{'bert.layers.0.query.kernel': array, ...}`.
 """
 
 from collections.abc import Iterable, Mapping
 import dataclasses
 import math
+import re
 import types
 from typing import Any
 import zlib
@@ -21,8 +22,10 @@ from realm_jax.models import reader
 from realm_jax.models import span_reader
 from realm_jax.models import tagger
 
-Params = dict[str, Any]  # Of one component: dotted name -> array.
+Params = dict[str, Any]  # One component's: dotted name -> array.
 
+# A parameter of a BERT; an embedder has a BERT in each tower.
+_IN_BERT = re.compile(r'((query_)?encoder\.)?(?P<name>bert\..+)')
 _MODULES = {
     'embedder': embedder.Embedder,
     'reader': reader.Reader,
@@ -36,7 +39,7 @@ class Component:
   """A module without its parameters."""
 
   name: str
-  config: config_lib.ModelConfig  # `attention` is the kernel in use.
+  config: config_lib.ModelConfig  # With `attention` resolved to a kernel.
   graphdef: Any
   abstract: dict[str, jax.ShapeDtypeStruct]
 
@@ -46,7 +49,7 @@ class Component:
     return sum(math.prod(x.shape) for x in self.abstract.values())
 
   def init(self, seed: int) -> Params:
-    """Fresh parameters; each component draws from a stream of its own."""
+    """Returns initial parameters, drawn from the component's own stream."""
     key = jax.random.fold_in(
         jax.random.key(seed), zlib.crc32(self.name.encode())
     )
@@ -68,7 +71,7 @@ class Component:
 
 
 class Models(types.SimpleNamespace):
-  """The networks of a job with their parameters; it has those of its stage."""
+  """The networks of a job's stage, with their parameters."""
 
   embedder: embedder.Embedder
   reader: reader.Reader
@@ -79,7 +82,7 @@ class Models(types.SimpleNamespace):
 def bind(
     components: Mapping[str, Component], params: Mapping[str, Params]
 ) -> Models:
-  """Returns the modules that hold `params`; inside jit, at no cost."""
+  """Returns the modules that hold `params`; costs nothing under jit."""
   return Models(**{n: c.module(params[n]) for n, c in components.items()})
 
 
@@ -91,10 +94,10 @@ def make(
   """Returns a component.
 
   Args:
-    name: one of `_MODULES`.
+    name: 'embedder', 'reader', 'span_reader' or 'tagger'.
     config: resolved.
-    device: a device of the kind that computes, which decides the kernel of the
-      attention; None for the one that JAX computes on.
+    device: of the kind to compute on, which decides the attention kernel; None
+      for JAX's default device.
   """
   config = dataclasses.replace(
       config, attention=attention.choose(config, device)
@@ -111,8 +114,19 @@ def make_all(
     config: config_lib.ModelConfig,
     device: jax.Device | None = None,
 ) -> dict[str, Component]:
-  """Returns several components by name; see `make`."""
+  """Returns components by name; see `make`."""
   return {name: make(name, config, device) for name in names}
+
+
+def bert_parameter(name: str, owner: str) -> str | None:
+  """Returns what the component `owner` calls a parameter of another's BERT.
+
+  None if `name` is not a parameter of a BERT.
+  """
+  match = _IN_BERT.fullmatch(name)
+  if match is None:
+    return None
+  return ('encoder.' if owner == 'embedder' else '') + match['name']
 
 
 def _flatten(state: nnx.State) -> dict[str, Any]:

@@ -1,9 +1,7 @@
-"""Dropout whose noise belongs to the example, wherever that is computed.
+"""Dropout with noise that depends on a key and the row's number in the batch.
 
-Public: `Noise`, `noise`, `keep`, `dropout`. What is dropped follows from a key
-and the number of the row in the whole batch. So it does not depend on how the
-batch is divided over devices or into micro-batches, and no device draws the
-noise of rows that are not its own.
+So it is the same for any division of the batch over devices or into parts, and
+a device draws the noise of its own rows only.
 """
 
 from typing import NamedTuple
@@ -15,17 +13,17 @@ import numpy as np
 
 
 class Noise(NamedTuple):
-  """Where the rows of a batch have their randomness from."""
+  """The source of randomness of the rows of a batch."""
 
-  key: jax.Array  # Of all rows.
-  row_B: jax.Array  # uint32, the number of each row in the whole batch.
+  key: jax.Array  # Shared by all rows.
+  row_B: jax.Array  # uint32, number of each row in the whole batch.
 
   def fold(self, number: int) -> 'Noise':
-    """Returns other noise for the same rows."""
+    """Returns independent noise for the same rows."""
     return Noise(jax.random.fold_in(self.key, number), self.row_B)
 
   def repeat(self, times: int) -> 'Noise':
-    """Returns noise for a batch with each row `times` times: (B*times)."""
+    """Returns noise for a batch that repeats each row: B*times rows."""
     copy = jnp.arange(times, dtype=jnp.uint32)
     row_BK = self.row_B[:, None] * np.uint32(times) + copy
     return Noise(self.key, row_BK.reshape(-1))
@@ -42,10 +40,10 @@ def dropout(
   """Drops elements of `x` at `rate` and scales up the others.
 
   Args:
-    x: of any shape; its first dimension is B, or B and more in one.
-    rate: to the nearest 1 / 65,536.
+    x: any shape; its first dimension is B or a multiple of it.
+    rate: rounded to a multiple of 1 / 65,536.
     noise: None for no dropout.
-    site: two calls with the same noise need two numbers.
+    site: a number that differs between calls with the same noise.
   """
   if noise is None or rate == 0:
     return x
@@ -55,11 +53,10 @@ def dropout(
 
 
 def keep(noise: Noise, shape: tuple[int, ...], rate: float) -> jax.Array:
-  """Returns which elements are not dropped: bool of `shape`, (B, ...)."""
-  # Where `jax.random.bernoulli` computes 64 random bits for an element, of
-  # which it drops half, this takes 16: seven times as fast on CPU, where the
-  # other is a sixth of a training step. Elements are numbered dimension by
-  # dimension, so that each may lie divided over devices.
+  """Marks elements that are not dropped: bool of `shape`, (B, ...)."""
+  # 16 random bits for an element, not the 64 of `jax.random.bernoulli`, which
+  # takes a sixth of a training step on CPU: seven times as fast. The number of
+  # an element is a sum over dimensions, so any of them may be sharded.
   counts = (*shape[:-1], -(-shape[-1] // 4))
   row = noise.row_B.reshape(-1, *(1,) * (len(shape) - 1))
   row = jnp.broadcast_to(row, counts)

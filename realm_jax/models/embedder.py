@@ -1,8 +1,7 @@
-"""The retriever's towers: text to an E-wide vector, scored by inner product.
+"""The retriever: text to a vector of width E, scored by inner product.
 
-Public: `Embedder`, `score`. BERT -> tanh-pooled [CLS] -> linear -> LayerNorm
-(Guu et al. 2020, section 3.2; the LayerNorm as released). There is no L2 norm
-and no temperature.
+BERT -> tanh-pooled [CLS] -> linear -> LayerNorm (Guu et al. 2020, section 3.2;
+the LayerNorm as released), without L2 norm or temperature.
 """
 
 from flax import nnx
@@ -12,6 +11,9 @@ import jax.numpy as jnp
 from realm_jax import config as config_lib
 from realm_jax.models import bert
 from realm_jax.models import dropout
+
+# Prefix of the names of parameters that only queries pass through.
+QUERY_PREFIX = 'query_'
 
 
 class Projection(nnx.Module):
@@ -47,15 +49,14 @@ class PooledBert(nnx.Module):
 
 
 class Embedder(nnx.Module):
-  """Queries and documents in one space; `config.towers`: what they share."""
+  """Embeds queries and documents; `config.towers` says what they share."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.encoder = PooledBert(config, rngs=rngs)
     self.projection = Projection(config, rngs=rngs)
     self.towers = config.towers
-    # Towers begin as one: from towers that begin apart, a sentence is no nearer
-    # to itself than to any other, and what ICT learns from that is too little
-    # for REALM to begin with (docs/results.md).
+    # Both towers start from the same weights. With independent initialisation,
+    # ICT does not learn enough for REALM to start from (docs/results.md).
     if config.towers != 'shared':
       self.query_projection = nnx.clone(self.projection)
     if config.towers == 'separate':
@@ -64,7 +65,7 @@ class Embedder(nnx.Module):
   def embed_query(
       self, ids_BQ: jax.Array, noise: dropout.Noise | None = None
   ) -> jax.Array:
-    """Embeds `[CLS] x [SEP]`, all of segment 0. Returns float32 BE."""
+    """Embeds `[CLS] x [SEP]`, all segment 0; returns float32 BE."""
     separate = self.towers == 'separate'
     encoder = self.query_encoder if separate else self.encoder
     shared = self.towers == 'shared'
@@ -77,10 +78,10 @@ class Embedder(nnx.Module):
       types_BS: jax.Array,
       noise: dropout.Noise | None = None,
   ) -> jax.Array:
-    """Embeds `[CLS] title [SEP] body [SEP]`, segments 0 and 1: float32 BE."""
+    """Embeds `[CLS] title [SEP] body [SEP]`, returns float32 BE."""
     return self.projection(self.encoder(ids_BS, types_BS, noise))
 
 
 def score(query_emb_BE: jax.Array, doc_emb_BKE: jax.Array) -> jax.Array:
-  """Relevance f(x, z) = Embed_input(x)^T Embed_doc(z), float32 BK."""
+  """Returns f(x, z) = Embed_input(x)^T Embed_doc(z), float32 BK."""
   return jnp.einsum('BE,BKE->BK', query_emb_BE, doc_emb_BKE)

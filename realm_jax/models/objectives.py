@@ -1,8 +1,6 @@
-"""The objectives, as pure functions of scores and log-probabilities.
+"""The losses, as pure functions of scores and log-probabilities.
 
-Public: `marginal_mlm` (REALM pre-training), `masked_mlm` (reader warm-up),
-`in_batch_softmax` (ICT). All in float32; `aux` holds per-example arrays and
-scalar metrics.
+All compute in float32; `aux` holds per-example arrays and scalar metrics.
 """
 
 from typing import Any
@@ -19,10 +17,10 @@ def marginal_mlm(
     mask_BM: jax.Array,
     granularity: str = 'span',
 ) -> tuple[jax.Array, Aux]:
-  """Negative log-likelihood of the masks, marginal over the candidates.
+  """The loss of REALM pre-training (Guu et al. 2020, eq. 1 and 2).
 
-  With p(z|x) the softmax of the scores over the K candidates (candidate 0 is
-  the null document), Guu et al. 2020, eq. 1 and 2:
+  Negative log-likelihood of the masks, marginal over the K candidates, with
+  p(k|x) the softmax of the scores; candidate 0 is the null document:
 
     span:  - mean_B log sum_k p(k|x) prod_j p(y_j|k,x)
     token: - sum_Bj log sum_k p(k|x) p(y_j|k,x) / number of masks (as released)
@@ -33,7 +31,7 @@ def marginal_mlm(
   Args:
     score_BK: relevance of each candidate.
     token_logp_BKM: log p(y_j | k, x); ignored where not masked.
-    mask_BM: which slots hold a mask. An example without any counts nothing.
+    mask_BM: slots that hold a mask. Examples without a mask are left out.
     granularity: 'span' or 'token'.
 
   Returns:
@@ -44,8 +42,7 @@ def marginal_mlm(
     ValueError: for another granularity.
   """
   mask_BM = mask_BM.astype(bool)
-  # Selected before any arithmetic, so that a nan in an unused slot cannot
-  # reach the gradient.
+  # Before any arithmetic: a nan in an unused slot must not reach the gradient.
   token_logp_BKM = jnp.where(
       mask_BM[:, None], token_logp_BKM.astype(jnp.float32), 0.0
   )
@@ -80,7 +77,7 @@ def marginal_mlm(
 def masked_mlm(
     token_logp_BM: jax.Array, mask_BM: jax.Array
 ) -> tuple[jax.Array, Aux]:
-  """Mean negative log-likelihood of the masked wordpieces of one input."""
+  """The loss of the reader warm-up: mean negative log-likelihood of masks."""
   mask_BM = mask_BM.astype(bool)
   total = jnp.where(mask_BM, token_logp_BM, 0.0).sum()
   return -total / jnp.maximum(mask_BM.sum(), 1), {}
@@ -92,19 +89,17 @@ def in_batch_softmax(
     first: jax.typing.ArrayLike = 0,
     same_BC: jax.Array | None = None,
 ) -> tuple[jax.Array, Aux]:
-  """The inverse cloze task: find one's own document among the batch's.
+  """The loss of the inverse cloze task (Lee et al. 2019, section 4.1).
 
-  Softmax over the documents of the whole global batch (Lee et al. 2019,
-  section 4.1).
+  Cross-entropy of a query's own document among those of the global batch.
 
   Args:
-    query_emb_BE: of the whole batch, or of some rows in a piece.
+    query_emb_BE: of the whole batch, or of consecutive rows of it.
     doc_emb_CE: of the whole batch.
     first: the document of query i is number first + i.
-    same_BC: which documents are of the passage of the query's own document.
-      They are no negatives: another copy of the passage, from which another
-      sentence was removed, holds the query word for word. None: no two
-      documents are of one passage.
+    same_BC: documents of the same passage as the query's own document. They are
+      no negatives: a copy of the passage from which another sentence was
+      removed contains the query. None: all documents are of different passages.
 
   Returns:
     The mean cross-entropy, and aux: accuracy, the share of queries whose own
@@ -118,15 +113,15 @@ def in_batch_softmax(
     logits_BC = jnp.where(same_BC & others_BC, -jnp.inf, logits_BC)
   own_B = jnp.take_along_axis(logits_BC, own[:, None], axis=1)[:, 0]
   loss = (jax.nn.logsumexp(logits_BC, axis=1) - own_B).mean()
-  # A tie of n best documents counts 1/n, the chance of a draw among them: a
-  # retriever whose embeddings are all equal is right once in C.
+  # A tie of n best documents counts 1/n: if all embeddings are equal, the
+  # accuracy is 1/C.
   best_B = logits_BC.max(axis=1)
   ties_B = (logits_BC == best_B[:, None]).sum(axis=1)
   return loss, {'accuracy': ((own_B == best_B) / ties_B).mean()}
 
 
 def retrieval_metrics(aux: Aux, counts_B: Any) -> dict[str, jax.Array]:
-  """Scalar summaries of a `marginal_mlm` aux, over examples that count."""
+  """Returns scalar metrics of `marginal_mlm`'s aux; counts_B are weights."""
   weight_B = counts_B / jnp.maximum(counts_B.sum(), 1)
   p_BK = jnp.exp(aux['retriever_logp_BK'])
   real_BK = p_BK[:, 1:]

@@ -1,7 +1,7 @@
-"""The knowledge-augmented encoder: BERT over sentence and document, MLM head.
+"""The knowledge-augmented encoder (Guu et al. 2020, section 3.2).
 
-Public: `Reader` (Guu et al. 2020, section 3.2). Its BERT is not the
-embedder's. The vocabulary projection runs at the masked positions only.
+BERT over sentence and document, with an MLM head. The vocabulary projection
+runs at the masked positions only.
 """
 
 from flax import nnx
@@ -14,7 +14,7 @@ from realm_jax.models import dropout
 
 
 class Reader(nnx.Module):
-  """Fills the masks of `[CLS] x [SEP] body [SEP]`."""
+  """Predicts the masked wordpieces of `[CLS] x [SEP] body [SEP]`."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.bert = bert.Bert(config, rngs=rngs)
@@ -31,16 +31,15 @@ class Reader(nnx.Module):
       positions_BM: jax.Array,
       noise: dropout.Noise | None = None,
   ) -> jax.Array:
-    """Scores the vocabulary at each masked position.
+    """Returns logits over the vocabulary, float32 BMV.
+
+    The output embedding is the input embedding.
 
     Args:
       ids_BT: `[CLS] x [SEP] body [SEP]` with masks, int32.
       types_BT: 0 for the sentence, 1 for the body.
-      positions_BM: where the masks are; unused slots may hold any position.
+      positions_BM: of the masks; unused slots may hold any position.
       noise: for dropout; None for none.
-
-    Returns:
-      Logits, float32 BMV. The output embedding is the input embedding.
     """
     hidden_BMD = self.bert(ids_BT, types_BT, positions_BM, noise)
     b, m, d = hidden_BMD.shape
@@ -64,7 +63,7 @@ class Reader(nnx.Module):
       targets_BM: jax.Array,
       noise: dropout.Noise | None = None,
   ) -> jax.Array:
-    """Log-probability of each masked wordpiece, float32 BM."""
+    """Returns the log-probability of each masked wordpiece, float32 BM."""
     logits_BMV = self.mlm_logits(ids_BT, types_BT, positions_BM, noise)
     target_BM = jnp.take_along_axis(
         logits_BMV, targets_BM[..., None], axis=-1

@@ -1,9 +1,8 @@
 """The reader of open-domain questions: BERT and a score for each answer span.
 
-Public: `SpanReader`, `spans`, `inside`, `correct_spans`, `joint_scores`,
-`best_span`, `span_losses` (Lee et al. 2019, section 4.2; Guu et al. 2020,
-section 4.3). It reads `[CLS] question [SEP] passage [SEP]`; a span may only lie
-in the passage. P spans are numbered by width, then by start.
+Lee et al. 2019, section 4.2; Guu et al. 2020, section 4.3. The input is `[CLS]
+question [SEP] passage [SEP]`, answers are spans of the passage. The P spans are
+numbered by width, then by start.
 """
 
 from flax import nnx
@@ -19,10 +18,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 
 def spans(length: int, max_width: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns first and last wordpiece of each span, int32 P each.
-
-  There are sum_w (length - w + 1) of them, w = 1 to max_width.
-  """
+  """Returns first and last wordpiece of each span, int32 P each."""
   widths = range(1, min(max_width, length) + 1)
   starts = [np.arange(length - w + 1, dtype=np.int32) for w in widths]
   ends = [s + np.int32(w - 1) for w, s in zip(widths, starts, strict=True)]
@@ -34,13 +30,13 @@ class SpanReader(nnx.Module):
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.bert = bert.Bert(config, rngs=rngs)
-    # Of start and end at once: their sum is what the MLP sees.
+    # Projections of start and end in one matmul; the MLP sees their sum.
     self.intermediate = bert.linear(
         config, config.width, 2 * config.span_width, rngs
     )
     self.norm = nnx.LayerNorm(
         config.span_width,
-        # Not that of BERT: the original's head was made with Keras.
+        # Differs from BERT's: the original head was made with Keras.
         epsilon=config.span_norm_eps,
         use_fast_variance=False,
         dtype=jnp.float32,
@@ -56,17 +52,14 @@ class SpanReader(nnx.Module):
       passage_mask_BT: jax.Array,
       noise: dropout.Noise | None = None,
   ) -> jax.Array:
-    """Scores the spans of one passage each.
+    """Returns logits of the spans, float32 BP, without the passage's score.
 
     Args:
       ids_BT: `[CLS] question [SEP] passage [SEP]`, int32.
       types_BT: 0 for the question, 1 for the passage.
-      passage_mask_BT: true where a span may begin and end.
+      passage_mask_BT: true where a span may start and end; the logits of other
+        spans are the lowest float.
       noise: for dropout; None for none.
-
-    Returns:
-      logits_BP, float32; the lowest float where a span may not be. The
-      relevance of the passage is not in it.
     """
     b, t = ids_BT.shape
     hidden_BTD = self.bert(ids_BT, types_BT, noise=noise)
@@ -87,33 +80,10 @@ def inside(body_BK2: jax.Array, length: int) -> jax.Array:
   return (place_T >= start_BK1) & (place_T < limit_BK1)
 
 
-def correct_spans(
-    gold_starts_BKA: jax.Array,
-    gold_ends_BKA: jax.Array,
-    length: int,
-    max_width: int,
-) -> jax.Array:
-  """Tells which spans are an answer, bool BKP.
-
-  Args:
-    gold_starts_BKA: first wordpiece of each of A answers; -1 for none. An
-      answer that is too wide or past the end is no span's.
-    gold_ends_BKA: their last wordpieces, inclusive.
-    length: T, of the input.
-    max_width: of a span.
-  """
-  starts_P, ends_P = spans(length, max_width)
-  return jnp.any(
-      (gold_starts_BKA[..., None] == starts_P)
-      & (gold_ends_BKA[..., None] == ends_P),
-      axis=-2,
-  )
-
-
 def joint_scores(
     logits_BKP: jax.Array, score_BK: jax.Array, normalization: str = 'global'
 ) -> jax.Array:
-  """Scores of passage and span together, of which a softmax is taken.
+  """Returns the joint logits of passage and span, BKP.
 
     global:  logit(p, k) + score(k), as released
     passage: log p(k|x) + log p(p|k, x), the paper's p(z|x) p(y|z, x)
@@ -133,21 +103,6 @@ def joint_scores(
   )
 
 
-def best_span(
-    logits_BKP: jax.Array,
-    score_BK: jax.Array,
-    length: int,
-    max_width: int,
-    normalization: str = 'global',
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the passage k, first and last wordpiece of the best span, int B."""
-  starts_P, ends_P = spans(length, max_width)
-  total_BKP = joint_scores(logits_BKP, score_BK, normalization)
-  best_B = jnp.argmax(total_BKP.reshape(total_BKP.shape[0], -1), axis=-1)
-  passage_B, span_B = jnp.divmod(best_B, total_BKP.shape[-1])
-  return passage_B, jnp.asarray(starts_P)[span_B], jnp.asarray(ends_P)[span_B]
-
-
 def span_losses(
     logits_BKP: jax.Array,
     score_BN: jax.Array,
@@ -160,20 +115,21 @@ def span_losses(
     retriever: - log sum_{n has an answer} softmax_n(score)
     reader:    - log sum_{(k, p) correct} softmax_{k, p}(joint score)
 
-  Each is 0, without a gradient, for a question that has nothing correct.
+  Each is 0, without a gradient, for a question without a correct passage or
+  span.
 
   Args:
     logits_BKP: of the spans of the K passages that are read.
     score_BN: relevance of N >= K retrieved passages, best first.
-    correct_BKP: which spans are an answer.
-    has_answer_BN: which passages hold one.
+    correct_BKP: spans that are an answer.
+    has_answer_BN: passages that hold an answer.
     normalization: see `joint_scores`.
 
   Returns:
-    Their sum, mean over the questions, and aux: `retriever_loss`,
-    `reader_loss` likewise; `retrieved`, `readable`: the share of the questions
-    with an answer among the N passages, and among the spans that are read;
-    `exact_match`: the share whose best span is an answer.
+    Their sum, and aux, all means over the questions: `retriever_loss` and
+    `reader_loss`; the shares of questions with an answer among the N passages
+    (`retrieved`), among the K x P spans (`readable`) and in the best span
+    (`exact_match`).
   """
   b, k, p = logits_BKP.shape
   total_BKP = joint_scores(logits_BKP, score_BN[:, :k], normalization)
@@ -194,8 +150,8 @@ def span_losses(
 
 def _marginal(logits_BL: jax.Array, correct_BL: jax.Array) -> jax.Array:
   any_B = correct_BL.any(-1)
-  # Where nothing is correct everything is, so that no infinity arises whose
-  # gradient `where` could not take back.
+  # A row without anything correct counts all as correct: the final `where`
+  # cannot remove the nan gradient of an infinite loss.
   correct_BL = jnp.where(any_B[:, None], correct_BL, True)
   found_B = jax.nn.logsumexp(logits_BL, axis=-1, where=correct_BL)
   loss_B = jax.nn.logsumexp(logits_BL, axis=-1) - found_B

@@ -1,8 +1,7 @@
-"""A tagger of named entities: BERT, and a label for each word.
+"""A tagger of named entities: BERT with a label for each word.
 
-Public: `Tagger`, `tagging_loss`, `decode`. The paper's salient spans come from
-such a tagger, trained on CoNLL 2003 (Guu et al. 2020, section 3.4); it was
-never released. The labels are those of corpus/entities.py.
+The paper's salient spans come from such a tagger, trained on CoNLL 2003 and
+never released (Guu et al. 2020, section 3.4). Labels: corpus/entities.py.
 """
 
 from flax import nnx
@@ -14,7 +13,7 @@ from realm_jax import config as config_lib
 from realm_jax.models import bert
 from realm_jax.models import dropout
 
-_NEVER = -1e9  # Added to a score, makes it that of nothing chosen.
+_NEVER = -1e9  # Added to the score of a forbidden transition.
 
 
 class Tagger(nnx.Module):
@@ -34,12 +33,12 @@ class Tagger(nnx.Module):
       types_BL: jax.Array,
       noise: dropout.Noise | None = None,
   ) -> jax.Array:
-    """Returns the scores of all labels at all wordpieces, float32 BLC.
+    """Returns logits of the labels of each wordpiece, float32 BLC.
 
     Args:
       ids_BL: `[CLS] sentence [SEP]`, int32.
-      types_BL: segment 1 for the words with a capital letter; left out of
-        account unless config.model.capitals.
+      types_BL: segment 1 for words with a capital letter; ignored unless
+        config.model.capitals.
       noise: for dropout; None for none.
     """
     if not self.capitals:
@@ -49,8 +48,9 @@ class Tagger(nnx.Module):
     logits = self.output(hidden_BLD.reshape(b * length, d))
     return logits.reshape(b, length, -1)
 
-  def tags(self, ids_BL: jax.Array, types_BL: jax.Array,
-           begins_BL: jax.Array) -> jax.Array:
+  def tags(
+      self, ids_BL: jax.Array, types_BL: jax.Array, begins_BL: jax.Array
+  ) -> jax.Array:
     """Returns the best labels, see `decode`."""
     return decode(self.label_logits(ids_BL, types_BL), begins_BL)
 
@@ -58,7 +58,7 @@ class Tagger(nnx.Module):
 def tagging_loss(
     logits_BLC: jax.Array, labels_BL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Mean cross-entropy and accuracy, over the labels that are not negative."""
+  """Returns mean cross-entropy and accuracy over labels >= 0."""
   known_BL = labels_BL >= 0
   count = jnp.maximum(known_BL.sum(), 1)
   logp_BLC = jax.nn.log_softmax(logits_BLC)
@@ -73,17 +73,16 @@ def tagging_loss(
 
 
 def decode(logits_BLC: jax.Array, begins_BL: jax.Array) -> jax.Array:
-  """The likeliest labels in which every I- goes on with a B- or an I-.
+  """Returns the most likely labels in which I-x follows only B-x or I-x.
 
-  Viterbi (1967) over the wordpieces that begin a word, with transitions that
-  are either free or forbidden.
+  Viterbi (1967) over the first wordpieces of words.
 
   Args:
     logits_BLC: scores of the labels O, B-x, I-x, B-y, I-y, ...
-    begins_BL: bool, the wordpieces that have a label.
+    begins_BL: bool, true for the first wordpiece of a word.
 
   Returns:
-    int32 BL: labels; -1 where there is none.
+    int32 BL: labels; -1 for other wordpieces.
   """
   num_labels = logits_BLC.shape[-1]
   allowed_CC, first_C = _transitions(num_labels)
@@ -102,7 +101,7 @@ def decode(logits_BLC: jax.Array, begins_BL: jax.Array) -> jax.Array:
     )
     return best_BC, before_BC
 
-  # Before the first word stands an O, as it were.
+  # The sequence starts in state O.
   start_BC = jnp.broadcast_to(first_C, logp_LBC.shape[1:])
   best_BC, before_LBC = jax.lax.scan(
       forward, start_BC, (logp_LBC, begins_LB)
@@ -121,7 +120,7 @@ def decode(logits_BLC: jax.Array, begins_BL: jax.Array) -> jax.Array:
 
 
 def _transitions(num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-  """What is added for label after label, and for what stands in front."""
+  """Returns the scores of transitions (from, to) and of the start state."""
   allowed_CC = np.zeros((num_labels, num_labels), np.float32)
   for inside in range(2, num_labels, 2):
     allowed_CC[:, inside] = _NEVER

@@ -1,19 +1,19 @@
-"""Memory of a training step and of a forward pass: estimates."""
+"""Estimates of the memory of a training step and of a forward pass."""
 
 from realm_jax import config as config_lib
 from realm_jax.models import flops
 
-STATE_BYTES = 12  # Of a parameter in a checkpoint: float32, and Adam's two.
-# What the backward pass finds of the forward pass. Of each layer but the last:
-# arrays of the size of the hidden states, of the MLP's, and of the attention's
-# logits, and bytes for each logit that may be dropped; then, of embedding, last
-# layer and head together, arrays of the size of the hidden states; and of the
-# gradients what is there when most activations are. Fitted to what XLA reports
-# in float32 on CPU for 16 small shapes of mlm, ict and realm, all of which this
-# meets within 4 %; tests/plan_test.py has others.
+STATE_BYTES = 12  # Per parameter in a checkpoint: float32, Adam's two moments.
+# Activations kept for the backward pass. Per layer except the last: arrays of
+# the size of the hidden states, of the MLP's, and of the attention logits, and
+# bytes for each logit that may be dropped. Embedding, last layer and head
+# together: arrays of the size of the hidden states. Gradients: the share that
+# is allocated when most activations are. Fitted to XLA's reports in float32 on
+# CPU for 16 small shapes of mlm, ict and realm, within 4 % of all of them;
+# tests/plan_test.py has other shapes.
 _HIDDEN, _MLP, _LOGITS, _LOGIT_DROPOUT_BYTES = 9.05, 3.25, 1.24, 5.8
 _ENDS, _GRADIENTS = 18.7, 0.63
-# Of `_HIDDEN`, those that mesh axis `model` divides: query, key, value, mixed.
+# The share of `_HIDDEN` that mesh axis `model` divides: query, key, value, mix.
 _BY_HEADS = 4.0
 # With remat=dots: a layer's input and the results of its matmuls with weights.
 _DOTS_HIDDEN, _DOTS_MLP = 6.0, 1.0
@@ -29,15 +29,15 @@ def step_memory(
 ) -> dict[str, float]:
   """Returns the bytes on each device at the peak of a step, by use.
 
-  On CPU, XLA recomputes for `remat` and keeps the activations all the same.
+  On CPU, XLA recomputes for `remat` but keeps the activations all the same.
 
   Args:
     config: resolved.
     sizes: number of parameters of each component.
     passes: of the stage.
-    data: devices along this axis of the mesh; they divide the rows.
-    model: along this one; they divide heads, MLP and vocabulary.
-    fused: whether the attention's kernel keeps no logits.
+    data: size of this mesh axis, which divides the rows.
+    model: size of this mesh axis, which divides heads, MLP and vocabulary.
+    fused: whether the attention kernel keeps no logits.
   """
   total = sum(sizes.values()) / model
   learned = total - sum(sizes[name] for name in config.optimizer.frozen) / model
@@ -49,12 +49,12 @@ def step_memory(
       for p in passes
   ]
   saved = sum((config.model.num_layers - 1) * remat for _, remat in layers)
-  if config.model.remat != 'none':  # And one layer, while it is computed again.
+  if config.model.remat != 'none':  # Plus one layer during recomputation.
     saved += max(whole for whole, _ in layers)
   ends = sum(4 * _ENDS * p.rows * p.length for p in passes)
   saved += ends * config.model.width / data / parts
   return {
-      # Divided, they are put together for the step.
+      # With ZeRO, the divided weights and the gathered copy.
       'weights': 4.0 * total * (1 + kept if config.mesh.zero else 1),
       'optimizer': 8.0 * learned * kept,
       'gradients': 4.0 * learned * _GRADIENTS * (2 if parts > 1 else 1),
@@ -65,25 +65,25 @@ def step_memory(
 def forward_memory(
     model: config_lib.ModelConfig, rows: int, length: int, fused: bool = False
 ) -> float:
-  """Bytes of a forward pass alone, which needs one layer at a time."""
+  """Returns the bytes of a forward pass, which needs one layer at a time."""
   one = flops.Pass('embedder', rows, length, 1, 0.0, dropout=False)
   return _layer_bytes(model, one, 1, fused)[0]
 
 
 def _layer_bytes(
-    model: config_lib.ModelConfig, one: flops.Pass, parts: int, fused: bool
+    model: config_lib.ModelConfig, one: flops.Pass, devices: int, fused: bool
 ) -> tuple[float, float]:
-  """Bytes that a layer keeps of its forward pass: all, and with its remat.
+  """Returns the bytes of a layer's activations: all, and those remat keeps.
 
-  `parts`: over how many devices heads and MLP are divided.
+  `devices` divide heads and MLP.
   """
   narrow = 2 if model.compute_dtype == 'bfloat16' else 4
   hidden = narrow * one.rows * one.length * model.width
-  mlp = narrow * one.rows * one.length * model.mlp_width / parts
-  logits = one.rows * model.num_heads * one.length**2 / parts
-  whole = (_HIDDEN - _BY_HEADS + _BY_HEADS / parts) * hidden + _MLP * mlp
+  mlp = narrow * one.rows * one.length * model.mlp_width / devices
+  logits = one.rows * model.num_heads * one.length**2 / devices
+  whole = (_HIDDEN - _BY_HEADS + _BY_HEADS / devices) * hidden + _MLP * mlp
   if not fused:
-    # The weights are in compute_dtype, what is left over in float32.
+    # The weights are in compute_dtype, the rest in float32.
     whole += (narrow + 4 * (_LOGITS - 1)) * logits
     if one.dropout and config_lib.attention_rate(model):
       whole += _LOGIT_DROPOUT_BYTES * logits

@@ -7,11 +7,12 @@ A chunk depends on the records of its task alone. Passages are made as in ORQA
 
 import bisect
 import collections
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import io
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -211,42 +212,36 @@ class Packer:
 
   def _pack(
       self, text: '_Text', budget: int, counts: collections.Counter[str]
-  ) -> list[tuple[int, int, int, int]]:
-    """Returns passages as (wordpiece range, byte range)."""
-    packed: list[list[int]] = []
-    for start, limit, byte_start, byte_limit in text.sentences:
-      if limit - start > budget:
+  ) -> list['Range']:
+    """Returns the ranges of the passages."""
+    packed: list[Range] = []
+    for sentence in text.sentences:
+      units = [sentence]
+      if sentence.limit - sentence.start > budget:
         counts['split_sentences'] += 1
-        units = self._split(text, start, limit, byte_start, byte_limit, budget)
-      else:
-        units = [[start, limit, byte_start, byte_limit]]
+        units = self._split(text, sentence, budget)
       for unit in units:
-        if packed and unit[1] - packed[-1][0] <= budget:
-          packed[-1][1], packed[-1][3] = unit[1], unit[3]
-        else:
-          packed.append(list(unit))
-    return [(a, b, c, d) for a, b, c, d in packed]
+        if packed and unit.limit - packed[-1].start <= budget:
+          start, _, byte_start, _ = packed.pop()
+          unit = Range(start, unit.limit, byte_start, unit.byte_limit)
+        packed.append(unit)
+    return packed
 
   def _split(
-      self,
-      text: '_Text',
-      start: int,
-      limit: int,
-      byte_start: int,
-      byte_limit: int,
-      budget: int,
-  ) -> list[list[int]]:
+      self, text: '_Text', sentence: 'Range', budget: int
+  ) -> list['Range']:
     """Cuts a sentence between words; inside a word if it exceeds a passage."""
     words = self._tokenizer.starts_word[text.ids]
+    start, limit, byte_start, byte_limit = sentence
     pieces = []
     while limit - start > budget:
       cut = start + budget
       while cut > start and not words[cut]:
         cut -= 1
       cut = cut if cut > start else start + budget
-      pieces.append([start, cut, byte_start, int(text.starts[cut])])
-      start, byte_start = cut, int(text.starts[cut])
-    return [*pieces, [start, limit, byte_start, byte_limit]]
+      pieces.append(Range(start, cut, byte_start, text.starts_list[cut]))
+      start, byte_start = cut, text.starts_list[cut]
+    return [*pieces, Range(start, limit, byte_start, byte_limit)]
 
   def _add_sentences(
       self,
@@ -261,9 +256,9 @@ class Packer:
     if record.spans is None:
       names = salient_spans_lib.document_names(record.text)
     num_outside = len(record.spans or ())
-    for start, limit, byte_start, byte_limit in text.sentences:
+    for sentence in text.sentences:
+      start, limit, byte_start, byte_limit = sentence
       counts['sentences'] += 1
-      length = limit - start
       passage, base = -1, 0
       if passages:
         at = bisect.bisect_left(text.passages, limit, key=lambda p: p[0])
@@ -271,12 +266,12 @@ class Packer:
         if start + base < builder.starts[passage]:  # The sentence is split.
           counts['sentences_split'] += 1
           continue
-      if not settings.min_sentence <= length <= settings.max_sentence:
+      if not settings.min_sentence <= limit - start <= settings.max_sentence:
         counts['sentences_too_short_or_long'] += 1
         continue
-      sentence = text.slice(byte_start, byte_limit)
+      content = text.slice(byte_start, byte_limit)
       if record.spans is None:
-        found = salient_spans_lib.find_spans(sentence, names)
+        found = salient_spans_lib.find_spans(content, names)
       else:
         found = [
             (a - byte_start, b - byte_start)
@@ -284,35 +279,52 @@ class Packer:
             if byte_start <= a and b <= byte_limit
         ]
         num_outside -= len(found)
-      ranges: dict[tuple[int, int], tuple[int, int]] = {}
-      for a, b in found:
-        first = bisect.bisect_left(
-            text.starts_list, a + byte_start, start, limit
-        )
-        last = bisect.bisect_right(
-            text.limits_list, b + byte_start, start, limit
-        )
-        if first >= last:
-          counts['spans_without_wordpieces'] += 1
-        elif length - (last - first) < settings.min_context:
-          counts['spans_without_context'] += 1
-        else:
-          ranges.setdefault((first - start, last - start), (a, b))
-      if not ranges:
+      spans = self._in_wordpieces(found, text, sentence, counts)
+      if not spans:
         counts['sentences_without_spans'] += 1
         continue
       if not passages:
         base = builder.add_tokens(text.ids[start:limit]) - start
       builder.add_sentence(
-          sentence,
+          content,
           record.title,
           aside,
           start + base,
-          length,
+          limit - start,
           passage,
-          ranges,
+          spans,
       )
     counts['spans_outside_sentences'] += num_outside
+
+  def _in_wordpieces(
+      self,
+      spans: Sequence[tuple[int, int]],
+      text: '_Text',
+      sentence: 'Range',
+      counts: collections.Counter[str],
+  ) -> dict[tuple[int, int], tuple[int, int]]:
+    """Maps the wordpiece ranges of usable spans to their byte ranges."""
+    start, limit, byte_start, _ = sentence
+    ranges: dict[tuple[int, int], tuple[int, int]] = {}
+    for a, b in spans:
+      first = bisect.bisect_left(text.starts_list, a + byte_start, start, limit)
+      last = bisect.bisect_right(text.limits_list, b + byte_start, start, limit)
+      if first >= last:
+        counts['spans_without_wordpieces'] += 1
+      elif limit - start - (last - first) < self._settings.min_context:
+        counts['spans_without_context'] += 1
+      else:
+        ranges.setdefault((first - start, last - start), (a, b))
+    return ranges
+
+
+class Range(NamedTuple):
+  """Half-open ranges of the same part of a text."""
+
+  start: int  # Wordpieces.
+  limit: int
+  byte_start: int
+  byte_limit: int
 
 
 class _Text:
@@ -333,8 +345,8 @@ class _Text:
     """Returns the text between two bytes, without surrounding spaces."""
     return self._data[start:limit].decode('utf-8', 'ignore').strip()
 
-  def _find_sentences(self, text: str) -> list[tuple[int, int, int, int]]:
-    """Returns sentences as (wordpiece range, byte range), without gaps."""
+  def _find_sentences(self, text: str) -> list[Range]:
+    """Returns the ranges of sentences, whose wordpieces have no gaps."""
     to_byte = tokenizer_lib.byte_positions(text)
     characters = salient_spans_lib.split_sentences(text) or [(0, len(text))]
     found = to_byte[np.array(characters)]
@@ -343,7 +355,7 @@ class _Text:
     first = [0, *cuts.tolist()]
     last = [*cuts.tolist(), len(self.ids)]
     return [
-        (a, b, byte_start, byte_limit)
+        Range(a, b, byte_start, byte_limit)
         for a, b, (byte_start, byte_limit) in zip(
             first, last, found.tolist(), strict=True
         )

@@ -6,7 +6,7 @@ so the corpus has the same bytes. Reading the sources and writing the corpus are
 a twentieth of the work and stay in this process.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import itertools
 import os
@@ -29,11 +29,11 @@ class Pipeline:
       self,
       tokenizer: tokenizer_lib.Tokenizer,
       settings: passages.Settings,
-      chunks: workers_lib.ChunkFiles,
+      chunk_path: Callable[[str], pathlib.Path],
       workers: int,
   ):
     self._tokenizer, self._settings = tokenizer, settings
-    self._chunks, self._workers = chunks, workers
+    self._chunk_path, self._workers = chunk_path, workers
     self._recipe = (tuple(tokenizer.vocab), tokenizer.lowercase, settings)
 
   def run(self, tasks: Iterator[passages.Task]) -> Iterator[passages.Chunk]:
@@ -43,7 +43,7 @@ class Pipeline:
     if self._workers == 1 or len(first) < 2:
       packer = passages.Packer(self._tokenizer, self._settings)
       for task in tasks:
-        path = self._chunks.path(task.digest)
+        path = self._chunk_path(task.digest)
         chunk = _read(path)
         if chunk is None:
           chunk = packer(task)
@@ -53,7 +53,7 @@ class Pipeline:
       return
     for path in workers_lib.map_ordered(
         _write_chunk,
-        ((task, self._chunks.path(task.digest)) for task in tasks),
+        ((task, self._chunk_path(task.digest)) for task in tasks),
         self._workers,
         functools.partial(_set_recipe, self._recipe),
     ):
@@ -79,7 +79,7 @@ class Pipeline:
 
     paths = []
     for task in tasks:
-      path = self._chunks.path(task.digest)
+      path = self._chunk_path(task.digest)
       if not path.exists():
         paths.append(os.fspath(path))
         path.with_suffix(_TASK_SUFFIX).write_bytes(task.to_bytes())

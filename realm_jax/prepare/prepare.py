@@ -84,30 +84,20 @@ class Options:
   skip_bad_records: bool = False
 
   def __post_init__(self) -> None:
-    similarity = self.near_duplicates
+    longest, shortest = self.max_sentence, self.min_sentence
+    fraction, size = self.validation_fraction, self.vocab_size
+    similarity, kinds = self.near_duplicates, filters.KINDS
     for name, ok, expected in (
         ('max_wordpieces', 8 <= self.max_wordpieces <= 65_535, '8 to 65,535'),
         (
             'min_sentence',
-            1 <= self.min_sentence <= self.max_sentence,
-            f'1 to max_sentence, which is {self.max_sentence}',
+            1 <= shortest <= longest,
+            f'1 to max_sentence, which is {longest}',
         ),
-        (
-            'validation_fraction',
-            0 <= self.validation_fraction < 1,
-            'at least 0 and below 1',
-        ),
-        (
-            'vocab_size',
-            self.vocab_size is None or self.vocab_size > 0,
-            'positive',
-        ),
+        ('validation_fraction', 0 <= fraction < 1, 'at least 0 and below 1'),
+        ('vocab_size', size is None or size > 0, 'positive'),
         ('workers', self.num_workers >= 1, 'at least 1'),
-        (
-            'exclude',
-            set(self.exclude) <= set(filters.KINDS),
-            f'some of {", ".join(filters.KINDS)}',
-        ),
+        ('exclude', {*self.exclude} <= {*kinds}, f'some of {", ".join(kinds)}'),
         (
             'near_duplicates',
             similarity is None or 0 < similarity <= 1,
@@ -118,7 +108,7 @@ class Options:
         raise ValueError(
             f'{name} is {getattr(self, name)}; it must be {expected}.'
         )
-    if self.near_duplicates is not None:
+    if similarity is not None:
       filters.check_rensa_installed()
     if self.beam is not None:
       pipeline_lib.check_beam_installed()
@@ -198,9 +188,8 @@ def prepare(
   # Only sentences of the last input are trained on, so only these are split.
   if not any(one.records.marked for one in inputs):
     inputs[-1].validation_fraction = chosen.validation_fraction
-  settings: dict[str, Any] = _manifest_settings(
-      chosen.settings, inputs[-1].validation_fraction
-  )
+  fraction = inputs[-1].validation_fraction
+  settings = _manifest_settings(chosen.settings, fraction)
   if chosen.near_duplicates is not None:
     settings['near_duplicates'] = chosen.near_duplicates
   return _write(
@@ -277,14 +266,14 @@ def _write(
   }
   with (
       files.atomic_folder(output, overwrite) as directory,
-      workers_lib.chunk_files(output, made_with) as chunks,
+      workers_lib.chunk_files(output, made_with) as chunk_path,
   ):
     tokenizer.save(directory)
     writer = writer_lib.CorpusWriter(directory, tokenizer, len(inputs) > 1)
     pipeline = pipeline_lib.Pipeline(
         tokenizer,
         options.settings,
-        chunks,
+        chunk_path,
         # Beam leaves nothing for a pool to do.
         options.num_workers if options.beam is None else 1,
     )
@@ -297,10 +286,9 @@ def _write(
           ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions),
           encoding='utf-8',
       )
-    records = [one.records for one in inputs]
     skipped = {
-        'count': sum(source.skipped for source in records),
-        'first': [p for source in records for p in source.skipped_list][:20],
+        'count': sum(one.records.skipped for one in inputs),
+        'first': [p for one in inputs for p in one.records.skipped_list][:20],
     }
     manifest = writer.close(settings, skipped, need_sentences)
   _warn(manifest['counts'])

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,6 +17,7 @@ import tqdm
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.prepare import passages as passages_lib
 from realm_jax.prepare import tfds_files
 from realm_jax.prepare import workers as workers_lib
 from realm_jax.prepare import writer as writer_lib
@@ -27,14 +28,7 @@ _BLOCK = 2**14  # Sentences that are read and tagged at a time.
 # the table. A larger one shows that another version made the corpus.
 _MAX_DIFFERENT = 0.1
 
-
-class Span(NamedTuple):
-  """Half-open ranges of the same part of a sentence."""
-
-  start: int  # Wordpieces.
-  limit: int
-  byte_start: int
-  byte_limit: int
+Span = passages_lib.Range  # Of a sentence.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +92,7 @@ def replace_spans(
   made_with = {**settings, 'corpus': corpus.fingerprint, 'sentences': _BLOCK}
   with (
       files.atomic_folder(output, overwrite) as directory,
-      workers_lib.chunk_files(output, made_with) as chunks,
+      workers_lib.chunk_files(output, made_with) as chunk_path,
   ):
     _copy_unchanged(corpus.directory, directory)
     writer = _SpanWriter(directory, list(corpus.sentences))
@@ -110,7 +104,7 @@ def replace_spans(
     ) as bar:
       for split, table in corpus.sentences.items():
         for rows, titles, sentences in read(corpus, split):
-          path = chunks.path(f'{split}-{rows[0]}')
+          path = chunk_path(f'{split}-{rows[0]}')
           found = _load(path, len(sentences))
           if found is None:
             found = _usable(find(sentences), sentences, corpus)
@@ -248,7 +242,7 @@ class _SpanWriter:
     self._directory = directory
     self._records = writer_lib.sentence_records(directory)
     self._columns = {
-        split: writer_lib.SpanColumns(directory / 'tables', split)
+        split: writer_lib.span_writer(directory / 'tables', split)
         for split in splits
     }
 

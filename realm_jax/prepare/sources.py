@@ -122,14 +122,16 @@ class PythonObject:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonLines:
-  """A file with a JSON object on each line."""
-
+class _File:
   path: pathlib.Path
 
   @property
   def name(self) -> str:
     return str(self.path)
+
+
+class JsonLines(_File):
+  """A file with a JSON object on each line."""
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     for i, line in enumerate(lines_lib.lines(self.path), start=1):
@@ -137,18 +139,13 @@ class JsonLines:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainText:
+class PlainText(_File):
   """A file that is one article; the title is the name of the file.
 
   A first line that repeats the title is removed.
   """
 
-  path: pathlib.Path
   id: str  # Its path in the folder of the source.
-
-  @property
-  def name(self) -> str:
-    return str(self.path)
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     data = b''.join(lines_lib.lines(self.path))
@@ -158,15 +155,8 @@ class PlainText:
     yield f'{self.path}:1', {'id': self.id, 'title': title, 'text': text}
 
 
-@dataclasses.dataclass(frozen=True)
-class WikiExtractor:
+class WikiExtractor(_File):
   """A file of <doc id=... title=...> blocks, or of JSON lines."""
-
-  path: pathlib.Path
-
-  @property
-  def name(self) -> str:
-    return str(self.path)
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     header: re.Match[str] | None = None

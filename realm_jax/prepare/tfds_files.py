@@ -57,6 +57,27 @@ class ArrayWriter:
     )
 
 
+class RangesWriter:
+  """Rows of several items: the rows in one .npy file, offsets in another."""
+
+  def __init__(self, tables: pathlib.Path, name: str, offsets_name: str):
+    self.count = 0
+    self._offsets = ArrayWriter(tables / f'{offsets_name}.npy', np.int64)
+    self._rows = ArrayWriter(tables / f'{name}.npy', np.int32, (2,))
+    self._offsets.append(np.zeros(1, np.int64))
+
+  def append(self, counts: np.ndarray, rows: np.ndarray) -> None:
+    """Appends the number of rows of each item, and the rows, int32 [R, 2]."""
+    self._offsets.append(self.count + np.cumsum(counts))
+    self._rows.append(rows)
+    self.count += len(rows)
+
+  def close(self) -> int:
+    """Completes the files and returns the number of rows."""
+    self._offsets.close()
+    return self._rows.close()
+
+
 class TokenWriter:
   """A flat file of wordpieces."""
 

@@ -91,25 +91,13 @@ def _start_worker(setup: Callable[[], None] | None) -> None:
     setup()
 
 
-class ChunkFiles:
-  """A folder of chunk files that were computed with the same settings."""
-
-  def __init__(self, directory: pathlib.Path):
-    self._directory = directory
-
-  def path(self, name: str) -> pathlib.Path:
-    """Returns the path of the chunk file of a name, existing or not."""
-    return self._directory / f'{name}{_SUFFIX}'
-
-  def __len__(self) -> int:
-    return sum(1 for _ in self._directory.glob(f'*{_SUFFIX}'))
-
-
 @contextlib.contextmanager
 def chunk_files(
     output: pathlib.Path, settings: dict[str, Any]
-) -> Iterator[ChunkFiles]:
+) -> Iterator[Callable[[str], pathlib.Path]]:
   """Opens the chunk files of an output; they remain only after a kill.
+
+  The result maps the name of a chunk to the path of its file.
 
   Args:
     output: the output of the run; its chunk files are in `.NAME.parts` in the
@@ -123,21 +111,21 @@ def chunk_files(
   directory = output.parent / f'.{output.name}.parts'
   directory.mkdir(parents=True, exist_ok=True)
   with files.folder_lock(directory, output):
-    chunks = ChunkFiles(directory)
+    count = sum(1 for _ in directory.glob(f'*{_SUFFIX}'))
     record = directory / 'made_with.json'
     wanted = json.dumps(settings, indent=2, sort_keys=True)
     found = record.read_text('utf-8') if record.is_file() else None
-    if found != wanted and len(chunks):
+    if found != wanted and count:
       log.warning(
           'The %d chunk files of an interrupted run in %s are discarded: they'
           ' were made with other settings.',
-          len(chunks),
+          count,
           directory,
       )
-    elif len(chunks):
+    elif count:
       log.info(
           'An interrupted run left %d chunk files in %s; they are reused.',
-          len(chunks),
+          count,
           directory,
       )
     try:
@@ -145,7 +133,7 @@ def chunk_files(
         for file in directory.iterdir():
           file.unlink()
         record.write_text(wanted, 'utf-8')
-      yield chunks
+      yield lambda name: directory / f'{name}{_SUFFIX}'
     except Exception:  # An interruption is no Exception and keeps the files.
       shutil.rmtree(directory, ignore_errors=True)
       raise

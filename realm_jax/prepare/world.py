@@ -1,17 +1,24 @@
-"""A generated, invented world: a mini-encyclopedia that training can learn.
+"""A generated, invented world: a small encyclopedia for training.
 
-Public: `generate` and its `World`, `MIN_ENTITIES`, `MAX_ENTITIES`. What can be
-said about whom, and in which words, is in world_text.py.
+The world is free of third-party text, and each stage of training has something
+of its own to learn: the knowledge and the pretraining corpus share entity names
+and values but no relation words, so ICT alone finds the entity but not the
+passage that states the fact. Questions use the relation words of the
+pretraining corpus in another order.
 
-The embedded default corpus, free of third-party text. It is built so that each
-stage of training has something of its own to learn: the knowledge corpus and
-the pretraining corpus share entity names and values but no relation words, so
-ICT alone finds the entity but not the passage that states the fact. Questions
-use the relation words of the pretraining corpus, in another order.
+world.json has the words. No syllable is a word of the texts, no name ends in
+`s`, because of possessives, and four syllables have an accent, because byte
+offsets must differ from characters. A pool has 16 to 50 values, so many
+entities share a value and it never identifies one; no pool is used twice for a
+kind of entity, so a value occurs in one passage of its entity. With a
+vocabulary of whole words, every sentence has at most 16 wordpieces with [CLS]
+and [SEP], and every passage 28.
 """
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+from importlib import resources
+import json
 import math
 import operator
 from typing import Any, NamedTuple, TypeVar
@@ -19,21 +26,19 @@ import zlib
 
 import numpy as np
 
-from realm_jax.prepare import world_text
-
 _T = TypeVar('_T')
 
-MIN_ENTITIES, MAX_ENTITIES = 20, 100_000  # What pools and names are made for.
-# Kind of entity -> its share of the world; people take what is left.
+MIN_ENTITIES, MAX_ENTITIES = 20, 100_000  # Bounds for the pools and names.
+# Share of each kind of entity; people take the remainder.
 _SHARES = {'person': 0.5, 'company': 0.18, 'town': 0.18, 'river': 0.14}
-_HELD_OUT = 0.1  # Of the facts.
+_HELD_OUT = 0.1  # Share of the facts.
 _PASSAGES_PER_FACT = 0.75  # 6 facts in 4.5 passages, one or two in each.
-_FILLER = 0.5  # Of the passages have a sentence that states no fact.
-# A pronoun for the name in the first and in the second sentence of a passage:
-# 0.4 of all sentences, as 3 in 4 sentences are the first of their passage.
+_FILLER = 0.5  # Share of the passages with a sentence that states no fact.
+# Probability of a pronoun in the first and the second sentence of a passage.
+# 3 in 4 sentences are the first of their passage, so 0.4 of all have one.
 _PRONOUN = (0.25, 0.85)
-_THREE_SYLLABLES = 0.25  # Of the words of names; the others have two.
-_MIDDLE_NAME = 0.4  # Of the people have one.
+_THREE_SYLLABLES = 0.25  # Share of the words of names; the others have two.
+_MIDDLE_NAME = 0.4  # Share of the people.
 
 _PRONOUNS = {  # Subject, possessive, object.
     'he': ('He', 'His', 'him'),
@@ -43,15 +48,44 @@ _PRONOUNS = {  # Subject, possessive, object.
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
-  """The three texts about one world; the records are ready for JSON.
+class Relation:
+  """A relation of a kind of entity to a pool of values, and its wordings.
 
-  `knowledge`: passages {id, title, article, text, spans}, an entity's in a
-    row. `spans` are the values, as UTF-8 byte offsets [start, limit) in text.
-  `pretraining`: sentences {id, title, text, spans}, those of held-out facts
-    also with `split: 'validation'`. The title is empty.
-  `questions`: one for each fact {question, answers, match, passage_id,
-    held_out}; `passage_id` is the one passage that states the fact.
+  In the wordings, `{v}` is the value with `{a}` its article, `{n}` the name,
+  `{s}` the name or its pronoun, `{p}` the possessive of that, `{o}` him, her or
+  it.
+  """
+
+  kind: str
+  pool: str
+  question: str
+  knowledge: list[str]
+  pretraining: list[str]
+
+
+_FILE = resources.files('realm_jax.prepare') / 'world.json'
+_TEXT = json.loads(_FILE.read_text('utf-8'))
+RELATIONS = [Relation(**relation) for relation in _TEXT['relations']]
+_SYLLABLES, _GENERICS, _VALUES = (
+    {name: words.split() for name, words in _TEXT[table].items()}
+    for table in ('syllables', 'generics', 'words')
+)
+_FILLERS = {  # Sentences of the knowledge corpus that state no fact.
+    kind: fillers + _TEXT['fillers_for_all']
+    for kind, fillers in _TEXT['fillers'].items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """The texts of a world; the records can be written as JSON.
+
+  knowledge: passages {id, title, article, text, spans}; those of an entity are
+    adjacent. `spans` are the values, as UTF-8 byte offsets [start, limit).
+  pretraining: sentences {id, title, text, spans} without title, and with
+    `split: 'validation'` if they state a held-out fact.
+  questions: {question, answers, match, passage_id, held_out} for each fact;
+    `passage_id` is the only passage that states the fact.
   """
 
   knowledge: list[dict[str, Any]]
@@ -60,18 +94,18 @@ class World:
 
 
 def generate(seed: int, entities: int = 1000) -> World:
-  """Makes the world of a seed.
+  """Generates the world of a seed.
 
-  A seed and a size mean the same world with any version of Python and numpy:
-  only uniform doubles are drawn, in a stream for each purpose.
+  The world is the same with any version of Python and numpy, as it is made from
+  uniform doubles only, with a random stream for each purpose.
 
   Args:
     seed: not negative.
-    entities: people, companies, towns and rivers together, with six facts and
-      4.5 passages each on average; from `MIN_ENTITIES` to `MAX_ENTITIES`.
+    entities: number of people, companies, towns and rivers, from `MIN_ENTITIES`
+      to `MAX_ENTITIES`. They have six facts and 4.5 passages on average.
 
   Raises:
-    ValueError: for a seed or a size outside these bounds.
+    ValueError: the seed or the size is out of bounds.
   """
   seed, entities = operator.index(seed), operator.index(entities)
   if seed < 0:
@@ -79,7 +113,8 @@ def generate(seed: int, entities: int = 1000) -> World:
   if not MIN_ENTITIES <= entities <= MAX_ENTITIES:
     raise ValueError(
         f'a world of {entities} entities is out of bounds; it must have '
-        f'{MIN_ENTITIES} to {MAX_ENTITIES} of them')
+        f'{MIN_ENTITIES} to {MAX_ENTITIES} of them'
+    )
   all_pools = _pools(_Stream(seed, 'regions'))
   counts = {kind: int(entities * share) for kind, share in _SHARES.items()}
   counts['person'] += entities - sum(counts.values())
@@ -87,27 +122,33 @@ def generate(seed: int, entities: int = 1000) -> World:
   world = World([], [], [])
   names = _Names(_Stream(seed, 'names'), entities)
   for kind, count in counts.items():
-    relations = [r for r in world_text.RELATIONS if r.kind == kind]
+    relations = [r for r in RELATIONS if r.kind == kind]
     stream = _Stream(seed, kind)
     values = _Stream(seed, f'{kind} values')
     numbered = range(count * len(relations))  # The facts.
-    held_out = set(_Stream(seed, f'{kind} held out').shuffled(numbered)[
-        :round(_HELD_OUT * len(numbered))])
+    order = _Stream(seed, f'{kind} held out').shuffled(numbered)
+    held_out = set(order[: round(_HELD_OUT * len(numbered))])
     width = max(4, len(str(count - 1)))
     for number in range(count):
       name, pronoun = names.draw(kind)
       entity = _Entity(f'{kind}-{number:0{width}d}', kind, name, pronoun)
       facts = [
           _Fact(relation, values.pick(all_pools[relation.pool]), i in held_out)
-          for i, relation in enumerate(relations, number * len(relations))]
+          for i, relation in enumerate(relations, number * len(relations))
+      ]
       passages, gold = _passages(entity, facts, stream)
       world.knowledge.extend(passages)
       world.pretraining.extend(_sentences(entity, facts, stream))
       world.questions.extend(
-          {'question': fact.relation.question.format(n=name),
-           'answers': [fact.value], 'match': 'string',
-           'passage_id': passage_id, 'held_out': fact.held_out}
-          for fact, passage_id in zip(facts, gold, strict=True))
+          {
+              'question': fact.relation.question.format(n=name),
+              'answers': [fact.value],
+              'match': 'string',
+              'passage_id': passage_id,
+              'held_out': fact.held_out,
+          }
+          for fact, passage_id in zip(facts, gold, strict=True)
+      )
   return world
 
 
@@ -119,22 +160,22 @@ class _Entity(NamedTuple):
 
 
 class _Fact(NamedTuple):
-  relation: world_text.Relation
+  relation: Relation
   value: str
   held_out: bool
 
 
 class _Stream:
-  """Draws of one purpose; uniform doubles are stable across numpy versions."""
+  """Random draws for one purpose, from uniform doubles."""
 
   def __init__(self, seed: int, purpose: str):
-    # Not hash(): it differs from one process to the next.
+    # Not hash(), which differs between processes.
     self._rng = np.random.default_rng([seed, zlib.crc32(purpose.encode())])
     self._drawn: Iterator[float] = iter(())
 
   def uniform(self) -> float:
     value = next(self._drawn, None)
-    if value is None:  # Drawn in blocks: a single draw costs ten times more.
+    if value is None:  # In blocks: a single draw takes ten times as long.
       self._drawn = iter(self._rng.random(1024).tolist())
       value = next(self._drawn)
     return value
@@ -148,52 +189,54 @@ class _Stream:
 
 
 def _pools(stream: _Stream) -> dict[str, list[str]]:
-  """The values of every pool, by its name."""
+  """Returns the values of every pool."""
   regions = [
-      (start + stream.pick(world_text.SYLLABLES['region'])).capitalize()
-      for start in stream.shuffled(world_text.SYLLABLES['start'])[:40]]
+      (start + stream.pick(_SYLLABLES['region'])).capitalize()
+      for start in stream.shuffled(_SYLLABLES['start'])[:40]
+  ]
   numbers = {
-      pool: [str(number) for number in numbers]
-      for pool, numbers in world_text.NUMBERS.items()
+      pool: [str(number) for number in range(*bounds)]
+      for pool, bounds in _TEXT['numbers'].items()
   }
-  return {**world_text.WORDS, **numbers, 'region': regions}
+  return {**_VALUES, **numbers, 'region': regions}
 
 
 class _Names:
-  """Unique names, made of words that several entities share.
+  """Unique names of words that several entities share.
 
-  A name of one word would end up as one wordpiece where the vocabulary is
-  large for the world, and retrieval would learn each by heart.
+  With a large vocabulary, a name of one word would become one wordpiece, and
+  retrieval would memorise it.
   """
 
   def __init__(self, stream: _Stream, entities: int):
     self._stream = stream
     self._taken: set[str] = set()
-    # Two words tell at least five times the entities apart, and in a world of
-    # 1,000 about nine names share each word.
+    # Two words distinguish at least five times as many entities as required. In
+    # a world of 1,000, about nine names share each word.
     size = math.isqrt(10 * entities)
     self._families = self._words('family', max(100, size))
     self._places = self._words('place', max(40, size // 2))
     self._streams = self._words('stream', max(40, size // 2))
     self._given = [
         (word, pronoun) for pronoun in ('she', 'he')
-        for word in self._words(pronoun, max(40, size // 4))]
+        for word in self._words(pronoun, max(40, size // 4))
+    ]
 
   def _words(self, ends: str, size: int) -> list[str]:
-    """So many different words."""
+    """Returns `size` different words with endings of a kind."""
     words: dict[str, None] = {}
     while len(words) < size:
-      # The ends of given names start with a vowel, middles end in one.
-      long = ends not in _PRONOUNS and (
-          self._stream.uniform() < _THREE_SYLLABLES)
-      words[''.join([
-          self._stream.pick(world_text.SYLLABLES['start']),
-          self._stream.pick(world_text.SYLLABLES['middle']) if long else '',
-          self._stream.pick(world_text.SYLLABLES[ends])]).capitalize()] = None
+      # The endings of given names start with a vowel, and middles end in one.
+      long = ends not in _PRONOUNS and self._stream.uniform() < _THREE_SYLLABLES
+      word = self._stream.pick(_SYLLABLES['start'])
+      if long:
+        word += self._stream.pick(_SYLLABLES['middle'])
+      word += self._stream.pick(_SYLLABLES[ends])
+      words[word.capitalize()] = None
     return list(words)
 
   def draw(self, kind: str) -> tuple[str, str]:
-    """A name that was not drawn before, and its pronoun."""
+    """Returns a new name and its pronoun."""
     pick = self._stream.pick
     while True:
       pronoun, family = 'it', pick(self._families)
@@ -203,15 +246,11 @@ class _Names:
           middle = self._stream.uniform() < _MIDDLE_NAME
           words = [given, *([pick(self._families)] if middle else []), family]
         case 'company':
-          words = [
-              family,
-              pick(self._families),
-              pick(world_text.GENERICS[kind]),
-          ]
+          words = [family, pick(self._families), pick(_GENERICS[kind])]
         case 'town':
           words = [pick(self._places), family]
         case _:
-          words = [pick(self._streams), family, pick(world_text.GENERICS[kind])]
+          words = [pick(self._streams), family, pick(_GENERICS[kind])]
       name = ' '.join(words)
       if name not in self._taken and len(set(words)) == len(words):
         self._taken.add(name)
@@ -221,11 +260,11 @@ class _Names:
 def _passages(
     entity: _Entity, facts: list[_Fact], stream: _Stream
 ) -> tuple[list[dict[str, Any]], list[str]]:
-  """The passages of an entity, and for each fact the id of its passage."""
-  # Rounded at random, so that the mean holds for any number of facts.
+  """Returns the passages of an entity, and for each fact its passage's id."""
+  # Random rounding keeps the mean for any number of facts.
   count = int(len(facts) * _PASSAGES_PER_FACT + stream.uniform())
   order = stream.shuffled(range(len(facts)))
-  # One or two facts a passage, the passages with two at no fixed place.
+  # Passages have one or two facts, in random order.
   stated = stream.shuffled([order[start::count] for start in range(count)])
   records, gold = [], [''] * len(facts)
   for number, indices in enumerate(stated):
@@ -233,15 +272,13 @@ def _passages(
     parts: list[tuple[str, list[int]]] = []
     for place, i in enumerate(indices):
       gold[i] = passage_id
-      parts.append(_sentence(
-          stream.pick(facts[i].relation.knowledge), entity, facts[i].value,
-          by_pronoun=stream.uniform() < _PRONOUN[place]))
+      wording = stream.pick(facts[i].relation.knowledge)
+      by_pronoun = stream.uniform() < _PRONOUN[place]
+      parts.append(_sentence(wording, entity, facts[i].value, by_pronoun))
     if stream.uniform() < _FILLER:
-      filler = stream.pick(
-          world_text.FILLERS[entity.kind] + world_text.FILLERS_FOR_ALL
-      )
+      filler = stream.pick(_FILLERS[entity.kind])
       text, _ = _sentence(filler, entity, '', by_pronoun=True)
-      # Never first: a pronoun there had nothing but the title to refer to.
+      # Never first, where its pronoun would refer to the title only.
       parts.insert(stream.pick(range(1, len(parts) + 1)), (text, []))
     text, spans = '', []
     for sentence, span in parts:
@@ -250,8 +287,12 @@ def _passages(
         spans.append([len(text.encode()) + offset for offset in span])
       text += sentence
     records.append({
-        'id': passage_id, 'title': entity.name, 'article': entity.id,
-        'text': text, 'spans': spans})
+        'id': passage_id,
+        'title': entity.name,
+        'article': entity.id,
+        'text': text,
+        'spans': spans,
+    })
   return records, gold
 
 
@@ -262,11 +303,14 @@ def _sentences(
   number = 0
   for fact in facts:
     wordings = stream.shuffled(fact.relation.pretraining)
-    for wording in wordings[:2 + (stream.uniform() < 0.5)]:
+    for wording in wordings[: 2 + (stream.uniform() < 0.5)]:
       text, span = _sentence(wording, entity, fact.value, by_pronoun=False)
       record = {
-          'id': f'{entity.id}/{number}', 'title': '', 'text': text,
-          'spans': [span]}
+          'id': f'{entity.id}/{number}',
+          'title': '',
+          'text': text,
+          'spans': [span],
+      }
       if fact.held_out:
         record['split'] = 'validation'
       number += 1
@@ -276,15 +320,19 @@ def _sentences(
 def _sentence(
     wording: str, entity: _Entity, value: str, by_pronoun: bool
 ) -> tuple[str, list[int]]:
-  """A sentence and the UTF-8 byte offsets of the value in it."""
+  """Returns a sentence and the UTF-8 byte offsets of its value."""
   subject, possessive, object_ = _PRONOUNS[entity.pronoun]
   if not wording.startswith(('{s}', '{p}')):  # It is not the first word.
     subject, possessive = object_, possessive.lower()
   if not by_pronoun:
     subject, possessive = entity.name, f"{entity.name}'s"
   slots = {
-      'n': entity.name, 's': subject, 'p': possessive, 'o': object_,
-      'a': 'an' if value[:1] in tuple('aeiou') else 'a'}
+      'n': entity.name,
+      's': subject,
+      'p': possessive,
+      'o': object_,
+      'a': 'an' if value[:1] in tuple('aeiou') else 'a',
+  }
   before, _, after = wording.partition('{v}')
   before = before.format(**slots)
   start = len(before.encode())

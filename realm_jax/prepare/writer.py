@@ -52,7 +52,7 @@ class _SentenceWriter:
   def __init__(self, tables: pathlib.Path, split: str, tokens: str):
     self.tokens = tokens  # Name of the file that `starts` refers to.
     self.count = 0
-    self._spans = SpanColumns(tables, split)
+    self._spans = span_writer(tables, split)
     self._columns = {
         name: tfds_files.ArrayWriter(tables / f'{split}.{name}.npy', dtype)
         for name, dtype in (
@@ -85,31 +85,6 @@ class _SentenceWriter:
         'spans': self._spans.close(),
         'tokens': self.tokens,
     }
-
-
-class SpanColumns:
-  """The spans of one split, and their offsets."""
-
-  def __init__(self, tables: pathlib.Path, split: str):
-    self.count = 0
-    self._offsets = tfds_files.ArrayWriter(
-        tables / f'{split}.span_offsets.npy', np.int64
-    )
-    self._spans = tfds_files.ArrayWriter(
-        tables / f'{split}.spans.npy', np.int32, (2,)
-    )
-    self._offsets.append(np.zeros(1, np.int64))
-
-  def append(self, counts: np.ndarray, spans: np.ndarray) -> None:
-    """Appends the number of spans of each sentence, and the spans."""
-    self._offsets.append(self.count + np.cumsum(counts))
-    self._spans.append(spans)
-    self.count += len(spans)
-
-  def close(self) -> int:
-    """Completes the files and returns the number of spans."""
-    self._offsets.close()
-    return self._spans.close()
 
 
 class CorpusWriter:
@@ -295,33 +270,13 @@ class CorpusWriter:
 
   def _find_trivial(self, splits: dict[str, Any]) -> dict[str, int]:
     """Writes the tables of trivial candidates from the closed other tables."""
-
-    def load(name: str) -> np.ndarray:
-      return np.load(self._tables / f'{name}.npy', mmap_mode='r')
-
-    tokens = {
-        name: concatenated.Chained(
-            [tfds_files.TokenReader(self._tables / name, self._dtype)]
-        )
-        for name in self._tokens
-    }
-    passages = corpus_lib.PassageTable(
-        tokens['passage_tokens.bin'],
-        load('passage_offsets'),
-        load('title_lengths'),
-        load('articles'),
+    passages, sentences = corpus_lib.open_tables(
+        self._tables,
+        splits,
+        lambda path: concatenated.Chained(
+            [tfds_files.TokenReader(path, self._dtype)]
+        ),
     )
-    sentences = {
-        split: corpus_lib.SentenceTable(
-            tokens[values['tokens']],
-            load(f'{split}.starts'),
-            load(f'{split}.lengths'),
-            load(f'{split}.passages'),
-            load(f'{split}.span_offsets'),
-            load(f'{split}.spans'),
-        )
-        for split, values in splits.items()
-    }
     counts = write_trivial_tables(self._tables, passages, sentences)
     for split, table in sentences.items():
       held = counts[f'{split}_sentences_in_other_passages']
@@ -355,6 +310,15 @@ class CorpusWriter:
       )
 
 
+def span_writer(
+    tables: pathlib.Path, split: str
+) -> tfds_files.RangesWriter:
+  """Opens the tables of the spans of a split for writing."""
+  return tfds_files.RangesWriter(
+      tables, f'{split}.spans', f'{split}.span_offsets'
+  )
+
+
 def sentence_records(directory: pathlib.Path) -> tfds_files.DatasetWriter:
   """Opens the TFDS dataset of the sentences for writing."""
   return tfds_files.DatasetWriter(
@@ -381,36 +345,26 @@ def write_trivial_tables(
     Two counts for each split: `SPLIT_sentences_in_other_passages`, and among
     them `SPLIT_sentences_in_too_many`, for which nothing may be retrieved.
   """
-  files, counts = {}, {}
-  totals = dict.fromkeys(sentences, 0)
+  counts: dict[str, Any] = {}
+  writers = {}
   for split in sentences:
-    offsets = tfds_files.ArrayWriter(
-        tables / f'{split}.trivial_offsets.npy', np.int64
-    )
-    offsets.append(np.zeros(1, np.int64))
-    files[split] = offsets, tfds_files.ArrayWriter(
-        tables / f'{split}.trivial.npy', np.int32, (2,)
+    writers[split] = tfds_files.RangesWriter(
+        tables, f'{split}.trivial', f'{split}.trivial_offsets'
     )
     counts[f'{split}_sentences_in_other_passages'] = 0
     counts[f'{split}_sentences_in_too_many'] = 0
-  names = list(sentences)
+  splits = list(sentences)
   for number, found in trivial.find_in_blocks(
       passages, list(sentences.values())
   ):
-    split = names[number]
-    files[split][0].append(totals[split] + found.offsets[1:])
-    files[split][1].append(found.rows)
-    totals[split] += len(found.rows)
-    counts[f'{split}_sentences_in_other_passages'] += int(
-        np.count_nonzero(np.diff(found.offsets))
-    )
-    counts[f'{split}_sentences_in_too_many'] += int(
-        (found.rows == [0, len(passages)]).all(axis=1).sum()
-    )
-  for pair in files.values():
-    for file in pair:
-      file.close()
-  return counts
+    split, sizes = splits[number], np.diff(found.offsets)
+    writers[split].append(sizes, found.rows)
+    whole = (found.rows == [0, len(passages)]).all(axis=1)
+    counts[f'{split}_sentences_in_other_passages'] += np.count_nonzero(sizes)
+    counts[f'{split}_sentences_in_too_many'] += np.count_nonzero(whole)
+  for writer in writers.values():
+    writer.close()
+  return {name: int(count) for name, count in counts.items()}
 
 
 def write_manifest(

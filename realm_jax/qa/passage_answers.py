@@ -64,7 +64,7 @@ class PassageAnswers:
 
   def __init__(self, corpus: corpus_lib.Corpus):
     self._corpus = corpus
-    self._lowered: dict[int, str] = {}
+    self._lowered = functools.lru_cache(maxsize=_MAX_TEXTS)(self._read_lowered)
     self._offsets: dict[int, np.ndarray] = {}
     # By question: rows in order, and whether each contains an answer.
     self._results: dict[
@@ -133,7 +133,7 @@ class PassageAnswers:
           )
           for row in rows.tolist()
       ])
-    texts = self._lowered_texts(rows.tolist())
+    texts = [self._lowered(row) for row in rows.tolist()]
     # One long text is searched faster than thousands of short ones. The
     # separator is part of no answer.
     joined = '\0'.join(texts)
@@ -147,11 +147,5 @@ class PassageAnswers:
         span = answers.find_answer(joined, answer, int(limits[i]))
     return found
 
-  def _lowered_texts(self, rows: list[int]) -> list[str]:
-    for row in rows:
-      if row not in self._lowered:
-        if len(self._lowered) >= _MAX_TEXTS:
-          self._lowered.clear()
-        text = self._corpus.passage_text(row)['text']
-        self._lowered[row], _ = answers.lower_with_origins(text)
-    return [self._lowered[row] for row in rows]
+  def _read_lowered(self, row: int) -> str:
+    return answers.lower_with_origins(self._corpus.passage_text(row)['text'])[0]

@@ -184,7 +184,7 @@ class _TextOnly(html.parser.HTMLParser):
 
 def _web_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
   """WebQuestions: a JSON list, as published or as re-published by brmson."""
-  for where, record in _items(_document(path), path):
+  for where, record in _records(path):
     if 'qText' in record:  # brmson.
       answers = record.get('answers')
       yield where, {'question': record['qText'], 'answers': answers}
@@ -210,7 +210,7 @@ def _descriptions(value: str) -> list[str]:
 
 def _trivia_qa(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
   """TriviaQA: a JSON object; answers are a value and its aliases."""
-  for where, record in _items(_document(path)['Data'], path):
+  for where, record in _records(path, 'Data'):
     answer = record.get('Answer') or {}
     if 'Value' not in answer:
       continue  # The published test set has no answers.
@@ -223,14 +223,14 @@ def _trivia_qa(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
 
 def _squad(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
   """SQuAD 1.1 and 2.0; passage ids are TITLE#NUMBER, such as `Alaska#0`."""
-  for article_where, article in _items(_document(path)['data'], path):
+  for where, article in _records(path, 'data'):
     title = article.get('title', '')
     for number, paragraph in enumerate(article['paragraphs']):
       for question in paragraph['qas']:
         answers = [answer['text'] for answer in question['answers']]
         if question.get('is_impossible') or not answers:
           continue  # An unanswerable question of SQuAD 2.0.
-        yield f'{article_where}, question {question.get("id")}', {
+        yield f'{where}, question {question.get("id")}', {
             'question': question['question'].strip(),
             'answers': list(dict.fromkeys(answers)),
             'passage_id': f'{title}#{number}',
@@ -240,7 +240,7 @@ def _squad(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
 
 def _entity_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
   """EntityQuestions and DPR's files: a JSON list of {question, answers}."""
-  for where, record in _items(_document(path), path):
+  for where, record in _records(path):
     yield where, {
         name: record.get(name)
         for name in ('question', 'answers', 'match', 'title')
@@ -319,7 +319,13 @@ def _document(path: pathlib.Path) -> Any:
     ) from error
 
 
-def _items(values: Any, path: pathlib.Path) -> Iterator[tuple[str, Record]]:
+def _records(
+    path: pathlib.Path, key: str | None = None
+) -> Iterator[tuple[str, Record]]:
+  """Yields the records of a JSON list, or of a field that is such a list."""
+  values = _document(path)
+  if key is not None:
+    values = values[key]
   if not isinstance(values, list):
     raise ValueError(
         f'{path}: expected a list of records, not {str(values)[:80]!r}.'

@@ -94,8 +94,8 @@ class Checkpoints:
       if jax.process_count() > 1:  # The other processes wait for it.
         raise
       log.error(
-          'There is no checkpoint of step %s: %s. Training goes on; the newest '
-          'checkpoint is of step %s.', self.saving, error, self.latest,
+          'There is no checkpoint of step %s: %s. Training continues; the '
+          'newest checkpoint is of step %s.', self.saving, error, self.latest,
       )
     if jax.process_count() == 1:
       remove_unfinished(self._directory)

@@ -117,8 +117,8 @@ class Snapshots:
       if self._required:
         raise
       log.error(
-          'A snapshot of the retriever was not saved: %s. Training goes on '
-          'with the index that there is.', error,
+          'A snapshot of the retriever was not saved: %s. Training continues '
+          'with the present index.', error,
       )
 
   def close(self) -> None:

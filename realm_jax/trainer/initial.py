@@ -1,56 +1,45 @@
-"""The parameters that a new job begins with, and where each comes from.
+"""The initial parameters of a job, from the workdirs in config.init_from.
 
-Public: `sources`, `load`. The paper starts the reader from BERT and the
-retriever from ICT (Guu et al. 2020, section 3.4), ICT itself from BERT (Lee et
-al. 2019); so a component begins with its own kind or with another one's BERT.
+The paper starts the reader from BERT and the retriever from ICT (Guu et al.
+2020, section 3.4), and ICT from BERT (Lee et al. 2019). So a component starts
+from the same component of another job, or from the BERT of another component.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import logging
-import re
 
 import jax
 
 from realm_jax import config as config_lib
 from realm_jax.models import components as components_lib
+from realm_jax.models import embedder
 from realm_jax.runtime import checkpoint
 
 log = logging.getLogger(__name__)
 
-# Whose BERT a component takes from a source that does not have the component.
+# Components whose BERT a component takes if a source lacks the component.
 _BERT_OF = {
     'embedder': ('reader',),
     'span_reader': ('reader',),
     'tagger': ('reader', 'embedder'),
 }
-# Parameters of a BERT; an embedder has one in each tower.
-_IN_BERT = re.compile(r'(?P<tower>(?:query_)?encoder\.)?(?P<name>bert\..+)')
-_QUERY = 'query_'  # Prefix of the parameters that only queries pass through.
-# The objective that trains a component for those that search.
+# The objective that trains a component for the stages that search.
 _TRAINED_BY = {'embedder': 'ict', 'reader': 'mlm', 'span_reader': 'mlm'}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Offer:
-  """Parameters of a source for one component of the job.
+  """Parameters that a source has for one component of the job."""
 
-  source: workdir.
-  step: of its checkpoint.
-  giver: the component of the source that has them.
-  there: all parameters of the giver.
-  names: parameters of ours to those of the giver; the others are at random.
-  extra: parameters of the giver that have no place in ours.
-  whole: whether the giver is of our kind and no parameter is at random.
-  """
-
-  source: str
-  step: int
-  giver: str
-  there: dict[str, jax.ShapeDtypeStruct]
+  source: str  # Workdir.
+  step: int  # Checkpoint.
+  giver: str  # The component of the source that has them.
+  available: dict[str, jax.ShapeDtypeStruct]  # All parameters of the giver.
+  # Names of the job's parameters -> names in the giver. Others are random.
   names: dict[str, str]
-  extra: list[str]
-  whole: bool
+  extra: list[str]  # Parameters of the giver that the job's component lacks.
+  whole: bool  # The same component, and no parameter is random.
 
 
 def sources(config: config_lib.Config) -> list[str]:
@@ -64,13 +53,13 @@ def load(
     tokenizer_digest: str,
     searches: bool,
 ) -> dict[str, components_lib.Params]:
-  """Loads what the workdirs in config.init_from have for a job.
+  """Loads parameters for a job from the workdirs in config.init_from.
 
-  A component is taken from the last workdir that has all of it. If there is
-  none, it takes the BERT of the last workdir that has one for it; an embedder
-  with `at_random` parameters (an imported BERT's projection) counts as such. A
-  query tower that a workdir does not have begins as its document tower. The log
-  says where each component comes from, and what begins at random.
+  A component comes from the last workdir that has all of it, otherwise from
+  the last workdir that has a BERT for it; an embedder with `at_random`
+  parameters (the projection of an imported BERT) counts as the latter. A query
+  tower that a workdir lacks is initialised from its document tower. The log
+  says where each component comes from and which modules are random.
 
   Args:
     config: resolved.
@@ -79,12 +68,12 @@ def load(
     searches: whether the job searches an index, which needs trained networks.
 
   Returns:
-    numpy arrays by component and name; what is missing begins at random.
+    numpy arrays by component and name; missing ones are to be drawn at random.
 
   Raises:
-    FileNotFoundError: if a workdir has no checkpoint.
-    ValueError: if a workdir has nothing for the job, or what is taken from it
-      is of another tokenizer, model or size.
+    FileNotFoundError: a workdir has no checkpoint.
+    ValueError: a workdir has nothing for the job, or its parameters are of
+      another tokenizer, model or size.
   """
   chosen: dict[str, _Offer] = {}
   for source in sources(config):
@@ -108,23 +97,22 @@ def load(
     if not taken:
       log.info('Nothing of %s is used.', source)
       continue
-    abstract = {offer.giver: offer.there for offer in taken.values()}
+    abstract = {offer.giver: offer.available for offer in taken.values()}
     step = next(iter(taken.values())).step
     loaded, _ = checkpoint.load_params(source, abstract, step)
-    # As numpy arrays, which belong to no process' devices.
-    loaded = jax.device_get(loaded)
+    loaded = jax.device_get(loaded)  # numpy: every process can place it.
     for name, offer in taken.items():
       theirs = loaded[offer.giver]
       params[name] = {n: theirs[other] for n, other in offer.names.items()}
   for name, component in components.items():
-    _say(config, component, chosen.get(name), searches)
+    _log_origin(config, component, chosen.get(name), searches)
   return params
 
 
 def _offers(
     components: Mapping[str, components_lib.Component], source: str
 ) -> dict[str, _Offer]:
-  """Returns what a workdir's newest checkpoint has for each component."""
+  """Returns the parameters of a workdir's newest checkpoint by component."""
   step = checkpoint.newest_step(source)
   found = checkpoint.abstract_in(source, step)
   at_random = set(checkpoint.saved_about(source, step).get('at_random', ()))
@@ -138,9 +126,9 @@ def _offers(
     for ours in component.abstract:
       other: str | None = ours
       if giver != name:
-        other = _bert_name(ours, giver)
+        other = components_lib.bert_parameter(ours, giver)
       elif ours not in found[giver]:
-        other = ours.removeprefix(_QUERY)
+        other = ours.removeprefix(embedder.QUERY_PREFIX)
       if other is not None and f'{giver}/{other}' not in at_random:
         names[ours] = other
     whole = giver == name and len(names) == len(component.abstract)
@@ -148,7 +136,7 @@ def _offers(
         n
         for n in found[giver].keys() - set(names.values())
         if f'{giver}/{n}' not in at_random
-        and (giver == name or _bert_name(n, giver) == n)
+        and (giver == name or components_lib.bert_parameter(n, giver) == n)
     ]
     offers[name] = _Offer(
         source, step, giver, found[giver], names, extra, whole
@@ -156,18 +144,10 @@ def _offers(
   return offers
 
 
-def _bert_name(ours: str, giver: str) -> str | None:
-  """Name in the giver of a parameter of our BERT; None outside a BERT."""
-  match = _IN_BERT.fullmatch(ours)
-  if match is None:
-    return None
-  return ('encoder.' if giver == 'embedder' else '') + match['name']
-
-
 def _check(offer: _Offer, component: components_lib.Component) -> None:
-  """Compares names and shapes of what is taken with ours."""
-  own_kind = offer.giver == component.name
-  if own_kind and any(name.startswith(_QUERY) for name in offer.extra):
+  """Checks names and shapes of an offer against the job's component."""
+  same = offer.giver == component.name
+  if same and any(n.startswith(embedder.QUERY_PREFIX) for n in offer.extra):
     theirs = config_lib.read(offer.source).model.towers
     raise ValueError(
         f'config.init_from: {offer.source} was trained with'
@@ -175,54 +155,56 @@ def _check(offer: _Offer, component: components_lib.Component) -> None:
         f' {component.config.towers!r}, which has no place for all of its query'
         f' tower. Give --config.model.towers={theirs}.'
     )
-  what = component.name if own_kind else f'{component.name} from {offer.giver}'
-  found = {name: offer.there[name] for name in offer.extra}
+  label = component.name if same else f'{component.name} from {offer.giver}'
+  found = {name: offer.available[name] for name in offer.extra}
   for ours, other in offer.names.items():
-    if other in offer.there:
-      found[ours] = offer.there[other]
+    if other in offer.available:
+      found[ours] = offer.available[other]
   expected = {ours: component.abstract[ours] for ours in offer.names}
   checkpoint.check_leaves(
-      {what: found},
-      {what: expected},
-      f'config.init_from: {offer.source}',
+      {label: found}, {label: expected}, f'config.init_from: {offer.source}'
   )
 
 
-def _say(
+def _log_origin(
     config: config_lib.Config,
     component: components_lib.Component,
     offer: _Offer | None,
-    searching: bool,
+    searches: bool,
 ) -> None:
-  """Logs where a component comes from; a warning if it should not be cold."""
+  """Logs where a component comes from; warns if it should be trained."""
   name = component.name
-  first = ''
-  if searching:
-    first = f' Train the objective {_TRAINED_BY[name]!r} first'
-    first += ', or import a checkpoint (docs/learning.md).'
+  cure = ''
+  if searches:
+    cure = (
+        f' Train the objective {_TRAINED_BY[name]!r} first, or import a'
+        ' checkpoint (docs/learning.md).'
+    )
   if offer is None:
-    if config.init_from or searching:
-      text = f'{name}: no workdir of config.init_from has it; it begins at'
-      text += f' random.{first}'
-    else:
-      text = f'{name} begins at random.'
-    log.log(logging.WARNING if searching else logging.INFO, '%s', text)
+    lacking = ''
+    if config.init_from or searches:
+      lacking = ' (no workdir of config.init_from has it)'
+    level = logging.WARNING if searches else logging.INFO
+    log.log(level, '%s is initialised at random%s.%s', name, lacking, cure)
     return
   text = f'{name} from {offer.source}, step {offer.step}'
   if offer.giver != name:
-    text = f'{name}: its BERT from the {offer.giver} of {offer.source}, step'
-    text += f' {offer.step}'
-  if any(o.startswith(_QUERY) and o != n for o, n in offer.names.items()):
-    text += '; its query tower begins as the document tower'
-  cold = component.abstract.keys() - offer.names.keys()
-  if not cold:
+    text = (
+        f'{name}: its BERT from the {offer.giver} of {offer.source}, step'
+        f' {offer.step}'
+    )
+  prefix = embedder.QUERY_PREFIX
+  if any(o.startswith(prefix) and o != n for o, n in offer.names.items()):
+    text += '; its query tower is initialised from the document tower'
+  missing = component.abstract.keys() - offer.names.keys()
+  if not missing:
     log.info('%s.', text)
     return
-  modules = sorted({n.rpartition('.')[0] or n for n in cold})
+  modules = sorted({n.rpartition('.')[0] or n for n in missing})
   text += f'; {", ".join(modules)} at random.'
   # No other objective trains the head of a span reader.
-  if searching and name != 'span_reader':
-    log.warning('%s%s', text, first)
+  if searches and name != 'span_reader':
+    log.warning('%s%s', text, cure)
   else:
     log.info('%s', text)
 
@@ -230,7 +212,7 @@ def _say(
 def _check_same_tokenizer(
     config: config_lib.Config, source: str, ours: str
 ) -> None:
-  """Refuses another vocabulary, which may be of the same size."""
+  """Refuses another vocabulary, even of equal size."""
   saved = checkpoint.saved_about(source, checkpoint.newest_step(source))
   theirs = saved['tokenizer_digest']
   if theirs != ours:
@@ -244,7 +226,7 @@ def _check_same_tokenizer(
 def _check_same_model(
     ours: config_lib.ModelConfig, theirs: config_lib.ModelConfig, source: str
 ) -> None:
-  """Compares what changes the function but not the shapes."""
+  """Compares fields that change the function but no shape."""
   differing = [
       f'{name}: {getattr(theirs, name)!r} there, {getattr(ours, name)!r} here'
       for name in ('activation', 'num_heads', 'layer_norm_eps')

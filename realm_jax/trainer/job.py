@@ -25,12 +25,12 @@ from realm_jax.trainer import step
 
 log = logging.getLogger(__name__)
 
-_SHARED_SECONDS = 30.0  # Until a file of another host is seen.
+_SHARED_SECONDS = 30.0  # Until a file of another host must be visible.
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Everything that is fixed while a job runs."""
+  """Everything that stays the same while a job runs."""
 
   workdir: pathlib.Path
   config: config_lib.Config  # Resolved.
@@ -39,9 +39,10 @@ class Job:
   stage: stages.Stage
   components: step.Components
   lineage: dict[str, str]  # Saved with every checkpoint, compared on resume.
+
   @property
   def layout(self) -> str:
-    """The devices in words; saved with every checkpoint, too."""
+    """Processes and devices in words; saved with every checkpoint."""
     axes = ', '.join(f'{name} {n}' for name, n in self.mesh.shape.items())
     return (
         f'{jax.process_count()} process(es) x {jax.local_device_count()}'
@@ -50,15 +51,15 @@ class Job:
 
 
 def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
-  """Checks all that can be checked before any expensive work.
+  """Makes all checks that need no expensive work, and opens the job.
 
-  The first job in a workdir writes config.json; a later one must agree with it
+  The first job in a workdir writes config.json. A later one must agree with it
   in everything that determines the result.
 
   Raises:
     ValueError: a wrong config, a workdir of another config or corpus, a corpus
-      too small, a mesh that does not fit; processes that differ in any of it,
-      or do not see the same folder.
+      that is too small, a mesh that does not fit; processes that differ in any
+      of these or do not share the folder.
     FileNotFoundError: no corpus, or no workdir to start from.
   """
   workdir = pathlib.Path(workdir).absolute()
@@ -72,16 +73,16 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
         f' of {config.corpus} has {vocab_size} wordpieces; 0 takes it over.'
     )
   config.model.vocab_size = vocab_size
-  # The index builder and `evaluate` may run in another folder.
+  # Absolute: the index builder and `evaluate` may run in another folder.
   config.corpus = str(corpus.directory.absolute())
   stage_class.complete(config)
+  stage = stage_class(config, corpus)
   lineage = {
       'config_digest': config_lib.digest(config),
       'corpus_fingerprint': corpus.fingerprint,
       'tokenizer_digest': corpus.tokenizer.digest,
+      **stage.lineage,
   }
-  stage = stage_class(config, corpus)
-  lineage |= stage.lineage
   _check_same_processes(config, lineage)
   _check_same_job(workdir, config, lineage)
   _warn_of_cuts(config, corpus)
@@ -89,7 +90,7 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
   mesh_lib.check(config, mesh)
   attention.check(config.model, mesh.devices.flat[0])
   for source in initial.sources(config):
-    config_lib.read(source)  # Raises if there is none.
+    config_lib.read(source)  # Raises if it is no workdir.
   if distributed.is_main():
     files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   _check_shared(workdir)
@@ -102,28 +103,22 @@ def start_or_resume(
     checkpoints: checkpoint.Checkpoints,
     tx: optax.GradientTransformation,
 ) -> tuple[step.TrainState, dict[str, Any]]:
-  """Returns the state to go on from, and what was saved about it.
+  """Returns the state to continue from, and what was saved with it.
 
-  In this order:
-    1. the newest checkpoint of the workdir itself, on whatever devices and
-       processes it was saved;
-    2. parameters of the workdirs in config.init_from, see `initial.load`;
-    3. at random, by config.seed.
+  The state comes from the newest checkpoint of the workdir, which may have been
+  saved on other devices or processes. Without one, parameters come from the
+  workdirs in config.init_from (`initial.load`), all others are drawn at random
+  from config.seed.
 
   Raises:
     ValueError: naming the parameters whose presence or shape differs.
   """
-  root = jax.random.key(job.config.seed)
-  shardings = step.state_shardings(
-      job.config, job.components, tx, job.mesh
-  )
-  # A shared folder may not show all of them the same at once.
+  shardings = step.state_shardings(job.config, job.components, tx, job.mesh)
+  # Process 0 decides: hosts may see a shared folder in different states.
   latest = distributed.broadcast(checkpoints.latest)
   if latest is not None:
     state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=place
-        ),
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         step.abstract_state(job.components, tx),
         shardings,
     )
@@ -132,8 +127,8 @@ def start_or_resume(
     }
     params, rest = checkpoints.restore(latest, state.params, rest)
     log.info('Resuming %s at step %d.', job.workdir, latest)
-    about = checkpoint.saved_about(job.workdir, latest)
-    before = about.get('layout', job.layout)
+    saved = checkpoint.saved_about(job.workdir, latest)
+    before = saved.get('layout', job.layout)
     if before != job.layout:
       log.info(
           'It was on %s, now it is on %s. The batches stay the same, in the'
@@ -141,39 +136,27 @@ def start_or_resume(
           before,
           job.layout,
       )
-    return step.TrainState(params=params, **rest), about
-  given = initial.load(
+    return step.TrainState(params=params, **rest), saved
+
+  def fresh(loaded: dict[str, components_lib.Params]) -> step.TrainState:
+    params = {}
+    for name, component in job.components.items():
+      params[name] = loaded.get(name, {})
+      if params[name].keys() != component.abstract.keys():
+        params[name] = {**component.init(job.config.seed), **params[name]}
+    root = jax.random.key(job.config.seed)
+    return step.TrainState(jnp.int32(0), params, tx.init(params), root)
+
+  loaded = initial.load(
       job.config,
       job.components,
       job.lineage['tokenizer_digest'],
       job.stage.searches,
   )
-  state = jax.jit(
-      lambda given: _fresh(job, tx, root, given), out_shardings=shardings
-  )(given)
-  return state, {}
+  return jax.jit(fresh, out_shardings=shardings)(loaded), {}
 
 
-def _fresh(
-    job: Job,
-    tx: optax.GradientTransformation,
-    root: jax.Array,
-    given: dict[str, components_lib.Params] | None = None,
-) -> step.TrainState:
-  given = given or {}
-  params = {}
-  for name, component in job.components.items():
-    params[name] = given.get(name, {})
-    if params[name].keys() != component.abstract.keys():
-      params[name] = {**component.init(job.config.seed), **params[name]}
-  return step.TrainState(
-      step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=root
-  )
-
-
-def _warn_of_cuts(
-    config: config_lib.Config, corpus: corpus_lib.Corpus
-) -> None:
+def _warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
   mlm = config.mlm
   if config.objective == 'mlm' and (mlm.own_passage_rate, mlm.null_rate) == (
       0, 1
@@ -184,7 +167,7 @@ def _warn_of_cuts(
   if too_long:
     log.warning(
         '%d of the %d passages have more than config.lengths.document=%d'
-        ' wordpieces, up to %d; what is beyond is not seen. A corpus of'
+        ' wordpieces, up to %d; the rest of them is cut off. A corpus of'
         ' `realm-jax prepare --max_wordpieces=%d` has shorter ones.',
         too_long,
         len(corpus.passages),
@@ -197,27 +180,18 @@ def _warn_of_cuts(
 def _check_same_processes(
     config: config_lib.Config, lineage: dict[str, str]
 ) -> None:
-  """All of them compute one thing, and save and wait at the same steps."""
-  values = {}
-  for name, value in config_lib.to_dict(config).items():
-    if isinstance(value, dict):
-      values.update({f'{name}.{field}': v for field, v in value.items()})
-    elif name != 'corpus':  # It may lie elsewhere on each host.
-      values[name] = value
+  """Checks that all processes run the same job on the same kind of host."""
+  values = config_lib.flat(config)
+  del values['corpus']  # Its path may differ; its fingerprint may not.
   distributed.same('config', values)
-  distributed.same(
-      'corpus',
-      {name: lineage[name] for name in lineage if name != 'config_digest'},
-  )
-  device = jax.local_devices()[0]
-  distributed.same(
-      'host',
-      {
-          'devices': jax.local_device_count(),
-          'device': device.device_kind,
-          'jax': jax.__version__,
-      },
-  )
+  inputs = {name: x for name, x in lineage.items() if name != 'config_digest'}
+  distributed.same('corpus', inputs)
+  host = {
+      'devices': jax.local_device_count(),
+      'device': jax.local_devices()[0].device_kind,
+      'jax': jax.__version__,
+  }
+  distributed.same('host', host)
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
@@ -250,11 +224,10 @@ def _check_same_job(
   saved = checkpoint.saved_about(workdir, steps_saved[-1])
   for name, digest in lineage.items():
     if name != 'config_digest' and saved[name] != digest:
-      where = config.corpus
-      if name == 'questions_digest':
-        where = config.open_qa.questions or config.ict.questions
-      elif name == 'tagged_digest':
-        where = config.tagger.files
+      where = {
+          'questions_digest': config.open_qa.questions or config.ict.questions,
+          'tagged_digest': config.tagger.files,
+      }.get(name, config.corpus)
       raise ValueError(
           f'{workdir} was trained on something else: {name}'
           f' {saved[name][:16]} in its checkpoint {steps_saved[-1]},'

@@ -1,8 +1,7 @@
-"""The training loop of all objectives.
+"""The training loop of all stages.
 
-Public: `train`. It reads top to bottom; the order inside a step is fixed:
-adopt an index generation, snapshot the retriever, save, draw the batch,
-retrieve, step, log the step before.
+The order inside a step is fixed: adopt an index generation and snapshot the
+retriever, save, draw the batch, retrieve, step, log the previous step.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ SUMMARY = 'summary.json'
 
 
 class Interrupted(Exception):
-  """SIGTERM came: the job saved a checkpoint and stopped."""
+  """The job received SIGTERM, saved a checkpoint and stopped."""
 
 
 def train(
@@ -52,21 +51,21 @@ def train(
     health: Callable[[], int | None] = lambda: None,
     profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-  """Trains to config.steps, or goes on from where the workdir left off.
+  """Trains up to config.steps, from the newest checkpoint of the workdir.
 
   Args:
-    config: of the job; see `config.validate`.
+    config: config of the job; see `stages.validate`.
     workdir: folder of the job; see the README, Layout.
     health: called at every step and while waiting for the index builder;
-      returns how often that has failed, raises if there is no use in going on.
+      returns the number of its failures, raises if training cannot continue.
     profile: first and last step to trace, to `workdir`/profile.
 
   Returns:
-    What is also written to `workdir`/summary.json: step, params_sha256,
+    The contents of `workdir`/summary.json: step, params_sha256,
     index_generation, seconds, compilations.
 
   Raises:
-    ValueError, FileNotFoundError: see `state.open_job`.
+    ValueError, FileNotFoundError: see `job.open_job`.
     RuntimeError: another process trains in this workdir.
     FloatingPointError: the loss is not finite; the last checkpoint is from
       before.
@@ -98,16 +97,16 @@ def train(
 
 
 class _Stopping(Exception):
-  """SIGTERM came while the next index generation was waited for."""
+  """SIGTERM was received while waiting for an index generation."""
 
 
 class _Pending(NamedTuple):
-  """What a step left to be logged, once the device is done with it."""
+  """Results of a step, to be logged when the device has finished it."""
 
-  step: int  # Updates done with it.
-  rows: np.ndarray  # Of the sentence table, or of the questions.
+  step: int  # Number of updates with this step.
+  rows: np.ndarray  # Rows of the sentence or question table.
   metrics: stages.Metrics
-  staleness: dict[str, float]  # Of the index that it searched.
+  staleness: dict[str, float]  # Metrics of the index that was searched.
 
 
 class _Loop:
@@ -129,20 +128,20 @@ class _Loop:
     self.state, about = job_lib.start_or_resume(job, self._checkpoints, tx)
     self._step = int(self.state.step)
     self._saved: int | None = self._step if about else None
-    # This process' rows of each batch, from the one that is next.
+    # This process' rows of each batch.
     self._rows = mesh_lib.local_rows(job.mesh, config.batch_size)
     self._data = examples_lib.training_batches(
         job.stage, self._step, self._rows
     )
-    # How often the training step was compiled; 1, whatever the batches.
-    self.compilations = 0
+    self.compilations = 0  # Of the training step; 1 for any batches.
     self._train_step = step_lib.make_train_step(
         job.stage, job.components, tx, job.mesh, self._count_trace
     )
     self._sigterm = stack.enter_context(_on_sigterm())
     self._any_sigterm = distributed.LateAny(job.mesh)
 
-    def interrupt() -> None:  # Nobody will search what is waited for.
+    def interrupt() -> None:
+      """Ends a wait for the index when the job is being shut down."""
       if distributed.any(bool(self._sigterm)):
         raise _Stopping
 
@@ -167,7 +166,7 @@ class _Loop:
     self._snapshots = snapshots_lib.Snapshots(
         job.workdir,
         config.refresh.keep,
-        # Else resuming would need the generation of a snapshot that is not.
+        # A resumed job needs the generation of every snapshot.
         required=config.refresh.policy != 'eager',
     )
     stack.callback(self._snapshots.close)
@@ -186,18 +185,18 @@ class _Loop:
             initial=self._step,
             desc=config.objective,
             unit='step',
-            # Not on a terminal: lines instead of a bar.
+            # Lines of the log replace the bar where there is no terminal.
             disable=None if distributed.is_main() else True,
             mininterval=0.5,
         )
     )
     self._pending: _Pending | None = None
     self._logged = (self._step, time.perf_counter())
-    self._said = time.perf_counter()
+    self._shown = time.perf_counter()
 
   @property
   def generation(self) -> int | None:
-    """The index generation in use, None where there is no index."""
+    """The index generation in use; None without an index."""
     return self._refresher.generation_step if self._refresher else None
 
   def _count_trace(self) -> None:
@@ -225,7 +224,7 @@ class _Loop:
       batch = examples.inputs
       if self._refresher is not None:
         with self._clock.measure('compute'):
-          # The step before: the queries are embedded with what it learned.
+          # Queries are embedded with the parameters of the previous step.
           jax.block_until_ready(self.state.params)
         with self._clock.measure('retrieve'):
           self._retriever.params = self.state.params['embedder']
@@ -233,8 +232,7 @@ class _Loop:
       with self._clock.measure('compute'):
         arrays = mesh_lib.to_devices(self._job.mesh, batch)
         self.state, metrics = self._train_step(self.state, arrays)
-        # Of the step before: by now it is done, and nobody waits for it.
-        self._log_pending()
+        self._log_pending()  # The previous step is finished by now.
       staleness = self._refresher.metrics(step) if self._refresher else {}
       self._pending = _Pending(step + 1, examples.row_B, metrics, staleness)
       self._step += 1
@@ -242,7 +240,7 @@ class _Loop:
     self._log_pending()
     self._profile.close()
     if self._refresher is not None and config.refresh.policy != 'none':
-      self._take_snapshot(self._step)  # For a last, fresh generation.
+      self._take_snapshot(self._step)  # For a final, fresh generation.
     self._save(self._step)
 
   def _refresh(self, step: int) -> None:
@@ -252,7 +250,7 @@ class _Loop:
       )
 
   def _take_snapshot(self, step: int, wait: bool = False) -> None:
-    """Publishes the embedder for the index builder; waits until it is saved."""
+    """Publishes the embedder for the index builder."""
     self._snapshots.save(
         step,
         self.state.params['embedder'],
@@ -264,10 +262,10 @@ class _Loop:
 
   def _save(self, step: int) -> None:
     with self._clock.measure('checkpoint'):
-      self._log_pending()  # Raises if the parameters are not worth saving.
+      self._log_pending()  # Raises if the loss is not finite.
       if step == self._saved:
-        return  # Resumed here, and nothing has changed.
-      # A checkpoint must find the snapshots that came before it.
+        return  # The job resumed here, and nothing has changed.
+      # The snapshots before a checkpoint must be on disk first.
       self._snapshots.wait()
       rest = {
           'step': self.state.step,
@@ -339,8 +337,8 @@ class _Loop:
     self._bar.set_postfix(shown, refresh=False)
     if not distributed.is_main():
       return
-    if self._bar.disable and now - self._said > 10:
-      self._said = now
+    if self._bar.disable and now - self._shown > 10:
+      self._shown = now
       text = ' '.join(f'{name}={value}' for name, value in shown.items())
       log.info('step %d/%d %s', step, self._job.config.steps, text)
 

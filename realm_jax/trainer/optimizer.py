@@ -1,7 +1,7 @@
-"""AdamW as BERT uses it, with a learning rate for each component.
+"""AdamW as in BERT, with a learning rate for each component.
 
-Public: `make_optimizer`, `learning_rate`. Differences from the released code:
-Adam's bias correction is on, and the decay starts where the warm-up ends.
+Unlike the released code, Adam's bias correction is on and the decay of the
+learning rate starts where the warm-up ends.
 """
 
 from typing import Any
@@ -16,22 +16,21 @@ from realm_jax import config as config_lib
 def learning_rate(config: config_lib.Config, component: str) -> optax.Schedule:
   """Linear warm-up, then linear decay to final_fraction of the peak.
 
-  The embedder has a peak of its own and may start later: a reader that does
-  not yet use its passages would teach it that none is of use.
+  The embedder has its own peak and may start later (retriever_delay): a reader
+  that does not use its passages yet would teach it that none is useful.
   """
   c = config.optimizer
-  peak = c.retriever_learning_rate if component == 'embedder' else (
-      c.learning_rate
-  )
+  is_embedder = component == 'embedder'
+  peak = c.retriever_learning_rate if is_embedder else c.learning_rate
   decay = optax.schedules.linear_schedule(
       peak,
       peak * c.final_fraction,
       max(config.steps - c.warmup_steps, 1),
       c.warmup_steps,
   )
-  # The warm-up is counted from the delay: a retriever that starts at its full
-  # rate forgets in twenty steps what ICT taught it.
-  start = c.retriever_delay if component == 'embedder' else 0
+  # The warm-up starts at the delay. A retriever that starts at its full rate
+  # forgets in twenty steps what ICT taught it.
+  start = c.retriever_delay if is_embedder else 0
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     warm = (step - start + 1) / max(c.warmup_steps, 1)
@@ -45,8 +44,8 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the transformation for params {component: {name: array}}.
 
-  Its `update` takes the number of the step as the keyword `step`, which the
-  clip needs while a retriever waits; without it, every component learns.
+  `update` takes the keyword `step`, the number of updates so far, which decides
+  whether the clip counts the retriever; without it, every component learns.
   """
   c = config.optimizer
 
@@ -60,16 +59,16 @@ def make_optimizer(
         mask=_decayed,
     )
 
+  by_component = {
+      name: optax.set_to_zero() if name in c.frozen else adamw(name)
+      for name in components
+  }
   return optax.chain(
       _clip(config),
       optax.partition(
-          {
-              name: optax.set_to_zero() if name in c.frozen else adamw(name)
-              for name in components
-          },
+          by_component,
           lambda params: {
-              name: dict.fromkeys(leaves, name)
-              for name, leaves in params.items()
+              name: dict.fromkeys(x, name) for name, x in params.items()
           },
       ),
   )
@@ -78,9 +77,9 @@ def make_optimizer(
 def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
   """Clips by the global norm of the components that learn at a step.
 
-  The gradients of a component that does not change must not scale down those
-  of another. While the retriever waits, Adam averages its gradients already;
-  they are clipped by the norm that holds once it learns, that of all.
+  Gradients of a component that does not change must not scale down the others.
+  During the retriever's delay, Adam already averages its gradients; they are
+  clipped by the norm of all components, as after the delay.
   """
   c = config.optimizer
 
@@ -93,11 +92,11 @@ def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
   ) -> tuple[Any, optax.EmptyState]:
     del params
     learned = {name: x for name, x in grads.items() if name not in c.frozen}
-    norm = whole = optax.tree.norm(learned)
+    norm = norm_of_all = optax.tree.norm(learned)
     if c.retriever_delay and step is not None:
       others = {name: x for name, x in learned.items() if name != 'embedder'}
       norm = jnp.where(
-          step >= c.retriever_delay, whole, optax.tree.norm(others)
+          step >= c.retriever_delay, norm_of_all, optax.tree.norm(others)
       )
 
     def clip(leaves: Any, norm: jax.Array) -> Any:
@@ -107,7 +106,7 @@ def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
       )
 
     clipped = {
-        name: clip(x, whole if name == 'embedder' else norm)
+        name: clip(x, norm_of_all if name == 'embedder' else norm)
         for name, x in learned.items()
     }
     return grads | clipped, state
@@ -118,11 +117,9 @@ def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
 
 
 def _decayed(params: Any) -> Any:
-  """Weights decay; biases and LayerNorm scales do not."""
-  # Not by rank: optax.partition leaves placeholders for other components.
+  """Marks weights, which decay; biases and LayerNorm scales do not."""
+  # By name, not rank: optax.partition has placeholders of other components.
   return {
-      component: {
-          name: not name.endswith(('bias', 'scale')) for name in leaves
-      }
+      component: {n: not n.endswith(('bias', 'scale')) for n in leaves}
       for component, leaves in params.items()
   }

@@ -117,7 +117,7 @@ class Refresher:
     self._directory = self._workdir / generation_lib.DIRECTORY
     self._config, self._probe = config.refresh, probe
     self._health, self._interrupt = health, interrupt
-    search_lib.backend(config.mips)
+    search_lib.backend(config.mips)  # An unknown one fails before the work.
     expected = generation_lib.Lineage(
         step=None,
         params_digest=None,
@@ -132,7 +132,8 @@ class Refresher:
         make_search or (lambda loaded: loaded.make_search(config.mips, mesh)),
     )
     self._current: loader.Loaded | None = None
-    self._pending = pending
+    # The snapshot that `adaptive` took and has not adopted yet.
+    self.pending = pending
     self._last_poll = 0.0
     self._refused: set[int] = set()  # Reported once and not tried again.
     self.num_adopted = 0
@@ -170,15 +171,6 @@ class Refresher:
   def generation_step(self) -> int | None:
     """The step of the generation in use."""
     return None if self._current is None else self._current.step
-
-  @property
-  def pending(self) -> int | None:
-    """The snapshot that `adaptive` took and has not adopted yet."""
-    return self._pending
-
-  def age_steps(self, step: int) -> int:
-    """Steps since the snapshot of the generation in use."""
-    return step - (self.generation_step or 0)
 
   def before_step(
       self,
@@ -220,7 +212,13 @@ class Refresher:
       if adopted:
         with self._stall_timer(-1):  # The device still trains.
           jax.block_until_ready(params)
-        self._compare(before, self._probe.embed(params))
+        query_emb_BE, k = self._probe.embed(params), self._probe.k
+        # Also without an index before: compiles for later swaps.
+        found_BK = self.search.search(query_emb_BE, k)
+        if before is not None:
+          self._measured['refresh/probe_overlap'] = search_lib.overlap(
+              before.search(query_emb_BE, k), found_BK
+          )
       del before  # Frees the table of the old generation.
       if at_interval and not first and self._snapshot_due(step, params):
         take_snapshot(step, False)
@@ -231,7 +229,7 @@ class Refresher:
   def _snapshot_due(self, step: int, params: Any) -> bool:
     if self._config.policy in ('none', 'sync'):
       return False
-    if self._config.policy != 'adaptive' or self._pending == step:
+    if self._config.policy != 'adaptive' or self.pending == step:
       return True  # Decided before the checkpoint that this run resumed from.
     start = time.perf_counter()
     overlap = distributed.broadcast(
@@ -239,7 +237,7 @@ class Refresher:
     )
     due = overlap < self._config.overlap_bound
     if due:
-      self._pending = step
+      self.pending = step
     self._measured['refresh/fresh_overlap'] = overlap
     self._measured['refresh/snapshot_due'] = float(due)
     self._measured['refresh/probe_seconds'] = time.perf_counter() - start
@@ -265,26 +263,13 @@ class Refresher:
     if self._current is None or self._current.step < due:
       self._swap(self._wait(due, step), step)
       return True
-    # Load ahead of time, so that the swap takes none.
-    if policy == 'scheduled':
-      self._begin_if_published(_sync(self._config, step, 0))
-    elif policy == 'adaptive' and self._pending is not None:
-      self._begin_if_published(self._pending)
+    number = self._choose(step)  # Loaded ahead, so that the swap takes no time.
+    if number != self._loader.number:
+      self._begin(number)
     return False
 
   def _due(self, step: int) -> int:
-    return _DUE[self._config.policy](self._config, step, self._pending or 0)
-
-  def _compare(
-      self, previous: search_lib.Search | None, query_emb_BE: np.ndarray
-  ) -> None:
-    """Measures the share of the top k that the swap left the same."""
-    # Also without a previous search: compiles for later swaps.
-    found_BK = self.search.search(query_emb_BE, self._probe.k)
-    if previous is not None:
-      old_BK = previous.search(query_emb_BE, self._probe.k)
-      overlap = search_lib.overlap(old_BK, found_BK)
-      self._measured['refresh/probe_overlap'] = overlap
+    return _DUE[self._config.policy](self._config, step, self.pending or 0)
 
   @contextlib.contextmanager
   def _stall_timer(self, sign: int = 1) -> Iterator[None]:
@@ -306,7 +291,7 @@ class Refresher:
       return {}
     return {
         'refresh/generation': float(self._current.step),
-        'refresh/age_steps': float(self.age_steps(step)),
+        'refresh/age_steps': float(step - self._current.step),
         'refresh/age_seconds': time.time() - self._current.snapshot_time,
         'refresh/adopted': float(self.num_adopted),
         'refresh/loading': float(self._loading),
@@ -328,7 +313,7 @@ class Refresher:
       log.warning(
           'The index builder has failed %d times so far. Training continues '
           'with the index of step %d, %d steps and %.0f seconds old.',
-          failures, self._current.step, self.age_steps(step),
+          failures, self._current.step, step - self._current.step,
           time.time() - self._current.snapshot_time,
       )
     self._failures = failures
@@ -340,7 +325,7 @@ class Refresher:
     number = distributed.broadcast(
         self._choose(step) if distributed.is_main() else None
     )
-    if number is not None and number != self._loader.number:
+    if number != self._loader.number:
       self._begin(number)
     if number is None or distributed.any(not self._loader.done):
       return False
@@ -366,36 +351,33 @@ class Refresher:
     return True
 
   def _choose(self, step: int) -> int | None:
-    """The generation that `eager` is loading or should begin to load."""
-    if self._loader.number is not None or not self._may_poll():
+    """The generation that is being loaded, or should begin to be loaded."""
+    now = time.monotonic()
+    if self._loader.number is not None or (
+        now - self._last_poll < _POLL_SECONDS
+    ):
       return self._loader.number
-    for number in reversed(checkpoint.steps_in(self._directory)):
-      newer = (self.generation_step or 0) < number <= step
-      if newer and number not in self._refused and self._is_published(number):
-        return number
+    self._last_poll = now
+    eager = self._config.policy == 'eager'
+    numbers = [self.pending or 0]
+    if eager:
+      steps = reversed(checkpoint.steps_in(self._directory))
+      numbers = [n for n in steps if n <= step and n not in self._refused]
+    elif self._config.policy == 'scheduled':
+      numbers = [_sync(self._config, step, 0)]
+    for number in numbers:
+      if number > (self.generation_step or 0):
+        try:
+          if self._loader.is_published(number):
+            return number
+        except ValueError:  # The wait for it, or loading it, reports the error.
+          if eager:
+            return number
     return None
 
-  def _begin_if_published(self, number: int) -> None:
-    if number <= (self.generation_step or 0) or self._loader.number is not None:
+  def _begin(self, number: int | None) -> None:
+    if number is None:
       return
-    if self._may_poll() and self._is_published(number):
-      self._begin(number)
-
-  def _may_poll(self) -> bool:
-    now = time.monotonic()
-    if now - self._last_poll < _POLL_SECONDS:
-      return False
-    self._last_poll = now
-    return True
-
-  def _is_published(self, number: int) -> bool:
-    try:
-      return self._loader.is_published(number)
-    except ValueError:
-      # Loading it (`eager`), or the wait for it, will report the error.
-      return self._config.policy == 'eager'
-
-  def _begin(self, number: int) -> None:
     self._loading = True
     held = [] if self._current is None else [self._current.step]
     self._loader.begin(number, held)
@@ -407,8 +389,8 @@ class Refresher:
           self._current.sample, loaded.sample
       )
     self._current = loaded
-    if self._pending == loaded.step:
-      self._pending = None
+    if self.pending == loaded.step:
+      self.pending = None
     self._loader.mark([loaded.step])
     self.num_adopted += 1
     self._measured['refresh/swap_seconds'] = time.perf_counter() - start

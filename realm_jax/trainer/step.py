@@ -1,11 +1,11 @@
-"""The training step: gradients of a stage's loss, clipped, and AdamW.
+"""The training step: gradients of a stage's loss, then clip and AdamW.
 
-A step of REALM in all: embed the masked sentences and search (in the loop, by
-`Realm.retrieve`); then, here, score the candidates with current parameters,
-read them, marginalise, and update reader and retriever.
+For REALM the loop first embeds the masked sentences and searches
+(`Realm.retrieve`). The step then scores the candidates with the current
+parameters, reads them, marginalises, and updates reader and retriever.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 from typing import Any
 import zlib
@@ -18,22 +18,23 @@ from realm_jax import config as config_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.trainer import gradients
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
 
 Components = dict[str, components_lib.Component]
+LossAndMetrics = tuple[jax.Array, stages.Metrics]
+_Rows = tuple[Any, dropout.Noise]  # Rows of a batch, and their noise.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that a step changes; with the data iterator, all there is to resume."""
+  """Everything a step changes; with the data iterator, a resumable job."""
 
-  step: jax.Array  # int32, updates done.
+  step: jax.Array  # int32, number of updates.
   params: dict[str, components_lib.Params]
   opt_state: Any
-  rng: jax.Array  # Root key of the run; never changes.
+  rng: jax.Array  # Root key of the run, constant.
 
 
 def abstract_state(
@@ -55,10 +56,15 @@ def state_shardings(
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """Returns the sharding of every array of the state, in its structure."""
+  """Returns the sharding of each array of the state."""
   return mesh_lib.shardings(
       abstract_state(components, tx), mesh, config.mesh.zero
   )
+
+
+def stream(root: jax.Array, name: str) -> jax.Array:
+  """Returns the key of a named random stream of the run."""
+  return jax.random.fold_in(root, zlib.crc32(name.encode()))
 
 
 def make_train_step(
@@ -70,12 +76,12 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
   """Returns the jitted step(state, batch) -> (state, metrics).
 
-  The state has the shardings of `state_shardings`; it is donated. `on_trace` is
-  called each time the step is traced, that is, compiled.
+  The state has the shardings of `state_shardings` and is donated. `on_trace` is
+  called once for each compilation.
   """
   config = stage.config
   shardings = state_shardings(config, components, tx, mesh)
-  find_gradients = gradients.make_gradients(
+  gradients = make_gradients(
       stage,
       components,
       jax.tree.map(lambda x: x.spec, shardings.params),
@@ -89,7 +95,7 @@ def make_train_step(
   ) -> tuple[TrainState, stages.Metrics]:
     on_trace()
     key = jax.random.fold_in(stream(state.rng, 'dropout'), state.step)
-    (loss, metrics), grads = find_gradients(
+    (loss, metrics), grads = gradients(
         state.params, batch, dropout.noise(key, config.batch_size)
     )
     norm = optax.tree.norm(grads)
@@ -100,16 +106,8 @@ def make_train_step(
     )
     learned = stage.learned(metrics)
     if learned is not None:
-      # Without anything to learn from, neither weight decay nor old momentum
-      # changes the parameters. The learning rate stays that of the step.
-      updates = jax.tree.map(lambda x: jnp.where(learned, x, 0), updates)
-      opt_state = jax.tree.map(
-          lambda new, old: (
-              new if _is_schedule(new) else jnp.where(learned, new, old)
-          ),
-          opt_state,
-          state.opt_state,
-          is_leaf=_is_schedule,
+      updates, opt_state = _only_if(
+          learned, updates, opt_state, state.opt_state
       )
     params = optax.apply_updates(state.params, updates)
     metrics = {
@@ -123,10 +121,7 @@ def make_train_step(
       metrics[f'learning_rate_{name}'] = jnp.asarray(
           optimizer.learning_rate(config, name)(state.step), jnp.float32
       )
-    state = TrainState(
-        step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng
-    )
-    return state, metrics
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
   return jax.jit(
       train_step,
@@ -136,10 +131,172 @@ def make_train_step(
   )
 
 
-def _is_schedule(x: Any) -> bool:
-  return isinstance(x, optax.ScaleByScheduleState)
+def _only_if(
+    learned: jax.Array, updates: Any, new: Any, old: Any
+) -> tuple[Any, Any]:
+  """Returns updates and optimizer state, without effect if not `learned`.
+
+  Otherwise weight decay and old momentum would change the parameters. The step
+  of the learning rate's schedule always advances.
+  """
+
+  def is_schedule(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByScheduleState)
+
+  updates = jax.tree.map(lambda x: jnp.where(learned, x, 0), updates)
+  state = jax.tree.map(
+      lambda new, old: (
+          new if is_schedule(new) else jnp.where(learned, new, old)
+      ),
+      new,
+      old,
+      is_leaf=is_schedule,
+  )
+  return updates, state
 
 
-def stream(root: jax.Array, name: str) -> jax.Array:
-  """A named random stream: independent of how many others there are."""
-  return jax.random.fold_in(root, zlib.crc32(name.encode()))
+def make_gradients(
+    stage: stages.Stage,
+    components: Components,
+    specs: Any,
+    mesh: jax.sharding.Mesh,
+    accumulate: int,
+    frozen: Collection[str] = (),
+) -> Callable[[Any, Any, dropout.Noise], tuple[LossAndMetrics, Any]]:
+  """Returns gradients(params, batch, noise) -> ((loss, metrics), gradients).
+
+  Loss, metrics and gradients are those of the whole batch, up to the order of
+  the sums. Each device computes its rows in `accumulate` parts; devices along
+  `data` exchange parameters and gradients once a step, in `on_device`. XLA
+  divides the work along the mesh axis `model`. To be called under jit.
+
+  Args:
+    stage: of the job.
+    components: networks of the stage.
+    specs: partition spec of each parameter, from `mesh_lib.rule_for`; the
+      gradients have the same.
+    mesh: of the job.
+    accumulate: number of parts of a device's rows, computed one by one.
+    frozen: components without gradients; they have no backward pass.
+  """
+  over_data = jax.tree.map(mesh_lib.over_data, specs)
+  learned = [name for name in specs if name not in frozen]
+
+  def on_device(
+      params: Any, batch: Any, noise: dropout.Noise
+  ) -> tuple[LossAndMetrics, Any]:
+    params = jax.tree.map(mesh_lib.gather, params, specs)
+    fixed = {name: params.pop(name) for name in frozen}
+    totals = jax.lax.psum(stage.counts(batch), mesh_lib.DATA)
+
+    def outputs_of(params: Any, batch: Any, noise: dropout.Noise) -> Any:
+      models = components_lib.bind(components, params | fixed)
+      return stage.outputs(models, batch, noise)
+
+    def loss_of(outputs: Any, batch: Any) -> LossAndMetrics:
+      """Returns these rows' share of the loss and metrics of the batch."""
+      loss, metrics = stage.loss(outputs, batch, mesh_lib.DATA)
+      loss_share, metrics_share = (
+          count / jnp.maximum(total, 1)
+          for count, total in zip(stage.counts(batch), totals, strict=True)
+      )
+      return loss * loss_share, {
+          name: value * metrics_share for name, value in metrics.items()
+      }
+
+    def gradients_of(rows: _Rows) -> tuple[LossAndMetrics, Any]:
+      return jax.value_and_grad(
+          lambda params: loss_of(outputs_of(params, *rows), rows[0]),
+          has_aux=True,
+      )(params)
+
+    rows = (batch, noise)
+    if accumulate == 1:
+      value, grads = gradients_of(rows)
+    elif stage.in_batch:
+      value, grads = _with_gradient_cache(
+          outputs_of, loss_of, params, rows, accumulate
+      )
+    else:
+      value, grads = _part_by_part(gradients_of, _split(rows, accumulate))
+    return (
+        jax.lax.psum(value, mesh_lib.DATA),
+        {
+            name: jax.tree.map(mesh_lib.reduce_gradient, x, specs[name])
+            for name, x in grads.items()
+        },
+    )
+
+  over_rows = jax.P(mesh_lib.DATA)
+  return jax.shard_map(
+      on_device,
+      mesh=mesh,
+      in_specs=(over_data, over_rows, dropout.Noise(jax.P(), over_rows)),
+      out_specs=(jax.P(), {name: over_data[name] for name in learned}),
+      axis_names={mesh_lib.DATA},
+      check_vma=False,  # The attention kernels lack the annotation.
+  )
+
+
+def _part_by_part(
+    gradients_of: Callable, parts: _Rows
+) -> tuple[LossAndMetrics, Any]:
+  """Sums loss and gradients of parts, where each row has a loss of its own."""
+
+  def add(sums: Any, part: _Rows) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, sums, gradients_of(part)), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  shapes = jax.eval_shape(gradients_of, first)
+  return jax.lax.scan(add, _zeros(shapes), parts)[0]
+
+
+def _with_gradient_cache(
+    outputs_of: Callable,
+    loss_of: Callable,
+    params: Any,
+    rows: _Rows,
+    accumulate: int,
+) -> tuple[LossAndMetrics, Any]:
+  """Gradients of a loss that compares all rows (Gao et al. 2021, section 3.2).
+
+  First pass: the outputs of all rows, without keeping activations. Second pass:
+  each part again, backward from the gradients of its outputs.
+  """
+  parts = _split(rows, accumulate)
+  outputs = jax.lax.map(lambda part: outputs_of(params, *part), parts)
+  value, grad_outputs = jax.value_and_grad(
+      lambda outputs: loss_of(jax.tree.map(_join, outputs), rows[0]),
+      has_aux=True,
+  )(outputs)
+
+  def add(sums: Any, part: tuple[_Rows, Any]) -> tuple[Any, None]:
+    inputs, grad_outputs = part
+    # The noise is that of the first pass, hence the outputs are, too.
+    _, backward = jax.vjp(lambda p: outputs_of(p, *inputs), params)
+    return jax.tree.map(jnp.add, sums, backward(grad_outputs)[0]), None
+
+  sums, _ = jax.lax.scan(add, _zeros(params), (parts, grad_outputs))
+  return value, sums
+
+
+def _split(rows: _Rows, accumulate: int) -> _Rows:
+  """Adds a leading axis of parts; part i is rows i, i + accumulate, ..."""
+  batch, noise = rows
+
+  def split(x: jax.Array) -> jax.Array:
+    x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
+    return x.swapaxes(0, 1)
+
+  keys = jnp.broadcast_to(noise.key, (accumulate,))
+  return jax.tree.map(split, batch), dropout.Noise(keys, split(noise.row_B))
+
+
+def _join(x: jax.Array) -> jax.Array:
+  """Inverse of `split`."""
+  x = x.swapaxes(0, 1)
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _zeros(shapes: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

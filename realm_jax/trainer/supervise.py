@@ -1,7 +1,4 @@
-"""The index builder as a child of the trainer: `train --with_index_builder`.
-
-Public: `IndexBuilderProcess`.
-"""
+"""The index builder as a child process: `train --with_index_builder`."""
 
 from collections.abc import Sequence
 import logging
@@ -22,14 +19,13 @@ LOG = 'index_builder.log'
 _FIRST_BACKOFF_SECONDS = 1.0
 _MAX_BACKOFF_SECONDS = 60.0
 _TAIL_LINES = 20
-# The last generation, from the last snapshot, once training is done.
-_FINISH_SECONDS = 600.0
+_FINISH_SECONDS = 600.0  # For the last generation after training.
 
 
 class IndexBuilderProcess:
   """Runs `realm-jax index --follow` from the first `health` on, as a context.
 
-  Left without an error, it gives the builder time for its last generation.
+  Without an error, the context waits for the last generation at its end.
   """
 
   def __init__(
@@ -40,15 +36,15 @@ class IndexBuilderProcess:
       max_failures: int = 3,
       backoff_seconds: float = _FIRST_BACKOFF_SECONDS,
   ):
-    """Plans the command.
+    """Prepares the command.
 
     Args:
-      workdir: of the job.
-      argv: further flags of `realm-jax index`.
-      max_failures: in a row, without a generation published in between; 0:
-        however many.
-      backoff_seconds: from the first failure to the new start; doubled with
-        each further failure in a row.
+      workdir: workdir of the job.
+      argv: more flags of `realm-jax index`.
+      max_failures: failures in a row, without a generation published in
+        between, that end the training; 0: no limit.
+      backoff_seconds: pause before the first restart; doubled with each further
+        failure in a row.
     """
     self._workdir = pathlib.Path(workdir)
     self._log = self._workdir / LOG
@@ -65,8 +61,7 @@ class IndexBuilderProcess:
     self._max_failures = max_failures
     self._backoff_seconds = backoff_seconds
     self._process: subprocess.Popen[bytes] | None = None
-    self._failures = 0  # In a row.
-    self._all_failures = 0
+    self._failures = self._all_failures = 0  # In a row, and in all.
     self._published: set[int] = set()
     self._start_at = 0.0
 
@@ -80,18 +75,18 @@ class IndexBuilderProcess:
 
   @property
   def pid(self) -> int | None:
-    """Of the child, None while there is none."""
+    """Id of the child process, or None."""
     return None if self._process is None else self._process.pid
 
   def health(self) -> int:
-    """Starts the builder, again if it died; to be called now and then.
+    """Starts the builder, or restarts it if it died; to be called regularly.
 
     Returns:
-      How often it has died so far.
+      The number of failures so far.
 
     Raises:
-      RuntimeError: if it died too often without publishing anything in
-        between; the message ends with what it said last.
+      RuntimeError: it failed too often without publishing a generation; the
+        message ends with the tail of its log.
     """
     if self._process is None:
       if time.monotonic() >= self._start_at:
@@ -123,7 +118,7 @@ class IndexBuilderProcess:
     return self._all_failures
 
   def stop(self) -> None:
-    """Ends the builder: asks, waits, then insists."""
+    """Terminates the builder, and kills it if it does not exit in time."""
     if self._process is None:
       return
     if self._process.poll() is None:
@@ -131,7 +126,7 @@ class IndexBuilderProcess:
       try:
         self._process.wait(process.GRACE_SECONDS)
       except subprocess.TimeoutExpired:
-        log.warning('The index builder does not leave; it is killed.')
+        log.warning('The index builder does not stop; it is killed.')
         self._process.kill()
         self._process.wait()
     self._process = None
@@ -142,8 +137,7 @@ class IndexBuilderProcess:
     environment = {
         # Trainer and builder may share one accelerator: take memory as needed.
         'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
-        # Else what it printed comes after the error that ended it.
-        'PYTHONUNBUFFERED': '1',
+        'PYTHONUNBUFFERED': '1',  # Keeps output in order with the last error.
         **os.environ,
     }
     with open(self._log, 'ab') as file:

@@ -1,0 +1,416 @@
+"""The documents of a workdir: its corpus, and those added and removed since.
+
+  documents/manifest.json     the current version: its parts, the removed rows
+  documents/removed-V.npy     rows removed up to version V
+  documents/corpus-V/         corpus that version V added, or compacted
+  documents/index-V/<step>/   its generations
+
+The trainer and the index builder read the corpus of the job alone.
+"""
+
+from collections.abc import Callable
+import copy
+import dataclasses
+import functools
+import logging
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.builder import merged_search
+from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import overlay as overlay_lib
+from realm_jax.index import embedding
+from realm_jax.index import generation as generation_lib
+from realm_jax.index import search
+from realm_jax.models import components
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import snapshots as snapshots_lib
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+DIRECTORY = 'documents'  # In a workdir.
+MANIFEST = 'manifest.json'
+_UNCHANGED: dict[str, Any] = {
+    'version': 0,
+    'origin': None,  # Fingerprint of the corpus that was trained on.
+    'parts': [{'corpus': None, 'index': None, 'fingerprint': None}],
+    'removed': None,
+    'manifest_sha256': None,
+}
+
+Path = pathlib.Path | str
+
+
+class Part(NamedTuple):
+  """A corpus and the folder of its generations."""
+
+  corpus: corpus_lib.Corpus
+  index: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """One version of the documents; rows count through all parts.
+
+  config: resolved.
+  parts: the corpus of the job, or a compacted one, and each addition.
+  removed: sorted rows that no search returns, int64.
+  manifest: of documents/.
+  """
+
+  workdir: pathlib.Path
+  config: config_lib.Config
+  parts: tuple[Part, ...]
+  removed: np.ndarray
+  manifest: dict[str, Any]
+
+  @classmethod
+  def open(
+      cls,
+      workdir: Path,
+      config: config_lib.Config,
+      corpus: Path | None = None,
+  ) -> 'Documents':
+    """Opens the current version, or another corpus instead.
+
+    Raises:
+      FileNotFoundError: a corpus or the file of removed rows is missing.
+      ValueError: a file is damaged or of a newer format, or the corpus is not
+        the one that the documents were added to.
+    """
+    workdir, config = pathlib.Path(workdir), copy.deepcopy(config)
+    folder = workdir / DIRECTORY
+    manifest = _UNCHANGED if corpus else read_manifest(folder)
+    corpus = corpus or config.corpus
+    if not corpus:
+      raise ValueError(f'{workdir} has no corpus: its config names none.')
+    parts = []
+    for names in manifest['parts']:
+      path = folder / names['corpus'] if names['corpus'] else corpus
+      opened, expected = corpus_lib.Corpus.open(path), names['fingerprint']
+      if expected not in (None, opened.fingerprint):
+        raise ValueError(
+            f'The corpus {path} is not the one that {folder} was made for: '
+            f'its fingerprint is {opened.fingerprint[:16]}, {expected[:16]} in '
+            f'{MANIFEST}. Put that corpus back, or remove {folder} and add its '
+            'documents again.'
+        )
+      index = workdir / generation_lib.DIRECTORY
+      index = folder / names['index'] if names['index'] else index
+      parts.append(Part(opened, index))
+    base = parts[0].corpus
+    if manifest is _UNCHANGED:
+      names = {**manifest['parts'][0], 'fingerprint': base.fingerprint}
+      manifest = {**manifest, 'origin': base.fingerprint, 'parts': [names]}
+    config.model.vocab_size = (
+        config.model.vocab_size or base.tokenizer.vocab_size
+    )
+    removed = _read_removed(folder, manifest['removed'])
+    return cls(workdir, config, tuple(parts), removed, manifest)
+
+  @property
+  def folder(self) -> pathlib.Path:
+    return self.workdir / DIRECTORY
+
+  @property
+  def version(self) -> int:
+    return self.manifest['version']
+
+  @property
+  def is_compacted(self) -> bool:
+    """Whether the first part is not the corpus that was trained on."""
+    return self.parts[0].corpus.fingerprint != self.manifest['origin']
+
+  @functools.cached_property
+  def corpus(self) -> corpus_lib.Corpus:
+    """All parts as one corpus."""
+    if len(self.parts) == 1 and not len(self.removed):
+      return self.parts[0].corpus
+    return overlay_lib.Overlay([p.corpus for p in self.parts], self.removed)
+
+  @functools.cached_property
+  def component(self) -> components.Component:
+    """The embedder, without parameters."""
+    return components.make('embedder', self.config.model)
+
+  def part(self, corpus: pathlib.Path) -> Part:
+    """Returns the part that the next version has of a corpus."""
+    index = self.folder / f'index-{self.version + 1}'
+    return Part(corpus_lib.Corpus.open(corpus), index)
+
+  def about(self) -> dict[str, Any] | None:
+    """Returns how results describe the changes; None before the first."""
+    if not self.version:
+      return None
+    return {
+        'version': self.version,
+        'digest': self.manifest['manifest_sha256'],
+        'added': sum(len(part.corpus.passages) for part in self.parts[1:]),
+        'removed': len(self.removed),
+    }
+
+  def find(self, params_digest: str) -> int | None:
+    """Returns the step of the newest generation made from parameters."""
+    base = self.parts[0]
+    found = find(base.index, base.corpus.fingerprint, params_digest)
+    return found and found['step']
+
+  def newest(self) -> dict[str, Any]:
+    """Returns the manifest of the newest generation.
+
+    Raises:
+      FileNotFoundError: there is none yet.
+      ValueError: there are only generations of other corpora.
+    """
+    base = self.parts[0]
+    newest = find(base.index, base.corpus.fingerprint)
+    if newest is not None:
+      return newest
+    other = find(base.index)
+    if other is not None:
+      raise ValueError(
+          f'The index in {base.index} is of the corpus '
+          f'{other["corpus_fingerprint"][:16]}; {base.corpus.directory} is '
+          f'{base.corpus.fingerprint[:16]}.'
+      )
+    raise FileNotFoundError(
+        f'{self.workdir} has no index yet; build one with `realm-jax index '
+        f'--workdir={self.workdir}`.'
+    )
+
+  def index(
+      self, step: int, params: Callable[[], components.Params] | None = None
+  ) -> 'Index':
+    """Opens a generation with the embeddings of all documents added.
+
+    Where the latter are of other parameters or damaged, they are computed in
+    memory: embeddings of different parameters are never searched together.
+
+    Args:
+      step: of the generation of the first part.
+      params: returns its parameters; None: `load_params`.
+
+    Raises:
+      FileNotFoundError: there is no such generation.
+      ValueError: it is damaged or of another corpus, or the parameters are
+        needed and not found.
+    """
+    base = self.parts[0]
+    loaded = generation_lib.load(
+        base.index / str(step), self.lineage(base, step)
+    )
+    like = loaded.manifest
+    params = params or functools.cache(lambda: self.load_params(like))
+    tables: list[concatenated.Rows] = [loaded.embeddings]
+    embedded = 0
+    for part in self.parts[1:]:
+      table: concatenated.Rows | None = self.table(part, like)
+      if table is None:
+        table = self.embedder(part)(params()).astype(loaded.embeddings.dtype)
+        embedded += len(part.corpus.passages)
+      tables.append(table)
+    if embedded:
+      log.info(
+          '%d added passages were embedded by the parameters of step %d, in '
+          'memory; the next `realm-jax index add`, `update`, `delete` or '
+          '`compact` saves the embeddings.',
+          embedded, step,
+      )
+    table = concatenated.Chained(tables)
+    return Index(loaded, table, self.removed, embedded)
+
+  def table(
+      self, part: Part, like: dict[str, Any]
+  ) -> concatenated.Chained | None:
+    """Returns the saved embeddings of `has_table`, if they are not damaged."""
+    if not self.has_table(part, like):
+      return None
+    path, expected = part.index / str(like['step']), self.lineage(part)
+    try:
+      return generation_lib.load(path, expected).embeddings
+    except (FileNotFoundError, ValueError) as error:
+      log.warning('Not used: %s', error)
+      return None
+
+  def has_table(self, part: Part, like: dict[str, Any]) -> bool:
+    """Whether a part has embeddings made like those with a manifest."""
+    try:
+      found = generation_lib.read_manifest(part.index / str(like['step']))
+    except (FileNotFoundError, generation_lib.Damaged):
+      return False
+    return all(found[name] == like[name] for name in ('params_digest', 'dtype'))
+
+  def lineage(
+      self,
+      part: Part,
+      step: int | None = None,
+      params_digest: str | None = None,
+  ) -> generation_lib.Lineage:
+    """Returns the lineage of a generation of a part; None: any."""
+    return generation_lib.Lineage(
+        step=step,
+        params_digest=params_digest,
+        tokenizer_digest=part.corpus.tokenizer.digest,
+        corpus_fingerprint=part.corpus.fingerprint,
+        num_rows=len(part.corpus.passages),
+        width=self.config.model.embedding_width,
+    )
+
+  def embedder(self, part: Part) -> embedding.PassageEmbedder:
+    return embedding.PassageEmbedder(
+        self.component,
+        part.corpus.passages,
+        part.corpus.tokenizer,
+        self.config.lengths.document,
+        mesh_lib.make_mesh(config_lib.MeshConfig()),
+    )
+
+  def load_params(self, like: dict[str, Any]) -> components.Params:
+    """Loads the parameters of a generation from a snapshot or checkpoint.
+
+    Raises:
+      ValueError: they are in none; names the digests found.
+    """
+    workdir, step, digest = self.workdir, like['step'], like['params_digest']
+    name, abstract = self.component.name, self.component.abstract
+    seen = {}
+
+    def nearest(steps: list[int]) -> list[int]:
+      return sorted(steps, key=lambda one: (one != step, -one))
+
+    for one in nearest(snapshots_lib.steps_of(workdir)):
+      try:
+        seen[f'snapshot {one}'] = snapshots_lib.digest_of(workdir, one)
+        if seen[f'snapshot {one}'] == digest:
+          return snapshots_lib.load(workdir, one, abstract)[0]
+      except FileNotFoundError:  # Just deleted by a trainer.
+        continue
+    for one in nearest(checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)):
+      params = checkpoint.load_params(workdir, {name: abstract}, one)[0][name]
+      seen[f'checkpoint {one}'] = checkpoint.params_digest(params)
+      if seen[f'checkpoint {one}'] == digest:
+        return params
+    found = ', '.join(f'{where}: {d[:16]}' for where, d in seen.items())
+    raise ValueError(
+        f'The index of step {step} was made from the parameters {digest[:16]}, '
+        f'which are no longer in {workdir} ({found or "nothing"}), so that no '
+        'document can be embedded to join it. Build an index of the newest '
+        f'snapshot: `realm-jax index --workdir={workdir}`.'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """The embeddings of all documents, made from the same parameters.
+
+  generation: of the first part.
+  table: all rows, the removed ones included.
+  removed: as of `Documents`.
+  embedded: rows that had no saved embeddings.
+  """
+
+  generation: generation_lib.Generation
+  table: concatenated.Rows
+  removed: np.ndarray
+  embedded: int = 0
+
+  @functools.cached_property
+  def live_rows(self) -> np.ndarray:
+    """int64: the rows that are not removed."""
+    return np.delete(np.arange(self.table.shape[0]), self.removed)
+
+  def make_search(
+      self,
+      config: config_lib.MipsConfig,
+      mesh: jax.sharding.Mesh | None = None,
+  ) -> search.Search:
+    """Returns the backend of `config` over the rows that are not removed.
+
+    A saved index of the first part stays in use; the rows added since are
+    searched exactly.
+    """
+    base, removed = self.generation.embeddings, self.removed
+    rows, total = len(base), self.table.shape[0]
+    if rows == total:
+      return self.generation.make_search(config, mesh, removed)
+    if search.backend(config).folder is None:
+      return search.make_search(config, self.table, mesh, removed=removed)
+    split = np.searchsorted(removed, rows)
+    first = self.generation.make_search(config, mesh, removed[:split])
+    rest = search.ExactSearch(
+        self.table[rows:total], removed=removed[split:] - rows
+    )
+    return merged_search.MergedSearch((first, rest), self.table, removed)
+
+
+def find(
+    index: pathlib.Path,
+    fingerprint: str | None = None,
+    params_digest: str | None = None,
+) -> dict[str, Any] | None:
+  """Returns the manifest of the newest generation in a folder.
+
+  It has the given fingerprint of the corpus and digest of the parameters, where
+  these are not None.
+  """
+  for step in reversed(checkpoint.steps_in(index)):
+    try:
+      found = generation_lib.read_manifest(index / str(step))
+    except FileNotFoundError:  # Just deleted by the index builder.
+      continue
+    if fingerprint in (None, found['corpus_fingerprint']) and (
+        params_digest in (None, found['params_digest'])
+    ):
+      return found
+  return None
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads the manifest of documents/, or that of version 0 if there is none.
+
+  Raises:
+    ValueError: it is damaged or of a newer format.
+  """
+  path = folder / MANIFEST
+  if not path.is_file():
+    return _UNCHANGED
+  manifest = files.read_json(path)
+  if not isinstance(manifest, dict):
+    raise ValueError(f'{path} is damaged: it is not an object.')
+  version = manifest.get('format_version')
+  if isinstance(version, int) and version > FORMAT_VERSION:
+    raise ValueError(
+        f'{path} has format {version}, from a newer realm_jax; this one reads '
+        f'format {FORMAT_VERSION}. Install the newer version.'
+    )
+  found, said = files.manifest_digest(manifest), manifest.get('manifest_sha256')
+  if found != said:
+    raise ValueError(
+        f'{path} is damaged: its SHA-256 is {found}, it says {said}.'
+    )
+  return manifest
+
+
+def _read_removed(
+    folder: pathlib.Path, record: dict[str, Any] | None
+) -> np.ndarray:
+  if record is None:
+    return np.zeros(0, np.int64)
+  path = folder / record['file']
+  if not path.is_file():
+    raise FileNotFoundError(f'{folder} lacks the file {record["file"]}.')
+  found = files.sha256(path)
+  if found != record['sha256']:
+    raise ValueError(
+        f'{path} is damaged: its SHA-256 is {found}, {MANIFEST} says '
+        f'{record["sha256"]}.'
+    )
+  return np.load(path, allow_pickle=False)
