@@ -55,7 +55,7 @@ def _by_hand(query, key, value, keep, rate):
 
 
 @pytest.mark.parametrize('rate', [0.0, 0.3])
-def test_forward_and_the_backward_written_by_hand(rate):
+def test_forward_and_hand_written_backward(rate):
   noise = dropout.noise(jax.random.key(3), 2)
   keep = dropout.keep(noise, (2, 2, 20, 20), rate) if rate else None
 
@@ -91,7 +91,7 @@ def test_flash_is_the_same_and_lowers_for_tpu():
 
 
 def test_cudnn_lowers_for_cuda(monkeypatch):
-  # Whether cuDNN is there is asked when a function is traced.
+  # JAX checks for cuDNN at tracing time.
   asked = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
   monkeypatch.setattr(asked, 'check_cudnn_version', lambda: 90300)
   lowered = _gradients('cudnn').trace(*_qkv(jnp.bfloat16)).lower(
@@ -107,7 +107,7 @@ def _leaves_padding_undefined(
     query, key, value, *, query_seq_lengths, key_value_seq_lengths,
     implementation,
 ):
-  """As cuDNN: an even length, and nan at padded positions, both ways."""
+  """Like cuDNN: even lengths only; nan at padding, forward and backward."""
   assert implementation == 'cudnn'
   assert query.shape == key.shape == value.shape
   assert query.shape[1] % 2 == 0
@@ -195,7 +195,7 @@ def test_undefined_padding_reaches_no_loss_and_no_gradient(monkeypatch):
         ('tpu', {'width': 384}, 'xla'),
         ('tpu', {'width': 512}, 'flash'),
         ('gpu', {'attention': 'xla'}, 'xla'),
-        # The same function: a laptop evaluates what a GPU trained.
+        # All kernels compute one function: a CPU evaluates a GPU run.
         ('cpu', {'attention': 'cudnn'}, 'xla'),
     ],
 )
@@ -214,15 +214,15 @@ def test_choice(platform, values, kernel):
         ('gpu', {'attention': 'cudnn', 'width': 512}, 'needs heads of.*256'),
     ],
 )
-def test_what_cannot_run_is_refused(platform, values, message):
+def test_a_kernel_that_cannot_run_is_refused(platform, values, message):
   config = dataclasses.replace(_MODEL, **values)
   with pytest.raises(ValueError, match=message):
     attention.check(config, _device(platform))
 
 
-def test_few_positions_or_dropout_take_the_kernel_that_can():
+def test_some_positions_or_dropout_use_xla():
   query, key, value = _qkv()
-  # Would fail on CPU if it were the fused kernel.
+  # The fused kernel would fail on CPU.
   attention.attend(query[:, :3], key, value, _MASK_BL, 'flash')
   noise = dropout.noise(jax.random.key(0), 2)
   attention.attend(query, key, value, _MASK_BL, 'flash', 0.1, noise)
@@ -249,7 +249,7 @@ def test_dropout_drops_as_often_as_it_says_and_scales():
   assert np.abs(np.corrcoef(rows) - np.eye(8)).max() < 0.08
 
 
-def test_noise_belongs_to_the_row():
+def test_noise_depends_on_the_row_only():
   noise = dropout.noise(jax.random.key(0), 6)
   whole = dropout.keep(noise, (6, 5, 7), 0.5)
   some = dropout.Noise(noise.key, noise.row_B[jnp.array([4, 1])])

@@ -1,4 +1,4 @@
-"""The config tree: what it refuses, and what counts as the same job."""
+"""The config tree: validation, JSON, identity."""
 
 import copy
 import importlib.util
@@ -24,7 +24,7 @@ def _config(**values):
   return config
 
 
-def test_the_defaults_are_valid_but_for_the_corpus():
+def test_the_defaults_are_valid_except_for_the_corpus():
   config_lib.validate(_config())
   with pytest.raises(ValueError, match=r"config\.corpus=''"):
     config_lib.validate(config_lib.Config())
@@ -59,17 +59,17 @@ def test_the_defaults_are_valid_but_for_the_corpus():
         ({'mesh__data': -1, 'mesh__model': -1}, r'at most one may be -1'),
     ],
 )
-def test_what_is_wrong_is_named(values, message):
+def test_a_wrong_field_is_named(values, message):
   with pytest.raises(ValueError, match=message):
     stages.validate(_config(**values))
 
 
-def test_what_is_no_config_is_refused():
+def test_an_object_of_another_type_is_refused():
   with pytest.raises(ValueError, match=r"returns dict: \{'steps': 3\}"):
     config_lib.validate({'steps': 3})
 
 
-def test_all_that_is_wrong_is_named_at_once():
+def test_all_wrong_fields_are_named_at_once():
   with pytest.raises(ValueError) as error:
     config_lib.validate(_config(batch_size=0, num_candidates=0))
   assert 'batch_size=0' in str(error.value)
@@ -83,7 +83,7 @@ def test_json_round_trip():
 
 
 def test_an_older_config_keeps_what_it_was_trained_with():
-  """Fields that are newer than it take a value that changes nothing."""
+  """Fields newer than the config take a value that preserves its result."""
   values = config_lib.to_dict(_config(refresh__interval=500, refresh__lag=500))
   older = copy.deepcopy(values)
   del older['mlm']['null_rate']
@@ -92,7 +92,7 @@ def test_an_older_config_keeps_what_it_was_trained_with():
   assert config_lib.digest(read) == config_lib.digest(
       config_lib.from_dict(values)
   )
-  # An experiment file that relies on the defaults is another job by now.
+  # An experiment file that relies on the new defaults is another job.
   assert config_lib.differences(_config(), read) == [
       'config.refresh.interval: 500 there, 250 here',
       'config.refresh.lag: 500 there, 250 here',
@@ -112,7 +112,7 @@ def test_unknown_fields_are_refused(values, message):
     config_lib.from_dict(values)
 
 
-def test_resolving_fills_in_and_keeps_what_was_given():
+def test_resolve_sets_derived_defaults_only():
   config = _config(model__preset='mini', model__num_heads=8, steps=1000)
   resolved = config_lib.resolve(config)
   model = resolved.model
@@ -120,11 +120,11 @@ def test_resolving_fills_in_and_keeps_what_was_given():
   assert model.mlp_width == 1024
   assert resolved.optimizer.warmup_steps == 100
   assert resolved.optimizer.retriever_learning_rate == 3e-5
-  assert config.model.width == 0  # The original is left alone.
+  assert config.model.width == 0  # The original is unchanged.
   assert config_lib.resolve(resolved) == resolved
 
 
-def test_the_digest_follows_the_result_and_nothing_else():
+def test_the_digest_covers_fields_that_determine_the_result():
   base = config_lib.digest(_config())
   for same in ({'log_interval': 3}, {'checkpoint__keep': 9}, {'mesh__data': 4},
                {'corpus': 'moved'}, {'refresh__timeout': 1.0}):

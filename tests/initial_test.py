@@ -24,7 +24,7 @@ _TOWERS = ('shared', 'shared_bert', 'separate')
 
 
 def _source(workdir, world, number, *names, towers='shared', **values):
-  """A workdir whose parameters are all like those of no other number."""
+  """Makes a workdir with parameters that are unique to `number`."""
   config = config_lib.resolve(
       training_test.make_config(
           world, 'realm', model__towers=towers,
@@ -47,7 +47,7 @@ def _source(workdir, world, number, *names, towers='shared', **values):
 
 
 def _begin(workdir, world, objective, init_from, **values):
-  """The parameters that a new job begins with, and those all at random."""
+  """Returns the initial parameters of a job, and purely random ones."""
   if objective == 'open_qa':
     values['open_qa__questions'] = str(world / 'questions.jsonl')
     values |= {'open_qa__retrieved': 4, 'open_qa__read': 2}
@@ -85,7 +85,7 @@ def _assert_equal(params, expected):
 
 
 def _with_bert(fresh, giver, tower=''):
-  """Fresh parameters, but with the BERT of another component."""
+  """Returns random parameters with the BERT of another component."""
   return {
       name: giver.get(
           tower + name[name.index('bert.') :] if 'bert.' in name else '', value
@@ -100,7 +100,7 @@ def _info(caplog):
 
 
 @pytest.mark.parametrize('towers', _TOWERS)
-def test_each_tower_begins_with_the_bert_of_a_reader(
+def test_each_tower_takes_the_bert_of_a_reader(
     world, tmp_path, caplog, towers
 ):
   mlm = _source(tmp_path / 'mlm', world, 3, 'reader')['reader']
@@ -119,7 +119,7 @@ def test_each_tower_begins_with_the_bert_of_a_reader(
   )
   assert 'encoder.pooler, projection.dense, projection.norm' in message
   assert message.endswith('at random.')
-  # No objective comes before, as in the paper.
+  # As in the paper, no other stage precedes ICT.
   assert _said(caplog)[message] == 'INFO'
 
 
@@ -133,7 +133,7 @@ def _assert_one_tower(embedder):
     'theirs, ours',
     [(a, b) for i, a in enumerate(_TOWERS) for b in _TOWERS[i:]],
 )
-def test_a_missing_query_tower_begins_as_the_document_tower(
+def test_a_missing_query_tower_takes_the_document_tower(
     world, tmp_path, caplog, theirs, ours
 ):
   given = _source(tmp_path / 'a', world, 3, 'embedder', towers=theirs)
@@ -169,7 +169,7 @@ def test_a_query_tower_without_a_place_is_refused(
 
 
 @pytest.mark.parametrize('order', [('bert', 'ict'), ('ict', 'bert')])
-def test_an_embedder_of_its_own_kind_wins_over_a_body(
+def test_an_embedder_is_preferred_to_a_bert(
     world, tmp_path, caplog, order
 ):
   bert = _source(tmp_path / 'bert', world, 3, 'reader')
@@ -194,7 +194,7 @@ def test_later_workdirs_win(world, tmp_path, caplog):
   _assert_equal(params['embedder'], b['embedder'])
   _assert_equal(params['reader'], c['reader'])
   assert f'Nothing of {tmp_path}/a is used.' in _said(caplog)
-  # And so do bodies among themselves.
+  # The same holds among BERTs of other components.
   caplog.clear()
   sources = [tmp_path / 'c', tmp_path / 'a', tmp_path / 'b']
   params, fresh = _begin(tmp_path / 'tags', world, 'tagger', sources)
@@ -206,7 +206,7 @@ def test_later_workdirs_win(world, tmp_path, caplog):
   ) in _said(caplog)
 
 
-def test_a_reader_of_answers_begins_with_one_of_masks(
+def test_a_span_reader_takes_the_bert_of_a_reader(
     world, tmp_path, caplog
 ):
   realm = _source(tmp_path / 'realm', world, 3, 'embedder', 'reader')
@@ -222,7 +222,7 @@ def test_a_reader_of_answers_begins_with_one_of_masks(
       f'span_reader: its BERT from the reader of {tmp_path}/realm, step 3;'
       ' intermediate, norm, output at random.': 'INFO',
   }
-  # One that has read answers before is not given up for it.
+  # A span reader is preferred to it.
   caplog.clear()
   both = [tmp_path / 'qa_before', tmp_path / 'realm']
   before = _source(both[0], world, 4, 'span_reader')
@@ -238,7 +238,7 @@ def test_a_reader_of_answers_begins_with_one_of_masks(
         ('open_qa', 'embedder', {'span_reader': 'mlm'}),
     ],
 )
-def test_a_cold_component_of_a_search_is_a_warning(
+def test_a_random_component_of_a_search_is_a_warning(
     world, tmp_path, caplog, objective, given, cold
 ):
   sources = [tmp_path / 'a'] if given else []
@@ -268,7 +268,7 @@ def test_a_retriever_without_ict_is_a_warning(world, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('objective', ['mlm', 'ict', 'tagger'])
-def test_what_begins_from_scratch_is_no_warning(
+def test_a_random_component_without_a_search_is_no_warning(
     world, tmp_path, caplog, objective
 ):
   _begin(tmp_path / 'job', world, objective, [])
@@ -334,7 +334,7 @@ def test_the_stages_of_the_paper_from_an_imported_bert(
               'max_positions', 'activation',
           )
       },
-      # Not what the import chose for the projection that BERT does not have.
+      # They differ from those of the imported BERT, which has no projection.
       'model__embedding_width': 8, 'model__embedding_scale_init': 0.25,
       'model__towers': towers,
   }
@@ -355,7 +355,7 @@ def test_the_stages_of_the_paper_from_an_imported_bert(
   checkpoint.save_params(
       tmp_path / 'ict', 7, {'embedder': learned}, about
   )
-  # The trained retriever is taken, wherever it stands.
+  # The trained retriever is taken, in either order.
   for sources in ([bert, tmp_path / 'ict'], [tmp_path / 'ict', bert]):
     caplog.clear()
     params, _ = _begin(
@@ -368,7 +368,7 @@ def test_the_stages_of_the_paper_from_an_imported_bert(
         f'embedder from {tmp_path}/ict, step 7.': 'INFO',
         f'reader from {bert}, step 0.': 'INFO',
     }
-  # Without ICT the projection is at random, and REALM should not begin so.
+  # Without ICT the projection is random, which is a warning for REALM.
   caplog.clear()
   _begin(tmp_path / 'cold', corpus, 'realm', [bert], **values)
   (warning,) = [m for m, level in _said(caplog).items() if level == 'WARNING']

@@ -50,7 +50,7 @@ def _trace(config, platform):
 
 @pytest.fixture(autouse=True)
 def _cudnn_is_installed(monkeypatch):
-  # JAX asks for it when a function is traced.
+  # JAX checks for cuDNN at tracing time.
   asked = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
   monkeypatch.setattr(asked, 'check_cudnn_version', lambda: 90300)
 
@@ -75,8 +75,8 @@ def _cudnn_calls(config):
 @pytest.mark.parametrize(
     ('objective', 'lengths', 'layers', 'calls'),
     [
-        # The last layer of all but tagger and span reader is computed at some
-        # positions only, by `xla`.
+        # Except in tagger and span reader, `xla` computes the last layer, at
+        # some positions.
         ('mlm', _EVEN, 2, {(2, 40): 1}),
         ('mlm', _ODD_JOINT, 2, {(2, 42): 1}),
         ('ict', _ODD, 2, {(2, 16): 1, (2, 26): 1}),

@@ -1,4 +1,4 @@
-"""BERT, the embedder and the reader: what may and may not matter."""
+"""BERT, the embedder and the reader: padding, dropout, towers, dtypes."""
 
 import dataclasses
 
@@ -107,7 +107,7 @@ def test_token_logp_is_a_log_probability():
         ('separate', 43, {'query_projection', 'query_encoder'}),
     ],
 )
-def test_towers_share_what_they_say_and_begin_as_one(towers, more, of_queries):
+def test_towers_share_modules_and_initial_weights(towers, more, of_queries):
   config = dataclasses.replace(CONFIG, towers=towers)
   embedder = components.make('embedder', config)
   shared = components.make('embedder', CONFIG).abstract
@@ -180,7 +180,7 @@ def test_candidate_scores_embed_documents_without_dropout():
   )
 
 
-def test_without_a_null_document_the_others_share_all_probability():
+def test_without_a_null_document_the_others_have_all_probability():
   embedder = components.make('embedder', CONFIG)
   params = embedder.init(0)
   bound = embedder.module(params)
@@ -206,7 +206,7 @@ def test_without_a_null_document_the_others_share_all_probability():
   assert np.isfinite(grads).all() and not grads[:, 0].any()
 
 
-def test_components_draw_from_streams_of_their_own():
+def test_each_component_has_its_own_random_stream():
   embedder = components.make('embedder', CONFIG).init(0)
   reader = components.make('reader', CONFIG).init(0)
   assert not np.allclose(
@@ -218,7 +218,7 @@ def test_components_draw_from_streams_of_their_own():
     np.testing.assert_array_equal(value, again[name])
 
 
-def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
+def test_bfloat16_computes_in_bfloat16_and_returns_float32():
   config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
   ids, types = _ids(2, 6), np.zeros((2, 6), np.int32)
   half = _embed(config, ids=ids, types=types)
@@ -229,7 +229,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
 
 
 def _products(jaxpr):
-  """Yields the results of all matmuls, nested ones as well."""
+  """Yields the results of all matmuls, nested ones included."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'dot_general':
       yield equation.outvars[0].aval
@@ -276,7 +276,7 @@ def test_scores_are_products_in_float32():
     )
 
   traced = jax.make_jaxpr(scores)(embedder.abstract, ids(2, 6), ids(2, 5, 9))
-  # Of the query and the null document, and of the query and 5 documents.
+  # Query by null document, and query by 5 documents.
   found = [
       x.dtype for x in _products(traced.jaxpr) if x.shape in ((2, 1), (2, 5))
   ]

@@ -1,4 +1,4 @@
-"""The objectives against enumeration, and what must not influence them."""
+"""The losses against enumeration; masks and ties that must not matter."""
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def test_copies_of_the_own_passage_are_no_negatives():
     right += logits.argmax() == own
   np.testing.assert_allclose(loss, total / 5, rtol=1e-5)
   np.testing.assert_allclose(aux['accuracy'], right / 5)
-  # All of one passage: nothing to tell apart, and no gradient.
+  # All documents are of one passage: no negatives and no gradient.
   gradient = jax.grad(
       lambda q: objectives.in_batch_softmax(q, docs, same_BC=same | True)[0]
   )(jnp.asarray(queries))
@@ -161,8 +161,8 @@ def test_tied_documents_share_the_accuracy():
   loss, aux = objectives.in_batch_softmax(collapsed, collapsed)
   np.testing.assert_allclose(loss, np.log(64), rtol=1e-6)
   np.testing.assert_allclose(aux['accuracy'], 1 / 64, rtol=1e-6)
-  # Documents 0 and 1 are equal, so each of their queries is right half the
-  # time; query 2 is right, query 3 wrong.
+  # Documents 0 and 1 are equal, so each of their queries counts one half;
+  # query 2 is right, query 3 wrong.
   queries = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
   docs = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
   _, aux = objectives.in_batch_softmax(queries, docs)

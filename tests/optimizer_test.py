@@ -1,4 +1,4 @@
-"""The optimizer: delays, weight decay, and what clips which gradients."""
+"""The optimizer: delays, weight decay, clipping by component."""
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +82,8 @@ def test_a_frozen_component_does_not_scale_down_the_others():
 
 
 @pytest.mark.parametrize(('step', 'norm'), [(4, 30), (5, 50)])
-def test_a_waiting_retriever_does_not_scale_down_the_reader(step, norm):
-  """Norms 40 and 30, 50 together; Adam takes over a tenth of a gradient."""
+def test_a_delayed_retriever_does_not_scale_down_the_reader(step, norm):
+  """Norms 40 and 30, together 50; the first moment is 0.1 of a gradient."""
   config = _config(retriever_delay=5)
   found = _moments(config, _params(embedder=20.0, reader=15.0), step)
   np.testing.assert_allclose(found['reader'], 0.1 * 15 / norm, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -58,16 +59,16 @@ def _one_device():
         ('realm', {'num_heads': 4}),
     ],
 )
-def test_flop_and_memory_are_near_what_xla_reports(objective, model):
+def test_flop_and_memory_are_close_to_the_report_of_xla(objective, model):
   config = _config(objective, **model)
   step = plan.trace_step(config, _one_device()).lower().compile()
-  # XLA counts what is done to single elements too, and one part of several.
+  # XLA also counts elementwise operations, and one part of several.
   flop = step.cost_analysis()['flops'] * config.accumulate
   assert _hardware_flop(config) == pytest.approx(flop, rel=0.15)
-  # On CPU it keeps what it could forget.
+  # XLA on CPU keeps the activations in spite of remat.
   config.model.remat = 'none'
   reported = step.memory_analysis()
-  # Parameters and optimizer, which the step takes over, and all the rest.
+  # Arguments are parameters and optimizer state, which are donated.
   memory = reported.argument_size_in_bytes + reported.temp_size_in_bytes
   estimate = sum(memory_lib.step_memory(
       config, _sizes(config), _passes(config), 1, 1
@@ -84,7 +85,7 @@ def test_flop_of_a_bert_by_hand():
   assert flops.pass_flop(model, 10, 288, 288) == 10 * (
       2 * 288 * weights + attention
   )
-  # With one output the last layer is keys and values, all but.
+  # With one output, the last layer is little more than keys and values.
   saved = flops.pass_flop(model, 1, 288, 288) - flops.pass_flop(
       model, 1, 288, 1
   )
@@ -114,8 +115,8 @@ def _paper(**values):
 def test_the_papers_setting():
   config, setting = _paper()
   result = plan.plan(config, setting)
-  # The figures of the design, worked out by hand: 1.4e15 and 6.5e17 FLOP, and
-  # a table of 3.4 GB, of which a device holds a part of two.
+  # By hand: 1.4e15 and 6.5e17 FLOP, and a table of 3.4 GB, of which a device
+  # holds its part twice.
   assert result['work']['step_tflop'] == pytest.approx(1.4e3, rel=0.1)
   assert result['work']['refresh_tflop'] == pytest.approx(6.5e5, rel=0.1)
   assert result['work']['search_tflop'] == pytest.approx(1.75, rel=0.01)
@@ -123,7 +124,7 @@ def test_the_papers_setting():
   assert result['device_memory']['two_index_tables_gb'] == pytest.approx(
       2 * 3.42 / 64, rel=0.01
   )
-  # As many builders as it says are enough, and one less is not.
+  # The stated number of builders is enough, and one less is not.
   needed = result['time']['builder_devices_needed']
   lags = [
       plan.plan(config, dataclasses.replace(setting, builder_devices=n))[
@@ -155,22 +156,22 @@ def test_without_refresh_the_index_is_built_once():
   assert plan.plan(config, many)['time']['chip_hours'] < time['chip_hours']
 
 
-def test_putting_the_best_in_order_anew_takes_its_time():
+def test_reranking_takes_time():
   config, setting = _paper()
   config.objective, config.batch_size = 'open_qa', 64
   without = plan.plan(config, setting)
   config.open_qa.rerank = 50
-  anew = plan.plan(config, setting)
-  # As many passages as of 64 questions the best 50, at the builder's rate.
-  tflop = anew['work']['refresh_tflop'] * 64 * 50 / _ROWS
-  assert anew['work']['rerank_tflop'] == pytest.approx(tflop)
+  reranked = plan.plan(config, setting)
+  # The best 50 passages of 64 questions, at the builder's rate.
+  tflop = reranked['work']['refresh_tflop'] * 64 * 50 / _ROWS
+  assert reranked['work']['rerank_tflop'] == pytest.approx(tflop)
   assert 'rerank_tflop' not in without['work']
   rate = setting.chip.tflops * setting.builder_utilization * 64
-  more = anew['time']['step_seconds'] - without['time']['step_seconds']
+  more = reranked['time']['step_seconds'] - without['time']['step_seconds']
   assert more == pytest.approx(tflop / rate)
 
 
-def test_what_a_mesh_and_a_small_chip_change():
+def test_fewer_devices_and_smaller_chips():
   config, setting = _paper()
   one = plan.plan(
       config, dataclasses.replace(setting, trainer_devices=1)
@@ -186,6 +187,20 @@ def test_what_a_mesh_and_a_small_chip_change():
   config.mesh.data = 3
   with pytest.raises(ValueError, match='64 device'):
     plan.plan(config, setting)
+
+
+def test_the_advised_setting_fits_as_stated():
+  config, setting = _paper(trainer_devices=1)
+  lines = plan.plan(config, setting)['advice'].values()
+  (advice,) = [line for line in lines if 'do not fit' in line]
+  parts, remat, total = re.search(
+      r'accumulate=(\d+) and config.model.remat=(\w+) it would be (.+) GB',
+      advice,
+  ).groups()
+  config.accumulate, config.model.remat = int(parts), remat
+  memory = plan.plan(config, setting)['device_memory']
+  assert f'{memory["total_gb"]:.1f}' == total
+  assert memory['total_gb'] < 0.9 * memory['chip_gb']
 
 
 def test_the_corpus_is_counted(world):
