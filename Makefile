@@ -40,7 +40,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
-	$(BIN)/python -m pytest tests/lint_test.py tests/layering_test.py $(ARGS)
+	$(BIN)/python -m pytest tests/project/lint_test.py tests/project/layering_test.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist .cache .hypothesis .mypy_cache \

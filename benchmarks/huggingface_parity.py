@@ -4,7 +4,7 @@
       [--output=FILE.json] [--small] [--seed=N] [--width=N] [--layers=N]
 
 `hf/bin/python` has PyTorch and transformers 4.40.2, which cannot live with
-what realm_jax needs; tests/make_huggingface_fixtures.py says how to make it.
+what realm_jax needs; tests/interop/make_huggingface_fixtures.py says how to make it.
 All five REALM classes and BERT, both activations: the largest difference
 forward, in the losses, in the gradients of the pretraining loss, each over the
 largest value; then import and export, and what transformers says to the result.

@@ -10,12 +10,19 @@ those see one device unless they ask for more.
 import os
 import pathlib
 
+_TESTS = pathlib.Path(__file__).resolve().parent
+# Processes that tests start may import helpers and jobs of the tests.
+os.environ['PYTHONPATH'] = os.pathsep.join(
+    [str(_TESTS), str(_TESTS / 'trainer')]
+    + [path for path in [os.environ.get('PYTHONPATH')] if path]
+)
+
 # Before jax is imported. Results must not depend on an accelerator that
 # happens to be there.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR',
-    str(pathlib.Path(__file__).resolve().parent.parent / '.cache' / 'jax'),
+    str(_TESTS.parent / '.cache' / 'jax'),
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')

@@ -10,7 +10,7 @@ STATE_BYTES = 12  # Per parameter in a checkpoint: float32, Adam's two moments.
 # together: arrays of the size of the hidden states. Gradients: the share that
 # is allocated when most activations are. Fitted to XLA's reports in float32 on
 # CPU for 16 small shapes of mlm, ict and realm, within 4 % of all of them;
-# tests/plan_test.py has other shapes.
+# tests/planner/plan_test.py has other shapes.
 _HIDDEN, _MLP, _LOGITS, _LOGIT_DROPOUT_BYTES = 9.05, 3.25, 1.24, 5.8
 _ENDS, _GRADIENTS = 18.7, 0.63
 # The share of `_HIDDEN` that mesh axis `model` divides: query, key, value, mix.

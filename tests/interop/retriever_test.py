@@ -16,7 +16,7 @@ from realm_jax.interop import export
 from realm_jax.interop import export_huggingface
 from realm_jax.interop import weights
 
-_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 workdirs = export_test.workdirs
 
 

@@ -13,7 +13,7 @@ from realm_jax.interop import export
 from realm_jax.qa import questions as questions_lib
 from realm_jax.trainer import loop
 
-_ARCHIVE = pathlib.Path(__file__).parent / 'fixtures' / 'old' / 'workdir.tar.xz'
+_ARCHIVE = pathlib.Path(__file__).parents[1] / 'fixtures' / 'old' / 'workdir.tar.xz'
 
 
 @pytest.fixture

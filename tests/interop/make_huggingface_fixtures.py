@@ -2,7 +2,7 @@
 
   python3.11 -m venv hf && hf/bin/pip install torch==2.13.0 \
       transformers==4.40.2 tokenizers==0.19.1 numpy==1.26.4 safetensors
-  hf/bin/python tests/make_huggingface_fixtures.py
+  hf/bin/python tests/interop/make_huggingface_fixtures.py
 
 Only a change of the fixtures needs this script and its environment. It writes a
 folder for each class of transformers' REALM and for BERT, in all file formats
@@ -409,7 +409,7 @@ def _check(original: pathlib.Path, exported: pathlib.Path) -> dict[str, dict]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  here = pathlib.Path(__file__).resolve().parent
+  here = pathlib.Path(__file__).resolve().parents[1]
   parser.add_argument('--output', type=pathlib.Path, default=here / 'fixtures')
   parser.add_argument('--minilm', type=pathlib.Path)
   parser.add_argument('--check', type=pathlib.Path)

@@ -10,7 +10,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.trainer import stages
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _config(**values):

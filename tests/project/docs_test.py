@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PAGES = sorted([*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md')])
 _CODE = re.compile(r'`((?:[a-z_]+/)+[a-z_]+\.py)')
 _LINK = re.compile(r'\]\((?!https?://|#)([^)#]+)')

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def _run(*command: str) -> None:

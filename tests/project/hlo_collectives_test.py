@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-_BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / 'benchmarks'
+_BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from realm_jax.cli import commands
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 _STAGE = f'{_ROOT}/experiments/quickstart.py'
 # A job of seconds: one narrow layer, few steps.
 _SMALL = (

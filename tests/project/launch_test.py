@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 _SCRIPTS = sorted((_ROOT / 'launch').glob('*.sh'))
 _NAMES = [path.name for path in _SCRIPTS]
 # What each needs besides the flags of `realm-jax train`.

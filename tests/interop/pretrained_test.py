@@ -1,6 +1,6 @@
 """Our models against PyTorch's, with equal weights.
 
-tests/make_huggingface_fixtures.py made the fixtures; PyTorch is not needed.
+tests/interop/make_huggingface_fixtures.py made the fixtures; PyTorch is not needed.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from realm_jax.models import objectives
 from realm_jax.models import span_reader
 from realm_jax.trainer.stages import realm
 
-_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 _ACTIVATIONS = ('gelu_new', 'gelu')
 
 # Relative to the largest value: forward, losses, gradients.

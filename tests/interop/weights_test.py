@@ -16,7 +16,7 @@ import safetensors.numpy
 from realm_jax.interop import block_records
 from realm_jax.interop import weights
 
-_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 _BIN = _FIXTURES / 'embedder' / 'pytorch_model.bin'
 _LEGACY = _FIXTURES / 'bert' / 'pytorch_model.bin'
 _SAFE = _FIXTURES / 'encoder' / 'model.safetensors'

@@ -12,7 +12,7 @@ from realm_jax.interop import export
 from realm_jax.interop import importing
 from realm_jax.interop import weights
 
-_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 workdirs = export_test.workdirs
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import training_test
 
-_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 
 # `realm-jax` with a chunk file next to each corpus that it starts to write, as
 # after a killed run.

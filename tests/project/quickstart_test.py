@@ -12,7 +12,7 @@ from realm_jax.evaluation import report
 from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import job
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')

@@ -20,7 +20,7 @@ from realm_jax.interop import importing
 from realm_jax.models import components
 from realm_jax.models import embedder as embedder_lib
 
-_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 _HUB = os.environ.get('REALM_JAX_HUB', '')
 _TOLERANCE = 1e-4  # Theirs.
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _run(*arguments):

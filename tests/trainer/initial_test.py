@@ -19,7 +19,7 @@ from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
 
-_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 _TOWERS = ('shared', 'shared_bert', 'separate')
 
 

@@ -28,7 +28,7 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 
-_FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 _NAMES = ('bert', 'embedder', 'scorer', 'encoder', 'reader', 'open_qa')
 
 

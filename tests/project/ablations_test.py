@@ -12,7 +12,7 @@ from realm_jax.evaluation import report
 
 pytest.importorskip('matplotlib')
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')

@@ -29,7 +29,7 @@ from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loop
 from realm_jax.trainer import stages
 
-_TESTS = pathlib.Path(__file__).parent
+_ROOT = pathlib.Path(__file__).parents[2]
 _STOPPED = 143  # See cli/actions.py.
 
 # Notes what a step reads, gathered from all devices, and who writes a shard;
@@ -108,11 +108,11 @@ def _start(count, devices, *arguments, code=None, each=(), **environment):
     started.append(
         subprocess.Popen(
             command,
-            cwd=_TESTS.parent,
+            cwd=_ROOT,
             env={
                 **os.environ,
                 'JAX_NUM_CPU_DEVICES': str(devices),
-                'PYTHONPATH': os.pathsep.join([str(_TESTS), *sys.path]),
+                'PYTHONPATH': os.pathsep.join(sys.path),
                 **{name: value[process] for name, value in environment.items()},
             },
             stdout=subprocess.PIPE,
@@ -258,7 +258,7 @@ def test_a_coordinator_that_is_not_there_is_named_in_time(tmp_path):
       [sys.executable, '-m', 'realm_jax', 'index', f'--workdir={tmp_path}',
        f'--coordinator=127.0.0.1:{port}', '--num_processes=2',
        '--process_id=1', '--coordinator_timeout=2'],
-      cwd=_TESTS.parent, capture_output=True, text=True, timeout=30,
+      cwd=_ROOT, capture_output=True, text=True, timeout=30,
   )
   assert done.returncode == 1
   assert f'127.0.0.1:{port} could not be reached within 2 s' in done.stderr

@@ -168,9 +168,9 @@ def test_what_is_imported_is_what_is_installed():
     return roots - {*sys.stdlib_module_names, 'realm_jax'}
 
   assert imported(_FILES) == required - _TOOLS
-  tests = pathlib.Path(__file__).parent
-  own = {path.stem for path in tests.glob('*.py')}
-  assert imported(tests.glob('*_test.py')) <= required | own
+  tests = pathlib.Path(__file__).parents[1]
+  own = {path.stem for path in tests.rglob('*.py')}
+  assert imported(tests.rglob('*_test.py')) <= required | own
 
 
 def test_no_file_is_too_long():

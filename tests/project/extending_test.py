@@ -13,7 +13,7 @@ import pytest
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.runtime import metrics
 
-_PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'extending.md'
+_PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'extending.md'
 _BLOCK = re.compile(r'```(python|shell)\n(.*?)```', re.DOTALL)
 # Appended to every training command: the examples are of the usual size.
 _SMALL = (

@@ -1,7 +1,7 @@
 """Training as a whole: it learns, it resumes bit by bit, it spreads.
 
 The index builder works in the trainer's own process here, inside the health
-check that waiting calls; tests/main_test.py has it as a process of its own.
+check that waiting calls; tests/cli/main_test.py has it as a process of its own.
 """
 
 import dataclasses
@@ -158,7 +158,6 @@ def test_a_job_leaves_what_it_should(undisturbed, name):
 # begin a given step; -1: never.
 _DRIVER = """
 import os, pathlib, signal, sys
-sys.path.insert(0, {tests!r})
 import conftest
 import training_test
 from realm_jax.trainer import loop
@@ -184,7 +183,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(
     undisturbed, name, world, tmp_path
 ):
   expected, _ = undisturbed(name)
-  code = _DRIVER.format(tests=str(pathlib.Path(__file__).parent))
+  code = _DRIVER
   killed = subprocess.run(
       [sys.executable, '-c', code, '9', name, world, tmp_path],
       capture_output=True,
