@@ -4,7 +4,8 @@
       [--output=FILE.json] [--small] [--seed=N] [--width=N] [--layers=N]
 
 `hf/bin/python` has PyTorch and transformers 4.40.2, which cannot live with
-what realm_jax needs; tests/interop/make_huggingface_fixtures.py says how to make it.
+what realm_jax needs. tests/interop/make_huggingface_fixtures.py says how to
+make it.
 All five REALM classes and BERT, both activations: the largest difference
 forward, in the losses, in the gradients of the pretraining loss, each over the
 largest value; then import and export, and what transformers says to the result.
@@ -101,9 +102,7 @@ def _pretraining(
   )(retriever.params['embedder'], reader.params['reader'])
   rows, length = want['joint_ids'].shape
   logits = jax.jit(
-      lambda params: reads.apply(
-          params,
-          'mlm_logits',
+      lambda params: reads.module(params).mlm_logits(
           _int32(want['joint_ids']),
           _int32(want['joint_types']),
           jnp.tile(jnp.arange(length), (rows, 1)),
@@ -148,9 +147,7 @@ def _spans(
   rows, length = want['ids'].shape
   starts_P, ends_P = span_reader.spans(length, loaded.config.max_span_width)
   run = jax.jit(
-      lambda params, mask: reader.apply(
-          params,
-          'span_logits',
+      lambda params, mask: reader.module(params).span_logits(
           _int32(want['ids']),
           _int32(want['types']),
           mask,
@@ -202,8 +199,8 @@ def _towers(
 
   @jax.jit
   def run(params, ids, types):
-    query_emb = embeds.apply(params, 'embed_query', ids[:2])
-    doc_emb = embeds.apply(params, 'embed_document', ids, types)
+    query_emb = embeds.module(params).embed_query(ids[:2])
+    doc_emb = embeds.module(params).embed_document(ids, types)
     return embedder_lib.score(query_emb, doc_emb.reshape(2, 2, -1))
 
   scores = run(

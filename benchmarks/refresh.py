@@ -4,8 +4,8 @@
       --output=benchmarks/results/refresh.json [--parts=embedding,stall]
 
 CORPUS is an output of `realm-jax prepare`; `hf/bin/python` has PyTorch and
-transformers 4.40.2 (tests/interop/make_huggingface_fixtures.py). Without --corpus an
-invented world is prepared. Parts:
+transformers 4.40.2 (tests/interop/make_huggingface_fixtures.py). Without
+--corpus an invented world is prepared. Parts:
 
   embedding  passages/s of the index builder's embedder, of the same model with
              every batch padded to the maximum length, and of PyTorch with the

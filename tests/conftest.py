@@ -10,19 +10,12 @@ those see one device unless they ask for more.
 import os
 import pathlib
 
-_TESTS = pathlib.Path(__file__).resolve().parent
-# Processes that tests start may import helpers and jobs of the tests.
-os.environ['PYTHONPATH'] = os.pathsep.join(
-    [str(_TESTS), str(_TESTS / 'trainer')]
-    + [path for path in [os.environ.get('PYTHONPATH')] if path]
-)
-
 # Before jax is imported. Results must not depend on an accelerator that
 # happens to be there.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR',
-    str(_TESTS.parent / '.cache' / 'jax'),
+    str(pathlib.Path(__file__).resolve().parent.parent / '.cache' / 'jax'),
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
@@ -40,6 +33,14 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 # Grain reads a flag of its own even where no command line was parsed.
 flags.FLAGS.mark_as_parsed()
+
+
+_TESTS = pathlib.Path(__file__).resolve().parent
+# Processes that tests start may import helpers and jobs of the tests.
+os.environ['PYTHONPATH'] = os.pathsep.join(
+    [str(_TESTS), str(_TESTS / 'trainer')]
+    + [path for path in [os.environ.get('PYTHONPATH')] if path]
+)
 
 
 @pytest.fixture(scope='session')

@@ -63,6 +63,11 @@ def validate(
 def _ranges(c: config_lib.Config) -> Problems:
   if not c.corpus:
     yield 'corpus', 'give the folder that `prepare` wrote'
+  if c.mips.backend not in config_lib.BACKENDS and ':' not in c.mips.backend:
+    yield 'mips.backend', (
+        f'must be one of {tuple(config_lib.BACKENDS)} or have the form'
+        ' package.module:Name'
+    )
   for field in _NOT_NEGATIVE:
     if not _at(c, field) >= 0:
       yield field, 'must not be negative'
@@ -100,11 +105,6 @@ def _relations(c: config_lib.Config) -> Problems:
     yield 'model.attention', (
         'a fused kernel drops no attention weights; set'
         f' config.model.attention_dropout=0, not {rate}'
-    )
-  if c.mips.backend not in config_lib.BACKENDS and ':' not in c.mips.backend:
-    yield 'mips.backend', (
-        f'must be one of {tuple(config_lib.BACKENDS)} or have the form'
-        ' package.module:Name'
     )
   if c.batch_size % c.accumulate:
     yield 'accumulate', f'must divide the batch size, {c.batch_size}'

@@ -42,9 +42,7 @@ class Embedder:
         params: components.Params, ids_BLS: jax.Array, types_BLS: jax.Array
     ) -> jax.Array:
       b, n, length = ids_BLS.shape
-      emb = component.apply(  # (B*L) E
-          params,
-          'embed_document',
+      emb = component.module(params).embed_document(  # (B*L) E
           ids_BLS.reshape(b * n, length),
           types_BLS.reshape(b * n, length),
       )
@@ -53,7 +51,7 @@ class Embedder:
     axes = (mesh_lib.DATA,)
     whole = mesh_lib.replicated(mesh)
     self.queries = _row_by_row(
-        lambda params, ids_BQ: component.apply(params, 'embed_query', ids_BQ),
+        lambda params, ids_BQ: component.module(params).embed_query(ids_BQ),
         mesh, axes, whole,
     )
     self.documents = _row_by_row(documents, mesh, axes, whole)
@@ -204,7 +202,7 @@ class PassageEmbedder:
     def embed(
         params: components.Params, ids_BS: jax.Array, types_BS: jax.Array
     ) -> jax.Array:
-      return component.apply(params, 'embed_document', ids_BS, types_BS)
+      return component.module(params).embed_document(ids_BS, types_BS)
 
     self._encoder = RowEncoder(
         embed, passages.lengths, max_length, mesh, batch_tokens

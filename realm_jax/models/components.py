@@ -63,12 +63,6 @@ class Component:
     )
     return nnx.merge(self.graphdef, state)
 
-  def apply(
-      self, params: Params, method: str, *args: Any, **kwargs: Any
-  ) -> Any:
-    """Calls `method` of the module that holds `params`."""
-    return getattr(self.module(params), method)(*args, **kwargs)
-
 
 class Models(types.SimpleNamespace):
   """The networks of a job's stage, with their parameters."""

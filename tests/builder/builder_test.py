@@ -66,8 +66,8 @@ def workdir(tmp_path, config):
 def check_some(corpus, component):
   """Compares some passages with themselves alone and without padding."""
   embed = jax.jit(
-      lambda params, ids, types: component.apply(
-          params, 'embed_document', ids, types
+      lambda params, ids, types: component.module(params).embed_document(
+          ids, types
       )
   )
 

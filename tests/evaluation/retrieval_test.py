@@ -106,7 +106,7 @@ def workdir(tmp_path, original):
 def apply(component, params, method, *inputs):
   """Calls a method of a component, compiled: eagerly it takes seconds."""
   run = jax.jit(
-      lambda params, *inputs: component.apply(params, method, *inputs)
+      lambda params, *inputs: getattr(component.module(params), method)(*inputs)
   )
   return np.asarray(run(params[component.name], *inputs))
 

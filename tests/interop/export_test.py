@@ -278,9 +278,9 @@ def test_sentence_transformers(workdirs, tmp_path, name):
   for tower, folder in zip(names, folders, strict=True):
     if tower == 'query':
       types = np.zeros_like(types)
-      want = embedder.apply(params, 'embed_query', ids)
+      want = embedder.module(params).embed_query(ids)
     else:
-      want = embedder.apply(params, 'embed_document', ids, types)
+      want = embedder.module(params).embed_document(ids, types)
     # An epsilon of 1e-5 would differ by more.
     np.testing.assert_allclose(
         _st_embed(folder, ids, types), want, rtol=1e-5, atol=5e-6

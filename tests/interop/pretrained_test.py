@@ -1,6 +1,6 @@
 """Our models against PyTorch's, with equal weights.
 
-tests/interop/make_huggingface_fixtures.py made the fixtures; PyTorch is not needed.
+make_huggingface_fixtures.py made the fixtures; PyTorch is not needed.
 """
 
 import dataclasses
@@ -53,7 +53,10 @@ def _load(name, activation='gelu_new', **changes):
 
 
 def _apply(component, method, params, *arrays):
-  return jax.jit(lambda *xs: component.apply(xs[0], method, *xs[1:]))(
+  def call(params, *arrays):
+    return getattr(component.module(params), method)(*arrays)
+
+  return jax.jit(call)(
       params, *arrays
   )
 
@@ -79,12 +82,10 @@ def test_pretraining_forward_loss_and_gradients(expected, activation):
   reads = components.make('reader', reader.config)
 
   def loss_of(embedder_params, reader_params):
-    query_emb = embedder.apply(
-        embedder_params, 'embed_query', _int32(want['query_ids'])
+    query_emb = embedder.module(embedder_params).embed_query(
+        _int32(want['query_ids'])
     )
-    doc_emb = embedder.apply(
-        embedder_params,
-        'embed_document',
+    doc_emb = embedder.module(embedder_params).embed_document(
         _int32(want['doc_ids']),
         _int32(want['doc_types']),
     ).reshape(want['doc_emb'].shape)
@@ -180,7 +181,7 @@ def _span_step(activation):
   reader = components.make('span_reader', loaded.config)
 
   def loss_of(params, ids, types, mask, scores, correct, has_answer):
-    logits_KP = reader.apply(params, 'span_logits', ids, types, mask)
+    logits_KP = reader.module(params).span_logits(ids, types, mask)
     loss, aux = span_reader.span_losses(
         logits_KP[None], scores[None], correct[None], has_answer[None]
     )

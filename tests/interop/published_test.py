@@ -57,7 +57,7 @@ def test_embedder():
   embedder, params, zero = _load(
       'google/realm-cc-news-pretrained-embedder', 'embedder'
   )
-  found = embedder.apply(params, 'embed_query', _ids(0, 6, zero))
+  found = embedder.module(params).embed_query(_ids(0, 6, zero))
   assert found.shape == (1, 128)
   np.testing.assert_allclose(
       found[0, :3], [-0.0714, -0.0837, -0.1314], atol=_TOLERANCE
@@ -70,8 +70,8 @@ def test_encoder():
       'google/realm-cc-news-pretrained-encoder', 'reader'
   )
   ids = _ids(6, 12, 0)
-  logits = reader.apply(
-      params, 'mlm_logits', ids, np.zeros_like(ids), np.arange(2)[None]
+  logits = reader.module(params).mlm_logits(
+      ids, np.zeros_like(ids), np.arange(2)[None]
   )
   np.testing.assert_allclose(
       logits[0, :, :2],
@@ -87,8 +87,8 @@ def test_scorer():
   )
   ids = np.concatenate([_ids(0, 6, zero), _ids(6, 12, zero)])
   scores = embedder_lib.score(
-      embedder.apply(params, 'embed_query', ids[:1]),
-      embedder.apply(params, 'embed_document', ids, np.zeros_like(ids))[None],
+      embedder.module(params).embed_query(ids[:1]),
+      embedder.module(params).embed_document(ids, np.zeros_like(ids))[None],
   )
   np.testing.assert_allclose(scores, [[0.7410, 0.7170]], atol=_TOLERANCE)
 
@@ -99,9 +99,7 @@ def test_reader():
       'google/realm-orqa-nq-reader', 'span_reader', max_span_width=3
   )
   ids = np.concatenate([_ids(0, 5, zero), _ids(5, 10, zero)])
-  logits = reader.apply(
-      params,
-      'span_logits',
+  logits = reader.module(params).span_logits(
       ids,
       np.array([[0, 0, 1, 1, 1]] * 2, np.int32),
       np.array([[0, 0, 1, 1, 0]] * 2, bool),
@@ -140,8 +138,9 @@ def _answer(name, question):
   beam = source.config['reader_beam_size']
   length = source.config['reader_seq_len']
   query = [tokenizer.cls_id, *tokenizer.encode(question), tokenizer.sep_id]
-  query_emb = components.make('embedder', config).apply(
-      loaded.params['embedder'], 'embed_query', np.array([query], np.int32)
+  embedder = components.make('embedder', config)
+  query_emb = embedder.module(loaded.params['embedder']).embed_query(
+      np.array([query], np.int32)
   )
   query_emb = np.asarray(query_emb)[0]
   scores = np.concatenate(
@@ -160,8 +159,9 @@ def _answer(name, question):
     ids[k, : len(joint)] = joint
     types[k, len(query) : len(joint)] = 1
     mask[k, len(query) : len(joint) - 1] = True
-  logits = components.make('span_reader', config).apply(
-      loaded.params['span_reader'], 'span_logits', ids, types, mask
+  reader = components.make('span_reader', config)
+  logits = reader.module(loaded.params['span_reader']).span_logits(
+      ids, types, mask
   )
   k, start, end = helpers.best_span(
       logits, scores[rows], length, config.max_span_width
@@ -180,6 +180,6 @@ def test_the_stand_in_for_id_zero():
     table[9] = table[0]
     swapped[key] = table
   np.testing.assert_array_equal(
-      embedder.apply(params, 'embed_query', ids),
-      embedder.apply(swapped, 'embed_query', np.where(ids == 63, 9, ids)),
+      embedder.module(params).embed_query(ids),
+      embedder.module(swapped).embed_query(np.where(ids == 63, 9, ids)),
   )

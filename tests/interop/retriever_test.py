@@ -88,7 +88,7 @@ def test_the_retriever_embeds_as_training_does(workdirs):
   workdir = export_huggingface.Model.open(workdirs / 'embedder', None)
   component = workdir.trained.components['embedder']
   params = workdir.params['embedder']
-  want = component.apply(params, 'embed_query', ids)
+  want = component.module(params).embed_query(ids)
   np.testing.assert_allclose(
       found.embed_queries(texts), want, rtol=1e-4, atol=1e-5
   )
@@ -106,7 +106,7 @@ def test_the_retriever_embeds_as_training_does(workdirs):
       np.arange(4, dtype=np.int32),
   )
   ids, types = inputs.assemble_documents(table, np.arange(4), 12, tokenizer)
-  want = component.apply(params, 'embed_document', ids, types)
+  want = component.module(params).embed_document(ids, types)
   np.testing.assert_allclose(
       found.embed_passages(pairs), want, rtol=1e-4, atol=1e-5
   )

@@ -13,7 +13,8 @@ from realm_jax.interop import export
 from realm_jax.qa import questions as questions_lib
 from realm_jax.trainer import loop
 
-_ARCHIVE = pathlib.Path(__file__).parents[1] / 'fixtures' / 'old' / 'workdir.tar.xz'
+_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
+_ARCHIVE = _FIXTURES / 'old' / 'workdir.tar.xz'
 
 
 @pytest.fixture
