@@ -28,7 +28,7 @@ def get_config(stage: str = 'scratch') -> config_lib.Config:
   if stage not in STAGES:
     raise ValueError(f'No stage {stage!r}; there are {", ".join(STAGES)}.')
   config = config_lib.Config(objective='tagger')
-  # A longer sentence goes on in a row of its own: less padding than of 64.
+  # A longer sentence continues in another row: less padding than with 64.
   config.tagger.length = 40
   config.log_interval = 50
   config.checkpoint.keep = 1

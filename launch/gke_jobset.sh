@@ -9,7 +9,7 @@
 # Every other argument goes to `realm-jax train`; the image has realm-jax on its
 # path. The claim, a ReadWriteMany volume, is mounted at /data. --dry_run prints
 # the YAML and does not apply it. A pod that is taken away saves a checkpoint
-# first; JobSet then starts all of them anew, and they go on from there.
+# first; JobSet then restarts all of them, and they resume from there.
 # With XPK, whose workloads have one kind of pod, the pair is two workloads:
 # `xpk workload create --command='realm-jax train .. --distributed'`, the other
 # with 'realm-jax index --follow --workdir=.. --distributed'.

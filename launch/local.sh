@@ -8,7 +8,7 @@
 # by default a fifth (of TPU chips always half); a single device is shared. On
 # SIGTERM and Ctrl-C the trainer saves a checkpoint and exits with 143, and so
 # does this. A builder that fails is started up to five times; then the trainer
-# is told to save and stop. REALM_JAX: the command, if not realm-jax.
+# is asked to save and stop. REALM_JAX: the command, if not realm-jax.
 set -euo pipefail
 platform=cpu share='' workdir='' dry_run='' flags=()
 ! command -v nvidia-smi >/dev/null || platform=gpu

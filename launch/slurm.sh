@@ -9,7 +9,7 @@
 # and the corpus are on storage that all nodes see. A process each node drives
 # all of its GPUs. Five minutes before the end of the time, and on pre-emption,
 # SLURM sends SIGTERM: the trainer saves a checkpoint and exits with 143, which
-# is then the exit code of the job. The same command goes on from there.
+# is then the exit code of the job. The same command resumes from there.
 # REALM_JAX: the command, if not realm-jax.
 set -euo pipefail
 trainers=8 builders=2 options='--gpus-per-node=8' workdir='' dry_run='' flags=()

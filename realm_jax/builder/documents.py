@@ -46,8 +46,8 @@ Path = str | os.PathLike[str]
 class Change:
   """The effect of a command; counts are of passages."""
 
-  version: int  # Of the documents, after the command.
-  step: int  # Of the generation whose parameters embed.
+  version: int  # Version of the documents after the command.
+  step: int  # Step of the parameters that embed.
   added: int
   removed: int
   missing: int  # Unknown ids, where the command allows them.

@@ -191,7 +191,7 @@ class MipsConfig:
   """Maximum inner product search over the document embeddings."""
 
   backend: str = 'exact'  # A key of BACKENDS, or `package.module:Name`.
-  dtype: Literal['float32', 'bfloat16'] = 'float32'  # Of the embedding table.
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # Type of the embedding table.
   recall_target: float = 0.95  # `approx` only.
   # `scann` only; 0: derived from the number of rows (index/scann.py).
   num_leaves: int = 0
@@ -231,7 +231,7 @@ class Config:
   init_from: str = ''
   seed: int = 0
   steps: int = 200_000
-  batch_size: int = 512  # Of all devices together.
+  batch_size: int = 512  # Rows on all devices together.
   # Parts of a batch that a step computes one after the other, to save memory.
   # `ict` then embeds twice, as its loss compares all examples.
   accumulate: int = 1

@@ -46,8 +46,8 @@ class Inspection:
 
   text: str
   workdir: str
-  step: int  # Of the checkpoint.
-  index_step: int  # Of the snapshot that embedded the index.
+  step: int  # Step of the checkpoint.
+  index_step: int  # Step of the snapshot of the index.
   documents: tuple[Document, ...]  # Best first, without the null document.
   null: Document
   marginal: Prediction  # sum_z p(y_j|z,x) p(z|x)

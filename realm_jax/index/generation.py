@@ -41,7 +41,7 @@ class Damaged(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-  """What a generation was made from. In an expectation, None matches all."""
+  """The inputs of a generation. In an expectation, None matches all."""
 
   step: int | None  # Step of the snapshot.
   params_digest: str | None  # Digest of the embedder's parameters.

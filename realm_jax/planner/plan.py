@@ -30,7 +30,7 @@ Plan = dict[str, Figures]
 # of its own: token table 2, passages 4, sentences and their tables 9 (19,705
 # passages of English Wikipedia: 14.9). Training maps the token table.
 _CORPUS_BYTES, _TOKEN_BYTES = 15.0, 2.0
-_BUILDER_TOKENS = 2**16  # Of a batch on one device; see index/embedding.py.
+_BUILDER_TOKENS = 2**16  # Batch of a device; see index/embedding.py.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Setting:
   """The corpus, hardware and assumptions of a plan."""
 
   passages: int
-  mean_wordpieces: float  # Of a passage, with title and specials.
+  mean_wordpieces: float  # Mean of a passage, with title and specials.
   chip: Chip
-  corpus_bytes: float | None = None  # Of its folder; None: estimated.
+  corpus_bytes: float | None = None  # Size of its folder; None: estimated.
   trainer_devices: int = 1
   builder_devices: int = 1  # 0: the trainer stops while its devices embed.
   utilization: float = 0.4  # Share of the peak that a training step reaches.
   builder_utilization: float = 0.5  # Share of the peak that embedding reaches.
-  price: float = 0.0  # Of a chip-hour, in any currency; 0: no cost in the plan.
+  price: float = 0.0  # Price of a chip-hour; 0: the plan has no cost.
   # Whether the device has a fused attention kernel (GPU and TPU in bfloat16),
   # which is used if no attention weights are dropped.
   fused: bool = True
@@ -261,7 +261,7 @@ class _Estimate:
     chip, devices = self.setting.chip, self.setting.trainer_devices
     builders, refresh_config = self.setting.builder_devices, self.config.refresh
     training = chip.tflops * self.setting.utilization * devices  # TFLOP/s.
-    embedding = chip.tflops * self.setting.builder_utilization  # Of one device.
+    embedding = chip.tflops * self.setting.builder_utilization  # One device.
     step = work['step_tflop_with_recomputation'] / training
     # The trainer embeds like the builder, without gradients.
     step += work.get('rerank_tflop', 0.0) / (embedding * devices)

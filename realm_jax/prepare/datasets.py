@@ -112,7 +112,7 @@ class HuggingFaceSource:
       )
     path, config, split = [*parts, '', ''][:3]
     try:
-      if (pathlib.Path(path) / 'state.json').is_file():  # Of save_to_disk.
+      if (pathlib.Path(path) / 'state.json').is_file():  # From save_to_disk.
         self._rows = datasets.load_from_disk(path)
       else:
         self._rows = datasets.load_dataset(

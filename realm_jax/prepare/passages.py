@@ -369,7 +369,7 @@ class _Builder:
   def __init__(self) -> None:
     self.counts: collections.Counter[str] = collections.Counter()
     self.position = 0
-    self.starts: list[int] = []  # Of each passage's body, in the tokens.
+    self.starts: list[int] = []  # Starts of the passages' bodies in the tokens.
     self._tokens: list[np.ndarray] = []
     self._passages: list[tuple[int, int, int, int]] = []
     self._passage_records: list[bytes] = []

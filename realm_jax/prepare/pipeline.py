@@ -138,7 +138,7 @@ def _packer(recipe: _Recipe) -> passages.Packer:
   return passages.Packer(tokenizer_lib.Tokenizer(vocab, lowercase), settings)
 
 
-_recipe: _Recipe | None = None  # Of a worker process.
+_recipe: _Recipe | None = None  # Set in worker processes.
 
 
 def _set_recipe(recipe: _Recipe) -> None:

@@ -28,7 +28,7 @@ _BLOCK = 2**14  # Sentences that are read and tagged at a time.
 # the table. A larger one shows that another version made the corpus.
 _MAX_DIFFERENT = 0.1
 
-Span = passages_lib.Range  # Of a sentence.
+Span = passages_lib.Range  # A range of a sentence.
 
 
 @dataclasses.dataclass(frozen=True)

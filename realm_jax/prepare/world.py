@@ -8,7 +8,7 @@ pretraining corpus in another order.
 
 world.json has the words. No syllable is a word of the texts, no name ends in
 `s`, because of possessives, and four syllables have an accent, because byte
-offsets must differ from characters. A pool has 16 to 50 values, so many
+offsets must differ from characters. A pool has 16 to 50 values; as many
 entities share a value and it never identifies one; no pool is used twice for a
 kind of entity, so a value occurs in one passage of its entity. With a
 vocabulary of whole words, every sentence has at most 16 wordpieces with [CLS]

@@ -29,7 +29,7 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 300.0  # Until all processes have joined.
-_SLICE_SECONDS = 0.5  # Of a wait; signals are handled between two slices.
+_SLICE_SECONDS = 0.5  # Signals are handled between two slices of a wait.
 _LOG_SECONDS = 60.0
 _WATCH_SECONDS = 1.0
 _FAILED, _END = 'realm/failed', 'realm/end'

@@ -15,7 +15,7 @@ import zlib
 # In the standard library from Python 3.14 on, as compression.zstd.
 from backports import zstd
 
-ENDINGS = ('.gz', '.xz', '.bz2', '.zst')  # Of compressed files.
+ENDINGS = ('.gz', '.xz', '.bz2', '.zst')  # Endings of compressed files.
 
 
 def plain_name(path: pathlib.Path) -> str:

@@ -20,7 +20,7 @@ from realm_jax.runtime import extension
 
 
 class Source(Protocol):
-  """What an epoch of examples is drawn from: a random access source of Grain.
+  """A random access source of Grain, from which an epoch is drawn.
 
   `sample` makes the random choices of one visit; it returns a tuple of arrays
   or numbers, which Grain stacks to a batch.

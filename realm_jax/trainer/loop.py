@@ -133,7 +133,7 @@ class _Loop:
     self._data = examples_lib.training_batches(
         job.stage, self._step, self._rows
     )
-    self.compilations = 0  # Of the training step; 1 for any batches.
+    self.compilations = 0  # Compilations of the training step: 1.
     self._train_step = step_lib.make_train_step(
         job.stage, job.components, tx, job.mesh, self._count_trace
     )

@@ -264,7 +264,7 @@ def test_damage_and_foreign_corpora_are_refused(workdir, tmp_path, corpus):
   ids, scores = job.find(workdir, ['x'])
   shard.write_bytes(flip(shard.read_bytes()))
   assert job.find(workdir, ['x'])[0] == ids
-  # The corpus of the job was prepared anew, with other texts.
+  # The corpus of the job was prepared again with other texts.
   other = job.write(tmp_path / 'other.jsonl', [_A, _B])
   prepare.prepare(
       [other], tmp_path / 'other', vocab=str(corpus.directory), workers=1,
@@ -328,7 +328,7 @@ def test_compaction_takes_up_what_training_made_since(
   assert 'corpus-1' in _names(workdir)
   assert documents.compact(workdir, progress=False) is None
   assert 'corpus-1' not in _names(workdir)
-  # After more training, the compacted corpus needs an index anew.
+  # After more training, the compacted corpus needs a new index.
   job.train(workdir, corpus, params[0], 30)
   with pytest.raises(FileNotFoundError, match='realm-jax index compact'):
     job.find(workdir, queries)

@@ -1,4 +1,4 @@
-"""Documents added, replaced and removed equal a corpus prepared anew."""
+"""Documents added, replaced and removed equal a newly prepared corpus."""
 
 import documents_workdir as job
 import numpy as np
@@ -87,7 +87,7 @@ def test_random_changes_equal_a_rebuild(
   model = _Model(corpus, seed)
   for i in range(3):
     model.act(workdir, tmp_path / f'{i}.jsonl')
-  # Training goes on, and with it the index; then so do the changes.
+  # Training and its index advance; the changes then follow.
   job.train(workdir, corpus, params[1], 20)
   for i in range(3, 7):
     model.act(workdir, tmp_path / f'{i}.jsonl')

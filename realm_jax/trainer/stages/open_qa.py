@@ -29,7 +29,7 @@ from realm_jax.trainer import stages
 class Queries(NamedTuple):
   """Questions, in numpy."""
 
-  row_B: np.ndarray  # Of the question table.
+  row_B: np.ndarray  # Rows of the question table.
   query_ids_BQ: np.ndarray
   query_lengths_B: np.ndarray
 
@@ -42,7 +42,7 @@ class Batch:
   """
 
   query_ids_BQ: jax.Array
-  doc_emb_BNE: jax.Array  # Of the index.
+  doc_emb_BNE: jax.Array  # Embeddings in the index.
   has_answer_BN: jax.Array
   joint_ids_BKT: jax.Array  # `[CLS] question [SEP] body [SEP]`.
   joint_types_BKT: jax.Array
