@@ -191,7 +191,7 @@ class MipsConfig:
   """Maximum inner product search over the document embeddings."""
 
   backend: str = 'exact'  # A key of BACKENDS, or `package.module:Name`.
-  dtype: Literal['float32', 'bfloat16'] = 'float32'  # Type of the embedding table.
+  dtype: Literal['float32', 'bfloat16'] = 'float32'  # Embeddings' type.
   recall_target: float = 0.95  # `approx` only.
   # `scann` only; 0: derived from the number of rows (index/scann.py).
   num_leaves: int = 0
