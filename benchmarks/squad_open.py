@@ -7,8 +7,8 @@ Four stages (experiments/squad_open.py): reader and retriever are warmed up on
 the corpus, the retriever on questions with their paragraphs, then both learn to
 answer. Recall and exact match over training go into a curve. A stage that is
 finished is not run again; its processor time is kept next to it. BM25 (k1 0.9,
-b 0.4, title and text, English stop words and stemming left alone) is that of the
-package bm25s, over the same passages.
+b 0.4, title and text, English stop words and stemming left alone) is that of
+the package bm25s, over the same passages.
 """
 
 import argparse

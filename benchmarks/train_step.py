@@ -196,7 +196,7 @@ class _Side:
     gc.collect()
     start = time.perf_counter()
     if part == 'step':
-      self.state, metrics = self._step(self.state, self.batch)
+      self.state, metrics = self._job.step(self.state, self.batch)
       jax.block_until_ready((self.state, metrics))
     elif part == 'optimizer':
       self.state = jax.block_until_ready(self._update(self.state))

@@ -18,6 +18,7 @@ from realm_jax.api import retriever
 from realm_jax.builder import document_store
 from realm_jax.builder import documents
 from realm_jax.builder import status
+from realm_jax.cli import actions
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import inspect
@@ -388,3 +389,19 @@ def test_evaluate_inspect_and_export_see_the_documents(
   np.testing.assert_allclose(table[names.index('a')], emb[0], atol=2e-5)
   about = json.loads((tmp_path / 'out/index.json').read_text())
   assert about['rows'] == live and about['documents']['removed'] == 1
+
+
+def test_the_commands_print_what_they_did(workdir, tmp_path, capsys):
+  source = job.write(tmp_path / 'in.jsonl', [_A])
+  for command in ('add', 'update', 'delete'):
+    act = getattr(actions, command)
+    act(workdir=str(workdir), input=source)
+  printed = capsys.readouterr().out
+  assert 'Passages added: 1, removed: 0; now' in printed
+  assert 'Passages added: 1, removed: 1; now' in printed
+  assert 'Passages added: 0, removed: 1; now' in printed
+  assert 'Passages embedded: 1 by the parameters of step 10' in printed
+  actions.compact(workdir=str(workdir), output=None)
+  assert 'corpus-4: ' in capsys.readouterr().out
+  actions.compact(workdir=str(workdir), output=None)
+  assert capsys.readouterr().out == 'There is nothing to compact.\n'

@@ -121,7 +121,7 @@ def test_inspect_refuses_what_it_cannot_show(
     inspect.inspect(workdir, 'long ' * 40 + '[MASK]')
   with pytest.raises(ValueError, match='k=1'):
     inspect.inspect(workdir, _SENTENCE, k=1)
-  with pytest.raises(ValueError, match='documents were asked for'):
+  with pytest.raises(ValueError, match='k=9999 documents'):
     inspect.inspect(workdir, _SENTENCE, k=10_000)
   ict = retrieval_test._config(corpus, 'ict')
   retriever = retrieval_test._make_workdir(

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +49,8 @@ _UNCHANGED: dict[str, Any] = {
 Path = pathlib.Path | str
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
   """A corpus and the folder of its generations."""
 
   corpus: corpus_lib.Corpus
@@ -161,7 +162,7 @@ class Documents:
     """Returns the step of the newest generation made from parameters."""
     base = self.parts[0]
     found = find(base.index, base.corpus.fingerprint, params_digest)
-    return found and found['step']
+    return None if found is None else found['step']
 
   def newest(self) -> dict[str, Any]:
     """Returns the manifest of the newest generation.

@@ -250,10 +250,10 @@ def update(**options: Any) -> None:
   add(replace=True, **options)
 
 
-def delete(*, workdir: str, **options: Any) -> None:
+def delete(*, workdir: str, input: str, **options: Any) -> None:
   from realm_jax.builder import documents
 
-  _report(workdir, documents.delete(workdir, **options))
+  _report(workdir, documents.delete(workdir, input, **options))
 
 
 def compact(*, workdir: str, output: str | None) -> None:

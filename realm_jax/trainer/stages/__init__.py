@@ -54,7 +54,7 @@ class Retriever(Protocol):
 
 
 class Stage:
-  """An objective. Each stage overrides what it needs; nothing is called twice.
+  """An objective. A stage overrides what it needs; no method calls another.
 
   A batch is a dataclass of arrays, a JAX pytree, whose first dimension is B.
   `outputs` treats each row of it alone; `loss` may combine rows (`in_batch`).
