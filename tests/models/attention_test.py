@@ -210,7 +210,7 @@ def test_choice(platform, values, kernel):
         ('cpu', {'attention': 'cudnn'}, 'cudnn.*needs an NVIDIA GPU.*Some cpu'),
         ('gpu', {'attention': 'flash'}, 'flash.*needs a TPU'),
         ('gpu', {'attention': 'cudnn', 'compute_dtype': 'float32'},
-         'needs compute_dtype=bfloat16; here is.*float32'),
+         'needs compute_dtype=bfloat16; this job has.*float32'),
         ('gpu', {'attention': 'cudnn', 'width': 512}, 'needs heads of.*256'),
     ],
 )
