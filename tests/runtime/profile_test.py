@@ -7,10 +7,12 @@ import time
 import pytest
 import training_test
 
+from realm_jax import config as config_lib
 from realm_jax.models import flops
 from realm_jax.runtime import metrics
 from realm_jax.runtime import profile
 from realm_jax.trainer import loop
+from realm_jax.trainer import stages
 
 
 def test_parts_add_up_to_the_time_that_passed(monkeypatch):
@@ -61,7 +63,9 @@ def test_a_job_splits_its_time_and_traces_the_steps_asked_for(
     }
     assert sum(parts.values()) == pytest.approx(wall, rel=0.02, abs=2e-3)
     assert {'time/data_seconds', 'time/compute_seconds'} <= {*parts}
-    flop = flops.model_flop(config) * 2 / wall
+    resolved = config_lib.read(tmp_path)
+    passes = stages.load(resolved)(resolved).passes()
+    flop = flops.model_flop(resolved, passes) * 2 / wall
     assert line['time/model_tflops'] == pytest.approx(flop / 1e12, rel=1e-3)
     # From eight devices.
     assert line['time/mfu'] == pytest.approx(flop / 4e12, rel=1e-3)
