@@ -232,14 +232,16 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
         ],
         1,
     )
-    full = inputs.with_candidates(batch, retrieved, corpus, config.lengths)
-    b, k, t = full['joint_ids_BKT'].shape
+    full = realm.with_candidates(
+        batch.inputs, retrieved, corpus, config.lengths
+    )
+    b, k, t = full.joint_ids_BKT.shape
     logits = apply(
         parts['reader'],
         params,
         'mlm_logits',
-        full['joint_ids_BKT'].reshape(b * k, t),
-        full['joint_types_BKT'].reshape(b * k, t),
+        full.joint_ids_BKT.reshape(b * k, t),
+        full.joint_types_BKT.reshape(b * k, t),
         np.repeat(batch.inputs.positions_BM, k, axis=0),
     )
     p_BKMV = np.asarray(jax.nn.softmax(logits)).reshape(b, k, *logits.shape[1:])
@@ -318,14 +320,20 @@ def test_trivial_candidates_are_excluded_whatever_training_allowed(
       progress=False,
   )
   corpus = corpus_lib.Corpus.open(tmp_path / 'corpus')
-  seen = []
-  with_candidates = inputs.with_candidates
+  rows, seen = [], []
+  batches, with_candidates = realm.evaluation_batches, realm.with_candidates
 
-  def recorded(batch, retrieved_BJ, *others):
-    seen.append((batch.row_B, retrieved_BJ))
-    return with_candidates(batch, retrieved_BJ, *others)
+  def noted(*arguments):
+    for batch in batches(*arguments):
+      rows.append(batch.row_B)
+      yield batch
 
-  monkeypatch.setattr(inputs, 'with_candidates', recorded)
+  def recorded(queries, retrieved_BJ, *others):
+    seen.append((rows[-1], retrieved_BJ[: len(rows[-1])]))
+    return with_candidates(queries, retrieved_BJ, *others)
+
+  monkeypatch.setattr(realm, 'evaluation_batches', noted)
+  monkeypatch.setattr(realm, 'with_candidates', recorded)
   masked = {}
   for trivial in ('none', 'passage'):
     config = _config(corpus)
@@ -438,14 +446,14 @@ def test_a_workdir_with_one_component_is_measured_by_it(
   (result,) = evaluate.evaluate(workdir, asked, limit=12)
   assert [n for n in ('questions', 'masked') if n in result] == [parts]
   if objective == 'mlm':
-    with pytest.raises(ValueError, match='no retriever to ask questions of'):
+    with pytest.raises(ValueError, match='has no retriever for the questions'):
       evaluate.evaluate(workdir, questions)
     assert set(result['masked']) == {
         'sentences', 'clusters', 'num_candidates', 'accuracy_without_retrieval',
         'accuracy_without_retrieval_interval',
     }
   else:
-    with pytest.raises(ValueError, match='nothing to measure'):
+    with pytest.raises(ValueError, match='Nothing can be measured'):
       evaluate.evaluate(workdir, [])
 
 

@@ -10,7 +10,7 @@ _PAGES = sorted([*_ROOT.glob('*.md'), *_ROOT.glob('docs/*.md')])
 _CODE = re.compile(r'`((?:[a-z_]+/)+[a-z_]+\.py)')
 _LINK = re.compile(r'\]\((?!https?://|#)([^)#]+)')
 # Folders that a path in the text may be relative to.
-_BASES = (_ROOT, _ROOT / 'realm_jax')
+_BASES = (_ROOT, _ROOT / 'realm_jax', _ROOT / 'tests')
 
 
 @pytest.mark.parametrize('page', _PAGES, ids=lambda page: page.name)

@@ -28,6 +28,7 @@ from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loop
 from realm_jax.trainer import stages
+from realm_jax.trainer.stages import realm
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _STOPPED = 143  # See cli/actions.py.
@@ -78,9 +79,9 @@ def note_batches(path):
 
   def to_devices(mesh, batch):
     arrays = original(mesh, batch)
-    if 'joint_ids_BKT' in arrays:
+    if isinstance(arrays, realm.Batch):
       # What is masked, what was retrieved for it, and in which order.
-      joint = distributed.fetch(arrays['joint_ids_BKT'])
+      joint = distributed.fetch(arrays.joint_ids_BKT)
       if distributed.is_main():
         with open(path, 'a', encoding='utf-8') as file:
           file.write(hashlib.sha256(joint.tobytes()).hexdigest() + '\n')
