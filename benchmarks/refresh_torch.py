@@ -1,8 +1,7 @@
 """The PyTorch side of benchmarks/refresh.py, which starts this file.
 
 Runs in the Python given as --torch_python, with PyTorch and transformers
-4.40.2. Reads one JSON request a line, answers one a line. RealmEmbedder embeds
-passages; a variant is three words:
+4.40.2. RealmEmbedder embeds passages; a variant is three words:
 
   bucketed|padded   sorted by length and padded to the longest of the batch, or
                     every batch padded to the longest passage there can be
@@ -11,10 +10,9 @@ passages; a variant is three words:
   4096, ...         wordpieces of a batch
 """
 
-import json
-import sys
 import time
 
+import harness
 import numpy as np
 import torch
 import transformers
@@ -92,20 +90,21 @@ class _Side:
 
 def main():
   side = None
-  for line in sys.stdin:
-    request = json.loads(line)
-    if side is None:
+
+  def answer(do, request):
+    nonlocal side
+    if do == 'open':
       transformers.logging.set_verbosity_error()
       side = _Side(request)
-      answer = {
+      return {
           'torch': torch.__version__, 'transformers': transformers.__version__
       }
-    else:
-      seconds, found = side.embed(request['round'], request['variant'])
-      answer = {'seconds': seconds}
-      if request.get('save'):
-        np.save(request['save'], found)
-    print(json.dumps(answer), flush=True)
+    seconds, found = side.embed(request['round'], request['variant'])
+    if request.get('save'):
+      np.save(request['save'], found)
+    return {'seconds': seconds}
+
+  harness.serve(answer)
 
 
 if __name__ == '__main__':
