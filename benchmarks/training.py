@@ -9,6 +9,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import topk
 from realm_jax.models import flops
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import optimizer
@@ -77,6 +78,25 @@ class Training:
             for field in dataclasses.fields(abstract)
         },
     )
+
+
+def abstract_search(
+    mesh: jax.sharding.Mesh, rows: int, queries: int, config: config_lib.Config
+) -> tuple[Any, ...]:
+  """Returns abstract arguments of `topk.top_rows` for a bfloat16 table."""
+  width, whole = config.model.embedding_width, mesh_lib.replicated(mesh)
+
+  def array(shape: tuple[int, ...], dtype: Any, where: Any = whole) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+  divided = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+  return (
+      array((topk.aligned(rows, mesh), width), jnp.bfloat16, divided),
+      array((queries, width), jnp.float32),
+      array((queries, 1, 2), jnp.int32),
+      None,
+      array((2,), jnp.int32),
+  )
 
 
 def reference_flop(
