@@ -44,7 +44,7 @@ _MOST_BYTES = 16e6  # Limit for a file that is kept.
 _K = 8  # Passages per query.
 _CHECKED = 16  # Queries whose result is compared with a plain computation.
 _STOP_SECONDS = 8  # For the trainer to save and end.
-_CUT = 3  # Exit code of a stage that noticed that its time is over.
+_CUT = 3  # Exit code of a stage that ended in time.
 
 Figures = dict[str, Any]
 
@@ -65,7 +65,7 @@ class _Size:
   floats: int = 2**28  # Copied.
   rows: int = 13_353_718  # Passages of the paper's corpus.
   queries: int = 512
-  embed_rows: int = 224  # As many as the index builder embeds at once.
+  embed_rows: int = 224  # The index builder embeds this many at once.
   ict_batch: int = 4096
   ict_accumulate: int = 16
   world: str = 'world:0:2000'
@@ -156,7 +156,7 @@ def peak(context: _Context) -> None:
     return chain * 2 * n**3 / seconds / 1e12
 
   context.report(bfloat16_tflops=tflops(jnp.bfloat16, 'default'))
-  # On GPUs that have TF32, this is it.
+  # In TF32 on GPUs that have it.
   context.report(float32_default_tflops=tflops(jnp.float32, 'default'))
   # Read and written: 4 bytes each.
   negative = functools.partial(
@@ -164,7 +164,7 @@ def peak(context: _Context) -> None:
   )
   seconds = harness.median_seconds(negative, size.rounds, 8)
   context.report(copy_gigabytes_per_second=8 * size.floats / seconds / 1e9)
-  # Many small kernels in a row: what each costs, whatever it computes.
+  # Many small kernels in a row, for the overhead of each.
   rounds = 2000
   small = jnp.ones((8, 128))
   loop = jax.jit(
@@ -178,12 +178,12 @@ def peak(context: _Context) -> None:
 
 
 def _config(size: _Size, objective: Any = 'realm') -> config_lib.Config:
-  """The paper's sizes in bfloat16, with weights of attention not dropped."""
+  """The paper's sizes in bfloat16, without dropout of attention weights."""
   config = config_lib.Config(objective=objective, corpus='none')
   config.model.preset = size.preset
   config.model.vocab_size = size.vocab_size
   config.model.compute_dtype = config.mips.dtype = 'bfloat16'
-  config.model.attention_dropout = 0.0  # Fused kernels drop none.
+  config.model.attention_dropout = 0.0  # Fused kernels have no dropout.
   config.lengths.query, config.lengths.document = size.query, size.document
   config.num_candidates, config.batch_size = size.candidates, size.batch
   if objective == 'ict':
@@ -387,7 +387,7 @@ def step(context: _Context) -> None:
     raise RuntimeError('The largest batch needs two that could be compiled.')
   each = (found['twice'].bytes - found['fused'].bytes) / batch
   fixed = found['fused'].bytes - each * batch
-  # Where the device does not say, as if it had room for five times the first.
+  # A device of unknown memory is taken to fit five times the first batch.
   limit = _memory('bytes_limit') or fixed + 5 * each * batch
   # Memory is not quite linear in the batch, and the allocator leaves gaps.
   largest = int((0.94 * limit - fixed) / each)
@@ -397,7 +397,7 @@ def step(context: _Context) -> None:
       gigabytes_of_an_example=each / 1e9,
       gigabytes_of_no_example=fixed / 1e9,
   )
-  if largest > 2 * batch:  # Else it is measured already.
+  if largest > 2 * batch:  # Else `twice` measured it.
     _cases(context, largest=_with(config, batch_size=largest))
 
 
@@ -641,7 +641,7 @@ def ict(context: _Context) -> None:
 def realm(context: _Context) -> None:
   """A real job with its index builder, both on one device."""
   size, small = context.size, context.small
-  # The two processes share the device: each may have less than half.
+  # Two processes share the device: each has less than half.
   os.environ['XLA_CLIENT_MEM_FRACTION'] = '0.45'
   corpus, workdir = context.scratch / 'corpus', context.scratch / 'realm'
   shutil.rmtree(workdir, ignore_errors=True)
@@ -657,7 +657,7 @@ def realm(context: _Context) -> None:
       'model.compute_dtype': 'bfloat16',
       'mips.dtype': 'bfloat16',
       'refresh.interval': size.interval,
-      # Adopted while the next snapshot is not yet due, to tell them apart.
+      # The adoption comes before the next snapshot, to tell them apart.
       'refresh.lag': size.interval * 4 // 5,
       'checkpoint.interval': 10**6,
       'peak_tflops': context.peak_tflops,
@@ -711,13 +711,12 @@ def realm(context: _Context) -> None:
     sys.exit(_CUT)
   if trainer.returncode:
     raise RuntimeError(
-        f'The trainer ended with exit code {trainer.returncode}; the log has'
-        ' what it said.'
+        f'The trainer ended with exit code {trainer.returncode}; see the log.'
     )
 
 
 def _shown(words: list[str], context: _Context) -> str:
-  """A command as it would be in the root of the repository."""
+  """A command in the root of the repository."""
   text = shlex.join(['realm-jax', *words])
   for folder in (context.scratch, _HERE.parent):
     text = text.replace(f'{folder}/', '')

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -47,6 +48,12 @@ def parser(
 def flags(settings: Mapping[str, Any]) -> list[str]:
   """Returns the flags of `train` that set these fields of the config."""
   return [f'--config.{name}={value}' for name, value in settings.items()]
+
+
+def cpu_seconds() -> float:
+  """Returns the processor time of the child processes that ended."""
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
 
 
 def timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
