@@ -17,7 +17,6 @@ determines the moments: a step of the run, and some seconds after it. Checks:
 
 import collections
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -43,8 +42,8 @@ from realm_jax.runtime import snapshots as snapshots_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _ADOPTED = re.compile(
-    r'(?P<time>\d\d:\d\d:\d\d\.\d+) .*Step (?P<step>\d+): index generation '
-    r'(?P<generation>\d+) adopted.* parameters (?P<digest>[0-9a-f]{64})'
+    r'Step (?P<step>\d+): index generation (?P<generation>\d+) adopted'
+    r'.* parameters (?P<digest>[0-9a-f]{64})'
 )
 # The longest delay of a kill after its step: a builder may still start, or be
 # due to replace one that was killed.
@@ -236,40 +235,31 @@ def _check(peace: _Run, chaos: _Run) -> dict[str, Any]:
 
 
 def _plot(
-    path: pathlib.Path,
+    output: pathlib.Path,
     chaos: _Run,
     kills: list[_Kill],
     adoptions: list[dict[str, Any]],
-    began: datetime.datetime,
 ) -> None:
   figure, (axis,) = harness.panels(1, height=3.5)
   axis.plot(*zip(*chaos.progress, strict=True), color='0.6', lw=1, label='step')
-  for victim, marker, color in (
-      ('trainer', 'X', 'tab:red'), ('builder', 'x', 'tab:orange')
-  ):
+  for victim, style in (('trainer', 'rX'), ('builder', 'yx')):
     mine = [kill for kill in kills if kill.victim == victim]
     axis.plot(
         [kill.seconds for kill in mine],
         [kill.at_step for kill in mine],
-        marker,
-        color=color,
+        style,
         label=f'{victim} killed',
     )
+  first = {step: seconds for seconds, step in reversed(chaos.progress)}
+  steps = {adoption['step'] for adoption in adoptions} & first.keys()
   axis.plot(
-      [_seconds_since(began, adoption['time']) for adoption in adoptions],
-      [adoption['step'] for adoption in adoptions],
-      '.',
-      color='tab:green',
-      label='generation adopted',
+      [first[step] for step in steps],
+      list(steps),
+      'g.',
+      label='generation first adopted',
   )
   axis.set(xlabel='seconds', ylabel='training step')
-  harness.save(figure, path)
-
-
-def _seconds_since(began: datetime.datetime, clock: str) -> float:
-  time_of_day = datetime.datetime.strptime(clock, '%H:%M:%S.%f').time()
-  then = datetime.datetime.combine(began.date(), time_of_day)
-  return ((then - began).total_seconds() + 3600) % 86400 - 3600
+  harness.save(figure, output)
 
 
 def main() -> int:
@@ -330,7 +320,6 @@ def main() -> int:
   peace = _Run(arguments.scratch / 'peace', words)
   peace_seconds = peace.run([])
   chaos = _Run(arguments.scratch / 'chaos', words)
-  began = datetime.datetime.now()
   chaos_seconds = chaos.run(kills)
   found = _check(peace, chaos)
   adoptions = chaos.adoptions()
@@ -365,7 +354,7 @@ def main() -> int:
   }
   figures['ok'] = figures['ok'] and figures['all_kills_done']
   harness.write(arguments.output, figures, 'jax', 'flax')
-  _plot(arguments.output, chaos, done, adoptions, began)
+  _plot(arguments.output, chaos, done, adoptions)
   return 0 if figures['ok'] else 1
 
 

@@ -15,22 +15,8 @@ import time
 import harness
 import numpy as np
 import torch
+import train_step_torch
 import transformers
-from transformers.models.realm import modeling_realm
-
-
-class _Sdpa(modeling_realm.RealmSelfAttention):
-  """Self-attention through scaled_dot_product_attention."""
-
-  def forward(self, hidden_states, attention_mask=None, *unused, **also_unused):
-    del unused, also_unused
-    mixed = torch.nn.functional.scaled_dot_product_attention(
-        self.transpose_for_scores(self.query(hidden_states)),
-        self.transpose_for_scores(self.key(hidden_states)),
-        self.transpose_for_scores(self.value(hidden_states)),
-        attn_mask=attention_mask.to(hidden_states.dtype),
-    )
-    return (mixed.transpose(1, 2).flatten(2),)
 
 
 class _Side:
@@ -51,7 +37,7 @@ class _Side:
         raise ValueError(f'Of the weights, {missing=} {unexpected=}.')
       if attention == 'sdpa':
         for layer in model.realm.encoder.layer:
-          layer.attention.self.__class__ = _Sdpa
+          layer.attention.self.__class__ = train_step_torch.Sdpa
       self._models[attention] = model
     with np.load(spec['passages']) as file:
       self._passages = {name: file[name] for name in file.files}

@@ -21,7 +21,7 @@ import transformers
 from transformers.models.realm import modeling_realm
 
 
-class _Sdpa(modeling_realm.RealmSelfAttention):
+class Sdpa(modeling_realm.RealmSelfAttention):
   """Self-attention through scaled_dot_product_attention."""
 
   def forward(self, hidden_states, attention_mask=None, *unused, **also_unused):
@@ -89,7 +89,7 @@ class _Side:
 
   def use(self, variant: str) -> None:
     self.variant = variant
-    kind = _Sdpa if variant == 'sdpa' else modeling_realm.RealmSelfAttention
+    kind = Sdpa if variant == 'sdpa' else modeling_realm.RealmSelfAttention
     for module in self.plain:
       module.__class__ = kind
 
