@@ -1,20 +1,17 @@
-"""The figures, table and plots of the ablations, from what their runs left.
-
-Public: `ROWS`, `collect`, `markdown`, `plot`.
-"""
+"""The figures, table and plots of the ablations, from their runs."""
 
 import math
 import pathlib
 import statistics
 from typing import Any
 
-from matplotlib import figure as figure_lib
+import harness
 from scipy import stats
 
 from realm_jax.evaluation import report
 from realm_jax.runtime import metrics as metrics_lib
 
-# Row -> what it says of REALM, for the table.
+# Row -> its description in the table.
 ROWS = {
     'realm': 'REALM, refreshed every 10 steps',
     'ict': 'ICT alone',
@@ -40,7 +37,7 @@ ROWS = {
     'separate': 'separate towers',
     'scann': 'ScaNN in the place of exact search',
 }
-# Figure -> where it is in an evaluation, and its heading.
+# Figure -> its place in an evaluation, and its heading.
 FIGURES = {
     'recall_at_1': ('questions.held_out.gold.recall_at_1', 'recall@1'),
     'recall_at_5': ('questions.held_out.gold.recall_at_5', 'recall@5'),
@@ -48,7 +45,7 @@ FIGURES = {
     'accuracy_null': ('masked.accuracy_without_retrieval', 'without passages'),
     'null_share': ('masked.null_share', 'p(null)'),
 }
-# What the paper says: a row, and the row that it should beat.
+# Claims of the paper: a row, and the row that it should beat.
 CLAIMS = (
     ('realm', 'ict'),
     ('realm', 'frozen'),
@@ -57,7 +54,7 @@ CLAIMS = (
     ('realm', 'random_span'),
     ('own_corpus', 'trivial'),
 )
-# Within the noise.
+# Rows that should be equal, within the noise.
 _SAME = (
     ('realm', 'sync'), ('realm', 'eager'), ('fresh', 'sync'),
     ('pieces', 'token'), ('realm', 'scann'),
@@ -68,12 +65,11 @@ _CLAIMED = ('recall_at_1', 'recall_at_5', 'accuracy')  # In these figures.
 def collect(
     workdir: pathlib.Path, recorded: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-  """Reads all that is finished below a folder, as flat figures.
+  """Reads all finished runs below a folder, as flat figures.
 
   Args:
     workdir: of the runs.
-    recorded: figures of before; a row that the workdir lacks is taken from
-      there.
+    recorded: earlier figures; a row that the workdir lacks is taken from there.
   """
   figures: dict[str, Any] = {}
   for row in ROWS:
@@ -105,12 +101,9 @@ def _of_row(row: str, done: list[pathlib.Path]) -> dict[str, Any]:
   for name, (path, _) in FIGURES.items():
     last = [_at(of_seed[-1], path) for of_seed in results]
     if None in last:
-      continue  # Of ICT there is no reader.
+      continue  # ICT has no reader.
     figures[f'{row}_{name}'] = last
-    figures |= {
-        f'{row}_{name}_{what}': value
-        for what, value in _summary(last).items()
-    }
+    figures |= _summary(last, f'{row}_{name}')
     if len(results[0]) > 1:
       figures[f'curve_{row}_steps'] = [r['step'] for r in results[0]]
       figures[f'curve_{row}_{name}'] = [
@@ -143,10 +136,7 @@ def _compare(figures: dict[str, Any]) -> dict[str, Any]:
     for name in FIGURES:
       a, b = by_seed(ours, name), by_seed(theirs, name)
       if differences := [a[s] - b[s] for s in sorted(set(a) & set(b))]:
-        found |= {
-            f'{theirs}_{name}_below_{ours}_{what}': value
-            for what, value in _summary(differences).items()
-        }
+        found |= _summary(differences, f'{theirs}_{name}_below_{ours}')
   for name in _CLAIMED:
     for ours, theirs in CLAIMS:
       low = figures.get(f'{ours}_{name}_low')
@@ -154,10 +144,11 @@ def _compare(figures: dict[str, Any]) -> dict[str, Any]:
       if low is not None and high is not None:
         found[f'claim_{name}_{ours}_above_{theirs}'] = low > high
     for ours, theirs in _SAME:
-      low = found.get(f'{theirs}_{name}_below_{ours}_low')
-      high = found.get(f'{theirs}_{name}_below_{ours}_high')
-      if low is not None and high is not None:
-        found[f'claim_{name}_{ours}_like_{theirs}'] = low <= 0 <= high
+      difference = f'{theirs}_{name}_below_{ours}'
+      low = found.get(f'{difference}_low')
+      if low is not None:
+        same = low <= 0 <= found[f'{difference}_high']
+        found[f'claim_{name}_{ours}_like_{theirs}'] = same
   return found
 
 
@@ -167,14 +158,14 @@ def _at(result: Any, path: str) -> Any:
   return result
 
 
-def _summary(values: list[float]) -> dict[str, float | None]:
-  """Mean over seeds and its 95 % interval; of one seed there is none."""
-  mean = statistics.mean(values)
-  if len(values) < 2:
-    return {'mean': mean, 'low': None, 'high': None}
-  error = statistics.stdev(values) / math.sqrt(len(values))
-  width = float(stats.t.ppf(0.975, len(values) - 1)) * error
-  return {'mean': mean, 'low': mean - width, 'high': mean + width}
+def _summary(values: list[float], name: str) -> dict[str, float | None]:
+  """Mean over seeds and its 95 % interval, which one seed does not have."""
+  mean, low, high = statistics.mean(values), None, None
+  if len(values) > 1:
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    width = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    low, high = mean - width, mean + width
+  return {f'{name}_mean': mean, f'{name}_low': low, f'{name}_high': high}
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -186,128 +177,110 @@ def markdown(figures: dict[str, Any]) -> str:
     mean, high = figures[f'{name}_mean'], figures[f'{name}_high']
     return f'{mean:.3f}' + ('' if high is None else f' ±{high - mean:.3f}')
 
-  heads = [
-      '', *(head for _, head in FIGURES.values()), 'recall@1 below REALM',
-      'seeds',
+  def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, *rows]
+    text = ['| ' + ' | '.join(line) + ' |\n' for line in lines]
+    return ''.join([text[0], '|---' * len(heads) + '|\n', *text[1:]])
+
+  heads = [head for _, head in FIGURES.values()]
+  rows = [
+      [
+          words,
+          *(cell(f'{row}_{name}') for name in FIGURES),
+          cell(f'{row}_recall_at_1_below_realm'),
+          str(len(figures[f'{row}_seeds'])),
+      ]
+      for row, words in ROWS.items()
+      if f'{row}_seeds' in figures
   ]
-  lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
-  for row, words in ROWS.items():
-    if f'{row}_seeds' in figures:
-      cells = [cell(f'{row}_{name}') for name in FIGURES]
-      below = cell(f'{row}_recall_at_1_below_realm')
-      count = str(len(figures[f'{row}_seeds']))
-      lines.append('| ' + ' | '.join([words, *cells, below, count]) + ' |')
+  found = table(['', *heads, 'recall@1 below REALM', 'seeds'], rows)
+  compared = []
+  for pairs, relation, words in (
+      (CLAIMS, 'above', ('meet', '**apart**')),
+      (_SAME, 'like', ('differ', '**same**')),
+  ):
+    for ours, theirs in pairs:
+      cells = []
+      for name in _CLAIMED:
+        holds = figures.get(f'claim_{name}_{ours}_{relation}_{theirs}')
+        difference = cell(f'{theirs}_{name}_below_{ours}')
+        cells.append(
+            '' if holds is None else f'{difference}, {words[bool(holds)]}'
+        )
+      if any(cells):
+        compared.append([f'{ours} {relation} {theirs}', *cells])
+  if not compared:  # One seed has no intervals.
+    return found
   heads = ['difference, seed by seed', *(FIGURES[name][1] for name in _CLAIMED)]
-  compared: list[str] = []
-  claims = [(a, 'above', b) for a, b in CLAIMS]
-  for ours, relation, theirs in (*claims, *((a, 'like', b) for a, b in _SAME)):
-    cells = []
-    for name in _CLAIMED:
-      holds = figures.get(f'claim_{name}_{ours}_{relation}_{theirs}')
-      words = {'above': ('**apart**', 'meet'), 'like': ('**same**', 'differ')}
-      cells.append(
-          ''
-          if holds is None
-          else f'{cell(f"{theirs}_{name}_below_{ours}")},'
-          f' {words[relation][not holds]}'
-      )
-    if any(cells):
-      compared.append(f'| {ours} {relation} {theirs} | {" | ".join(cells)} |')
-  if not compared:  # Of one seed there are no intervals.
-    return '\n'.join(lines) + '\n'
-  lines += [
-      '',
-      '| ' + ' | '.join(heads) + ' |',
-      '|---' * len(heads) + '|',
-      *compared,
-      '',
+  return (
+      f'{found}\n{table(heads, compared)}\n'
       'apart: the intervals of the two means do not meet. same: that of the'
-      ' difference holds 0.',
-  ]
-  return '\n'.join(lines) + '\n'
+      ' difference holds 0.\n'
+  )
 
 
 def plot(figures: dict[str, Any], path: pathlib.Path) -> None:
   """Draws curves over training, the staleness curve, and p(null)."""
-  figure = figure_lib.Figure(figsize=(13, 11), layout='constrained')
-  axes = figure.subplots(3, 2)
+  figure, axes = harness.panels(2, 3.7, 3)
 
   def curves(axis: Any, rows: list[str], steps: str, name: str) -> None:
     for row in rows:
       if f'curve_{row}_{name}' not in figures:
         continue
       x = figures[f'curve_{row}_{steps}']
-      found = [
-          _summary(list(values))
-          for values in zip(*figures[f'curve_{row}_{name}'], strict=True)
-      ]
-      (line,) = axis.plot(x, [f['mean'] for f in found], label=ROWS[row])
-      axis.fill_between(
-          x,
-          [f['mean'] if f['low'] is None else f['low'] for f in found],
-          [f['mean'] if f['high'] is None else f['high'] for f in found],
-          color=line.get_color(),
-          alpha=0.15,
-          linewidth=0,
-      )
+      seeds = zip(*figures[f'curve_{row}_{name}'], strict=True)
+      found = [_summary(list(values), 'y') for values in seeds]
+      (line,) = axis.plot(x, [f['y_mean'] for f in found], label=ROWS[row])
+      if found and found[0]['y_low'] is not None:
+        axis.fill_between(
+            x,
+            [f['y_low'] for f in found],
+            [f['y_high'] for f in found],
+            color=line.get_color(),
+            alpha=0.15,
+            linewidth=0,
+        )
     axis.set_xlabel('training step')
 
+  def bars(axis: Any, title: str, **labels: str) -> None:
+    rows = [row for row in labels if f'{row}_seeds' in figures]
+    for name in _CLAIMED:
+      means = [figures[f'{row}_{name}_mean'] for row in rows]
+      highs = [figures[f'{row}_{name}_high'] for row in rows]
+      axis.errorbar(
+          [labels[row] for row in rows],
+          means,
+          yerr=[
+              0 if high is None else high - mean
+              for mean, high in zip(means, highs, strict=True)
+          ],
+          marker='o',
+          capsize=3,
+          label=FIGURES[name][1],
+      )
+    axis.set_title(title)
+
   masks = ['realm', 'frozen', 'random_token', 'random_span', 'never']
-  for axis, name in zip(
-      axes.flat, ('recall_at_1', 'recall_at_5', 'accuracy'), strict=False
-  ):
+  for axis, name in zip(axes, _CLAIMED, strict=False):
     curves(axis, masks, 'steps', name)
-    if f'ict_{name}_mean' in figures:  # Where all rows start.
+    if f'ict_{name}_mean' in figures:  # All rows start there.
       start = figures[f'ict_{name}_mean']
       axis.axhline(start, color='0.4', linestyle='--', label=ROWS['ict'])
-    axis.set(title=f'{FIGURES[name][1]}, held-out facts', ylim=(0, 1))
+    axis.set_title(f'{FIGURES[name][1]}, held-out facts')
   null = ['realm', 'random_token', 'own_corpus', 'trivial', 'never', 'k16']
-  curves(axes[1, 1], null, 'train_steps', 'train_null_share')
-  axes[1, 1].set(title='p(null | x) in training', ylim=(0, 1))
-  stale = [
-      (row, words)
-      for row, words in (
-          ('fresh', '5'), ('realm', '10'), ('stale_10x', '100'),
-          ('stale_30x', '300'), ('never', 'never'),
-      )
-      if f'{row}_seeds' in figures
-  ]
-  for name in ('recall_at_1', 'recall_at_5', 'accuracy'):
-    _bars(axes[2, 0], figures, stale, name)
-  axes[2, 0].set(title='steps between two refreshes', ylim=(0, 1))
-  sizes = [
-      (row, words)
-      for row, words in (
-          ('k2', '2'), ('k4', '4'), ('realm', '5'), ('k8', '8'), ('k16', '16')
-      )
-      if f'{row}_seeds' in figures
-  ]
-  for name in ('recall_at_1', 'recall_at_5', 'accuracy'):
-    _bars(axes[2, 1], figures, sizes, name)
-  axes[2, 1].set(title='candidates, the null document included', ylim=(0, 1))
-  for axis in axes.flat:
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-      axis.legend(fontsize=8)
-  figure.savefig(path, dpi=110)
-
-
-def _bars(
-    axis: Any,
-    figures: dict[str, Any],
-    rows: list[tuple[str, str]],
-    name: str,
-) -> None:
-  means = [figures[f'{row}_{name}_mean'] for row, _ in rows]
-  highs = [figures[f'{row}_{name}_high'] for row, _ in rows]
-  axis.errorbar(
-      [words for _, words in rows],
-      means,
-      yerr=[
-          0 if high is None else high - mean
-          for mean, high in zip(means, highs, strict=True)
-      ],
-      marker='o',
-      capsize=3,
-      label=FIGURES[name][1],
+  curves(axes[3], null, 'train_steps', 'train_null_share')
+  axes[3].set_title('p(null | x) in training')
+  bars(
+      axes[4],
+      'steps between two refreshes',
+      fresh='5', realm='10', stale_10x='100', stale_30x='300', never='never',
   )
+  bars(
+      axes[5],
+      'candidates, the null document included',
+      k2='2', k4='4', realm='5', k8='8', k16='16',
+  )
+  for axis in axes:
+    axis.set_ylim(0, 1)
+    axis.grid(alpha=0.3)
+  harness.save(figure, path)

@@ -5,8 +5,8 @@
 
 Each stage runs in a process of its own (benchmarks/accelerator_stages.py),
 since memory statistics and allocations last as long as a process. FILE is
-written after every figure. A stage that fails, or that its share of the time
-cuts, is recorded, and the next one runs. Stages:
+written after every figure. A stage that fails, or exceeds its share of the
+time, is recorded, and the next one runs. Stages:
 
   peak     matrix products in bfloat16 and float32, memory bandwidth
   quick    the REALM step with 3 of BERT-base's 12 layers, by attention kernel,
@@ -21,7 +21,8 @@ cuts, is recorded, and the next one runs. Stages:
   profile  a trace of a few steps, next to FILE
 
 --small runs toy sizes on any device, to try the code; its figures say nothing
-about a GPU. docs/scaling.md says what the figures mean.
+about a GPU. A CPU needs minutes to compile the steps: a small --seconds cuts
+these stages. docs/scaling.md says what the figures mean.
 """
 
 import argparse
@@ -43,8 +44,8 @@ import harness
 from realm_jax.runtime import files
 
 _HERE = pathlib.Path(__file__).resolve().parent
-# Each stage's share of the time, in the default order. A stage leaves what it
-# does not use to those after it.
+# Each stage's share of the time, in the default order. Later stages share what
+# a stage leaves.
 STAGES = {
     'peak': 12,
     'quick': 45,
@@ -60,20 +61,20 @@ _PACKAGES = (
     'jax jaxlib flax optax numpy jax-cuda12-plugin jax-cuda13-plugin'
     ' nvidia-cudnn-cu12 nvidia-cudnn-cu13'
 ).split()
-_CUT = 3  # Exit code of a stage that noticed that its time is over.
-_PROBE_SECONDS = 60  # Until the device must have been found.
+_CUT = 3  # Exit code of a stage that ended in time.
+_PROBE_SECONDS = 60  # The longest search for a device.
 
 
 def _environment(scratch: str) -> dict[str, str]:
-  """The environment of the stages."""
+  """Returns the environment of the stages."""
   environment = {
-      # The compiled steps of one stage serve the next. A cache of the user's
-      # may already have them: `*_compile_cache_hits` says so.
+      # Stages share compiled steps. `*_compile_cache_hits` counts those that
+      # were compiled before, as in a cache of the user's.
       'JAX_COMPILATION_CACHE_DIR': f'{scratch}/cache',
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
       'HF_HUB_OFFLINE': '1',
       **os.environ,
-      # PyTorch and the index builder share the device with a stage.
+      # A stage shares the device with PyTorch or the index builder.
       'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
       'XLA_CLIENT_MEM_FRACTION': '0.95',
       'CUDA_VISIBLE_DEVICES': os.environ.get(
@@ -86,7 +87,7 @@ def _environment(scratch: str) -> dict[str, str]:
 
 
 def _about() -> dict[str, Any]:
-  """Command, hardware and versions; the command names no folder."""
+  """Command without folders, hardware and versions."""
   found = harness.about()
   for package in _PACKAGES:
     try:
@@ -121,16 +122,17 @@ class _Run:
     files.write_json(self._arguments.output, self._figures | self._about)
 
   def probe(self) -> str | None:
-    """Records the device; returns why there is none to measure on."""
-    self._stage('probe', min(_PROBE_SECONDS, self._arguments.seconds))
+    """Records the device; returns the problem if it cannot be measured."""
+    self.stage('probe', min(_PROBE_SECONDS, self._arguments.seconds))
     error = self._figures.pop('probe_error', None)
     status = self._figures.pop('probe_status')
     for name in ('wall_seconds', 'limit_seconds'):
       del self._figures[f'probe_{name}']
     if status != 'done':
       return f'JAX finds no device: {error or status}.'
-    device = f'{self._figures["device"]}, '
-    self._about['hardware'] = device + self._about['hardware']
+    self._about['hardware'] = (
+        f'{self._figures["device"]}, {self._about["hardware"]}'
+    )
     self.write()
     if self._figures['platform'] == 'cpu' and not self._arguments.small:
       return (
@@ -140,14 +142,7 @@ class _Run:
     return None
 
   def stage(self, stage: str, limit: float) -> None:
-    """Runs a stage for at most `limit` seconds, and records how it ended."""
-    print(f'-- {stage}, up to {limit:.0f} s', flush=True)
-    self._stage(stage, limit)
-    status = self._figures[f'{stage}_status']
-    seconds = self._figures[f'{stage}_wall_seconds']
-    print(f'-- {stage}: {status} after {seconds} s', flush=True)
-
-  def _stage(self, stage: str, limit: float) -> None:
+    """Runs a stage for at most `limit` seconds, and records its end."""
     start = time.monotonic()
     arguments = self._arguments
     command = [
@@ -162,6 +157,7 @@ class _Run:
         f'--peak_tflops={self._figures.get("peak_bfloat16_tflops", 0)}',
         *(['--small'] if arguments.small else []),
     ]
+    print(f'-- {stage}, up to {limit:.0f} s', flush=True)
     print(f'---- {stage}', file=self._log, flush=True)
     process = subprocess.Popen(
         command,
@@ -170,7 +166,7 @@ class _Run:
         stderr=self._log,
         text=True,
         env=self._environment,
-        start_new_session=True,  # With its children, to be ended together.
+        start_new_session=True,  # One signal ends it with its children.
     )
     cut = threading.Event()
 
@@ -180,11 +176,11 @@ class _Run:
 
     timer = threading.Timer(limit, end)
     timer.start()
-    status = 'cut'  # Unless it ends by itself.
+    status = 'cut'  # Unless the stage ends before.
     try:
       assert process.stdout is not None
       for line in process.stdout:
-        if line.endswith('\n'):  # Else a kill cut it short.
+        if line.endswith('\n'):  # Else the kill divided it.
           self._take(stage, json.loads(line))
       code = process.wait()
       if not cut.is_set():
@@ -198,12 +194,14 @@ class _Run:
     finally:
       timer.cancel()
       _kill(process)
+      seconds = round(time.monotonic() - start, 1)
       self._figures |= {
           f'{stage}_status': status,
-          f'{stage}_wall_seconds': round(time.monotonic() - start, 1),
+          f'{stage}_wall_seconds': seconds,
           f'{stage}_limit_seconds': round(limit, 1),
       }
       self.write()
+    print(f'-- {stage}: {status} after {seconds} s', flush=True)
 
   def _take(self, stage: str, line: dict[str, Any]) -> None:
     """Records what a stage printed."""
@@ -212,9 +210,7 @@ class _Run:
       line = {f'{stage}_{name}': value for name, value in line.items()}
     self._figures |= line
     self.write()
-    for name, value in line.items():
-      shown = f'{value:.4g}' if isinstance(value, float) else value
-      print(f'{name:44} {shown}', flush=True)
+    harness.show(line)
 
   @property
   def failed(self) -> list[str]:
@@ -235,19 +231,14 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def main() -> int:
-  parser = harness.parser(__doc__)
+  parser = harness.parser(__doc__, torch='PyTorch and transformers 5')
   parser.add_argument('--seconds', type=float, default=240, help='in all')
   parser.add_argument('--stages', default=','.join(STAGES), help='in order')
   parser.add_argument('--texts', default='', help='passages, as of `prepare`')
-  parser.add_argument(
-      '--torch_python',
-      default=sys.executable,
-      help='Python that has PyTorch and transformers 5',
-  )
   arguments = parser.parse_args()
   arguments.stages = stages = arguments.stages.split(',')
   if unknown := [stage for stage in stages if stage not in STAGES]:
-    parser.error(f'no stage {unknown}; there are {", ".join(STAGES)}')
+    parser.error(f'no stage {unknown}; the stages are {", ".join(STAGES)}')
   if arguments.seconds <= 0:
     parser.error(f'--seconds={arguments.seconds}: must be more than 0')
   if arguments.output.is_dir():

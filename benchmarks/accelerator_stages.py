@@ -1,11 +1,11 @@
 """One stage of benchmarks/accelerator.py, which starts this file.
 
-Prints its figures as lines of JSON as soon as it has them: `error` is why the
-stage failed, `skipped` why it did not apply.
+Figures are printed as lines of JSON as they come: `error` is why the stage
+failed, `skipped` why it did not apply.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -40,12 +40,11 @@ from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 
 _HERE = pathlib.Path(__file__).resolve().parent
-_NULL_LENGTH = 3  # Wordpieces of the null document.
 _MOST_BYTES = 16e6  # Limit for a file that is kept.
 _K = 8  # Passages per query.
 _CHECKED = 16  # Queries whose result is compared with a plain computation.
 _STOP_SECONDS = 8  # For the trainer to save and end.
-_CUT = 3  # Exit code of a stage that noticed that its time is over.
+_CUT = 3  # Exit code of a stage that ended in time.
 
 Figures = dict[str, Any]
 
@@ -66,7 +65,7 @@ class _Size:
   floats: int = 2**28  # Copied.
   rows: int = 13_353_718  # Passages of the paper's corpus.
   queries: int = 512
-  embed_rows: int = 224  # As many as the index builder embeds at once.
+  embed_rows: int = 224  # The index builder embeds this many at once.
   ict_batch: int = 4096
   ict_accumulate: int = 16
   world: str = 'world:0:2000'
@@ -97,20 +96,11 @@ _TOY = _Size(
 )
 
 
-@dataclasses.dataclass
-class _Context:
-  """Arguments of a stage."""
+class _Context(argparse.Namespace):
+  """Arguments of a stage, and the reporting of its figures."""
 
-  stage: str
-  small: bool
-  deadline: float  # In seconds, as time.time().
-  scratch: pathlib.Path
-  keep: pathlib.Path  # Where files that are kept go, without their suffix.
-  torch_python: str
-  texts: str
-  peak_flops: float  # 0: unknown.
-  out: Any
-  measured: int = 0  # Cases of a step.
+  def __init__(self) -> None:
+    super().__init__(measured=0)  # Steps that could be measured.
 
   @property
   def size(self) -> _Size:
@@ -119,63 +109,33 @@ class _Context:
   @property
   def left(self) -> float:
     """Seconds until the stage is cut."""
-    return self.deadline - time.time()
+    return self.until - time.time()
 
   def report(self, prefix: str = '', **figures: Any) -> None:
     if prefix:
       figures = {f'{prefix}_{name}': x for name, x in figures.items()}
-    for name, x in figures.items():
-      if isinstance(x, float):  # Six digits are what anyone reads.
-        figures[name] = float(f'{x:.6g}')
-    print(json.dumps(figures), file=self.out, flush=True)
+    print(json.dumps(harness.rounded(figures)), file=self.out, flush=True)
 
   def rate(self, flop: float, seconds: float) -> Figures:
     """TFLOP/s, and their share of the matrix products of stage `peak`."""
-    rate = flop / seconds
-    share = rate / self.peak_flops if self.peak_flops else None
-    return {'tflops': rate / 1e12, 'mfu': share}
+    rate = flop / seconds / 1e12
+    share = rate / self.peak_tflops if self.peak_tflops else None
+    return {'tflops': rate, 'mfu': share}
 
 
-def _seconds(run: Callable[[], Any], rounds: int, calls: int = 1) -> float:
-  """Median seconds of a call, of `calls` that are queued without waiting."""
-  jax.block_until_ready(run())  # Compiles it.
-  found = []
-  for _ in range(rounds):
-    start = time.perf_counter()
-    for _ in range(calls):
-      result = run()
-    jax.block_until_ready(result)
-    found.append((time.perf_counter() - start) / calls)
-  return statistics.median(found)
-
-
-def _memory_limit() -> float | None:
-  """Bytes that JAX may take of the device; None where it does not say."""
-  return (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
-
-
-def _peak_gigabytes() -> float | None:
-  """GB that the process held at its peak so far."""
-  stats = jax.devices()[0].memory_stats() or {}
-  peak = stats.get('peak_bytes_in_use')
-  return None if peak is None else peak / 1e9
-
-
-def _short(error: BaseException) -> str:
-  return f'{type(error).__name__}: {error}'[:500]
+def _memory(name: str) -> float | None:
+  """Bytes of `bytes_limit`, ...; None if the device does not report them."""
+  return (jax.devices()[0].memory_stats() or {}).get(name)
 
 
 def probe(context: _Context) -> None:
   device = jax.devices()[0]
-  limit = _memory_limit()
+  limit = _memory('bytes_limit')
   context.report(
       platform=device.platform,
       device=device.device_kind,
       device_memory_gigabytes=limit and limit / 1e9,
   )
-
-
-# ----------------------------------------------------------------------- peak
 
 
 def peak(context: _Context) -> None:
@@ -192,19 +152,19 @@ def peak(context: _Context) -> None:
       return x
 
     x = jax.random.normal(key, (n, n), dtype)
-    seconds = _seconds(lambda: products(x, x), 3 * size.rounds)
+    seconds = harness.median_seconds(lambda: products(x, x), 3 * size.rounds)
     return chain * 2 * n**3 / seconds / 1e12
 
   context.report(bfloat16_tflops=tflops(jnp.bfloat16, 'default'))
-  # On GPUs that have TF32, this is it.
+  # In TF32 on GPUs that have it.
   context.report(float32_default_tflops=tflops(jnp.float32, 'default'))
   # Read and written: 4 bytes each.
   negative = functools.partial(
       jax.jit(jnp.negative), jnp.full(size.floats, 1.5, jnp.float32)
   )
-  seconds = _seconds(negative, size.rounds, 8)
+  seconds = harness.median_seconds(negative, size.rounds, 8)
   context.report(copy_gigabytes_per_second=8 * size.floats / seconds / 1e9)
-  # Many small kernels in a row: what each costs, whatever it computes.
+  # Many small kernels in a row, for the overhead of each.
   rounds = 2000
   small = jnp.ones((8, 128))
   loop = jax.jit(
@@ -212,21 +172,18 @@ def peak(context: _Context) -> None:
           0, rounds, lambda i, x: jax.lax.sort(x + i, dimension=1), x
       )
   )
-  seconds = _seconds(lambda: loop(small), size.rounds)
+  seconds = harness.median_seconds(lambda: loop(small), size.rounds)
   context.report(kernel_microseconds=1e6 * seconds / rounds)
   context.report(float32_highest_tflops=tflops(jnp.float32, 'highest'))
 
 
-# ----------------------------------------------------------------------- step
-
-
 def _config(size: _Size, objective: Any = 'realm') -> config_lib.Config:
-  """The paper's sizes in bfloat16, with weights of attention not dropped."""
+  """The paper's sizes in bfloat16, without dropout of attention weights."""
   config = config_lib.Config(objective=objective, corpus='none')
   config.model.preset = size.preset
   config.model.vocab_size = size.vocab_size
   config.model.compute_dtype = config.mips.dtype = 'bfloat16'
-  config.model.attention_dropout = 0.0  # Fused kernels drop none.
+  config.model.attention_dropout = 0.0  # Fused kernels have no dropout.
   config.lengths.query, config.lengths.document = size.query, size.document
   config.num_candidates, config.batch_size = size.candidates, size.batch
   if objective == 'ict':
@@ -252,28 +209,21 @@ def _with(config: config_lib.Config, **changes: Any) -> config_lib.Config:
   return dataclasses.replace(config, model=model, batch_size=batch_size)
 
 
-class _Step:
-  """A training step, compiled apart from being run."""
+class _Step(training.Training):
+  """A training step that is traced, compiled, started and run in turn."""
 
   def __init__(self, config: config_lib.Config):
-    """Traces it."""
-    self.config = config
-    self._training = training.Training(config)
-    self._state = self._arrays = None
-    start = time.perf_counter()
-    self._lowered = self._training.lower()
-    self._trace_seconds = time.perf_counter() - start
+    super().__init__(config)
+    self._trace_seconds, self._lowered = harness.timed(self.lower)
 
   def compile(self) -> '_Step':
-    start = time.perf_counter()
-    self._step = self._lowered.compile()
-    self.compile_seconds = time.perf_counter() - start
+    self.compile_seconds, self.step = harness.timed(self._lowered.compile)
     return self
 
   @property
   def bytes(self) -> float:
-    """Memory of the device while it runs, by XLA's own analysis."""
-    memory = self._step.memory_analysis()
+    """Memory of the device in a step, by XLA's analysis."""
+    memory = self.step.memory_analysis()
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -281,35 +231,35 @@ class _Step:
         + memory.temp_size_in_bytes
     )
 
-  def start(self) -> None:
-    """Puts state and batch on the device."""
-    params = {
-        name: _random_params(component)
-        for name, component in self._training.components.items()
-    }
-    self._state = self._training.start(params)
-    self._arrays = mesh_lib.to_devices(
-        self._training.mesh, self._training.random_batch()
-    )
-
   @property
   def model_flop(self) -> float:
-    return flops.model_flop(self.config, self._training.stage.passes())
+    return flops.model_flop(self.config, self.stage.passes())
 
   @property
   def hardware_flop(self) -> float:
-    stage = self._training.stage
+    stage = self.stage
     return flops.hardware_flop(self.config, stage.passes(), stage.in_batch)
+
+  @contextlib.contextmanager
+  def on_device(self) -> Iterator[None]:
+    """State and batch are on the device within this context."""
+    params = {name: _random_params(c) for name, c in self.components.items()}
+    self._state = self.start(params)
+    self._arrays = mesh_lib.to_devices(self.mesh, self.random_batch())
+    try:
+      yield
+    finally:
+      self._state = self._arrays = None
 
   def run(self, count: int) -> float:
     """Seconds of a step, of `count` in a row.
 
-    As in the training loop of mlm and ict, the metrics of a step are fetched
-    while the next one runs.
+    The metrics of a step are fetched during the next one, as in the training
+    loop.
     """
     start, before = time.perf_counter(), None
     for _ in range(count):
-      self._state, metrics = self._step(self._state, self._arrays)
+      self._state, metrics = self.step(self._state, self._arrays)
       if before is not None:
         jax.device_get(before)
       before = metrics
@@ -320,12 +270,8 @@ class _Step:
       raise FloatingPointError(f'The loss is {metrics["loss"]}.')
     return seconds
 
-  def stop(self) -> None:
-    """Frees state and batch."""
-    self._state = self._arrays = None
-
   def about(self) -> Figures:
-    """Figures of the traced step, before it is compiled."""
+    """Figures of the traced step."""
     model = self.config.model
     return {
         'layers': model.num_layers,
@@ -336,82 +282,76 @@ class _Step:
 
 
 def _random_params(component: components_lib.Component) -> Any:
-  """Parameters as BERT starts, without compiling the initialisation."""
-  keys = jax.random.split(jax.random.key(0), len(component.abstract))
+  """Initial parameters of BERT, without a compiled initialisation."""
   draw = jax.jit(
       lambda key, shape: 0.02 * jax.random.normal(key, shape),
       static_argnums=1,
   )
-
-  def value(name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+  found = {}
+  for i, (name, x) in enumerate(component.abstract.items()):
     if name.endswith('bias'):
-      return jnp.zeros(shape)
-    return jnp.ones(shape) if name.endswith('scale') else draw(key, shape)
-
-  return {
-      name: value(name, x.shape, key)
-      for (name, x), key in zip(component.abstract.items(), keys, strict=True)
-  }
+      found[name] = jnp.zeros(x.shape)
+    elif name.endswith('scale'):
+      found[name] = jnp.ones(x.shape)
+    else:
+      found[name] = draw(jax.random.key(i), x.shape)
+  return found
 
 
 def _count(context: _Context, seconds: float) -> int:
-  """How many steps to time at once: about a second of them."""
+  """The number of steps that take about a second."""
   return 2 if context.small else int(np.clip(1 / seconds, 2, 20))
 
 
 def _measure(context: _Context, case: str, step: _Step) -> None:
   """Runs a compiled step and reports it, or why it does not run."""
   try:
-    step.start()
-    step.run(1)
-    count = _count(context, step.run(1))
-    seconds = statistics.median(
-        step.run(count) for _ in range(context.size.rounds)
-    )
-    config = step.config
-    hardware = context.rate(step.hardware_flop, seconds)
+    with step.on_device():
+      step.run(1)
+      count = _count(context, step.run(1))
+      seconds = statistics.median(
+          step.run(count) for _ in range(context.size.rounds)
+      )
+    peak = _memory('peak_bytes_in_use')
     context.report(
         case,
         seconds=seconds,
-        examples_per_second=config.batch_size / seconds,
+        examples_per_second=step.config.batch_size / seconds,
         **context.rate(step.model_flop, seconds),
-        hardware_mfu=hardware['mfu'],
-        peak_gigabytes=_peak_gigabytes(),
+        hardware_mfu=context.rate(step.hardware_flop, seconds)['mfu'],
+        peak_gigabytes=peak and peak / 1e9,
     )
     context.measured += 1
-  except Exception as error:  # Too large, most of all.
-    context.report(case, error=_short(error))
-  finally:
-    step.stop()
+  except Exception as error:  # Mostly a lack of memory.
+    context.report(case, error=harness.short(error))
 
 
 def _cases(
     context: _Context, **cases: config_lib.Config
 ) -> dict[str, _Step]:
-  """Compiles steps at once, on all cores, and measures one by one.
+  """Compiles steps at once, on all cores, and measures them one by one.
 
   Returns those that could be compiled.
   """
-  traced: dict[str, _Step] = {}
+  traced, compiled = {}, {}
   for case, config in cases.items():
     try:
       traced[case] = _Step(config)
       context.report(case, **traced[case].about())
     except Exception as error:
-      context.report(case, error=_short(error))
-  compiled: dict[str, _Step] = {}
+      context.report(case, error=harness.short(error))
   with concurrent.futures.ThreadPoolExecutor() as pool:
     futures = {pool.submit(step.compile): case for case, step in traced.items()}
     for future in concurrent.futures.as_completed(futures):
       case = futures[future]
       if error := future.exception():
-        context.report(case, error=_short(error))
+        context.report(case, error=harness.short(error))
         continue
       step = compiled[case] = future.result()
       context.report(
           case,
           compile_seconds=step.compile_seconds,
-          # They share the cores: each takes longer than it would alone.
+          # The steps share the cores, so each takes longer than alone.
           compiled_at_once=len(futures),
           planned_gigabytes=step.bytes / 1e9,
       )
@@ -447,8 +387,8 @@ def step(context: _Context) -> None:
     raise RuntimeError('The largest batch needs two that could be compiled.')
   each = (found['twice'].bytes - found['fused'].bytes) / batch
   fixed = found['fused'].bytes - each * batch
-  # Where the device does not say, as if it had room for five times the first.
-  limit = _memory_limit() or fixed + 5 * each * batch
+  # A device of unknown memory is taken to fit five times the first batch.
+  limit = _memory('bytes_limit') or fixed + 5 * each * batch
   # Memory is not quite linear in the batch, and the allocator leaves gaps.
   largest = int((0.94 * limit - fixed) / each)
   largest -= largest % (8 if largest > 8 else 1)
@@ -457,29 +397,8 @@ def step(context: _Context) -> None:
       gigabytes_of_an_example=each / 1e9,
       gigabytes_of_no_example=fixed / 1e9,
   )
-  if largest > 2 * batch:  # Else it is measured already.
+  if largest > 2 * batch:  # Else `twice` measured it.
     _cases(context, largest=_with(config, batch_size=largest))
-
-
-# ---------------------------------------------------------------------- torch
-
-
-def _torch_flop(config: config_lib.Config) -> float:
-  """FLOP of the step of accelerator_torch.py.
-
-  It computes the last layer at all positions.
-  """
-  model, lengths = config.model, config.lengths
-  b, k = config.batch_size, config.num_candidates
-  flop = flops.head_flop(model, b * k * lengths.masks)
-  for rows, length in (
-      (b, lengths.query),
-      (1, _NULL_LENGTH),
-      (b * (k - 1), lengths.document),
-      (b * k, lengths.joint),
-  ):
-    flop += flops.pass_flop(model, rows, length, length)
-  return 3 * flop
 
 
 def torch(context: _Context) -> None:
@@ -502,65 +421,50 @@ def torch(context: _Context) -> None:
         ' Python that has them'
     )
     return
-  theirs = harness.Child(
-      context.torch_python, _HERE / 'accelerator_torch.py'
-  )
+  theirs = harness.Child(context.torch_python, _HERE / 'accelerator_torch.py')
   for case, config in (
       ('quick', _quick(context.size)), ('', _config(context.size))
   ):
-    _in_turns(context, case, config, theirs)
-
-
-def _in_turns(
-    context: _Context,
-    case: str,
-    config: config_lib.Config,
-    theirs: harness.Child,
-) -> None:
-  model, lengths = config.model, config.lengths
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    opened = pool.submit(
-        theirs.ask,
-        'open',
-        batch=config.batch_size,
-        candidates=config.num_candidates,
-        query=lengths.query,
-        document=lengths.document,
-        masks=lengths.masks,
+    model, lengths = config.model, config.lengths
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      opened = pool.submit(
+          theirs.ask,
+          'open',
+          batch=config.batch_size,
+          candidates=config.num_candidates,
+          query=lengths.query,
+          document=lengths.document,
+          masks=lengths.masks,
+          layers=model.num_layers,
+          width=model.width,
+          heads=model.num_heads,
+          vocab_size=model.vocab_size,
+          dropout=model.dropout,
+          attention_dropout=model.attention_dropout,
+      )
+      ours = _Step(config).compile()
+      versions = opened.result()
+    with ours.on_device():
+      ours.run(2), theirs.ask('steps', count=2)  # Both tune kernels.
+      count = _count(context, ours.run(1))
+      pairs = [
+          (ours.run(count), theirs.ask('steps', count=count)['seconds'])
+          for _ in range(2 * context.size.rounds)
+      ]
+    seconds, their_seconds = map(statistics.median, zip(*pairs, strict=True))
+    their_flop = training.reference_flop(config)
+    context.report(
+        case,
         layers=model.num_layers,
-        width=model.width,
-        heads=model.num_heads,
-        vocab_size=model.vocab_size,
-        dropout=model.dropout,
-        attention_dropout=model.attention_dropout,
+        batch=config.batch_size,
+        ours_seconds=seconds,
+        ours_mfu=context.rate(ours.model_flop, seconds)['mfu'],
+        torch_seconds=their_seconds,
+        torch_mfu=context.rate(their_flop, their_seconds)['mfu'],
+        ours_times_faster=statistics.median(b / a for a, b in pairs),
+        torch_peak_gigabytes=theirs.ask('memory')['gigabytes'],
     )
-    ours = _Step(config).compile()
-    versions = opened.result()
-  ours.start()
-  ours.run(2), theirs.ask('steps', count=2)  # Both compile, or tune, kernels.
-  count = _count(context, ours.run(1))
-  pairs = [
-      (ours.run(count), theirs.ask('steps', count=count)['seconds'])
-      for _ in range(2 * context.size.rounds)
-  ]
-  ours.stop()
-  seconds, their_seconds = map(statistics.median, zip(*pairs, strict=True))
-  rates = context.rate(_torch_flop(config), their_seconds)
-  context.report(
-      case,
-      layers=model.num_layers,
-      batch=config.batch_size,
-      ours_seconds=seconds,
-      ours_mfu=context.rate(ours.model_flop, seconds)['mfu'],
-      torch_seconds=their_seconds,
-      torch_mfu=rates['mfu'],
-      ours_times_faster=statistics.median(b / a for a, b in pairs),
-      torch_peak_gigabytes=theirs.ask('memory')['gigabytes'],
-  )
-  context.report(versions=versions)
-
-
-# --------------------------------------------------------------------- search
+    context.report(versions=versions)
 
 
 def search(context: _Context) -> None:
@@ -568,7 +472,7 @@ def search(context: _Context) -> None:
   size, mesh = context.size, mesh_lib.one_device()
   width = _config(size).model.embedding_width
   rows = size.rows
-  if limit := _memory_limit():  # Half of it: the table is drawn there, too.
+  if limit := _memory('bytes_limit'):  # Half: the table is drawn there, too.
     rows = min(rows, int(limit / 2 / (2 * width)))
   key = jax.random.key(0, impl='rbg')
   draw = jax.jit(
@@ -590,14 +494,9 @@ def search(context: _Context) -> None:
     )[1]
 
   def measure(case: str, run: Callable[[], np.ndarray]) -> np.ndarray:
-    start = time.perf_counter()
-    found = run()
-    first = time.perf_counter() - start
-    context.report(
-        case,
-        first_seconds=first,
-        milliseconds=1e3 * _seconds(run, 2 * size.rounds),
-    )
+    first, found = harness.timed(run)
+    seconds = harness.median_seconds(run, 2 * size.rounds)
+    context.report(case, first_seconds=first, milliseconds=1e3 * seconds)
     return found
 
   none = np.zeros((size.queries, 1, 2), np.int32)
@@ -606,7 +505,7 @@ def search(context: _Context) -> None:
       (queries, none, np.array(part.rows, np.int32)),
       jax.NamedSharding(mesh, jax.P()),
   )
-  seconds = _seconds(
+  seconds = harness.median_seconds(
       lambda: topk.top_rows(
           part.table_NE, arrays[0], arrays[1], None, arrays[2],
           mesh=mesh, k=_K,
@@ -642,32 +541,17 @@ def search(context: _Context) -> None:
 def _plain_search(
     table_NE: jax.Array, rows: int, queries: np.ndarray
 ) -> np.ndarray:
-  """The best rows by products in float32 and numpy's sort."""
-  block = min(2**20, rows)
-
-  @jax.jit
-  def score(table_NE: jax.Array, start: int) -> jax.Array:
-    some = jax.lax.dynamic_slice_in_dim(table_NE, start, block)
-    return jnp.einsum(
-        'BE,NE->BN', queries, some.astype(jnp.float32), precision='highest'
-    )
-
-  row_BN = np.zeros((len(queries), 0), np.int64)
-  score_BN = np.zeros((len(queries), 0), np.float32)
-  for start in range(0, rows, block):
-    at = min(start, rows - block)  # The last one is whole, too.
-    score_BM = np.array(jax.device_get(score(table_NE, at)))
-    score_BM[:, : start - at] = -np.inf
-    top_BK = np.argpartition(-score_BM, _K, axis=1)[:, :_K]
-    row_BN = np.concatenate([row_BN, at + top_BK], axis=1)
-    score_BN = np.concatenate(
-        [score_BN, np.take_along_axis(score_BM, top_BK, 1)], axis=1
-    )
-  order = np.lexsort((row_BN, -score_BN), axis=1)[:, :_K]
-  return np.take_along_axis(row_BN, order, 1)
-
-
-# ---------------------------------------------------------------------- embed
+  """The best rows by products in float32, a block of the table at a time."""
+  row_BN, score_BN = [], []
+  for start in range(0, rows, 2**20):
+    some_ME = table_NE[start : min(start + 2**20, rows)].astype(jnp.float32)
+    score_BM = jnp.matmul(queries, some_ME.T, precision='highest')
+    score_BK, top_BK = jax.lax.top_k(score_BM, min(_K, len(some_ME)))
+    row_BN.append(start + np.asarray(top_BK, np.int64))
+    score_BN.append(np.asarray(score_BK))
+  rows_BN, scores_BN = np.concatenate(row_BN, 1), np.concatenate(score_BN, 1)
+  order = np.lexsort((rows_BN, -scores_BN), axis=1)[:, :_K]
+  return np.take_along_axis(rows_BN, order, 1)
 
 
 def embed(context: _Context) -> None:
@@ -694,25 +578,26 @@ def embed(context: _Context) -> None:
       ('xla', 'xla', size.embed_rows),
   ):
     model = _with(config, attention=kernel).model
-    embedder = components_lib.make('embedder', model)
-    run = jax.jit(functools.partial(_embed_documents, embedder))
     some = ids[:rows]
-    start = time.perf_counter()
-    jax.block_until_ready(run(params, some, jnp.ones_like(some)))
-    first = time.perf_counter() - start
-    seconds = _seconds(
-        functools.partial(run, params, some, jnp.ones_like(some)),
-        size.rounds,
-        4,
+    run = functools.partial(
+        jax.jit(
+            functools.partial(
+                _embed_documents, components_lib.make('embedder', model)
+            )
+        ),
+        params,
+        some,
+        jnp.ones_like(some),
     )
+    first, _ = harness.timed(lambda run=run: jax.block_until_ready(run()))
     report(
         case,
         rows,
-        seconds,
+        harness.median_seconds(run, size.rounds, 4),
         attention=attention.choose(model),
         first_seconds=first,
     )
-  # As the index builder does it, but for the corpus.
+  # The pipeline of the index builder, without a corpus.
   host_ids = np.asarray(ids)
   encoder = embedding.RowEncoder(
       functools.partial(_embed_documents, component),
@@ -721,18 +606,17 @@ def embed(context: _Context) -> None:
       mesh_lib.make_mesh(config.mesh),
   )
 
-  def all_rows() -> None:
-    for _ in encoder(
-        params,
-        np.arange(len(ids)),
-        lambda rows, width: (
-            host_ids[rows, :width],
-            np.ones((len(rows), width), np.int32),
-        ),
-    ):
-      pass
+  def arrays(rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return host_ids[rows, :width], np.ones((len(rows), width), np.int32)
 
-  report('builder', len(ids), _seconds(all_rows, size.rounds))
+  every = np.arange(len(ids))
+  report(
+      'builder',
+      len(ids),
+      harness.median_seconds(
+          lambda: list(encoder(params, every, arrays)), size.rounds
+      ),
+  )
 
 
 def _embed_documents(
@@ -742,9 +626,6 @@ def _embed_documents(
     types_NS: jax.Array,
 ) -> jax.Array:
   return component.module(params).embed_document(ids_NS, types_NS)
-
-
-# ------------------------------------------------------------------------ ict
 
 
 def ict(context: _Context) -> None:
@@ -757,13 +638,10 @@ def ict(context: _Context) -> None:
     _cases(context, **{case: config})
 
 
-# ---------------------------------------------------------------------- realm
-
-
 def realm(context: _Context) -> None:
   """A real job with its index builder, both on one device."""
   size, small = context.size, context.small
-  # The two processes share the device: each may have less than half.
+  # Two processes share the device: each has less than half.
   os.environ['XLA_CLIENT_MEM_FRACTION'] = '0.45'
   corpus, workdir = context.scratch / 'corpus', context.scratch / 'realm'
   shutil.rmtree(workdir, ignore_errors=True)
@@ -779,10 +657,10 @@ def realm(context: _Context) -> None:
       'model.compute_dtype': 'bfloat16',
       'mips.dtype': 'bfloat16',
       'refresh.interval': size.interval,
-      # Adopted while the next snapshot is not yet due, to tell them apart.
+      # The adoption comes before the next snapshot, to tell them apart.
       'refresh.lag': size.interval * 4 // 5,
       'checkpoint.interval': 10**6,
-      'peak_tflops': context.peak_flops / 1e12,
+      'peak_tflops': context.peak_tflops,
   }
   experiment = _HERE.parent / 'experiments' / 'small_corpus.py'
   prepare = [
@@ -797,18 +675,16 @@ def realm(context: _Context) -> None:
       f'--config={experiment}:realm',
       f'--workdir={workdir}',
       '--with_index_builder',
-      *(f'--config.{name}={value}' for name, value in overrides.items()),
+      *harness.flags(overrides),
   ]
   context.report(
       commands=[_shown(words, context) for words in (prepare, train)]
   )
-  start = time.monotonic()
-  subprocess.run(
+  seconds, _ = harness.timed(
+      functools.partial(subprocess.run, check=True, stdout=sys.stderr),
       [sys.executable, '-m', 'realm_jax', *prepare],
-      check=True,
-      stdout=sys.stderr,
   )
-  context.report(prepare_seconds=time.monotonic() - start)
+  context.report(prepare_seconds=seconds)
   start = time.monotonic()
   trainer = subprocess.Popen(
       [sys.executable, '-m', 'realm_jax', *train], stdout=sys.stderr
@@ -835,13 +711,12 @@ def realm(context: _Context) -> None:
     sys.exit(_CUT)
   if trainer.returncode:
     raise RuntimeError(
-        f'The trainer ended with exit code {trainer.returncode}; the log has'
-        ' what it said.'
+        f'The trainer ended with exit code {trainer.returncode}; see the log.'
     )
 
 
 def _shown(words: list[str], context: _Context) -> str:
-  """A command as it would be in the root of the repository."""
+  """A command in the root of the repository."""
   text = shlex.join(['realm-jax', *words])
   for folder in (context.scratch, _HERE.parent):
     text = text.replace(f'{folder}/', '')
@@ -854,19 +729,12 @@ def _job_figures(
     lines: list[Figures], interval: int, batch: int
 ) -> Figures:
   """Figures of a job that logged every step, from the second interval on."""
+  steps = training.LoggedSteps(lines, interval, batch)
   lines = lines[interval:]
-  seconds = np.array([batch / x['time/examples_per_second'] for x in lines])
-  adopted = np.array([x['refresh/adopted'] for x in lines])
-  swapped = np.flatnonzero(np.diff(adopted, prepend=adopted[0]) > 0)
-  loading = np.array([bool(x['refresh/loading']) for x in lines])
-  # A line is written during the next step, so it covers parts of two.
-  near = loading.copy()
-  near[swapped] = True
-  near[:-1] |= near[1:]
-  near |= [(x['step'] - 1) % interval in (0, 1, 2, interval - 1) for x in lines]
-  quiet = seconds[~near] if not near.all() else seconds
-  step_seconds = float(np.median(quiet))
-  # A line names the parts that took time. Means, so that they add up.
+  seconds, loading = steps.seconds[interval:], steps.loading[interval:]
+  quiet = steps.seconds[steps.quiet]
+  step_seconds = float(np.median(quiet if len(quiet) else seconds))
+  # A line names the parts that took time. Their means add up.
   parts = {
       name.removeprefix('time/').removesuffix('_seconds'): float(
           np.mean([x.get(name, 0.0) for x in lines])
@@ -874,8 +742,6 @@ def _job_figures(
       for name in sorted(set().union(*lines))
       if name.startswith('time/') and name.endswith('_seconds')
   }
-  stalls = [lines[i]['refresh/last_stall_seconds'] for i in swapped]
-  waits = [lines[i]['refresh/last_wait_seconds'] for i in swapped]
   figures: Figures = {
       'batch': batch,
       'step_milliseconds': 1e3 * step_seconds,
@@ -887,14 +753,15 @@ def _job_figures(
           if 'time/mfu' in lines[0]
           else None
       ),
-      'adoptions': len(stalls),
+      'adoptions': len(steps.stalls),
   }
-  if stalls:
+  if steps.stalls:
+    stall = statistics.median(steps.stalls)
     figures |= {
-        'stall_median_seconds': statistics.median(stalls),
-        'stall_worst_seconds': max(stalls),
-        'stall_of_which_waiting_seconds': statistics.median(waits),
-        'stall_median_steps': statistics.median(stalls) / step_seconds,
+        'stall_median_seconds': stall,
+        'stall_worst_seconds': max(steps.stalls),
+        'stall_of_which_waiting_seconds': statistics.median(steps.waits),
+        'stall_median_steps': stall / step_seconds,
     }
   if loading.any():
     figures['step_while_loading_milliseconds'] = 1e3 * float(
@@ -903,19 +770,16 @@ def _job_figures(
   return figures
 
 
-# -------------------------------------------------------------------- profile
-
-
 def profile(context: _Context) -> None:
-  """Three steps of `quick`, traced; the files go next to the output."""
+  """Traces three steps of `quick`; the files are kept next to the output."""
   step = _Step(_quick(context.size)).compile()
-  step.start()
-  step.run(2)
   folder = context.scratch / 'trace'
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0  # The device is of interest, and files small.
-  with jax.profiler.trace(str(folder), profiler_options=options):
-    step.run(3)
+  with step.on_device():
+    step.run(2)
+    with jax.profiler.trace(str(folder), profiler_options=options):
+      step.run(3)
   for suffix in ('.trace.json.gz', '.xplane.pb'):
     for path in folder.rglob(f'*{suffix}'):
       figures = {'megabytes': path.stat().st_size / 1e6}
@@ -944,35 +808,24 @@ def main() -> None:
   parser.add_argument('--texts', default='')
   parser.add_argument('--peak_tflops', type=float, default=0.0)
   parser.add_argument('--small', action='store_true')
-  arguments = parser.parse_args()
-  out = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # Output of libraries must not mix with the figures.
-  context = _Context(
-      arguments.stage,
-      arguments.small,
-      arguments.until,
-      arguments.scratch,
-      arguments.keep,
-      arguments.torch_python,
-      arguments.texts,
-      1e12 * arguments.peak_tflops,
-      out,
-  )
+  context = parser.parse_args(namespace=_Context())
+  context.out = harness.private_stdout()
   hits: list[str] = []
-  jax.monitoring.register_event_listener(
-      lambda event, **_: (
-          hits.append(event) if event.endswith('/cache_hits') else None
-      )
-  )
+
+  def on_event(event: str, **_: Any) -> None:
+    if event.endswith('/cache_hits'):
+      hits.append(event)
+
+  jax.monitoring.register_event_listener(on_event)
   try:
-    _STAGES[arguments.stage](context)
-    if arguments.stage in ('quick', 'step', 'ict') and not context.measured:
+    _STAGES[context.stage](context)
+    if context.stage in ('quick', 'step', 'ict') and not context.measured:
       raise RuntimeError('No case could be measured; each has its own error.')
   except Exception as error:
     traceback.print_exc()
-    context.report(error=_short(error))
+    context.report(error=harness.short(error))
     sys.exit(1)
-  if arguments.stage != 'probe':
+  if context.stage != 'probe':
     context.report(compile_cache_hits=len(hits))
   sys.stderr.flush()
   os._exit(0)  # Without the seconds in which the libraries clean up.

@@ -3,15 +3,12 @@
 Two BertModels of transformers 5 with SDPA, autocast to bfloat16 on a GPU, fused
 AdamW, the vocabulary at the masked positions only, the null document embedded
 once; no input is padded, so SDPA needs no mask and may use its fastest kernel.
-Reads one JSON request a line, answers one a line.
 """
 
-import json
-import os
-import sys
 import time
 from typing import Any
 
+import harness
 import torch
 from torch import nn
 import transformers
@@ -125,31 +122,24 @@ class _Side:
 
 
 def main() -> None:
-  out = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # Output of libraries must not mix with the answers.
   side: Any = None
-  for line in sys.stdin:
-    request = json.loads(line)
-    answer: dict[str, Any] = {}
-    try:
-      match request.pop('do'):
-        case 'open':
-          side = None  # Frees the one before.
-          if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-          side = _Side(request)
-          answer = {
-              'torch': torch.__version__,
-              'transformers': transformers.__version__,
-          }
-        case 'steps':
-          answer['seconds'] = side.steps(request['count'])
-        case 'memory':
-          answer['gigabytes'] = side.memory()
-    except Exception as error:
-      answer = {'error': f'{type(error).__name__}: {error}'[:500]}
-    print(json.dumps(answer), file=out, flush=True)
+
+  def answer(do: str, request: dict[str, Any]) -> dict[str, Any]:
+    nonlocal side
+    if do == 'open':
+      side = None  # Frees the one before.
+      if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+      side = _Side(request)
+      return {
+          'torch': torch.__version__, 'transformers': transformers.__version__
+      }
+    if do == 'steps':
+      return {'seconds': side.steps(request['count'])}
+    return {'gigabytes': side.memory()}
+
+  harness.serve(answer)
 
 
 if __name__ == '__main__':

@@ -3,23 +3,20 @@
   python benchmarks/chaos.py --output=benchmarks/results/chaos.json \
       [--builder_kills=50] [--trainer_kills=20] [--seed=0] [--small]
 
-`realm-jax train --with_index_builder` on a small invented world, twice: in
-peace, and with SIGKILL at random moments to the index builder, which its
-trainer starts again, and to the trainer, which this script starts again. The
-moments are drawn from the seed: a step of the run, and some seconds after it.
-Then it is checked that
+`realm-jax train --with_index_builder` runs twice on a small generated world:
+in peace, and with SIGKILL at random moments to the index builder, which its
+trainer restarts, and to the trainer, which this script restarts. The seed
+determines the moments: a step of the run, and some seconds after it. Checks:
 
-  * every generation that was ever adopted came at the step that `scheduled`
-    asks for, and was made from the very parameters that the run in peace took
-    a snapshot of at that step;
+  * every adopted generation came at the step that `scheduled` asks for, from
+    the parameters of which the run in peace took a snapshot at that step;
   * all generations of both runs can be read, and hold the same bytes;
-  * training ended, with the parameters of the run in peace, bit for bit, and
+  * training ended with the parameters of the run in peace, bit for bit, and
     the same loss at every step.
 """
 
 import collections
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -45,11 +42,11 @@ from realm_jax.runtime import snapshots as snapshots_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _ADOPTED = re.compile(
-    r'(?P<time>\d\d:\d\d:\d\d\.\d+) .*Step (?P<step>\d+): index generation '
-    r'(?P<generation>\d+) adopted.* parameters (?P<digest>[0-9a-f]{64})'
+    r'Step (?P<step>\d+): index generation (?P<generation>\d+) adopted'
+    r'.* parameters (?P<digest>[0-9a-f]{64})'
 )
-# A kill comes up to so long after its step: long enough to meet a builder that
-# is still starting, or one that is to replace one killed just before.
+# The longest delay of a kill after its step: a builder may still start, or be
+# due to replace one that was killed.
 _DELAY_SECONDS = {'builder': 6.0, 'trainer': 3.0}
 _LAG = 10
 _POLL_SECONDS = 0.05
@@ -80,14 +77,13 @@ class _Run:
     ]
     self.log = workdir.with_suffix('.log')
     self.progress: list[tuple[float, int]] = []
-    self.starts: list[float] = []
     self._read, self._step = 0, 0
 
   def run(self, kills: list[_Kill]) -> float:
     """Runs to the end; returns the seconds."""
     print('$ ' + shlex.join(['realm-jax', *self._command[3:]]), flush=True)
-    start = changed = time.monotonic()
-    trainer = self._start(0.0)
+    start = time.monotonic()
+    trainer = self._start()
     try:
       while True:
         time.sleep(_POLL_SECONDS)
@@ -95,45 +91,43 @@ class _Run:
         step = self._current_step()
         if not self.progress or step != self.progress[-1][1]:
           self.progress.append((now, step))
-          changed = time.monotonic()
         code = trainer.poll()
         if code == 0:
           return now
         if code is not None and code != -signal.SIGKILL:
           raise RuntimeError(f'The trainer ended with {code}; see {self.log}.')
-        if time.monotonic() - changed > _PATIENCE_SECONDS:
+        if now - self.progress[-1][0] > _PATIENCE_SECONDS:
           raise RuntimeError(f'The job makes no progress; see {self.log}.')
         for kill in kills:
           if kill.reached is None and step >= kill.step:
             kill.reached = now
           if (
-              kill.seconds is None
-              and kill.reached is not None
-              and now >= kill.reached + kill.delay
+              kill.seconds is not None
+              or kill.reached is None
+              or now < kill.reached + kill.delay
           ):
-            victims = [trainer.pid]
-            if kill.victim == 'builder':
-              victims = _builders(trainer.pid)
-            if not victims:
-              # It is yet to be started again. Not killed as soon as it is, but
-              # after a while, so that it is met in all that it does.
+            continue
+          pid: int | None = trainer.pid
+          if kill.victim == 'builder':
+            pid = _builder(trainer.pid)
+            if pid is None:
+              # The trainer has yet to restart it. The delay starts again, so
+              # that kills meet the builder in all its activities.
               kill.reached = now
               continue
-            if kill.victim == 'builder':
-              kill.found = self._doing(victims[0])
-            os.kill(victims[0], signal.SIGKILL)
-            kill.seconds, kill.at_step = now, step
-            if kill.victim == 'trainer':
-              trainer.wait()
-              trainer = self._start(now)
-            break
+            kill.found = self._doing(pid)
+          os.kill(pid, signal.SIGKILL)
+          kill.seconds, kill.at_step = now, step
+          if kill.victim == 'trainer':
+            trainer.wait()
+            trainer = self._start()
+          break
     finally:
       if trainer.poll() is None:
         trainer.terminate()
         trainer.wait()
 
-  def _start(self, now: float) -> subprocess.Popen[bytes]:
-    self.starts.append(now)
+  def _start(self) -> subprocess.Popen[bytes]:
     with self.log.open('ab') as file:
       return subprocess.Popen(
           self._command, stdout=subprocess.DEVNULL, stderr=file
@@ -146,11 +140,11 @@ class _Run:
     return heartbeat['state']
 
   def _current_step(self) -> int:
-    """The last step in metrics.jsonl, of which only what is new is read."""
+    """The last step in metrics.jsonl; only new bytes are read."""
     path = self.workdir / 'metrics.jsonl'
     try:
       size = path.stat().st_size
-      if size < self._read:  # Steps that are run again were dropped.
+      if size < self._read:  # A restart drops later steps.
         self._read = 0
       with path.open('rb') as file:
         file.seek(self._read)
@@ -164,30 +158,24 @@ class _Run:
     return self._step
 
   def adoptions(self) -> list[dict[str, Any]]:
-    found = []
-    for line in self.log.read_text(errors='replace').splitlines():
-      match = _ADOPTED.search(line)
-      if match:
-        found.append({
-            'time': match['time'],
-            'step': int(match['step']),
-            'generation': int(match['generation']),
-            'digest': match['digest'],
-        })
-    return found
+    text = self.log.read_text(errors='replace')
+    return [
+        match.groupdict()
+        | {name: int(match[name]) for name in ('step', 'generation')}
+        for match in _ADOPTED.finditer(text)
+    ]
 
 
-def _builders(trainer: int) -> list[int]:
-  """The trainer's index builder, if there is one at the moment."""
-  found = []
+def _builder(trainer: int) -> int | None:
+  """The process id of the trainer's index builder, if it runs."""
   for path in pathlib.Path('/proc').glob('[0-9]*'):
     try:
       parent = int((path / 'stat').read_text().rpartition(')')[2].split()[1])
       if parent == trainer and b'--follow' in (path / 'cmdline').read_bytes():
-        found.append(int(path.name))
+        return int(path.name)
     except (FileNotFoundError, ProcessLookupError):
       continue
-  return found
+  return None
 
 
 def _shards(workdir: pathlib.Path, step: int) -> list[str]:
@@ -197,13 +185,12 @@ def _shards(workdir: pathlib.Path, step: int) -> list[str]:
 
 
 def _check(peace: _Run, chaos: _Run) -> dict[str, Any]:
-  """Returns what was found, each of which should be empty or true."""
+  """Returns the figures of the comparison."""
   wrong_digest, wrong_step = [], []
   adoptions = chaos.adoptions()
   for adoption in adoptions:
     number = adoption['generation']
-    expected = snapshots_lib.digest_of(peace.workdir, number)
-    if adoption['digest'] != expected:
+    if adoption['digest'] != snapshots_lib.digest_of(peace.workdir, number):
       wrong_digest.append(adoption)
     if adoption['step'] != (number + _LAG if number else 0):
       wrong_step.append(adoption)
@@ -214,8 +201,8 @@ def _check(peace: _Run, chaos: _Run) -> dict[str, Any]:
       for step in steps
       if _shards(peace.workdir, step) != _shards(chaos.workdir, step)
   ]
-  summaries = [
-      files.read_json(run.workdir / 'summary.json')
+  digests = [
+      files.read_json(run.workdir / 'summary.json')['params_sha256']
       for run in (peace, chaos)
   ]
   curves = [
@@ -223,76 +210,56 @@ def _check(peace: _Run, chaos: _Run) -> dict[str, Any]:
        for line in metrics_lib.read_metrics(run.workdir)]
       for run in (peace, chaos)
   ]
-  text = chaos.log.read_text(errors='replace')
+  missing = set(steps) - set(checkpoint.steps_in(chaos.workdir / directory))
+  unreadable = chaos.log.read_text(errors='replace').count(' is damaged')
   found = {
       'adoptions': len(adoptions),
       'adoptions_of_other_parameters': wrong_digest,
       'adoptions_at_another_step': wrong_step,
       'generations': len(steps),
-      'generations_missing': sorted(
-          set(steps) - set(checkpoint.steps_in(chaos.workdir / directory))
-      ),
+      'generations_missing': sorted(missing),
       'generations_with_other_bytes': differing,
-      'unreadable_generations_seen': text.count(' is damaged'),
-      'params_sha256_in_peace': summaries[0]['params_sha256'],
-      'params_sha256': summaries[1]['params_sha256'],
-      'same_parameters': (
-          summaries[0]['params_sha256'] == summaries[1]['params_sha256']
-      ),
+      'unreadable_generations_seen': unreadable,
+      'params_sha256_in_peace': digests[0],
+      'params_sha256': digests[1],
+      'same_parameters': digests[0] == digests[1],
       'same_loss_and_generation_at_every_step': curves[0] == curves[1],
   }
+  wrong = (wrong_digest, wrong_step, missing, differing, unreadable)
   found['ok'] = (
       found['same_parameters']
       and found['same_loss_and_generation_at_every_step']
-      and not found['unreadable_generations_seen']
-      and not any(
-          found[name]
-          for name in (
-              'adoptions_of_other_parameters', 'adoptions_at_another_step',
-              'generations_missing', 'generations_with_other_bytes',
-          )
-      )
+      and not any(wrong)
   )
   return found
 
 
 def _plot(
-    path: pathlib.Path,
+    output: pathlib.Path,
     chaos: _Run,
     kills: list[_Kill],
     adoptions: list[dict[str, Any]],
-    began: datetime.datetime,
 ) -> None:
   figure, (axis,) = harness.panels(1, height=3.5)
   axis.plot(*zip(*chaos.progress, strict=True), color='0.6', lw=1, label='step')
-  for victim, marker, color in (
-      ('trainer', 'X', 'tab:red'), ('builder', 'x', 'tab:orange')
-  ):
+  for victim, style in (('trainer', 'rX'), ('builder', 'yx')):
     mine = [kill for kill in kills if kill.victim == victim]
     axis.plot(
         [kill.seconds for kill in mine],
         [kill.at_step for kill in mine],
-        marker,
-        color=color,
+        style,
         label=f'{victim} killed',
     )
+  first = {step: seconds for seconds, step in reversed(chaos.progress)}
+  steps = {adoption['step'] for adoption in adoptions} & first.keys()
   axis.plot(
-      [_seconds_since(began, adoption['time']) for adoption in adoptions],
-      [adoption['step'] for adoption in adoptions],
-      '.',
-      color='tab:green',
-      label='generation adopted',
+      [first[step] for step in steps],
+      list(steps),
+      'g.',
+      label='generation first adopted',
   )
-  axis.set_xlabel('seconds')
-  axis.set_ylabel('training step')
-  axis.legend()
-  figure.savefig(path, dpi=110)
-
-
-def _seconds_since(began: datetime.datetime, clock: str) -> float:
-  time_of_day = datetime.datetime.strptime(clock, '%H:%M:%S.%f').time()
-  then = datetime.datetime.combine(began.date(), time_of_day)
-  return ((then - began).total_seconds() + 3600) % 86400 - 3600
+  axis.set(xlabel='seconds', ylabel='training step')
+  harness.save(figure, output)
 
 
 def main() -> int:
@@ -311,7 +278,7 @@ def main() -> int:
   shutil.rmtree(arguments.scratch, ignore_errors=True)
   corpus = arguments.scratch / 'corpus'
   prepare.prepare(['world:0:100'], str(corpus), workers=1, progress=False)
-  # Restarts take most of the time; a cache avoids compilation in each.
+  # Restarts take most of the time; a cache saves their compilation.
   os.environ.setdefault(
       'JAX_COMPILATION_CACHE_DIR', str((arguments.scratch / 'cache').absolute())
   )
@@ -335,7 +302,7 @@ def main() -> int:
   }
   words = [
       f'--config={_ROOT / "experiments" / "quickstart.py"}:realm',
-      *(f'--config.{name}={value}' for name, value in settings.items()),
+      *harness.flags(settings),
   ]
   rng = random.Random(arguments.seed)
   kills = [
@@ -353,44 +320,41 @@ def main() -> int:
   peace = _Run(arguments.scratch / 'peace', words)
   peace_seconds = peace.run([])
   chaos = _Run(arguments.scratch / 'chaos', words)
-  began = datetime.datetime.now()
   chaos_seconds = chaos.run(kills)
   found = _check(peace, chaos)
   adoptions = chaos.adoptions()
   text = chaos.log.read_text(errors='replace')
-  done = {
-      victim: sum(k.victim == victim and k.seconds is not None for k in kills)
-      for victim in _DELAY_SECONDS
-  }
+  done = sorted(
+      (kill for kill in kills if kill.seconds is not None),
+      key=lambda kill: kill.seconds,
+  )
+  counts = collections.Counter(kill.victim for kill in done)
   figures = {
-      'builder_kills': done['builder'],
-      'trainer_kills': done['trainer'],
-      'all_kills_done': all(kill.seconds is not None for kill in kills),
+      'builder_kills': counts['builder'],
+      'trainer_kills': counts['trainer'],
+      'all_kills_done': len(done) == len(kills),
       **found,
       'steps': arguments.steps,
-      # A generation adopted, lost with the trainer, and adopted once more.
+      # Adopted, lost with the trainer, and adopted once more.
       'adopted_again': len(adoptions) - len({a['step'] for a in adoptions}),
       'builder_kills_found_it': dict(
           collections.Counter(k.found for k in kills if k.found)
       ),
       'builder_restarts_by_the_trainer': text.count('it is started again in'),
-      'seconds_in_peace': round(peace_seconds, 1),
-      'seconds': round(chaos_seconds, 1),
+      'seconds_in_peace': peace_seconds,
+      'seconds': chaos_seconds,
       'seed': arguments.seed,
       'kills': [
           {
-              'victim': kill.victim,
-              'seconds': round(kill.seconds, 2),
-              'at_step': kill.at_step,
-              'found': kill.found,
+              name: getattr(kill, name)
+              for name in ('victim', 'seconds', 'at_step', 'found')
           }
-          for kill in sorted(kills, key=lambda kill: kill.seconds or 0.0)
-          if kill.seconds is not None
+          for kill in done
       ],
   }
   figures['ok'] = figures['ok'] and figures['all_kills_done']
   harness.write(arguments.output, figures, 'jax', 'flax')
-  _plot(arguments.output.with_suffix('.png'), chaos, kills, adoptions, began)
+  _plot(arguments.output, chaos, done, adoptions)
   return 0 if figures['ok'] else 1
 
 

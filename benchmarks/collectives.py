@@ -5,19 +5,19 @@
 For 1 to 64 simulated devices the three programs of a step are compiled, not
 run: embedding the queries, the exact search, and the training step. The paper's
 setting: BERT-base, 8 examples to a device (512 on 64), 8 candidates, 13,353,718
-passages. What the collectives in them move is compared with what the design
-needs:
+passages. The bytes that their collectives move are compared with those of the
+design:
 
   gradients   an all-reduce of all parameters, over the devices with the same
               part of them; with ZeRO a reduce-scatter of the gradients and an
-              all-gather of the parameters instead, which is as much
+              all-gather of the parameters, which are as many bytes
   queries     an all-gather of the query embeddings (with ZeRO, of the
               embedder, too)
   top k       an all-gather of each device's best rows and their scores
   activations where `model` divides the layers: two all-reduces forward and two
               backward for each, and the vocabulary
 
-Bytes are those that one device sends, by a ring. Compiling BERT-base takes
+Bytes are those that one device sends in a ring. Compiling BERT-base takes
 minutes for each of the twelve cases; `--preset=small` or `tiny` is quicker, and
 `--small` stops at 8 devices.
 """
@@ -34,7 +34,6 @@ jax.config.update('jax_num_cpu_devices', 64)
 
 import harness  # noqa: E402
 import hlo_collectives  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import training  # noqa: E402
 
@@ -68,45 +67,28 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
       np.array(jax.devices()[:n]).reshape(data, model),
       (mesh_lib.DATA, mesh_lib.MODEL),
   )
-  rows, whole = mesh_lib.over_batch(mesh), mesh_lib.replicated(mesh)
+  rows = mesh_lib.over_batch(mesh)
 
-  def array(shape: tuple[int, ...], sharding: Any, dtype: Any = jnp.int32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  def array(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   job = training.Training(config, mesh=mesh)
-  state = jax.tree.map(
-      lambda x, place: array(x.shape, place, x.dtype),
-      job.abstract_state,
-      job.shardings,
-  )
-  batch = jax.tree.map(
-      lambda x: array(x.shape, rows, x.dtype), job.stage.abstract_batch()
-  )
-  width = config.model.embedding_width
-  per_device = -(-_ROWS // n // topk.ALIGN) * topk.ALIGN
-  k = config.num_candidates - 1
+  state = jax.tree.map(array, job.abstract_state, job.shardings)
+  batch = jax.tree.map(lambda x: array(x, rows), job.stage.abstract_batch())
   programs = {
       'step': job.step.lower(state, batch),
       'queries': embedding.Embedder(
           job.components['embedder'], mesh
       ).queries.lower(state.params['embedder'], batch.query_ids_BQ),
       'top_k': topk.top_rows.lower(
-          array(
-              (per_device * n, width),
-              jax.NamedSharding(mesh, jax.P(mesh.axis_names)),
-              jnp.bfloat16,
-          ),
-          array((config.batch_size, width), whole, jnp.float32),
-          array((config.batch_size, 1, 2), whole),
-          None,
-          array((2,), whole),
+          *training.abstract_search(mesh, _ROWS, config.batch_size, config),
           mesh=mesh,
-          k=k,
+          k=config.num_candidates - 1,
       ),
   }
   found = {
       name: hlo_collectives.read(
-          # The machine code is of no interest, so it may be slow.
+          # Only the HLO matters, so the machine code may be slow.
           program.compile({'xla_backend_optimization_level': 0}).as_text(),
           n,
       )
@@ -140,14 +122,14 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
 def _needed(config: config_lib.Config, params: Any) -> dict[str, float]:
   """Returns the bytes that a device has to send, by the design."""
   c, m, lengths = config, config.model, config.lengths
-  data, model = c.mesh.data, c.mesh.model
+  data, model, k = c.mesh.data, c.mesh.model, c.num_candidates
   n = data * model
 
   def ring(size: float, group: int) -> float:
     return size * (group - 1) / group
 
   def weigh(params: Any, divided: bool) -> float:
-    """Bytes of what a device computes with, gathered where ZeRO divides it."""
+    """Bytes that a device computes with, gathered where ZeRO divides them."""
     total = 0.0
     for x in jax.tree.leaves(params):
       zero = mesh_lib.DATA in x.sharding.spec
@@ -156,57 +138,50 @@ def _needed(config: config_lib.Config, params: Any) -> dict[str, float]:
         total += 4.0 * parts * np.prod(x.sharding.shard_shape(x.shape))
     return total
 
-  # Hidden states of the rows of one part of the data axis: of all layers but
-  # the last, which is computed at some positions only.
+  # Hidden states of the rows of one part of the data axis. The last layer is
+  # computed at some positions only.
   per_data = c.batch_size // data
   texts = [
       (per_data, lengths.query, 1),
-      (per_data * (c.num_candidates - 1), lengths.document, 1),
+      (per_data * (k - 1), lengths.document, 1),
       (1, 3, 1),
-      (per_data * c.num_candidates, lengths.joint, lengths.masks),
+      (per_data * k, lengths.joint, lengths.masks),
   ]
   activations = 0.0
   for texts_here, length, outputs in texts:
     whole, some = texts_here * length * m.width, texts_here * outputs * m.width
-    # Forward: attention and MLP of each layer. Backward: what they were given.
+    # Forward: attention and MLP of each layer. Backward: their inputs.
     forward = 2 * ((m.num_layers - 1) * whole + some)
     backward = 2 * (m.num_layers - 1) * whole + (whole + some) + some
     activations += 4 * (forward + backward)
     if m.vocab_size % model == 0:  # Looking up word embeddings.
       activations += 4 * whole
   if m.vocab_size % model == 0:  # Backward through the vocabulary's scores.
-    activations += 4 * per_data * c.num_candidates * lengths.masks * m.width
-  k = c.num_candidates - 1
+    activations += 4 * per_data * k * lengths.masks * m.width
   return {
       'gradients': 2 * ring(weigh(params, False), data),
       # With ZeRO the embedder has to be gathered for this program, too.
       'queries': ring(4 * c.batch_size * m.embedding_width, data)
       + ring(weigh(params['embedder'], True), data),
-      'top_k': ring(8 * n * c.batch_size * k, n),
+      'top_k': ring(8 * n * c.batch_size * (k - 1), n),
       'activations': 2 * ring(activations, model),
   }
 
 
-def _table(runs: list[dict[str, Any]]) -> str:
-  lines = [
-      '| devices | data x model | | needed MB | sent MB | excess |',
-      '|---|---|---|---|---|---|',
-  ]
-  for run in runs:
-    how = ', '.join(
-        text
-        for text, given in (
-            ('ZeRO', run['zero']),
-            (f'{run["accumulate"]} parts', run['accumulate'] > 1),
-        )
-        if given
-    )
-    lines.append(
-        f'| {run["data"] * run["model"]} | {run["data"]} x {run["model"]} |'
-        f' {how} | {run["needed_bytes"] / 1e6:.3f} |'
-        f' {run["sent_bytes"] / 1e6:.3f} | {100 * run["excess"]:+.2f} % |'
-    )
-  return '\n'.join(lines)
+_HEAD = """
+| devices | data x model | | needed MB | sent MB | excess |
+|---|---|---|---|---|---|"""
+
+
+def _row(run: dict[str, Any]) -> str:
+  how = ['ZeRO'] if run['zero'] else []
+  if run['accumulate'] > 1:
+    how.append(f'{run["accumulate"]} parts')
+  return (
+      f'| {run["data"] * run["model"]} | {run["data"]} x {run["model"]} |'
+      f' {", ".join(how)} | {run["needed_bytes"] / 1e6:.3f} |'
+      f' {run["sent_bytes"] / 1e6:.3f} | {100 * run["excess"]:+.2f} % |'
+  )
 
 
 def _plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -221,19 +196,16 @@ def _plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
       ('sent_bytes_queries', 'of that, query embeddings', 's:'),
       ('sent_bytes_top_k', 'of that, top k', '^:'),
   ):
-    axes.plot(
-        [r['data'] for r in plain],
-        [r[name] / 1e6 for r in plain],
-        style,
-        label=label,
-    )
+    sent = [r[name] / 1e6 for r in plain]
+    axes.plot([r['data'] for r in plain], sent, style, label=label)
   axes.set_xscale('log', base=2)
   axes.set_yscale('symlog', linthresh=1e-3)
-  axes.set_xlabel('devices (8 examples each)')
-  axes.set_ylabel('MB that a device sends in a step')
-  axes.legend()
+  axes.set(
+      xlabel='devices (8 examples each)',
+      ylabel='MB that a device sends in a step',
+  )
   axes.grid(alpha=0.3)
-  figure.savefig(path, dpi=120)
+  harness.save(figure, path)
 
 
 def main() -> int:
@@ -262,12 +234,11 @@ def main() -> int:
     if config.model.num_heads % model:
       continue
     runs.append(measure(config))
-    print(_table(runs[-1:]).splitlines()[-1], flush=True)
-  print('\n' + _table(runs))
-  by_data = [run for run in runs if run['model'] == 1]
+    print(_row(runs[-1]), flush=True)
+  print('\n'.join([_HEAD, *map(_row, runs)]))
   result = {
       'largest_excess_data': max(
-          (abs(run['excess']) for run in by_data), default=0.0
+          (abs(run['excess']) for run in runs if run['model'] == 1), default=0.0
       ),
       'largest_excess': max(abs(run['excess']) for run in runs),
       'runs': runs,
@@ -276,7 +247,7 @@ def main() -> int:
   }
   harness.write(arguments.output, result, 'jax')
   if arguments.output:
-    _plot(runs, arguments.output.with_suffix('.png'))
+    _plot(runs, arguments.output)
   return 0 if result['largest_excess_data'] <= 0.1 else 1
 
 

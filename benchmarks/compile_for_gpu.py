@@ -3,9 +3,9 @@
   python benchmarks/compile_for_gpu.py \
       --output=benchmarks/results/compile_for_gpu.json
 
-XLA compiles for the description of a GPU, on a machine that has no GPU and no
-driver. It needs JAX's CUDA plugin and the CUDA libraries as wheels, all for the
-version of JAX that is installed:
+XLA compiles for the description of a GPU, without a GPU and without a driver.
+JAX's CUDA plugin and the CUDA libraries have to be installed as wheels, for the
+installed version of JAX:
 
   pip install "jax[cuda13]==$(python -c 'import jax; print(jax.__version__)')"
 
@@ -27,18 +27,16 @@ The figures of each:
                    as it runs; a sort or a call of a library counts once
   cudnn_calls      attention's among them
   trace_seconds, compile_seconds
-                   CPU time of all threads; wall-clock time is less on an idle
-                   machine of several cores
+                   CPU time of all threads
 
 XLA tunes the matmuls on the device. Without one it takes Triton kernels, so the
-temporaries and kernels of the matmuls may be others on a GPU.
-
-All layers of a step are alike. `a_layer` is what each layer adds, from the
-difference of the depths given by --layers; --layers=2,12 compiles the whole
-model. --small compiles toy sizes.
+temporaries and kernels of the matmuls may differ on a GPU. All layers of a step
+are alike: `a_layer` is the share of one, from the difference of the depths of
+--layers. --layers=2,12 compiles the whole model.
 """
 
 import collections
+from collections.abc import Callable
 import importlib.util
 import json
 import re
@@ -46,10 +44,11 @@ import time
 from typing import Any
 
 import harness
+import hlo_collectives
 import jax
 from jax.experimental import topologies
-import jax.numpy as jnp
 import numpy as np
+import training
 
 from realm_jax import config as config_lib
 from realm_jax.index import topk
@@ -92,31 +91,22 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-# What no kernel is launched for.
+# Operations without a kernel.
 _FREE = frozenset(
     'bitcast constant get-tuple-element iota parameter tuple'.split()
 )
-_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][a-z0-9-]*)\(')
 _CALLED = re.compile(r'(?:body|to_apply|calls)=%?([\w.-]+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 def kernels(hlo: str) -> int:
-  """Counts what the optimised module launches, see above.
+  """Counts the kernels that the optimised module launches.
 
   Raises:
     ValueError: for a loop of unknown length.
   """
-  bodies: dict[str, list[str]] = {}
-  name = entry = ''
-  for line in hlo.splitlines():
-    if found := _COMPUTATION.match(line):
-      name = found[2]
-      bodies[name] = []
-      entry = name if found[1] else entry
-    elif name:
-      bodies[name].append(line)
+  bodies, entry = hlo_collectives.computations(hlo)
 
   def count(name: str) -> int:
     total = 0
@@ -126,7 +116,7 @@ def kernels(hlo: str) -> int:
       if operation in ('call', 'while'):
         trips = _TRIPS.search(line)
         if operation == 'while' and not trips:
-          raise ValueError(f'XLA does not know how often it runs: {line}')
+          raise ValueError(f'The length of the loop is unknown: {line}')
         called = _CALLED.search(line)[1]
         total += count(called) * (int(trips[1]) if trips else 1)
       elif operation not in _FREE:
@@ -148,7 +138,7 @@ def _plugin() -> list[str]:
 
 
 def _mesh() -> jax.sharding.Mesh:
-  """Returns the mesh of one H100 that is only described."""
+  """Returns the mesh of one described H100."""
   topology = topologies.get_topology_desc(
       platform='cuda', topology_name='1x1x1', topology='1x1x1',
       target_config=_H100,
@@ -177,21 +167,11 @@ def _config(program: str, layers: int, small: bool) -> config_lib.Config:
 
 def _trace_search(mesh: jax.sharding.Mesh, small: bool) -> jax.stages.Traced:
   queries, rows = (8, 20_000) if small else (_QUERIES, _ROWS)
-  divided = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-  whole = mesh_lib.replicated(mesh)
-  width = config_lib.resolve(config_lib.Config()).model.embedding_width
-
-  def array(shape: tuple[int, ...], dtype: Any, where: Any = whole) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
+  config = config_lib.resolve(config_lib.Config())
   return topk.top_rows.trace(
-      array((topk.aligned(rows, mesh), width), jnp.bfloat16, divided),
-      array((queries, width), jnp.float32),
-      array((queries, 1, 2), jnp.int32),
-      None,
-      array((2,), jnp.int32),
+      *training.abstract_search(mesh, rows, queries, config),
       mesh=mesh,
-      k=config_lib.Config().num_candidates - 1,
+      k=config.num_candidates - 1,
   )
 
 
@@ -234,27 +214,25 @@ def main() -> None:
   device = mesh.devices.flat[0]
   found: list[dict[str, Any]] = []
   for program in arguments.programs.split(','):
+    runs: list[tuple[dict[str, Any], Callable[[], Any]]] = []
     if program == 'search':
-      found.append(
-          {'program': program}
-          | _figures(lambda: _trace_search(mesh, arguments.small))
-      )
+      runs.append(({}, lambda: _trace_search(mesh, arguments.small)))
+    else:
+      for layers in depths:
+        config = _config(program, layers, arguments.small)
+        described = {
+            'layers': layers,
+            'batch': config.batch_size,
+            'attention': attention.choose(config.model, device),
+        }
+        runs.append(
+            (described, lambda config=config: plan.trace_step(config, mesh))
+        )
+    for described, trace in runs:
+      found.append({'program': program, **described, **_figures(trace)})
       print(json.dumps(found[-1]), flush=True)
-      continue
-    for layers in depths:
-      config = _config(program, layers, arguments.small)
-      found.append(
-          {
-              'program': program,
-              'layers': layers,
-              'batch': config.batch_size,
-              'attention': attention.choose(config.model, device),
-          }
-          | _figures(lambda config=config: plan.trace_step(config, mesh))
-      )
-      print(json.dumps(found[-1]), flush=True)
-    if len(depths) > 1:
-      found[-1]['a_layer'] = _a_layer(found[-len(depths)], found[-1])
+    if len(runs) > 1:
+      found[-1]['a_layer'] = _a_layer(found[-len(runs)], found[-1])
   result = {'device': device.device_kind, 'programs': found}
   harness.write(arguments.output, result, 'jax', *plugin)
 

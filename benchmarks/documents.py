@@ -12,12 +12,12 @@ timed once at the end. The last figure is the look-up of 100 ids among those of
 the paper's corpus.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 import harness
@@ -101,32 +101,28 @@ def _measure(workdir: pathlib.Path, size: int, turn: int) -> dict[str, float]:
       for i, record in enumerate(records('newer'))
   ]
   gone = [{'id': f'base{first + _DOCUMENTS + i}'} for i in range(_DOCUMENTS)]
-  source = write('add', records('added'))
-  start = time.perf_counter()
-  documents.add(workdir, [source], progress=False)
-  found = {'add': time.perf_counter() - start}
+  added = write('add', records('added'))
+  add, _ = harness.timed(
+      functools.partial(documents.add, workdir, [added], progress=False)
+  )
   if not turn:
     return {}
   source = write('update', newer)
-  start = time.perf_counter()
-  documents.update(workdir, [source], progress=False)
-  found['update'] = time.perf_counter() - start
-  source = write('delete', gone)
-  start = time.perf_counter()
-  documents.delete(workdir, source)
-  found['delete'] = time.perf_counter() - start
+  update, _ = harness.timed(
+      functools.partial(documents.update, workdir, [source], progress=False)
+  )
+  delete, _ = harness.timed(documents.delete, workdir, write('delete', gone))
+  found = {'add': add, 'update': update, 'delete': delete}
   for command in ('add', 'delete'):
     source = write('command', records('command'))
-    start = time.perf_counter()
-    subprocess.run(
+    run = functools.partial(subprocess.run, check=True, capture_output=True)
+    found[f'whole_{command}'], _ = harness.timed(
+        run,
         [
             sys.executable, '-m', 'realm_jax', 'index', command,
             f'--workdir={workdir}', f'--input={source}',
         ],
-        check=True,
-        capture_output=True,
     )
-    found[f'whole_{command}'] = time.perf_counter() - start
   return {f'{name}_seconds_{size}': value for name, value in found.items()}
 
 
@@ -137,9 +133,7 @@ def _lookup(folder: pathlib.Path) -> float:
   np.save(path, rng.integers(0, 2**64, _PAPER, dtype=np.uint64))
   hashes = np.load(path, mmap_mode='r')
   wanted = [int(hashes[row]) for row in rng.choice(_PAPER, _DOCUMENTS)]
-  start = time.perf_counter()
-  found = corpus_lib.find_hashes(hashes, wanted)
-  seconds = time.perf_counter() - start
+  seconds, found = harness.timed(corpus_lib.find_hashes, hashes, wanted)
   assert len(found) == len(set(wanted))
   return seconds
 
@@ -155,8 +149,7 @@ def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
       xlabel='passages of the corpus',
       ylabel=f'seconds, for {_DOCUMENTS} documents',
   )
-  axes.legend()
-  figure.savefig(path, dpi=120)
+  harness.save(figure, path)
 
 
 def main() -> None:
@@ -184,13 +177,13 @@ def main() -> None:
           seconds.setdefault(name, []).append(value)
     result |= {n: float(np.median(values)) for n, values in seconds.items()}
     for size, workdir in workdirs.items():
-      start = time.perf_counter()
-      documents.compact(workdir, progress=False)
-      result[f'compact_seconds_{size}'] = time.perf_counter() - start
+      result[f'compact_seconds_{size}'], _ = harness.timed(
+          functools.partial(documents.compact, workdir, progress=False)
+      )
     result[f'lookup_seconds_{_PAPER}'] = _lookup(pathlib.Path(temporary))
   harness.write(arguments.output, result, 'jax', 'numpy')
   if arguments.output:
-    _plot(result, sizes, arguments.output.with_suffix('.png'))
+    _plot(result, sizes, arguments.output)
 
 
 if __name__ == '__main__':

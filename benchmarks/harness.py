@@ -1,24 +1,34 @@
 """Command line, commands, child processes and records of all benchmarks."""
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 import json
 import os
 import pathlib
 import platform
+import resource
 import shlex
+import statistics
 import subprocess
 import sys
+import time
+import traceback
 from typing import Any
-
-from realm_jax.runtime import files
 
 _HUGE_PAGES = 'glibc.malloc.hugetlb=1'  # As in the Makefile.
 
 
-def parser(doc: str | None, output: bool = True) -> argparse.ArgumentParser:
-  """Returns a parser with --output (required if `output`) and --small."""
+def parser(
+    doc: str | None, output: bool = True, torch: str = ''
+) -> argparse.ArgumentParser:
+  """Returns a parser of the common flags.
+
+  Args:
+    doc: docstring of the benchmark.
+    output: whether --output is required.
+    torch: packages of --torch_python; none: the flag does not exist.
+  """
   made = argparse.ArgumentParser(
       description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -28,7 +38,44 @@ def parser(doc: str | None, output: bool = True) -> argparse.ArgumentParser:
   made.add_argument(
       '--small', action='store_true', help='toy sizes, to try the code'
   )
+  if torch:
+    made.add_argument(
+        '--torch_python', default=sys.executable, help=f'Python with {torch}'
+    )
   return made
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+  """Returns the flags of `train` that set these fields of the config."""
+  return [f'--config.{name}={value}' for name, value in settings.items()]
+
+
+def cpu_seconds() -> float:
+  """Returns the processor time of the child processes that ended."""
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
+
+
+def timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+  """Returns the seconds of a call on the host, and its result."""
+  start = time.perf_counter()
+  result = run(*args)
+  return time.perf_counter() - start, result
+
+
+def median_seconds(
+    run: Callable[[], Any], rounds: int, calls: int = 1
+) -> float:
+  """Returns the median seconds of a call, of `calls` queued at once."""
+  import jax
+
+  def queue() -> Any:
+    for _ in range(calls):
+      result = run()
+    return jax.block_until_ready(result)
+
+  jax.block_until_ready(run())  # Compiles it.
+  return statistics.median(timed(queue)[0] for _ in range(rounds)) / calls
 
 
 class Commands:
@@ -118,14 +165,31 @@ class Child:
     self._process.wait()
 
 
-def serve(answer: Any) -> None:
-  """Answers the requests of a `Child` with answer(do, request) -> dict."""
-  out = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # Output of libraries must not mix with the answers.
+def serve(answer: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+  """Answers the requests of a `Child` with answer(do, request).
+
+  The answer to a request that fails is its `error`.
+  """
+  out = private_stdout()
   for line in sys.stdin:
     request = json.loads(line)
-    found = answer(request.pop('do'), request)
+    try:
+      found = answer(request.pop('do'), request)
+    except Exception as error:
+      traceback.print_exc()
+      found = {'error': short(error)}
     print(json.dumps(found), file=out, flush=True)
+
+
+def private_stdout() -> Any:
+  """Returns the standard output; libraries print to standard error instead."""
+  out = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)
+  return out
+
+
+def short(error: BaseException) -> str:
+  return f'{type(error).__name__}: {error}'[:500]
 
 
 def about(*packages: str) -> dict[str, Any]:
@@ -150,31 +214,57 @@ def about(*packages: str) -> dict[str, Any]:
   }
 
 
+def rounded(value: Any) -> Any:
+  """Returns plain JSON with each float at six significant digits."""
+  if isinstance(value, float):
+    return float(f'{value:.6g}')
+  if isinstance(value, dict):
+    return {name: rounded(one) for name, one in value.items()}
+  if isinstance(value, list | tuple):
+    return [rounded(one) for one in value]
+  return value
+
+
+def show(figures: dict[str, Any]) -> None:
+  """Prints the figures that fit a line each."""
+  for name, value in figures.items():
+    shown = f'{value:.4g}' if isinstance(value, float) else value
+    if not isinstance(value, list):
+      print(f'{name:44} {shown}', flush=True)
+
+
 def write(
     path: pathlib.Path | None, figures: dict[str, Any], *packages: str
 ) -> None:
-  """Prints and writes figures; what they lack of `about` is added.
+  """Prints and writes figures with the parts of `about` that they lack.
 
   Args:
     path: of the record; None: figures are only printed.
     figures: plain JSON.
     *packages: see `about`.
   """
-  record = about(*packages) | figures
-  for name, value in record.items():
-    if isinstance(value, float):
-      print(f'{name:44} {value:.4g}')
-    elif not isinstance(value, list):
-      print(f'{name:44} {value}')
+  # The Python with PyTorch lacks this package.
+  from realm_jax.runtime import files
+
+  record = rounded(about(*packages) | figures)
+  show(record)
   if path is not None:
     files.write_json(path, record)
 
 
-def panels(count: int, height: float = 4.0) -> tuple[Any, list[Any]]:
-  """Returns a matplotlib figure and its axes, in one row."""
+def panels(count: int, height: float = 4.0, rows: int = 1) -> tuple[Any, Any]:
+  """Returns a matplotlib figure and its axes, row by row."""
   from matplotlib import figure as figure_lib
 
   figure = figure_lib.Figure(
-      figsize=(5.0 * count, height), layout='constrained'
+      figsize=(5.0 * count, height * rows), layout='constrained'
   )
-  return figure, list(figure.subplots(1, count, squeeze=False)[0])
+  return figure, list(figure.subplots(rows, count, squeeze=False).flat)
+
+
+def save(figure: Any, output: pathlib.Path) -> None:
+  """Writes a figure next to the record, with legends."""
+  for axes in figure.axes:
+    if axes.get_legend_handles_labels()[0]:
+      axes.legend(fontsize=8)
+  figure.savefig(output.with_suffix('.png'), dpi=110)

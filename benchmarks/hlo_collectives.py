@@ -63,7 +63,7 @@ def read(hlo: str, num_devices: int) -> list[Collective]:
     ValueError: a collective is in a loop without a known number of turns, or
       its text is not understood.
   """
-  bodies, entry = _computations(hlo)
+  bodies, entry = computations(hlo)
   found: list[Collective] = []
 
   def visit(name: str, times: int) -> None:
@@ -109,7 +109,8 @@ def bytes_sent(collectives: list[Collective]) -> float:
   return math.fsum(c.bytes_sent for c in collectives)
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+  """Returns the lines of each computation of a program, and its entry."""
   bodies: dict[str, list[str]] = {}
   name = entry = ''
   for line in hlo.splitlines():

@@ -3,17 +3,16 @@
   python benchmarks/mips_scale.py --output=benchmarks/results/mips_scale.json \
       [--rows=N] [--folder=DIR] [--small]
 
-Needs faiss-cpu and matplotlib. The vectors are invented, a shard at a time from
-a seed of its own: 20,000 topics; articles, two passages each on average, around
-them (0.8 of a topic's spread); passages around articles (0.6), neighbours in
-the table; all three normal with a spectrum that falls as i^-0.8 in one rotated
-basis (an exponent that was chosen by looking at the recall of ScaNN); a topic's
-share grows with its number's rank (u^1.5); then normalised over the dimensions
-as the embedder's LayerNorm does. A query is a passage before its normalisation
-with 0.6 of noise.
+Needs faiss-cpu and matplotlib. The vectors are random: 20,000 topics; articles,
+two passages each on average, around them (0.8 of a topic's spread); passages
+around articles (0.6), neighbours in the table; all three normal with a spectrum
+that falls as i^-0.8 in one rotated basis (an exponent chosen by the recall of
+ScaNN); a topic's share grows with its number's rank (u^1.5); then normalised as
+by the embedder's LayerNorm. A query is a passage before its normalisation with
+0.6 of noise.
 
-Each part is a process of its own, whose memory is the kernel's high-water mark
-of its resident set, mapped pages included:
+Each part is a process of its own; its memory is the high-water mark of its
+resident set, mapped pages included:
 
   write  shards, index, recall, manifest: a generation, as the builder does it
   exact  the best 8 of 1,000 queries, from the memory-mapped table
@@ -22,26 +21,26 @@ of its resident set, mapped pages included:
          PQ32 of 8 bits and FastScan without residuals were slower at 0.95
   serve  both loaded, in two processes that take turns. Settings are searched:
          for each number of candidates the fewest lists that reach the recall;
-         the fastest of these counts. FAISS's candidates are ranked exactly by
-         the code that ranks ours, from the same memory-mapped table.
+         the fastest of these counts. The same code ranks the candidates of
+         both exactly, from the same memory-mapped table.
   growth milliseconds of a search over the number of rows and of queries
 
-Measure on a machine that does nothing else. `--small` takes about two minutes.
-With --folder, the parts that are there already are not made again.
+Measure on an idle machine. `--small` takes about two minutes. With --folder,
+the parts that are finished are not run again.
 """
 
 import argparse
 from collections.abc import Callable
 import contextlib
-import json
+import functools
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
+from unittest import mock
 
 import harness
 import numpy as np
@@ -50,6 +49,7 @@ from realm_jax import config as config_lib
 from realm_jax.index import generation
 from realm_jax.index import scann
 from realm_jax.index import search as search_lib
+from realm_jax.runtime import files
 
 ROWS = 13_353_718
 WIDTH = 128
@@ -63,11 +63,8 @@ _KIND = 'PQ64x4fsr'
 Figures = dict[str, Any]
 
 
-# ------------------------------------------------------------------- vectors
-
-
 class Vectors:
-  """The invented rows; shard i depends on the seed and i alone."""
+  """The random rows; shard i depends on the seed and i alone."""
 
   def __init__(self, seed: int):
     self._seed = seed
@@ -111,17 +108,13 @@ def _normalised(rows_NE: np.ndarray) -> np.ndarray:
   return rows_NE / np.sqrt(np.square(rows_NE).mean(axis=1, keepdims=True))
 
 
-# ------------------------------------------------------------------- workers
-
-
 def _peak_gib() -> float:
   """Largest resident set so far, mapped pages included."""
   text = pathlib.Path('/proc/self/status').read_text()
   return int(text.split('VmHWM:')[1].split()[0]) / 2**20
 
 
-def _config() -> config_lib.MipsConfig:
-  return config_lib.MipsConfig(backend='scann')
+_CONFIG = config_lib.MipsConfig(backend='scann')
 
 
 def _lineage(rows: int) -> generation.Lineage:
@@ -130,35 +123,30 @@ def _lineage(rows: int) -> generation.Lineage:
 
 def _write(folder: pathlib.Path, rows: int, seed: int) -> Figures:
   vectors = Vectors(seed)
-  spent = 0.0
+  spent: list[float] = []
   make = search_lib.make_search
 
-  def timed(*args: Any, **kwargs: Any) -> search_lib.Search:
-    nonlocal spent
-    start = time.perf_counter()
-    search = make(*args, **kwargs)
-    spent = time.perf_counter() - start
+  def timed_make(*args: Any, **kwargs: Any) -> search_lib.Search:
+    seconds, search = harness.timed(functools.partial(make, **kwargs), *args)
+    spent.append(seconds)
     return search
 
-  search_lib.make_search = timed
   start = time.perf_counter()
   with generation.Writer(folder / 'index', _lineage(rows)) as writer:
-    for number, first in enumerate(range(0, rows, generation.ROWS_PER_SHARD)):
-      writer.add(
-          vectors.shard(number, min(generation.ROWS_PER_SHARD, rows - first))
-      )
-    shards = time.perf_counter()
-    writer.add_backend(_config())
-    built = time.perf_counter()
-    path = writer.publish()
-    done = time.perf_counter()
+    size = generation.ROWS_PER_SHARD
+    for number, first in enumerate(range(0, rows, size)):
+      writer.add(vectors.shard(number, min(size, rows - first)))
+    shards = time.perf_counter() - start
+    with mock.patch.object(search_lib, 'make_search', timed_make):
+      built, _ = harness.timed(writer.add_backend, _CONFIG)
+    published, path = harness.timed(writer.publish)
   np.save(folder / 'queries.npy', vectors.queries(rows))
-  leaves, to_search, reorder = scann.settings(_config(), rows)
+  leaves, to_search, reorder = scann.settings(_CONFIG, rows)
   return {
-      'write_shards_seconds': shards - start,
-      'build_seconds': spent,
-      'add_backend_seconds': built - shards,
-      'publish_seconds': done - built,
+      'write_shards_seconds': shards,
+      'build_seconds': spent[-1],
+      'add_backend_seconds': built,
+      'publish_seconds': published,
       'build_peak_gib': _peak_gib(),
       'num_leaves': leaves,
       'leaves_to_search': to_search,
@@ -176,18 +164,16 @@ def _open(folder: pathlib.Path, rows: int) -> generation.Generation:
 
 def _exact(folder: pathlib.Path, rows: int) -> Figures:
   queries = np.load(folder / 'queries.npy')
-  table = _open(folder, rows).embeddings
-  search = search_lib.StreamedSearch(table)
-  seconds = []
-  for count in (len(queries), len(queries), _BATCH):  # The first one compiles.
-    start = time.perf_counter()
-    found = search.search(queries[:count], K)
-    seconds.append(time.perf_counter() - start)
-    if len(found) == len(queries):
-      np.save(folder / 'exact.npy', found)
+  search = search_lib.StreamedSearch(_open(folder, rows).embeddings).search
+  first, found = harness.timed(search, queries, K)  # Compiles it.
+  np.save(folder / 'exact.npy', found)
   return {
-      'exact_streamed_seconds_1000_queries': min(seconds[:2]),
-      'exact_streamed_seconds_512_queries': seconds[2],
+      'exact_streamed_seconds_1000_queries': min(
+          first, harness.timed(search, queries, K)[0]
+      ),
+      'exact_streamed_seconds_512_queries': harness.timed(
+          search, queries[:_BATCH], K
+      )[0],
       'exact_streamed_peak_gib': _peak_gib(),
   }
 
@@ -197,22 +183,22 @@ def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
 
   faiss.omp_set_num_threads(os.cpu_count() or 1)
   table = _open(folder, rows).embeddings
-  leaves, _, _ = scann.settings(_config(), rows)
+  leaves, _, _ = scann.settings(_CONFIG, rows)
   lists = leaves or round(2 * rows**0.5)
-  start = time.perf_counter()
   sample = table[np.arange(0, rows, max(rows // (40 * lists), 1))[: 40 * lists]]
   index = faiss.index_factory(
       WIDTH, f'IVF{lists},{_KIND}', faiss.METRIC_INNER_PRODUCT
   )
-  index.train(sample)
-  trained = time.perf_counter()
-  size = generation.ROWS_PER_SHARD
-  for first in range(0, rows, size):
-    index.add(np.ascontiguousarray(table[first : first + size]))
-  faiss.write_index(index, str(folder / 'index.faiss'))
+
+  def add() -> None:
+    size = generation.ROWS_PER_SHARD
+    for first in range(0, rows, size):
+      index.add(np.ascontiguousarray(table[first : first + size]))
+    faiss.write_index(index, str(folder / 'index.faiss'))
+
   return {
-      'faiss_train_seconds': trained - start,
-      'faiss_add_seconds': time.perf_counter() - trained,
+      'faiss_train_seconds': harness.timed(index.train, sample)[0],
+      'faiss_add_seconds': harness.timed(add)[0],
       'faiss_build_peak_gib': _peak_gib(),
   }
 
@@ -224,7 +210,7 @@ class _Ours:
     start = time.perf_counter()
     opened = _open(folder, rows)
     checked = time.perf_counter()
-    self._search = opened.make_search(_config(), None)
+    self._search = opened.make_search(_CONFIG, None)
     self.about = {
         'load_check_seconds': checked - start,
         'load_seconds': time.perf_counter() - start,
@@ -247,9 +233,10 @@ class _Faiss:
 
     faiss.omp_set_num_threads(os.cpu_count() or 1)
     self._table, self._rows = _open(folder, rows).embeddings, rows
-    start = time.perf_counter()
-    self._index = faiss.read_index(str(folder / 'index.faiss'))
-    self.about = {'load_seconds': time.perf_counter() - start}
+    seconds, self._index = harness.timed(
+        faiss.read_index, str(folder / 'index.faiss')
+    )
+    self.about = {'load_seconds': seconds}
     self.most = self._index.nlist
 
   def search(
@@ -268,14 +255,14 @@ def _serve(side: str, folder: pathlib.Path, rows: int) -> None:
   server: _Ours | _Faiss = {'ours': _Ours, 'faiss': _Faiss}[side](folder, rows)
 
   def answer(do: str, request: dict[str, Any]) -> Figures:
+    setting = request.get('setting')
     figures = {**server.about, 'most': server.most}
     if do == 'recall':
-      found = server.search(*request['setting'], queries)
+      found = server.search(*setting, queries)
       figures = {'recall': search_lib.overlap(found, exact)}
     elif do == 'ms':
-      start = time.perf_counter()
-      server.search(*request['setting'], queries[:_BATCH])
-      figures = {'ms': 1e3 * (time.perf_counter() - start)}
+      seconds, _ = harness.timed(server.search, *setting, queries[:_BATCH])
+      figures = {'ms': 1e3 * seconds}
     return {**figures, 'peak_gib': _peak_gib()}
 
   harness.serve(answer)
@@ -290,27 +277,23 @@ def _growth(sizes: list[int], seed: int) -> Figures:
       ]
   )
   queries = vectors.queries(min(sizes))
-  searches = {n: search_lib.make_search(_config(), table[:n]) for n in sizes}
-  figures: Figures = {}
-  for n, search in searches.items():
-    figures[f'growth_recall_{n}'] = search_lib.recall(
-        search, search_lib.StreamedSearch(table[:n]), queries, K
-    )
+  searches = {n: search_lib.make_search(_CONFIG, table[:n]) for n in sizes}
+  figures = {
+      f'growth_recall_{n}': search_lib.recall(
+          search, search_lib.StreamedSearch(table[:n]), queries, K
+      )
+      for n, search in searches.items()
+  }
   for batch in (32, 128, 512):
     times: dict[int, list[float]] = {n: [] for n in sizes}
     for _ in range(15):
       for n, search in searches.items():
-        start = time.perf_counter()
-        search.search(queries[:batch], K)
-        times[n].append(1e3 * (time.perf_counter() - start))
-    for n in sizes:
-      figures[f'growth_ms_{n}_rows_{batch}_queries'] = statistics.median(
-          times[n]
-      )
+        seconds, _ = harness.timed(search.search, queries[:batch], K)
+        times[n].append(1e3 * seconds)
+    for n, values in times.items():
+      median = statistics.median(values)
+      figures[f'growth_ms_{n}_rows_{batch}_queries'] = median
   return figures
-
-
-# -------------------------------------------------------------- orchestration
 
 
 class _Side:
@@ -365,17 +348,6 @@ class _Side:
     return min(timed)[1] if timed else None
 
 
-def _turns(
-    sides: list[tuple[_Side, tuple[int, int]]], times: int
-) -> list[float]:
-  """Median milliseconds of each, taking turns."""
-  found: list[list[float]] = [[] for _ in sides]
-  for _ in range(times):
-    for one, (side, setting) in zip(found, sides, strict=True):
-      one.append(side.ms(setting))
-  return [statistics.median(one) for one in found]
-
-
 def _compare(arguments: list[str], written: Figures, times: int) -> Figures:
   ours, theirs = _Side('ours', arguments), _Side('faiss', arguments)
   figures: Figures = {f'scann_{k}': v for k, v in ours.about.items()}
@@ -392,8 +364,11 @@ def _compare(arguments: list[str], written: Figures, times: int) -> Figures:
         theirs: theirs.best(target),
     }
     found = [(side, setting) for side, setting in settings.items() if setting]
-    medians = _turns(found, times)
-    for (side, setting), ms in zip(found, medians, strict=True):
+    turns = [
+        [side.ms(setting) for side, setting in found] for _ in range(times)
+    ]
+    for i, (side, setting) in enumerate(found):
+      ms = statistics.median(turn[i] for turn in turns)
       figures |= {
           f'{side.label}_lists_and_candidates_at_{name}': setting,
           f'{side.label}_recall_at_{name}': side.recall(setting),
@@ -417,32 +392,29 @@ def _plot(figures: Figures, path: pathlib.Path) -> None:
         if (key := f'{label}_ms_at_{target}') in figures
     )
     axes.plot(*zip(*points, strict=True), marker='o', label=name)
-  axes.set_xlabel('recall of the best 8 of 1,000 queries')
-  axes.set_ylabel(f'ms for {_BATCH} queries')
-  axes.set_ylim(bottom=0)
-  axes.set_title(f'{figures["rows"]:,} rows of width {WIDTH}')
-  axes.legend()
-  figure.savefig(path, dpi=120)
-
-
-def _part(name: str, folder: str, arguments: list[str]) -> Figures:
-  kept = pathlib.Path(folder) / f'{name}.json'
-  if kept.exists():
-    return json.loads(kept.read_text())
-  start = time.perf_counter()
-  done = subprocess.run(
-      [sys.executable, __file__, f'--worker={name}', *arguments],
-      stdout=subprocess.PIPE,
-      check=True,
-      text=True,
+  axes.set(
+      xlabel='recall of the best 8 of 1,000 queries',
+      ylabel=f'ms for {_BATCH} queries',
+      ylim=(0, None),
+      title=f'{figures["rows"]:,} rows of width {WIDTH}',
   )
-  figures = json.loads(done.stdout)
-  kept.write_text(done.stdout)
-  print(f'{name}: {time.perf_counter() - start:.0f} s', figures, flush=True)
-  return figures
+  harness.save(figure, path)
 
 
-def main() -> int:
+def _part(name: str, folder: pathlib.Path, arguments: list[str]) -> Figures:
+  """Figures of a part, which is run in a process unless they are kept."""
+  kept = folder / f'{name}.json'
+  if not kept.exists():
+    print(f'-- {name}', flush=True)
+    child = harness.Child(
+        sys.executable, __file__, f'--worker={name}', *arguments
+    )
+    files.write_json(kept, child.ask('run'))
+    child.close()
+  return files.read_json(kept)
+
+
+def main() -> None:
   parser = harness.parser(__doc__, output=False)
   parser.add_argument('--rows', type=int, default=ROWS)
   parser.add_argument('--seed', type=int, default=0)
@@ -456,37 +428,38 @@ def main() -> int:
       not arguments.small
   )
   folder = arguments.folder
-  if arguments.worker in ('ours', 'faiss'):
-    _serve(arguments.worker, folder, rows)
-    return 0
   workers: dict[str, Callable[[], Figures]] = {
       'write': lambda: _write(folder, rows, arguments.seed),
       'exact': lambda: _exact(folder, rows),
       'faiss_build': lambda: _faiss_build(folder, rows),
       'growth': lambda: _growth(sizes, arguments.seed),
   }
+  if arguments.worker in workers:
+    harness.serve(lambda *_: workers[arguments.worker]())
+    return
   if arguments.worker:
-    print(json.dumps(workers[arguments.worker]()))
-    return 0
+    _serve(arguments.worker, folder, rows)
+    return
   with contextlib.ExitStack() as stack:
-    name = folder or stack.enter_context(tempfile.TemporaryDirectory())
-    pathlib.Path(name).mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(
+        folder or stack.enter_context(tempfile.TemporaryDirectory())
+    )
+    folder.mkdir(parents=True, exist_ok=True)
     passed = [
-        f'--folder={name}', f'--rows={rows}', f'--seed={arguments.seed}'
+        f'--folder={folder}', f'--rows={rows}', f'--seed={arguments.seed}'
     ] + ['--small'] * arguments.small
-    written = _part('write', name, passed)
+    written = _part('write', folder, passed)
     figures: Figures = {'rows': rows, 'width': WIDTH, **written}
-    figures |= _part('exact', name, passed)
-    figures |= _part('faiss_build', name, passed)
+    figures |= _part('exact', folder, passed)
+    figures |= _part('faiss_build', folder, passed)
     figures |= _compare(passed, written, 3 if arguments.small else 9)
-    figures |= _part('growth', name, passed)
+    figures |= _part('growth', folder, passed)
   harness.write(
       arguments.output, figures, 'jax', 'numpy', 'faiss-cpu', 'scann'
   )
   if arguments.output:
-    _plot(figures, arguments.output.with_suffix('.png'))
-  return 0
+    _plot(figures, arguments.output)
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  main()

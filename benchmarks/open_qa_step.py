@@ -16,8 +16,6 @@ import argparse
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
@@ -103,59 +101,32 @@ class _Ours:
     }
 
 
-class _Theirs:
-  """A process of benchmarks/open_qa_step_torch.py, one step at a time."""
-
-  def __init__(self, arguments: argparse.Namespace, ours: _Ours, folder: str):
-    path = pathlib.Path(folder)
-    rows = min(arguments.passages, len(ours.corpus.passages))
-    with open(path / 'blocks.jsonl', 'w', encoding='utf-8') as file:
-      for row in range(rows):
-        file.write(json.dumps(ours.corpus.passage_text(row)['text']) + '\n')
-    with open(path / 'questions.jsonl', 'w', encoding='utf-8') as file:
-      for question in ours.table.questions[:200]:
-        file.write(
-            json.dumps([question.question, list(question.answers)]) + '\n'
-        )
-    ours.corpus.tokenizer.save(path)
-    self._process = subprocess.Popen(
-        [
-            arguments.torch_python,
-            str(pathlib.Path(__file__).with_name('open_qa_step_torch.py')),
-            folder,
-            str(arguments.retrieved),
-            'tiny' if arguments.small else 'base',
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    self.versions = self._read()
-
-  def _read(self) -> dict[str, Any]:
-    assert self._process.stdout is not None
-    line = self._process.stdout.readline()
-    if not line:
-      sys.exit(f'The PyTorch side ended with {self._process.wait()}.')
-    return json.loads(line)
-
-  def __call__(self) -> dict[str, float]:
-    assert self._process.stdin is not None
-    self._process.stdin.write('\n')
-    self._process.stdin.flush()
-    return self._read()
-
-  def close(self) -> None:
-    assert self._process.stdin is not None
-    self._process.stdin.close()
-    self._process.wait()
+def _open_theirs(
+    arguments: argparse.Namespace, ours: _Ours, folder: str
+) -> harness.Child:
+  """Starts benchmarks/open_qa_step_torch.py on the passages and questions."""
+  path = pathlib.Path(folder)
+  with open(path / 'blocks.jsonl', 'w', encoding='utf-8') as file:
+    for row in range(min(arguments.passages, len(ours.corpus.passages))):
+      file.write(json.dumps(ours.corpus.passage_text(row)['text']) + '\n')
+  with open(path / 'questions.jsonl', 'w', encoding='utf-8') as file:
+    for question in ours.table.questions[:200]:
+      pair = [question.question, list(question.answers)]
+      file.write(json.dumps(pair) + '\n')
+  ours.corpus.tokenizer.save(path)
+  return harness.Child(
+      arguments.torch_python,
+      pathlib.Path(__file__).with_name('open_qa_step_torch.py'),
+      folder,
+      str(arguments.retrieved),
+      'tiny' if arguments.small else 'base',
+  )
 
 
 def main() -> None:
-  parser = harness.parser(__doc__)
+  parser = harness.parser(__doc__, torch='PyTorch and transformers 4.40.2')
   parser.add_argument('--corpus', required=True)
   parser.add_argument('--questions', required=True)
-  parser.add_argument('--torch_python', required=True)
   parser.add_argument('--passages', type=int, default=100_000)
   parser.add_argument('--retrieved', type=int, default=5_000)
   parser.add_argument('--batch_size', type=int, default=4)
@@ -168,22 +139,24 @@ def main() -> None:
     arguments.passages, arguments.retrieved = 2_000, 500
   ours = _Ours(arguments)
   with tempfile.TemporaryDirectory() as folder:
-    theirs = _Theirs(arguments, ours, folder)
-    ours(), theirs()  # Compile, and warm up.
-    measured = [(ours(), theirs()) for _ in range(arguments.rounds)]
+    theirs = _open_theirs(arguments, ours, folder)
+    versions = theirs.ask('versions')
+    ours(), theirs.ask('step')  # Compile, and warm up.
+    measured = [
+        (ours(), theirs.ask('step')) for _ in range(arguments.rounds)
+    ]
     theirs.close()
   figures: dict[str, Any] = {}
   for part in ('retrieve', 'step'):
-    medians = [
-        statistics.median(pair[side][part] for pair in measured)
-        for side in (0, 1)
-    ]
-    figures[f'{part}_seconds_per_question_ours'] = round(medians[0], 4)
-    figures[f'{part}_seconds_per_question_theirs'] = round(medians[1], 4)
-    ratios = [pair[1][part] / pair[0][part] for pair in measured]
-    figures[f'{part}_times_faster'] = round(statistics.median(ratios), 2)
+    for side, name in enumerate(('ours', 'theirs')):
+      figures[f'{part}_seconds_per_question_{name}'] = statistics.median(
+          pair[side][part] for pair in measured
+      )
+    figures[f'{part}_times_faster'] = statistics.median(
+        theirs[part] / ours[part] for ours, theirs in measured
+    )
   figures |= {
-      'versions': harness.about('jax')['versions'] | theirs.versions,
+      'versions': harness.about('jax')['versions'] | versions,
       'passages': arguments.passages,
       'retrieved': arguments.retrieved,
       'questions_a_step_ours': arguments.batch_size,

@@ -1,15 +1,17 @@
 """The PyTorch side of benchmarks/open_qa_step.py, which starts this file.
 
 Runs in the Python given as --torch_python, with PyTorch and transformers
-4.40.2. Makes one step of RealmForOpenQA for each line it reads, and answers
-with how long it took.
+4.40.2. Each request `step` is one step of RealmForOpenQA, the answer its
+seconds.
 """
 
+import itertools
 import json
 import pathlib
 import sys
 import time
 
+import harness
 import numpy as np
 import torch
 import transformers
@@ -59,11 +61,14 @@ def main() -> None:
     return result
 
   type(retriever).__call__ = timed
-  print(json.dumps({
-      'torch': torch.__version__, 'transformers': transformers.__version__
-  }), flush=True)
-  for number, _ in enumerate(sys.stdin):
-    question, answers = questions[number % len(questions)]
+  order = itertools.cycle(questions)
+
+  def answer(do, _):
+    if do == 'versions':
+      return {
+          'torch': torch.__version__, 'transformers': transformers.__version__
+      }
+    question, answers = next(order)
     encoded = tokenizer([question], return_tensors='pt')
     answer_ids = tokenizer(
         answers, add_special_tokens=False, return_token_type_ids=False,
@@ -74,9 +79,9 @@ def main() -> None:
     found.reader_output.loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(json.dumps({
-        'retrieve': spent[-1], 'step': time.perf_counter() - start
-    }), flush=True)
+    return {'retrieve': spent[-1], 'step': time.perf_counter() - start}
+
+  harness.serve(answer)
 
 
 if __name__ == '__main__':

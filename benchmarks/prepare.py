@@ -1,18 +1,17 @@
-"""How fast `prepare` is, how much memory it takes, and that it repeats itself.
+"""Speed, memory and determinism of `realm-jax prepare`.
 
   python benchmarks/prepare.py --source='runs/articles/*.jsonl.xz' \
       --vocab=runs/vocab/vocab.txt --workdir=runs/prepare \
       --output=benchmarks/results/prepare.json [--small]
 
-The same sources are prepared with several numbers of workers, and once more by
-a run that is killed (SIGKILL) and started again; the files must be the same.
-Other work on the machine makes wall time longer, so that CPU time, which
-includes all processes, is given next to it, and the load before each run.
+The same sources are prepared with several numbers of workers, and by a run that
+is killed (SIGKILL) and restarted; all files must be equal. CPU time includes
+all processes; it and the load before each run show the effect of other work on
+the machine.
 """
 
 import argparse
 from collections.abc import Iterator
-import json
 import os
 import pathlib
 import resource
@@ -28,7 +27,6 @@ from typing import Any
 import harness
 
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.runtime import files as files_lib
 
 # Per second and core: generate_retrieval_corpus of the original takes three
 # hours on 12 cores for Wikipedia, by its README.
@@ -54,7 +52,7 @@ class Run:
         f'--output={self.output}',
     ]
     self.peak = 0
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = harness.cpu_seconds()
     self.load = os.getloadavg()[0]
     start = time.monotonic()
     self._process = subprocess.Popen(
@@ -71,10 +69,7 @@ class Run:
       done.set()
       watcher.join()
     self.seconds = time.monotonic() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    self.cpu_seconds = (
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    )
+    self.cpu_seconds = harness.cpu_seconds() - before
 
   def _wait(self, kill_at: int | None) -> None:
     if kill_at is None:
@@ -93,7 +88,7 @@ class Run:
     return len(list(folder.glob('*.part')))
 
   def _watch(self, done: threading.Event) -> None:
-    """Notes the most memory that all processes together had resident."""
+    """Records the peak of the resident memory of all processes."""
     while not done.wait(0.5):
       self.peak = max(self.peak, sum(map(_resident, _tree(self._process.pid))))
 
@@ -112,7 +107,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def _resident(pid: int) -> int:
-  """Returns bytes; what processes share is counted in each."""
+  """Returns bytes; shared memory counts in each process."""
   try:
     pages = int(pathlib.Path(f'/proc/{pid}/statm').read_text().split()[1])
   except OSError:
@@ -147,20 +142,18 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
           'passages': counts['passages'],
           'wordpieces': counts['wordpieces'],
           'fingerprint': manifest['fingerprint'],
-          'original_passages_per_core_second': round(_ORIGINAL_PASSAGES, 1),
+          'original_passages_per_core_second': _ORIGINAL_PASSAGES,
       }
     per_core = counts['passages'] / run.cpu_seconds
     values = {
-        'seconds': round(run.seconds, 1),
-        'cpu_seconds': round(run.cpu_seconds, 1),
-        'load_before': round(run.load, 1),
-        'resident_mib': round(run.peak / 2**20),
-        'wordpieces_per_second': round(counts['wordpieces'] / run.seconds),
-        'wordpieces_per_cpu_second': round(
-            counts['wordpieces'] / run.cpu_seconds
-        ),
-        'passages_per_cpu_second': round(per_core),
-        'times_the_original_per_core': round(per_core / _ORIGINAL_PASSAGES, 1),
+        'seconds': run.seconds,
+        'cpu_seconds': run.cpu_seconds,
+        'load_before': run.load,
+        'resident_mib': run.peak / 2**20,
+        'wordpieces_per_second': counts['wordpieces'] / run.seconds,
+        'wordpieces_per_cpu_second': counts['wordpieces'] / run.cpu_seconds,
+        'passages_per_cpu_second': per_core,
+        'times_the_original_per_core': per_core / _ORIGINAL_PASSAGES,
         'same_bytes': files == first,
     }
     figures |= {f'workers{workers}_{k}': v for k, v in values.items()}
@@ -178,11 +171,11 @@ def _interrupted(
   parts = killed.num_parts()
   again = Run(arguments, 2, 'killed')
   figures = {
-      'killed_after_seconds': round(killed.seconds, 1),
+      'killed_after_seconds': killed.seconds,
       'killed_parts_kept': parts,
-      'restarted_seconds': round(again.seconds, 1),
-      'restarted_cpu_seconds': round(again.cpu_seconds, 1),
-      'restarted_load_before': round(again.load, 1),
+      'restarted_seconds': again.seconds,
+      'restarted_cpu_seconds': again.cpu_seconds,
+      'restarted_load_before': again.load,
       'restarted_same_bytes': _files(again.output) == expected,
   }
   shutil.rmtree(again.output)
@@ -202,10 +195,8 @@ def main() -> None:
   arguments.workers = [int(count) for count in arguments.workers.split(',')]
   if arguments.small:
     arguments.kill_at = 2
-  about = harness.about('nupunkt', 'tokenizers')
   for figures in measure(arguments):
-    files_lib.write_json(arguments.output, figures | about)
-    print(json.dumps(figures, indent=2), flush=True)
+    harness.write(arguments.output, figures, 'nupunkt', 'tokenizers')
 
 
 if __name__ == '__main__':

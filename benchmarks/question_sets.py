@@ -6,9 +6,9 @@
 
 The models of benchmarks/squad_open.py continue with the questions of each
 set, the passages' side frozen as published. The re-split of ORQA (`realm-jax
-questions --split`) sets a tenth of each file aside, which is evaluated. How
-many of those have an answer in the corpus at all is counted too: that bounds
-everything else. A training that is finished is not run again.
+questions --split`) sets a tenth of each file aside for evaluation. The share of
+those with an answer in the corpus is an upper bound. A finished training is not
+run again.
 """
 
 import argparse
@@ -30,7 +30,6 @@ _DEPTHS = (1, 5, 20, 100)
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
   realm_jax = harness.Commands()
-
   figures: dict[str, Any] = {}
   for given in arguments.sets:
     name, _, source = given.partition('=')
@@ -69,7 +68,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result = report.load_all(job)[-1]['questions']['all']
     for depth in _DEPTHS:
       key = f'recall_at_{depth}'
-      found[f'answer_{key}'] = round(result['answer'][key], 4)
+      found[f'answer_{key}'] = result['answer'][key]
     for key in ('exact_match', 'exact_match_interval', 'f1', 'reader_oracle'):
       if key in result['open_qa']:  # A pattern has no F1.
         found[key] = result['open_qa'][key]

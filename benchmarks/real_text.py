@@ -1,4 +1,4 @@
-"""ICT and REALM on real text: what it costs, and whether retrieval improves.
+"""ICT and REALM on real text: cost, and improvement of retrieval.
 
   python benchmarks/real_text.py --corpus=CORPUS --questions=DEV.jsonl.xz \
       --workdir=runs/real_text --output=benchmarks/results/real_text.json
@@ -7,17 +7,15 @@ CORPUS is made by `realm-jax prepare`; the recorded run has the 18,896
 paragraphs of SQuAD 1.1 train as passages, the sentences of 26,651 articles of
 the English Wikipedia to learn from, and the questions of every 22nd article,
 none of which training sees. The stages are those of
-experiments/small_corpus.py, each by the command line; `--small` shortens them
-to a check of the script, and `--flag=STAGE:FLAG`, repeated, changes a stage:
---flag=mlm:--config.steps=8000. A stage that is finished is not run again.
+experiments/small_corpus.py; `--small` shortens them to a check of the script,
+and `--flag=STAGE:FLAG`, repeated, changes a stage:
+--flag=mlm:--config.steps=8000. A finished stage is not run again.
 """
 
 import argparse
 import pathlib
-import resource
 import shutil
 import statistics
-import time
 from typing import Any
 
 import harness
@@ -40,7 +38,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
   figures: dict[str, Any] = {}
 
   for stage in STAGES:
-    more = [f'--config.steps={20}', '--config.refresh.interval=10',
+    more = ['--config.steps=20', '--config.refresh.interval=10',
             '--config.refresh.lag=10'] if arguments.small else []
     if stage == 'realm':
       earlier = ','.join(str(arguments.workdir / s) for s in ('mlm', 'ict'))
@@ -52,21 +50,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     spent = arguments.workdir / stage / 'spent.json'
     if not spent.exists():
-      before, cpu = time.perf_counter(), _cpu_seconds()
-      realm_jax(
+      cpu = harness.cpu_seconds()
+      seconds, _ = harness.timed(
+          realm_jax,
           'train',
           f'--config={_EXPERIMENT.relative_to(_ROOT)}:{stage}',
           f'--workdir={arguments.workdir / stage}',
           f'--config.corpus={arguments.corpus}',
           *more,
       )
-      files.write_json(
-          spent,
-          {
-              'seconds': round(time.perf_counter() - before, 1),
-              'cpu_minutes': round((_cpu_seconds() - cpu) / 60, 2),
-          },
-      )
+      minutes = (harness.cpu_seconds() - cpu) / 60
+      files.write_json(spent, {'seconds': seconds, 'cpu_minutes': minutes})
     for name, value in files.read_json(spent).items():
       figures[f'{stage}_{name}'] = value
   for stage, steps in (('ict', 'latest'), ('realm', 'all')):
@@ -84,11 +78,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
       **_training_figures(arguments.workdir),
       **_retrieval_figures(arguments.workdir),
   }
-
-
-def _cpu_seconds() -> float:
-  used = resource.getrusage(resource.RUSAGE_CHILDREN)
-  return used.ru_utime + used.ru_stime
 
 
 def _corpus_figures(directory: pathlib.Path) -> dict[str, Any]:
@@ -109,7 +98,7 @@ def _training_figures(workdir: pathlib.Path) -> dict[str, Any]:
     config = files.read_json(workdir / stage / 'config.json')
     lengths, k = config['lengths'], config['num_candidates']
     query, document = lengths['query'], lengths['document']
-    # Of the static shapes that one example takes, padding included.
+    # The static shapes of one example, padding included.
     wordpieces = {
         'mlm': query + document,
         'ict': query + document,
@@ -119,7 +108,7 @@ def _training_figures(workdir: pathlib.Path) -> dict[str, Any]:
     rate = statistics.median(x['time/examples_per_second'] for x in lines)
     figures |= {
         f'{stage}_steps': lines[-1]['step'],
-        f'{stage}_examples_per_second': round(rate, 2),
+        f'{stage}_examples_per_second': rate,
         f'{stage}_wordpieces_per_second': round(rate * wordpieces),
         f'{stage}_first_loss': _mean_loss(lines[:5]),
         f'{stage}_last_loss': _mean_loss(lines[-5:]),
@@ -134,13 +123,13 @@ def _training_figures(workdir: pathlib.Path) -> dict[str, Any]:
       'refreshes': int(lines[-1]['refresh/adopted']) - 1,
       'max_staleness_steps': int(max(x['refresh/age_steps'] for x in lines)),
       'max_staleness_seconds': max(x['refresh/age_seconds'] for x in lines),
-      'builder_passages_per_second': round(statistics.median(rates), 1),
+      'builder_passages_per_second': statistics.median(rates),
       'trainer_waited_seconds': lines[-1]['refresh/wait_seconds'],
   }
 
 
 def _mean_loss(lines: list[dict[str, Any]]) -> float:
-  return round(statistics.mean(line['train/loss'] for line in lines), 4)
+  return statistics.mean(line['train/loss'] for line in lines)
 
 
 def _retrieval_figures(workdir: pathlib.Path) -> dict[str, Any]:
@@ -150,9 +139,7 @@ def _retrieval_figures(workdir: pathlib.Path) -> dict[str, Any]:
       'questions': before['questions']['all']['questions'],
   }
   for name in ('recall_at_1', 'recall_at_5', 'recall_at_20', 'recall_at_100'):
-    values = [
-        round(r['questions']['all']['gold'][name], 4) for r in (before, *curve)
-    ]
+    values = [r['questions']['all']['gold'][name] for r in (before, *curve)]
     figures |= {
         f'{name}_ict': values[0],
         f'{name}_realm': values[-1],
@@ -161,7 +148,7 @@ def _retrieval_figures(workdir: pathlib.Path) -> dict[str, Any]:
   masked = curve[-1]['masked']
   for name in ('accuracy_with_retrieval', 'accuracy_without_retrieval',
                'retrieval_utility', 'null_share'):
-    figures[f'masked_{name}'] = round(masked[name], 4)
+    figures[f'masked_{name}'] = masked[name]
   return figures
 
 

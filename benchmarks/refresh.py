@@ -5,27 +5,27 @@
 
 CORPUS is an output of `realm-jax prepare`; `hf/bin/python` has PyTorch and
 transformers 4.40.2 (tests/interop/make_huggingface_fixtures.py). Without
---corpus an invented world is prepared. Parts:
+--corpus a generated world is prepared. Parts:
 
   embedding  passages/s of the index builder's embedder, of the same model with
              every batch padded to the maximum length, and of PyTorch with the
              same weights; in turns, on the same passages
-  growth     seconds of a refresh, embedding to publishing, over the number of
-             passages; the last point is the whole corpus
-  stall      a job, `train --with_index_builder`, trainer and builder on a core
-             each: stalls of the trainer at a refresh, and its steps while a
-             generation is loading
+  growth     seconds of a refresh, from embedding to publishing, over the
+             number of passages; the last point is the whole corpus
+  stall      a job, `train --with_index_builder`, with a core each for trainer
+             and builder: stalls of the trainer at a refresh, and its steps
+             while a generation is loading
   steps      a training step with its search by ScaNN, over the number of rows
-             of an invented index
+             of a random index
 
 Measure on an idle machine. `--small` takes about a minute.
 """
 
 import argparse
+from collections.abc import Callable
 import contextlib
 import copy
 import functools
-import json
 import os
 import pathlib
 import shlex
@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from typing import Any
+from unittest import mock
 
 import harness
 import jax
@@ -61,7 +62,6 @@ from realm_jax.trainer import examples
 from realm_jax.trainer.stages import realm
 
 _HERE = pathlib.Path(__file__).resolve().parent
-PARTS = ('embedding', 'growth', 'stall', 'steps')
 _LONGEST = 288  # Wordpieces of a passage, as in the paper.
 # Wordpieces of a padded batch: the embedder's own, and a large one.
 _PADDED_TOKENS = (2**12, 2**15)
@@ -79,40 +79,35 @@ def _job(corpus: corpus_lib.Corpus) -> config_lib.Config:
   return config_lib.resolve(config)
 
 
-# ------------------------------------------------------------------ embedding
-
-
-class _Padded:
+def _padded(
+    component: components.Component,
+    params: components.Params,
+    corpus: corpus_lib.Corpus,
+    tokens: int,
+) -> Callable[[np.ndarray], np.ndarray]:
   """The embedder's model and pipeline, every batch of the longest width."""
+  size = max(tokens // _LONGEST, 1)
+  embed = jax.jit(
+      lambda params, ids_BS, types_BS: component.module(params).embed_document(
+          ids_BS, types_BS
+      )
+  )
 
-  def __init__(
-      self,
-      component: components.Component,
-      corpus: corpus_lib.Corpus,
-      tokens: int,
-  ):
-    self._corpus = corpus
-    self._size = max(tokens // _LONGEST, 1)
-    self._embed = jax.jit(
-        lambda params, ids_BS, types_BS: component.module(
-            params
-        ).embed_document(ids_BS, types_BS)
-    )
-
-  def __call__(self, params: components.Params, rows: np.ndarray) -> np.ndarray:
+  def run(rows: np.ndarray) -> np.ndarray:
     found, running = [], []
-    for start in range(0, len(rows), self._size):
-      some = np.full(self._size, inputs.NULL_DOCUMENT, np.int64)
-      mine = rows[start : start + self._size]
+    for start in range(0, len(rows), size):
+      some = np.full(size, inputs.NULL_DOCUMENT, np.int64)
+      mine = rows[start : start + size]
       some[: len(mine)] = mine
       arrays = inputs.assemble_documents(
-          self._corpus.passages, some, _LONGEST, self._corpus.tokenizer
+          corpus.passages, some, _LONGEST, corpus.tokenizer
       )
-      running.append(self._embed(params, *arrays))
+      running.append(embed(params, *arrays))
       if len(running) > 1:
         found.append(np.asarray(running.pop(0)))
-    found += [np.asarray(rest) for rest in running]
-    return np.concatenate(found)[: len(rows)]
+    return np.concatenate([*found, *map(np.asarray, running)])[: len(rows)]
+
+  return run
 
 
 def _open_torch(
@@ -173,14 +168,17 @@ def measure_embedding(
   # Round 0 warms up: it compiles, and chooses the best variants.
   rounds = [np.arange(start, start + size) for start in starts]
   rounds[0] = rounds[0][:256]
-  ways: dict[str, Any] = {'bucketed': lambda rows: ours(params, rows)}
+  ways = {'bucketed': functools.partial(ours, params)}
   for tokens in _PADDED_TOKENS:
-    padded = _Padded(component, corpus, tokens)
-    ways[f'padded {tokens}'] = functools.partial(padded, params)
+    ways[f'padded {tokens}'] = _padded(component, params, corpus, tokens)
   seconds: dict[str, list[float]] = {}
   figures: Figures = {}
+
+  def difference(name: str, found: np.ndarray) -> None:
+    largest = float(np.abs(found - reference).max())
+    figures[f'largest_difference {name}'] = largest
+
   with contextlib.ExitStack() as stack:
-    torch: harness.Child | None = None
     variants: list[str] = []
     folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if arguments.torch_python:
@@ -195,24 +193,18 @@ def measure_embedding(
           for tokens in _TORCH_TOKENS
       ]
     for number, rows in enumerate(rounds):
-      order = list(ways.items())
-      order = order[number % len(order) :] + order[: number % len(order)]
-      for name, embed in order:
-        start = time.perf_counter()
-        found = embed(rows)
-        taken = time.perf_counter() - start
-        if number == 0:
-          if name == 'bucketed':
-            reference = found
-          else:
-            figures[f'largest_difference {name}'] = float(
-                np.abs(found - reference).max()
-            )
-        else:
+      order = list(ways)
+      shift = number % len(order)
+      for name in order[shift:] + order[:shift]:
+        taken, found = harness.timed(ways[name], rows)
+        if number:
           seconds.setdefault(name, []).append(taken)
+        elif name == 'bucketed':
+          reference = found
+        else:
+          difference(name, found)
       times = {}
       for variant in variants:
-        assert torch is not None
         request: dict[str, Any] = {'round': number, 'variant': variant}
         if number == 0:
           torch.ask('embed', **request)  # Allocates memory.
@@ -221,46 +213,28 @@ def measure_embedding(
         if number:
           seconds.setdefault(f'torch {variant}', []).append(times[variant])
         else:
-          found = np.load(folder / 'found.npy')
-          figures[f'largest_difference torch {variant}'] = float(
-              np.abs(found - reference).max()
-          )
-      if number == 0:  # Go on with the faster of each kind.
+          difference(f'torch {variant}', np.load(folder / 'found.npy'))
+      if number == 0 and variants:  # The faster of each kind takes part.
         variants = [
-            min(
-                (v for v in variants if v.startswith(how)),
-                key=times.__getitem__,
-            )
+            min((v for v in variants if v.startswith(how)), key=times.get)
             for how in ('bucketed', 'padded')
-            if variants
         ]
-  rates = {
-      name: size / statistics.median(values) for name, values in seconds.items()
-  }
   figures['embedding_sample_passages'] = size * (count - 1)
   figures['embedding_mean_wordpieces'] = float(corpus.passages.lengths.mean())
-  for name, rate in rates.items():
+  for name, values in seconds.items():
     key = name.replace(' ', '_')
-    figures[f'passages_per_second_{key}'] = round(rate, 1)
+    figures[f'passages_per_second_{key}'] = size / statistics.median(values)
     if name != 'bucketed':
-      # Of each round by itself: the machine may be slower in some of them.
-      ratios = [
-          theirs / mine
-          for theirs, mine in zip(
-              seconds[name], seconds['bucketed'], strict=True
-          )
-      ]
-      figures[f'times_as_fast_as_{key}'] = round(statistics.median(ratios), 3)
-  slowest = min(
+      # Within a round: the machine may be slower in some of them.
+      figures[f'times_as_fast_as_{key}'] = float(
+          np.median(np.divide(values, seconds['bucketed']))
+      )
+  figures['padded_ok'] = min(
       value
       for name, value in figures.items()
       if name.startswith('times_as_fast_as_padded')
-  )
-  figures['padded_ok'] = slowest >= 1.5
+  ) >= 1.5
   return figures
-
-
-# --------------------------------------------------------------------- growth
 
 
 def _first(corpus: corpus_lib.Corpus, count: int) -> corpus_lib.Corpus:
@@ -296,54 +270,41 @@ def measure_growth(
 
   jax.monitoring.register_event_duration_secs_listener(on_duration)
   seconds, compile_seconds, wordpieces = [], [], []
-  open_corpus = corpus_lib.Corpus.open
   # The first is left out: it imports ScaNN, which a builder does only once.
   for size in [min(2_000, sizes[0]), *sizes]:
     subset = _first(corpus, size)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
       workdir = pathlib.Path(name)
       config = _job(corpus)
-      config.mips.backend = arguments.backend
+      config.mips.backend = 'scann'
       component = components.make('embedder', config.model)
-      files.write_json(
-          workdir / 'config.json', config_lib.to_dict(config)
-      )
+      files.write_json(workdir / 'config.json', config_lib.to_dict(config))
       snapshots_lib.save(workdir, 0, component.init(0))
       compiling.clear()
-      start = time.perf_counter()
-      try:
-        corpus_lib.Corpus.open = lambda *_, s=subset: s  # type: ignore
-        builder.build(workdir)
-      finally:
-        corpus_lib.Corpus.open = open_corpus  # type: ignore
-    seconds.append(time.perf_counter() - start)
+      with mock.patch.object(corpus_lib.Corpus, 'open', lambda *_, s=subset: s):
+        seconds.append(harness.timed(builder.build, workdir)[0])
     compile_seconds.append(_union(compiling))
     wordpieces.append(int(subset.passages.lengths.sum()))
-    print(
-        f'{size} passages, {wordpieces[-1]} wordpieces: {seconds[-1]:.1f} s, '
-        f'of which {compile_seconds[-1]:.1f} s compiling',
-        flush=True,
-    )
+    print(f'{size} passages: {seconds[-1]:.1f} s', flush=True)
   del seconds[0], compile_seconds[0], wordpieces[0]
-  # A builder that follows a job compiles once, for its first generation.
+  # The builder of a job compiles once, for its first generation.
   net = np.subtract(seconds, compile_seconds)
-  # Seconds for each passage, over those of all refreshes together.
+  # Seconds for each passage or wordpiece, over those of all refreshes together.
   each = net / np.array(sizes)
   deviation = each / (net.sum() / sum(sizes)) - 1
-  each_piece = net / np.array(wordpieces)
-  by_pieces = each_piece / (net.sum() / sum(wordpieces)) - 1
+  by_pieces = net / wordpieces / (net.sum() / sum(wordpieces)) - 1
   return {
-      'growth_backend': arguments.backend,
+      'growth_backend': 'scann',
       'growth_passages': sizes,
       'growth_wordpieces': wordpieces,
-      'growth_seconds': [round(x, 2) for x in seconds],
-      'growth_compile_seconds': [round(x, 2) for x in compile_seconds],
-      'growth_passages_per_second': [round(float(1 / x), 1) for x in each],
-      'growth_deviation': [round(float(x), 4) for x in deviation],
-      'growth_deviation_by_wordpieces': [round(float(x), 4) for x in by_pieces],
+      'growth_seconds': seconds,
+      'growth_compile_seconds': compile_seconds,
+      'growth_passages_per_second': (1 / each).tolist(),
+      'growth_deviation': deviation.tolist(),
+      'growth_deviation_by_wordpieces': by_pieces.tolist(),
       'growth_ok': bool(np.abs(deviation).max() <= 0.15),
       'whole_corpus_passages': sizes[-1],
-      'whole_corpus_seconds': round(seconds[-1], 1),
+      'whole_corpus_seconds': seconds[-1],
   }
 
 
@@ -356,9 +317,6 @@ def _union(intervals: list[tuple[float, float]]) -> float:
   return total
 
 
-# ---------------------------------------------------------------------- stall
-
-
 def measure_stall(
     arguments: argparse.Namespace, corpus: corpus_lib.Corpus
 ) -> Figures:
@@ -366,7 +324,7 @@ def measure_stall(
   workdir = arguments.scratch / 'stall'
   shutil.rmtree(workdir, ignore_errors=True)
   cores = sorted(os.sched_getaffinity(0))
-  interval = 20 if arguments.small else arguments.interval
+  interval = 20 if arguments.small else 200
   steps = interval * ((4 if arguments.small else arguments.refreshes) + 1)
   overrides = {
       'corpus': corpus.directory.absolute(),
@@ -379,16 +337,15 @@ def measure_stall(
       'refresh.interval': interval,
       'refresh.lag': 3 * interval // 4,
       'refresh.keep': 3,
-      'refresh.policy': arguments.policy,
       'checkpoint.interval': 10 * steps,
-      'mips.backend': arguments.stall_backend,
+      'mips.backend': 'exact',
   }
   words = [
       'train',
       f'--config={_HERE.parent / "experiments" / "small_corpus.py"}:realm',
       f'--workdir={workdir}',
       '--with_index_builder',
-      *(f'--config.{name}={value}' for name, value in overrides.items()),
+      *harness.flags(overrides),
   ]
   print('$ ' + shlex.join(['realm-jax', *words]), flush=True)
   trainer = subprocess.Popen(
@@ -410,9 +367,11 @@ def measure_stall(
       raise RuntimeError(f'The trainer ended with {trainer.returncode}.')
   finally:
     trainer.kill()
-  lines = metrics_lib.read_metrics(workdir)
   return _stall_figures(
-      lines, interval, len(corpus.passages), overrides['batch_size']
+      metrics_lib.read_metrics(workdir),
+      interval,
+      len(corpus.passages),
+      overrides['batch_size'],
   )
 
 
@@ -431,52 +390,29 @@ def _stall_figures(
     lines: list[dict[str, Any]], interval: int, passages: int, batch: int
 ) -> Figures:
   """Figures of a job that logged every step."""
-  seconds = np.array([batch / x['time/examples_per_second'] for x in lines])
-  loading = np.array([bool(x['refresh/loading']) for x in lines])
-  adopted = np.array([x['refresh/adopted'] for x in lines])
-  swapped = np.diff(adopted, prepend=adopted[0]) > 0
-  busy = loading | swapped
-  # A line is written in the middle of the next step, after that one's swap and
-  # snapshot: its seconds hold the end of the one step and the top of the next.
-  busy[:-1] |= busy[1:]
-  # Steps in which a snapshot is taken and written are neither.
-  near = [(x['step'] - 1) % interval in (0, 1, 2, interval - 1) for x in lines]
-  started = np.arange(len(lines)) >= interval  # Compiled, and an index there.
-  quiet = ~busy & ~np.array(near) & started
-  busy &= started
-  step = float(np.median(seconds[quiet]))
-  stalls = [
-      x['refresh/last_stall_seconds']
-      for x, swap in zip(lines, swapped, strict=True)
-      if swap
-  ]
-  waits = [
-      x['refresh/last_wait_seconds']
-      for x, swap in zip(lines, swapped, strict=True)
-      if swap
-  ]
+  steps = training.LoggedSteps(lines, interval, batch)
+  seconds, busy = steps.seconds, steps.busy
+  step = float(np.median(seconds[steps.quiet]))
   while_loading = float(np.median(seconds[busy])) if busy.any() else step
+  stall = statistics.median(steps.stalls)
   return {
       'stall_passages': passages,
-      'stall_refreshes': len(stalls),
-      'stall_step_seconds': round(step, 4),
-      'stall_median_seconds': round(statistics.median(stalls), 4),
-      'stall_worst_seconds': round(max(stalls), 4),
-      'stall_of_which_waiting_seconds': round(statistics.median(waits), 4),
-      'stall_median_in_steps': round(statistics.median(stalls) / step, 3),
-      'stall_load_seconds': round(lines[-1]['refresh/load_seconds'], 4),
-      'stall_swap_seconds': round(lines[-1]['refresh/swap_seconds'], 6),
+      'stall_refreshes': len(steps.stalls),
+      'stall_step_seconds': step,
+      'stall_median_seconds': stall,
+      'stall_worst_seconds': max(steps.stalls),
+      'stall_of_which_waiting_seconds': statistics.median(steps.waits),
+      'stall_median_in_steps': stall / step,
+      'stall_load_seconds': lines[-1]['refresh/load_seconds'],
+      'stall_swap_seconds': lines[-1]['refresh/swap_seconds'],
       'steps_while_loading': int(busy.sum()),
-      'step_seconds_while_loading': round(while_loading, 4),
-      'step_while_loading_over_otherwise': round(while_loading / step, 3),
-      'stall_ok': statistics.median(stalls) <= step,
+      'step_seconds_while_loading': while_loading,
+      'step_while_loading_over_otherwise': while_loading / step,
+      'stall_ok': stall <= step,
       'step_while_loading_ok': while_loading <= 1.1 * step,
-      'curve_step_seconds': [round(float(x), 4) for x in seconds],
-      'curve_busy': [int(x) for x in busy],
+      'curve_step_seconds': seconds.tolist(),
+      'curve_busy': busy.astype(int).tolist(),
   }
-
-
-# ---------------------------------------------------------------------- steps
 
 
 def measure_steps(
@@ -509,9 +445,9 @@ def measure_steps(
       start = time.perf_counter()
       query_ids = mesh_lib.to_devices(job.mesh, queries.query_ids_BQ)
       query_emb_BE = jax.device_get(embed(state.params['embedder'], query_ids))
-      before = time.perf_counter()
-      rows_BJ = searches[size].search(query_emb_BE, config.num_candidates - 1)
-      searched = time.perf_counter() - before
+      searched, rows_BJ = harness.timed(
+          searches[size].search, query_emb_BE, config.num_candidates - 1
+      )
       batch = realm.with_candidates(
           queries, rows_BJ % len(corpus.passages), corpus, config.lengths
       )
@@ -523,11 +459,11 @@ def measure_steps(
   medians = [statistics.median(seconds[size]) for size in sizes]
   return {
       'steps_rows': sizes,
-      'steps_seconds': [round(x, 4) for x in medians],
+      'steps_seconds': medians,
       'steps_search_seconds': [
-          round(statistics.median(search_seconds[size]), 5) for size in sizes
+          statistics.median(search_seconds[size]) for size in sizes
       ],
-      'steps_growth': round(medians[-1] / medians[0] - 1, 4),
+      'steps_growth': medians[-1] / medians[0] - 1,
       'steps_ok': medians[-1] < 1.2 * medians[0],
   }
 
@@ -541,96 +477,81 @@ def _clustered(size: int, width: int) -> np.ndarray:
   return rows
 
 
-# ---------------------------------------------------------------------- output
+def _plot_embedding(axis: Any, figures: Figures) -> None:
+  prefix = 'passages_per_second_'
+  bars = {
+      key.removeprefix(prefix).replace('_', ' '): value
+      for key, value in figures.items()
+      if key.startswith(prefix)
+  }
+  axis.barh(list(bars), list(bars.values()))
+  axis.set(xlabel='passages/s', title='Embedding')
 
 
-def _plot(figures: Figures, path: pathlib.Path) -> None:
-  shown = [
-      name
-      for name, key in (
-          ('embedding', 'passages_per_second_bucketed'),
-          ('growth', 'growth_passages'),
-          ('stall', 'curve_step_seconds'),
-          ('steps', 'steps_rows'),
-      )
-      if key in figures
-  ]
-  figure, axes = harness.panels(len(shown))
-  for name, axis in zip(shown, axes, strict=True):
-    match name:
-      case 'embedding':
-        bars = {
-            key.removeprefix('passages_per_second_').replace('_', ' '): value
-            for key, value in figures.items()
-            if key.startswith('passages_per_second_')
-        }
-        axis.barh(list(bars), list(bars.values()))
-        axis.set_xlabel('passages/s')
-        axis.set_title('Embedding')
-      case 'growth':
-        sizes = np.array(figures['growth_passages'])
-        net = np.subtract(
-            figures['growth_seconds'], figures['growth_compile_seconds']
-        )
-        axis.loglog(sizes, net, 'o-', label='measured, less compiling')
-        axis.loglog(
-            sizes, sizes * net.sum() / sizes.sum(), '--', label='proportional'
-        )
-        axis.set_xlabel('passages')
-        axis.set_ylabel('seconds')
-        axis.set_title('One refresh')
-        axis.legend()
-      case 'stall':
-        seconds = np.array(figures['curve_step_seconds'])
-        busy = np.array(figures['curve_busy'], bool)
-        steps = np.arange(1, len(seconds) + 1)
-        axis.plot(steps[~busy], seconds[~busy], '.', label='otherwise')
-        axis.plot(steps[busy], seconds[busy], 'r.', label='loading or swapping')
-        axis.set_ylim(0, 3 * np.median(seconds))
-        axis.set_xlabel('step')
-        axis.set_ylabel('seconds')
-        axis.set_title('Steps of the trainer')
-        axis.legend()
-      case 'steps':
-        axis.semilogx(
-            figures['steps_rows'], figures['steps_seconds'], 'o-', label='step'
-        )
-        axis.semilogx(
-            figures['steps_rows'],
-            figures['steps_search_seconds'],
-            'o-',
-            label='of which search',
-        )
-        axis.set_ylim(0)
-        axis.set_xlabel('rows of the index')
-        axis.set_ylabel('seconds')
-        axis.set_title('A training step with ScaNN')
-        axis.legend()
-  figure.savefig(path, dpi=110)
+def _plot_growth(axis: Any, figures: Figures) -> None:
+  sizes = np.array(figures['growth_passages'])
+  net = np.subtract(
+      figures['growth_seconds'], figures['growth_compile_seconds']
+  )
+  axis.loglog(sizes, net, 'o-', label='measured, less compiling')
+  axis.loglog(sizes, sizes * net.sum() / sizes.sum(), '--', label='linear')
+  axis.set(xlabel='passages', ylabel='seconds', title='One refresh')
+
+
+def _plot_stall(axis: Any, figures: Figures) -> None:
+  seconds = np.array(figures['curve_step_seconds'])
+  busy = np.array(figures['curve_busy'], bool)
+  steps = np.arange(1, len(seconds) + 1)
+  axis.plot(steps[~busy], seconds[~busy], '.', label='otherwise')
+  axis.plot(steps[busy], seconds[busy], 'r.', label='loading or swapping')
+  axis.set(
+      ylim=(0, 3 * np.median(seconds)),
+      xlabel='step',
+      ylabel='seconds',
+      title='Steps of the trainer',
+  )
+
+
+def _plot_steps(axis: Any, figures: Figures) -> None:
+  for key, label in (
+      ('steps_seconds', 'step'), ('steps_search_seconds', 'of which search')
+  ):
+    axis.semilogx(figures['steps_rows'], figures[key], 'o-', label=label)
+  axis.set(
+      ylim=(0, None),
+      xlabel='rows of the index',
+      ylabel='seconds',
+      title='A training step with ScaNN',
+  )
+
+
+# Part -> what measures and what plots it, and a key of its figures.
+_PARTS = {
+    'embedding': (
+        measure_embedding, _plot_embedding, 'passages_per_second_bucketed'
+    ),
+    'growth': (measure_growth, _plot_growth, 'growth_passages'),
+    'stall': (measure_stall, _plot_stall, 'curve_step_seconds'),
+    'steps': (measure_steps, _plot_steps, 'steps_rows'),
+}
 
 
 def main() -> None:
-  parser = harness.parser(__doc__)
+  parser = harness.parser(__doc__, torch='PyTorch and transformers 4.40.2')
+  parser.set_defaults(torch_python=None)
   parser.add_argument('--corpus', type=pathlib.Path)
   parser.add_argument(
       '--stall_corpus', type=pathlib.Path, help='of `stall`; default: --corpus'
   )
-  parser.add_argument('--parts', default=','.join(PARTS))
-  parser.add_argument('--torch_python', help='has PyTorch, transformers 4.40.2')
-  parser.add_argument('--backend', default='scann', help='of `growth`')
-  parser.add_argument('--stall_backend', default='exact')
-  parser.add_argument('--policy', default='scheduled', help='of `stall`')
-  parser.add_argument(
-      '--interval', type=int, default=200, help='refresh.interval of `stall`'
-  )
+  parser.add_argument('--parts', default=','.join(_PARTS))
   parser.add_argument('--refreshes', type=int, default=6, help='of `stall`')
   parser.add_argument(
       '--scratch', type=pathlib.Path, default=pathlib.Path('runs/refresh')
   )
   arguments = parser.parse_args()
   parts = arguments.parts.split(',')
-  if unknown := set(parts) - set(PARTS):
-    parser.error(f'no part {sorted(unknown)}; there are {PARTS}')
+  if unknown := set(parts) - set(_PARTS):
+    parser.error(f'no part {sorted(unknown)}; the parts are {list(_PARTS)}')
   arguments.scratch.mkdir(parents=True, exist_ok=True)
   if arguments.corpus is None:
     arguments.corpus = arguments.scratch / 'world'
@@ -639,33 +560,25 @@ def main() -> None:
         str(arguments.corpus),
         overwrite=True,
     )
-  corpus = corpus_lib.Corpus.open(arguments.corpus)
-  # Another job, or another corpus, may have been recorded before.
+  # The record keeps the figures of other parts.
   figures: Figures = {}
-  if arguments.output.exists() and parts != list(PARTS):
+  if arguments.output.exists() and parts != list(_PARTS):
     figures = files.read_json(arguments.output)
   commands = figures.get('commands', [])
   for part in parts:
     print(f'-- {part}', flush=True)
-    match part:
-      case 'embedding':
-        found = measure_embedding(arguments, corpus)
-      case 'growth':
-        found = measure_growth(arguments, corpus)
-      case 'stall':
-        stall_corpus = corpus_lib.Corpus.open(
-            arguments.stall_corpus or arguments.corpus
-        )
-        found = measure_stall(arguments, stall_corpus)
-      case _:
-        found = measure_steps(arguments, corpus)
-    figures |= found
-    shown = {k: v for k, v in found.items() if not k.startswith('curve_')}
-    print(json.dumps(shown, indent=2), flush=True)
+    corpus = arguments.corpus
+    if part == 'stall':
+      corpus = arguments.stall_corpus or corpus
+    figures |= _PARTS[part][0](arguments, corpus_lib.Corpus.open(corpus))
   figures |= harness.about('jax', 'flax', 'numpy')
   figures['commands'] = [*commands, figures['command']]
-  files.write_json(arguments.output, figures)
-  _plot(figures, arguments.output.with_suffix('.png'))
+  harness.write(arguments.output, figures)
+  shown = [(plot, key) for _, plot, key in _PARTS.values() if key in figures]
+  figure, axes = harness.panels(len(shown))
+  for axis, (plot, _) in zip(axes, shown, strict=True):
+    plot(axis, figures)
+  harness.save(figure, arguments.output)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,7 @@
 """The PyTorch side of benchmarks/refresh.py, which starts this file.
 
 Runs in the Python given as --torch_python, with PyTorch and transformers
-4.40.2. Reads one JSON request a line, answers one a line. RealmEmbedder embeds
-passages; a variant is three words:
+4.40.2. RealmEmbedder embeds passages; a variant is three words:
 
   bucketed|padded   sorted by length and padded to the longest of the batch, or
                     every batch padded to the longest passage there can be
@@ -11,28 +10,13 @@ passages; a variant is three words:
   4096, ...         wordpieces of a batch
 """
 
-import json
-import sys
 import time
 
+import harness
 import numpy as np
 import torch
+import train_step_torch
 import transformers
-from transformers.models.realm import modeling_realm
-
-
-class _Sdpa(modeling_realm.RealmSelfAttention):
-  """Self-attention through scaled_dot_product_attention."""
-
-  def forward(self, hidden_states, attention_mask=None, *unused, **also_unused):
-    del unused, also_unused
-    mixed = torch.nn.functional.scaled_dot_product_attention(
-        self.transpose_for_scores(self.query(hidden_states)),
-        self.transpose_for_scores(self.key(hidden_states)),
-        self.transpose_for_scores(self.value(hidden_states)),
-        attn_mask=attention_mask.to(hidden_states.dtype),
-    )
-    return (mixed.transpose(1, 2).flatten(2),)
 
 
 class _Side:
@@ -53,7 +37,7 @@ class _Side:
         raise ValueError(f'Of the weights, {missing=} {unexpected=}.')
       if attention == 'sdpa':
         for layer in model.realm.encoder.layer:
-          layer.attention.self.__class__ = _Sdpa
+          layer.attention.self.__class__ = train_step_torch.Sdpa
       self._models[attention] = model
     with np.load(spec['passages']) as file:
       self._passages = {name: file[name] for name in file.files}
@@ -92,20 +76,21 @@ class _Side:
 
 def main():
   side = None
-  for line in sys.stdin:
-    request = json.loads(line)
-    if side is None:
+
+  def answer(do, request):
+    nonlocal side
+    if do == 'open':
       transformers.logging.set_verbosity_error()
       side = _Side(request)
-      answer = {
+      return {
           'torch': torch.__version__, 'transformers': transformers.__version__
       }
-    else:
-      seconds, found = side.embed(request['round'], request['variant'])
-      answer = {'seconds': seconds}
-      if request.get('save'):
-        np.save(request['save'], found)
-    print(json.dumps(answer), flush=True)
+    seconds, found = side.embed(request['round'], request['variant'])
+    if request.get('save'):
+      np.save(request['save'], found)
+    return {'seconds': seconds}
+
+  harness.serve(answer)
 
 
 if __name__ == '__main__':

@@ -17,14 +17,12 @@ on one sentence, the same on a whole batch, and the job's own training step
 
 import pathlib
 import shutil
-import sys
 import tempfile
 from typing import Any
 
 import harness
 import jax
 import jax.numpy as jnp
-from matplotlib import figure as figure_lib
 import numpy as np
 import optax
 from scipy import stats
@@ -58,8 +56,7 @@ class _Measurement:
     self._workdir, self._step = workdir, step
     self._params = self._trained.load(step)
     self._search = self._trained.index(self._params, step).search
-    stage = realm.Realm(self._config, self._trained.corpus)
-    self._stage = stage
+    self._stage = stage = realm.Realm(self._config, self._trained.corpus)
 
     def outputs(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
       models = components_lib.bind(self._trained.components, params)
@@ -93,7 +90,7 @@ class _Measurement:
       trial = _TRIAL / norm
       largest = jnp.abs(moved(trial) - before_BK).max()
       rate = trial * _LARGEST_CHANGE / jnp.maximum(largest, 1e-9)
-      # Where there is nothing to be learned, the trial was as far as to go.
+      # A loss without a gradient gives no rate: the trial bounds it.
       return moved(jnp.minimum(rate, 10 * trial)) - before_BK
 
     self._scores, self._credit = jax.jit(scores), jax.jit(credit)
@@ -124,19 +121,18 @@ class _Measurement:
 
   def after_sentences(self, batch: realm.Batch) -> np.ndarray:
     """Changes of the scores of each sentence after a step on it, [B, K]."""
-    return np.concatenate([
-        self._descend(
-            self._params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
-        )
-        for i in range(len(batch.mask_BM))
-    ])
+    size = len(batch.mask_BM)
+    rows = [
+        jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(size)
+    ]
+    return np.concatenate([self.after_batch(row) for row in rows])
 
   def after_batch(self, batch: realm.Batch) -> np.ndarray:
     """The same after one step on all of them, [B, K]."""
     return np.asarray(self._descend(self._params, batch))
 
   def after_training(self, batches: list[realm.Batch]) -> list[np.ndarray]:
-    """After the job's next step, had it this batch; for each, [B, K]."""
+    """The same after the job's training step, for each batch, [B, K]."""
     changes = []
     with tempfile.TemporaryDirectory() as folder:
       copy = pathlib.Path(folder)
@@ -152,7 +148,7 @@ class _Measurement:
       )
       checkpoints = checkpoint.Checkpoints(copy, keep=0)
       for batch in batches:
-        # A step takes its state over, so each has one of its own.
+        # A step donates its state.
         state, _ = job_lib.start_or_resume(job, checkpoints, tx)
         before = np.asarray(self._scores(state.params, batch))
         state, _ = train_step(state, batch)
@@ -186,17 +182,17 @@ def measure(
   points = {}
   for name, parts in changes.items():
     change_BK = np.concatenate(parts)
-    # Of the passages; the null document's score moves with all queries at once.
-    # What a softmax does not see is taken out: what is the same for all.
+    # The null document is left out: its score moves with all queries at once.
+    # Softmax is invariant to the mean.
     change_BJ = change_BK[:, 1:]
     change_BJ = change_BJ - change_BJ.mean(axis=1, keepdims=True)
     r_BJ = credit_BK[:, 1:]
     r, change = r_BJ.ravel(), change_BJ.ravel()
     points[name] = r, change
-    # Where there is something to be learned, is it the right way?
+    # Is the sign right where r is not negligible?
     clear_BJ = np.abs(r_BJ) > 0.01
     clear = clear_BJ.ravel()
-    # How far a step moves scores differs from sentence to sentence.
+    # The size of the changes differs from sentence to sentence.
     within_B = _correlation(r_BJ, change_BJ)[clear_BJ.any(axis=1)]
     figures |= {
         f'{name}_within_sentences_mean': float(within_B.mean()),
@@ -211,7 +207,7 @@ def measure(
   return {f'step{step}_{k}': v for k, v in figures.items()}, points
 
 
-def main() -> int:
+def main() -> None:
   parser = harness.parser(__doc__)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--steps', required=True, help='comma-separated')
@@ -219,16 +215,15 @@ def main() -> int:
   arguments = parser.parse_args()
   steps = [int(step) for step in arguments.steps.split(',')]
   figures: dict[str, Any] = {}
-  figure = figure_lib.Figure(
-      figsize=(12, 3.6 * len(steps)), layout='constrained'
-  )
-  axes = figure.subplots(len(steps), len(_UPDATES), squeeze=False)
-  for row, step in zip(axes, steps, strict=True):
+  figure, axes = harness.panels(len(_UPDATES), 3.6, len(steps))
+  axes = iter(axes)
+  for step in steps:
     found, points = measure(
         arguments.workdir, step, 2 if arguments.small else arguments.batches
     )
     figures |= found
-    for axis, (name, (r, change)) in zip(row, points.items(), strict=True):
+    for name, (r, change) in points.items():
+      axis = next(axes)
       axis.scatter(r, change, s=4, alpha=0.4)
       axis.axhline(0, color='grey', linewidth=0.6)
       axis.axvline(0, color='grey', linewidth=0.6)
@@ -242,9 +237,8 @@ def main() -> int:
       )
       axis.title.set_fontsize(9)
   harness.write(arguments.output, figures, 'jax', 'flax')
-  figure.savefig(arguments.output.with_suffix('.png'), dpi=110)
-  return 0
+  harness.save(figure, arguments.output)
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  main()

@@ -4,21 +4,20 @@
       --workdir=runs/span_f1 --output=benchmarks/results/span_f1.json \
       [--init_from=bert:runs/imported_bert] [--flag=scratch:--config.steps=600]
 
-FOLDER has gmb.jsonl.xz and wnut17-train.jsonl to train on, wikigold.jsonl and
-uner-ewt-dev.jsonl, which are never trained on. The last tenth of GMB is set
-aside. WNUT's types become those of GMB that are nearest. A tagger is trained
-from scratch, and one from each workdir that --init_from gives a name, such as
-an imported BERT or a `mlm` job. One that is trained is not trained again. The
-corpus gives the vocabulary. On the two foreign sets types do not count, only
-first and last word; neither has dates or numbers, so these are left out: of the
-rules by their kind, of the tagger its type `tim`.
+FOLDER has gmb.jsonl.xz and wnut17-train.jsonl for training, wikigold.jsonl and
+uner-ewt-dev.jsonl for evaluation alone. The last tenth of GMB is held out.
+WNUT's types become the nearest of GMB. A tagger is trained from scratch, and
+one from each workdir that --init_from names, such as an imported BERT or a
+`mlm` job. A finished training is not run again. The vocabulary is that of the
+corpus. On the two foreign sets only first and last word count, not the type;
+neither has dates or numbers, so these are left out: of the rules by their kind,
+of the tagger its type `tim`.
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -133,7 +132,7 @@ def measure(
   def record(method: str, name: str, found: Entities, gold: Entities) -> None:
     score = tagger_metrics.score(gold, found)['any']
     for what in ('precision', 'recall', 'f1'):
-      value = round(getattr(score, what), 4)
+      value = getattr(score, what)
       figures[f'{method}_{name}_{what}'] = value
 
   gold = {
@@ -155,7 +154,7 @@ def measure(
       found, rate = by_tagger(tagger, sentences)
       if name == 'gmb':
         for kind, score in tagger_metrics.score(gold[name], found).items():
-          figures[f'{method}_{name}_{kind}_f1'] = round(score.f1, 4)
+          figures[f'{method}_{name}_{kind}_f1'] = score.f1
         # It comes last, when all is compiled.
         figures[f'{method}_wordpieces_per_second'] = round(rate)
       else:
@@ -164,7 +163,7 @@ def measure(
   return figures
 
 
-def main() -> int:
+def main() -> None:
   parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--ner', type=pathlib.Path, required=True)
@@ -202,13 +201,10 @@ def main() -> int:
         *more,
         *(['--config.steps=20'] if arguments.small else []),
     )
-  figures = measure(arguments, paths['held_out']) | {
-      **harness.about('jax'),
-      'commands': realm_jax.done,
-  }
-  harness.write(arguments.output, figures)
-  return 0
+  figures = measure(arguments, paths['held_out'])
+  figures['commands'] = realm_jax.done
+  harness.write(arguments.output, figures, 'jax')
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  main()

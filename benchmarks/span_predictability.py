@@ -1,4 +1,4 @@
-"""Which masks can be filled without retrieval: why salient spans are masked.
+"""Accuracy on masks without retrieval: the reason to mask salient spans.
 
   python benchmarks/span_predictability.py --corpus=corpus \
       --workdir=runs/span_predictability \
@@ -7,16 +7,14 @@
 A small masked language model is trained on the corpus' sentences with BERT's
 random-token masks, then fills in masks of sentences that were set aside: random
 wordpieces, random spans (as long as the salient ones), and salient spans by
-their kind. What it gets right without any passage teaches a retriever nothing
-(Guu et al. 2020, section 3.4). Intervals are resampled by article, where the
-sentence is from a passage, else by sentence.
+their kind. Masks that need no passage teach a retriever nothing (Guu et al.
+2020, section 3.4). Intervals are resampled by article, if the sentence is from
+a passage, else by sentence.
 """
 
 import argparse
 import dataclasses
-import json
 import pathlib
-import sys
 from typing import Any
 
 import harness
@@ -28,7 +26,6 @@ from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import metrics
 from realm_jax.inference import trained as trained_lib
 from realm_jax.prepare import salient_spans as salient_spans_lib
-from realm_jax.runtime import files
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.trainer.stages import realm
 
@@ -109,7 +106,7 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
       )
       figures |= {
           f'{kind}_{what}': round(float(np.mean(values)), 4),
-          f'{kind}_{what}_interval': [round(low, 4), round(high, 4)],
+          f'{kind}_{what}_interval': [low, high],
           f'{kind}_{what}_count': len(values),
       }
   return figures
@@ -126,7 +123,7 @@ def _kind(
   return salient_spans_lib.kind(record['text'][start:limit].decode())
 
 
-def main() -> int:
+def main() -> None:
   parser = harness.parser(__doc__)
   parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
@@ -138,13 +135,10 @@ def main() -> int:
   done = train(arguments)
   figures = measure(arguments.workdir, arguments.sentences) | {
       'loss': metrics_lib.read_metrics(arguments.workdir)[-1]['train/loss'],
-      **harness.about('jax'),
       'commands': done,
   }
-  print(json.dumps(figures, indent=2))
-  files.write_json(arguments.output, figures)
-  return 0
+  harness.write(arguments.output, figures, 'jax')
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  main()

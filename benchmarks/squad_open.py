@@ -3,18 +3,17 @@
   python benchmarks/squad_open.py --corpus=corpus --train=train.jsonl \
       --dev=dev.jsonl --output=benchmarks/results/squad_open.json
 
-Four stages (experiments/squad_open.py): reader and retriever are warmed up on
-the corpus, the retriever on questions with their paragraphs, then both learn to
-answer. Recall and exact match over training go into a curve. A stage that is
-finished is not run again; its processor time is kept next to it. BM25 (k1 0.9,
-b 0.4, title and text, English stop words and stemming left alone) is that of
-the package bm25s, over the same passages.
+Four stages (experiments/squad_open.py): warm-up of reader and retriever on the
+corpus, of the retriever on questions with their paragraphs, then fine-tuning of
+both, with a curve of recall and exact match. A finished stage is not run again;
+its processor time is kept in its workdir. BM25 (k1 0.9, b 0.4, title and text,
+English stop words, no stemming) is that of the package bm25s, over the same
+passages.
 """
 
 import argparse
 import os
 import pathlib
-import resource
 from typing import Any
 
 import bm25s
@@ -32,7 +31,7 @@ _BM25_DEPTH = 100
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Trains what is not trained yet, evaluates, and returns flat figures."""
+  """Trains unfinished stages, evaluates, and returns flat figures."""
   jobs = {
       name: arguments.workdir / name
       for name in ('mlm', 'ict', 'retriever', 'open_qa')
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
       small = ['--config.steps=20', '--config.checkpoint.interval=10']
     spent = jobs[name] / 'cpu_minutes.json'
     if not (jobs[name] / 'summary.json').exists():
-      before = _cpu_seconds()
+      before = harness.cpu_seconds()
       realm_jax(
           'train',
           f'--config=experiments/{experiment}',
@@ -55,7 +54,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
           *more,
           *small,
       )
-      files.write_json(spent, round((_cpu_seconds() - before) / 60, 2))
+      files.write_json(spent, round((harness.cpu_seconds() - before) / 60, 2))
     figures[f'{name}_cpu_minutes'] = files.read_json(spent)
     summary = files.read_json(jobs[name] / 'summary.json')
     figures[f'{name}_steps'] = summary['step']
@@ -93,11 +92,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-def _cpu_seconds() -> float:
-  used = resource.getrusage(resource.RUSAGE_CHILDREN)
-  return used.ru_utime + used.ru_stime
-
-
 def bm25(directory: pathlib.Path, dev: str) -> dict[str, Any]:
   corpus = corpus_lib.Corpus.open(directory)
   questions = question_sets.read(dev)
@@ -125,7 +119,7 @@ def bm25(directory: pathlib.Path, dev: str) -> dict[str, Any]:
   for kind, ranks in (('gold', by_gold), ('answer', by_answer)):
     summary = metrics.ranking(ranks, rows_BK.shape[1], len(texts))
     for name, value in summary.items():
-      figures[f'bm25_{kind}_{name}'] = round(value, 4)
+      figures[f'bm25_{kind}_{name}'] = value
   return figures
 
 
@@ -135,7 +129,7 @@ def _curve(jobs: dict[str, pathlib.Path]) -> dict[str, Any]:
     found = report.load_all(jobs[name])[-1]['questions']['all']
     for kind in ('gold', 'answer'):
       for figure, value in found[kind].items():
-        figures[f'{name}_{kind}_{figure}'] = round(value, 4)
+        figures[f'{name}_{kind}_{figure}'] = value
   curve = [
       result for result in report.load_all(jobs['open_qa'])
       if 'open_qa' in result['questions']['all']
@@ -151,7 +145,7 @@ def _curve(jobs: dict[str, pathlib.Path]) -> dict[str, Any]:
       ('curve_exact_match', 'open_qa', 'exact_match'),
   ):
     figures[figure] = [
-        round(result['questions']['all'][kind][name], 4) for result in curve
+        result['questions']['all'][kind][name] for result in curve
     ]
   return figures
 
@@ -172,9 +166,12 @@ def _plot(figures: dict[str, Any], path: pathlib.Path) -> None:
         marker='o',
         label=label,
     )
-  recall.set(xlabel='k', title='gold passage among the first k', ylim=(0, 1))
-  recall.set_xscale('log')
-  recall.legend(fontsize=8)
+  recall.set(
+      xlabel='k',
+      title='gold passage among the first k',
+      xscale='log',
+      ylim=(0, 1),
+  )
   for name, label in (
       ('curve_recall_at_20', 'recall@20'),
       ('curve_recall_at_5', 'recall@5'),
@@ -182,10 +179,9 @@ def _plot(figures: dict[str, Any], path: pathlib.Path) -> None:
   ):
     match.plot(figures['curve_steps'], figures[name], marker='o', label=label)
   match.set(xlabel='step of fine-tuning', title='over training', ylim=(0, None))
-  match.legend(fontsize=8)
   for axis in (recall, match):
     axis.grid(alpha=0.3)
-  figure.savefig(path, dpi=120)
+  harness.save(figure, path)
 
 
 def main() -> None:
@@ -200,7 +196,7 @@ def main() -> None:
   os.chdir(_ROOT)
   figures = run(arguments)
   harness.write(arguments.output, figures)
-  _plot(figures, arguments.output.with_suffix('.png'))
+  _plot(figures, arguments.output)
 
 
 if __name__ == '__main__':

@@ -4,11 +4,10 @@
       --output=FILE.json [--small] [--rounds=N] [--threads=2]
 
 Embedder and reader, forward, backward and AdamW in float32; the same
-wordpieces, weights and candidates in both. Two processes that live as long as
-the benchmark do one step each in turn, so that what else the machine does meets
-both. PyTorch runs as shipped and in the variants that
-benchmarks/train_step_torch.py lists. Figures of other sizes that the output
-already has are kept. benchmarks/accelerator.py measures a GPU.
+wordpieces, weights and candidates in both. Two processes do one step each in
+turn, so that other load of the machine affects both. PyTorch runs as shipped
+and in the variants that benchmarks/train_step_torch.py lists. The record keeps
+its figures of other sizes. benchmarks/accelerator.py measures a GPU.
 """
 
 import argparse
@@ -36,7 +35,7 @@ _NULL = (_SPECIAL['cls'], _SPECIAL['sep'], _SPECIAL['sep'])
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-  """Shapes of a step, as both processes are given them."""
+  """Shapes of a step."""
 
   layers: int
   width: int
@@ -52,8 +51,6 @@ class _Size:
 _SIZES = {
     'base': _Size(12, 768, 12),
     'small': _Size(4, 512, 8),
-}
-_SMALL_SIZES = {
     'toy': _Size(2, 128, 2, vocab_size=8000, query=32, document=96),
 }
 
@@ -100,19 +97,18 @@ class _Side:
   """Our models, optimizer and one batch, driven like the PyTorch side."""
 
   def __init__(self, spec: dict[str, Any]):
-    # JAX starts after the process has set its CPU cores.
+    # JAX starts after the process has its CPU cores.
     import jax
     import jax.numpy as jnp
     import training
 
-    from realm_jax import config as config_lib
     from realm_jax.models import components as components_lib
     from realm_jax.models import dropout
     from realm_jax.runtime import mesh as mesh_lib
     from realm_jax.trainer.stages import realm
 
     self._jax = jax
-    self.config = config = config_lib.resolve(_config(spec))
+    self.config = config = _config(spec)
     self._job = job = training.Training(config)
     self.state = job.start()
     with np.load(spec['inputs']) as file:
@@ -192,17 +188,17 @@ class _Side:
     return float(self._loss(self.state.params, self.batch))
 
   def time(self, part: str) -> float:
-    jax = self._jax
     gc.collect()
-    start = time.perf_counter()
+    return harness.timed(self._run, part)[0]
+
+  def _run(self, part: str) -> None:
     if part == 'step':
-      self.state, metrics = self._job.step(self.state, self.batch)
-      jax.block_until_ready((self.state, metrics))
+      self.state, result = self._job.step(self.state, self.batch)
     elif part == 'optimizer':
-      self.state = jax.block_until_ready(self._update(self.state))
+      result = self.state = self._update(self.state)
     else:
-      jax.block_until_ready(self._parts[part](self.state.params, self.batch))
-    return time.perf_counter() - start
+      result = self._parts[part](self.state.params, self.batch)
+    self._jax.block_until_ready((self.state, result))
 
 
 def _config(spec: dict[str, Any]) -> Any:
@@ -216,10 +212,10 @@ def _config(spec: dict[str, Any]) -> Any:
   lengths.masks = spec['masks']
   model.num_layers, model.width = spec['layers'], spec['width']
   model.num_heads, model.vocab_size = spec['heads'], spec['vocab_size']
-  model.dropout = spec['dropout']
-  model.compute_dtype = spec['dtype']
+  model.dropout = spec.get('dropout', 0.1)
+  model.compute_dtype = 'float32'
   config.optimizer.learning_rate = 1e-5
-  return config
+  return config_lib.resolve(config)
 
 
 def _worker() -> None:
@@ -267,30 +263,19 @@ def _processor() -> str:
 
 def _flop(size: _Size, side: str) -> float:
   """FLOP of the matmuls of a step; see realm_jax/models/flops.py."""
-  from realm_jax import config as config_lib
+  import training
+
   from realm_jax.models import flops
+  from realm_jax.trainer import stages
 
-  spec = {**dataclasses.asdict(size), 'dropout': 0.0, 'dtype': 'float32'}
-  config = config_lib.resolve(_config(spec))
+  config = _config(dataclasses.asdict(size))
   if side == 'ours':
-    from realm_jax.trainer import stages
-
     return flops.model_flop(config, stages.load(config)(config).passes())
-  # Theirs: the last layer everywhere; the null document as long as any.
-  rows = size.batch * size.candidates
-  model, joint = config.model, size.query + size.document
-
-  def bert(rows: int, length: int) -> float:
-    return flops.pass_flop(model, rows, length, length)
-
-  flop = bert(size.batch, size.query) + bert(rows, joint)
-  if side in ('shipped', 'masked_head'):
-    flop += bert(rows, size.document)
-  else:
-    flop += bert(1, 3) + bert(rows - size.batch, size.document)
-  positions = joint if side == 'shipped' else size.masks
-  flop += flops.head_flop(model, rows * positions)
-  return 3 * flop
+  return training.reference_flop(
+      config,
+      null_once=side not in ('shipped', 'masked_head'),
+      everywhere=side == 'shipped',
+  )
 
 
 def _compare(
@@ -304,7 +289,6 @@ def _compare(
     spec = {
         **dataclasses.asdict(size),
         'dropout': arguments.dropout,
-        'dtype': 'float32',
         'threads': threads,
         'inputs': inputs,
     }
@@ -325,7 +309,7 @@ def _compare(
         side: [] for side in ('ours', *_VARIANTS)
     }
     for turn in range(arguments.rounds + 1):  # The first one warms up.
-      # What is not asked for by a target is timed once only.
+      # The other variants are timed once.
       for side in seconds if turn < 2 else _ALTERNATING:
         process = ours if side == 'ours' else theirs
         if side != 'ours':
@@ -358,12 +342,9 @@ def _compare(
   return figures, versions
 
 
-def main() -> int:
-  parser = harness.parser(__doc__, output=False)
-  parser.add_argument(
-      '--torch_python',
-      default=sys.executable,
-      help='Python that has PyTorch and transformers 4.40.2.',
+def main() -> None:
+  parser = harness.parser(
+      __doc__, output=False, torch='PyTorch and transformers 4.40.2'
   )
   parser.add_argument('--sizes', default='base,small', help='which to run')
   parser.add_argument('--rounds', type=int, default=5)
@@ -373,24 +354,21 @@ def main() -> int:
   arguments = parser.parse_args()
   if arguments.worker:
     _worker()
-    return 0
-  sizes = _SMALL_SIZES if arguments.small else {
-      name: _SIZES[name] for name in arguments.sizes.split(',')
-  }
+    return
   figures: dict[str, Any] = {}
   if arguments.output and arguments.output.exists():
     figures = json.loads(arguments.output.read_text())  # Of other sizes.
-  for name, size in sizes.items():
-    found, versions = _compare(name, size, arguments)
-    figures |= found
-    figures[f'{name}_command'] = harness.about()['command']
+  about = harness.about()
+  names = 'toy' if arguments.small else arguments.sizes
+  for name in names.split(','):
+    found, versions = _compare(name, _SIZES[name], arguments)
+    figures |= {**found, f'{name}_command': about['command']}
   figures |= {
       'hardware': f'{arguments.threads} of {os.cpu_count()} x {_processor()}',
-      'versions': harness.about()['versions'] | versions,
+      'versions': about['versions'] | versions,
   }
   harness.write(arguments.output, figures)
-  return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  main()

@@ -1,8 +1,8 @@
 """The PyTorch side of benchmarks/train_step.py, which starts this file.
 
 Runs in the Python given as --torch_python, with PyTorch and transformers
-4.40.2. Reads one JSON request a line, answers one a line. RealmScorer and
-RealmKnowledgeAugEncoder make one pretraining step; `variant` says how:
+4.40.2. RealmScorer and RealmKnowledgeAugEncoder make one pretraining step;
+`variant` says how:
 
   shipped      as they are: the vocabulary projected at every position
   masked_head  the projection at the masked positions only
@@ -10,19 +10,18 @@ RealmKnowledgeAugEncoder make one pretraining step; `variant` says how:
   sdpa         null_once, and PyTorch's fused attention
 """
 
-import json
 import os
-import sys
 import time
 from typing import Any
 
+import harness
 import numpy as np
 import torch
 import transformers
 from transformers.models.realm import modeling_realm
 
 
-class _Sdpa(modeling_realm.RealmSelfAttention):
+class Sdpa(modeling_realm.RealmSelfAttention):
   """Self-attention through scaled_dot_product_attention."""
 
   def forward(self, hidden_states, attention_mask=None, *unused, **also_unused):
@@ -90,7 +89,7 @@ class _Side:
 
   def use(self, variant: str) -> None:
     self.variant = variant
-    kind = _Sdpa if variant == 'sdpa' else modeling_realm.RealmSelfAttention
+    kind = Sdpa if variant == 'sdpa' else modeling_realm.RealmSelfAttention
     for module in self.plain:
       module.__class__ = kind
 
@@ -194,16 +193,16 @@ class _Side:
 
 def main() -> None:
   side: Any = None
-  for line in sys.stdin:
-    request = json.loads(line)
-    answer: dict[str, Any] = {}
-    match request['do']:
+
+  def answer(do: str, request: dict[str, Any]) -> dict[str, Any]:
+    nonlocal side
+    match do:
       case 'open':
         threads = request['threads']
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.sched_setaffinity(0, cores)
         side = _Side(request)
-        answer = {
+        return {
             'torch': torch.__version__,
             'transformers': transformers.__version__,
         }
@@ -212,17 +211,19 @@ def main() -> None:
       case 'use':
         side.use(request['variant'])
       case 'loss':
-        for model in (side.scorer, side.encoder):
-          model.eval()
+        models = torch.nn.ModuleList((side.scorer, side.encoder)).eval()
         with torch.no_grad():
-          answer['value'] = float(side.forward())
-        for model in (side.scorer, side.encoder):
-          model.train()
+          value = float(side.forward())
+        models.train()
+        return {'value': value}
       case 'time':
-        answer['seconds'] = side.time(request['part'])
+        seconds = side.time(request['part'])
         if request['part'] != 'step':
           side.drop_gradients()
-    print(json.dumps(answer), flush=True)
+        return {'seconds': seconds}
+    return {}
+
+  harness.serve(answer)
 
 
 if __name__ == '__main__':

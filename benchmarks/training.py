@@ -9,6 +9,8 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import topk
+from realm_jax.models import flops
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
@@ -76,3 +78,82 @@ class Training:
             for field in dataclasses.fields(abstract)
         },
     )
+
+
+def abstract_search(
+    mesh: jax.sharding.Mesh, rows: int, queries: int, config: config_lib.Config
+) -> tuple[Any, ...]:
+  """Returns abstract arguments of `topk.top_rows` for a bfloat16 table."""
+  width, whole = config.model.embedding_width, mesh_lib.replicated(mesh)
+
+  def array(shape: tuple[int, ...], dtype: Any, where: Any = whole) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+  divided = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+  return (
+      array((topk.aligned(rows, mesh), width), jnp.bfloat16, divided),
+      array((queries, width), jnp.float32),
+      array((queries, 1, 2), jnp.int32),
+      None,
+      array((2,), jnp.int32),
+  )
+
+
+def reference_flop(
+    config: config_lib.Config, null_once: bool = True, everywhere: bool = False
+) -> float:
+  """FLOP of the matrix products of the step of transformers.
+
+  The last layer is computed at all positions.
+
+  Args:
+    config: of the same step of ours.
+    null_once: the null document is embedded once, unpadded; else for each
+      example, as long as any document.
+    everywhere: the vocabulary is projected at all positions; else at masks.
+  """
+  lengths, rows = config.lengths, config.batch_size * config.num_candidates
+  texts = [(config.batch_size, lengths.query), (rows, lengths.joint)]
+  if null_once:
+    texts += [(1, 3), (rows - config.batch_size, lengths.document)]
+  else:
+    texts += [(rows, lengths.document)]
+  outputs = rows * (lengths.joint if everywhere else lengths.masks)
+  return 3 * (
+      flops.head_flop(config.model, outputs)
+      + sum(flops.pass_flop(config.model, n, s, s) for n, s in texts)
+  )
+
+
+class LoggedSteps:
+  """The steps of a job with refreshes that logged a line for each.
+
+  Attributes:
+    seconds, loading, busy, quiet: arrays of an entry for each step: its
+      seconds; whether a generation was loading; whether one was loading or
+      adopted; whether the step met no part of a refresh.
+    stalls, waits: seconds of each adoption, and those of waiting among them.
+  """
+
+  def __init__(self, lines: list[dict[str, Any]], interval: int, batch: int):
+    self.seconds = np.array(
+        [batch / x['time/examples_per_second'] for x in lines]
+    )
+    self.loading = np.array([bool(x['refresh/loading']) for x in lines])
+    adopted = np.array([x['refresh/adopted'] for x in lines])
+    swapped = np.diff(adopted, prepend=adopted[0]) > 0
+    # A line is written in the middle of the next step, after that one's swap
+    # and snapshot: its seconds hold the end of one step and the top of the
+    # next.
+    busy = self.loading | swapped
+    busy[:-1] |= busy[1:]
+    # A snapshot is taken and written in these.
+    near = np.isin(
+        [(x['step'] - 1) % interval for x in lines], (0, 1, 2, interval - 1)
+    )
+    # Before, steps are compiled, and an index may be missing.
+    started = np.arange(len(lines)) >= interval
+    self.busy, self.quiet = busy & started, ~busy & ~near & started
+    adoptions = [lines[i] for i in np.flatnonzero(swapped)]
+    self.stalls = [x['refresh/last_stall_seconds'] for x in adoptions]
+    self.waits = [x['refresh/last_wait_seconds'] for x in adoptions]
