@@ -12,7 +12,7 @@ import realm_jax
 
 _ROOT = pathlib.Path(realm_jax.__file__).resolve().parent
 _FILES = sorted(_ROOT.rglob('*.py'))
-_MAX_LINES = 500
+_MAX_LINES = 480
 
 # The folders, from the bottom to the top. A folder imports those of the rows
 # above its own. The folders of one row do not import each other: trainer and
@@ -178,7 +178,7 @@ def test_no_file_is_too_long():
       _relative(path): len(path.read_text(encoding='utf-8').splitlines())
       for path in _FILES
   }
-  too_long = {name: n for name, n in lengths.items() if n >= _MAX_LINES}
+  too_long = {name: n for name, n in lengths.items() if n > _MAX_LINES}
   assert not too_long
 
 
