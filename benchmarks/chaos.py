@@ -55,7 +55,7 @@ _PATIENCE_SECONDS = 600.0  # Without any progress.
 
 @dataclasses.dataclass
 class _Kill:
-  """One SIGKILL: planned, and when it was done."""
+  """One SIGKILL: its plan, and its time."""
 
   victim: str  # 'builder' or 'trainer'
   step: int  # That the trainer has to have reached.
@@ -63,7 +63,7 @@ class _Kill:
   reached: float | None = None
   seconds: float | None = None  # Since the start of the run.
   at_step: int | None = None
-  found: str = ''  # What the builder said that it was doing.
+  found: str = ''  # State of the builder.
 
 
 class _Run:
