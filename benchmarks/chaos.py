@@ -250,11 +250,16 @@ def _plot(
         style,
         label=f'{victim} killed',
     )
-  first = {step: seconds for seconds, step in reversed(chaos.progress)}
-  steps = {adoption['step'] for adoption in adoptions} & first.keys()
+  steps = sorted({adoption['step'] for adoption in adoptions})
   axis.plot(
-      [first[step] for step in steps],
-      list(steps),
+      [
+          next(
+              (seconds for seconds, at in chaos.progress if at >= step),
+              chaos.progress[-1][0],
+          )
+          for step in steps
+      ],
+      steps,
       'g.',
       label='generation first adopted',
   )
