@@ -1,16 +1,15 @@
-"""The ablations of the paper on an invented world, with error bars.
+"""The ablations of the paper on a generated world, with error bars.
 
   python benchmarks/ablations.py --output=benchmarks/results/ablations.json \
       [--rows=realm,ict,...] [--seeds=3] [--jobs=2] [--small]
 
-Each row of experiments/ablations.py is trained and evaluated with each seed:
-world, initial parameters and batches are of that seed, and all rows of a seed
-start from the same reader and retriever. What is finished is not run again, so
-rows and seeds can be added later; the results are made from all that is there,
-and rows of which the workdir has nothing are kept as the output has them.
-Figures are of questions, and of masked sentences, about facts that no sentence
-of the pretraining corpus states (its passages do, and the warm-up reads them);
-intervals are those of Student's t over the seeds.
+Each row of experiments/ablations.py is trained and evaluated with each seed,
+which determines world, initial parameters and batches. All rows of a seed start
+from the same reader and retriever. Finished runs are not repeated, so rows and
+seeds can be added later; the record keeps rows without runs in the workdir.
+Questions and masked sentences are about facts that no sentence of the
+pretraining corpus states (its passages do, and the warm-up reads them).
+Intervals are those of Student's t over the seeds.
 """
 
 import argparse
@@ -59,13 +58,13 @@ class _Seed:
   def __init__(self, arguments: argparse.Namespace, seed: int, run: Any):
     self.folder = arguments.workdir / f'seed{seed}'
     self._seed, self._run, self._small = seed, run, arguments.small
-    self._number = 300 + seed  # Of a world on which nothing was tuned.
+    self._number = 300 + seed  # The world was not used for tuning.
     self._entities = 300 if arguments.small else 400
 
   def prepare(self, rows: list[str]) -> None:
-    """Makes the world, and what rows need of it in another form.
+    """Prepares the world, and its other forms if rows need them.
 
-    `joined_corpus`: all that is said is a passage. `pieces_corpus`: the same
+    `joined_corpus`: every sentence is in a passage. `pieces_corpus`: the same
     text in a vocabulary that divides names.
     """
     names = ['corpus', *(_CORPORA[row] for row in rows if row in _CORPORA)]
@@ -98,7 +97,7 @@ class _Seed:
     return source
 
   def train_and_evaluate(self, name: str) -> None:
-    """Runs a stage or a row, unless it was."""
+    """Runs a stage or a row, unless it is finished."""
     workdir = self.folder / name
     stage = name.split('_')[0] if name.startswith(('mlm', 'ict')) else 'realm'
     corpus = self.folder / _CORPORA.get(name, 'corpus')
@@ -119,7 +118,7 @@ class _Seed:
       )
     steps = checkpoint.steps_in(workdir / 'checkpoints')
     missing = set(steps) - {r['step'] for r in report.load_all(workdir)}
-    if corpus.name == 'joined_corpus':  # Measured as the others are.
+    if corpus.name == 'joined_corpus':  # Evaluated as the others.
       corpus = self.folder / 'corpus'
     if missing and stage != 'mlm':
       self._run(
@@ -136,7 +135,7 @@ class _Seed:
 
 
 def _start(row: str) -> tuple[str, str]:
-  """The stages of which a row takes the reader and the retriever."""
+  """Returns the stages that train a row's first reader and retriever."""
   return _STARTS.get(row, ('mlm', 'ict'))
 
 
@@ -172,7 +171,7 @@ def run(arguments: argparse.Namespace, rows: list[str]) -> None:
               for seed in seeds
               for stage in stages
           ],
-          # A row of all seeds before the next: a part is of use, too.
+          # All seeds of a row come before the next row.
           [
               (seed.train_and_evaluate, row)
               for row in rows
@@ -196,7 +195,7 @@ def main() -> int:
   rows = arguments.rows.split(',')
   known = ', '.join(ablations_table.ROWS)
   if unknown := [row for row in rows if row not in ablations_table.ROWS]:
-    parser.error(f'no row {unknown[0]!r}; there are {known}')
+    parser.error(f'no row {unknown[0]!r}; the rows are {known}')
   name = 'ablations_small' if arguments.small else 'ablations'
   arguments.workdir = arguments.workdir or pathlib.Path('runs') / name
   arguments.output = arguments.output or arguments.workdir / f'{name}.json'

@@ -55,7 +55,7 @@ _PATIENCE_SECONDS = 600.0  # Without any progress.
 
 @dataclasses.dataclass
 class _Kill:
-  """One SIGKILL: planned, and when it was done."""
+  """One SIGKILL: its plan, and its time."""
 
   victim: str  # 'builder' or 'trainer'
   step: int  # That the trainer has to have reached.
@@ -63,7 +63,7 @@ class _Kill:
   reached: float | None = None
   seconds: float | None = None  # Since the start of the run.
   at_step: int | None = None
-  found: str = ''  # What the builder said that it was doing.
+  found: str = ''  # State of the builder.
 
 
 class _Run:
@@ -250,11 +250,16 @@ def _plot(
         style,
         label=f'{victim} killed',
     )
-  first = {step: seconds for seconds, step in reversed(chaos.progress)}
-  steps = {adoption['step'] for adoption in adoptions} & first.keys()
+  steps = sorted({adoption['step'] for adoption in adoptions})
   axis.plot(
-      [first[step] for step in steps],
-      list(steps),
+      [
+          next(
+              (seconds for seconds, at in chaos.progress if at >= step),
+              chaos.progress[-1][0],
+          )
+          for step in steps
+      ],
+      steps,
       'g.',
       label='generation first adopted',
   )

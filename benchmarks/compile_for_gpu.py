@@ -22,7 +22,7 @@ paper gives one of 64 devices (64 pairs, 8 examples of 8 candidates):
 The figures of each:
 
   arguments_gb     state and batch, or table and queries; by XLA's own count
-  temporaries_gb   all that XLA allocates besides; the same
+  temporaries_gb   all other allocations of XLA; the same
   kernels          operations that run on the device, those of a loop as often
                    as it runs; a sort or a call of a library counts once
   cudnn_calls      attention's among them
@@ -57,7 +57,7 @@ from realm_jax.planner import plan
 from realm_jax.runtime import mesh as mesh_lib
 
 _GB = 1e9
-_ROWS = 13_353_718  # Of the paper's corpus.
+_ROWS = 13_353_718  # Passages of the paper's corpus.
 _QUERIES = 512
 _PROGRAMS = ('search', 'ict', 'realm', 'realm_dropout')
 _BATCH = {'ict': 64, 'realm': 8}  # 4,096 and 512 on 64 devices.

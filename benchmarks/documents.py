@@ -3,7 +3,7 @@
   python benchmarks/documents.py [--output=FILE.json] [--small]
       [--sizes=4000,16000] [--width=128]
 
-Corpora of short invented passages, with random embeddings of the given width
+Corpora of short random passages, with random embeddings of the given width
 and an untrained retriever of preset `tiny`. Each figure is the median of three
 turns, in seconds: a command for 100 documents in a running process (without
 imports, but compiling the embedder), and a whole `index add` or `index delete`

@@ -17,7 +17,7 @@ resident set, mapped pages included:
   write  shards, index, recall, manifest: a generation, as the builder does it
   exact  the best 8 of 1,000 queries, from the memory-mapped table
   faiss  IVF of as many lists, on a sample of as many rows, and PQ64 of 4 bits
-         (FastScan) with residuals: 32 bytes a row, as ours. Of 300,000 rows,
+         (FastScan) with residuals: 32 bytes a row, as ours. At 300,000 rows,
          PQ32 of 8 bits and FastScan without residuals were slower at 0.95
   serve  both loaded, in two processes that take turns. Settings are searched:
          for each number of candidates the fewest lists that reach the recall;

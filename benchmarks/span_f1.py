@@ -30,7 +30,7 @@ from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.runtime import files
 
 _FOREIGN = ('wikigold.jsonl', 'uner-ewt-dev.jsonl')
-_NEAREST = {  # Of WNUT's types.
+_NEAREST = {  # WNUT's type -> GMB's.
     'location': 'geo',
     'person': 'per',
     'corporation': 'org',
@@ -38,7 +38,7 @@ _NEAREST = {  # Of WNUT's types.
     'product': 'art',
     'creative-work': 'art',
 }
-_DATES = 'tim'  # Of GMB's types.
+_DATES = 'tim'  # GMB's type of dates.
 
 Sentences = list[entities.TaggedSentence]
 Entities = list[list[entities.Entity]]
