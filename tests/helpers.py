@@ -1,10 +1,14 @@
 """Functions that several test modules share."""
 
+import json
+
 import numpy as np
 
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.models import span_reader
+from realm_jax.prepare import prepare
 from realm_jax.trainer import examples
 from realm_jax.trainer import stages
 
@@ -45,3 +49,18 @@ def best_span(logits_KP, score_K, length, max_width):
   passage, span = np.unravel_index(np.argmax(total_KP), total_KP.shape)
   starts_P, ends_P = span_reader.spans(length, max_width)
   return int(passage), int(starts_P[span]), int(ends_P[span])
+
+
+def write_records(path, items):
+  """Writes JSON Lines and returns the path as a string."""
+  text = ''.join(json.dumps(item, ensure_ascii=False) + '\n' for item in items)
+  path.write_text(text, encoding='utf-8')
+  return str(path)
+
+
+def prepare_corpus(source, output, **arguments):
+  """Prepares a small corpus of one source or several, and opens it."""
+  arguments = {'workers': 1, 'progress': False, 'vocab_size': 400, **arguments}
+  sources = source if isinstance(source, list) else [source]
+  prepare.prepare(sources, output, **arguments)
+  return corpus_lib.Corpus.open(output)

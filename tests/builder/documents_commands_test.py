@@ -40,7 +40,7 @@ def _add(workdir, *records, command=documents.add, **options):
 
 
 def _names(workdir):
-  """What is in the folder of the documents."""
+  """Returns the names in the folder of the documents."""
   return sorted(os.listdir(workdir / 'documents'))
 
 
@@ -324,7 +324,7 @@ def test_compaction_takes_up_what_training_made_since(
   assert (done.step, done.output) == (20, output)
   assert job.find(workdir, queries)[0] == ids
   assert job.open_documents(workdir).is_compacted
-  # What was superseded is there for who still reads it, until a command comes.
+  # Superseded files stay for their readers until the next command.
   assert 'corpus-1' in _names(workdir)
   assert documents.compact(workdir, progress=False) is None
   assert 'corpus-1' not in _names(workdir)

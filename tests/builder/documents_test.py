@@ -21,7 +21,7 @@ pytest_plugins = ['documents_workdir']
 
 
 class _Model:
-  """What the documents should be: records in order of their last writing."""
+  """The expected documents: records in the order of their last writing."""
 
   def __init__(self, corpus, seed):
     self.rng = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ def test_random_changes_equal_a_rebuild(
   job.train(workdir, corpus, params[1], 20)
   for i in range(3, 7):
     model.act(workdir, tmp_path / f'{i}.jsonl')
-  rebuilt = model.rebuild(_folder(tmp_path / 'anew'), corpus, params[1])
+  rebuilt = model.rebuild(_folder(tmp_path / 'rebuilt'), corpus, params[1])
   ids, scores = job.find(workdir, queries)
   expected_ids, expected_scores = job.find(rebuilt, queries)
   assert ids == expected_ids
@@ -109,7 +109,7 @@ def test_random_changes_equal_a_rebuild(
   wanted = job.open_documents(rebuilt).corpus
   made.verify()
   _assert_same_corpus(made, wanted)
-  # And things go on from there.
+  # Further changes work on this state.
   for i in range(7, 9):
     model.act(workdir, tmp_path / f'{i}.jsonl')
   rebuilt = model.rebuild(_folder(tmp_path / 'later'), corpus, params[1])
@@ -172,7 +172,7 @@ def test_what_reads_a_corpus_reads_an_overlay(tmp_path, corpus):
   )
   with pytest.raises(IndexError, match='those that were added'):
     both.passage_text(base_rows + rows)
-  # Articles go on behind those of the first corpus.
+  # Articles are numbered after those of the first corpus.
   np.testing.assert_array_equal(
       both.passages.article_rows(np.array([base_rows, base_rows + 3, 0])),
       [
@@ -249,7 +249,7 @@ def test_a_corpus_with_sentences_of_its_own_is_compacted(tmp_path, corpus):
     assert found.passage_text(row) == both.passage_text(old)
 
   def sentences(opened, removed=()):
-    """What every sentence says, by split."""
+    """Returns the wordpieces of every sentence, by split."""
     said = []
     for split, table in opened.sentences.items():
       for i in range(len(table)):
@@ -334,7 +334,7 @@ def test_scann_is_kept_and_added_rows_are_searched_exactly(
     assert not np.isin(found, removed).any()
     assert search_lib.overlap(found, wanted) > 0.95
     assert (np.diff(np.sort(found, axis=1), axis=1) > 0).all()
-    # What was added is searched exactly.
+    # Added documents are searched exactly.
     for mine, theirs in zip(found, wanted, strict=True):
       assert {r for r in theirs if r >= 3000} <= {*mine.tolist()}
   assert (wanted >= 3000).any()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import helpers
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -19,6 +20,8 @@ from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.prepare import tfds_files
 from realm_jax.prepare import writer
+
+_write, _prepare = helpers.write_records, helpers.prepare_corpus
 
 _SPLITS = ('knowledge', 'validation')
 
@@ -51,19 +54,6 @@ def _articles(count: int, seed: int = 0) -> list[dict]:
         ),
     })
   return articles
-
-
-def _write(path: pathlib.Path, items: list[dict]) -> str:
-  text = ''.join(json.dumps(item, ensure_ascii=False) + '\n' for item in items)
-  path.write_text(text, encoding='utf-8')
-  return str(path)
-
-
-def _prepare(source, output, **arguments) -> corpus_lib.Corpus:
-  arguments = {'workers': 1, 'progress': False, 'vocab_size': 400, **arguments}
-  sources = source if isinstance(source, list) else [source]
-  prepare.prepare(sources, output, **arguments)
-  return corpus_lib.Corpus.open(output)
 
 
 @pytest.fixture(scope='module', name='articles')

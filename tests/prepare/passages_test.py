@@ -1,28 +1,14 @@
 """Passages and sentences of records: long ones, unusual ones, given spans."""
 
-import json
-import pathlib
 
+import helpers
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.prepare import prepare
 
-
-def _write(path: pathlib.Path, items: list[dict]) -> str:
-  text = ''.join(json.dumps(item, ensure_ascii=False) + '\n' for item in items)
-  path.write_text(text, encoding='utf-8')
-  return str(path)
-
-
-def _prepare(source, output, **arguments) -> corpus_lib.Corpus:
-  arguments = {'workers': 1, 'progress': False, 'vocab_size': 400, **arguments}
-  sources = source if isinstance(source, list) else [source]
-  prepare.prepare(sources, output, **arguments)
-  return corpus_lib.Corpus.open(output)
+_write, _prepare = helpers.write_records, helpers.prepare_corpus
 
 
 def test_a_record_that_fits_is_one_passage_with_its_id(tmp_path):

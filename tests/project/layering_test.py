@@ -182,6 +182,15 @@ def test_no_file_is_too_long():
   assert not too_long
 
 
+def test_no_test_file_is_too_long():
+  tests = pathlib.Path(__file__).parents[1]
+  lengths = {
+      path.name: len(path.read_text(encoding='utf-8').splitlines())
+      for path in tests.rglob('*.py')
+  }
+  assert not {name: n for name, n in lengths.items() if n > 500}
+
+
 def test_every_module_says_what_it_is_for():
   silent = [
       _relative(path)

@@ -128,7 +128,7 @@ def _run(workdir, policy, steps, publish, start=0, saved=None, lag=4):
   return used, about
 
 
-# What the probe says at the steps at which `adaptive` asks; the bound is 0.8.
+# Overlaps at the steps at which `adaptive` decides; the bound is 0.8.
 _OVERLAP = {4: 0.9, 8: 0.79, 12: 0.5}
 _EXPECTED = {
     ('none', 4): [0] * 14,
