@@ -1,8 +1,13 @@
-"""The matcher of answers for labels, training and evaluation.
+"""The rules by which a prediction or a passage holds an answer.
 
-A data set says how its answers are compared: `string` is the official
-normalisation of SQuAD and open-domain QA; `regex` is for CuratedTREC, whose
-answers are regular expressions.
+A data set says how its answers are compared with a prediction: `string` is the
+official normalisation of SQuAD and open-domain QA; `regex` is for CuratedTREC,
+whose answers are regular expressions.
+
+`has_answer` has three rules for passages. `squad` (its other name is `string`)
+searches by the normalisation of SQuAD and makes the labels of training. `dpr`
+is the rule by which DPR (Karpukhin et al. 2020, section 4) counts retrieved
+passages, and the default of `evaluate`. `regex` searches a pattern.
 """
 
 import collections
@@ -18,6 +23,9 @@ import warnings
 import regex
 
 Match = Literal['string', 'regex']
+# When a passage holds an answer.
+Rule = Literal['squad', 'string', 'dpr', 'regex']
+RULES = ('squad', 'dpr', 'regex')
 
 _REGEX_SECONDS = 1.0
 _DELETE_PUNCTUATION = str.maketrans('', '', string.punctuation)
@@ -25,6 +33,20 @@ _ARTICLES = re.compile(r'\b(a|an|the)\b')
 # The official normalisation keeps the combining marks of NFD, as part of words.
 _LETTER = r'[\p{L}\p{N}\p{M}]'
 _TOKEN = regex.compile(rf'{_LETTER}+|\S')  # Words and single marks.
+# Letters of the scripts that put no blank between words. Each of them is a word
+# of its own, with its marks. Korean has blanks.
+_NO_BLANKS = ''.join(
+    rf'\p{{scx={script}}}'
+    for script in 'Han Hira Kana Bopo Thai Laoo Khmr Mymr'.split()
+)
+_ALONE = rf'[[{_NO_BLANKS}]&&\p{{L}}]'
+_WORD_PART = rf'[[\p{{L}}\p{{N}}\p{{M}}]--[[{_NO_BLANKS}]--\p{{N}}]]'
+_IS_ALONE = regex.compile(_ALONE, regex.VERSION1)
+# Other single characters are those that are neither separators nor controls.
+_DPR_TOKEN = regex.compile(
+    rf'{_ALONE}\p{{M}}*|{_WORD_PART}+|[^\p{{Z}}\p{{C}}]', regex.VERSION1
+)
+_ASCII_DPR_TOKEN = re.compile(r'[0-9A-Za-z]+|[!-/:-@\[-`{-~]')
 _PUNCTUATION = r'!-/:-@\[-`{-~'  # Ranges of ASCII punctuation.
 _SPACE = r'\s\x1c-\x1f'  # The separators of `str.split`.
 
@@ -78,31 +100,64 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def has_answer(
-    text: str, answers: Sequence[str], match: Match = 'string'
+    text: str, answers: Sequence[str], match: Rule = 'string'
 ) -> bool:
   """Returns whether a passage contains one of the answers.
 
-  `string`: a sequence of whole words of the text is an `exact_match`. White
-  space or punctuation ends a word, as in DPR: `Paris` is in `Paris's`, `US` in
-  `the U.S. Army`, but `art` is not in `Bart`. `regex`: a pattern is found
-  anywhere in the text, otherwise with the rules of `exact_match`.
+  `squad` or `string`: a sequence of whole words of the text is an
+  `exact_match`. Punctuation may stand inside a word: `US` is in `the U.S.
+  Army`, `31` is in `3-1`, but `art` is not in `Bart`.
+
+  `dpr`: the tokens of the answer follow each other in the text. After Unicode
+  NFD a token is a longest run of letters, numbers and marks, or any other
+  single character that is no separator and no control; case does not count.
+  `Paris` is in `Paris's`, but `US` is not in `the U.S. Army`, nor `31` in
+  `3-1`. An answer without tokens is in every text, as in the published code.
+
+  In both rules a letter of a script without blanks between words (Chinese,
+  Japanese, Thai, Lao, Khmer, Burmese) is a word of its own, with its marks.
+  The published code of DPR takes a whole clause for one token; whatever it
+  finds, this finds too.
+
+  `regex`: a pattern is found anywhere in the text, otherwise with the rules of
+  `exact_match`.
 
   Raises:
     ValueError: `answers` is one string, or `match` is unknown.
   """
-  _check(answers, match)
+  _check(answers, match, (*RULES, 'string'))
   if match == 'regex':
     return any(_regex_matches('search', a, text) for a in answers)
+  if match == 'dpr':
+    tokens = _dpr_tokens(text)
+    return any(_dpr_tokens(answer) in tokens for answer in answers)
   return any(_contains(text, answer) for answer in answers)
 
 
-def _check(answers: Sequence[str], match: str) -> None:
+@functools.lru_cache(maxsize=2**14)
+def _dpr_tokens(text: str) -> str:
+  """Returns the tokens of DPR's rule, with a blank before and after each."""
+  if text.isascii():
+    tokens = _ASCII_DPR_TOKEN.findall(text)
+  else:
+    tokens = _DPR_TOKEN.findall(unicodedata.normalize('NFD', text))
+  # Blanks, which are in no token, keep the lower case of each independent of
+  # its neighbours. No token gives no blank either, which is in every text.
+  return f' {" ".join(tokens)} '.lower() if tokens else ''
+
+
+def _check(
+    answers: Sequence[str],
+    match: str,
+    known: Sequence[str] = ('string', 'squad', 'regex'),
+) -> None:
   if isinstance(answers, str):
     raise ValueError(
         f'answers must be a list of strings, not the string {answers!r}.'
     )
-  if match not in ('string', 'regex'):
-    raise ValueError(f"match must be 'string' or 'regex', not {match!r}.")
+  if match not in known:
+    names = ', '.join(map(repr, known))
+    raise ValueError(f'match must be one of {names}, not {match!r}.')
 
 
 def _word_f1(words: list[str], answer: list[str]) -> float:
@@ -212,10 +267,20 @@ def _answer_pattern(answer: str) -> Any:
     # Normalisation leaves nothing of `The The` or `?`: search them verbatim.
     words = _tokens(answer)
     pattern = rf'[{_SPACE}]*'.join(map(regex.escape, words))
-  # A word must be whole.
-  before = f'(?<!{_LETTER})' if regex.match(_LETTER, words[0]) else ''
-  after = f'(?!{_LETTER})' if regex.match(_LETTER, words[-1][-1]) else ''
-  return regex.compile(f'{before}(?:{pattern}){after}')
+  return regex.compile(
+      f'{_bound(words[0][0], before=True)}(?:{pattern})'
+      f'{_bound(words[-1][-1], before=False)}',
+      regex.VERSION1,
+  )
+
+
+def _bound(character: str, before: bool) -> str:
+  """Returns a pattern for the end of a word at its first or last character."""
+  if _IS_ALONE.match(character):
+    return '' if before else r'(?!\p{M})'  # It is whole with all its marks.
+  if not regex.match(_LETTER, character):
+    return ''
+  return f'(?<!{_WORD_PART})' if before else f'(?!{_WORD_PART})'
 
 
 def _tokens(text: str) -> list[str]:

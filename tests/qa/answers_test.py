@@ -106,3 +106,100 @@ def test_gold_passages_of_a_divided_record_hold_the_answer():
   assert gold('c', 'zz') == [4]
   assert gold('x', 'zz') == []
   assert gold(None, 'zz') == []
+
+
+# Probes of DPR's rule: text, answer, whether the text holds it. The tokens are
+# runs of letters, numbers and marks, and all other single characters.
+_DPR_PROBES = [
+    ('The cup final ended 3-1.', '31', False),
+    ('The cup final ended 3-1.', '3-1', True),
+    ('The cup final ended 3 - 1.', '3-1', True),
+    ('He scored 31 goals.', '31', True),
+    ('The rock-n-roll years.', 'rock n roll', False),
+    ('The rock-n-roll years.', 'rock', True),
+    ('A rock\u2010roll', 'rock-roll', False),  # Another hyphen.
+    ("Paris's mayor", 'Paris', True),
+    ("Paris's mayor", 'Pariss', False),
+    ("O'Neill wrote it", 'O Neill', False),
+    ("O'Neill wrote it", "o'neill", True),
+    ('O\u2019Neill wrote it', "O'Neill", False),
+    ('the U.S. Army', 'US', False),
+    ('the U.S. Army', 'U.S.', True),
+    ('the U.S. Army', 'U.S', True),
+    ('Bart paints', 'art', False),
+    ('the art of war', 'The Art', True),
+    ('king of the hill', 'king of hill', False),  # Articles count.
+    ('Zoe\u0308 and Zo\u00eb', 'ZO\u00cb', True),
+    ('Zo\u00eb came', 'Zoe', False),
+    ('it costs $5 today', '5', True),
+    ('it costs $5 today', '$5', True),
+    ('it costs $5 today', '$ 5', True),
+    ('it costs \u20ac5 today', '$5', False),
+    ('about 6% of it', '6', True),
+    ('about 6 percent', '6%', False),
+    ('1,000 men', '1000', False),
+    ('1,000 men', '1,000', True),
+    ('1,000 men', '000', True),
+    ('in the 1990s', '1990', False),
+    ('Stra\u00dfe', 'Strasse', False),
+    ('STRA\u1e9eE', 'stra\u00dfe', True),
+    ('\uff21\uff22\uff23', 'ABC', False),  # Full-width letters.
+    ('\uff21\uff22\uff23', '\uff41\uff42\uff43', True),
+    ('the \ufb01rst', 'first', False),  # NFD keeps ligatures.
+    ('H\u2082O and CO2', 'CO2', True),
+    ('well... who?', '?', True),
+    ('well... who?', '...', True),
+    ('well... who?', '....', False),
+    ('well', '!', False),
+    ('C++ code', 'C++', True),
+    ('C code', 'C++', False),
+    ('snake_case', 'case', True),
+    ('soft\u00adware', 'software', False),  # A soft hyphen is a control.
+    ('soft\u00adware', 'soft ware', True),
+    ('New\u00a0York\u3000City', 'new york\n city', True),
+    ('anything', '', True),  # As published: nothing is in everything.
+    ('', '', True),
+    ('', 'x', False),
+    ('\u039f\u0394\u039f\u03a3.\u0391', '\u03bf\u03b4\u03bf\u03c2', True),
+    ('\uc11c\uc6b8\uc740 \ud070', '\uc11c\uc6b8', False),  # Korean has blanks.
+]
+
+
+@pytest.mark.parametrize('text, answer, expected', _DPR_PROBES)
+def test_the_rule_of_dpr(text, answer, expected):
+  assert answers_lib.has_answer(text, [answer], 'dpr') is expected
+  assert answers_lib.has_answer(text, [], 'dpr') is False
+
+
+@pytest.mark.parametrize(
+    'text, answer, expected',
+    [
+        ('首都は東京都である。', '東京都', True),
+        ('首都は東京都である。', '京都府', False),
+        ('昭和64年1月7日まで', '1月7日', True),
+        ('昭和64年11月7日まで', '1月7日', False),  # The number is longer.
+        ('昭和64年まで', '64', True),
+        ('ここはカフェABCです', 'abc', True),
+        ('ここはカフェABCDです', 'abc', False),
+        ('がっこう', 'か', False),  # A letter has all its marks.
+        ('データ通信', 'データ', True),
+        ('กรุงเทพมหานครเป็นเมืองหลวง', 'กรุงเทพมหานคร', True),
+        ('กี่คน', 'ก', False),
+        ('ພາສາລາວແມ່ນພາສາ', 'ພາສາລາວ', True),
+        ('ភ្នំពេញជារាជធានី', 'ភ្នំពេញ', True),
+        ('ရန်ကုန်မြို့သည်', 'ရန်ကုန်', True),
+        ('長江，全長6300公里', '6300公里', True),
+    ],
+)
+@pytest.mark.parametrize('rule', ['dpr', 'squad'])
+def test_answers_in_scripts_without_blanks(rule, text, answer, expected):
+  assert answers_lib.has_answer(text, [answer], rule) is expected
+
+
+def test_the_rule_is_named_if_it_is_unknown():
+  with pytest.raises(ValueError, match="'squad', 'dpr', 'regex'.*not 'fuzzy'"):
+    answers_lib.has_answer('x', ['x'], 'fuzzy')
+  with pytest.raises(ValueError, match="not 'dpr'"):
+    answers_lib.exact_match('x', ['x'], 'dpr')
+  assert answers_lib.has_answer('the 3-1', ['31'], 'squad')
+  assert not answers_lib.has_answer('the 3-1', ['31'], 'dpr')
