@@ -25,7 +25,7 @@ _BEAM = ['apache-beam>=2.60']
 _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
 _DEDUP = ['rensa>=0.5']
-_HF = ['datasets>=4.0']
+_HF = ['datasets>=4.0', 'pyarrow>=15.0']
 _WIKI = ['mwparserfromhell>=0.7', 'mwxml>=0.3.6']
 
 setuptools.setup(

@@ -15,12 +15,28 @@ import zlib
 # In the standard library from Python 3.14 on, as compression.zstd.
 from backports import zstd
 
-ENDINGS = ('.gz', '.xz', '.bz2', '.zst')  # Endings of compressed files.
+# Endings of compressed files, and their first bytes.
+ENDINGS = {
+    '.gz': b'\x1f\x8b',
+    '.xz': b'\xfd7zXZ\x00',
+    '.bz2': b'BZh',
+    '.zst': b'\x28\xb5\x2f\xfd',
+}
+_DAMAGED = (
+    EOFError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    zstd.ZstdError,
+)
+
+_JSON_PART = 1 << 16  # Bytes of a JSON file that are read at a time.
+_DECODER = json.JSONDecoder()
 
 
 def plain_name(path: pathlib.Path) -> str:
   """Returns a file's name without the ending that tells its compression."""
-  return path.stem if path.suffix in ENDINGS else path.name
+  return path.stem if path.suffix.lower() in ENDINGS else path.name
 
 
 def lines(path: pathlib.Path) -> Iterator[bytes]:
@@ -37,33 +53,56 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
           line = line.removeprefix(b'\xef\xbb\xbf')
         count += 1
         yield line
-  except (
-      EOFError,
-      gzip.BadGzipFile,
-      lzma.LZMAError,
-      zlib.error,
-      zstd.ZstdError,
-  ) as error:
+  except _DAMAGED as error:
     raise _damaged(path, count, error) from None
   except OSError as error:
-    if path.suffix == '.bz2' and error.errno is None:  # bz2 has no own error.
+    if error.errno is None:  # bz2 has no error of its own.
       raise _damaged(path, count, error) from None
     raise
 
 
+def head(path: pathlib.Path, size: int) -> bytes:
+  """Returns the first bytes of a file, or those before the first damage.
+
+  Raises:
+    ValueError: a compressed file is damaged from the start on.
+  """
+  data = b''
+  try:
+    with opened(path) as file:
+      while part := file.readline(size - len(data)):
+        data += part
+  except _DAMAGED as error:
+    if not data:
+      raise _damaged(path, 0, error) from None
+  except OSError as error:
+    if error.errno is not None:
+      raise
+    if not data:
+      raise _damaged(path, 0, error) from None
+  return data
+
+
 def opened(path: pathlib.Path) -> IO[bytes]:
-  """Opens a file, whose ending tells its compression, for reading."""
-  if path.suffix == '.gz':
+  """Opens a file for reading; its ending or content tells the compression."""
+  file = open(path, 'rb')  # noqa: SIM115
+  ending = path.suffix.lower()
+  if ending not in ENDINGS:
+    start = file.peek(8)
+    found = [e for e, magic in ENDINGS.items() if start.startswith(magic)]
+    if not found:
+      return file
+    ending = found[0]
+  file.close()
+  if ending == '.gz':
     return gzip.open(path, 'rb')  # type: ignore[return-value]
-  if path.suffix == '.xz':
+  if ending == '.xz':
     return lzma.open(path, 'rb')
-  if path.suffix == '.bz2':
+  if ending == '.bz2':
     return bz2.open(path, 'rb')
-  if path.suffix == '.zst':
-    # Large windows, as `zstd --long` makes them, are read, too.
-    limits = {int(zstd.DecompressionParameter.window_log_max): 31}
-    return zstd.open(path, 'rb', options=limits)  # type: ignore[return-value]
-  return open(path, 'rb')
+  # Large windows, as `zstd --long` makes them, are read, too.
+  limits = {int(zstd.DecompressionParameter.window_log_max): 31}
+  return zstd.open(path, 'rb', options=limits)  # type: ignore[return-value]
 
 
 def comma_separated(text: str | None) -> list[str]:
@@ -102,6 +141,121 @@ def json_object(line: bytes) -> dict[str, Any]:
         f'a JSON {type(value).__name__}; each line must be an object'
     )
   return value
+
+
+def json_values(
+    path: pathlib.Path,
+) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+  """Yields (FILE:LINE, object) of an array, or of objects over several lines.
+
+  A part of the file is in memory at a time. An element that is no object is a
+  ValueError.
+
+  Raises:
+    ValueError: the file is malformed, so that its rest cannot be read.
+  """
+  reader = _JsonReader(path)
+  in_array = reader.skip('[')
+  while not reader.skip(']' if in_array else ''):
+    place = reader.place
+    value = reader.value()
+    if isinstance(value, dict):
+      yield place, value
+    else:
+      yield place, ValueError(
+          f'a JSON {type(value).__name__}; each record must be an object'
+      )
+    if in_array and not reader.skip(','):
+      if not reader.skip(']'):
+        raise reader.error('neither a comma nor the end of the array')
+      break
+  if in_array and not reader.skip(''):
+    raise reader.error('text after the end of the array')
+
+
+class _JsonReader:
+  """Reads the JSON values of a file one by one."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._lines = lines(path)
+    self._text, self._at, self._line = '', 0, 1
+    self._size = _JSON_PART
+    self._ended = False
+
+  @property
+  def place(self) -> str:
+    return f'{self._path}:{self._line}'
+
+  def error(self, what: str) -> ValueError:
+    return ValueError(
+        f'{self.place}: malformed JSON: {what}. The rest of the file cannot be'
+        ' read.'
+    )
+
+  def skip(self, mark: str) -> bool:
+    """Skips blanks and, if it is next, a mark; '' is the end of the file."""
+    while True:
+      end = self._at
+      while end < len(self._text) and self._text[end].isspace():
+        end += 1
+      self._advance(end)
+      if end < len(self._text) or not self._read():
+        break
+    if not mark:
+      return self._at == len(self._text)
+    if not self._text.startswith(mark, self._at):
+      return False
+    self._advance(self._at + 1)
+    return True
+
+  def value(self) -> Any:
+    """Returns the next value."""
+    while True:
+      try:
+        value, end = _DECODER.raw_decode(self._text, self._at)
+        # A number may be cut off.
+        if end < len(self._text) or isinstance(value, dict) or self._ended:
+          self._advance(end)
+          return value
+      except RecursionError:
+        raise self.error('nested too deeply') from None
+      except json.JSONDecodeError as error:
+        if not is_cut(error, self._text) or self._ended:
+          raise self.error(error.msg) from None
+      except ValueError as error:  # A number of too many digits.
+        raise self.error(str(error)) from None
+      self._size *= 2  # A long value is not parsed again for each line.
+      self._read()
+
+  def _advance(self, end: int) -> None:
+    self._line += self._text.count('\n', self._at, end)
+    self._at = end
+
+  def _read(self) -> bool:
+    """Appends further lines; returns whether there are any."""
+    data, size = list[bytes](), 0
+    for line in self._lines:
+      data.append(line)
+      size += len(line)
+      if size >= self._size:
+        break
+    self._ended = not data
+    try:
+      text = b''.join(data).decode('utf-8')
+    except UnicodeDecodeError as error:
+      self._line += self._text.count('\n', self._at)
+      self._line += b''.join(data)[: error.start].count(b'\n')
+      raise ValueError(
+          f'{self.place}: not UTF-8 (0x{error.object[error.start]:02x}).'
+      ) from None
+    self._text, self._at = self._text[self._at :] + text, 0
+    return not self._ended
+
+
+def is_cut(error: json.JSONDecodeError, text: str) -> bool:
+  """Returns whether JSON is wrong only because the text ends too early."""
+  return error.msg.startswith('Unterminated') or error.pos >= len(text) - 16
 
 
 def decoded(data: bytes, what: str = 'the line') -> str:
