@@ -43,6 +43,17 @@ _RECORDS = Flag(
     ' (.gz, .xz too), folders or globs, comma-separated.', REQUIRED,
 )
 
+# How a question set is read.
+_QUESTION_SET = (
+    Flag('format', str, 'Format of the questions, such as dpr, squad,'
+         ' curated_trec or tsv-plain; docs/question_answering.md lists them.',
+         'auto'),
+    Flag('fields', str, 'Names of fields, or numbers of columns, such as'
+         ' question:query,id:qid,answers:4.'),
+    Flag('qrels', str, 'File of the relevance of passages, by the ids of'
+         ' questions: TREC, MS MARCO, BEIR.'),
+)
+
 # By name, in the order of the help.
 COMMANDS = {
     'prepare': Command(
@@ -205,6 +216,11 @@ COMMANDS = {
              ' passage_id}, or a question set as published (see `realm-jax'
              " questions --help`); default: the corpus' questions.jsonl if it"
              ' has one.'),
+        *_QUESTION_SET,
+        Flag('answer_match', ('squad', 'dpr', 'regex'), 'When a passage holds'
+             ' an answer; default: dpr, and regex for regular expressions.'),
+        Flag('unknown_gold', ('miss', 'skip'), 'Whether a gold passage that the'
+             ' corpus lacks counts as not retrieved, or is left out.', 'miss'),
         Flag('tagged', str, 'For a tagger: files of tagged sentences,'
              ' comma-separated; CoNLL, or JSON Lines of {tokens, tags}.'),
         Flag('corpus', str, 'Search this corpus instead of the training corpus;'
@@ -276,11 +292,11 @@ COMMANDS = {
         'Converts a published question set, and splits it as ORQA did.',
         '--source=trainmodel.json --output=webquestions --split',
         actions.questions,
-        Flag('source', str, 'A question set as it was published, or'
-             ' tfds:NAME[/CONFIG][:SPLIT].', REQUIRED),
+        Flag('source', str, 'A question set as it was published, a folder of'
+             ' BEIR, tfds:NAME[/CONFIG][:SPLIT], or ir:NAME of ir_datasets.',
+             REQUIRED),
         OUTPUT,
-        Flag('format', str, 'auto, jsonl, natural_questions, web_questions,'
-             ' trivia_qa, squad, entity_questions or curated_trec.', 'auto'),
+        *_QUESTION_SET,
         Flag('split', bool, 'Divide a published training set into train and'
              ' dev as ORQA and REALM did.', False),
     ),

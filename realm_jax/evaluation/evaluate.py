@@ -5,34 +5,37 @@ Questions measure the retriever alone ("zero-shot retrieval recall", Guu et al.
 on, measure retriever and reader together.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import logging
 import pathlib
 import time
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.evaluation import masked
 from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
 from realm_jax.index import search as search_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
+from realm_jax.qa import answers as answers_lib
 from realm_jax.qa import passage_answers
 from realm_jax.qa import question_sets
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions as questions_lib
-from realm_jax.trainer.stages import realm
 
 log = logging.getLogger(__name__)
 
 _MAX_SENTENCES = 2000  # Masked sentences, without a limit of the user.
 _SEARCH_BATCH = 1024  # Questions in one search.
+_NDCG = 10  # Passages that count in nDCG.
+_COUNTED = {'miss': 'they count as not retrieved', 'skip': 'they are left out'}
 _QUESTIONS = 'questions.jsonl'  # In the folder of a generated corpus.
 
 
@@ -49,12 +52,18 @@ def evaluate(
     read: int | None = None,
     run_file: pathlib.Path | str | None = None,
     beir: pathlib.Path | str | None = None,
+    answer_match: answers_lib.Rule | None = None,
+    unknown_gold: Literal['miss', 'skip'] = 'miss',
+    format: str = 'auto',
+    fields: str | None = None,
+    qrels: pathlib.Path | str | None = None,
 ) -> list[report.Result]:
   """Measures a workdir and writes evaluation/<step>.json for each step.
 
   Questions: recall@{1,5,20,50,100} and MRR by gold passage and by answer
   string, for all questions and, if they are marked, separately for `held_out`
-  and `seen` facts.
+  and `seen` facts; nDCG@10 by gold passage. Figures by gold passage are over
+  the questions that name one, figures by answer over those with answers.
 
   Masked `validation` sentences, for a workdir with a reader: the share of
   sentences with every masked wordpiece right, with retrieval (marginal over the
@@ -65,8 +74,9 @@ def evaluate(
 
   Args:
     workdir: of `train`.
-    questions: a file of questions, or a sequence; None: the questions in the
-      folder of the corpus, if any. Empty: only masked sentences are measured.
+    questions: a source of `question_sets.read`, or a sequence of questions;
+      None: the questions in the folder of the corpus, if any. Empty: only
+      masked sentences are measured.
     steps: 'latest' checkpoint; 'all' checkpoints and retriever snapshots (which
       have no reader); or numbers of steps, separated by commas.
     corpus: searched instead of the workdir's documents; same tokenizer.
@@ -75,6 +85,12 @@ def evaluate(
     read: passages to read for a question; None: as many as in training.
     run_file: TREC run file to write, of the last step.
     beir: BEIR folder to write, with corpus and questions.
+    answer_match: when a passage holds an answer, a rule of
+      `answers.has_answer`; None: `dpr`. Answers that are regular expressions
+      have the rule `regex` in any case.
+    unknown_gold: whether a gold passage that the corpus lacks counts as one
+      that was not retrieved, or is left out.
+    format, fields, qrels: of the questions, see `question_sets.read`.
 
   Returns:
     The results, plain JSON, by step.
@@ -96,7 +112,16 @@ def evaluate(
         f'{workdir} has no retriever for the questions: its components are'
         f' {sorted(trained.components)}.'
     )
-  questions = _questions(trained.corpus, questions)[:limit]
+  if answer_match not in (None, *answers_lib.RULES):
+    raise ValueError(
+        f'answer_match={answer_match}: must be one of'
+        f' {", ".join(answers_lib.RULES)}.'
+    )
+  if unknown_gold not in ('miss', 'skip'):
+    raise ValueError(f'unknown_gold={unknown_gold}: must be miss or skip.')
+  questions = _questions(
+      trained.corpus, questions, format=format, fields=fields, qrels=qrels
+  )[:limit]
   max_sentences = _MAX_SENTENCES if limit is None else limit
   can_ask = bool(questions) and 'embedder' in trained.components
   can_mask = (
@@ -112,11 +137,21 @@ def evaluate(
         ' reader the split `validation`.'
     )
   wanted = _steps(trained, steps, snapshots_too=can_ask)
-  asked = _Asked.of(trained, questions) if can_ask else None
-  if (run_file or beir) and asked is None:
-    raise ValueError('There are no questions to write a run of.')
-  if beir is not None and asked is not None:
-    runs.write_beir(beir, questions, asked.gold_rows, trained.corpus)
+  if run_file or beir:
+    if not can_ask:
+      raise ValueError('There are no questions to write a run of.')
+    runs.query_names(questions)  # Checked before the work.
+  elif can_ask and not any(q.answers or q.gold for q in questions):
+    raise ValueError(
+        f'None of the {len(questions)} questions has an answer or a gold'
+        ' passage to measure by. Give --qrels=FILE, or --run_file=FILE to'
+        ' write what is retrieved.'
+    )
+  asked = None
+  if can_ask:
+    asked = _Asked.of(trained, questions, answer_match, unknown_gold)
+    if beir is not None:
+      runs.write_beir(beir, questions, asked.gold, trained.corpus)
   results = []
   for step in wanted:
     result, run = _evaluate_step(
@@ -138,12 +173,13 @@ def evaluate(
 def _questions(
     corpus: corpus_lib.Corpus,
     questions: pathlib.Path | str | Sequence[questions_lib.Question] | None,
+    **options: Any,
 ) -> Sequence[questions_lib.Question]:
   if questions is None:
     path = corpus.directory / _QUESTIONS
-    return questions_lib.read_questions(path) if path.is_file() else []
+    questions = path if path.is_file() else []
   if isinstance(questions, (str, pathlib.Path)):
-    return question_sets.read(questions)
+    return question_sets.read(questions, **options) if questions else []
   return questions
 
 
@@ -151,13 +187,19 @@ def _questions(
 class _Asked:
   """The questions in the form that all steps use.
 
-  gold_rows: of each question; empty if the gold passage is unknown.
+  gold: gold passages of each question.
+  has_gold_B: whether the question counts in the figures by gold passage.
+  rules: when a passage holds an answer of each question.
+  unknown_gold: the gold passages that the corpus lacks, for the report.
   cluster_B: see `metrics.interval`.
   text_of: returns the body of a passage row, cached.
   """
 
   table: question_table_lib.QuestionTable
-  gold_rows: list[list[int]]
+  gold: passage_answers.Gold
+  has_gold_B: np.ndarray
+  rules: list[answers_lib.Rule]
+  unknown_gold: dict[str, Any] | None
   cluster_B: np.ndarray
   text_of: Callable[[int], str]
 
@@ -166,25 +208,40 @@ class _Asked:
       cls,
       trained: trained_lib.Trained,
       questions: Sequence[questions_lib.Question],
+      answer_match: answers_lib.Rule | None,
+      unknown_gold: str,
   ) -> '_Asked':
     table = question_table_lib.QuestionTable.of(
         list(questions), trained.config.lengths.query, trained.corpus.tokenizer
     )
-    gold_rows = [
-        rows.tolist()
-        for rows in passage_answers.gold_rows(trained.corpus, questions)
+    gold = passage_answers.find_gold(trained.corpus, questions)
+    gold.warn(trained.corpus, f'{_COUNTED[unknown_gold].capitalize()}.')
+    has_gold = [
+        len(rows) > 0 or (bool(unknown) and unknown_gold == 'miss')
+        for rows, unknown in zip(gold.rows, gold.unknown, strict=True)
+    ]
+    rules: list[answers_lib.Rule] = [
+        'regex' if question.match == 'regex' else answer_match or 'dpr'
+        for question in questions
     ]
     # Questions can share the id of a gold passage that the corpus lacks.
     cluster_B = metrics_lib.clusters(
         int(trained.corpus.passages.articles[rows[0]])
-        if rows
+        if len(rows)
         else question.passage_id
-        for question, rows in zip(questions, gold_rows, strict=True)
+        for question, rows in zip(questions, gold.rows, strict=True)
     )
     text_of = functools.cache(
         lambda row: trained.corpus.passage_text(row)['text']
     )
-    return cls(table, gold_rows, cluster_B, text_of)
+    about = gold.about_unknown()
+    if about is not None:
+      about['counted'] = _COUNTED[unknown_gold]
+    if unknown_gold == 'skip':
+      gold = dataclasses.replace(gold, unknown=[{} for _ in gold.unknown])
+    return cls(
+        table, gold, np.array(has_gold), rules, about, cluster_B, text_of
+    )
 
 
 def _steps(
@@ -238,9 +295,18 @@ def _evaluate_step(
       )
       run = dataclasses.replace(run, figures=figures, answers=answers)
     result['questions'] = _question_metrics(trained, run, asked)
+    counts = collections.Counter(
+        rule
+        for rule, question in zip(asked.rules, run.questions, strict=True)
+        if question.answers
+    )
+    if counts:
+      result['answer_match'] = dict(counts)
+    if asked.unknown_gold is not None:
+      result['unknown_gold'] = asked.unknown_gold
   if max_sentences and 'reader' in params:
     search = None if index is None else index.search
-    result['masked'] = _masked_metrics(trained, params, search, max_sentences)
+    result['masked'] = masked.measure(trained, params, search, max_sentences)
   result['seconds'] = round(time.perf_counter() - start, 3)
   return result, run
 
@@ -269,14 +335,15 @@ def _retrieve(
       questions,
       doc_ids_BK,
       np.concatenate(scores),
-      metrics_lib.gold_ranks(doc_ids_BK, asked.gold_rows),
+      metrics_lib.gold_ranks(doc_ids_BK, asked.gold.rows),
       metrics_lib.answer_ranks(
           doc_ids_BK,
           [question.answers for question in questions],
-          [question.match for question in questions],
+          asked.rules,
           asked.text_of,
       ),
       asked.cluster_B,
+      rules=asked.rules,
   )
 
 
@@ -284,7 +351,14 @@ def _question_metrics(
     trained: trained_lib.Trained, run: runs.Run, asked: _Asked
 ) -> dict[str, Any]:
   num_live, depth = trained.corpus.num_live, run.doc_ids_BK.shape[1]
-  has_gold = np.array([bool(rows) for rows in asked.gold_rows])
+  has_gold = asked.has_gold_B
+  has_answers = np.array([bool(q.answers) for q in run.questions])
+  ndcg_B = metrics_lib.ndcg(
+      run.doc_ids_BK,
+      asked.gold.rows,
+      asked.gold.grades,
+      [one.values() for one in asked.gold.unknown],
+  )
   held_out = np.array([
       -1 if question.held_out is None else int(question.held_out)
       for question in run.questions
@@ -299,15 +373,20 @@ def _question_metrics(
         'questions': int(members.sum()),
         'clusters': len(np.unique(asked.cluster_B[members])),
         'with_gold_passage': int((members & has_gold).sum()),
-        'answer': metrics_lib.ranking(
-            run.answer_rank_B[members], depth, num_live
-        ),
+        'with_answers': int((members & has_answers).sum()),
     }
-    if (members & has_gold).any():
-      metrics[name]['gold'] = metrics_lib.ranking(
-          run.gold_rank_B[members & has_gold], depth, num_live
+    with_gold, members = members & has_gold, members & has_answers
+    if members.any():
+      metrics[name]['answer'] = metrics_lib.ranking(
+          run.answer_rank_B[members], depth, num_live
       )
-    if run.figures:
+    if with_gold.any():
+      metrics[name]['gold'] = metrics_lib.ranking(
+          run.gold_rank_B[with_gold], depth, num_live
+      )
+      if depth >= min(_NDCG, num_live):
+        metrics[name]['gold']['ndcg_at_10'] = float(ndcg_B[with_gold].mean())
+    if run.figures and members.any():
       found, wrong = run.answer_rank_B > 0, run.figures['exact_match'] == 0
       could_read = run.figures['reader_oracle'] == 1
       figures = {
@@ -321,113 +400,3 @@ def _question_metrics(
           asked.cluster_B[members],
       )
   return metrics
-
-
-def _masked_metrics(
-    trained: trained_lib.Trained,
-    params: trained_lib.Params,
-    search: search_lib.Search | None,
-    max_sentences: int,
-) -> dict[str, Any]:
-  """Measures the filling of masked `validation` sentences.
-
-  Without a search, as after reader warm-up, the null document is the only
-  candidate. Trivial candidates are excluded even if training allowed them, so
-  that the rows of an ablation are comparable.
-  """
-  trivial = trained.config.trivial
-  size = trained.config.num_candidates if search is not None else 1
-  config = dataclasses.replace(
-      trained.config,
-      objective='realm',
-      masking='salient',
-      trivial='passage' if trivial == 'none' else trivial,
-      batch_size=trained.reading_batch_size(
-          size, trained.config.lengths.masks
-      ),
-  )
-  totals: dict[str, list[np.ndarray]] = {}
-  rows = []
-  for batch in realm.evaluation_batches(
-      trained.corpus, config, 'validation', max_sentences
-  ):
-    rows.append(batch.row_B)
-    for name, values in _read_batch(
-        trained, params, search, size, config.batch_size, batch.inputs
-    ).items():
-      totals.setdefault(name, []).append(values)
-  cluster_B = sentence_clusters(trained.corpus, np.concatenate(rows))
-  metrics: dict[str, Any] = {
-      'sentences': len(cluster_B),
-      'clusters': len(np.unique(cluster_B)),
-      'num_candidates': size,
-  }
-  if search is not None:
-    metrics |= {'trivial': config.trivial, 'trivial_in_training': trivial}
-  for name, parts in totals.items():
-    values_B = np.concatenate(parts)
-    metrics[name] = float(values_B.mean())
-    if name.startswith('accuracy'):
-      metrics |= metrics_lib.named_interval(name, values_B, cluster_B)
-  return metrics
-
-
-def sentence_clusters(
-    corpus: corpus_lib.Corpus, sentence_B: np.ndarray
-) -> np.ndarray:
-  """Returns the clusters of `validation` sentences for intervals.
-
-  Args:
-    corpus: with the split `validation`.
-    sentence_B: rows of the sentences.
-
-  Returns:
-    int64 [B]: the sentence's article; for a sentence from no passage, a unique
-    negative number.
-  """
-  passage_B = corpus.sentences['validation'].passages[sentence_B]
-  article_B = corpus.passages.articles[np.maximum(passage_B, 0)]
-  return np.where(passage_B >= 0, article_B, -1 - sentence_B)
-
-
-def _read_batch(
-    trained: trained_lib.Trained,
-    params: trained_lib.Params,
-    search: search_lib.Search | None,
-    num_candidates: int,
-    batch_size: int,
-    queries: realm.Queries,
-) -> dict[str, np.ndarray]:
-  """Returns each metric for each sentence of the batch."""
-  count = len(queries.mask_BM)
-  queries = jax.tree.map(
-      lambda x: trained_lib.pad_rows(x, batch_size), queries
-  )
-  retrieved_BJ = np.zeros((batch_size, 0), np.int64)
-  if search is not None:
-    retrieved_BJ = search.search(
-        trained.embed_queries(params, queries.query_ids_BQ),
-        num_candidates - 1,
-        queries.exclude_BR2,
-    )
-  batch = realm.with_candidates(
-      queries, retrieved_BJ, trained.corpus, trained.config.lengths
-  )
-  read = trained.read(params, batch)
-  mask_BM, targets_BM = queries.mask_BM, queries.targets_BM
-
-  def right(best_BM: np.ndarray) -> np.ndarray:
-    return ((best_BM == targets_BM) | ~mask_BM).all(axis=1).astype(float)
-
-  metrics = {'accuracy_without_retrieval': right(read['best_BKM'][:, 0])}
-  if search is not None:
-    p_BK = np.exp(read['logp_BK'])
-    logp_BK = np.where(mask_BM[:, None], read['target_logp_BKM'], 0).sum(-1)
-    utility_BJ = logp_BK[:, 1:] - logp_BK[:, :1]
-    real_B = np.maximum(p_BK[:, 1:].sum(1), 1e-9)
-    metrics |= {
-        'accuracy_with_retrieval': right(read['marginal_best_BM']),
-        'retrieval_utility': (p_BK[:, 1:] * utility_BJ).sum(1) / real_B,
-        'null_share': p_BK[:, 0],
-    }
-  return {name: values[:count] for name, values in metrics.items()}

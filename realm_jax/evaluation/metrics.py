@@ -25,7 +25,7 @@ _CHUNK = 2**22  # Figures drawn in one array.
 
 
 def gold_ranks(
-    doc_ids_BK: np.ndarray, gold_rows: Sequence[Sequence[int]]
+    doc_ids_BK: np.ndarray, gold_rows: Sequence[Sequence[int] | np.ndarray]
 ) -> np.ndarray:
   """Ranks of the first gold passage.
 
@@ -51,7 +51,7 @@ def gold_ranks(
 def answer_ranks(
     doc_ids_BK: np.ndarray,
     answers: Sequence[Sequence[str]],
-    matches: Sequence[answers_lib.Match],
+    matches: Sequence[answers_lib.Rule],
     text_of: Callable[[int], str],
 ) -> np.ndarray:
   """Ranks of the first passage that contains an answer.
@@ -59,7 +59,7 @@ def answer_ranks(
   Args:
     doc_ids_BK: passage rows, best first.
     answers: the accepted answers of each query.
-    matches: how the answers of each query are compared.
+    matches: the rule of `answers.has_answer` for each query.
     text_of: returns the text of a passage row, without the title, as in DPR.
 
   Returns:
@@ -78,6 +78,42 @@ def answer_ranks(
         ranks[i] = rank
         break
   return ranks
+
+
+def ndcg(
+    doc_ids_BK: np.ndarray,
+    gold_rows: Sequence[np.ndarray],
+    grades: Sequence[np.ndarray],
+    unknown: Sequence[Iterable[int]] | None = None,
+    cutoff: int = 10,
+) -> np.ndarray:
+  """Normalised discounted cumulative gain, as trec_eval's ndcg_cut.
+
+  Args:
+    doc_ids_BK: passage rows, best first.
+    gold_rows: for each query, the rows of its gold passages, in order.
+    grades: how relevant they are; the gain of a passage is its grade.
+    unknown: grades of gold passages that cannot be retrieved.
+    cutoff: number of passages that count.
+
+  Returns:
+    float64 [B], 0 without a gold passage.
+  """
+  discount_K = 1 / np.log2(np.arange(cutoff) + 2)
+  figures = np.zeros(len(doc_ids_BK))
+  for i, (doc_ids, rows, grade) in enumerate(
+      zip(doc_ids_BK[:, :cutoff], gold_rows, grades, strict=True)
+  ):
+    missing = [] if unknown is None else [*unknown[i]]
+    ideal = np.sort(np.concatenate([grade, missing]))[::-1][:cutoff]
+    if not len(ideal):
+      continue
+    gain_of = dict(zip(rows.tolist(), grade.tolist(), strict=True))
+    gains = np.array([gain_of.get(row, 0) for row in doc_ids.tolist()])
+    figures[i] = (gains @ discount_K[: len(gains)]) / (
+        ideal @ discount_K[: len(ideal)]
+    )
+  return figures
 
 
 def ranking(

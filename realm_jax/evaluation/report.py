@@ -28,6 +28,7 @@ _QUESTION_COLUMNS = (
     ('recall@50', ('gold', 'recall_at_50')),
     ('recall@100', ('gold', 'recall_at_100')),
     ('MRR', ('gold', 'mrr')),
+    ('nDCG@10', ('gold', 'ndcg_at_10')),
     ('answer@1', ('answer', 'recall_at_1')),
     ('answer@5', ('answer', 'recall_at_5')),
     ('answer@20', ('answer', 'recall_at_20')),
@@ -140,6 +141,8 @@ def table(results: list[Result]) -> str:
       ),
   }
   lines = [line for part in parts.items() if part[1] for line in part]
+  for result in results:
+    lines += _notes(result)
   for result in masked:
     trained = result['masked'].get('trivial_in_training')
     if trained != result['masked'].get('trivial'):
@@ -148,6 +151,26 @@ def table(results: list[Result]) -> str:
           f'{result["masked"]["trivial"]}, trained with {trained}.'
       )
   return '\n'.join(lines) + '\n' if lines else ''
+
+
+def _notes(result: Result) -> list[str]:
+  """Returns what the figures of questions depend on."""
+  notes = []
+  if rules := result.get('answer_match'):
+    names = ', '.join(f'`{rule}` ({n} questions)' for rule, n in rules.items())
+    notes.append(
+        f'\nStep {result["step"]}: a passage holds an answer by the rule'
+        f' {names}; docs/question_answering.md describes the rules.'
+    )
+  if unknown := result.get('unknown_gold'):
+    names = ', '.join(map(repr, unknown['first']))
+    more = ', ...' if unknown['ids'] > len(unknown['first']) else ''
+    notes.append(
+        f'\nStep {result["step"]}: {unknown["ids"]} gold passages of'
+        f' {unknown["questions"]} questions are not in the corpus ({names}'
+        f'{more}); {unknown["counted"]}.'
+    )
+  return notes
 
 
 def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import csv
 import dataclasses
 import json
+import logging
 import pathlib
+import re
 from typing import IO, Any
+import unicodedata
+import urllib.parse
 
 import numpy as np
 
@@ -16,11 +20,16 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import metrics
 from realm_jax.evaluation import report
 from realm_jax.inference import answering
+from realm_jax.qa import answers as answers_lib
+from realm_jax.qa import passage_answers
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import files
 from realm_jax.runtime import lines
 
+log = logging.getLogger(__name__)
+
 Path = pathlib.Path | str
+_ESCAPE = re.compile('%[0-9A-Fa-f]{2}')
 # Figures of a question that `compare` tests.
 _FIGURES = ('reciprocal_rank', 'recall_at_1', 'recall_at_5', 'recall_at_20')
 
@@ -31,6 +40,8 @@ class Run:
 
   doc_ids_BK, score_BK: passage rows and inner products.
   gold_rank_B, answer_rank_B: from 1; 0: not retrieved, or unknown.
+  rules: when a passage holds an answer, see `answers.has_answer`; empty: not
+    known.
   cluster_B: see `metrics.interval`; None: each question is one.
   figures, answers: see `metrics.answer_figures`; empty without a reader.
   """
@@ -43,9 +54,47 @@ class Run:
   cluster_B: np.ndarray | None = None
   figures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   answers: Sequence[answering.Answer] = ()
+  rules: Sequence[answers_lib.Rule] = ()
 
   def __len__(self) -> int:
     return len(self.questions)
+
+
+def query_names(questions: Sequence[questions_lib.Question]) -> list[str]:
+  """Returns the names of questions in runs: ids, or their numbers from 1.
+
+  Raises:
+    ValueError: two questions have the same name.
+  """
+  names = [
+      str(number) if question.id is None else question.id
+      for number, question in enumerate(questions, 1)
+  ]
+  first: dict[str, int] = {}
+  for number, name in enumerate(names, 1):
+    if first.setdefault(name, number) != number:
+      raise ValueError(
+          f'Questions {first[name]} and {number} both have the id {name!r} (a'
+          ' question without an id has its number): a run file and a BEIR'
+          ' folder need distinct ids.'
+      )
+  return names
+
+
+def escaped(name: str) -> str:
+  """Returns an id as one word of a run file.
+
+  White space, control characters, and a `%` that would read as an escape become
+  `%XX`, as in URLs, so that `urllib.parse.unquote` gives the id again.
+  """
+  return ''.join(
+      urllib.parse.quote(character, safe='')
+      if character.isspace()
+      or unicodedata.category(character)[0] == 'C'
+      or (character == '%' and _ESCAPE.match(name, at))
+      else character
+      for at, character in enumerate(name)
+  )
 
 
 def write_trec(
@@ -53,30 +102,39 @@ def write_trec(
 ) -> None:
   """Writes `query Q0 passage rank score name` lines.
 
-  Queries are named by their number in the question file, from 1. The ranks
-  order passages of equal scores.
+  Queries and passages are named by their ids, as one word (`escaped`); queries
+  without ids by their numbers from 1. The ranks order passages of equal scores.
   """
   names = _passage_names(corpus, run.doc_ids_BK)
   with files.atomic_file(path) as file:
-    for number, (rows, scores) in enumerate(
-        zip(run.doc_ids_BK.tolist(), run.score_BK.tolist(), strict=True), 1
+    for query, rows, scores in zip(
+        query_names(run.questions),
+        run.doc_ids_BK.tolist(),
+        run.score_BK.tolist(),
+        strict=True,
     ):
       for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
-        file.write(f'{number} Q0 {names[row]} {rank} {score:.6f} {name}\n')
+        file.write(
+            f'{escaped(query)} Q0 {escaped(names[row])} {rank} {score:.6f}'
+            f' {name}\n'
+        )
 
 
 def write_beir(
     folder: Path,
     questions: Sequence[questions_lib.Question],
-    gold_rows: Sequence[Sequence[int]],
+    gold: passage_answers.Gold,
     corpus: corpus_lib.Corpus,
 ) -> None:
   """Writes corpus.jsonl, queries.jsonl and qrels/test.tsv.
 
+  Ids are those of the corpus and of the questions. The answers of a question
+  are in its `metadata`. Gold passages that the corpus lacks are in the qrels.
+
   Args:
     folder: output.
     questions: only those with a gold passage have lines in qrels.
-    gold_rows: the rows of each question's gold passages.
+    gold: their gold passages.
     corpus: its removed passages are left out.
   """
   folder = pathlib.Path(folder)
@@ -85,18 +143,27 @@ def write_beir(
     for row in np.setdiff1d(every, corpus.removed).tolist():
       passage = corpus.passage_text(row)
       _line(
-          file, _id=_word(passage['id']), title=passage['title'],
-          text=passage['text'],
+          file, _id=passage['id'], title=passage['title'], text=passage['text']
       )
+  names = query_names(questions)
   with files.atomic_file(folder / 'queries.jsonl') as file:
-    for number, question in enumerate(questions, 1):
-      _line(file, _id=str(number), text=question.question)
+    for name, question in zip(names, questions, strict=True):
+      metadata: dict[str, Any] = {}
+      if question.answers:
+        metadata = {
+            'answers': list(question.answers), 'match': question.match
+        }
+      _line(file, _id=name, text=question.question, metadata=metadata)
   with files.atomic_file(folder / 'qrels' / 'test.tsv') as file:
     table = csv.writer(file, delimiter='\t', lineterminator='\n')
     table.writerow(('query-id', 'corpus-id', 'score'))
-    for number, rows in enumerate(gold_rows, 1):
-      for row in rows:
-        table.writerow((number, _word(corpus.passage_text(row)['id']), 1))
+    for name, rows, grades, unknown in zip(
+        names, gold.rows, gold.grades, gold.unknown, strict=True
+    ):
+      for row, grade in zip(rows.tolist(), grades.tolist(), strict=True):
+        table.writerow((name, corpus.passage_text(row)['id'], grade))
+      for passage_id, grade in unknown.items():
+        table.writerow((name, passage_id, grade))
 
 
 def write_questions(
@@ -110,9 +177,11 @@ def write_questions(
       scores = run.score_BK[i, :depth].tolist()
       _line(
           file,
+          id=question.id,
           question=question.question,
           answers=list(question.answers),
           match=question.match,
+          **({'answer_match': run.rules[i]} if run.rules else {}),
           passage_id=question.passage_id,
           gold_rank=int(run.gold_rank_B[i]),
           answer_rank=int(run.answer_rank_B[i]),
@@ -157,8 +226,9 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
     theirs: the run to compare with.
 
   Returns:
-    For each figure, by answer, the result of `metrics.paired_test`, and the
-    two means as `ours` and `theirs`.
+    For each figure the result of `metrics.paired_test`, and the two means as
+    `ours` and `theirs`. Figures are by answer, over the questions with
+    answers; without any, they are by gold passage, and called `gold_NAME`.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -177,21 +247,43 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
           f' {other["question"]!r} in {theirs}: only runs over the same'
           ' questions, in the same order, can be compared.'
       )
+  rules = [{r.get('answer_match') for r in records} for records in (a, b)]
+  if rules[0] != rules[1]:
+    log.warning(
+        'Passages hold an answer by the rule %s in %s, and by %s in %s: the'
+        ' difference may be one of the rules. Evaluate both with the same'
+        ' --answer_match.',
+        *(
+            word
+            for path, found in zip((ours, theirs), rules, strict=True)
+            for word in ('/'.join(sorted(map(str, found))), path)
+        ),
+    )
+  # Figures are by answer; by gold passage, where no question has answers.
+  kept = [i for i, record in enumerate(a) if record.get('answers', True)]
+  by = 'answer_rank' if kept else 'gold_rank'
+  if kept:
+    a, b = [a[i] for i in kept], [b[i] for i in kept]
   cluster_B = metrics.clusters(
-      record.get('cluster', record.get('passage_id')) for record in a
+      record.get('cluster', _hashable(record.get('passage_id')))
+      for record in a
   )
   figures = {}
   names: Sequence[str] = _FIGURES
-  if all('exact_match' in record for record in (*a, *b)):
+  if all('exact_match' in record for record in (*a, *b)) and kept:
     names = ('exact_match', *names)
   for name in names:
-    ours_B, theirs_B = _figure(name, a), _figure(name, b)
-    figures[name] = {
+    ours_B, theirs_B = _figure(name, a, by), _figure(name, b, by)
+    figures[name if kept else f'gold_{name}'] = {
         'ours': float(ours_B.mean()),
         'theirs': float(theirs_B.mean()),
         **metrics.paired_test(ours_B, theirs_B, cluster_B),
     }
   return figures
+
+
+def _hashable(passage_id: Any) -> Any:
+  return tuple(passage_id) if isinstance(passage_id, list) else passage_id
 
 
 def as_text(figures: dict[str, dict[str, float]]) -> str:
@@ -226,16 +318,16 @@ def _read(run: Run, i: int) -> dict[str, Any]:
       'probability': round(answer.probability, 6),
       'from': None
       if answer.best is None
-      else _word(answer.passages[answer.best].id),
+      else answer.passages[answer.best].id,
       'exact_match': int(run.figures['exact_match'][i]),
       'reader_oracle': int(run.figures['reader_oracle'][i]),
   }
 
 
-def _figure(name: str, records: list[dict[str, Any]]) -> np.ndarray:
+def _figure(name: str, records: list[dict[str, Any]], by: str) -> np.ndarray:
   if name == 'exact_match':
     return np.array([record[name] for record in records], float)
-  ranks = np.array([record['answer_rank'] for record in records])
+  ranks = np.array([record[by] for record in records])
   if name == 'reciprocal_rank':
     return np.where(ranks > 0, 1 / np.maximum(ranks, 1), 0.0)
   cutoff = int(name.rpartition('_')[2])
@@ -246,14 +338,9 @@ def _passage_names(
     corpus: corpus_lib.Corpus, doc_ids_BK: np.ndarray
 ) -> dict[int, str]:
   return {
-      row: _word(corpus.passage_text(row)['id'])
+      row: corpus.passage_text(row)['id']
       for row in np.unique(doc_ids_BK).tolist()
   }
-
-
-def _word(name: str) -> str:
-  """Replaces blanks, which separate the columns of a run file."""
-  return '_'.join(name.split())
 
 
 def _line(file: IO[str], **values: Any) -> None:

@@ -1,7 +1,10 @@
 """Which passages of a corpus contain an answer: labels of open-domain QA."""
 
 from collections.abc import Sequence
+import dataclasses
 import functools
+import logging
+from typing import Any
 
 import numpy as np
 
@@ -9,50 +12,99 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.qa import answers
 from realm_jax.qa import questions as questions_lib
 
+log = logging.getLogger(__name__)
+
 # Bounds of the caches: passages (about 1 kB each), and results.
 _MAX_TEXTS = 2_000_000
 _MAX_RESULTS = 200_000_000
 _GOLD_TEXTS = 2**14  # Questions about one record are usually adjacent.
 
 
-def gold_rows(
+_NAMED = 5  # Unknown ids in a message.
+
+
+@dataclasses.dataclass(frozen=True)
+class Gold:
+  """The gold passages of questions in a corpus.
+
+  rows: for each question int64 rows in order; empty without a gold passage, or
+    if the corpus has none of them.
+  grades: how relevant each of the rows is.
+  unknown: for each question the ids that the corpus lacks, with their grades.
+  """
+
+  rows: list[np.ndarray]
+  grades: list[np.ndarray]
+  unknown: list[dict[str, int]]
+
+  def about_unknown(self) -> dict[str, Any] | None:
+    """Returns how many ids are unknown, with examples; None if none is."""
+    ids = list(dict.fromkeys(name for one in self.unknown for name in one))
+    if not ids:
+      return None
+    return {
+        'ids': len(ids),
+        'questions': sum(map(bool, self.unknown)),
+        'first': ids[:_NAMED],
+    }
+
+  def warn(self, corpus: corpus_lib.Corpus, what: str) -> None:
+    """Logs which ids are unknown, and what becomes of them."""
+    found = self.about_unknown()
+    if found is not None:
+      log.warning(
+          '%d gold passages of %d of the %d questions are not in the corpus %s:'
+          ' %s%s. %s',
+          found['ids'], found['questions'], len(self.rows), corpus.directory,
+          ', '.join(map(repr, found['first'])),
+          ', ...' if found['ids'] > _NAMED else '',
+          what,
+      )
+
+
+def find_gold(
     corpus: corpus_lib.Corpus, questions: Sequence[questions_lib.Question]
-) -> list[np.ndarray]:
-  """Returns the rows of each question's gold passages.
+) -> Gold:
+  """Finds the gold passages of questions.
 
   Training (`ict.questions`) and evaluation both use this function. If `prepare`
-  split the gold record into several passages, the gold passages are those that
-  contain an answer, by `answers.has_answer`. If none does, all are gold: the
-  answer may cross a boundary, or occur only in the title.
+  split a gold record into several passages, the gold passages are those that
+  contain an answer, by the rule `squad` of `answers.has_answer`. If none does,
+  all are gold: the answer may cross a boundary, or occur only in the title.
 
   Args:
     corpus: the passages.
-    questions: `passage_id` is the id of a passage or of a split record.
-
-  Returns:
-    For each question int64 rows in order; empty without a `passage_id`, or if
-    it is not in the corpus.
+    questions: `passage_id` has ids of passages or of split records.
   """
-  known = sorted({q.passage_id for q in questions if q.passage_id is not None})
+  known = sorted({name for question in questions for name in question.gold})
   records = dict(zip(known, corpus.record_rows(known), strict=True))
 
   @functools.lru_cache(maxsize=_GOLD_TEXTS)
   def text_of(row: int) -> str:
     return corpus.passage_text(row)['text']
 
-  found = []
+  found = Gold([], [], [])
   for question in questions:
-    rows = np.zeros(0, np.int64)
-    if question.passage_id is not None:
-      rows = records[question.passage_id]
-    if len(rows) > 1:
-      holding = [
-          row
-          for row in rows.tolist()
-          if answers.has_answer(text_of(row), question.answers, question.match)
-      ]
-      rows = np.array(holding or rows, np.int64)
-    found.append(rows)
+    grades: dict[int, int] = {}
+    unknown = {}
+    for name, grade in question.gold.items():
+      rows = records[name].tolist()
+      if len(rows) > 1:
+        holding = [
+            row
+            for row in rows
+            if answers.has_answer(
+                text_of(row), question.answers, question.match
+            )
+        ]
+        rows = holding or rows
+      for row in rows:
+        grades[row] = max(grade, grades.get(row, 0))
+      if not rows:
+        unknown[name] = grade
+    found.rows.append(np.array(sorted(grades), np.int64))
+    found.grades.append(np.array([grades[row] for row in sorted(grades)], int))
+    found.unknown.append(unknown)
   return found
 
 

@@ -1,61 +1,93 @@
 """Question sets in the formats in which they were published.
 
 Every set becomes a list of `questions.Question`; `match`, how a prediction is
-compared with an answer, is a property of the set. The format is detected from
-the content, so `--questions=` takes any of these files, or
-`tfds:NAME[/CONFIG][:SPLIT]`.
+compared with an answer, is a property of the set. Files are recognised by their
+content: JSON Lines, JSON, CSV, TSV and Parquet by `tables`, the fields of their
+records and columns without names by `question_formats`. A line of the log says
+what was recognised. What is ambiguous is an error.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import html.parser
+import itertools
 import json
+import logging
 import os
 import pathlib
-import re
 from typing import Any
 
 import farmhash
 
+from realm_jax.qa import qrels as qrels_lib
+from realm_jax.qa import question_formats as formats
 from realm_jax.qa import questions as questions_lib
+from realm_jax.runtime import fields as fields_lib
 from realm_jax.runtime import files
-from realm_jax.runtime import lines as lines_lib
+from realm_jax.runtime import tables
 
-# Longer answers of Natural Questions are dropped (Lee et al. 2019, section 6).
-MAX_ANSWER_TOKENS = 5
+log = logging.getLogger(__name__)
+
 # In ORQA's re-splits (Lee et al. 2019, section 6.1), a tenth of the published
 # training set is `dev`.
 _BUCKETS, _DEV_EVERY = 100_000, 10
 
+# Fields that hold the records of a document.
+_LISTS = ('data', 'questions')
+
 Path = str | os.PathLike[str]
 Record = dict[str, Any]
+Rows = Iterable[tuple[str, Record]]
 
-
-def read(source: Path, format: str = 'auto') -> list[questions_lib.Question]:
+def read(
+    source: Path,
+    format: str = 'auto',
+    *,
+    fields: str | Mapping[str, str] | None = None,
+    qrels: Path | None = None,
+) -> list[questions_lib.Question]:
   """Reads a question set.
 
   Args:
-    source: a file, plain or compressed, or `tfds:NAME[/CONFIG][:SPLIT]`.
-    format: one of `FORMATS`, or `auto`: detected from the first record.
+    source: a file, plain or compressed; a folder of BEIR;
+      `tfds:NAME[/CONFIG][:SPLIT]`; or `ir:NAME` of ir_datasets.
+    format: a key of `question_formats.FORMATS` or `tables.FORMATS`; `auto`:
+      recognised.
+    fields: names in the source, such as 'question:query,id:qid'.
+    qrels: file of the relevance of passages; see `qrels.read`.
 
   Raises:
     FileNotFoundError: the file does not exist.
-    ValueError: the format is unknown or a record is wrong; the message names
-      the file, the line or record, and the expected content.
+    ValueError: the format is unknown or ambiguous, or a record is wrong; the
+      message names the file, the line or record, and the expected content.
   """
   name = os.fspath(source)
-  if format not in ('auto', *FORMATS):
-    raise ValueError(
-        f'format {format!r}: must be auto or one of {", ".join(FORMATS)}.'
-    )
-  if name.startswith('tfds:'):
-    return _checked(_from_tfds(name), name, 'TFDS')
+  given = fields_lib.parse(fields, formats.NAMES)
+  if format not in ('auto', *formats.FORMATS, *tables.FORMATS):
+    known = ', '.join([*formats.FORMATS, *tables.FORMATS])
+    raise ValueError(f'format {format!r}: must be auto or one of {known}.')
   path = pathlib.Path(name)
-  if format == 'auto':
-    format = _detect(path)
-  if format == 'jsonl':
-    return questions_lib.read_questions(path)
-  return _checked(_READERS[format](path), name, format)
+  judged: qrels_lib.Qrels | None = None
+  about: object
+  rows: Rows
+  if name.startswith('tfds:'):
+    about, rows = 'TFDS', _from_tfds(name)
+  elif name.startswith('ir:'):
+    about, rows, judged = _from_ir(name, qrels is None)
+  elif path.is_dir():
+    path, found = qrels_lib.beir(path)
+    qrels = qrels or found
+    about, rows = _open(path, format, given)
+  elif path.is_file():
+    about, rows = _open(path, format, given)
+  else:
+    raise FileNotFoundError(f'no question file or folder at {name}')
+  questions, judging = _checked(rows, name, about), ''
+  if qrels is not None:
+    judged = qrels_lib.read(qrels)
+  if judged is not None:
+    questions, judging = qrels_lib.join(questions, judged, name)
+  _log(name, f'{about}{judging}', questions)
+  return questions
 
 
 def resplit(
@@ -81,6 +113,8 @@ def convert(
     *,
     format: str = 'auto',
     split: bool = False,
+    fields: str | Mapping[str, str] | None = None,
+    qrels: Path | None = None,
 ) -> dict[str, int]:
   """Writes a question set in JSON Lines, which every command reads.
 
@@ -89,11 +123,13 @@ def convert(
     output: folder for questions.jsonl, or for train.jsonl and dev.jsonl.
     format: as in `read`.
     split: whether to apply `resplit`.
+    fields: as in `read`.
+    qrels: as in `read`.
 
   Returns:
     The number of questions of each file.
   """
-  questions = read(source, format)
+  questions = read(source, format, fields=fields, qrels=qrels)
   parts = {'questions': questions}
   if split:
     parts = dict(zip(('train', 'dev'), resplit(questions), strict=True))
@@ -103,239 +139,300 @@ def convert(
         values = {
             field: value
             for field, value in dataclasses.asdict(question).items()
-            if value is not None
+            if value is not None and value != ()
         }
         file.write(json.dumps(values, ensure_ascii=False) + '\n')
   return {name: len(part) for name, part in parts.items()}
 
 
 def _checked(
-    found: Iterable[tuple[str, Record]], source: str, format: str
+    rows: Rows, source: str, about: object
 ) -> list[questions_lib.Question]:
   """Makes questions from pairs of a place, for errors, and a record."""
   questions = []
-  place = 'its first record'
+  place = f'{source}, its first record'
   try:
-    for where, record in found:
+    for where, record in rows:
       try:
         questions.append(questions_lib.parse(record))
       except ValueError as error:
-        raise ValueError(f'{source}, {where}: {error}') from error
+        raise ValueError(f'{where}: {error}') from error
       place = f'the record after {where}'
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{source}: {place} is not UTF-8: {error}') from error
-  except (KeyError, TypeError, AttributeError) as error:
+  except (KeyError, TypeError, AttributeError, IndexError) as error:
     why = f'no field {error}' if isinstance(error, KeyError) else error
-    raise ValueError(
-        f'{source}: {place} is not a record of {format}: {why}.'
-    ) from error
+    raise ValueError(f'{place}: not as in {about}: {why}.') from error
   if not questions:
-    raise ValueError(f'{source} holds no question with an answer.')
+    raise ValueError(f'{source} ({about}) holds no question with an answer.')
   return questions
 
 
-def _natural_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """Natural Questions 1.0: JSON Lines with whole pages, or simplified."""
-  for number, (where, record) in enumerate(lines_lib.json_objects(path), 1):
-    missing = {'question_text', 'annotations'} - set(record)
-    if missing or not {'document_html', 'document_text'} & set(record):
-      raise ValueError(
-          f'{where}: not a record of Natural Questions: no field '
-          f'{", ".join(sorted(missing)) or "document_html or document_text"}.'
-      )
-    # A dict keeps the order of appearance.
-    answers = dict.fromkeys(
-        text
-        for annotation in record['annotations']
-        for span in annotation['short_answers']
-        if span['end_token'] - span['start_token'] <= MAX_ANSWER_TOKENS
-        and (text := _short_answer(record, span))
+def _log(
+    source: str, about: str, questions: Sequence[questions_lib.Question]
+) -> None:
+  answered = [question for question in questions if question.answers]
+  patterns = sum(question.match == 'regex' for question in answered)
+  form = f'{patterns} regular expressions' if patterns else 'text'
+  log.info(
+      'Questions of %s: %s. %d questions: %d with answers%s, %d with gold'
+      ' passages.',
+      source,
+      about,
+      len(questions),
+      len(answered),
+      f' ({form})' if answered else '',
+      sum(bool(question.gold) for question in questions),
+  )
+
+
+def _open(
+    path: pathlib.Path, format: str, given: Mapping[str, str]
+) -> tuple[object, Rows]:
+  """Returns what a file holds, for the log after reading, and its records."""
+  table = _table(path, format if format in tables.FORMATS else None, given)
+  kind = tables.FORMATS[table.format]
+  if table.columns is not None and not table.header and table.delimiter:
+    records = list(_records(table))
+    names, what, match = formats.columns(str(path), format, records, given)
+    chosen = fields_lib.Fields(
+        names, tuple(c for c in table.columns if c not in names.values())
     )
-    if answers:
-      yield f'line {number}', {
-          'question': record['question_text'],
-          'answers': list(answers),
-          'title': record.get('document_title') or None,
-      }
+    about = f'{kind} without a header, {what}; {chosen}'
+    if match == 'regex' and 'id' in names:
+      # ORQA removes these, which have another source; 1,486 and 694 are left.
+      column = names['id']
+      records = [r for r in records if not r[1][column].startswith('lfb')]
+    return about, _with_fields(records, names, match)
+  rows = _records(table)
+  first = next(rows, None)
+  if first is None:
+    raise ValueError(f'{path} holds no question.')
+  rows, sample = itertools.chain([first], rows), table.sample
+  key = next((k for k in first[1] if str(k).lower() in _LISTS), None)
+  if key is not None and 'question' not in map(fields_lib.normal, first[1]):
+    rows = _nested(rows, key)
+    start = list(itertools.islice(rows, 1))
+    rows, sample = itertools.chain(start, rows), tuple(r for _, r in start)
+  if format in formats.FORMATS:
+    kind_of_set = formats.FORMATS[format]
+    _check_marks(kind_of_set, sample[0] if sample else {}, str(path))
+  else:
+    kind_of_set = formats.detect(sample[0] if sample else {})
+  if kind_of_set.convert is not None:
+    return f'{kind_of_set.about}, {kind}', _converted(rows, kind_of_set)
+  found = _Records(rows, kind, kind_of_set, given, path)
+  found.learn(sample)
+  if 'question' not in found.names:
+    raise ValueError(
+        f'{first[0]}: no field for the question among'
+        f' {fields_lib.listed(list(found.seen))}. Name it:'
+        ' --fields=question:NAME.'
+    )
+  return found, found
 
 
-def _short_answer(record: Record, span: Record) -> str:
-  if 'document_text' in record:  # The simplified form: tokens of HTML.
-    tokens = record['document_text'].split(' ')
-    words = tokens[span['start_token'] : span['end_token']]
-    return ' '.join(word for word in words if not word.startswith('<')).strip()
-  page = record['document_html'].encode()
-  text = _TextOnly()
-  text.feed(page[span['start_byte'] : span['end_byte']].decode())
-  text.close()
-  return ''.join(text.parts).strip()
+class _Records:
+  """Records of a file, with the names of `questions.parse`.
 
-
-class _TextOnly(html.parser.HTMLParser):
-  """Collects the text of HTML, with entities resolved and without tags."""
-
-  def __init__(self) -> None:
-    super().__init__(convert_charrefs=True)
-    self.parts: list[str] = []
-
-  def handle_data(self, data: str) -> None:
-    self.parts.append(data)
-
-
-def _web_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """WebQuestions: a JSON list, as published or as re-published by brmson."""
-  for where, record in _records(path):
-    if 'qText' in record:  # brmson.
-      answers = record.get('answers')
-      yield where, {'question': record['qText'], 'answers': answers}
-    elif 'utterance' in record:  # Berant et al. 2013.
-      yield where, {
-          'question': record['utterance'],
-          'answers': _descriptions(record.get('targetValue') or ''),
-      }
-    else:
-      raise ValueError(f'{path}, {where}: no field qText or utterance.')
-
-
-_DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^\s()]+))\)')
-
-
-def _descriptions(value: str) -> list[str]:
-  """Parses `(list (description "Padmé Amidala") (description 1982))`."""
-  return [
-      re.sub(r'\\(.)', r'\1', quoted) if quoted else bare
-      for quoted, bare in _DESCRIPTION.findall(value)
-  ]
-
-
-def _trivia_qa(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """TriviaQA: a JSON object; answers are a value and its aliases."""
-  for where, record in _records(path, 'Data'):
-    answer = record.get('Answer') or {}
-    if 'Value' not in answer:
-      continue  # The published test set has no answers.
-    answers = [answer['Value'], *(answer.get('Aliases') or ())]
-    yield where, {
-        'question': record.get('Question'),
-        'answers': list(dict.fromkeys(answers)),
-    }
-
-
-def _squad(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """SQuAD 1.1 and 2.0; passage ids are TITLE#NUMBER, such as `Alaska#0`."""
-  for where, article in _records(path, 'data'):
-    title = article.get('title', '')
-    for number, paragraph in enumerate(article['paragraphs']):
-      for question in paragraph['qas']:
-        answers = [answer['text'] for answer in question['answers']]
-        if question.get('is_impossible') or not answers:
-          continue  # An unanswerable question of SQuAD 2.0.
-        yield f'{where}, question {question.get("id")}', {
-            'question': question['question'].strip(),
-            'answers': list(dict.fromkeys(answers)),
-            'passage_id': f'{title}#{number}',
-            'title': title.replace('_', ' '),
-        }
-
-
-def _entity_questions(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """EntityQuestions and DPR's files: a JSON list of {question, answers}."""
-  for where, record in _records(path):
-    yield where, {
-        name: record.get(name)
-        for name in ('question', 'answers', 'match', 'title')
-    }
-
-
-def _curated_trec(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
-  """CuratedTREC: tab-separated id, ..., question and regular expression.
-
-  Rows with an id that begins with `lfb` have another source. ORQA removes them,
-  which gives the published 1,486 and 694 questions.
+  names: path of each field; records with new fields add to them.
+  seen: all fields of the records.
   """
-  for number, line in enumerate(lines_lib.lines(path), start=1):
-    columns = line.decode('utf-8').rstrip('\r\n').split('\t')
-    if len(columns) < 3:
-      raise ValueError(
-          f'{path}, line {number}: {len(columns)} column(s); expected an id, '
-          'the question and a regular expression, separated by tabs.'
-      )
-    if columns[0].startswith('lfb'):
-      continue
-    yield f'line {number}', {
-        'question': columns[-2].strip(),
-        'answers': [columns[-1].strip()],
-        'match': 'regex',
+
+  def __init__(
+      self,
+      rows: Rows,
+      kind: str,
+      found: formats.Format,
+      given: Mapping[str, str],
+      path: pathlib.Path,
+  ):
+    self._rows, self._kind, self._format = rows, kind, found
+    self._given, self._path = given, path
+    self.names: dict[str, str] = dict(given)
+    self.seen: dict[str, None] = {}
+
+  def learn(self, records: Sequence[Record]) -> None:
+    """Chooses the fields that are not chosen yet."""
+    self.seen |= dict.fromkeys(name for record in records for name in record)
+    wanted = [field for field in formats.NAMES if field not in self.names]
+    if self._format.match:
+      wanted.remove('match')
+    for field in [field for field in wanted if field in self._format.fields]:
+      wanted.remove(field)
+      path = self._format.fields[field]
+      if any(_values(record, path.split('.'), True) for record in records):
+        self.names[field] = path
+    given = {k: v for k, v in self._given.items() if k in wanted}
+    self.names |= fields_lib.choose(
+        wanted, records, given, str(self._path), usual=formats.NAMES
+    ).taken
+
+  def __iter__(self) -> Iterator[tuple[str, Record]]:
+    for place, record in self._rows:
+      if not record.keys() <= self.seen.keys():
+        self.learn([record])
+      yield from _with_fields([(place, record)], self.names, self._format.match)
+
+  def __str__(self) -> str:
+    tops = {
+        one
+        for name in self.names.values()
+        for one in name.split('.')[0].split('|')
     }
-
-
-_READERS: dict[str, Callable[[pathlib.Path], Iterator[tuple[str, Record]]]] = {
-    'natural_questions': _natural_questions,
-    'web_questions': _web_questions,
-    'trivia_qa': _trivia_qa,
-    'squad': _squad,
-    'entity_questions': _entity_questions,
-    'curated_trec': _curated_trec,
-}
-FORMATS = ('jsonl', *_READERS)
-
-
-def _detect(path: pathlib.Path) -> str:
-  """Detects the format from the name or the first record."""
-  if lines_lib.plain_name(path).endswith('.tsv'):
-    return 'curated_trec'
-  if not path.is_file():
-    return 'jsonl'  # Its reader raises the error.
-  start = next(lines_lib.lines(path), b'')
-  try:
-    record = json.loads(start)
-  except ValueError:
-    record = None  # A JSON document on several lines.
-  if isinstance(record, dict) and 'question_text' in record:
-    return 'natural_questions'
-  if isinstance(record, dict) and not {'Data', 'data'} & set(record):
-    return 'jsonl'
-  if record is None and not start.strip().startswith((b'[', b'{')):
-    return 'jsonl'
-  document = record if record is not None else _document(path)
-  match document:
-    case {'Data': _}:
-      return 'trivia_qa'
-    case {'data': _}:
-      return 'squad'
-    case [{'qText': _}, *_] | [{'utterance': _}, *_]:
-      return 'web_questions'
-    case [dict(), *_]:
-      return 'entity_questions'
-  return 'jsonl'
-
-
-def _document(path: pathlib.Path) -> Any:
-  try:
-    return json.loads(b''.join(lines_lib.lines(path)))
-  except ValueError as error:
-    raise ValueError(
-        f'{path}: neither JSON Lines nor one JSON document: {error}'
-    ) from error
-
-
-def _records(
-    path: pathlib.Path, key: str | None = None
-) -> Iterator[tuple[str, Record]]:
-  """Yields the records of a JSON list, or of a field that is such a list."""
-  values = _document(path)
-  if key is not None:
-    values = values[key]
-  if not isinstance(values, list):
-    raise ValueError(
-        f'{path}: expected a list of records, not {str(values)[:80]!r}.'
+    chosen = fields_lib.Fields(
+        self.names, tuple(name for name in self.seen if name not in tops)
     )
-  for number, record in enumerate(values, 1):
-    if not isinstance(record, dict):
+    return f'{self._format.about}, {self._kind}; {chosen}'
+
+
+def _table(
+    path: pathlib.Path, format: str | None, given: Mapping[str, str]
+) -> tables.Table:
+  """Opens a file; a header is a row that names a question."""
+  if format is None and tables.recognise(path) == 'csv':
+    table = tables.open_table(path, 'csv', given)
+    tabs = [
+        any('\t' in str(v) for v in row.values()) for row in table.sample
+    ]
+    # The files .qa.csv of DPR are divided by tabs; there are commas in them.
+    if table.delimiter != '\t' and tabs and all(tabs):
+      format = 'tsv'
+  table = tables.open_table(path, format, given)
+  usual = ' '.join(formats.NAMES['question']).split()
+  names = [fields_lib.normal(name) for name in table.columns or ()]
+  if table.header and not given and not {*names} & {*usual}:
+    table = dataclasses.replace(
+        table,
+        header=False,
+        columns=tuple(map(str, range(1, len(names) + 1))),
+        quoted=table.quoted and table.format == 'csv',
+    )
+  if tables.suffix(path) == '.csv' and table.delimiter == '\t':
+    table = dataclasses.replace(table, quoted=True)
+  return table
+
+
+def _records(table: tables.Table) -> Iterator[tuple[str, Record]]:
+  for place, record in table:
+    if isinstance(record, ValueError):
+      raise ValueError(f'{place}: {record}')
+    yield place, record
+
+
+def _nested(rows: Rows, key: str) -> Iterator[tuple[str, Record]]:
+  """Yields the records of a list in a document."""
+  for place, document in rows:
+    values = document.get(key)
+    if not isinstance(values, list):
       raise ValueError(
-          f'{path}, record {number}: {str(record)[:80]!r} is not an object.'
+          f'{place}: "{key}" is {str(values)[:80]!r}; expected is a list of'
+          ' records.'
       )
-    yield f'record {number}', record
+    for number, record in enumerate(values, 1):
+      where = f'{place}, {key} {number}'
+      if not isinstance(record, dict):
+        raise ValueError(f'{where}: {str(record)[:80]!r} is not an object.')
+      yield where, record
+
+
+def _check_marks(
+    found: formats.Format, record: Record, where: str
+) -> None:
+  if missing := found.missing(record):
+    raise ValueError(
+        f'{where}: not {found.about}: no field'
+        f' {" or ".join(map(repr, missing[0].split("|")))} among'
+        f' {fields_lib.listed([*record])}.'
+    )
+
+
+def _converted(
+    rows: Rows, found: formats.Format
+) -> Iterator[tuple[str, Record]]:
+  assert found.convert is not None
+  for place, record in rows:
+    for where, question in found.convert(record):
+      yield f'{place}{where}', question
+
+
+def _with_fields(
+    rows: Rows, names: Mapping[str, str], match: str | None
+) -> Iterator[tuple[str, Record]]:
+  """Yields the records with the names of `questions.parse`."""
+  for place, record in rows:
+    found: Record = {} if match is None else {'match': match}
+    for field, path in names.items():
+      values = _values(record, path.split('.'))
+      if field in ('passage_id', 'grades') or '.' in path:
+        values = [
+            item
+            for value in values
+            for item in (value if isinstance(value, list) else [value])
+        ]
+        many = field in ('answers', 'passage_id', 'grades')
+        found[field] = values if many else next(iter(values), None)
+      elif values:
+        found[field] = values[0]
+    if isinstance(found.get('held_out'), str):  # In CSV and TSV.
+      word = found['held_out'].strip().lower()
+      found['held_out'] = {'true': True, 'false': False}.get(word, word or None)
+    yield place, {k: v for k, v in found.items() if v not in (None, '')}
+
+
+def _values(
+    value: Any, path: Sequence[str], lenient: bool = False
+) -> list[Any]:
+  """Returns the values at a path; enters lists on the way."""
+  values = [value]
+  for name in path:
+    found = []
+    for part in values:
+      for item in part if isinstance(part, list) else [part]:
+        if not isinstance(item, dict):
+          if lenient:
+            continue
+          raise TypeError(
+              f'{str(item)[:40]!r} instead of an object with {name!r}'
+          )
+        keys = [key for key in name.split('|') if item.get(key) is not None]
+        found += [item[keys[0]]] if keys else []
+    values = found
+  return values
+
+
+def _from_ir(
+    name: str, with_qrels: bool
+) -> tuple[str, Rows, qrels_lib.Qrels | None]:
+  """Reads the queries and qrels of a data set of ir_datasets."""
+  try:
+    import ir_datasets  # Imported late: few need it.
+  except ImportError as error:
+    raise ImportError(
+        f'{name} needs a package that is not installed: pip install'
+        " 'realm-jax[ir]'"
+    ) from error
+  try:
+    dataset = ir_datasets.load(name.partition(':')[2])
+  except KeyError:
+    raise ValueError(
+        f'{name}: ir_datasets has no data set of this name.'
+    ) from None
+  if not dataset.has_queries():
+    raise ValueError(
+        f'{name} has no queries; those of its parts have, such as {name}/test.'
+    )
+  rows = (
+      (f'{name}, query {query.query_id}', {
+          'id': query.query_id,
+          'question': getattr(query, 'text', None) or query.default_text(),
+      })
+      for query in dataset.queries_iter()
+  )
+  judged: qrels_lib.Qrels | None = None
+  if with_qrels and dataset.has_qrels():
+    judged = {}
+    for line in dataset.qrels_iter():
+      judged.setdefault(line.query_id, {})[line.doc_id] = line.relevance
+  return 'ir_datasets', rows, judged
 
 
 def _from_tfds(name: str) -> Iterator[tuple[str, Record]]:
@@ -367,9 +464,9 @@ def _from_tfds(name: str) -> Iterator[tuple[str, Record]]:
     texts = [_text(answer) for answer in (() if answers is None else answers)]
     # Test sets, and unanswerable questions of SQuAD 2.0, have no answers.
     if any(texts):
-      yield f'record {number}', {
+      yield f'{name}, record {number}', {
           'question': _text(example['question']),
-          'answers': list(dict.fromkeys(text for text in texts if text)),
+          'answers': [text for text in texts if text],
           'title': _text(example.get('title')) or None,
       }
 

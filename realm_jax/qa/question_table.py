@@ -38,7 +38,11 @@ class QuestionTable:
 
   @classmethod
   def read(
-      cls, sources: str, length: int, tokenizer: tokenizer_lib.Tokenizer
+      cls,
+      sources: str,
+      length: int,
+      tokenizer: tokenizer_lib.Tokenizer,
+      answered: bool = False,
   ) -> 'QuestionTable':
     """Reads question sets and encodes the questions that are not held out.
 
@@ -46,6 +50,7 @@ class QuestionTable:
       sources: sources of `question_sets.read`, comma-separated.
       length: Q; longer questions are cut, with a warning.
       tokenizer: of the corpus.
+      answered: whether questions without answers are left out.
 
     Raises:
       FileNotFoundError, ValueError: see `question_sets.read`.
@@ -66,7 +71,19 @@ class QuestionTable:
           '%d of the %d questions are marked as held out and not trained on.',
           len(questions) - len(known), len(questions),
       )
-    return cls.of(known, length, tokenizer)
+    trained = [question for question in known if question.answers]
+    if not answered:
+      trained = known
+    if not trained:
+      raise ValueError(f'No question of {sources!r} has an answer to train on.')
+    if len(trained) < len(known):
+      log.warning(
+          '%d of the %d questions have no answer and are not trained on, the'
+          ' first of them: %.80r',
+          len(known) - len(trained), len(known),
+          next(q.question for q in known if not q.answers),
+      )
+    return cls.of(trained, length, tokenizer)
 
   @classmethod
   def of(

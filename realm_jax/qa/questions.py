@@ -1,22 +1,26 @@
-"""Question files in JSON Lines, plain or compressed.
+"""Questions with their answers and gold passages.
 
-A line is an object with `question` and `answers` (or `answer`, as in NQ-open).
-`match`, `passage_id`, `title` and `held_out` are optional; other fields are
-ignored. `question_sets` reads the other published formats.
+A record has a `question`, and what is known of `answers` (or `answer`), `id`,
+`passage_id`, `grades`, `match`, `title` and `held_out`; other fields are
+ignored. `question_sets` reads the published formats.
 """
 
+import ast
 import dataclasses
+import io
 import json
 import os
 import pathlib
+import re
+import tokenize
 from typing import Any, Literal
 
-from realm_jax.runtime import lines as lines_lib
+from realm_jax.runtime import tables
 
 _EXPECTED = (
-    'a line holds {"question": text, "answers": [text, ...], '
-    '"match"?: "string" or "regex", "passage_id"?: text, "title"?: text, '
-    '"held_out"?: true or false}'
+    'a line holds {"question": text, "answers"?: [text, ...], "id"?: text, '
+    '"passage_id"?: text or [text, ...], "grades"?: [1, ...], '
+    '"match"?: "string" or "regex", "title"?: text, "held_out"?: true or false}'
 )
 
 
@@ -24,25 +28,38 @@ _EXPECTED = (
 class Question:
   """A question and its correct answers.
 
+  answers: empty: unknown; the question measures and trains retrieval alone.
   match: how a prediction is compared with an answer: `string`, after
     normalisation; or `regex`, the answer is a regular expression. Expressions
     are not checked here: CuratedTREC as published has an invalid one.
-  passage_id: the gold passage; None: unknown.
+  passage_id: the gold passage, or several of them; None: unknown.
   held_out: whether no sentence of the pretraining corpus states the fact,
     though a passage does; None: unknown.
   title: title of the gold passage or article; None: unknown.
+  id: name of the question in its data set; None: it has no name.
+  grades: how relevant each gold passage is; empty: 1 each.
   """
 
   question: str
   answers: tuple[str, ...]
   match: Literal['string', 'regex'] = 'string'
-  passage_id: str | None = None
+  passage_id: str | tuple[str, ...] | None = None
   held_out: bool | None = None
   title: str | None = None
+  id: str | None = None
+  grades: tuple[int, ...] = ()
+
+  @property
+  def gold(self) -> dict[str, int]:
+    """Grades of the gold passages, by id."""
+    ids = self.passage_id
+    if ids is None or isinstance(ids, str):
+      ids = () if ids is None else (ids,)
+    return dict(zip(ids, self.grades or (1,) * len(ids), strict=True))
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-  """Reads a question file and checks every line.
+  """Reads a question file in JSON Lines, plain or compressed.
 
   Raises:
     FileNotFoundError: the file does not exist.
@@ -51,16 +68,15 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise FileNotFoundError(
-        f'no question file at {path}; expected JSON Lines: .jsonl, .jsonl.gz '
-        'or .jsonl.xz'
-    )
+    raise FileNotFoundError(f'no question file at {path}')
   questions = []
-  for number, line in enumerate(lines_lib.lines(path), start=1):
+  for place, record in tables.Table(path, 'jsonl'):
     try:
-      questions.append(parse(lines_lib.json_object(line)))
+      if isinstance(record, ValueError):
+        raise record
+      questions.append(parse(record))
     except ValueError as error:
-      raise ValueError(f'{path}:{number}: {error}; {_EXPECTED}') from error
+      raise ValueError(f'{place}: {error}; {_EXPECTED}') from error
   if not questions:
     raise ValueError(f'{path} holds no question; {_EXPECTED}')
   return questions
@@ -69,39 +85,128 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 def parse(record: dict[str, Any]) -> Question:
   """Makes a question from a record.
 
+  Numbers as ids and answers become strings. `answers` may be a list, one
+  string, a list written as a string, in JSON or Python, or an object as in
+  SQuAD (`text`) and TriviaQA (`value`, `aliases`).
+
   Raises:
     ValueError: a field is missing or wrong; the message names it.
   """
-  if 'answers' not in record and isinstance(record.get('answer'), list):
-    record = {**record, 'answers': record['answer']}  # NQ-open.
-  for field in ('question', 'answers'):
-    if field not in record:
-      raise ValueError(
-          f'no field "{field}" among {sorted(record) or "no fields"}'
-      )
-  question, answers = record['question'], record['answers']
+  if 'question' not in record:
+    raise ValueError(
+        f'no field "question" among {sorted(map(str, record)) or "no fields"}'
+    )
+  question = record['question']
   if not _is_text(question):
     raise ValueError(f'"question" is {_as_json(question)}')
-  if not isinstance(answers, list) or not answers:
-    raise ValueError(f'"answers" is {_as_json(answers)}')
-  for answer in answers:
-    if not _is_text(answer):
-      raise ValueError(f'"answers" contains {_as_json(answer)}')
-  match record.get('match'):
-    case None | 'string':
-      match: Literal['string', 'regex'] = 'string'
-    case 'regex':
-      match = 'regex'
+  match record.get('match') or 'string':
+    case 'string' | 'regex' as match:
+      pass
     case other:
       raise ValueError(f'"match" is {_as_json(other)}')
+  answers = record.get('answers')
+  if answers is None:
+    answers = record.get('answer')
+  ids = _ids(record, 'passage_id')
+  grades = record.get('grades') or ()
+  if grades and (
+      not isinstance(grades, (list, tuple))
+      or len(grades) != len(ids)
+      or not all(type(grade) is int and grade > 0 for grade in grades)
+  ):
+    raise ValueError(
+        f'"grades" is {_as_json(grades)}; expected is a positive integer for'
+        f' each of the {len(ids)} gold passages'
+    )
+  names = _ids(record, 'id')
+  if len(names) > 1:
+    raise ValueError(f'"id" is {_as_json(record["id"])}')
   return Question(
       question=question,
-      answers=tuple(answers),
+      answers=tuple(_answers(answers, match)),
       match=match,
-      passage_id=_optional(record, 'passage_id', str),
+      passage_id=tuple(ids) if len(ids) > 1 else next(iter(ids), None),
       held_out=_optional(record, 'held_out', bool),
       title=_optional(record, 'title', str),
+      id=next(iter(names), None),
+      grades=tuple(grades),
   )
+
+
+def is_list(text: str, match: str = 'string') -> bool:
+  """Returns whether a text has the form of a list; `[ab]` may be a pattern."""
+  start = r'\[' if match == 'string' else r'\[\s*["\']'
+  text = text.strip()
+  return bool(re.match(start, text)) and text.endswith(']')
+
+
+def _answers(value: Any, match: str = 'string') -> list[str]:
+  """Returns the distinct answers in the forms that `parse` takes."""
+  if isinstance(value, dict):
+    # Of a field of several names, data sets have one.
+    keys = {key.lower(): key for key in value}
+    found = [value[keys[k]] for k in ('value', 'text', 'answer') if k in keys]
+    found += [value[keys[k]] for k in ('aliases',) if k in keys]
+    if not found:
+      raise ValueError(f'"answers" is {_as_json(value)}')
+    value = [
+        item
+        for part in found
+        for item in (part if isinstance(part, list) else [part])
+    ]
+  elif isinstance(value, str) and is_list(value, match):
+    value = _list(value)
+  elif value is None or not isinstance(value, (list, tuple)):
+    value = [] if value is None else [value]
+  answers: list[str] = []
+  for item in value:
+    if isinstance(item, dict):
+      answers += _answers(item)
+      continue
+    if type(item) is int:
+      item = str(item)
+    if not _is_text(item):
+      raise ValueError(f'"answers" contains {_as_json(item)}')
+    answers.append(item)
+  return list(dict.fromkeys(answers))
+
+
+def _list(text: str) -> list[Any]:
+  """Parses a list in JSON or Python."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError):
+    pass
+  try:
+    found = ast.literal_eval(text.strip())
+    # Python joins neighbouring strings, as numpy prints them: ['a' 'b'].
+    tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
+    strings = [t for t in tokens if t.type == tokenize.STRING]
+    if sum(isinstance(item, str) for item in found) == len(strings):
+      return found
+  except (
+      ValueError, SyntaxError, RecursionError, MemoryError, TypeError,
+      tokenize.TokenError,
+  ):
+    pass
+  raise ValueError(
+      f'"answers" is {_as_json(text)}, which is no list of JSON or Python'
+  )
+
+
+def _ids(record: dict[str, Any], field: str) -> list[str]:
+  """Returns the distinct ids in a field, without empty ones."""
+  value = record.get(field)
+  ids: list[str] = []
+  for item in value if isinstance(value, (list, tuple)) else [value]:
+    if type(item) is int:
+      item = str(item)
+    if item is None or item == '':
+      continue
+    if not _is_text(f'{item}.') or not isinstance(item, str):
+      raise ValueError(f'"{field}" is {_as_json(value)}')
+    ids.append(item)
+  return list(dict.fromkeys(ids))
 
 
 def _optional(record: dict[str, Any], field: str, kind: type) -> Any:
@@ -120,5 +225,5 @@ def _is_text(value: object) -> bool:
 
 
 def _as_json(value: object) -> str:
-  text = json.dumps(value)
+  text = json.dumps(value, default=str)
   return text if len(text) <= 80 else f'{text[:77]}...'

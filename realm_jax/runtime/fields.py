@@ -111,6 +111,7 @@ def choose(
     sample: Sequence[Mapping[str, Any]],
     given: Mapping[str, str] | None = None,
     where: str = '',
+    usual: Mapping[str, tuple[str, ...]] = NAMES,
 ) -> Fields:
   """Chooses the fields of a source by their usual names.
 
@@ -119,6 +120,7 @@ def choose(
     sample: records of the source.
     given: names that the user gave, see `parse`.
     where: the source, for messages.
+    usual: the usual names, as `NAMES`.
 
   Raises:
     ValueError: a given name is missing, or two names are ambiguous.
@@ -138,7 +140,7 @@ def choose(
       taken[field] = given[field]
       continue
     free = [name for name in names if name not in given.values()]
-    found = _candidates(field, free, sample)
+    found = _candidates(field, usual[field], free, sample)
     _check_unambiguous(field, found, sample, where)
     if found:
       taken[field] = found[0]
@@ -165,9 +167,12 @@ def is_usual(name: Any) -> bool:
 
 
 def _candidates(
-    field: str, names: Sequence[str], sample: Sequence[Mapping[str, Any]]
+    field: str,
+    rows: Sequence[str],
+    names: Sequence[str],
+    sample: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-  for row in NAMES[field]:
+  for row in rows:
     usual = row.split()
     found = [name for name in names if normal(name) in usual]
     # A field of another type has another meaning, such as an object of ids.

@@ -75,3 +75,16 @@ def test_random_ranks_agree_with_counting():
   for k in (1, 3, 20):
     hits = [g in row[:k] for g, row in zip(gold, doc_ids_BK, strict=True)]
     assert found[f'recall_at_{k}'] == pytest.approx(np.mean(hits))
+
+
+def test_ndcg_of_graded_passages():
+  discount = 1 / np.log2(np.arange(2, 12))
+  found = metrics.ndcg(
+      _DOC_IDS_BK,
+      [np.array([3, 7]), np.array([2]), np.array([5]), np.array([], int)],
+      [np.array([3, 1]), np.array([1]), np.array([2]), np.array([], int)],
+      [[], [2], [], []],
+  )
+  first = (1 * discount[0] + 3 * discount[1]) / (3 * discount[0] + discount[1])
+  second = discount[1] / (2 * discount[0] + discount[1])
+  np.testing.assert_allclose(found, [first, second, 0, 0])

@@ -58,7 +58,7 @@ def test_table():
       for line in text.splitlines()
       if line.startswith('|')
   ]
-  retrieval = [row for row in rows if len(row) == 15]
+  retrieval = [row for row in rows if len(row) == 16]
   assert retrieval[0][:4] == ['step', 'facts', 'questions', 'recall@1']
   assert retrieval[2][:5] == ['0', 'all', '8', '25.0', '50.0']
   assert retrieval[5][:5] == ['50', 'held_out', '8', '87.5', '50.0']

@@ -1,13 +1,17 @@
 """Statistics over questions, and results in other tools' formats."""
 
+import csv
 import dataclasses
 import json
+import urllib.parse
 
 import numpy as np
 import pytest
 
 from realm_jax.evaluation import metrics
 from realm_jax.evaluation import runs
+from realm_jax.qa import passage_answers
+from realm_jax.qa import question_sets
 from realm_jax.qa import questions
 
 
@@ -123,22 +127,30 @@ _RUN = runs.Run(
 def test_a_trec_run_has_six_columns(tmp_path):
   runs.write_trec(tmp_path / 'run.txt', _RUN, _Corpus())
   assert (tmp_path / 'run.txt').read_text().splitlines() == [
-      '1 Q0 B_1 1 2.500000 realm_jax',
+      '1 Q0 B%201 1 2.500000 realm_jax',
       '1 Q0 A 2 0.250000 realm_jax',
       '2 Q0 C 1 1.000000 realm_jax',
-      '2 Q0 B_1 2 1.000000 realm_jax',
+      '2 Q0 B%201 2 1.000000 realm_jax',
   ]
 
 
 def test_a_beir_folder_goes_with_the_run(tmp_path):
   # Of a gold passage that was divided there may be several parts.
-  runs.write_beir(tmp_path, _RUN.questions, [[1, 2], []], _Corpus())
+  gold = passage_answers.Gold(
+      [np.array([1, 2]), np.array([], int)],
+      [np.array([1, 2]), np.array([], int)],
+      [{}, {'lost': 1}],
+  )
+  runs.write_beir(tmp_path, _RUN.questions, gold, _Corpus())
   corpus = (tmp_path / 'corpus.jsonl').read_text().splitlines()
-  assert [json.loads(line)['_id'] for line in corpus] == ['A', 'B_1', 'C']
+  assert [json.loads(line)['_id'] for line in corpus] == ['A', 'B 1', 'C']
   queries = (tmp_path / 'queries.jsonl').read_text().splitlines()
-  assert json.loads(queries[1]) == {'_id': '2', 'text': 'two'}
+  assert json.loads(queries[1]) == {
+      '_id': '2', 'text': 'two',
+      'metadata': {'answers': ['y'], 'match': 'string'},
+  }
   assert (tmp_path / 'qrels' / 'test.tsv').read_text() == (
-      'query-id\tcorpus-id\tscore\n1\tB_1\t1\n1\tC\t1\n'
+      'query-id\tcorpus-id\tscore\n1\tB 1\t1\n1\tC\t2\n2\tlost\t1\n'
   )
 
 
@@ -166,7 +178,7 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
   ours.write_text(''.join(json.dumps(r) + '\n' for r in records))
   assert runs.compare(ours, theirs)['recall_at_1']['clusters'] == 2
   record = runs.read_questions(ours)[0]
-  assert record['retrieved'][0] == {'id': 'B_1', 'score': 2.5}
+  assert record['retrieved'][0] == {'id': 'B 1', 'score': 2.5}
 
   short = dataclasses.replace(
       _RUN, questions=_RUN.questions[:1], doc_ids_BK=_RUN.doc_ids_BK[:1]
@@ -177,3 +189,101 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
   theirs.write_text('{"question": "one"}\n')
   with pytest.raises(ValueError, match='theirs.jsonl:1: not a line .*no field'):
     runs.compare(ours, theirs)
+
+
+_IDS = [
+    'a b', 'a_b', 'a  b', 'a%20b', 'a%2520b', '50%', '% 20', '%%41', 'tab\tx',
+    'line\nend', 'quote"d', '"q"', "d'oc", 'no\u00a0break', '\u3000', 'Zo\u00eb',
+    'a,b', '#0', 'a/b?c=d&e', '\u200bzero', 'back\\slash', '100%ab', '%zz',
+]
+
+
+class _Names:
+  """A corpus with a passage for each of the ids."""
+
+  passages, removed = range(len(_IDS)), np.array([], int)
+
+  def passage_text(self, row):
+    return {'id': _IDS[row], 'title': '', 'text': f'text {row}'}
+
+
+def _named_run():
+  count = len(_IDS)
+  return runs.Run(
+      questions=[
+          questions.Question(
+              f'q {i}?', ('x', f'y{i}'), id=_IDS[i],
+              passage_id=(_IDS[i - 1], _IDS[i]), grades=(1, 2),
+          )
+          for i in range(count)
+      ],
+      doc_ids_BK=np.stack([np.roll(np.arange(count), i) for i in range(count)]),
+      score_BK=np.ones((count, count)),
+      gold_rank_B=np.ones(count, int),
+      answer_rank_B=np.ones(count, int),
+  )
+
+
+def test_ids_come_back_from_a_run_file(tmp_path):
+  run = _named_run()
+  runs.write_trec(tmp_path / 'run.txt', run, _Names())
+  lines = [
+      line.split()
+      for line in (tmp_path / 'run.txt').read_text('utf-8').splitlines()
+  ]
+  assert {len(columns) for columns in lines} == {6}
+  pairs = [tuple(map(urllib.parse.unquote, row[:3:2])) for row in lines]
+  assert pairs == [
+      (question.id, _IDS[row])
+      for question, rows in zip(run.questions, run.doc_ids_BK, strict=True)
+      for row in rows
+  ]
+  assert len({row[2] for row in lines}) == len(_IDS)
+  # An id without blanks is as it was.
+  assert [runs.escaped(name) for name in ('50%', '100%zz', 'a_b')] == [
+      '50%', '100%zz', 'a_b'
+  ]
+
+
+def test_ids_gold_passages_and_answers_come_back_from_beir(tmp_path):
+  run = _named_run()
+  gold = passage_answers.Gold(
+      [np.array([i - 1 if i else len(_IDS) - 1, i]) for i in range(len(_IDS))],
+      [np.array([1, 2])] * len(_IDS),
+      [{}] * len(_IDS),
+  )
+  runs.write_beir(tmp_path, run.questions, gold, _Names())
+  lines = (tmp_path / 'corpus.jsonl').read_text('utf-8').split('\n')[:-1]
+  assert [json.loads(line)['_id'] for line in lines] == _IDS
+  # As the loader of BEIR reads it.
+  with open(tmp_path / 'qrels' / 'test.tsv', encoding='utf-8') as file:
+    rows = list(csv.reader(file, delimiter='\t', quoting=csv.QUOTE_MINIMAL))
+  assert {(row[0], row[1]): int(row[2]) for row in rows[1:]} == {
+      (question.id, name): grade
+      for question in run.questions
+      for name, grade in question.gold.items()
+  }
+  assert question_sets.read(tmp_path) == run.questions
+
+
+def test_two_questions_of_one_name_are_refused():
+  asked = [questions.Question('a', (), id='2'), questions.Question('b', ())]
+  with pytest.raises(ValueError, match="Questions 1 and 2 both have the id '2'"):
+    runs.query_names(asked)
+  assert runs.query_names(asked[:1]) == ['2']
+
+
+def test_runs_without_answers_are_compared_by_gold_passages(tmp_path, caplog):
+  asked = [questions.Question(q, (), passage_id='A') for q in ('one', 'two')]
+  run = dataclasses.replace(
+      _RUN, questions=asked, gold_rank_B=np.array([1, 2]), rules=['dpr', 'dpr']
+  )
+  worse = dataclasses.replace(
+      run, gold_rank_B=np.array([0, 2]), rules=['squad', 'squad']
+  )
+  for name, one in (('a', run), ('b', worse)):
+    runs.write_questions(tmp_path / name, one, _Corpus())
+  figures = runs.compare(tmp_path / 'a', tmp_path / 'b')
+  assert figures['gold_recall_at_1']['ours'] == 0.5
+  assert figures['gold_recall_at_1']['theirs'] == 0
+  assert 'by the rule dpr in' in caplog.text and 'squad' in caplog.text

@@ -93,10 +93,14 @@ def test_gold_passages_of_a_divided_record_hold_the_answer():
     def passage_text(self, row):
       return {'id': '', 'text': self.texts[row]}
 
-  def gold(passage_id, answer, match='string'):
-    question = questions.Question('?', (answer,), match, passage_id=passage_id)
-    (rows,) = passage_answers.gold_rows(Divided(), [question])
-    return rows.tolist()
+  def gold(passage_id, answer, match='string', grades=()):
+    question = questions.Question(
+        '?', (answer,) if answer else (), match, passage_id, grades=grades
+    )
+    found = passage_answers.find_gold(Divided(), [question])
+    if grades:
+      return dict(zip(found.rows[0].tolist(), found.grades[0], strict=True))
+    return found.rows[0].tolist()
 
   assert gold('a', 'zz') == [0]
   assert gold('b', 'row 2') == [2]
@@ -106,6 +110,35 @@ def test_gold_passages_of_a_divided_record_hold_the_answer():
   assert gold('c', 'zz') == [4]
   assert gold('x', 'zz') == []
   assert gold(None, 'zz') == []
+  assert gold('b', None) == [1, 2, 3]
+  assert gold(('c', 'x', 'b'), 'row 2') == [2, 4]
+  assert gold(('c', 'b', 'a'), 'R0', grades=(3, 2, 1)) == {0: 1, 2: 2, 4: 3}
+
+
+def test_unknown_gold_passages_are_counted_and_named(caplog):
+  class Small:
+    directory = 'DIR'
+
+    def record_rows(self, names):
+      return [np.arange(1 if name == 'a' else 0) for name in names]
+
+  found = passage_answers.find_gold(
+      Small(),
+      [
+          questions.Question('?', (), passage_id=('a', 'x', 'y')),
+          questions.Question('?', (), passage_id='x'),
+          questions.Question('?', ()),
+      ],
+  )
+  assert found.unknown == [{'x': 1, 'y': 1}, {'x': 1}, {}]
+  assert found.about_unknown() == {
+      'ids': 2, 'questions': 2, 'first': ['x', 'y']
+  }
+  found.warn(Small(), 'So.')
+  assert caplog.messages == [
+      "2 gold passages of 2 of the 3 questions are not in the corpus DIR: 'x',"
+      " 'y'. So."
+  ]
 
 
 # Probes of DPR's rule: text, answer, whether the text holds it. The tokens are

@@ -70,25 +70,39 @@ def test_reads_the_questions_of_a_world(tmp_path):
 @pytest.mark.parametrize(
     'line, message',
     [
-        ('', 'an empty line'),
         ('{"question": "q", ', 'malformed JSON'),
         ('[1, 2]', 'a JSON list; each line must be an object'),
-        ('{"question": "q"}', r'no field "answers" among \[\'question\'\]'),
         ('{}', 'no field "question"'),
         ('{"question": "", "answers": ["a"]}', '"question" is ""'),
         ('{"question": 7, "answers": ["a"]}', '"question" is 7'),
-        ('{"question": "q", "answers": []}', r'"answers" is \[\]'),
-        ('{"question": "q", "answers": "a"}', '"answers" is "a"'),
+        ('{"question": "q", "answers": {"x": 1}}', r'"answers" is {"x": 1}'),
+        ('{"question": "q", "answers": "[1 2"}{"', 'malformed JSON'),
+        (
+            """{"question": "q", "answers": "['a' 'b']"}""",
+            "'b'.*no list of JSON or Python",
+        ),
+        ('{"question": "q", "answers": "[not, a list]"}', 'no list of JSON'),
         ('{"question": "q", "answers": ["a", " "]}', 'contains " "'),
-        ('{"question": "q", "answers": ["a", 3]}', 'contains 3'),
+        ('{"question": "q", "answers": ["a", 3.5]}', 'contains 3.5'),
+        ('{"question": "q", "answers": ["a", true]}', 'contains true'),
+        ('{"question": "q", "id": ["a", "b"]}', r'"id" is \["a", "b"\]'),
+        ('{"question": "q", "id": 1.0}', '"id" is 1.0'),
+        (
+            '{"question": "q", "passage_id": ["a"], "grades": [1, 2]}',
+            'each of the 1 gold',
+        ),
+        (
+            '{"question": "q", "passage_id": "a", "grades": [0]}',
+            'a positive integer',
+        ),
         ('{"question": "q", "answers": ["\\ud800"]}', r'contains "\\ud800"'),
         (
             '{"question": "q", "answers": ["a"], "match": "fuzzy"}',
             '"match" is "fuzzy"',
         ),
         (
-            '{"question": "q", "answers": ["a"], "passage_id": 12}',
-            '"passage_id" is 12',
+            '{"question": "q", "answers": ["a"], "passage_id": 1.5}',
+            '"passage_id" is 1.5',
         ),
         (
             '{"question": "q", "answers": ["a"], "held_out": "no"}',
@@ -103,7 +117,50 @@ def test_errors_name_the_file_the_line_and_what_is_expected(
   with pytest.raises(ValueError, match=message) as error:
     questions_lib.read_questions(path)
   assert str(error.value).startswith(f'{path}:2: ')
-  assert '"answers": [text, ...]' in str(error.value)
+  assert '"answers"?: [text, ...]' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'answers, expected',
+    [
+        (None, ()),
+        ([], ()),
+        ('Quorra', ('Quorra',)),
+        (1978, ('1978',)),
+        (['a', 3, 'a'], ('a', '3')),
+        ('["zoo keeper", "it\'s"]', ('zoo keeper', "it's")),
+        ("""['a', "b's", 'c']""", ('a', "b's", 'c')),
+        ('[31, 32]', ('31', '32')),
+        ({'text': ['a', 'a'], 'answer_start': [0, 9]}, ('a',)),
+        ({'value': 'a', 'aliases': ['b', 'c']}, ('a', 'b', 'c')),
+        ([{'text': 'a'}, {'answer': 'b'}], ('a', 'b')),
+    ],
+)
+def test_answers_in_the_forms_of_data_sets(answers, expected):
+  record = {'question': 'q', 'answers': answers}
+  assert questions_lib.parse(record).answers == expected
+
+
+def test_a_pattern_is_no_list():
+  record = {'question': 'q', 'answers': '[0-9]+ [a-z]', 'match': 'regex'}
+  assert questions_lib.parse(record).answers == ('[0-9]+ [a-z]',)
+
+
+def test_gold_passages_are_one_or_several():
+  record = {'question': 'q', 'id': 7, 'passage_id': [12, 'b', 'b', '']}
+  question = questions_lib.parse(record)
+  assert (question.id, question.passage_id) == ('7', ('12', 'b'))
+  assert question.gold == {'12': 1, 'b': 1}
+  record = {'question': 'q', 'passage_id': ['a', 'b'], 'grades': [2, 1]}
+  assert questions_lib.parse(record).gold == {'a': 2, 'b': 1}
+  record = {'question': 'q', 'passage_id': ['a']}
+  assert questions_lib.parse(record).passage_id == 'a'
+  assert questions_lib.Question('q', ()).gold == {}
+
+
+def test_blank_lines_are_skipped(tmp_path):
+  path = _write(tmp_path / 'questions.jsonl', _GOOD, '', _GOOD, '')
+  assert len(questions_lib.read_questions(path)) == 2
 
 
 def test_not_utf8_names_its_line(tmp_path):

@@ -112,11 +112,12 @@ def test_curated_trec_is_matched_by_regular_expressions(tmp_path):
   )
   assert question_sets.read(path) == [
       questions.Question(
-          'When is it?', ('Sept?(ember)?|Feb(ruary)?',), match='regex'
+          'When is it?', ('Sept?(ember)?|Feb(ruary)?',), match='regex',
+          id='trec1',
       )
   ]
-  path.write_text('trec1\tWhen is it?\n', encoding='utf-8')
-  with pytest.raises(ValueError, match='line 1: 2 column'):
+  path.write_text('trec1\tWhen is it?\nMay\n', encoding='utf-8')
+  with pytest.raises(ValueError, match='tsv:2: 1 columns; expected are 2'):
     question_sets.read(path)
 
 
@@ -161,7 +162,7 @@ def test_squad_as_open_questions(tmp_path):
   assert question_sets.read(path) == [
       questions.Question(
           'Where?', ('Juneau',), passage_id='State_Capitals#1',
-          title='State Capitals',
+          title='State Capitals', id='q1',
       )
   ]
 
@@ -178,34 +179,34 @@ def test_a_wrong_record_is_named(tmp_path):
       tmp_path / 'P106.json',
       [
           {'question': 'a?', 'answers': ['x']},
-          {'question': 'b?', 'answers': []},
+          {'question': 'b?', 'answers': ['']},
       ],
   )
-  with pytest.raises(ValueError, match=r'P106.json, record 2: "answers" is'):
+  with pytest.raises(ValueError, match=r'P106.json:1: "answers" contains ""'):
     question_sets.read(path)
   for text, name, message in (
-      ('{"data": [{"title": "A"}]}', 'squad', "first record .*'paragraphs'"),
-      ('{"data": 3}', 'squad', 'expected a list of records, not'),
-      ('{"x": 1}', 'trivia_qa', "no field 'Data'"),
+      ('{"data": [{"title": "A"}]}', 'squad', "not SQuAD.*'paragraphs'"),
+      ('{"data": 3}', 'squad', '"data" is \'3\'; expected is a list'),
+      ('{"x": 1}', 'trivia_qa', "not TriviaQA: no field 'Question'"),
       (
           '{"question_text": "q", "document_text": "d", "annotations": null}',
           'natural_questions',
-          'is not a record of natural_questions',
+          'first record: not as in Natural Questions',
       ),
   ):
     (tmp_path / 'wrong.json').write_text(text)
     with pytest.raises(ValueError, match=f'wrong.json.*{message}'):
       question_sets.read(tmp_path / 'wrong.json', name)
   (tmp_path / 'wrong.tsv').write_bytes(b'1\t\xff\tx\n')
-  with pytest.raises(ValueError, match='wrong.tsv: its first record is not'):
+  with pytest.raises(ValueError, match='wrong.tsv:1: not UTF-8'):
     question_sets.read(tmp_path / 'wrong.tsv')
   with pytest.raises(FileNotFoundError, match='nowhere'):
     question_sets.read(tmp_path / 'nowhere.json')
   path.write_text('{"question": ', encoding='utf-8')
-  with pytest.raises(ValueError, match='P106.json: neither JSON Lines nor'):
+  with pytest.raises(ValueError, match='P106.json:1: malformed JSON'):
     question_sets.read(path)
-  with pytest.raises(ValueError, match="format 'csv': must be"):
-    question_sets.read(path, 'csv')
+  with pytest.raises(ValueError, match="format 'xml': must be"):
+    question_sets.read(path, 'xml')
 
 
 @pytest.mark.parametrize(

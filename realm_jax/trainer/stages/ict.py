@@ -6,6 +6,7 @@ that answer them take the place of the sentences (Karpukhin et al. 2020).
 """
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from realm_jax.qa import passage_answers
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.trainer import examples
 from realm_jax.trainer import stages
+
+log = logging.getLogger(__name__)
 
 
 @stages.batch
@@ -104,12 +107,21 @@ class QuestionPairs:
       questions: question_table_lib.QuestionTable,
   ):
     self._corpus, self._config, self._table = corpus, config, questions
-    self._gold_rows = passage_answers.gold_rows(corpus, questions.questions)
+    gold = passage_answers.find_gold(corpus, questions.questions)
+    self._gold_rows = gold.rows
     self._rows = np.flatnonzero([len(rows) > 0 for rows in self._gold_rows])
     if not len(self._rows):
       raise ValueError(
           f'None of the {len(questions)} questions of config.ict.questions has'
           f' a passage_id that is in the corpus {corpus.directory}.'
+      )
+    gold.warn(corpus, 'They are not trained on.')
+    nameless = sum(not question.gold for question in questions.questions)
+    if nameless:
+      log.warning(
+          '%d of the %d questions of config.ict.questions have no passage_id'
+          ' and are not trained on.',
+          nameless, len(questions),
       )
 
   def __len__(self) -> int:

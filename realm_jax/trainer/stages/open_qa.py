@@ -98,7 +98,10 @@ class OpenQa(stages.Stage):
           f' config.open_qa.read={config.open_qa.read} is more.'
       )
     self._questions = question_table_lib.QuestionTable.read(
-        config.open_qa.questions, config.lengths.query, corpus.tokenizer
+        config.open_qa.questions,
+        config.lengths.query,
+        corpus.tokenizer,
+        answered=True,
     )
     self.lineage['questions_digest'] = self._questions.digest
     self._answers = passage_answers_lib.PassageAnswers(corpus)

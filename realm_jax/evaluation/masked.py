@@ -1,0 +1,123 @@
+"""Measures how retriever and reader fill in masked `validation` sentences."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.evaluation import metrics as metrics_lib
+from realm_jax.index import search as search_lib
+from realm_jax.inference import trained as trained_lib
+from realm_jax.trainer.stages import realm
+
+
+def measure(
+    trained: trained_lib.Trained,
+    params: trained_lib.Params,
+    search: search_lib.Search | None,
+    max_sentences: int,
+) -> dict[str, Any]:
+  """Measures the filling of masked `validation` sentences.
+
+  Without a search, as after reader warm-up, the null document is the only
+  candidate. Trivial candidates are excluded even if training allowed them, so
+  that the rows of an ablation are comparable.
+  """
+  trivial = trained.config.trivial
+  size = trained.config.num_candidates if search is not None else 1
+  config = dataclasses.replace(
+      trained.config,
+      objective='realm',
+      masking='salient',
+      trivial='passage' if trivial == 'none' else trivial,
+      batch_size=trained.reading_batch_size(
+          size, trained.config.lengths.masks
+      ),
+  )
+  totals: dict[str, list[np.ndarray]] = {}
+  rows = []
+  for batch in realm.evaluation_batches(
+      trained.corpus, config, 'validation', max_sentences
+  ):
+    rows.append(batch.row_B)
+    for name, values in _read_batch(
+        trained, params, search, size, config.batch_size, batch.inputs
+    ).items():
+      totals.setdefault(name, []).append(values)
+  cluster_B = sentence_clusters(trained.corpus, np.concatenate(rows))
+  metrics: dict[str, Any] = {
+      'sentences': len(cluster_B),
+      'clusters': len(np.unique(cluster_B)),
+      'num_candidates': size,
+  }
+  if search is not None:
+    metrics |= {'trivial': config.trivial, 'trivial_in_training': trivial}
+  for name, parts in totals.items():
+    values_B = np.concatenate(parts)
+    metrics[name] = float(values_B.mean())
+    if name.startswith('accuracy'):
+      metrics |= metrics_lib.named_interval(name, values_B, cluster_B)
+  return metrics
+
+
+def sentence_clusters(
+    corpus: corpus_lib.Corpus, sentence_B: np.ndarray
+) -> np.ndarray:
+  """Returns the clusters of `validation` sentences for intervals.
+
+  Args:
+    corpus: with the split `validation`.
+    sentence_B: rows of the sentences.
+
+  Returns:
+    int64 [B]: the sentence's article; for a sentence from no passage, a unique
+    negative number.
+  """
+  passage_B = corpus.sentences['validation'].passages[sentence_B]
+  article_B = corpus.passages.articles[np.maximum(passage_B, 0)]
+  return np.where(passage_B >= 0, article_B, -1 - sentence_B)
+
+
+def _read_batch(
+    trained: trained_lib.Trained,
+    params: trained_lib.Params,
+    search: search_lib.Search | None,
+    num_candidates: int,
+    batch_size: int,
+    queries: realm.Queries,
+) -> dict[str, np.ndarray]:
+  """Returns each metric for each sentence of the batch."""
+  count = len(queries.mask_BM)
+  queries = jax.tree.map(
+      lambda x: trained_lib.pad_rows(x, batch_size), queries
+  )
+  retrieved_BJ = np.zeros((batch_size, 0), np.int64)
+  if search is not None:
+    retrieved_BJ = search.search(
+        trained.embed_queries(params, queries.query_ids_BQ),
+        num_candidates - 1,
+        queries.exclude_BR2,
+    )
+  batch = realm.with_candidates(
+      queries, retrieved_BJ, trained.corpus, trained.config.lengths
+  )
+  read = trained.read(params, batch)
+  mask_BM, targets_BM = queries.mask_BM, queries.targets_BM
+
+  def right(best_BM: np.ndarray) -> np.ndarray:
+    return ((best_BM == targets_BM) | ~mask_BM).all(axis=1).astype(float)
+
+  metrics = {'accuracy_without_retrieval': right(read['best_BKM'][:, 0])}
+  if search is not None:
+    p_BK = np.exp(read['logp_BK'])
+    logp_BK = np.where(mask_BM[:, None], read['target_logp_BKM'], 0).sum(-1)
+    utility_BJ = logp_BK[:, 1:] - logp_BK[:, :1]
+    real_B = np.maximum(p_BK[:, 1:].sum(1), 1e-9)
+    metrics |= {
+        'accuracy_with_retrieval': right(read['marginal_best_BM']),
+        'retrieval_utility': (p_BK[:, 1:] * utility_BJ).sum(1) / real_B,
+        'null_share': p_BK[:, 0],
+    }
+  return {name: values[:count] for name, values in metrics.items()}
