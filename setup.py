@@ -26,6 +26,7 @@ _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
 _DEDUP = ['rensa>=0.5']
 _HF = ['datasets>=4.0', 'pyarrow>=15.0']
+_IR = ['ir-datasets>=0.5']
 _WIKI = ['mwparserfromhell>=0.7', 'mwxml>=0.3.6']
 
 setuptools.setup(
@@ -84,6 +85,7 @@ setuptools.setup(
         'beam': _BEAM,
         'dedup': _DEDUP,
         'hf': _HF,
+        'ir': _IR,
         'wiki': _WIKI,
         'dev': [
             *_BEAM,

@@ -65,6 +65,8 @@ def add(
     replace: bool = False,
     ignore_missing: bool = False,
     skip_bad_records: bool = False,
+    format: str | None = None,
+    fields: str | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> Change:
@@ -72,11 +74,11 @@ def add(
 
   Args:
     workdir: of a job that has an index.
-    sources: JSON Lines files, folders or glob patterns, as of `prepare`; each
-      record needs an `id`.
+    sources: as of `prepare`; each record needs an id.
     replace: require that each id exists, not that it is new.
     ignore_missing: with `replace`, add the documents that do not exist.
     skip_bad_records: leave out bad records, instead of failing at the first.
+    format, fields: of the sources, see `sources.find`.
     workers: processes that tokenise; None: one for each core.
     progress: whether to show progress bars.
 
@@ -88,9 +90,12 @@ def add(
   """
   with _locked(workdir) as documents:
     source = records_lib.Records(
-        sources_lib.find(sources), skip_bad=skip_bad_records, need_ids=True
+        sources_lib.find(sources, format, fields),
+        skip_bad=skip_bad_records,
+        need_ids=True,
     )
     ids = [record.id for record in source.check()]
+    source.report()
     command = 'update' if replace else 'add'
     gone, missing = _rows_of(documents, ids, command, ignore_missing)
     documents.newest()  # Fails before any work.
@@ -114,7 +119,7 @@ def delete(
 
   Args:
     workdir: of a job that has an index.
-    source: JSON Lines of objects with an `id`, or a text with an id a line.
+    source: a table with an id, such as JSON Lines, or a text with an id a line.
     ignore_missing: skip ids that do not exist.
 
   Raises: as `add`; ValueError also if no document would remain.

@@ -5,6 +5,8 @@ import dataclasses
 
 from realm_jax.cli import actions
 from realm_jax.cli.flags import CONFIG
+from realm_jax.cli.flags import FIELDS
+from realm_jax.cli.flags import FORMAT
 from realm_jax.cli.flags import OUTPUT
 from realm_jax.cli.flags import OVERWRITE
 from realm_jax.cli.flags import PROCESSES
@@ -39,8 +41,8 @@ class Command:
 
 _RECORDS = Flag(
     'input', str,
-    'Records as `prepare` reads them, each with an `id`: JSON Lines files'
-    ' (.gz, .xz too), folders or globs, comma-separated.', REQUIRED,
+    'Records as `prepare` reads them, each with an id: files, folders, globs or'
+    ' data sets, comma-separated.', REQUIRED,
 )
 
 # How a question set is read.
@@ -61,9 +63,12 @@ COMMANDS = {
         '--source=articles/*.jsonl --output=corpus',
         actions.prepare,
         Flag('source', str, 'Articles or passages, comma-separated: files (JSON'
-             ' Lines, text, WikiExtractor, dumps of MediaWiki; .gz, .xz, .bz2,'
-             ' .zst too), folders, globs, tfds:NAME, hf:NAME,'
-             ' package.module:Name[:TEXT]; or world:SEED[:ENTITIES].'),
+             ' Lines, JSON, CSV, TSV, Parquet, text, WikiExtractor, dumps of'
+             ' MediaWiki; .gz, .xz, .bz2, .zst too), folders, globs, tfds:NAME,'
+             ' hf:NAME, ir:NAME, package.module:Name[:TEXT]; or'
+             ' world:SEED[:ENTITIES].'),
+        FORMAT,
+        FIELDS,
         Flag('pretraining_source', str, 'A separate corpus to take the masked'
              ' sentences from; default: the source itself.'),
         OUTPUT,
@@ -177,6 +182,8 @@ COMMANDS = {
         actions.add,
         WORKDIR,
         _RECORDS,
+        FORMAT,
+        FIELDS,
         SKIP_BAD_RECORDS,
         WORKERS,
     ),
@@ -186,6 +193,8 @@ COMMANDS = {
         actions.update,
         WORKDIR,
         _RECORDS,
+        FORMAT,
+        FIELDS,
         SKIP_BAD_RECORDS,
         WORKERS,
         Flag('ignore_missing', bool, 'Add documents with unknown ids.', False),
@@ -195,8 +204,8 @@ COMMANDS = {
         '--workdir=runs/realm --input=ids.txt',
         actions.delete,
         WORKDIR,
-        Flag('input', str, 'Ids: JSON Lines (.gz, .xz too) of objects with an'
-             ' `id`, or any other file, with an id on each line.', REQUIRED),
+        Flag('input', str, 'Ids: a table with an id, such as JSON Lines, or any'
+             ' other file, with an id on each line; .gz, .xz too.', REQUIRED),
         Flag('ignore_missing', bool, 'Ignore unknown ids.', False),
     ),
     'index compact': Command(

@@ -94,6 +94,16 @@ SKIP_BAD_RECORDS = Flag(
     'skip_bad_records', bool,
     'Count and list malformed lines, do not stop.', False,
 )
+FORMAT = Flag(
+    'format', str,
+    'Format of all files: jsonl, json, csv, tsv, tsv-plain, parquet, text,'
+    ' wikiextractor or mediawiki; default: recognised by their content.',
+)
+FIELDS = Flag(
+    'fields', str,
+    'Names of fields or columns, such as id:_id,text:contents, or their'
+    ' numbers; default: the usual names.',
+)
 WORKERS = Flag('workers', int, 'Processes; default: one for each core.')
 # The processes of a job.
 PROCESSES = (

@@ -1,16 +1,20 @@
-"""Texts from TFDS, the Hugging Face hub, and MediaWiki dumps.
+"""Texts from TFDS, the Hugging Face hub, ir_datasets, and files of articles.
 
-A dataset must have a field `text` and may have `title` and `id`, as the
-Wikipedias of TFDS and Hugging Face do. The pages of a dump are streamed by
-mwxml; their markup is parsed by mwparserfromhell, in the worker processes.
+A dataset must have a text and may have titles and ids, under the usual names
+(`fields`). The pages of a dump are streamed by mwxml; their markup is parsed by
+mwparserfromhell, in the worker processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+import html
+import itertools
 import pathlib
 import re
 from typing import Any
 from xml.etree import ElementTree
 
+from realm_jax.prepare import sources
+from realm_jax.runtime import fields as fields_lib
 from realm_jax.runtime import lines as lines_lib
 
 # A version begins with a digit, a split with a letter.
@@ -18,10 +22,35 @@ _TFDS_NAME = re.compile(
     r'tfds:(?P<dataset>[\w/.]+(?::[\d*.]+)?)(?::(?P<split>[A-Za-z]\w*))?'
 )
 _FIELDS = ('id', 'title', 'text')  # Others, such as URLs, are not used.
+_SAMPLE = 20  # Records that tell the fields.
 
-# Links to files and categories are not text. These are their English names;
-# a dump declares those of its language.
-_NOT_TEXT = frozenset({'file', 'image', 'category', 'media'})
+_DOC = re.compile(
+    r'<doc id="(?P<id>[^"]*)"[^>]*? title="(?P<title>.*)">\s*'
+)
+# WikiExtractor escapes <, > and &, to tell text from its own tags.
+_ESCAPED = (('<', '&lt;'), ('>', '&gt;'), ('&', '&amp;'))
+
+# Links to files and categories are not text. These are the names of their
+# namespaces in English, which every wiki understands, and names that a dump in
+# Chinese or Serbian does not declare; it declares the others of its language.
+_NOT_TEXT = frozenset(
+    'file image media category 分类 分類 категорија kategorija'.split()
+)
+_NAMESPACES = (-2, 6, 14)  # Media, files, categories.
+# A file by its ending: older names of the namespace, such as Bild, are not
+# declared.
+_MEDIA = re.compile(
+    r'[^:|\[\]]+:[^|]*\.(?:jpe?g|png|gif|svg|tiff?|webp|xcf|bmp|pdf|djvu|og[gvax]'
+    r'|opus|webm|mp[34g]|mpeg|wav|flac|midi?|stl)\s*',
+    re.IGNORECASE,
+)
+# A link to the same page of another language, which is shown elsewhere.
+_LANGUAGE = re.compile(r'[a-z]{2,3}(?:-[a-z]{2,10})?:\S.*', re.DOTALL)
+_REMOVED_TAGS = frozenset(
+    'ref references table gallery imagemap math chem timeline score graph hiero'
+    ' mapframe maplink templatestyles templatedata inputbox categorytree'
+    ' indicator'.split()
+)
 _HEADING = re.compile(r'^=+\s*(.*?)\s*=+\s*$', re.MULTILINE)
 # Removed templates leave brackets such as '(; )'; '(; born 1950)' stays.
 _EMPTY_BRACKETS = re.compile(r' ?\([\s,;]*\)')
@@ -35,7 +64,9 @@ class TfdsSource:
   build a dataset; the command `tfds build` does that.
   """
 
-  def __init__(self, name: str):
+  kind = 'dataset of TFDS'
+
+  def __init__(self, name: str, given: Mapping[str, str] | None = None):
     """Opens the dataset.
 
     Raises:
@@ -70,7 +101,6 @@ class TfdsSource:
           f'{name}: no split {split!r}; the splits are '
           f'{", ".join(sorted(builder.info.splits))}.'
       )
-    _check_fields(name, builder.info.features or {})
     try:
       self._source = builder.as_data_source(split=split)
     except NotImplementedError:
@@ -79,16 +109,20 @@ class TfdsSource:
           'the only format that TFDS reads without TensorFlow. Run `tfds build '
           f'{dataset} --file_format=array_record`.'
       ) from None
+    sample = [self._source[i] for i in range(min(_SAMPLE, len(self._source)))]
+    self.fields = _fields(name, sample, builder.info.features or {}, given)
 
   def __iter__(self) -> Iterator[tuple[str, Any]]:
     for i in range(len(self._source)):
-      yield f'{self.name}:{i}', _known_fields(self._source[i])
+      yield f'{self.name}:{i}', self._source[i]
 
 
 class HuggingFaceSource:
   """`hf:NAME[:CONFIG[:SPLIT]]`: a dataset of the hub, cached, or a folder."""
 
-  def __init__(self, name: str):
+  kind = 'dataset of Hugging Face'
+
+  def __init__(self, name: str, given: Mapping[str, str] | None = None):
     """Opens the dataset; downloads it if it is not in the cache.
 
     Raises:
@@ -125,21 +159,112 @@ class HuggingFaceSource:
       ) from None
     except ValueError as error:  # Unknown configuration or split.
       raise ValueError(f'{name}: {_first_line(error)}') from None
-    _check_fields(name, self._rows.features)
+    sample = itertools.islice(self._rows, _SAMPLE)
+    self.fields = _fields(name, [*sample], self._rows.features, given)
+    # Others, such as embeddings and images, take time to decode.
+    columns = {*self.fields.taken.values()}
+    self._rows = self._rows.select_columns(sorted(columns))
 
   def __iter__(self) -> Iterator[tuple[str, Any]]:
     for i, row in enumerate(self._rows):
-      yield f'{self.name}:{i}', _known_fields(row)
+      yield f'{self.name}:{i}', row
 
 
-class MediaWikiDump:
+class IrDataset:
+  """`ir:NAME`: the documents of a dataset of ir_datasets."""
+
+  kind = 'dataset of ir_datasets'
+
+  def __init__(self, name: str, given: Mapping[str, str] | None = None):
+    """Opens the dataset; ir_datasets downloads it if it is not there.
+
+    Raises:
+      FileNotFoundError: the dataset does not exist.
+      ImportError: the package ir_datasets is not installed.
+      ValueError: it has no documents, or no text.
+    """
+    try:
+      import ir_datasets
+    except ImportError as error:
+      raise ImportError(
+          f'{name}: reading it needs the package ir_datasets; run `pip install '
+          "'realm_jax[ir]'`."
+      ) from error
+    self.name = name
+    try:
+      self._dataset = ir_datasets.load(name.removeprefix('ir:'))
+    except KeyError:
+      raise FileNotFoundError(
+          f'{name}: ir_datasets knows no such dataset; `ir_datasets list` shows'
+          ' all names.'
+      ) from None
+    if not self._dataset.has_docs():
+      raise ValueError(f'{name}: the dataset has no documents.')
+    names = self._dataset.docs_cls()._fields
+    sample = [row for _, row in itertools.islice(self, _SAMPLE)]
+    self.fields = _fields(name, sample, names, given)
+
+  def __iter__(self) -> Iterator[tuple[str, Any]]:
+    for i, document in enumerate(self._dataset.docs_iter(), start=1):
+      yield f'{self.name}, record {i}', document._asdict()
+
+
+class PlainText(sources.File):
+  """A file that is one article; the title is the name of the file.
+
+  A first line that repeats the title is removed.
+  """
+
+  kind = 'plain text, an article a file'
+
+  def __iter__(self) -> Iterator[tuple[str, Any]]:
+    data = b''.join(lines_lib.lines(self.path))
+    title = pathlib.Path(lines_lib.plain_name(self.path)).stem
+    title = title.replace('_', ' ')
+    text = _without_title(data, title)
+    yield f'{self.path}:1', {'id': self.id, 'title': title, 'text': text}
+
+
+class WikiExtractor(sources.File):
+  """A file of <doc id=... title=...> blocks, or of JSON lines."""
+
+  kind = 'output of WikiExtractor'
+
+  def __iter__(self) -> Iterator[tuple[str, Any]]:
+    header: re.Match[str] | None = None
+    place, body = '', list[bytes]()
+    for i, line in enumerate(lines_lib.lines(self.path), start=1):
+      if header is not None:
+        if line.strip() == b'</doc>':
+          yield place, _block(header, b''.join(body))
+          header, body = None, []
+        else:
+          body.append(line)
+      elif line.lstrip().startswith(b'{'):
+        yield f'{self.path}:{i}', _wiki_object(line)
+      elif line.strip():
+        header = _DOC.fullmatch(line.decode('utf-8', 'replace'))
+        place = f'{self.path}:{i}'
+        if header is None:
+          yield place, ValueError(
+              'neither a JSON object nor <doc id="..." title="...">, as '
+              'WikiExtractor writes them'
+          )
+    if header is not None:
+      yield place, ValueError('the <doc> is not closed by </doc>: cut off')
+
+
+class MediaWikiDump(sources.File):
   """Articles of a dump such as enwiki-latest-pages-articles.xml.bz2.
 
   Redirects and pages of other namespaces are skipped. The last revision of a
   page is used.
   """
 
-  def __init__(self, path: pathlib.Path):
+  kind = 'dump of MediaWiki'
+
+  def __init__(self, path: pathlib.Path, *options: Any):
+    super().__init__(path)
     try:
       import mwparserfromhell  # noqa: F401
       import mwxml  # noqa: F401
@@ -148,8 +273,6 @@ class MediaWikiDump:
           f'{path}: Reading a dump of MediaWiki needs the packages mwxml and'
           " mwparserfromhell; run `pip install 'realm_jax[wiki]'`."
       ) from error
-    self.path = path
-    self.name = str(path)
 
   def __iter__(self) -> Iterator[tuple[str, Any]]:
     import mwxml
@@ -158,7 +281,14 @@ class MediaWikiDump:
     title = 'the beginning'
     with lines_lib.opened(self.path) as file:
       try:
-        for page in mwxml.Dump.from_file(file):
+        dump = mwxml.Dump.from_file(file)
+        names = [
+            namespace.name.lower()
+            for namespace in getattr(dump.site_info, 'namespaces', None) or ()
+            if namespace.id in _NAMESPACES and namespace.name
+        ]
+        markup = f'wikitext:{"|".join(names)}'
+        for page in dump:
           title = page.title
           if page.namespace or page.redirect is not None:
             continue
@@ -169,7 +299,7 @@ class MediaWikiDump:
               'id': str(page.id),
               'title': title,
               'text': text,
-              'markup': 'wikitext',
+              'markup': markup,
           }
       except damaged as error:
         raise ValueError(
@@ -178,47 +308,95 @@ class MediaWikiDump:
         ) from None
 
 
-def plain_text(markup: str) -> str:
+def plain_text(text: str, markup: str = 'wikitext') -> str:
   """Returns wikitext without markup: a line for each paragraph, heading, item.
 
   Templates, tables, references, files and categories are removed.
+
+  Args:
+    text: wikitext.
+    markup: 'wikitext', or 'wikitext:NAME|NAME' with the names of the namespaces
+      of files and categories in the language of the wiki.
   """
   import mwparserfromhell
 
-  code = mwparserfromhell.parse(markup, skip_style_tags=True)
+  names = {name.lower() for name in markup.partition(':')[2].split('|')}
+  names |= _NOT_TEXT
+
+  def is_not_text(node: Any) -> bool:
+    if hasattr(node, 'tag'):
+      return str(node.tag).strip().lower() in _REMOVED_TAGS
+    target = str(node.title).strip()
+    if target.startswith(':'):  # Shows a link to the file or category.
+      node.title = target[1:]
+      return False
+    namespace, colon, _ = target.partition(':')
+    if not colon:
+      return False
+    return (
+        namespace.replace('_', ' ').strip().lower() in names
+        or _MEDIA.fullmatch(target) is not None
+        or (node.text is None and _LANGUAGE.fullmatch(target) is not None)
+    )
+
+  code = mwparserfromhell.parse(text, skip_style_tags=True)
   nodes = mwparserfromhell.nodes
   for node in code.ifilter(
       recursive=True,
       forcetype=(nodes.Wikilink, nodes.Tag),
-      matches=_is_not_text,
+      matches=is_not_text,
   ):
     try:
       code.remove(node)
     except ValueError:  # Its parent was removed.
       continue
-  text = code.strip_code(normalize=True, collapse=True)
-  text = _HEADING.sub(r'\1', text)
-  text = text.replace("'''", '').replace("''", '')
-  return _BLANK.sub('\n', _EMPTY_BRACKETS.sub('', text)).strip()
+  plain = code.strip_code(normalize=True, collapse=True)
+  plain = _HEADING.sub(r'\1', plain)
+  plain = plain.replace("'''", '').replace("''", '')
+  return _BLANK.sub('\n', _EMPTY_BRACKETS.sub('', plain)).strip()
 
 
-def _is_not_text(node: Any) -> bool:
-  if hasattr(node, 'tag'):
-    return str(node.tag) in ('ref', 'table', 'gallery', 'math', 'timeline')
-  namespace = str(node.title).partition(':')[0].strip().lower()
-  return ':' in str(node.title) and namespace in _NOT_TEXT
-
-
-def _known_fields(row: dict[str, Any]) -> dict[str, Any]:
-  return {name: row[name] for name in _FIELDS if name in row}
-
-
-def _check_fields(name: str, fields: Any) -> None:
-  if 'text' not in fields:
+def _fields(
+    name: str,
+    sample: list[dict[str, Any]],
+    columns: Any,
+    given: Mapping[str, str] | None,
+) -> fields_lib.Fields:
+  """Chooses the fields of a dataset; it must have a text."""
+  found = sources.layout(sample, given, name, [*columns], _FIELDS)
+  if 'text' not in found.taken:
     raise ValueError(
         f'{name}: the dataset has no field `text`; its fields are '
-        f'{", ".join(sorted(fields))}.'
+        f'{fields_lib.listed(sorted(columns))}. Name it: --fields=text:NAME'
     )
+  return found
+
+
+def _wiki_object(line: bytes) -> Any:
+  try:
+    record = lines_lib.json_object(line)
+  except ValueError as error:
+    return error
+  for name in ('title', 'text'):
+    for mark, escaped in _ESCAPED:
+      if isinstance(record.get(name), str):
+        record[name] = record[name].replace(escaped, mark)
+  return record
+
+
+def _block(header: re.Match[str], body: bytes) -> dict[str, Any]:
+  title = html.unescape(header['title'])
+  for mark, escaped in _ESCAPED:
+    body = body.replace(escaped.encode(), mark.encode())
+  text = _without_title(body, title)
+  return {'id': header['id'], 'title': title, 'text': text}
+
+
+def _without_title(body: bytes, title: str) -> bytes:
+  first, _, rest = body.partition(b'\n')
+  # Also a heading of Markdown.
+  first = first.removeprefix(b'\xef\xbb\xbf').strip().lstrip(b'#').strip()
+  return rest if title and first == title.strip().encode() else body
 
 
 def _first_line(error: BaseException) -> str:

@@ -40,7 +40,7 @@ _SHINGLE_WORDS = 5
 _BATCH_CHARACTERS = 1 << 20
 _WORD = re.compile(r'\w+')
 
-_Batch = list[tuple[str, bool]]  # Text, and whether it is wikitext.
+_Batch = list[tuple[str, str]]  # Text and its markup.
 
 
 def reason(
@@ -113,7 +113,7 @@ def _batches(source: records_lib.Records) -> Iterator[_Batch]:
   batch: _Batch = []
   size = 0
   for record in source:
-    batch.append((record.text, record.wikitext))
+    batch.append((record.text, record.markup))
     size += len(record.text)
     if size >= _BATCH_CHARACTERS:
       yield batch
@@ -127,8 +127,8 @@ def _signatures(batch: _Batch) -> list[Any]:
   import rensa
 
   signatures = []
-  for text, wikitext in batch:
-    plain = datasets.plain_text(text) if wikitext else text
+  for text, markup in batch:
+    plain = datasets.plain_text(text, markup) if markup else text
     words = _WORD.findall(plain.lower())
     signature = None
     if words:

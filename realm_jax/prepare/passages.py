@@ -177,7 +177,7 @@ class Packer:
   ) -> bool:
     exclude = self._settings.exclude
     kind = exclude and filters.reason(
-        record.title, record.text, exclude, record.wikitext
+        record.title, record.text, exclude, bool(record.markup)
     )
     if kind:
       counts[f'excluded_{kind}'] += 1
@@ -464,9 +464,10 @@ def _with_line_ends(text: str) -> str:
 
 
 def _without_markup(record: records.Record) -> records.Record:
-  if not record.wikitext:
+  if not record.markup:
     return record
-  return dataclasses.replace(record, text=datasets.plain_text(record.text))
+  text = datasets.plain_text(record.text, record.markup)
+  return dataclasses.replace(record, text=text)
 
 
 def _checksum(data: bytes) -> bytes:

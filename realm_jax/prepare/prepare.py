@@ -7,7 +7,7 @@ order. The bytes written are the same for any number of processes and after any
 number of interruptions. Only `writer` writes a corpus.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
 import logging
@@ -67,6 +67,7 @@ class Options:
     its workers must see the folder that contains the output. None: no pipeline.
   skip_bad_records: leave bad records out and list the first of them, instead of
     an error.
+  format, fields: of the sources, see `sources.find`; None: recognised.
   """
 
   pretraining_sources: Sequence[str] = ()
@@ -82,6 +83,8 @@ class Options:
   workers: int | None = None
   beam: Sequence[str] | None = None
   skip_bad_records: bool = False
+  format: str | None = None
+  fields: str | Mapping[str, str] | None = None
 
   def __post_init__(self) -> None:
     longest, shortest = self.max_sentence, self.min_sentence
@@ -313,8 +316,10 @@ def _add(
       # Shown by `update`; a refresh here would double the lines of a log.
       bar.set_postfix(passages=writer.num_passages, refresh=False)
       bar.update(chunk.num_records)
+  prefix = '' if one.passages else 'pretraining_'
+  if one.records.empty:
+    writer.counts[f'{prefix}empty_records'] = one.records.empty
   if one.near_duplicates is not None:
-    prefix = '' if one.passages else 'pretraining_'
     writer.counts[f'{prefix}near_duplicates'] = len(one.near_duplicates)
 
 
@@ -360,9 +365,11 @@ def _open_inputs(
       s for s in (*sources, *others) if s.startswith('world:') or s == 'world'
   ]
   if not worlds:
-    found = [sources_lib.find(sources)]
-    if others:
-      found.append(sources_lib.find(others))
+    found = [
+        sources_lib.find(names, options.format, options.fields)
+        for names in (sources, others)
+        if names or names is sources
+    ]
     questions = None
   else:
     name = worlds[0]
@@ -397,13 +404,7 @@ def _check(source: records_lib.Records, progress: bool) -> None:
       source.check(), desc='checking', unit=' records', disable=not progress
   ):
     pass
-  if source.skipped:
-    log.warning(
-        '%d bad records are left out:\n%s%s',
-        source.skipped,
-        '\n'.join(source.skipped_list),
-        '\n...' if source.skipped > len(source.skipped_list) else '',
-    )
+  source.report()
 
 
 class _Texts:

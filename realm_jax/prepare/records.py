@@ -5,22 +5,35 @@ A record is a line of JSON in UTF-8, or the equivalent from another source:
   {"id": "12", "title": "Anarchism", "text": "...", "article": "12",
    "spans": [[0, 9]], "split": "validation", "markup": "wikitext"}
 
-Only `text` is required. `spans` are ranges of UTF-8 bytes of `text`.
+Only `text` is required. `spans` are ranges of UTF-8 bytes of `text`. Fields may
+have other usual names (`fields`), which the source knows. A text may be a list
+of paragraphs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import logging
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 
 from realm_jax.corpus import corpus
 from realm_jax.prepare import sources as sources_lib
+from realm_jax.runtime import fields as fields_lib
 from realm_jax.runtime import lines as lines_lib
+from realm_jax.runtime import tables
+
+log = logging.getLogger(__name__)
 
 _LISTED = 20  # Skipped records that are listed; all are counted.
+_LAYOUTS = 8  # Kinds of a source that are logged.
 _NO_ID = 'no field `id`, which identifies a document'
+_MARKUP = re.compile(r'wikitext(:.*)?', re.DOTALL)
+# Marks in paragraphs of KILT's knowledge source.
+_KILT_HEADING = re.compile(r'^Section::::(?:.*\.:)?(.*?)[.:]*$')
+_KILT_ITEM = re.compile(r'^BULLET::::-?\s*')
 _RECENT = 1 << 19  # Hashes kept as Python objects; older ones take 12 bytes.
 
 
@@ -34,7 +47,7 @@ class Record:
   article: str | None  # Key of its article; None: an article of its own.
   spans: tuple[tuple[int, int], ...] | None  # Bytes; None: found by rules.
   validation: bool  # Marked with `split: 'validation'`.
-  wikitext: bool = False  # Whether the text is MediaWiki markup.
+  markup: str = ''  # Of the text, see `datasets.plain_text`; '': none.
 
 
 class Records:
@@ -47,6 +60,8 @@ class Records:
     marked: whether a record is marked for validation.
     skipped: number of bad records.
     skipped_list: the errors of the first bad records, with file and line.
+    empty: number of records without text, which are passed over.
+    repeated: number of records with title and text of an earlier one.
   """
 
   def __init__(
@@ -62,18 +77,25 @@ class Records:
     self.marked = False
     self.skipped = 0
     self.skipped_list: list[str] = []
+    self.empty = self.repeated = 0
+    self._first_empty, self._first_repeated = '', ('', 0)
+    self._read: list[str] = []  # What was recognised.
 
   def check(self) -> Iterator[Record]:
-    """Reads all records once and yields the good ones.
+    """Reads all records once and yields the good ones; then call `report`.
 
     Raises:
       ValueError: a record is bad (unless bad ones are skipped) or a file is
         damaged, with file and line; or no good record is left.
     """
-    seen = HashNumbers()
-    for number, place, content in self._contents():
+    seen, texts = HashNumbers(), HashNumbers()
+    for number, place, content, fields in self._contents(summarise=True):
       try:
-        record = _parse(content, None if self._need_ids else number)
+        record = _parse(content, None if self._need_ids else number, fields)
+        if record is None:
+          self._first_empty = self._first_empty or place
+          self.empty += 1
+          continue
         if seen.setdefault(corpus.id_hash(record.id), number) != number:
           first = self._place_of(record.id, before=number)
           if first is not None:
@@ -92,10 +114,43 @@ class Records:
         continue
       self.count += 1
       self.marked = self.marked or record.validation
+      text = hash((record.title, record.text)) % 2**64
+      if (first_number := texts.setdefault(text, number)) != number:
+        if not self.repeated:
+          self._first_repeated = place, first_number
+        self.repeated += 1
       yield record
     if not self.count:
       names = ', '.join(source.name for source in self._sources[:5])
-      raise ValueError(f'There is no usable record in {names}.')
+      empty = f': {self.empty} have no text' if self.empty else ''
+      raise ValueError(f'There is no usable record in {names}{empty}.')
+
+  def report(self) -> None:
+    """Logs what was recognised, and what is wrong with the records."""
+    for line in self._read[:_LAYOUTS]:
+      log.info('%s', line)
+    if len(self._read) > _LAYOUTS:
+      log.info('... and %d other formats.', len(self._read) - _LAYOUTS)
+    if self.skipped:
+      log.warning(
+          '%d bad records are left out:\n%s%s',
+          self.skipped,
+          '\n'.join(self.skipped_list),
+          '\n...' if self.skipped > len(self.skipped_list) else '',
+      )
+    if self.empty:
+      log.warning(
+          '%d records have no text and are passed over; the first is %s.',
+          self.empty, self._first_empty,
+      )
+    if self.repeated:
+      place, number = self._first_repeated
+      log.warning(
+          '%d records have title and text of an earlier one under another id,'
+          ' the first of them %s, those of record %d of all. They are kept;'
+          ' --near_duplicates=1 leaves repetitions out.',
+          self.repeated, place, number + 1,
+      )
 
   def __iter__(self) -> Iterator[Record]:
     """Yields the good records; call `check` first.
@@ -104,13 +159,16 @@ class Records:
       ValueError: this reading gives another number of records than `check`.
     """
     number = -1
-    for number, _, content in self._contents():
+    for number, _, content, fields in self._contents():
       if number not in self._bad:
-        yield _parse(content, number)
-    if number + 1 != self.count + self.skipped:
+        record = _parse(content, number, fields)
+        if record is not None:
+          yield record
+    checked = self.count + self.skipped + self.empty
+    if number + 1 != checked:
       names = ', '.join(source.name for source in self._sources[:5])
       raise ValueError(
-          f'{names}: {self.count + self.skipped} records when checked and'
+          f'{names}: {checked} records when checked and'
           f' {number + 1} when read again; all readings must give the same.'
       )
 
@@ -121,31 +179,51 @@ class Records:
         yield record.title
       yield record.text
 
-  def _contents(self) -> Iterator[tuple[int, str, sources_lib.Content]]:
-    """Yields (number over all sources, 'file:line', content)."""
+  def _contents(
+      self, summarise: bool = False
+  ) -> Iterator[tuple[int, str, sources_lib.Content, fields_lib.Fields]]:
+    """Yields (number over all sources, 'file:line', content, its fields).
+
+    Args:
+      summarise: whether to note what was recognised, for `report`.
+    """
     number = 0
+    # By kind and fields: a file, number of files, number of records.
+    read: dict[str, tuple[str, int, int]] = {}
     for source in self._sources:
+      before = number
       for place, content in source:
-        yield number, place, content
+        yield number, place, content, source.fields
         number += 1
+      about = source.kind
+      if source.fields is not sources_lib.OWN:
+        about += f'; {source.fields}'
+      name, files, records = read.get(about, (source.name, 0, 0))
+      read[about] = name, files + 1, records + number - before
+    if not summarise:
+      return
+    for about, (name, files, records) in read.items():
+      more = f' and {files - 1} more' if files > 1 else ''
+      self._read.append(f'{name}{more}: {about}; {records} records.')
 
   def _place_of(self, name: str, before: int) -> str | None:
     """Finds the first record with an id, by reading again."""
     if self.skipped > _LISTED:  # Errors are only counted from here on.
       return 'another record'
-    for number, place, content in self._contents():
+    for number, place, content, fields in self._contents():
       if number == before:
         break
-      if number not in self._bad and _parse(content, number).id == name:
-        return place
+      if number not in self._bad:
+        record = _parse(content, number, fields)
+        if record is not None and record.id == name:
+          return place
     return None  # Two different ids with the same hash.
 
 
 def read_ids(path: pathlib.Path) -> list[str]:
   """Returns the distinct ids in a file, which may be compressed.
 
-  By its name, the file is JSON Lines of objects with an `id`, or text with an
-  id on each line.
+  The file is a table with an id, or text with an id on each line.
 
   Raises:
     FileNotFoundError: the file does not exist.
@@ -154,21 +232,40 @@ def read_ids(path: pathlib.Path) -> list[str]:
   if not path.is_file():
     raise FileNotFoundError(f'There is no file {str(path)!r}.')
   ids: dict[str, None] = {}
-  for i, line in enumerate(lines_lib.lines(path), start=1):
+  for place, content, name in _id_records(path):
     try:
-      if sources_lib.is_json_lines(path):
-        name = _string(lines_lib.json_object(line), 'id', or_number=True)
-        if not name:
-          raise ValueError(_NO_ID)
+      if isinstance(content, ValueError):
+        raise content
+      if isinstance(content, bytes):
+        found = lines_lib.decoded(content).strip()
       else:
-        name = lines_lib.decoded(line).strip()
+        found = _string(content, name, or_number=True) or ''
+        if not found:
+          raise ValueError(_NO_ID)
     except ValueError as error:
-      raise ValueError(f'{path}:{i}: {error}.') from None
-    if name:
-      ids[name] = None
+      raise ValueError(f'{place}: {error}.') from None
+    if found:
+      ids[found] = None
   if not ids:
     raise ValueError(f'{path} names no id.')
   return list(ids)
+
+
+def _id_records(
+    path: pathlib.Path,
+) -> Iterator[tuple[str, sources_lib.Content, str]]:
+  """Yields (place, line or record, name of the field with the id)."""
+  format = tables.recognise(path)
+  if format:
+    table = tables.open_table(path, format)
+    named = table.columns is None or table.header or format == 'parquet'
+    if named:
+      fields = fields_lib.choose(['id'], table.sample, where=str(path))
+      for place, record in table:
+        yield place, record, fields.taken.get('id', 'id')
+      return
+  for number, line in enumerate(lines_lib.lines(path), start=1):
+    yield f'{path}:{number}', line, ''
 
 
 def is_validation(key: str, fraction: float) -> bool:
@@ -204,60 +301,100 @@ class HashNumbers:
     return number
 
 
-def _parse(content: sources_lib.Content, number: int | None) -> Record:
-  """Returns the record of a content.
+def _parse(
+    content: sources_lib.Content,
+    number: int | None,
+    fields: fields_lib.Fields,
+) -> Record | None:
+  """Returns the record of a content; None if it has no text.
 
   Args:
     content: of a source.
     number: the id of a record without one; None: such a record is an error.
+    fields: of the source.
 
   Raises:
     ValueError: a field is missing or wrong.
   """
   if isinstance(content, ValueError):
     raise content
-  fields = (
+  values = (
       lines_lib.json_object(content) if isinstance(content, bytes) else content
   )
-  text = _string(fields, 'text')
-  if text is None:
+  taken = fields.names
+  title = (_string(values, taken.get('title')) or '').strip()
+  name = taken.get('text', 'text')
+  if name not in values:
     raise ValueError(
-        'no field `text`; the fields are '
-        f'{", ".join(sorted(map(str, fields))) or "none"}'
+        f'no field `{name}`; the fields are '
+        f'{fields_lib.listed(sorted(map(str, values)))}. --fields=text:NAME'
+        ' says which one has the text'
     )
-  if not text.strip():
-    raise ValueError('the field `text` is empty')
-  name = _string(fields, 'id', or_number=True)
-  if name == '':
-    raise ValueError('the field `id` is empty; leave it out instead')
-  if name is None and number is None:
+  text = _text(values, name, title)
+  if fields.title_line:
+    first, end, rest = text.lstrip().partition('\n')
+    if end:
+      title, text = _unquoted(first.strip()), rest
+  identity = _string(values, taken.get('id'), or_number=True)
+  if identity == '':
+    raise ValueError(
+        f'the field `{taken["id"]}` is empty; leave it out instead'
+    )
+  if identity is None and number is None:
     raise ValueError(_NO_ID)
-  title = (_string(fields, 'title') or '').strip()
-  split = _string(fields, 'split')
+  split = _string(values, taken.get('split'))
   if split not in (None, 'train', 'validation'):
     raise ValueError(
-        f"the field `split` is {split!r}; it can be 'train' or 'validation'"
+        f"the field `{taken['split']}` is {split!r}; it can be 'train' or"
+        " 'validation'. --fields=split: ignores it"
     )
-  markup, spans = _string(fields, 'markup'), _spans(fields, text)
-  if markup not in (None, 'wikitext'):
-    raise ValueError(f"the field `markup` is {markup!r}; it can be 'wikitext'")
+  markup = _string(values, taken.get('markup')) or ''
+  if markup and not _MARKUP.fullmatch(markup):
+    raise ValueError(
+        f"the field `{taken['markup']}` is {markup!r}; it can be 'wikitext'"
+    )
+  spans = _spans(values, taken.get('spans'), text)
   if markup and spans is not None:
     raise ValueError('`spans` are of plain text; this record has `markup`, too')
+  article = _string(values, taken.get('article'), or_number=True)
+  if not text or text.isspace():
+    return None
   return Record(
-      str(number) if name is None else name,
+      str(number) if identity is None else identity,
       title,
       text,
-      _string(fields, 'article', or_number=True) or title or None,
+      article or title or None,
       spans,
       split == 'validation',
-      markup == 'wikitext',
+      markup,
   )
+
+
+def _text(values: Mapping[str, Any], name: str, title: str) -> str:
+  """Returns the text, which may be a list of paragraphs as in KILT."""
+  paragraphs = values[name]
+  if not isinstance(paragraphs, (list, tuple)):
+    return _string(values, name) or ''
+  lines = []
+  for paragraph in paragraphs:
+    line = (_string({name: paragraph}, name) or '').strip()
+    line = _KILT_ITEM.sub('', _KILT_HEADING.sub(r'\1', line))
+    lines.append(line)
+  if lines and lines[0] == title:
+    del lines[0]
+  return '\n'.join(lines)
+
+
+def _unquoted(title: str) -> str:
+  if re.fullmatch(r'"(?:[^"]|"")*"', title):
+    return title[1:-1].replace('""', '"')
+  return title
 
 
 def _string(
-    fields: Mapping[str, Any], name: str, or_number: bool = False
+    fields: Mapping[str, Any], name: str | None, or_number: bool = False
 ) -> str | None:
-  value = fields.get(name)
+  value = fields.get(name) if name else None
   if value is None:
     return None
   if or_number and isinstance(value, int) and not isinstance(value, bool):
@@ -280,9 +417,9 @@ def _string(
 
 
 def _spans(
-    fields: Mapping[str, Any], text: str
+    fields: Mapping[str, Any], name: str | None, text: str
 ) -> tuple[tuple[int, int], ...] | None:
-  spans = fields.get('spans')
+  spans = fields.get(name) if name else None
   if spans is None:
     return None
   size = len(text.encode('utf-8'))

@@ -1,80 +1,111 @@
 """Sources of texts: what `--source` of `prepare` can name.
 
 A source yields (place, content) for each record, in the same order every time.
-`records` checks the content.
+A file is recognised by its content. `records` checks the content.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import glob
-import html
 import inspect
+import itertools
+import logging
 import os
 import pathlib
 import re
 from typing import Any, Protocol
 
 from realm_jax.runtime import extension
+from realm_jax.runtime import fields as fields_lib
 from realm_jax.runtime import lines as lines_lib
+from realm_jax.runtime import tables
+
+log = logging.getLogger(__name__)
 
 UNDERSTOOD = """\
 A source is one of these; files may also end in .gz, .xz, .bz2 or .zst:
-  *.jsonl, *.json      JSON Lines: an object with `text` on each line
-  *.txt                plain text: one article
+  JSON Lines, JSON     an object with a text for each record
+  CSV, TSV, Parquet    a text in a column
+  .txt, .md            plain text: one article
   wiki_*               output of WikiExtractor, with --json or without
-  *.xml                a dump of MediaWiki
-  a folder             all such files in it, at any depth; .txt if no others
+  .xml                 a dump of MediaWiki
+  a folder             all such files in it, at any depth
   a glob pattern       such as 'articles/*.jsonl.xz'
   tfds:NAME[:VERSION][:SPLIT]
                        a dataset of TFDS, such as tfds:wikipedia/20230601.en
   hf:NAME[:CONFIG[:SPLIT]]
                        a dataset of the Hugging Face hub, or its folder
+  ir:NAME              the documents of a dataset of ir_datasets
   package.module:Name[:TEXT]
                        a class or function in Python that, called without
                        argument or with TEXT, gives the records as dicts
   world:SEED[:ENTITIES]
-                       an invented world, as the only source"""
+                       an invented world, as the only source
+--format says what a file is, and --fields which fields are id, title and text,
+such as --fields=id:_id,text:contents."""
 
 # A record before it is checked: a line of JSON, its fields, or an error.
 Content = bytes | Mapping[str, Any] | ValueError
 
-# The class of each kind: by the prefix of a name, or by the name of a file.
+# The class of each kind of data set, by the prefix of its name.
 _DATASETS = {
     'tfds': 'realm_jax.prepare.datasets:TfdsSource',
     'hf': 'realm_jax.prepare.datasets:HuggingFaceSource',
+    'ir': 'realm_jax.prepare.datasets:IrDataset',
 }
+# The class of each format of a file; the keys are the values of --format.
 _FILES = {
-    'json': 'realm_jax.prepare.sources:JsonLines',
-    'text': 'realm_jax.prepare.sources:PlainText',
-    'wiki': 'realm_jax.prepare.sources:WikiExtractor',
-    'xml': 'realm_jax.prepare.datasets:MediaWikiDump',
+    **dict.fromkeys(tables.FORMATS, 'realm_jax.prepare.sources:TableFile'),
+    'text': 'realm_jax.prepare.datasets:PlainText',
+    'wikiextractor': 'realm_jax.prepare.datasets:WikiExtractor',
+    'mediawiki': 'realm_jax.prepare.datasets:MediaWikiDump',
 }
+FORMATS = tuple(_FILES)
 _KINDS = _DATASETS | _FILES
 
-_JSON = ('.jsonl', '.json')
-_WIKI_EXTRACTOR = re.compile(r'wiki_\d+')
-_DOC = re.compile(
-    r'<doc id="(?P<id>[^"]*)"[^>]*? title="(?P<title>.*)">\s*'
+_TEXTS = ('.txt', '.md', '.markdown', '.text')
+_WIKI_NAME = re.compile(r'wiki_\d+')
+# Files about a data set that are no part of it, without ending.
+_NOTES = frozenset(
+    'readme license licence copying notice changelog citation contributing'
+    ' authors dataset_info dataset_infos state datapackage'.split()
 )
+# A data set for retrieval has a corpus, and other files that are none.
+_CORPORA = ('corpus', 'collection')
+_NO_CORPORA = ('queries', 'qrels', 'topics')
+_HEAD = 1 << 16  # Bytes that tell a format.
+_LISTED = 5  # Files that a warning names.
+
+# Fields of a record; only the text is required.
+FIELDS = ('id', 'title', 'text', 'article', 'spans', 'split', 'markup')
+OWN = fields_lib.Fields({name: name for name in FIELDS})
+_SAMPLE = 100  # Records from Python that tell the fields.
 
 
 class Source(Protocol):
-  """Records that are not yet checked; `name` is for messages."""
+  """Records that are not yet checked.
 
-  @property
-  def name(self) -> str:
-    """The name that the user gave."""
+  name: for messages.
+  kind: what was recognised.
+  fields: names of the fields in the records; known at the first record.
+  """
+
+  name: str
+  kind: str
+  fields: fields_lib.Fields
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     """Yields ('file:line' or similar, content)."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Items:
   """Records in memory."""
 
-  items: Sequence[dict[str, Any]]
-  name: str
+  kind = 'records'
+  fields = OWN
+
+  def __init__(self, items: Sequence[dict[str, Any]], name: str):
+    self.items, self.name = items, name
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     for i, item in enumerate(self.items, start=1):
@@ -88,13 +119,16 @@ class PythonObject:
   readings must give the same records.
   """
 
-  def __init__(self, name: str):
+  kind = 'records from Python'
+  fields = OWN
+
+  def __init__(self, name: str, given: Mapping[str, str] | None = None):
     """Imports the object.
 
     Raises:
       ValueError: it cannot be imported or called.
     """
-    self.name = name
+    self.name, self._given = name, given
     path, self._arguments = _python_path(name)
     self._call = extension.load('--source', path, _KINDS)
     try:
@@ -108,12 +142,15 @@ class PythonObject:
     records = self._call(*self._arguments)
     try:
       records = iter(records)
+      first = [*itertools.islice(records, _SAMPLE)]
     except TypeError:
       raise ValueError(
           f'{self.name} gives a {type(records).__name__}; expected is an'
           ' iterable of records, dicts with `text`.'
       ) from None
-    for i, record in enumerate(records, start=1):
+    sample = [record for record in first if isinstance(record, Mapping)]
+    self.fields = layout(sample, self._given, self.name)
+    for i, record in enumerate(itertools.chain(first, records), start=1):
       if not isinstance(record, Mapping):
         record = ValueError(
             f'a {type(record).__name__}; each record must be a dict'
@@ -121,109 +158,141 @@ class PythonObject:
       yield f'{self.name}, record {i}', record
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-  path: pathlib.Path
+class File:
+  """A source that is one file."""
 
-  @property
-  def name(self) -> str:
-    return str(self.path)
+  kind = ''
+  fields = OWN
+
+  def __init__(
+      self,
+      path: pathlib.Path,
+      id: str = '',
+      format: str = '',
+      given: Mapping[str, str] | None = None,
+  ):
+    """Opens a file.
+
+    Args:
+      path: of the file.
+      id: its path in the folder of the source.
+      format: a key of `FORMATS`.
+      given: names of fields that the user gave.
+    """
+    self.path, self.name, self.id = path, str(path), id
 
 
-class JsonLines(_File):
-  """A file with a JSON object on each line."""
+class TableFile(File):
+  """A file of records: JSON Lines, JSON, CSV, TSV or Parquet."""
+
+  def __init__(
+      self,
+      path: pathlib.Path,
+      id: str = '',
+      format: str = '',
+      given: Mapping[str, str] | None = None,
+  ):
+    super().__init__(path)
+    self._table = tables.open_table(path, format, given, tables.CORPUS_SHAPES)
+    table = self._table
+    self.kind = tables.FORMATS[table.format]
+    if table.delimiter:
+      self.kind += f' {"with" if table.header else "without"} header'
+    self.fields = layout(table.sample, given, self.name, table.columns)
+    if table.columns and 'text' not in self.fields.taken:
+      columns = 'columns'
+      if table.delimiter and not table.header:
+        columns = 'columns have no names known here; their numbers'
+      raise ValueError(
+          f'{path}: no column has the text; the {columns} are'
+          f' {fields_lib.listed(table.columns)}. Name it:'
+          f' --fields=id:{table.columns[0]},text:{table.columns[-1]}'
+      )
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
-    for i, line in enumerate(lines_lib.lines(self.path), start=1):
-      yield f'{self.path}:{i}', line
+    yield from self._table.contents([*self.fields.taken.values()])
 
 
-@dataclasses.dataclass(frozen=True)
-class PlainText(_File):
-  """A file that is one article; the title is the name of the file.
+def layout(
+    sample: Sequence[Mapping[str, Any]],
+    given: Mapping[str, str] | None,
+    where: str,
+    columns: Sequence[str] | None = None,
+    wanted: Sequence[str] = FIELDS,
+) -> fields_lib.Fields:
+  """Chooses the fields of the records of a corpus; see `fields.choose`.
 
-  A first line that repeats the title is removed.
+  Pyserini's `contents` has the title in its first line.
+
+  Args:
+    sample, given, where, wanted: see `fields.choose`.
+    columns: all names that a record has; None: records after the sample may
+      have fields of other names.
   """
-
-  id: str  # Its path in the folder of the source.
-
-  def __iter__(self) -> Iterator[tuple[str, Content]]:
-    data = b''.join(lines_lib.lines(self.path))
-    title = pathlib.Path(lines_lib.plain_name(self.path)).stem
-    title = title.replace('_', ' ')
-    text = _without_title(data, title)
-    yield f'{self.path}:1', {'id': self.id, 'title': title, 'text': text}
-
-
-class WikiExtractor(_File):
-  """A file of <doc id=... title=...> blocks, or of JSON lines."""
-
-  def __iter__(self) -> Iterator[tuple[str, Content]]:
-    header: re.Match[str] | None = None
-    place, body = '', list[bytes]()
-    for i, line in enumerate(lines_lib.lines(self.path), start=1):
-      if header is not None:
-        if line.strip() == b'</doc>':
-          yield place, _block(header, b''.join(body))
-          header, body = None, []
-        else:
-          body.append(line)
-      elif line.lstrip().startswith(b'{'):
-        yield f'{self.path}:{i}', line
-      elif line.strip():
-        header = _DOC.fullmatch(line.decode('utf-8', 'replace'))
-        place = f'{self.path}:{i}'
-        if header is None:
-          yield place, ValueError(
-              'neither a JSON object nor <doc id="..." title="...">, as '
-              'WikiExtractor writes them'
-          )
-    if header is not None:
-      yield place, ValueError('the <doc> is not closed by </doc>: cut off')
+  if columns and not sample:
+    sample = [dict.fromkeys(columns)]
+  found = fields_lib.choose(wanted, sample, given, where)
+  if columns is None:
+    used = {*found.taken.values(), *found.ignored, *found.taken, *(given or {})}
+    later = {name: name for name in wanted if name not in used}
+    found = dataclasses.replace(found, later=later)
+  name = found.taken.get('text', '')
+  texts = [row[name] for row in sample if row.get(name)]
+  if (
+      texts
+      and fields_lib.normal(name) == 'contents'
+      and 'title' not in {*found.taken, *(given or {})}
+      and all(isinstance(t, str) and t.strip().find('\n') > 0 for t in texts)
+  ):
+    return dataclasses.replace(found, title_line=True)
+  return found
 
 
-def find(sources: Sequence[str]) -> list[Source]:
+def find(
+    sources: Sequence[str],
+    format: str | None = None,
+    fields: str | Mapping[str, str] | None = None,
+) -> list[Source]:
   """Opens the sources that the user named, in order; folders sorted by path.
+
+  Args:
+    sources: see `UNDERSTOOD`.
+    format: one of `FORMATS`, of all files; None: recognised.
+    fields: names of the fields, see `fields.parse`; others are found.
 
   Raises:
     FileNotFoundError: a source does not exist.
     ImportError: reading a source needs a package that is not installed.
-    ValueError: a file is named twice or has an unknown format, or a Python
-      object cannot be imported.
+    ValueError: a file is named twice, has an unknown format or no text, or a
+      Python object cannot be imported.
   """
   if isinstance(sources, str):
     raise ValueError('The sources must be a list of strings, not a string.')
+  if format not in (None, *FORMATS):
+    raise ValueError(
+        f'--format={format}: must be one of {", ".join(FORMATS)}.'
+    )
+  given = fields_lib.parse(fields, FIELDS)
   found: list[Source] = []
   seen: set[str] = set()
   for name in sources:
     prefix = name.partition(':')[0]
     if ':' in name and prefix in _DATASETS:
-      found.append(extension.load('--source', prefix, _KINDS)(name))
+      found.append(extension.load('--source', prefix, _KINDS)(name, given))
       continue
     if _python_path(name)[0] and not os.path.exists(name):
-      found.append(PythonObject(name))
+      found.append(PythonObject(name, given))
       continue
-    for path, id_ in _files(name):
+    for path, id_, kind in _files(name, format):
       real = os.path.realpath(path)
       if real in seen:
         raise ValueError(f'The sources name the file {path} twice.')
       seen.add(real)
-      kind = _kind(path)
-      if not kind:
-        raise ValueError(
-            f'The name of the file {path} does not tell its format.'
-            f' {UNDERSTOOD}'
-        )
       opened = extension.load('--source', kind, _KINDS)
-      found.append(opened(path, id_) if kind == 'text' else opened(path))
+      found.append(opened(path, id_, kind, given))
   if not found:
     raise FileNotFoundError('No source was given.')
   return found
-
-
-def is_json_lines(path: pathlib.Path) -> bool:
-  """Returns whether the name of a file says that it is JSON Lines."""
-  return lines_lib.plain_name(path).endswith(_JSON)
 
 
 def _python_path(name: str) -> tuple[str, tuple[str, ...]]:
@@ -236,55 +305,154 @@ def _python_path(name: str) -> tuple[str, tuple[str, ...]]:
   return path, (text,) if colon else ()
 
 
-def _files(source: str) -> list[tuple[pathlib.Path, str]]:
-  """Returns the files of a path or pattern, each with a short name."""
+def _files(
+    source: str, format: str | None
+) -> list[tuple[pathlib.Path, str, str]]:
+  """Returns path, short name and format of the files of a path or pattern."""
   path = pathlib.Path(source)
   if path.is_dir():
-    found = sorted(
-        file
-        for file in path.rglob('*')
-        if _kind(file) and file.is_file() and not file.name.startswith('.')
-    )
-    if not found:
-      raise FileNotFoundError(
-          f'The folder {source} holds no file to read. {UNDERSTOOD}'
-      )
     base = os.fspath(path)
+    paths = sorted(file for file in path.rglob('*') if file.is_file())
   elif path.is_file():
-    return [(path, path.name)]
+    kind = format or _recognise(path)
+    if not kind:
+      raise ValueError(
+          f'{path}: neither name nor content tells the format. Say which:'
+          f' --format={"|".join(FORMATS)}. {UNDERSTOOD}'
+      )
+    return [(path, path.name, kind)]
   elif glob.has_magic(source):
     names = sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
     if not names:
       raise FileNotFoundError(f'No file matches the pattern {source!r}.')
-    found = [*map(pathlib.Path, names)]
+    paths = [*map(pathlib.Path, names)]
     base = os.path.commonpath([os.path.dirname(name) for name in names])
   else:
     raise FileNotFoundError(f'There is no file or folder {source!r}.')
-  # Next to files of other kinds, a .txt is a note such as README.txt.
-  found = [file for file in found if _kind(file) != 'text'] or found
-  return [(file, file.relative_to(base).as_posix()) for file in found]
+  names_in = {file: file.relative_to(base).as_posix() for file in paths}
+  kinds: dict[pathlib.Path, str] = {}
+  passed_over: dict[str, list[str]] = {}
+  queries = _not_of_corpora(pathlib.Path(base), paths)
+  for file, name in names_in.items():
+    if re.search(r'(^|/)(\.|__MACOSX/)', name):  # Hidden files are no data.
+      continue
+    kind, why = '', 'not of the corpus of a data set for retrieval'
+    if file not in queries:
+      kind, why = _recognise_in_folder(file, format)
+    if kind:
+      kinds[file] = kind
+    else:
+      passed_over.setdefault(why, []).append(name)
+  if len(set(kinds.values()) - {'text'}) and 'text' in kinds.values():
+    # Next to files of other kinds, a text is a note.
+    for file in [file for file, kind in kinds.items() if kind == 'text']:
+      passed_over.setdefault('text next to files of records', []).append(
+          names_in[file]
+      )
+      del kinds[file]
+  for why, names in passed_over.items():
+    log.warning(
+        '%s: %d files are not read (%s): %s%s',
+        source, len(names), why, ', '.join(names[:_LISTED]),
+        ', ...' if len(names) > _LISTED else '',
+    )
+  if not kinds:
+    raise FileNotFoundError(
+        f'The folder {source} holds no file to read. {UNDERSTOOD}'
+    )
+  return [(file, names_in[file], kind) for file, kind in kinds.items()]
 
 
-def _kind(path: pathlib.Path) -> str:
-  """Returns the key in `_FILES` that the name of a file tells; '' if none."""
-  name = lines_lib.plain_name(path)
-  if name.endswith(_JSON):
-    return 'json'
-  if _WIKI_EXTRACTOR.fullmatch(name):
-    return 'wiki'
-  return {'.txt': 'text', '.xml': 'xml'}.get(pathlib.Path(name).suffix, '')
+def _recognise_in_folder(
+    path: pathlib.Path, format: str | None
+) -> tuple[str, str]:
+  """Returns the format of a file, or why it is passed over."""
+  plain = lines_lib.plain_name(path).lower()
+  if plain.partition('.')[0] in _NOTES:
+    return '', 'notes'
+  if plain.endswith(('~', '.bak', '.tmp', '.swp')):
+    return '', 'copies of an editor'
+  try:
+    return format or _recognise(path), 'unknown format'
+  except ValueError:
+    if tables.suffix(path) in (*tables.ENDINGS, *_TEXTS, '.xml'):
+      raise
+    return '', 'unknown format'
 
 
-def _block(header: re.Match[str], body: bytes) -> dict[str, Any]:
-  title = html.unescape(header['title'])
-  # WikiExtractor escapes <, > and &, to tell text from its own tags.
-  for mark, escaped in ((b'<', b'&lt;'), (b'>', b'&gt;'), (b'&', b'&amp;')):
-    body = body.replace(escaped, mark)
-  text = _without_title(body, title)
-  return {'id': header['id'], 'title': title, 'text': text}
+def _recognise(path: pathlib.Path) -> str:
+  """Returns the format of a file, one of `FORMATS`; '' if it is unknown.
+
+  Raises:
+    ValueError: the format is ambiguous, or known but not read.
+  """
+  head = lines_lib.head(path, _HEAD)
+  start = head.removeprefix(b'\xef\xbb\xbf').lstrip()
+  suffix = tables.suffix(path)
+  if re.match(rb'<doc\s+id=', start):
+    return 'wikiextractor'
+  if re.match(rb'(<\?xml[^>]*>\s*)?<mediawiki\b', start):
+    return 'mediawiki'
+  found = tables.recognise(path, head)
+  if found == 'jsonl' and (
+      _WIKI_NAME.match(path.name) or _is_wikiextractor(path)
+  ):
+    return 'wikiextractor'
+  if found:
+    return found
+  if suffix == '.xml' or start.startswith(b'<?xml'):
+    if start:
+      raise ValueError(f'{path}: XML, but no dump of MediaWiki.')
+    return 'mediawiki'
+  if suffix in _TEXTS:
+    _check_is_text(path, head)
+    return 'text'
+  return 'wikiextractor' if _WIKI_NAME.match(path.name) else ''
 
 
-def _without_title(body: bytes, title: str) -> bytes:
-  first, _, rest = body.partition(b'\n')
-  same = title and first.strip() == title.strip().encode('utf-8')
-  return rest if same else body
+def _is_wikiextractor(path: pathlib.Path) -> bool:
+  """Returns whether JSON Lines are those of WikiExtractor, by their URLs."""
+  sample = tables.open_table(path, 'jsonl').sample
+  return bool(sample) and all(
+      {'id', 'title', 'text'} <= {*row} and '?curid=' in str(row.get('url'))
+      for row in sample
+  )
+
+
+def _check_is_text(path: pathlib.Path, head: bytes) -> None:
+  """Refuses a text that could be a table, and one that is no text."""
+  if b'\x00' in head:
+    raise ValueError(f'{path}: not a text: it has the byte 0x00.')
+  lines = [line for line in head.split(b'\n')[:-1] if line.strip()]
+  tabs = {line.count(b'\t') for line in lines}
+  if len(lines) > 1 and len(tabs) == 1 and min(tabs):
+    raise ValueError(
+        f'{path}: a text, or a table of {min(tabs) + 1} columns? Say which:'
+        ' --format=text or --format=tsv.'
+    )
+
+
+def _not_of_corpora(
+    base: pathlib.Path, paths: Sequence[pathlib.Path]
+) -> set[pathlib.Path]:
+  """Returns the files next to the corpora of data sets such as BEIR's."""
+  stems: dict[pathlib.Path, set[str]] = {}
+  found = set()
+  for path in paths:
+    entry = path
+    while entry != base and entry.parent != entry:
+      folder = entry.parent
+      if folder not in stems:
+        stems[folder] = {*map(_stem, os.listdir(folder))}
+      here, stem = stems[folder], _stem(entry.name)
+      others = here & {*_NO_CORPORA}
+      if stem in others and (len(others) > 1 or here & {*_CORPORA}):
+        found.add(path)
+      if others and here & {*_CORPORA} and stem not in _CORPORA:
+        found.add(path)
+      entry = folder
+  return found
+
+
+def _stem(name: str) -> str:
+  return re.split(r'[._\-]', name)[0].lower()

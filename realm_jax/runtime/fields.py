@@ -7,6 +7,7 @@ ambiguous is an error that shows the flag to give.
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -54,10 +55,19 @@ class Fields:
 
   taken: name in the source of each field, such as {'id': '_id'}.
   ignored: the other names in the source.
+  title_line: whether the first line of the text is the title.
+  later: names of fields that no record of the sample has; others may.
   """
 
   taken: Mapping[str, str]
   ignored: tuple[str, ...] = ()
+  title_line: bool = False
+  later: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def names(self) -> Mapping[str, str]:
+    """The name of each field, also of `later` ones."""
+    return {**self.later, **self.taken}
 
   def __str__(self) -> str:
     taken = ', '.join(
@@ -65,6 +75,8 @@ class Fields:
         for field, name in self.taken.items()
     )
     text = f'fields taken: {taken or "none"}'
+    if self.title_line:
+      text += ', title from its first line'
     if self.ignored:
       text += f'; ignored: {listed(self.ignored)}'
     return text

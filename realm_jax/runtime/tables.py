@@ -26,7 +26,7 @@ FORMATS = {
     'tsv-plain': 'TSV in which a quote is a character',
     'parquet': 'Parquet',
 }
-_ENDINGS = {
+ENDINGS = {
     '.jsonl': 'jsonl',
     '.ndjson': 'jsonl',
     '.json': 'json',
@@ -149,7 +149,7 @@ def recognise(path: pathlib.Path, head: bytes | None = None) -> str:
   """
   if head is None:
     head = lines_lib.head(path, _HEAD)
-  ending = _ENDINGS.get(suffix(path), '')
+  ending = ENDINGS.get(suffix(path), '')
   start = head.removeprefix(codecs.BOM_UTF8).lstrip()
   if start.startswith(b'PAR1'):
     return 'parquet'

@@ -31,16 +31,12 @@ def _prepare(source, output, **arguments):
     ('line', 'message'),
     [
         (b'{"text": "a"', 'malformed JSON'),
-        (b'\n', 'an empty line'),
-        (b'  \n', 'an empty line'),
         (b'[1]\n', 'a JSON list; each line must be an object'),
         (b'"text"\n', 'a JSON str'),
         (b'[' * 100_000 + b'\n', 'nested too deeply'),
         (b'{"text": ' + b'9' * 5000 + b'}', 'malformed JSON'),
-        (b'{"id": "b", "body": "x"}\n', 'no field `text`.*body, id'),
+        (b'{"id": "b", "lead": "x"}\n', 'no field `text`.*id, lead.*--fields'),
         (b'{}\n', 'no field `text`; the fields are none'),
-        (b'{"text": null}\n', 'no field `text`'),
-        (b'{"text": " \\n"}\n', '`text` is empty'),
         (b'{"text": 3}\n', '`text` is of type int; it must be a string'),
         (b'{"text": "x", "title": []}\n', '`title` is of type list'),
         (b'{"text": "x", "id": true}\n', '`id` is of type bool'),
@@ -72,7 +68,7 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, message):
 
 def test_many_bad_lines_are_counted_and_the_first_are_listed(tmp_path):
   source = tmp_path / 'in.jsonl'
-  source.write_bytes(_GOOD + b'{"text": ""}\n' * 30 + _GOOD * 30)
+  source.write_bytes(_GOOD + b'{"text": 1}\n' * 30 + _GOOD * 30)
   manifest = _prepare(source, tmp_path / 'out', skip_bad_records=True)
   assert manifest['skipped_records']['count'] == 60
   assert len(manifest['skipped_records']['first']) == 20

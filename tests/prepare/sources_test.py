@@ -248,9 +248,9 @@ def test_a_dataset_of_hugging_face_by_name(tmp_path, monkeypatch):
     _read('hf:no/such')
   with pytest.raises(ValueError, match='not of the form hf:NAME'):
     _read('hf:a:b:c:d')
-  datasets.Dataset.from_list([{'body': 'x'}]).save_to_disk(tmp_path / 'body')
-  with pytest.raises(ValueError, match='no field `text`; its fields are body'):
-    _read(f'hf:{tmp_path / "body"}')
+  datasets.Dataset.from_list([{'lead': 'x'}]).save_to_disk(tmp_path / 'lead')
+  with pytest.raises(ValueError, match='no field `text`; its fields are lead'):
+    _read(f'hf:{tmp_path / "lead"}')
 
 
 @pytest.mark.parametrize(
@@ -275,9 +275,9 @@ def test_a_missing_package_is_named_with_the_command(
 
 
 def test_an_unknown_format_says_what_is_understood(tmp_path):
-  (tmp_path / 'in.csv').write_text('a,b')
-  with pytest.raises(ValueError, match=r'(?s)in.csv does not tell.*\*.jsonl'):
-    _read(tmp_path / 'in.csv')
+  (tmp_path / 'in.rst').write_text('Rome is a town.')
+  with pytest.raises(ValueError, match=r'(?s)in.rst: neither.*JSON Lines'):
+    _read(tmp_path / 'in.rst')
   with pytest.raises(FileNotFoundError, match='(?s)no file to read.*tfds:NAME'):
     _read(tmp_path)
 
