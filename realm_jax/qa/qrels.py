@@ -125,7 +125,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
       except ValueError as error:
         raise ValueError(f'{place}: {error}') from None
 
-  texts = (text for text in decoded() if text.strip())
+  texts: Iterator[str] = (text for text in decoded() if text.strip())
   first = next(texts, None)
   if first is None:
     return
@@ -148,8 +148,14 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
     raise ValueError(f'{place}: misplaced quotes ({error}).') from None
 
 
-def beir(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
+def beir(
+    folder: pathlib.Path, with_qrels: bool = True
+) -> tuple[pathlib.Path, pathlib.Path | None]:
   """Returns the files of queries and of qrels in a folder of BEIR.
+
+  Args:
+    folder: has queries.jsonl, and qrels/SPLIT.tsv for each split.
+    with_qrels: whether a file of qrels is chosen.
 
   Raises:
     ValueError: there are no queries, or it is not clear which qrels are meant.
@@ -160,7 +166,7 @@ def beir(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
         f'{folder} is a folder without queries.jsonl; give a file of questions,'
         ' or a folder as BEIR has it.'
     )
-  splits = _tables(folder / 'qrels', '*')
+  splits = _tables(folder / 'qrels', '*') if with_qrels else []
   names = [lines_lib.plain_name(path).partition('.')[0] for path in splits]
   if len(splits) < 2:
     return queries[0], splits[0] if splits else None

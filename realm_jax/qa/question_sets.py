@@ -74,8 +74,8 @@ def read(
   elif name.startswith('ir:'):
     about, rows, judged = _from_ir(name, qrels is None)
   elif path.is_dir():
-    path, found = qrels_lib.beir(path)
-    qrels = qrels or found
+    path, found = qrels_lib.beir(path, qrels is None)
+    qrels = found or qrels
     about, rows = _open(path, format, given)
   elif path.is_file():
     about, rows = _open(path, format, given)
@@ -247,21 +247,29 @@ class _Records:
   ):
     self._rows, self._kind, self._format = rows, kind, found
     self._given, self._path = given, path
-    self.names: dict[str, str] = dict(given)
+    self.names: dict[str, str] = {}
     self.seen: dict[str, None] = {}
 
   def learn(self, records: Sequence[Record]) -> None:
     """Chooses the fields that are not chosen yet."""
     self.seen |= dict.fromkeys(name for record in records for name in record)
-    wanted = [field for field in formats.NAMES if field not in self.names]
-    if self._format.match:
-      wanted.remove('match')
-    for field in [field for field in wanted if field in self._format.fields]:
+    wanted = [
+        field
+        for field in formats.NAMES
+        if field not in self.names
+        and not (field == 'match' and self._format.match)
+    ]
+    paths = {**self._format.fields, **self._given}
+    for field in [field for field in wanted if '.' in paths.get(field, '')]:
       wanted.remove(field)
-      path = self._format.fields[field]
+      path = paths[field]
       if any(_values(record, path.split('.'), True) for record in records):
         self.names[field] = path
-    given = {k: v for k, v in self._given.items() if k in wanted}
+    given = {
+        field: path
+        for field, path in paths.items()
+        if field in wanted and (field in self._given or path in self.seen)
+    }
     self.names |= fields_lib.choose(
         wanted, records, given, str(self._path), usual=formats.NAMES
     ).taken
