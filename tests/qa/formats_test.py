@@ -5,12 +5,15 @@ import gzip
 import json
 import logging
 import lzma
+import pathlib
+import re
 import sys
 import types
 
 from backports import zstd
 import pytest
 
+from realm_jax.qa import answers
 from realm_jax.qa import qrels
 from realm_jax.qa import question_sets
 from realm_jax.qa import questions
@@ -349,3 +352,61 @@ def test_a_converted_set_is_the_same(tmp_path):
     folder = tmp_path / f'out{number}'
     question_sets.convert(source, folder)
     assert question_sets.read(folder / 'questions.jsonl') == expected
+
+
+_DOCS = pathlib.Path(__file__).resolve().parents[2] / 'docs'
+
+
+def _rows_of_docs(columns):
+  text = (_DOCS / 'question_answering.md').read_text('utf-8')
+  for line in text.split('## Question sets')[1].split('\n## ')[0].splitlines():
+    row = [cell.strip() for cell in line.strip('|').split(' | ')]
+    is_row = line.startswith('| ') and len(row) == columns
+    if is_row and any('`' in cell for cell in row[1:]):
+      yield row
+
+
+def _unescaped(cell):
+  code = re.search('`(.+?)`', cell)[1]
+  return code.replace('\\t', '\t').replace('\\n', '\n')
+
+
+def test_the_table_of_formats(tmp_path):
+  rows = list(_rows_of_docs(5))
+  assert len(rows) == 21
+  for number, (name, _, file, example, read) in enumerate(rows):
+    data = _unescaped(example).encode()
+    path = tmp_path / str(number) / file.strip('`')
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
+    for format in ('auto', name.strip('`')):
+      (found,) = question_sets.read(path, format)
+      assert found.question == 'who founded it?', name
+      assert bool(found.id) == ('id' in read), name
+      assert bool(found.gold) == ('gold' in read), name
+      assert 'gold' not in read or list(found.gold)[0] in ('7', '7#0')
+      assert ('answers' in read) == answers.exact_match(
+          'Marten', found.answers, found.match
+      ), name
+
+
+def test_the_table_of_qrels(tmp_path):
+  rows = list(_rows_of_docs(2))
+  assert len(rows) == 5
+  for number, (_, example) in enumerate(rows):
+    path = _write(tmp_path / str(number), _unescaped(example) + '\n')
+    assert qrels.read(path) == {'q1': {'7': 1}}
+
+
+def test_the_table_of_rules():
+  text = (_DOCS / 'question_answering.md').read_text('utf-8')
+  head, *rows = [
+      line.strip('| ').split(' | ')
+      for line in text.split('## When a passage')[1].splitlines()
+      if line.startswith(('| rule', '| `dpr`', '| `squad`'))
+  ]
+  for row in rows:
+    rule = row[0].split()[0].strip('`')
+    for cell, verdict in zip(head[2:], row[2:], strict=True):
+      answer, passage = re.findall('`(.+?)`', cell)
+      assert answers.has_answer(passage, [answer], rule) == (verdict == 'yes')
