@@ -2,15 +2,18 @@
 
 The `tokenizers` library does the work. This module adds checks of the
 vocabulary, a digest, reproducible training, byte offsets, and a cache of words.
+`pretrained_tokenizer` reads the tokenizers of other programs.
 """
 
 import collections
 from collections.abc import Iterable, Sequence
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -18,16 +21,21 @@ from tokenizers import decoders
 from tokenizers import models
 from tokenizers import normalizers
 from tokenizers import pre_tokenizers
+from tokenizers import processors
 from tokenizers import trainers
 
+from realm_jax.corpus import pretrained_tokenizer as pretrained
 from realm_jax.runtime import files
 
 # A trained vocabulary has these ids 0 to 4, in this order. [PAD] must be 0 in
 # every vocabulary, as id 0 means padding everywhere.
-_SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
+_SPECIALS = tuple(pretrained.SPECIALS.values())
+_MASK = pretrained.SPECIALS['mask']
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 _MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
-FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
+FOLDER_FILES = pretrained.FILES
+_SPECIALS_FILE = 'special_tokens_map.json'
+_OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
 
 # Wordpieces never cross these characters.
 _SPACES = ' \t\n\r'
@@ -47,14 +55,14 @@ Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Tokenizer:
-  """A WordPiece vocabulary with BERT's rules for words.
+  """A WordPiece vocabulary and the rules that cut text into its wordpieces.
 
-  Text never gives special tokens: a literal '[SEP]' in a corpus is three
-  wordpieces.
+  The rules are BERT's, or those of a tokenizer that transformers reads. Text
+  never gives special tokens: a literal '[SEP]' in a corpus is three wordpieces.
   """
 
   def __init__(self, vocab: Sequence[str], lowercase: bool = True):
-    """Makes a tokenizer from a vocabulary.
+    """Makes a tokenizer with BERT's rules from a vocabulary.
 
     Args:
       vocab: wordpieces in the order of their ids; those inside a word start
@@ -87,22 +95,54 @@ class Tokenizer:
           f'The vocabulary has [PAD] at id {ids["[PAD]"]}; it must be at 0,'
           ' the first line, as in BERT.'
       )
-    self.vocab = vocab
-    self.lowercase = lowercase
-    self.vocab_size = len(vocab)
-    self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-        ids[piece] for piece in _SPECIALS
-    )
-    self._tokenizer = tokenizers.Tokenizer(
+    backend = tokenizers.Tokenizer(
         models.WordPiece(
             vocab=ids,
             unk_token='[UNK]',
             max_input_chars_per_word=_MAX_WORD_CHARACTERS,
         )
     )
-    self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    self._decoder = decoders.WordPiece()
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    self._set(vocab, lowercase, backend, pretrained.SPECIALS)
+
+  def _set(
+      self,
+      vocab: list[str],
+      lowercase: bool,
+      backend: tokenizers.Tokenizer,
+      specials: dict[str, str],
+      rules: pretrained.Rules | None = None,
+  ) -> None:
+    """Sets all attributes; the only place that knows it is WordPiece."""
+    self.vocab, self.lowercase = vocab, lowercase
+    self.vocab_size = len(vocab)
+    self._tokenizer, self._specials, self._rules = backend, specials, rules
+    self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
+        backend.token_to_id(piece) for piece in specials.values()
+    )
+    self._prefix = backend.model.continuing_subword_prefix
+    self._decoder = decoders.WordPiece(self._prefix)
+    # BERT's rules never look beyond a space or ASCII punctuation.
+    self.divides_at_spaces = rules is None or (
+        [one['type'] for one in pretrained.normalizers(rules.fields)]
+        == ['BertNormalizer']
+        and rules.fields['pre_tokenizer'] == {'type': 'BertPreTokenizer'}
+        and not any(not t['special'] for t in rules.fields['added_tokens'])
+    )
+
+  @classmethod
+  def _from_rules(cls, rules: pretrained.Rules) -> 'Tokenizer':
+    backend = tokenizers.Tokenizer.from_str(
+        json.dumps(_whole(rules), ensure_ascii=False)
+    )
+    # Added tokens that are special are text, too.
+    backend.encode_special_tokens = True
+    made = cls.__new__(cls)
+    made._set(
+        rules.vocab(), rules.lowercase, backend, dict(rules.specials), rules
+    )
+    return made
 
   @classmethod
   def from_vocab(
@@ -114,75 +154,86 @@ class Tokenizer:
       FileNotFoundError: the file does not exist.
       ValueError: it is not UTF-8 or not a valid vocabulary.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-      raise FileNotFoundError(f'There is no vocabulary file {path}.')
-    data = path.read_bytes()
     try:
-      text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-      line = data[: error.start].count(b'\n') + 1
-      raise ValueError(f'{path}:{line}: not UTF-8 ({error.reason}).') from None
-    # Not splitlines(): wordpieces may contain U+2028 and similar characters.
-    lines = text.split('\n')
-    if lines[-1] == '':
-      lines.pop()
-    try:
-      return cls([line.removesuffix('\r') for line in lines], lowercase)
+      return cls(pretrained.vocab_lines(pathlib.Path(path)), lowercase)
     except ValueError as error:
-      raise ValueError(f'{path}: {error}') from None
+      message = str(error)
+      if not message.startswith(f'{path}:'):
+        message = f'{path}: {message}'
+      raise ValueError(message) from None
 
   @classmethod
-  def from_source(cls, name: str) -> 'Tokenizer':
-    """Reads a vocab.txt, the folder of a tokenizer, or a model of the hub.
+  def from_source(cls, name: str, cased: bool | None = None) -> 'Tokenizer':
+    """Reads a tokenizer as transformers does, and says in the log how.
 
-    A folder has a vocab.txt, or a tokenizer.json of a WordPiece model. Text is
-    lower-cased unless the folder says otherwise.
+    Args:
+      name: a folder, a vocab.txt, a tokenizer.json, or a model of the hub; a
+        corpus or a workdir too.
+      cased: whether to keep the case of a text, where no file says it. None:
+        text is lower-cased then, and a line of the log says so.
 
     Raises:
       FileNotFoundError: nothing has that name, here or on the hub.
-      ValueError: it is not a WordPiece vocabulary.
+      ValueError: it cannot be used, is no WordPiece tokenizer, or contradicts
+        `cased`.
     """
     path = pathlib.Path(name)
-    if path.is_file() and path.suffix != '.json':
-      return cls.from_vocab(path)
     if not path.exists():
       path = _download(name)
-    return cls._from_folder(path)
+    saved = _saved_case(path)
+    if saved is not None:
+      found = cls.from_saved(path, saved)
+      if cased is not None and found.lowercase == cased:
+        raise ValueError(
+            f'cased is {cased}, but the tokenizer of {name} was saved with'
+            f' lowercase={found.lowercase}: leave the flag out.'
+        )
+      return found
+    rules = pretrained.read(path, cased, name)
+    try:
+      plain = cls(rules.vocab(), rules.lowercase)
+    except ValueError:
+      return cls._from_rules(rules)
+    if rules == pretrained.Rules(
+        pretrained.canonical(plain._tokenizer.to_str(), pretrained.SPECIALS),
+        pretrained.SPECIALS,
+    ):
+      return plain
+    return cls._from_rules(rules)
 
   @classmethod
-  def _from_folder(cls, path: pathlib.Path) -> 'Tokenizer':
-    folder = path.parent if path.is_file() else path
-    lowercase = True
-    settings = folder / 'tokenizer_config.json'
-    if settings.is_file():
-      lowercase = bool(_json_object(settings).get('do_lower_case', True))
-    if path.is_dir() and (folder / 'vocab.txt').is_file():
-      return cls.from_vocab(folder / 'vocab.txt', lowercase)
-    file = folder / 'tokenizer.json' if path.is_dir() else path
-    if not file.is_file():
-      raise FileNotFoundError(
-          f'The folder {folder} has neither vocab.txt nor tokenizer.json.'
-      )
-    values = _json_object(file)
-    model = values.get('model') or {}
-    if model.get('type', 'WordPiece') != 'WordPiece' or not isinstance(
-        model.get('vocab'), dict
-    ):
-      raise ValueError(
-          f'{file} is a {model.get("type")} tokenizer; only WordPiece, as in'
-          ' BERT, is supported.'
-      )
-    lowercase = (values.get('normalizer') or {}).get('lowercase', lowercase)
-    vocab = dict(model['vocab'])
-    for token in values.get('added_tokens', []):
-      vocab.setdefault(token['content'], token['id'])
-    if sorted(vocab.values()) != list(range(len(vocab))):
-      raise ValueError(f'{file}: the ids are not 0 to {len(vocab) - 1}.')
+  def from_saved(
+      cls, directory: str | os.PathLike[str], lowercase: bool | None = None
+  ) -> 'Tokenizer':
+    """Reads what `save` wrote, without transformers.
+
+    Args:
+      directory: of the files.
+      lowercase: for a vocab.txt alone; None: as its tokenizer_config.json says.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / pretrained.RULES
+    if not path.is_file():
+      if lowercase is None:
+        settings = directory / pretrained.SETTINGS
+        values = files.read_json(settings) if settings.is_file() else {}
+        lowercase = bool(values.get('do_lower_case', True))
+      return cls.from_vocab(directory / pretrained.VOCAB, lowercase)
     try:
-      return cls(sorted(vocab, key=vocab.__getitem__), lowercase)
-    except ValueError as error:
-      raise ValueError(f'{file}: {error}') from None
+      whole = files.read_json(path)
+      names = files.read_json(directory / _SPECIALS_FILE)
+      return cls._from_rules(
+          pretrained.Rules(
+              {name: whole[name] for name in pretrained.FIELDS},
+              {name: names[f'{name}_token'] for name in pretrained.SPECIALS},
+          )
+      )
+    except (KeyError, TypeError, AttributeError) as error:
+      raise ValueError(f'{path} is damaged: {error!r}.') from None
 
   @classmethod
   def train(
@@ -236,20 +287,50 @@ class Tokenizer:
 
   @functools.cached_property
   def digest(self) -> str:
-    """SHA-256 of the wordpieces in order and of `lowercase`."""
+    """SHA-256 of the wordpieces in order, of `lowercase`, and of other rules.
+
+    Rules that are BERT's are not a part of it.
+    """
     lines = [f'lowercase={self.lowercase}', *self.vocab]
+    if self._rules is not None:
+      fields = dict(self._rules.fields)
+      fields['model'] = {
+          name: len(value) if name == 'vocab' else value
+          for name, value in fields['model'].items()
+      }
+      lines.append(json.dumps([fields, self._rules.specials], sort_keys=True))
     return hashlib.sha256('\n'.join(lines).encode('utf-8')).hexdigest()
+
+  @property
+  def recipe(self) -> str:
+    """All that `from_recipe` needs, for other processes."""
+    rules = self._rules
+    return json.dumps(
+        [self.vocab, self.lowercase]
+        if rules is None
+        else [rules.fields, rules.specials]
+    )
+
+  @classmethod
+  def from_recipe(cls, recipe: str) -> 'Tokenizer':
+    """Makes the tokenizer that has this recipe."""
+    first, second = json.loads(recipe)
+    if isinstance(first, list):
+      return cls(first, second)
+    return cls._from_rules(pretrained.Rules(first, second))
 
   def encode(self, text: str, masks: bool = False) -> list[int]:
     """Returns the wordpieces of a text, without [CLS] and [SEP].
 
     Args:
       text: any text.
-      masks: whether a literal '[MASK]' is the special token.
+      masks: whether a literal '[MASK]' is the special token; its name in the
+        vocabulary is, too.
     """
     if not masks:
       return self._tokenizer.encode(text).ids
-    ids = self.encode_batch(text.split('[MASK]'))
+    text = text.replace(self._specials['mask'], _MASK)
+    ids = self.encode_batch(text.split(_MASK))
     for part in ids[1:]:
       part.insert(0, self.mask_id)
     return [i for part in ids for i in part]
@@ -286,7 +367,10 @@ class Tokenizer:
   @functools.cached_property
   def starts_word(self) -> np.ndarray:
     """bool [vocab_size]: False for wordpieces inside a word."""
-    return np.array([not piece.startswith('##') for piece in self.vocab])
+    prefix = self._prefix
+    return np.array(
+        [not (prefix and piece.startswith(prefix)) for piece in self.vocab]
+    )
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns readable text, without [PAD], [CLS] and [SEP]."""
@@ -294,11 +378,46 @@ class Tokenizer:
     pieces = [self.vocab[i] for i in ids if i not in dropped]
     return self._decoder.decode(pieces)
 
-  def save(self, directory: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes DIRECTORY/vocab.txt (LF), which does not record `lowercase`."""
-    path = pathlib.Path(directory) / 'vocab.txt'
+  def save(
+      self, directory: str | os.PathLike[str], settings: bool = False
+  ) -> pathlib.Path:
+    """Writes DIRECTORY/vocab.txt (LF), and what else `from_saved` needs.
+
+    transformers reads the folder, too.
+
+    Args:
+      directory: of the files.
+      settings: whether to write tokenizer_config.json if vocab.txt and
+        `lowercase` say all.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / pretrained.VOCAB
     text = ''.join(f'{piece}\n' for piece in self.vocab)
     path.write_bytes(text.encode('utf-8'))
+    values: dict[str, Any] = {
+        'tokenizer_class': 'BertTokenizer',
+        'do_lower_case': self.lowercase,
+    }
+    if self._rules is not None:
+      whole = _whole(self._rules)
+      backend = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
+      cls, sep = self._specials['cls'], self._specials['sep']
+      backend.post_processor = processors.TemplateProcessing(
+          single=[cls, '$A', sep],
+          pair=[cls, '$A', sep, '$B:1', f'{sep}:1'],
+          special_tokens=[(cls, self.cls_id), (sep, self.sep_id)],
+      )
+      backend.decoder = self._decoder
+      for name in ('post_processor', 'decoder'):
+        whole[name] = json.loads(backend.to_str())[name]
+      names = {f'{name}_token': token for name, token in self._specials.items()}
+      values = {'tokenizer_class': 'PreTrainedTokenizerFast', **names, **_OWN}
+      (directory / pretrained.RULES).write_text(
+          json.dumps(whole, ensure_ascii=False), 'utf-8'
+      )
+      files.write_json(directory / _SPECIALS_FILE, names)
+    if self._rules is not None or settings:
+      files.write_json(directory / pretrained.SETTINGS, values)
     return path
 
 
@@ -308,7 +427,7 @@ class CachedTokenizer:
   Not thread-safe. Cutting words is most of the time of `prepare`. BERT's rules
   never look beyond a space or ASCII punctuation, so a word between two of these
   always has the same wordpieces: the library cuts it once, a table answers from
-  then on.
+  then on. A tokenizer with other rules is called as it is.
   """
 
   def __init__(self, tokenizer: Tokenizer) -> None:
@@ -321,6 +440,8 @@ class CachedTokenizer:
 
   def __call__(self, texts: Sequence[str]) -> list[Encoded]:
     """Returns ids and byte ranges of each text."""
+    if not self._tokenizer.divides_at_spaces:
+      return self._tokenizer.encode_arrays(texts)
     if self._numbers.characters > _MAX_CACHED_CHARACTERS:
       self._clear()
     numbers = []
@@ -410,11 +531,26 @@ def byte_positions(text: str) -> np.ndarray:
   return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def _json_object(path: pathlib.Path) -> dict:
-  values = files.read_json(path)
-  if not isinstance(values, dict):
-    raise ValueError(f'{path} is not a JSON object.')
-  return values
+def _whole(rules: pretrained.Rules) -> dict[str, Any]:
+  """Returns a tokenizer.json."""
+  others = 'truncation', 'padding', 'post_processor', 'decoder'
+  return {'version': '1.0', **rules.fields, **dict.fromkeys(others)}
+
+
+def _saved_case(path: pathlib.Path) -> bool | None:
+  """Returns `lowercase` of what `save` wrote; None: the files are others'."""
+  for file, name in (
+      ('manifest.json', 'tokenizer'), (pretrained.SETTINGS, None)
+  ):  # fmt: skip
+    if (path / file).is_file():
+      values = files.read_json(path / file)
+      if name is not None and isinstance(values, dict):
+        values = values.get(name)
+      if isinstance(values, dict) and 'lowercase' in values:
+        return bool(values['lowercase'])
+      if isinstance(values, dict) and _OWN.items() <= values.items():
+        return False  # tokenizer.json says it.
+  return None
 
 
 def hub_file(name: str, file: str) -> pathlib.Path | None:

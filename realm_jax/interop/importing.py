@@ -240,11 +240,7 @@ def run(
     _check_same_model(sources, loaded)
     params = {k: v for one in loaded for k, v in one.params.items()}
     config = _config(sources, loaded, list(params))
-    tokenizer.save(temporary)
-    files.write_json(
-        temporary / 'tokenizer_config.json',
-        {'do_lower_case': tokenizer.lowercase},
-    )
+    tokenizer.save(temporary, settings=True)
     opened, table = None, None
     blanks: list[int] | None = None
     for source, one in zip(sources, loaded, strict=True):
