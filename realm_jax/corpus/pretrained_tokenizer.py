@@ -7,7 +7,6 @@ refuses in one line what cannot be used here.
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -17,21 +16,20 @@ import tempfile
 from types import ModuleType
 from typing import Any
 
+from realm_jax.corpus import tokenizer_rules
+from realm_jax.corpus.tokenizer_rules import RULES
+from realm_jax.corpus.tokenizer_rules import SETTINGS
+from realm_jax.corpus.tokenizer_rules import SPECIALS
+from realm_jax.corpus.tokenizer_rules import VOCAB
 from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
 
-VOCAB, RULES, SETTINGS = 'vocab.txt', 'tokenizer.json', 'tokenizer_config.json'
 _ADDED, _MODEL = 'added_tokens.json', 'config.json'
 # The files that say what a tokenizer does.
 FILES = (
-    VOCAB, RULES, SETTINGS, _ADDED, 'special_tokens_map.json', _MODEL
+    VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP, _MODEL
 )  # fmt: skip
-SPECIALS = {
-    name: f'[{name.upper()}]' for name in ('pad', 'unk', 'cls', 'sep', 'mask')
-}
-# The fields of tokenizer.json that decide about the ids of a text.
-FIELDS = ('normalizer', 'pre_tokenizer', 'model', 'added_tokens')
 # A larger id leaves a gap that no vocabulary has.
 _MAX_IDS = 1 << 24
 
@@ -59,80 +57,9 @@ _TYPES: dict[str, dict[str, tuple[tuple[type, ...], str]]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-  """What decides about the ids of a text.
-
-  fields: `FIELDS` of a tokenizer.json, in the form of `canonical`.
-  specials: the wordpiece of each of `SPECIALS`.
-  """
-
-  fields: dict[str, Any]
-  specials: dict[str, str]
-
-  @property
-  def lowercase(self) -> bool:
-    """Whether a normalizer lower-cases."""
-    return any(
-        one.get('type') == 'Lowercase' or bool(one.get('lowercase'))
-        for one in normalizers(self.fields)
-    )
-
-  def vocab(self) -> list[str]:
-    """Returns the wordpieces by id; ids without one get a name of their own."""
-    ids = dict(self.fields['model']['vocab'])
-    for token in self.fields['added_tokens']:
-      ids.setdefault(token['content'], token['id'])
-    vocab = [''] * (max(ids.values()) + 1)
-    filled = [False] * len(vocab)
-    for piece, i in ids.items():
-      if filled[i]:
-        raise ValueError(f'{vocab[i]!r} and {piece!r} have the same id, {i}.')
-      vocab[i], filled[i] = piece, True
-    for i, found in enumerate(filled):
-      if not found:
-        vocab[i] = f'[no wordpiece {i}]'
-    return vocab
-
-
-def normalizers(fields: dict[str, Any]) -> list[dict[str, Any]]:
-  """Returns the normalizers of a sequence, or the only one, or none."""
-  one = fields['normalizer']
-  if not one:
-    return []
-  if one.get('type') != 'Sequence':
-    return [one]
-  return [
-      part
-      for inner in one['normalizers']
-      for part in normalizers({'normalizer': inner})
-  ]
-
-
-def canonical(text: str, specials: dict[str, str]) -> dict[str, Any]:
-  """Returns `FIELDS` of a serialised Rust tokenizer, in one spelling.
-
-  Text never gives a special wordpiece of `specials`. So those that are in the
-  vocabulary are no added tokens, and of the others, they alone are special.
-  """
-  whole = json.loads(text)
-  fields = {name: whole[name] for name in FIELDS}
-  names, vocab = set(specials.values()), fields['model']['vocab']
-  fields['added_tokens'] = [
-      {**token, 'special': token['content'] in names}
-      for token in fields['added_tokens']
-      if token['content'] not in names or token['content'] not in vocab
-  ]
-  for one in normalizers(fields):
-    # Null means: as `lowercase` says.
-    if one.get('strip_accents', '') == one.get('lowercase'):
-      one['strip_accents'] = None
-  return fields
-
-
 def read(
     path: pathlib.Path, cased: bool | None, shown: str | None = None
-) -> Rules:
+) -> tokenizer_rules.Rules:
   """Reads a tokenizer as transformers does.
 
   Args:
@@ -166,8 +93,8 @@ def read(
   fields = json.loads(backend.to_str())
   if fields['model'].get('type') != 'WordPiece':
     raise _not_wordpiece(shown, fields['model'].get('type'))
-  rules = Rules({}, _specials(shown, loaded, fields, values))
-  rules.fields.update(canonical(backend.to_str(), rules.specials))
+  specials = _specials(shown, loaded, fields, values)
+  rules = tokenizer_rules.Rules.of(backend, specials)
   _check(shown, rules)
   _check_lines(path, found, lines, rules)
   stated = _stated_case(found, values)
@@ -386,16 +313,14 @@ def _specials(
   return specials
 
 
-def _check(shown: str, rules: Rules) -> None:
+def _check(shown: str, rules: tokenizer_rules.Rules) -> None:
   model = rules.fields['model']
   if model['unk_token'] not in model['vocab']:
     raise ValueError(
         f'{shown}: model.unk_token is {model["unk_token"]!r}, which is not in'
         ' the vocabulary.'
     )
-  ids = dict(model['vocab'])
-  for token in rules.fields['added_tokens']:
-    ids.setdefault(token['content'], token['id'])
+  ids = rules.ids
   pad = rules.specials['pad']
   if ids[pad] != 0:
     raise ValueError(
@@ -417,7 +342,7 @@ def _check_lines(
     path: pathlib.Path,
     found: dict[str, pathlib.Path],
     lines: list[str],
-    rules: Rules,
+    rules: tokenizer_rules.Rules,
 ) -> None:
   """Compares a vocab.txt with the ids; names lines that are there twice."""
   last = {piece: i for i, piece in enumerate(lines)}
@@ -449,7 +374,7 @@ def _stated_case(
 def _say(
     shown: str,
     kind: str,
-    rules: Rules,
+    rules: tokenizer_rules.Rules,
     found: dict[str, pathlib.Path],
     values: dict[str, dict[str, Any]],
     stated: str | None,
@@ -459,9 +384,9 @@ def _say(
   vocab, added = rules.vocab(), rules.fields['added_tokens']
   parts = [f'{len(vocab)} wordpieces, {len(added)} of them added tokens']
   parts.append('lower case' if rules.lowercase else 'cased')
-  kinds = [one.get('type') for one in normalizers(rules.fields)]
+  kinds = [one.get('type') for one in rules.normalizers]
   if kinds == ['BertNormalizer']:
-    (one,) = normalizers(rules.fields)
+    (one,) = rules.normalizers
     strip = one.get('strip_accents')
     strip = rules.lowercase if strip is None else strip
     parts.append(f'accents {"removed" if strip else "kept"}')
@@ -518,3 +443,45 @@ def _comparable(normalizer: Any) -> Any:
       **found,
       'strip_accents': found.get('lowercase') if strip is None else strip,
   }
+
+
+def hub_file(name: str, file: str) -> pathlib.Path | None:
+  """Downloads a file of a repository of the Hugging Face hub, or its cache.
+
+  None: the repository lacks the file, or the hub cannot be reached and the
+  cache lacks it.
+
+  Raises:
+    FileNotFoundError: the repository cannot be read, with the reason.
+  """
+  # Imported late: the import is slow, and local files do not need it.
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  try:
+    return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
+  except errors.EntryNotFoundError:
+    return None
+  except (errors.HfHubHTTPError, OSError, ValueError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise FileNotFoundError(
+        f'{name!r} is no file or folder, and as an id of the Hugging Face hub'
+        f' it could not be fetched: {reason}'
+    ) from error
+
+
+def download(name: str) -> pathlib.Path:
+  """Downloads a tokenizer from the hub and returns its folder."""
+  if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
+    raise FileNotFoundError(
+        f'There is no vocabulary file or tokenizer folder {name!r}.'
+    )
+  found = [path for file in FILES if (path := hub_file(name, file))]
+  if not found:
+    raise FileNotFoundError(
+        f'{name!r} is neither a vocabulary file nor a tokenizer folder, and as'
+        ' an id of the Hugging Face hub it has no tokenizer, or the hub cannot'
+        ' be reached and the tokenizer is not in the cache. Without network,'
+        ' give the path of a vocab.txt.'
+    )
+  return found[0].parent

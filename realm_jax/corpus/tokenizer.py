@@ -9,7 +9,6 @@ import collections
 from collections.abc import Iterable, Sequence
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -21,21 +20,17 @@ from tokenizers import decoders
 from tokenizers import models
 from tokenizers import normalizers
 from tokenizers import pre_tokenizers
-from tokenizers import processors
 from tokenizers import trainers
 
-from realm_jax.corpus import pretrained_tokenizer as pretrained
+from realm_jax.corpus import pretrained_tokenizer
+from realm_jax.corpus import tokenizer_rules
 from realm_jax.runtime import files
 
 # A trained vocabulary has these ids 0 to 4, in this order. [PAD] must be 0 in
 # every vocabulary, as id 0 means padding everywhere.
-_SPECIALS = tuple(pretrained.SPECIALS.values())
-_MASK = pretrained.SPECIALS['mask']
+_SPECIALS = tuple(tokenizer_rules.SPECIALS.values())
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 _MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
-FOLDER_FILES = pretrained.FILES
-_SPECIALS_FILE = 'special_tokens_map.json'
-_OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
 
 # Wordpieces never cross these characters.
 _SPACES = ' \t\n\r'
@@ -104,7 +99,7 @@ class Tokenizer:
     )
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    self._set(vocab, lowercase, backend, pretrained.SPECIALS)
+    self._set(vocab, lowercase, backend, tokenizer_rules.SPECIALS)
 
   def _set(
       self,
@@ -112,7 +107,7 @@ class Tokenizer:
       lowercase: bool,
       backend: tokenizers.Tokenizer,
       specials: dict[str, str],
-      rules: pretrained.Rules | None = None,
+      rules: tokenizer_rules.Rules | None = None,
   ) -> None:
     """Sets all attributes; the only place that knows it is WordPiece."""
     self.vocab, self.lowercase = vocab, lowercase
@@ -123,24 +118,14 @@ class Tokenizer:
     )
     self._prefix = backend.model.continuing_subword_prefix
     self._decoder = decoders.WordPiece(self._prefix)
-    # BERT's rules never look beyond a space or ASCII punctuation.
-    self.divides_at_spaces = rules is None or (
-        [one['type'] for one in pretrained.normalizers(rules.fields)]
-        == ['BertNormalizer']
-        and rules.fields['pre_tokenizer'] == {'type': 'BertPreTokenizer'}
-        and not any(not t['special'] for t in rules.fields['added_tokens'])
-    )
+    self.divides_at_spaces = rules is None or rules.divide_at_spaces
 
   @classmethod
-  def _from_rules(cls, rules: pretrained.Rules) -> 'Tokenizer':
-    backend = tokenizers.Tokenizer.from_str(
-        json.dumps(_whole(rules), ensure_ascii=False)
-    )
-    # Added tokens that are special are text, too.
-    backend.encode_special_tokens = True
+  def from_rules(cls, rules: tokenizer_rules.Rules) -> 'Tokenizer':
+    """Makes a tokenizer with any rules that give wordpieces."""
     made = cls.__new__(cls)
     made._set(
-        rules.vocab(), rules.lowercase, backend, dict(rules.specials), rules
+        rules.vocab(), rules.lowercase, rules.backend(), rules.specials, rules
     )
     return made
 
@@ -154,13 +139,11 @@ class Tokenizer:
       FileNotFoundError: the file does not exist.
       ValueError: it is not UTF-8 or not a valid vocabulary.
     """
+    lines = pretrained_tokenizer.vocab_lines(pathlib.Path(path))
     try:
-      return cls(pretrained.vocab_lines(pathlib.Path(path)), lowercase)
+      return cls(lines, lowercase)
     except ValueError as error:
-      message = str(error)
-      if not message.startswith(f'{path}:'):
-        message = f'{path}: {message}'
-      raise ValueError(message) from None
+      raise ValueError(f'{path}: {error}') from None
 
   @classmethod
   def from_source(cls, name: str, cased: bool | None = None) -> 'Tokenizer':
@@ -179,8 +162,8 @@ class Tokenizer:
     """
     path = pathlib.Path(name)
     if not path.exists():
-      path = _download(name)
-    saved = _saved_case(path)
+      path = pretrained_tokenizer.download(name)
+    saved = tokenizer_rules.saved_lowercase(path)
     if saved is not None:
       found = cls.from_saved(path, saved)
       if cased is not None and found.lowercase == cased:
@@ -189,17 +172,13 @@ class Tokenizer:
             f' lowercase={found.lowercase}: leave the flag out.'
         )
       return found
-    rules = pretrained.read(path, cased, name)
+    rules = pretrained_tokenizer.read(path, cased, name)
     try:
       plain = cls(rules.vocab(), rules.lowercase)
     except ValueError:
-      return cls._from_rules(rules)
-    if rules == pretrained.Rules(
-        pretrained.canonical(plain._tokenizer.to_str(), pretrained.SPECIALS),
-        pretrained.SPECIALS,
-    ):
-      return plain
-    return cls._from_rules(rules)
+      return cls.from_rules(rules)
+    usual = tokenizer_rules.Rules.of(plain._tokenizer, plain._specials)
+    return plain if usual == rules else cls.from_rules(rules)
 
   @classmethod
   def from_saved(
@@ -216,24 +195,19 @@ class Tokenizer:
       ValueError: a file is damaged.
     """
     directory = pathlib.Path(directory)
-    path = directory / pretrained.RULES
+    path = directory / tokenizer_rules.RULES
     if not path.is_file():
       if lowercase is None:
-        settings = directory / pretrained.SETTINGS
+        settings = directory / tokenizer_rules.SETTINGS
         values = files.read_json(settings) if settings.is_file() else {}
         lowercase = bool(values.get('do_lower_case', True))
-      return cls.from_vocab(directory / pretrained.VOCAB, lowercase)
+      return cls.from_vocab(directory / tokenizer_rules.VOCAB, lowercase)
     try:
-      whole = files.read_json(path)
-      names = files.read_json(directory / _SPECIALS_FILE)
-      return cls._from_rules(
-          pretrained.Rules(
-              {name: whole[name] for name in pretrained.FIELDS},
-              {name: names[f'{name}_token'] for name in pretrained.SPECIALS},
-          )
-      )
-    except (KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f'{path} is damaged: {error!r}.') from None
+      return cls.from_rules(tokenizer_rules.Rules.saved(directory))
+    except OSError:
+      raise
+    except Exception as error:  # The library raises nothing more special.
+      raise ValueError(f'{path} is damaged: {error!r}.') from error
 
   @classmethod
   def train(
@@ -293,31 +267,19 @@ class Tokenizer:
     """
     lines = [f'lowercase={self.lowercase}', *self.vocab]
     if self._rules is not None:
-      fields = dict(self._rules.fields)
-      fields['model'] = {
-          name: len(value) if name == 'vocab' else value
-          for name, value in fields['model'].items()
-      }
-      lines.append(json.dumps([fields, self._rules.specials], sort_keys=True))
+      lines.append(self._rules.summary())
     return hashlib.sha256('\n'.join(lines).encode('utf-8')).hexdigest()
 
-  @property
-  def recipe(self) -> str:
-    """All that `from_recipe` needs, for other processes."""
-    rules = self._rules
-    return json.dumps(
-        [self.vocab, self.lowercase]
-        if rules is None
-        else [rules.fields, rules.specials]
-    )
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Tokenizer) and self.digest == other.digest
 
-  @classmethod
-  def from_recipe(cls, recipe: str) -> 'Tokenizer':
-    """Makes the tokenizer that has this recipe."""
-    first, second = json.loads(recipe)
-    if isinstance(first, list):
-      return cls(first, second)
-    return cls._from_rules(pretrained.Rules(first, second))
+  def __hash__(self) -> int:
+    return hash(self.digest)
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    if self._rules is None:
+      return Tokenizer, (self.vocab, self.lowercase)
+    return Tokenizer.from_rules, (self._rules,)
 
   def encode(self, text: str, masks: bool = False) -> list[int]:
     """Returns the wordpieces of a text, without [CLS] and [SEP].
@@ -329,8 +291,8 @@ class Tokenizer:
     """
     if not masks:
       return self._tokenizer.encode(text).ids
-    text = text.replace(self._specials['mask'], _MASK)
-    ids = self.encode_batch(text.split(_MASK))
+    text = text.replace(self._specials['mask'], '[MASK]')
+    ids = self.encode_batch(text.split('[MASK]'))
     for part in ids[1:]:
       part.insert(0, self.mask_id)
     return [i for part in ids for i in part]
@@ -391,33 +353,19 @@ class Tokenizer:
         `lowercase` say all.
     """
     directory = pathlib.Path(directory)
-    path = directory / pretrained.VOCAB
+    path = directory / tokenizer_rules.VOCAB
     text = ''.join(f'{piece}\n' for piece in self.vocab)
     path.write_bytes(text.encode('utf-8'))
-    values: dict[str, Any] = {
-        'tokenizer_class': 'BertTokenizer',
-        'do_lower_case': self.lowercase,
-    }
     if self._rules is not None:
-      whole = _whole(self._rules)
-      backend = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
-      cls, sep = self._specials['cls'], self._specials['sep']
-      backend.post_processor = processors.TemplateProcessing(
-          single=[cls, '$A', sep],
-          pair=[cls, '$A', sep, '$B:1', f'{sep}:1'],
-          special_tokens=[(cls, self.cls_id), (sep, self.sep_id)],
+      self._rules.save(directory)
+    elif settings:
+      files.write_json(
+          directory / tokenizer_rules.SETTINGS,
+          {
+              'tokenizer_class': 'BertTokenizer',
+              'do_lower_case': self.lowercase,
+          },
       )
-      backend.decoder = self._decoder
-      for name in ('post_processor', 'decoder'):
-        whole[name] = json.loads(backend.to_str())[name]
-      names = {f'{name}_token': token for name, token in self._specials.items()}
-      values = {'tokenizer_class': 'PreTrainedTokenizerFast', **names, **_OWN}
-      (directory / pretrained.RULES).write_text(
-          json.dumps(whole, ensure_ascii=False), 'utf-8'
-      )
-      files.write_json(directory / _SPECIALS_FILE, names)
-    if self._rules is not None or settings:
-      files.write_json(directory / pretrained.SETTINGS, values)
     return path
 
 
@@ -529,67 +477,3 @@ def byte_positions(text: str) -> np.ndarray:
       for limit in (0x80, 0x800, 0x10000)
   )
   return np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _whole(rules: pretrained.Rules) -> dict[str, Any]:
-  """Returns a tokenizer.json."""
-  others = 'truncation', 'padding', 'post_processor', 'decoder'
-  return {'version': '1.0', **rules.fields, **dict.fromkeys(others)}
-
-
-def _saved_case(path: pathlib.Path) -> bool | None:
-  """Returns `lowercase` of what `save` wrote; None: the files are others'."""
-  for file, name in (
-      ('manifest.json', 'tokenizer'), (pretrained.SETTINGS, None)
-  ):  # fmt: skip
-    if (path / file).is_file():
-      values = files.read_json(path / file)
-      if name is not None and isinstance(values, dict):
-        values = values.get(name)
-      if isinstance(values, dict) and 'lowercase' in values:
-        return bool(values['lowercase'])
-      if isinstance(values, dict) and _OWN.items() <= values.items():
-        return False  # tokenizer.json says it.
-  return None
-
-
-def hub_file(name: str, file: str) -> pathlib.Path | None:
-  """Downloads a file of a repository of the Hugging Face hub, or its cache.
-
-  None: the repository lacks the file, or the hub cannot be reached and the
-  cache lacks it.
-
-  Raises:
-    FileNotFoundError: the repository cannot be read, with the reason.
-  """
-  # Imported late: the import is slow, and local files do not need it.
-  import huggingface_hub
-  from huggingface_hub import errors
-
-  try:
-    return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
-  except errors.EntryNotFoundError:
-    return None
-  except (errors.HfHubHTTPError, OSError, ValueError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise FileNotFoundError(
-        f'{name!r} is no file or folder, and as an id of the Hugging Face hub'
-        f' it could not be fetched: {reason}'
-    ) from error
-
-
-def _download(name: str) -> pathlib.Path:
-  """Downloads a tokenizer from the hub and returns its folder."""
-  if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
-    raise FileNotFoundError(
-        f'There is no vocabulary file or tokenizer folder {name!r}.'
-    )
-  found = [path for file in FOLDER_FILES if (path := hub_file(name, file))]
-  if not found:
-    raise FileNotFoundError(
-        f'{name!r} is neither a vocabulary file nor a tokenizer folder, and as'
-        ' an id of the Hugging Face hub it has no tokenizer, or the hub cannot'
-        ' be reached and the tokenizer is not in the cache. Without network,'
-        ' give the path of a vocab.txt.'
-    )
-  return found[0].parent

@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import pickle
 import random
 
 import numpy as np
@@ -76,6 +77,7 @@ def _fast(rules, **settings):
 
 
 _N = len(_VOCAB)
+_STRIP = {'type': 'Strip', 'strip_left': True, 'strip_right': True}
 _MARKS = [
     _added('<num>', _N, lstrip=True),
     _added('<Città>', _N + 1, rstrip=True, normalized=False),
@@ -148,7 +150,7 @@ _CONFIGURATIONS = {
     'no normalizer': {'tokenizer': _rules(None)},
     'sequence': _fast(_rules(_sequence('NFD', 'Lowercase', 'StripAccents'))),
     'sequence of BERT': _fast(_rules(_sequence('NFKC', _normalizer()))),
-    'nested': _fast(_rules(_sequence(_sequence('NFC', 'Lowercase'), 'Strip'))),
+    'nested': _fast(_rules(_sequence(_sequence('NFC', 'Lowercase'), _STRIP))),
     'fast, added': _fast(_rules(_normalizer(), *_MARKS)),
     'fast, added, cased': _fast(_rules(_normalizer(lowercase=False), *_MARKS)),
     'fast, renamed': _fast(_rules(_normalizer(), vocab=_OTHER), **_NAMES),
@@ -218,7 +220,7 @@ def test_ids_and_offsets_are_those_of_transformers(tmp_path, name):
   ours.save(saved, settings=True)
   others = [
       tokenizer_lib.Tokenizer.from_saved(saved),
-      tokenizer_lib.Tokenizer.from_recipe(ours.recipe),
+      pickle.loads(pickle.dumps(ours)),
       tokenizer_lib.Tokenizer.from_source(str(saved)),
   ]
   texts = _texts(len(name))
