@@ -7,13 +7,13 @@ refuses in one line what cannot be used here.
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import pathlib
 import re
 import tempfile
-from types import ModuleType
 from typing import Any
 
 from realm_jax.corpus import tokenizer_rules
@@ -30,35 +30,36 @@ _ADDED, _MODEL = 'added_tokens.json', 'config.json'
 FILES = (
     VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP, _MODEL
 )  # fmt: skip
-# A larger id leaves a gap that no vocabulary has.
-_MAX_IDS = 1 << 24
+_MAX_IDS = 1 << 24  # A larger id leaves a gap that no vocabulary has.
 
 # Fields of the wrong type, which transformers reports without their names.
+_BOOL = ((bool,), 'true or false')
+_OBJECT = ((dict, type(None)), 'an object, or null')
 _TYPES: dict[str, dict[str, tuple[tuple[type, ...], str]]] = {
     SETTINGS: {
-        'do_lower_case': ((bool,), 'true or false'),
-        'tokenize_chinese_chars': ((bool,), 'true or false'),
+        'do_lower_case': _BOOL,
+        'tokenize_chinese_chars': _BOOL,
         'strip_accents': ((bool, type(None)), 'true, false or null'),
         'tokenizer_class': ((str, type(None)), 'a name, or null'),
         'added_tokens_decoder': ((dict,), 'an object, {} for none'),
         **{
-            f'{name}_token': ((str, dict), 'a string')
+            f'{name}_token': ((str, dict, type(None)), 'a string, or null')
             for name in SPECIALS
         },
     },
     RULES: {
         'added_tokens': ((list,), 'a list, [] for none'),
         'model': ((dict,), 'an object'),
-        'normalizer': ((dict, type(None)), 'an object, or null'),
-        'pre_tokenizer': ((dict, type(None)), 'an object, or null'),
-        'post_processor': ((dict, type(None)), 'an object, or null'),
-        'decoder': ((dict, type(None)), 'an object, or null'),
+        **dict.fromkeys(
+            ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder'),
+            _OBJECT,
+        ),
     },
 }
 
 
 def read(
-    path: pathlib.Path, cased: bool | None, shown: str | None = None
+    path: pathlib.Path, cased: bool | None, name: str
 ) -> tokenizer_rules.Rules:
   """Reads a tokenizer as transformers does.
 
@@ -66,84 +67,288 @@ def read(
     path: a folder; a vocab.txt, which is read with the settings in its folder;
       or a tokenizer.json, which is read as it is.
     cased: whether the case is kept, where the files do not say it.
-    shown: name of the source in messages; None: the path.
+    name: of the source, for messages.
 
   Raises:
-    FileNotFoundError: the folder has no tokenizer.
+    FileNotFoundError: there is no tokenizer.
     ValueError: it cannot be used; says why, and the mend.
   """
-  shown = shown or str(path)
-  found = _files(path)
-  if VOCAB not in found and RULES not in found:
-    raise FileNotFoundError(
-        f'The folder {shown} has neither vocab.txt nor tokenizer.json; a'
-        ' WordPiece tokenizer, as of BERT, has one of them.'
+  source = _Source.open(path, name)
+  loaded = source.load(cased)
+  specials = source.specials(loaded)
+  rules = tokenizer_rules.Rules.of(loaded.backend_tokenizer, specials)
+  source.check(rules)
+  stated = source.stated_case()
+  check_case(cased, rules.lowercase, str(stated or name))
+  kind = type(loaded).__name__
+  log.info(
+      'Tokenizer %s (%s, read as %s): %s.',
+      name, source.names, kind, _description(rules),
+  )  # fmt: skip
+  source.warn(rules, kind)
+  if stated is None and cased is None:
+    capitals = sum(
+        piece != piece.lower() and not piece.startswith('[')
+        for piece in rules.ids
     )
-  values = {
-      name: _object(file) for name, file in found.items() if name != VOCAB
-  }
-  model = values.get(RULES, {}).get('model')
-  kind = model.get('type', 'WordPiece') if isinstance(model, dict) else None
-  if isinstance(kind, str) and kind != 'WordPiece':
-    raise _not_wordpiece(str(found[RULES]), kind)
-  lines = vocab_lines(found[VOCAB]) if VOCAB in found else []
-  with _staged(found, lines) as folder:
-    loaded, kind = _load(folder, path, shown, found, values, cased)
-  backend = loaded.backend_tokenizer
-  fields = json.loads(backend.to_str())
-  if fields['model'].get('type') != 'WordPiece':
-    raise _not_wordpiece(shown, fields['model'].get('type'))
-  specials = _specials(shown, loaded, fields, values)
-  rules = tokenizer_rules.Rules.of(backend, specials)
-  _check(shown, rules)
-  _check_lines(path, found, lines, rules)
-  stated = _stated_case(found, values)
-  if cased is not None and rules.lowercase == cased:
-    raise ValueError(
-        f'cased is {cased}, but {stated} {"lower-cases" if cased else "keeps"}'
-        ' the case of a text: leave the flag out, or change the file.'
+    log.log(
+        logging.WARNING if capitals else logging.INFO,
+        'No file says whether %s is cased, so text is lower-cased, as for BERT'
+        ' uncased%s; --cased keeps capitals and accents.',
+        name,
+        f', though {capitals} wordpieces have capitals' if capitals else '',
     )
-  _say(shown, kind, rules, found, values, stated, cased)
   return rules
 
 
-def vocab_lines(path: pathlib.Path) -> list[str]:
-  """Returns the lines of a vocab.txt.
+def check_case(cased: bool | None, lowercase: bool, where: str) -> None:
+  """Raises a ValueError if a tokenizer contradicts `cased`."""
+  if cased is not None and cased == lowercase:
+    raise ValueError(
+        f'--{"" if cased else "no"}cased was given, but {where} says that text'
+        f' is {"lower-cased" if lowercase else "cased"}: leave the flag out, or'
+        ' give another --vocab.'
+    )
 
-  Raises:
-    FileNotFoundError: the file does not exist.
-    ValueError: it is not UTF-8.
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """The files of a tokenizer.
+
+  name: as the user gave it.
+  path: of a folder or file.
+  files: by the names that transformers expects.
+  values: the contents of the JSON files.
+  lines: of vocab.txt.
   """
-  if not path.is_file():
-    raise FileNotFoundError(f'There is no vocabulary file {path}.')
-  data = path.read_bytes()
-  try:
-    text = data.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    line = data[: error.start].count(b'\n') + 1
-    raise ValueError(f'{path}:{line}: not UTF-8 ({error.reason}).') from None
-  # Not splitlines(): wordpieces may contain U+2028 and similar characters.
-  lines = text.split('\n')
-  if lines[-1] == '':
-    lines.pop()
-  return [line.removesuffix('\r') for line in lines]
 
+  name: str
+  path: pathlib.Path
+  files: dict[str, pathlib.Path]
+  values: dict[str, dict[str, Any]]
+  lines: list[str]
 
-def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Returns the files to read, by the names that transformers expects."""
-  folder = path if path.is_dir() else path.parent
-  found = {name: folder / name for name in FILES if (folder / name).is_file()}
-  if path.is_file():
-    if _is_rules(path):
+  @classmethod
+  def open(cls, path: pathlib.Path, name: str) -> '_Source':
+    folder = path if path.is_dir() else path.parent
+    found = {file: folder / file for file in FILES if (folder / file).is_file()}
+    if path.is_file() and _is_rules(path):
       found.pop(VOCAB, None)
-      # Another model's files would change what tokenizer.json says.
+      # Another model's config would change what tokenizer.json says.
       found.pop(_MODEL, None)
       found[RULES] = path
-    else:
+    elif path.is_file():
       if path.name != VOCAB:
         found.pop(RULES, None)
       found[VOCAB] = path
-  return found
+    if VOCAB not in found and RULES not in found:
+      raise FileNotFoundError(
+          f'{name} has neither vocab.txt nor tokenizer.json; a WordPiece'
+          ' tokenizer, as of BERT, has one of them.'
+      )
+    values = {}
+    for file, place in found.items():
+      if file != VOCAB:
+        values[file] = files.read_json(place)
+        if not isinstance(values[file], dict):
+          raise ValueError(f'{place} is not a JSON object.')
+    model = values.get(RULES, {}).get('model')
+    if isinstance(model, dict):
+      _check_kind(str(found[RULES]), model.get('type', 'WordPiece'))
+    lines = files.read_lines(found[VOCAB]) if VOCAB in found else []
+    return cls(name, path, found, values, lines)
+
+  @property
+  def names(self) -> str:
+    """The names of the files."""
+    return ', '.join(file.name for file in self.files.values())
+
+  def get(self, file: str, field: str, default: Any = None) -> Any:
+    """Returns a field of a JSON file; the default if there is no file."""
+    return self.values.get(file, {}).get(field, default)
+
+  @contextlib.contextmanager
+  def staged(self) -> Iterator[pathlib.Path]:
+    """Gives a folder with these files alone, under the expected names."""
+    with tempfile.TemporaryDirectory() as name:
+      folder = pathlib.Path(name)
+      for file, path in self.files.items():
+        if file == VOCAB:  # Without a byte order mark, which would be a letter.
+          text = ''.join(f'{line}\n' for line in self.lines)
+          (folder / file).write_bytes(text.encode('utf-8'))
+        else:
+          (folder / file).symlink_to(path.resolve())
+      yield folder
+
+  def load(self, cased: bool | None) -> Any:
+    """Returns the tokenizer that transformers makes of the files."""
+    # Imported late: the import takes seconds. It advises to install torch.
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+    import transformers
+
+    arguments: dict[str, Any] = {'trust_remote_code': False}
+    if cased is not None and self.get(SETTINGS, 'do_lower_case') is None:
+      arguments['do_lower_case'] = not cased
+    logs = transformers.utils.logging
+    verbosity = logs.get_verbosity()
+    logs.set_verbosity_error()
+    with self.staged() as folder:
+      try:
+        reader = transformers.AutoTokenizer
+        if self.path.is_file() and VOCAB not in self.files:
+          reader = transformers.PreTrainedTokenizerFast
+        elif RULES not in self.files and not self._is_known(folder):
+          arguments['tokenizer_type'] = 'bert'
+        loaded = reader.from_pretrained(str(folder), **arguments)
+      except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+      except BaseException as error:  # A panic of Rust is no Exception.
+        reason = str(error).replace(f'{folder}/', '').strip()
+        raise ValueError(
+            self._wrong_field()
+            or f'{self.name}: transformers {transformers.__version__} cannot'
+            f' read this tokenizer ({self.names}):'
+            f' {(reason.splitlines() or [type(error).__name__])[0][:300]} Save'
+            " it again with its library's save_pretrained, or give a vocab.txt"
+            ' alone.'
+        ) from error
+      finally:
+        logs.set_verbosity(verbosity)
+    backend = getattr(loaded, 'backend_tokenizer', None)
+    _check_kind(self.name, type(getattr(backend, 'model', loaded)).__name__)
+    return loaded
+
+  def _is_known(self, folder: pathlib.Path) -> bool:
+    """Whether transformers has a class for a vocab.txt.
+
+    It needs a name in tokenizer_config.json or config.json. Newer versions lack
+    REALM's, and the folders of Google's checkpoints name none: BERT's is meant.
+    """
+    import transformers
+
+    name = self.get(SETTINGS, 'tokenizer_class') or self.get(
+        _MODEL, 'tokenizer_class'
+    )
+    if name:
+      generic = ('PreTrainedTokenizer', 'TokenizersBackend', 'PythonBackend')
+      return hasattr(transformers, name) and not name.startswith(generic)
+    if not self.get(_MODEL, 'model_type'):
+      return False
+    try:
+      config = transformers.AutoConfig.from_pretrained(str(folder))
+    except ValueError:  # An unknown model.
+      return False
+    return type(config) in transformers.TOKENIZER_MAPPING
+
+  def _wrong_field(self) -> str | None:
+    """Says which field has the wrong type."""
+    if RULES in self.values and 'model' not in self.values[RULES]:
+      return f'{self.files[RULES]} is no tokenizer.json: it has no field model.'
+    for file, fields in _TYPES.items():
+      for name, (types, expected) in fields.items():
+        value = self.get(file, name, ...)
+        if value is not ... and not isinstance(value, types):
+          return (
+              f'{self.files[file]}: {name} is {json.dumps(value)[:60]}; it must'
+              f' be {expected}.'
+          )
+    return None
+
+  def specials(self, loaded: Any) -> dict[str, str]:
+    """Returns the special wordpieces, each of which the files must have.
+
+    transformers appends those that the files lack, with ids for which no model
+    has an embedding.
+    """
+    model = json.loads(loaded.backend_tokenizer.to_str())['model']
+    known = {*model['vocab'], *self.values.get(_ADDED, ())}
+    for token in (
+        *self.get(RULES, 'added_tokens', ()),
+        *self.get(SETTINGS, 'added_tokens_decoder', {}).values(),
+    ):
+      known.add(token['content'])
+    specials = {
+        role: str(getattr(loaded, f'{role}_token', None) or usual)
+        for role, usual in SPECIALS.items()
+    }
+    specials['unk'] = model['unk_token']
+    missing = [
+        f'{token} ({role}_token)'
+        for role, token in specials.items()
+        if token not in known
+    ]
+    if missing:
+      raise ValueError(
+          f'{self.name}: the vocabulary of {len(known)} wordpieces lacks'
+          f' {", ".join(missing)}. If it has them under other names, name these'
+          f' in a {SETTINGS} beside it, as in {{"mask_token": "<mask>"}}.'
+      )
+    if len({*specials.values()}) < len(specials):
+      raise ValueError(
+          f'{self.name}: two of the special wordpieces are the same:'
+          f' {specials}.'
+      )
+    return specials
+
+  def check(self, rules: tokenizer_rules.Rules) -> None:
+    """Raises a ValueError if the ids cannot be used here."""
+    ids, pad = rules.ids, rules.specials['pad']
+    if ids[pad] != 0:
+      raise ValueError(
+          f'{self.name}: the vocabulary has {pad} at id {ids[pad]}; it must be'
+          ' at 0, the first line, as in BERT.'
+      )
+    last = max(ids, key=ids.__getitem__)
+    if ids[last] >= _MAX_IDS:
+      raise ValueError(
+          f'{self.name}: the id of {last!r} is {ids[last]}; the largest that'
+          f' can be used is {_MAX_IDS - 1}.'
+      )
+    if len({*ids.values()}) < len(ids):
+      raise ValueError(
+          f'{self.name}: {len(ids)} wordpieces have {len({*ids.values()})} ids;'
+          ' each must have its own.'
+      )
+    known = rules.fields['model']['vocab']
+    if self.path.is_file() and not {*self.lines} <= {*known}:
+      raise ValueError(
+          f'{self.path} is not the vocabulary of the {RULES} beside it. Give'
+          ' the path of that file, or move one of them to another folder.'
+      )
+
+  def stated_case(self) -> pathlib.Path | None:
+    """Returns the file that says whether text is lower-cased, if one does."""
+    if self.get(SETTINGS, 'do_lower_case') is not None:
+      return self.files[SETTINGS]
+    return self.files.get(RULES)
+
+  def warn(self, rules: tokenizer_rules.Rules, kind: str) -> None:
+    """Logs what files say otherwise than transformers reads them."""
+    last = {piece: i for i, piece in enumerate(self.lines)}
+    for i, piece in enumerate(self.lines):
+      if last[piece] != i:
+        log.warning(
+            '%s:%d: the wordpiece %r is in line %d again. As in transformers,'
+            ' it has the id of that line, and the id %d has none.',
+            self.files[VOCAB], i + 1, piece, last[piece] + 1, i,
+        )  # fmt: skip
+    for token in rules.fields['added_tokens']:
+      asked = self.get(_ADDED, token['content'], token['id'])
+      if asked != token['id']:
+        log.warning(
+            '%s gives %r the id %s. As in transformers, which numbers added'
+            ' tokens from the end of the vocabulary on, it has the id %d.',
+            self.files[_ADDED], token['content'], asked, token['id'],
+        )  # fmt: skip
+    ours = rules.fields['normalizer']
+    theirs = self.get(RULES, 'normalizer', ...)
+    if theirs is not ... and _full(theirs) != _full(ours):
+      log.warning(
+          '%s has the normalizer %s. As in transformers, the class %s takes it'
+          ' from tokenizer_config.json instead: %s. To use that of the file,'
+          ' give the path of the file.',
+          self.files[RULES], json.dumps(theirs), kind, json.dumps(ours),
+      )  # fmt: skip
 
 
 def _is_rules(path: pathlib.Path) -> bool:
@@ -153,296 +358,38 @@ def _is_rules(path: pathlib.Path) -> bool:
   return path.suffix == '.json' or bool(re.match(rb'\{\s*("|$)', start))
 
 
-def _object(path: pathlib.Path) -> dict[str, Any]:
-  values = files.read_json(path)
-  if not isinstance(values, dict):
-    raise ValueError(f'{path} is not a JSON object.')
-  return values
-
-
-@contextlib.contextmanager
-def _staged(
-    found: dict[str, pathlib.Path], lines: list[str]
-) -> Iterator[pathlib.Path]:
-  """Gives a folder with these files alone, under the expected names."""
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    for file, path in found.items():
-      if file == VOCAB:  # Without a byte order mark, which would be a letter.
-        text = ''.join(f'{line}\n' for line in lines)
-        (folder / file).write_bytes(text.encode('utf-8'))
-      else:
-        (folder / file).symlink_to(path.resolve())
-    yield folder
-
-
-def _transformers() -> ModuleType:
-  # Imported late: the import takes seconds. Without torch it prints an advice.
-  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
-  import transformers
-
-  return transformers
-
-
-def _load(
-    folder: pathlib.Path,
-    path: pathlib.Path,
-    shown: str,
-    found: dict[str, pathlib.Path],
-    values: dict[str, dict[str, Any]],
-    cased: bool | None,
-) -> tuple[Any, str]:
-  """Returns the tokenizer of transformers, and the name of its class."""
-  transformers = _transformers()
-  arguments: dict[str, Any] = {}
-  reader = transformers.AutoTokenizer
-  if path.is_file() and VOCAB not in found:
-    reader = transformers.PreTrainedTokenizerFast
-  else:
-    arguments['trust_remote_code'] = False
-    if RULES not in found and not _is_known(transformers, folder, values):
-      arguments['tokenizer_type'] = 'bert'
-  if cased is not None and 'do_lower_case' not in values.get(SETTINGS, {}):
-    arguments['do_lower_case'] = not cased
-  logs = transformers.utils.logging
-  verbosity = logs.get_verbosity()
-  logs.set_verbosity_error()
-  try:
-    loaded = reader.from_pretrained(str(folder), **arguments)
-  except (KeyboardInterrupt, SystemExit, MemoryError):
-    raise
-  except BaseException as error:  # A panic of Rust is no Exception.
-    raise ValueError(_reason(shown, folder, found, values, error)) from error
-  finally:
-    logs.set_verbosity(verbosity)
-  if getattr(loaded, 'backend_tokenizer', None) is None:
-    raise _not_wordpiece(shown, type(loaded).__name__)
-  return loaded, type(loaded).__name__
-
-
-def _is_known(
-    transformers: ModuleType,
-    folder: pathlib.Path,
-    values: dict[str, dict[str, Any]],
-) -> bool:
-  """Whether transformers has a class for the folder of a vocab.txt.
-
-  It needs one from tokenizer_config.json or config.json. Newer versions lack
-  REALM's, and the folders of Google's checkpoints name none; these are BERT's.
-  """
-  name = None
-  for file in (SETTINGS, _MODEL):
-    name = name or values.get(file, {}).get('tokenizer_class')
-  if isinstance(name, str):
-    generic = ('PreTrainedTokenizer', 'TokenizersBackend', 'PythonBackend')
-    return hasattr(transformers, name) and not name.startswith(generic)
-  try:
-    config = transformers.AutoConfig.from_pretrained(str(folder))
-  except (ValueError, OSError, KeyError, TypeError, AttributeError):
-    return False
-  return type(config) in transformers.TOKENIZER_MAPPING
-
-
-def _reason(
-    shown: str,
-    folder: pathlib.Path,
-    found: dict[str, pathlib.Path],
-    values: dict[str, dict[str, Any]],
-    error: BaseException,
-) -> str:
-  """Returns one line: the field at fault, or else what the library says."""
-  for file, fields in _TYPES.items():
-    for name, (types, expected) in fields.items():
-      value = values.get(file, {}).get(name, ...)
-      if value is not ... and not isinstance(value, types):
-        return (
-            f'{found[file]}: {name} is {json.dumps(value)[:60]}; it must be'
-            f' {expected}.'
-        )
-  lines = str(error).replace(f'{folder}/', '').strip().splitlines()
-  reason = lines[0][:300] if lines else type(error).__name__
-  names = ', '.join(file.name for file in found.values())
-  return (
-      f'{shown}: transformers {_transformers().__version__} cannot read this'
-      f' tokenizer ({names}): {reason.removesuffix(".")}. Save it again with'
-      " its library's save_pretrained, or give a vocab.txt alone."
-  )
-
-
-def _not_wordpiece(shown: str, kind: Any) -> ValueError:
-  return ValueError(
-      f'{shown} is a {kind} tokenizer; only WordPiece, as in BERT, is'
-      ' supported.'
-  )
-
-
-def _specials(
-    shown: str,
-    loaded: Any,
-    fields: dict[str, Any],
-    values: dict[str, dict[str, Any]],
-) -> dict[str, str]:
-  """Returns the special wordpieces, each of which the files must have.
-
-  transformers appends those that the files lack, with ids for which no model
-  has an embedding.
-  """
-  known = set(fields['model']['vocab'])
-  known.update(values.get(_ADDED, {}))
-  for tokens in (
-      values.get(RULES, {}).get('added_tokens') or [],
-      (values.get(SETTINGS, {}).get('added_tokens_decoder') or {}).values(),
-  ):
-    known.update(token['content'] for token in tokens)
-  specials = {
-      name: str(getattr(loaded, f'{name}_token', None) or usual)
-      for name, usual in SPECIALS.items()
-  }
-  missing = [f'{t} ({n}_token)' for n, t in specials.items() if t not in known]
-  if missing:
+def _check_kind(where: str, kind: Any) -> None:
+  if kind != 'WordPiece':
     raise ValueError(
-        f'{shown}: the vocabulary of {len(known)} wordpieces lacks'
-        f' {", ".join(missing)}. If it has them under other names, name these'
-        f' in a {SETTINGS} beside it, as in {{"mask_token": "<mask>"}}.'
+        f'{where} is a {kind} tokenizer; only WordPiece, as in BERT, is'
+        ' supported.'
     )
-  if len(set(specials.values())) < len(specials):
-    raise ValueError(
-        f'{shown}: each special wordpiece must be another one; they are'
-        f' {specials}.'
-    )
-  return specials
 
 
-def _check(shown: str, rules: tokenizer_rules.Rules) -> None:
-  model = rules.fields['model']
-  if model['unk_token'] not in model['vocab']:
-    raise ValueError(
-        f'{shown}: model.unk_token is {model["unk_token"]!r}, which is not in'
-        ' the vocabulary.'
-    )
-  ids = rules.ids
-  pad = rules.specials['pad']
-  if ids[pad] != 0:
-    raise ValueError(
-        f'{shown}: the vocabulary has {pad} at id {ids[pad]}; it must be at 0,'
-        ' the first line, as in BERT.'
-    )
-  if max(ids.values()) >= _MAX_IDS:
-    raise ValueError(
-        f'{shown}: the largest id is {max(ids.values())}, of'
-        f' {max(ids, key=ids.__getitem__)!r}; ids are below {_MAX_IDS}.'
-    )
-  try:
-    rules.vocab()
-  except ValueError as error:
-    raise ValueError(f'{shown}: {error}') from None
-
-
-def _check_lines(
-    path: pathlib.Path,
-    found: dict[str, pathlib.Path],
-    lines: list[str],
-    rules: tokenizer_rules.Rules,
-) -> None:
-  """Compares a vocab.txt with the ids; names lines that are there twice."""
-  last = {piece: i for i, piece in enumerate(lines)}
-  ids = rules.fields['model']['vocab']
-  if path.is_file() and any(ids.get(piece) != i for piece, i in last.items()):
-    raise ValueError(
-        f'{path} is not the vocabulary of {found.get(RULES)} beside it. Give'
-        ' that file, or move one of them to another folder.'
-    )
-  for i, piece in enumerate(lines):
-    if last[piece] != i:
-      log.warning(
-          '%s:%d: the wordpiece %r is in line %d again. As in transformers, it'
-          ' has the id of that line, and id %d is not used.',
-          found[VOCAB], i + 1, piece, last[piece] + 1, i,
-      )  # fmt: skip
-      break
-
-
-def _stated_case(
-    found: dict[str, pathlib.Path], values: dict[str, dict[str, Any]]
-) -> str | None:
-  """Returns the file that says whether the case is kept; None: none does."""
-  if 'do_lower_case' in values.get(SETTINGS, {}):
-    return str(found[SETTINGS])
-  return str(found[RULES]) if RULES in found else None
-
-
-def _say(
-    shown: str,
-    kind: str,
-    rules: tokenizer_rules.Rules,
-    found: dict[str, pathlib.Path],
-    values: dict[str, dict[str, Any]],
-    stated: str | None,
-    cased: bool | None,
-) -> None:
-  """Says in the log what was recognised, and what was not stated."""
-  vocab, added = rules.vocab(), rules.fields['added_tokens']
-  parts = [f'{len(vocab)} wordpieces, {len(added)} of them added tokens']
-  parts.append('lower case' if rules.lowercase else 'cased')
+def _description(rules: tokenizer_rules.Rules) -> str:
+  """Returns what is recognised, for the log."""
+  added = len(rules.fields['added_tokens'])
+  found = [f'{len(rules.ids)} wordpieces, {added} of them added tokens']
+  found.append('lower case' if rules.lowercase else 'cased')
   kinds = [one.get('type') for one in rules.normalizers]
   if kinds == ['BertNormalizer']:
-    (one,) = rules.normalizers
-    strip = one.get('strip_accents')
-    strip = rules.lowercase if strip is None else strip
-    parts.append(f'accents {"removed" if strip else "kept"}')
-    if not one.get('handle_chinese_chars', True):
-      parts.append('Chinese characters not divided')
+    one = _full(rules.normalizers[0])
+    found.append(f'accents {"removed" if one["strip_accents"] else "kept"}')
+    if not one['handle_chinese_chars']:
+      found.append('Chinese characters are not divided')
   else:
-    parts.append(f'normalizers {", ".join(map(str, kinds)) or "none"}')
-  log.info(
-      'Tokenizer %s (%s, read as %s): %s.',
-      shown, ', '.join(file.name for file in found.values()), kind,
-      '; '.join(parts),
-  )  # fmt: skip
-  for token in added:
-    asked = values.get(_ADDED, {}).get(token['content'], token['id'])
-    if asked != token['id']:
-      log.warning(
-          '%s gives %r the id %s. As in transformers, which numbers added'
-          ' tokens from the end of the vocabulary, it has the id %d.',
-          found[_ADDED], token['content'], asked, token['id'],
-      )  # fmt: skip
-  theirs = values.get(RULES, {}).get('normalizer', ...)
-  if theirs is not ... and _comparable(theirs) != _comparable(
-      rules.fields['normalizer']
-  ):
-    log.warning(
-        '%s has the normalizer %s. As in transformers, the class %s takes its'
-        ' settings from tokenizer_config.json instead: %s. To read the file as'
-        ' it is, give its path.',
-        found[RULES], json.dumps(theirs), kind,
-        json.dumps(rules.fields['normalizer']),
-    )  # fmt: skip
-  if stated is not None or cased is not None:
-    return
-  capitals = sum(
-      piece != piece.lower() and not piece.startswith('[') for piece in vocab
-  )
-  log.log(
-      logging.WARNING if rules.lowercase and capitals else logging.INFO,
-      'No file says whether %s is cased, so text is lower-cased, as for BERT'
-      ' uncased%s; --cased keeps capitals and accents.',
-      shown,
-      f', though {capitals} wordpieces have capitals' if capitals else '',
-  )
+    found.append(f'normalizers {", ".join(map(str, kinds)) or "none"}')
+  return '; '.join(found)
 
 
-def _comparable(normalizer: Any) -> Any:
-  """Returns a normalizer without what is a default."""
-  if not isinstance(normalizer, dict):
+def _full(normalizer: Any) -> Any:
+  """Returns a normalizer with BERT's defaults, to compare."""
+  if not isinstance(normalizer, dict) or 'lowercase' not in normalizer:
     return normalizer
   usual = {'clean_text': True, 'handle_chinese_chars': True}
-  found = {**usual, **normalizer} if 'lowercase' in normalizer else normalizer
-  strip = found.get('strip_accents')
-  return {
-      **found,
-      'strip_accents': found.get('lowercase') if strip is None else strip,
-  }
+  strip = normalizer.get('strip_accents')
+  strip = normalizer['lowercase'] if strip is None else strip
+  return {**usual, **normalizer, 'strip_accents': strip}
 
 
 def hub_file(name: str, file: str) -> pathlib.Path | None:

@@ -7,6 +7,7 @@ vocabulary, a digest, reproducible training, byte offsets, and a cache of words.
 
 import collections
 from collections.abc import Iterable, Sequence
+import contextlib
 import functools
 import hashlib
 import os
@@ -29,6 +30,7 @@ from realm_jax.runtime import files
 # A trained vocabulary has these ids 0 to 4, in this order. [PAD] must be 0 in
 # every vocabulary, as id 0 means padding everywhere.
 _SPECIALS = tuple(tokenizer_rules.SPECIALS.values())
+_CLASS = 'BertTokenizer'  # Of transformers.
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 _MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
 
@@ -113,8 +115,9 @@ class Tokenizer:
     self.vocab, self.lowercase = vocab, lowercase
     self.vocab_size = len(vocab)
     self._tokenizer, self._specials, self._rules = backend, specials, rules
+    ids = {piece: i for i, piece in enumerate(vocab)}
     self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-        backend.token_to_id(piece) for piece in specials.values()
+        ids[piece] for piece in specials.values()
     )
     self._prefix = backend.model.continuing_subword_prefix
     self._decoder = decoders.WordPiece(self._prefix)
@@ -139,7 +142,10 @@ class Tokenizer:
       FileNotFoundError: the file does not exist.
       ValueError: it is not UTF-8 or not a valid vocabulary.
     """
-    lines = pretrained_tokenizer.vocab_lines(pathlib.Path(path))
+    path = pathlib.Path(path)
+    if not path.is_file():
+      raise FileNotFoundError(f'There is no vocabulary file {path}.')
+    lines = files.read_lines(path)
     try:
       return cls(lines, lowercase)
     except ValueError as error:
@@ -166,19 +172,16 @@ class Tokenizer:
     saved = tokenizer_rules.saved_lowercase(path)
     if saved is not None:
       found = cls.from_saved(path, saved)
-      if cased is not None and found.lowercase == cased:
-        raise ValueError(
-            f'cased is {cased}, but the tokenizer of {name} was saved with'
-            f' lowercase={found.lowercase}: leave the flag out.'
-        )
+      pretrained_tokenizer.check_case(cased, found.lowercase, name)
       return found
     rules = pretrained_tokenizer.read(path, cased, name)
-    try:
-      plain = cls(rules.vocab(), rules.lowercase)
-    except ValueError:
-      return cls.from_rules(rules)
-    usual = tokenizer_rules.Rules.of(plain._tokenizer, plain._specials)
-    return plain if usual == rules else cls.from_rules(rules)
+    found = cls.from_rules(rules)
+    with contextlib.suppress(ValueError):
+      plain = cls(found.vocab, found.lowercase)
+      usual = tokenizer_rules.Rules.of(plain._tokenizer, plain._specials)
+      if usual == rules and not any({*'\r\n'} & {*p} for p in plain.vocab):
+        return plain
+    return found
 
   @classmethod
   def from_saved(
@@ -191,8 +194,7 @@ class Tokenizer:
       lowercase: for a vocab.txt alone; None: as its tokenizer_config.json says.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: a file is damaged.
+      FileNotFoundError, ValueError: a file is missing, or damaged.
     """
     directory = pathlib.Path(directory)
     path = directory / tokenizer_rules.RULES
@@ -361,10 +363,7 @@ class Tokenizer:
     elif settings:
       files.write_json(
           directory / tokenizer_rules.SETTINGS,
-          {
-              'tokenizer_class': 'BertTokenizer',
-              'do_lower_case': self.lowercase,
-          },
+          {'tokenizer_class': _CLASS, 'do_lower_case': self.lowercase},
       )
     return path
 

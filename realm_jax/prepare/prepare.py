@@ -425,10 +425,8 @@ class _Texts:
 def _learn_vocabulary(
     inputs: Sequence[_Input], size: int, lowercase: bool
 ) -> tokenizer_lib.Tokenizer:
-  log.info(
-      'Learning a vocabulary of at most %d wordpieces, %s.',
-      size, 'in lower case (--cased keeps capitals)' if lowercase else 'cased',
-  )  # fmt: skip
+  case = 'in lower case (--cased keeps capitals)' if lowercase else 'cased'
+  log.info('Learning a vocabulary of at most %d wordpieces, %s.', size, case)
   learned = tokenizer_lib.Tokenizer.train(_Texts(inputs), size, lowercase)
   if learned.vocab_size > size:
     raise ValueError(

@@ -102,6 +102,23 @@ def read_json(path: Path) -> Any:
     raise ValueError(f'{path} is not readable as JSON: {error}') from error
 
 
+def read_lines(path: Path) -> list[str]:
+  """Reads lines of UTF-8, with LF or CRLF, without a byte order mark.
+
+  Raises:
+    ValueError: the file is not UTF-8; names the line.
+  """
+  data = pathlib.Path(path).read_bytes()
+  try:
+    text = data.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = data[: error.start].count(b'\n') + 1
+    raise ValueError(f'{path}:{line}: not UTF-8 ({error.reason}).') from None
+  # Not splitlines(): lines may contain U+2028 and similar characters.
+  lines = text.removesuffix('\n').split('\n') if text else []
+  return [line.removesuffix('\r') for line in lines]
+
+
 @contextlib.contextmanager
 def atomic_folder(
     output: Path, overwrite: bool = False

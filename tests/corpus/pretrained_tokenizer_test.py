@@ -1,14 +1,12 @@
 """Tokenizers of other programs: ids and offsets are those of transformers."""
 
 import json
-import logging
 import pathlib
 import pickle
 import random
 
 import numpy as np
 import pytest
-import tokenizers
 import transformers
 
 from realm_jax.corpus import tokenizer as tokenizer_lib
@@ -139,7 +137,8 @@ _CONFIGURATIONS = {
     'fast, accents': _fast(_rules(_normalizer(strip_accents=False))),
     'fast, unclean': _fast(_rules(_normalizer(clean_text=False))),
     'fast of version 5': _fast(
-        _rules(_normalizer(lowercase=False)), tokenizer_class='TokenizersBackend'
+        _rules(_normalizer(lowercase=False)),
+        tokenizer_class='TokenizersBackend',
     ),
     'fast of BERT': _fast(
         _rules(_normalizer(lowercase=False)),
