@@ -154,7 +154,7 @@ class _Source:
           raise ValueError(f'{place} is not a JSON object.')
     model = values.get(RULES, {}).get('model')
     if isinstance(model, dict):
-      _check_kind(str(found[RULES]), model.get('type', 'WordPiece'))
+      _check_model(str(found[RULES]), model)
     lines = files.read_lines(found[VOCAB]) if VOCAB in found else []
     return cls(name, path, found, values, lines)
 
@@ -203,14 +203,14 @@ class _Source:
       except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
       except BaseException as error:  # A panic of Rust is no Exception.
-        reason = str(error).replace(f'{folder}/', '').strip()
+        reason = str(error).replace(f'{folder}/', '').strip().splitlines()
+        first = (reason or [type(error).__name__])[0][:300].rstrip(' .')
         raise ValueError(
             self._wrong_field()
             or f'{self.name}: transformers {transformers.__version__} cannot'
-            f' read this tokenizer ({self.names}):'
-            f' {(reason.splitlines() or [type(error).__name__])[0][:300]} Save'
-            " it again with its library's save_pretrained, or give a vocab.txt"
-            ' alone.'
+            f' read this tokenizer ({self.names}): {first}. Save it again with'
+            ' save_pretrained of its library, or give the path of a vocab.txt'
+            ' alone in a folder.'
         ) from error
       finally:
         logs.set_verbosity(verbosity)
@@ -266,7 +266,7 @@ class _Source:
         *self.get(RULES, 'added_tokens', ()),
         *self.get(SETTINGS, 'added_tokens_decoder', {}).values(),
     ):
-      known.add(token['content'])
+      known.add(token.get('content'))
     specials = {
         role: str(getattr(loaded, f'{role}_token', None) or usual)
         for role, usual in SPECIALS.items()
@@ -297,12 +297,6 @@ class _Source:
       raise ValueError(
           f'{self.name}: the vocabulary has {pad} at id {ids[pad]}; it must be'
           ' at 0, the first line, as in BERT.'
-      )
-    last = max(ids, key=ids.__getitem__)
-    if ids[last] >= _MAX_IDS:
-      raise ValueError(
-          f'{self.name}: the id of {last!r} is {ids[last]}; the largest that'
-          f' can be used is {_MAX_IDS - 1}.'
       )
     if len({*ids.values()}) < len(ids):
       raise ValueError(
@@ -356,6 +350,18 @@ def _is_rules(path: pathlib.Path) -> bool:
   with path.open('rb') as file:
     start = file.read(64).removeprefix(b'\xef\xbb\xbf').lstrip()
   return path.suffix == '.json' or bool(re.match(rb'\{\s*("|$)', start))
+
+
+def _check_model(where: str, model: dict[str, Any]) -> None:
+  """Refuses what would take the library minutes, or is of another kind."""
+  _check_kind(where, model.get('type', 'WordPiece'))
+  vocab = model.get('vocab')
+  for piece, i in vocab.items() if isinstance(vocab, dict) else ():
+    if isinstance(i, int) and i >= _MAX_IDS:
+      raise ValueError(
+          f'{where}: the id of {piece!r} is {i}; the largest that can be used'
+          f' is {_MAX_IDS - 1}.'
+      )
 
 
 def _check_kind(where: str, kind: Any) -> None:

@@ -54,8 +54,8 @@ Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 class Tokenizer:
   """A WordPiece vocabulary and the rules that cut text into its wordpieces.
 
-  The rules are BERT's, or those of a tokenizer that transformers reads. Text
-  never gives special tokens: a literal '[SEP]' in a corpus is three wordpieces.
+  The rules are BERT's if `rules` is None. Text never gives special tokens: a
+  literal '[SEP]' in a corpus is three wordpieces.
   """
 
   def __init__(self, vocab: Sequence[str], lowercase: bool = True):
@@ -114,7 +114,7 @@ class Tokenizer:
     """Sets all attributes; the only place that knows it is WordPiece."""
     self.vocab, self.lowercase = vocab, lowercase
     self.vocab_size = len(vocab)
-    self._tokenizer, self._specials, self._rules = backend, specials, rules
+    self._tokenizer, self._specials, self.rules = backend, specials, rules
     ids = {piece: i for i, piece in enumerate(vocab)}
     self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
         ids[piece] for piece in specials.values()
@@ -268,8 +268,8 @@ class Tokenizer:
     Rules that are BERT's are not a part of it.
     """
     lines = [f'lowercase={self.lowercase}', *self.vocab]
-    if self._rules is not None:
-      lines.append(self._rules.summary())
+    if self.rules is not None:
+      lines.append(self.rules.summary())
     return hashlib.sha256('\n'.join(lines).encode('utf-8')).hexdigest()
 
   def __eq__(self, other: object) -> bool:
@@ -279,9 +279,9 @@ class Tokenizer:
     return hash(self.digest)
 
   def __reduce__(self) -> tuple[Any, ...]:
-    if self._rules is None:
+    if self.rules is None:
       return Tokenizer, (self.vocab, self.lowercase)
-    return Tokenizer.from_rules, (self._rules,)
+    return Tokenizer.from_rules, (self.rules,)
 
   def encode(self, text: str, masks: bool = False) -> list[int]:
     """Returns the wordpieces of a text, without [CLS] and [SEP].
@@ -358,8 +358,8 @@ class Tokenizer:
     path = directory / tokenizer_rules.VOCAB
     text = ''.join(f'{piece}\n' for piece in self.vocab)
     path.write_bytes(text.encode('utf-8'))
-    if self._rules is not None:
-      self._rules.save(directory)
+    if self.rules is not None:
+      self.rules.save(directory)
     elif settings:
       files.write_json(
           directory / tokenizer_rules.SETTINGS,

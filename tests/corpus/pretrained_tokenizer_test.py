@@ -4,12 +4,18 @@ import json
 import pathlib
 import pickle
 import random
+import re
+import subprocess
+import sys
 
+import helpers
 import numpy as np
 import pytest
 import transformers
 
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.prepare import prepare
 
 _SPECIALS = '[PAD] [UNK] [CLS] [SEP] [MASK]'.split()
 _RENAMED = '<pad> <unk> <cls> <sep> <mask>'.split()
@@ -255,3 +261,216 @@ def test_ids_and_offsets_are_those_of_transformers(tmp_path, name):
       *expected['input_ids']
   ]
   assert again(texts[5])['input_ids'] == [2, *expected['input_ids'][5], 3]
+
+
+def _read(folder, contents, cased=None, file=''):
+  path = _write(folder, contents) / file
+  return tokenizer_lib.Tokenizer.from_source(str(path), cased)
+
+
+def test_rules_of_bert_have_the_digest_of_a_plain_vocabulary(tmp_path):
+  plain = {True: tokenizer_lib.Tokenizer(_VOCAB, True).digest,
+           False: tokenizer_lib.Tokenizer(_VOCAB, False).digest}
+  found = {
+      name: _read(tmp_path / name, contents).digest
+      for name, contents in _CONFIGURATIONS.items()
+  }
+  for name in ('uncased', 'no settings', 'accents null', 'fast', 'no type'):
+    assert found[name] == plain[True], name
+  for name in ('cased', 'cased of version 4', 'fast, cased', 'fast of BERT'):
+    assert found[name] == plain[False], name
+  others = ('accents kept', 'accents removed', 'Chinese words', 'renamed',
+            'added tokens', 'sequence', 'short words', 'fast, unclean')
+  assert len({*plain.values(), *(found[name] for name in others)}) == 10
+
+
+@pytest.mark.parametrize(
+    ('settings', 'cased', 'lowercase', 'line'),
+    [
+        (None, None, True, 'No file says .* 23 wordpieces have capitals'),
+        (None, True, False, 'cased; accents kept'),
+        (None, False, True, 'lower case; accents removed'),
+        ({'do_lower_case': False}, None, False, 'cased; accents kept'),
+        ({'do_lower_case': False}, True, False, r'vocab\.txt, tokenizer_con'),
+        (_BERT | {'strip_accents': False}, None, True, 'accents kept'),
+        ({'tokenizer_class': 'RealmTokenizer'}, None, True, 'as BertTokenizer'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize('file', ['', 'vocab.txt'])
+def test_case_of_a_vocabulary_file(
+    tmp_path, caplog, settings, cased, lowercase, line, file
+):
+  caplog.set_level('INFO')
+  contents = {'vocab.txt': _VOCAB}
+  if settings is not None:
+    contents['tokenizer_config'] = settings
+  found = _read(tmp_path, contents, cased, file)
+  assert found.lowercase == lowercase
+  assert re.search(line, caplog.text)
+  assert ('No file says' in caplog.text) == (
+      cased is None and 'do_lower_case' not in (settings or {})
+  )
+
+
+def test_another_vocabulary_beside_a_file(tmp_path):
+  contents = {'tokenizer': _rules(_normalizer(lowercase=False))}
+  assert not _read(
+      tmp_path, contents | {'vocab.txt': _VOCAB}, file='vocab.txt'
+  ).lowercase
+  _write(tmp_path, {'vocab.txt': [*_VOCAB, 'more']})
+  with pytest.raises(ValueError, match=r'not the vocabulary of the tokenizer'):
+    tokenizer_lib.Tokenizer.from_source(str(tmp_path / 'vocab.txt'))
+  # A file of another name is no part of the folder's tokenizer.
+  (tmp_path / 'vocab.txt').rename(tmp_path / 'words')
+  found = tokenizer_lib.Tokenizer.from_source(str(tmp_path / 'words'))
+  assert found.vocab[-1] == 'more'
+
+
+def test_tokenizer_json_is_read_as_it_is_if_it_is_named(tmp_path, caplog):
+  contents = {
+      'tokenizer': _rules(_normalizer(lowercase=False)),
+      'tokenizer_config': _BERT | {'do_lower_case': True},
+  }
+  assert _read(tmp_path, contents).lowercase
+  assert 'BertTokenizer takes it from tokenizer_config.json' in caplog.text
+  caplog.clear()
+  assert not _read(tmp_path, contents, file='tokenizer.json').lowercase
+  assert 'takes it' not in caplog.text
+
+
+def test_a_byte_order_mark_is_no_letter(tmp_path):
+  text = '\ufeff' + '\r\n'.join(_VOCAB)
+  (tmp_path / 'vocab.txt').write_bytes(text.encode())
+  found = tokenizer_lib.Tokenizer.from_source(str(tmp_path))
+  assert found.vocab == _VOCAB
+
+
+def test_a_renamed_mask(tmp_path):
+  found = _read(tmp_path, _CONFIGURATIONS['renamed'])
+  ab = found.encode('ab')
+  assert found.encode('ab <mask>[MASK] ab', masks=True) == [*ab, 4, 4, *ab]
+  assert 4 not in found.encode('<mask>')
+
+
+def test_added_tokens_that_get_another_id(tmp_path, caplog):
+  found = _read(tmp_path, _bert() | {'added_tokens': {'<num>': _N + 9}})
+  assert found.vocab_size == _N  # <num> is a wordpiece already.
+  assert f"'<num>' the id {_N + 9}. As in transformers" in caplog.text
+
+
+_NULL = _rules(_normalizer()) | {'added_tokens': None}
+_BPE = {'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': []}}
+
+
+@pytest.mark.parametrize(
+    ('contents', 'cased', 'message'),
+    [
+        ({'tokenizer': _NULL}, None,
+         r'tokenizer\.json: added_tokens is null; it must be a list, \[\] for'),
+        (_bert(do_lower_case=None), None,
+         r'config\.json: do_lower_case is null; it must be true or false'),
+        (_bert(do_lower_case='no'), None, 'do_lower_case is "no"'),
+        ({'tokenizer': _rules(None) | {'model': []}}, None,
+         r'model is \[\]; it must be an object'),
+        ({'tokenizer': {'vocab': {}}}, None, 'no tokenizer.json: it has no'),
+        ({'tokenizer': _rules(_sequence('Strip'))}, None,
+         'cannot read this tokenizer .tokenizer.json.: missing field `strip'),
+        ({'tokenizer': _BPE}, None, 'a BPE tokenizer; only WordPiece'),
+        ({'tokenizer_config': []}, None, 'neither vocab.txt nor'),
+        (_bert() | {'tokenizer_config': []}, None, 'is not a JSON object'),
+        (_bert(_VOCAB[:4]), None, r'lacks \[MASK\] \(mask_token\).*"mask_t'),
+        (_bert(_OTHER), None, r'lacks \[PAD\] \(pad_token\), '),
+        (_bert(_VOCAB[::-1]), None, r'\[PAD\] at id \d+; it must be at 0'),
+        (_bert(mask_token='[SEP]'), None, 'special wordpieces are the same'),
+        ({'tokenizer': _rules(_normalizer(), vocab=[*_VOCAB[:5], 'a'] ) | {
+            'model': {'type': 'WordPiece', 'unk_token': '[UNK]',
+                      'continuing_subword_prefix': '##',
+                      'max_input_chars_per_word': 9,
+                      'vocab': dict(zip(_SPECIALS, [0, 1, 2, 3, 1 << 30]))}}},
+         None, 'the largest that can be used'),
+        (_bert(do_lower_case=True), True, 'json says that text is lower-cased'),
+        (_bert(do_lower_case=False), False, '--nocased was given, but .* cased'),
+        ({'tokenizer': _rules(_normalizer())}, True, 'lower-cased: leave the'),
+    ],
+)  # fmt: skip
+def test_what_is_refused_in_one_line(tmp_path, contents, cased, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+    _read(tmp_path, contents, cased)
+  assert '\n' not in str(raised.value)
+  assert str(tmp_path) in str(raised.value)
+
+
+def test_damaged_files_are_read_or_refused(tmp_path):
+  rng = random.Random(0)
+  for name in ('cased of version 4', 'fast, added', 'added tokens') * 15:
+    folder = _write(tmp_path, _CONFIGURATIONS[name])
+    path = rng.choice(sorted(folder.iterdir()))
+    data = bytearray(path.read_bytes())
+    if rng.random() < 0.4:
+      del data[rng.randrange(len(data)) :]
+    else:
+      data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    try:
+      found = tokenizer_lib.Tokenizer.from_source(str(folder))
+      assert found.encode('ab')
+    except ValueError as error:
+      assert '\n' not in str(error)
+      assert str(folder) in str(error)
+
+
+_LAZY = """
+import sys
+from realm_jax.cli import commands
+from realm_jax.corpus import corpus
+from realm_jax.trainer import loop
+assert corpus.Corpus.open(sys.argv[1]).tokenizer.vocab_size == int(sys.argv[2])
+assert 'transformers' not in sys.modules, 'transformers is imported.'
+"""
+
+
+def test_a_corpus_keeps_its_tokenizer(tmp_path, caplog):
+  source = helpers.write_records(
+      tmp_path / 'in.jsonl',
+      [{'id': 'a', 'text': 'Schön ab <num>, 12 Äb. Für <NUM> in 1912 abc.'}],
+  )
+  contents = _CONFIGURATIONS['accents kept'] | {'added_tokens': {'[e]': _N}}
+  made_by = _read(tmp_path / 'tokenizer', contents)
+  for corpus, vocab in (('first', 'tokenizer'), ('second', 'first')):
+    prepare.prepare(
+        [source],
+        tmp_path / corpus,
+        vocab=str(tmp_path / vocab),
+        validation_fraction=0,
+        progress=False,
+    )
+    opened = corpus_lib.Corpus.open(tmp_path / corpus)
+    assert opened.tokenizer == made_by
+    assert opened.tokenizer.vocab[-1] == '[e]'
+    _, body = opened.passages.title_and_body(0)
+    assert body.tolist() == made_by.encode(opened.passage_text(0)['text'])
+  # Neither the trainer nor the commands pay for the import.
+  subprocess.run(
+      [sys.executable, '-c', _LAZY, str(tmp_path / 'first'), str(_N + 1)],
+      check=True,
+  )
+  (tmp_path / 'first' / 'tokenizer.json').write_text('{"model": 3}')
+  with pytest.raises(ValueError, match=r'tokenizer\.json is damaged'):
+    _ = tokenizer_lib.Tokenizer.from_saved(tmp_path / 'first')
+
+
+def test_a_learned_vocabulary_may_be_cased(tmp_path):
+  source = helpers.write_records(
+      tmp_path / 'in.jsonl', [{'text': 'Anna and ANNA met Anna in 1912.'}]
+  )
+  for cased in (True, False, None):
+    manifest = prepare.prepare(
+        [source],
+        tmp_path / str(cased),
+        cased=cased,
+        validation_fraction=0,
+        progress=False,
+    )
+    assert manifest['tokenizer']['lowercase'] == (not cased)
+    corpus = corpus_lib.Corpus.open(tmp_path / str(cased))
+    assert ('A' in corpus.tokenizer.vocab) == bool(cased)
