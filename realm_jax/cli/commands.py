@@ -72,10 +72,13 @@ COMMANDS = {
         Flag('pretraining_source', str, 'A separate corpus to take the masked'
              ' sentences from; default: the source itself.'),
         OUTPUT,
-        Flag('vocab', str, 'vocab.txt, tokenizer folder or hub id; default:'
-             ' trained on the source.'),
+        Flag('vocab', str, 'vocab.txt, tokenizer.json, tokenizer folder or hub'
+             ' id; default: trained on the source.'),
         Flag('vocab_size', int, 'Wordpieces of a vocabulary trained here.',
              30522),
+        Flag('cased', bool, 'Keep the case of the texts, for a vocabulary'
+             ' trained here or a vocab.txt alone; default: as the tokenizer'
+             ' says, or else in lower case.'),
         Flag('max_wordpieces', int,
              'Longest passage, with title and specials.', 288),
         Flag('validation_fraction', float, 'Share of the articles whose'

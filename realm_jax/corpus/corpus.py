@@ -219,13 +219,13 @@ class Corpus:
   def tokenizer(self) -> tokenizer_lib.Tokenizer:
     """The tokenizer of the tables."""
     made_with = self.manifest['tokenizer']
-    found = tokenizer_lib.Tokenizer.from_vocab(
-        self.directory / 'vocab.txt', made_with['lowercase']
+    found = tokenizer_lib.Tokenizer.from_saved(
+        self.directory, made_with['lowercase']
     )
     if found.digest != made_with['digest']:
       raise ValueError(
-          f'{self.directory}/vocab.txt is not what the corpus was made with: '
-          f'digest {found.digest}, manifest {made_with["digest"]}.'
+          f'The tokenizer of {self.directory} is not what the corpus was made'
+          f' with: digest {found.digest}, manifest {made_with["digest"]}.'
       )
     return found
 

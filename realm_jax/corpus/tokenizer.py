@@ -2,15 +2,18 @@
 
 The `tokenizers` library does the work. This module adds checks of the
 vocabulary, a digest, reproducible training, byte offsets, and a cache of words.
+`pretrained_tokenizer` reads the tokenizers of other programs.
 """
 
 import collections
 from collections.abc import Iterable, Sequence
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,14 +23,16 @@ from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 from tokenizers import trainers
 
+from realm_jax.corpus import pretrained_tokenizer
+from realm_jax.corpus import tokenizer_rules
 from realm_jax.runtime import files
 
 # A trained vocabulary has these ids 0 to 4, in this order. [PAD] must be 0 in
 # every vocabulary, as id 0 means padding everywhere.
-_SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
+_SPECIALS = tuple(tokenizer_rules.SPECIALS.values())
+_CLASS = 'BertTokenizer'  # Of transformers.
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 _MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
-FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
 
 # Wordpieces never cross these characters.
 _SPACES = ' \t\n\r'
@@ -47,14 +52,14 @@ Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Tokenizer:
-  """A WordPiece vocabulary with BERT's rules for words.
+  """A WordPiece vocabulary and the rules that cut text into its wordpieces.
 
-  Text never gives special tokens: a literal '[SEP]' in a corpus is three
-  wordpieces.
+  The rules are BERT's if `rules` is None. Text never gives special tokens: a
+  literal '[SEP]' in a corpus is three wordpieces.
   """
 
   def __init__(self, vocab: Sequence[str], lowercase: bool = True):
-    """Makes a tokenizer from a vocabulary.
+    """Makes a tokenizer with BERT's rules from a vocabulary.
 
     Args:
       vocab: wordpieces in the order of their ids; those inside a word start
@@ -87,22 +92,45 @@ class Tokenizer:
           f'The vocabulary has [PAD] at id {ids["[PAD]"]}; it must be at 0,'
           ' the first line, as in BERT.'
       )
-    self.vocab = vocab
-    self.lowercase = lowercase
-    self.vocab_size = len(vocab)
-    self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-        ids[piece] for piece in _SPECIALS
-    )
-    self._tokenizer = tokenizers.Tokenizer(
+    backend = tokenizers.Tokenizer(
         models.WordPiece(
             vocab=ids,
             unk_token='[UNK]',
             max_input_chars_per_word=_MAX_WORD_CHARACTERS,
         )
     )
-    self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    self._decoder = decoders.WordPiece()
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    self._set(vocab, lowercase, backend, tokenizer_rules.SPECIALS)
+
+  def _set(
+      self,
+      vocab: list[str],
+      lowercase: bool,
+      backend: tokenizers.Tokenizer,
+      specials: dict[str, str],
+      rules: tokenizer_rules.Rules | None = None,
+  ) -> None:
+    """Sets all attributes; the only place that knows it is WordPiece."""
+    self.vocab, self.lowercase = vocab, lowercase
+    self.vocab_size = len(vocab)
+    self._tokenizer, self._specials, self.rules = backend, specials, rules
+    ids = {piece: i for i, piece in enumerate(vocab)}
+    self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
+        ids[piece] for piece in specials.values()
+    )
+    self._prefix = backend.model.continuing_subword_prefix
+    self._decoder = decoders.WordPiece(self._prefix)
+    self.divides_at_spaces = rules is None or rules.divide_at_spaces
+
+  @classmethod
+  def from_rules(cls, rules: tokenizer_rules.Rules) -> 'Tokenizer':
+    """Makes a tokenizer with any rules that give wordpieces."""
+    made = cls.__new__(cls)
+    made._set(
+        rules.vocab(), rules.lowercase, rules.backend(), rules.specials, rules
+    )
+    return made
 
   @classmethod
   def from_vocab(
@@ -117,72 +145,71 @@ class Tokenizer:
     path = pathlib.Path(path)
     if not path.is_file():
       raise FileNotFoundError(f'There is no vocabulary file {path}.')
-    data = path.read_bytes()
+    lines = files.read_lines(path)
     try:
-      text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-      line = data[: error.start].count(b'\n') + 1
-      raise ValueError(f'{path}:{line}: not UTF-8 ({error.reason}).') from None
-    # Not splitlines(): wordpieces may contain U+2028 and similar characters.
-    lines = text.split('\n')
-    if lines[-1] == '':
-      lines.pop()
-    try:
-      return cls([line.removesuffix('\r') for line in lines], lowercase)
+      return cls(lines, lowercase)
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from None
 
   @classmethod
-  def from_source(cls, name: str) -> 'Tokenizer':
-    """Reads a vocab.txt, the folder of a tokenizer, or a model of the hub.
+  def from_source(cls, name: str, cased: bool | None = None) -> 'Tokenizer':
+    """Reads a tokenizer as transformers does, and says in the log how.
 
-    A folder has a vocab.txt, or a tokenizer.json of a WordPiece model. Text is
-    lower-cased unless the folder says otherwise.
+    Args:
+      name: a folder, a vocab.txt, a tokenizer.json, or a model of the hub; a
+        corpus or a workdir too.
+      cased: whether to keep the case of a text, where no file says it. None:
+        text is lower-cased then, and a line of the log says so.
 
     Raises:
       FileNotFoundError: nothing has that name, here or on the hub.
-      ValueError: it is not a WordPiece vocabulary.
+      ValueError: it cannot be used, is no WordPiece tokenizer, or contradicts
+        `cased`.
     """
     path = pathlib.Path(name)
-    if path.is_file() and path.suffix != '.json':
-      return cls.from_vocab(path)
     if not path.exists():
-      path = _download(name)
-    return cls._from_folder(path)
+      path = pretrained_tokenizer.download(name)
+    saved = tokenizer_rules.saved_lowercase(path)
+    if saved is not None:
+      found = cls.from_saved(path, saved)
+      pretrained_tokenizer.check_case(cased, found.lowercase, name)
+      return found
+    rules = pretrained_tokenizer.read(path, cased, name)
+    found = cls.from_rules(rules)
+    with contextlib.suppress(ValueError):
+      plain = cls(found.vocab, found.lowercase)
+      usual = tokenizer_rules.Rules.of(plain._tokenizer, plain._specials)
+      if usual == rules and not any({*'\r\n'} & {*p} for p in plain.vocab):
+        return plain
+    return found
 
   @classmethod
-  def _from_folder(cls, path: pathlib.Path) -> 'Tokenizer':
-    folder = path.parent if path.is_file() else path
-    lowercase = True
-    settings = folder / 'tokenizer_config.json'
-    if settings.is_file():
-      lowercase = bool(_json_object(settings).get('do_lower_case', True))
-    if path.is_dir() and (folder / 'vocab.txt').is_file():
-      return cls.from_vocab(folder / 'vocab.txt', lowercase)
-    file = folder / 'tokenizer.json' if path.is_dir() else path
-    if not file.is_file():
-      raise FileNotFoundError(
-          f'The folder {folder} has neither vocab.txt nor tokenizer.json.'
-      )
-    values = _json_object(file)
-    model = values.get('model') or {}
-    if model.get('type', 'WordPiece') != 'WordPiece' or not isinstance(
-        model.get('vocab'), dict
-    ):
-      raise ValueError(
-          f'{file} is a {model.get("type")} tokenizer; only WordPiece, as in'
-          ' BERT, is supported.'
-      )
-    lowercase = (values.get('normalizer') or {}).get('lowercase', lowercase)
-    vocab = dict(model['vocab'])
-    for token in values.get('added_tokens', []):
-      vocab.setdefault(token['content'], token['id'])
-    if sorted(vocab.values()) != list(range(len(vocab))):
-      raise ValueError(f'{file}: the ids are not 0 to {len(vocab) - 1}.')
+  def from_saved(
+      cls, directory: str | os.PathLike[str], lowercase: bool | None = None
+  ) -> 'Tokenizer':
+    """Reads what `save` wrote, without transformers.
+
+    Args:
+      directory: of the files.
+      lowercase: for a vocab.txt alone; None: as its tokenizer_config.json says.
+
+    Raises:
+      FileNotFoundError, ValueError: a file is missing, or damaged.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / tokenizer_rules.RULES
+    if not path.is_file():
+      if lowercase is None:
+        settings = directory / tokenizer_rules.SETTINGS
+        values = files.read_json(settings) if settings.is_file() else {}
+        lowercase = bool(values.get('do_lower_case', True))
+      return cls.from_vocab(directory / tokenizer_rules.VOCAB, lowercase)
     try:
-      return cls(sorted(vocab, key=vocab.__getitem__), lowercase)
-    except ValueError as error:
-      raise ValueError(f'{file}: {error}') from None
+      return cls.from_rules(tokenizer_rules.Rules.saved(directory))
+    except OSError:
+      raise
+    except Exception as error:  # The library raises nothing more special.
+      raise ValueError(f'{path} is damaged: {error!r}.') from error
 
   @classmethod
   def train(
@@ -236,19 +263,37 @@ class Tokenizer:
 
   @functools.cached_property
   def digest(self) -> str:
-    """SHA-256 of the wordpieces in order and of `lowercase`."""
+    """SHA-256 of the wordpieces in order, of `lowercase`, and of other rules.
+
+    Rules that are BERT's are not a part of it.
+    """
     lines = [f'lowercase={self.lowercase}', *self.vocab]
+    if self.rules is not None:
+      lines.append(self.rules.summary())
     return hashlib.sha256('\n'.join(lines).encode('utf-8')).hexdigest()
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Tokenizer) and self.digest == other.digest
+
+  def __hash__(self) -> int:
+    return hash(self.digest)
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    if self.rules is None:
+      return Tokenizer, (self.vocab, self.lowercase)
+    return Tokenizer.from_rules, (self.rules,)
 
   def encode(self, text: str, masks: bool = False) -> list[int]:
     """Returns the wordpieces of a text, without [CLS] and [SEP].
 
     Args:
       text: any text.
-      masks: whether a literal '[MASK]' is the special token.
+      masks: whether a literal '[MASK]' is the special token; its name in the
+        vocabulary is, too.
     """
     if not masks:
       return self._tokenizer.encode(text).ids
+    text = text.replace(self._specials['mask'], '[MASK]')
     ids = self.encode_batch(text.split('[MASK]'))
     for part in ids[1:]:
       part.insert(0, self.mask_id)
@@ -286,7 +331,10 @@ class Tokenizer:
   @functools.cached_property
   def starts_word(self) -> np.ndarray:
     """bool [vocab_size]: False for wordpieces inside a word."""
-    return np.array([not piece.startswith('##') for piece in self.vocab])
+    prefix = self._prefix
+    return np.array(
+        [not (prefix and piece.startswith(prefix)) for piece in self.vocab]
+    )
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns readable text, without [PAD], [CLS] and [SEP]."""
@@ -294,11 +342,29 @@ class Tokenizer:
     pieces = [self.vocab[i] for i in ids if i not in dropped]
     return self._decoder.decode(pieces)
 
-  def save(self, directory: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes DIRECTORY/vocab.txt (LF), which does not record `lowercase`."""
-    path = pathlib.Path(directory) / 'vocab.txt'
+  def save(
+      self, directory: str | os.PathLike[str], settings: bool = False
+  ) -> pathlib.Path:
+    """Writes DIRECTORY/vocab.txt (LF), and what else `from_saved` needs.
+
+    transformers reads the folder, too.
+
+    Args:
+      directory: of the files.
+      settings: whether to write tokenizer_config.json if vocab.txt and
+        `lowercase` say all.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / tokenizer_rules.VOCAB
     text = ''.join(f'{piece}\n' for piece in self.vocab)
     path.write_bytes(text.encode('utf-8'))
+    if self.rules is not None:
+      self.rules.save(directory)
+    elif settings:
+      files.write_json(
+          directory / tokenizer_rules.SETTINGS,
+          {'tokenizer_class': _CLASS, 'do_lower_case': self.lowercase},
+      )
     return path
 
 
@@ -308,7 +374,7 @@ class CachedTokenizer:
   Not thread-safe. Cutting words is most of the time of `prepare`. BERT's rules
   never look beyond a space or ASCII punctuation, so a word between two of these
   always has the same wordpieces: the library cuts it once, a table answers from
-  then on.
+  then on. A tokenizer with other rules is called as it is.
   """
 
   def __init__(self, tokenizer: Tokenizer) -> None:
@@ -321,6 +387,8 @@ class CachedTokenizer:
 
   def __call__(self, texts: Sequence[str]) -> list[Encoded]:
     """Returns ids and byte ranges of each text."""
+    if not self._tokenizer.divides_at_spaces:
+      return self._tokenizer.encode_arrays(texts)
     if self._numbers.characters > _MAX_CACHED_CHARACTERS:
       self._clear()
     numbers = []
@@ -408,52 +476,3 @@ def byte_positions(text: str) -> np.ndarray:
       for limit in (0x80, 0x800, 0x10000)
   )
   return np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _json_object(path: pathlib.Path) -> dict:
-  values = files.read_json(path)
-  if not isinstance(values, dict):
-    raise ValueError(f'{path} is not a JSON object.')
-  return values
-
-
-def hub_file(name: str, file: str) -> pathlib.Path | None:
-  """Downloads a file of a repository of the Hugging Face hub, or its cache.
-
-  None: the repository lacks the file, or the hub cannot be reached and the
-  cache lacks it.
-
-  Raises:
-    FileNotFoundError: the repository cannot be read, with the reason.
-  """
-  # Imported late: the import is slow, and local files do not need it.
-  import huggingface_hub
-  from huggingface_hub import errors
-
-  try:
-    return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
-  except errors.EntryNotFoundError:
-    return None
-  except (errors.HfHubHTTPError, OSError, ValueError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise FileNotFoundError(
-        f'{name!r} is no file or folder, and as an id of the Hugging Face hub'
-        f' it could not be fetched: {reason}'
-    ) from error
-
-
-def _download(name: str) -> pathlib.Path:
-  """Downloads a tokenizer from the hub and returns its folder."""
-  if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
-    raise FileNotFoundError(
-        f'There is no vocabulary file or tokenizer folder {name!r}.'
-    )
-  found = [path for file in FOLDER_FILES if (path := hub_file(name, file))]
-  if not found:
-    raise FileNotFoundError(
-        f'{name!r} is neither a vocabulary file nor a tokenizer folder, and as'
-        ' an id of the Hugging Face hub it has no tokenizer, or the hub cannot'
-        ' be reached and the tokenizer is not in the cache. Without network,'
-        ' give the path of a vocab.txt.'
-    )
-  return found[0].parent

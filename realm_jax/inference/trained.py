@@ -129,7 +129,7 @@ class Trained:
   def tokenizer(self) -> tokenizer_lib.Tokenizer:
     """The tokenizer of an import, or else of the corpus."""
     if (self.workdir / 'vocab.txt').is_file():
-      return tokenizer_lib.Tokenizer.from_source(str(self.workdir))
+      return tokenizer_lib.Tokenizer.from_saved(self.workdir)
     return self.corpus.tokenizer
 
   def load(self, step: int) -> Params:

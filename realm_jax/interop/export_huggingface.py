@@ -122,14 +122,21 @@ class Model:
       self, folder: pathlib.Path, tokenizer_class: str
   ) -> None:
     """Writes the files of a WordPiece tokenizer of transformers."""
-    self.trained.tokenizer.save(folder)
+    tokenizer = self.trained.tokenizer
+    tokenizer.save(folder)
+    settings: dict[str, Any] = {
+        'model_max_length': self.trained.config.model.max_positions
+    }
+    if tokenizer.rules is not None:
+      path = folder / 'tokenizer_config.json'
+      files.write_json(path, {**files.read_json(path), **settings})
+      return
     specials = {
         f'{name}_token': f'[{name.upper()}]'
         for name in ('pad', 'unk', 'cls', 'sep', 'mask')
     }
-    settings = {
-        'do_lower_case': self.trained.tokenizer.lowercase,
-        'model_max_length': self.trained.config.model.max_positions,
+    settings |= {
+        'do_lower_case': tokenizer.lowercase,
         'strip_accents': None,
         'tokenize_chinese_chars': True,
         'tokenizer_class': tokenizer_class,

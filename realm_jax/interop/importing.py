@@ -17,6 +17,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import pretrained_tokenizer
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.interop import block_records
 from realm_jax.interop import convert
@@ -163,7 +164,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
   """Downloads the necessary files, or finds them in the hub's cache."""
   if not _HUB_ID.fullmatch(name):
     raise FileNotFoundError(f'There is no folder {name}.')
-  get = functools.partial(tokenizer_lib.hub_file, name)
+  get = functools.partial(pretrained_tokenizer.hub_file, name)
   config = get('config.json')
   if config is None:
     raise FileNotFoundError(
@@ -171,7 +172,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
         ' not be fetched: it is not there, or the hub cannot be reached and it'
         ' is not in the cache. Give a folder with the downloaded files.'
     )
-  for file in tokenizer_lib.FOLDER_FILES:
+  for file in pretrained_tokenizer.FILES:
     get(file)
   for file in weights.WEIGHT_FILES:
     found = get(file)
@@ -240,11 +241,7 @@ def run(
     _check_same_model(sources, loaded)
     params = {k: v for one in loaded for k, v in one.params.items()}
     config = _config(sources, loaded, list(params))
-    tokenizer.save(temporary)
-    files.write_json(
-        temporary / 'tokenizer_config.json',
-        {'do_lower_case': tokenizer.lowercase},
-    )
+    tokenizer.save(temporary, settings=True)
     opened, table = None, None
     blanks: list[int] | None = None
     for source, one in zip(sources, loaded, strict=True):

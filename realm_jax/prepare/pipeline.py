@@ -18,8 +18,7 @@ from realm_jax.prepare import workers as workers_lib
 from realm_jax.runtime import files
 
 _TASK_SUFFIX = '.task'
-# Vocabulary, whether to lower-case, settings: what a `Packer` is made of.
-_Recipe = tuple[tuple[str, ...], bool, passages.Settings]
+_Recipe = tuple[tokenizer_lib.Tokenizer, passages.Settings]  # Of a `Packer`.
 
 
 class Pipeline:
@@ -34,7 +33,7 @@ class Pipeline:
   ):
     self._tokenizer, self._settings = tokenizer, settings
     self._chunk_path, self._workers = chunk_path, workers
-    self._recipe = (tuple(tokenizer.vocab), tokenizer.lowercase, settings)
+    self._recipe = (tokenizer, settings)
 
   def run(self, tasks: Iterator[passages.Task]) -> Iterator[passages.Chunk]:
     """Yields the chunks of tasks, in order; existing chunk files are read."""
@@ -134,8 +133,7 @@ def _read(path: pathlib.Path) -> passages.Chunk | None:
 
 @functools.lru_cache(maxsize=1)
 def _packer(recipe: _Recipe) -> passages.Packer:
-  vocab, lowercase, settings = recipe
-  return passages.Packer(tokenizer_lib.Tokenizer(vocab, lowercase), settings)
+  return passages.Packer(*recipe)
 
 
 _recipe: _Recipe | None = None  # Set in worker processes.

@@ -53,6 +53,8 @@ class Options:
   vocab: vocabulary file, folder of a tokenizer, or model id of the Hugging Face
     hub; None: learned from the texts.
   vocab_size: upper bound for a learned vocabulary.
+  cased: whether the case of the texts is kept, for a learned vocabulary, or one
+    that does not say it. None: as the vocabulary says, or else lower-cased.
   max_wordpieces: longest passage, with its title and 3 special tokens.
   min_sentence, max_sentence: bounds for the wordpieces of a training sentence.
   min_context: fewest wordpieces of a sentence outside a span.
@@ -73,6 +75,7 @@ class Options:
   pretraining_sources: Sequence[str] = ()
   vocab: str | None = None
   vocab_size: int | None = None
+  cased: bool | None = None
   max_wordpieces: int = 288
   min_sentence: int = 4
   max_sentence: int = 200
@@ -177,7 +180,7 @@ def prepare(
   inputs, questions = _open_inputs(sources, chosen)
   tokenizer = None
   if chosen.vocab is not None:
-    tokenizer = tokenizer_lib.Tokenizer.from_source(chosen.vocab)
+    tokenizer = tokenizer_lib.Tokenizer.from_source(chosen.vocab, chosen.cased)
   for one in inputs:
     _check(one.records, progress)
   if chosen.near_duplicates is not None:
@@ -187,7 +190,9 @@ def prepare(
       )
   if tokenizer is None:
     default = _DEFAULT_VOCAB_SIZE if questions is None else _WORLD_VOCAB_SIZE
-    tokenizer = _learn_vocabulary(inputs, chosen.vocab_size or default)
+    tokenizer = _learn_vocabulary(
+        inputs, chosen.vocab_size or default, not chosen.cased
+    )
   # Only sentences of the last input are trained on, so only these are split.
   if not any(one.records.marked for one in inputs):
     inputs[-1].validation_fraction = chosen.validation_fraction
@@ -419,10 +424,11 @@ class _Texts:
 
 
 def _learn_vocabulary(
-    inputs: Sequence[_Input], size: int
+    inputs: Sequence[_Input], size: int, lowercase: bool
 ) -> tokenizer_lib.Tokenizer:
-  log.info('Learning a vocabulary of at most %d wordpieces.', size)
-  learned = tokenizer_lib.Tokenizer.train(_Texts(inputs), size)
+  case = 'in lower case (--cased keeps capitals)' if lowercase else 'cased'
+  log.info('Learning a vocabulary of at most %d wordpieces, %s.', size, case)
+  learned = tokenizer_lib.Tokenizer.train(_Texts(inputs), size, lowercase)
   if learned.vocab_size > size:
     raise ValueError(
         f'vocab_size is {size}, but the characters of the texts alone take '

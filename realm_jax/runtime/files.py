@@ -98,8 +98,25 @@ def read_json(path: Path) -> Any:
   """Reads a JSON file; a ValueError names a file that is not JSON."""
   try:
     return json.loads(pathlib.Path(path).read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is not readable as JSON: {error}') from error
+
+
+def read_lines(path: Path) -> list[str]:
+  """Reads lines of UTF-8, with LF or CRLF, without a byte order mark.
+
+  Raises:
+    ValueError: the file is not UTF-8; names the line.
+  """
+  data = pathlib.Path(path).read_bytes()
+  try:
+    text = data.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = data[: error.start].count(b'\n') + 1
+    raise ValueError(f'{path}:{line}: not UTF-8 ({error.reason}).') from None
+  # Not splitlines(): lines may contain U+2028 and similar characters.
+  lines = text.removesuffix('\n').split('\n') if text else []
+  return [line.removesuffix('\r') for line in lines]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ import shutil
 import export_test
 import numpy as np
 import pytest
+import transformers
 
+from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import export
 from realm_jax.interop import importing
 from realm_jax.interop import weights
@@ -49,6 +51,26 @@ def test_sources_of_different_models(tmp_path):
     importing.run(
         [str(_FIXTURES / 'embedder'), str(folder)], tmp_path / 'out'
     )
+
+
+def test_added_tokens_are_imported_and_exported(tmp_path):
+  folder = tmp_path / 'source'
+  shutil.copytree(_FIXTURES / 'bert', folder)
+  *pieces, _, _ = (folder / 'vocab.txt').read_text().split()
+  (folder / 'vocab.txt').write_text('\n'.join(pieces) + '\n')
+  added = {'<num>': len(pieces), '<City>': len(pieces) + 1}
+  (folder / 'added_tokens.json').write_text(json.dumps(added))
+  importing.run([str(folder)], tmp_path / 'out')
+  found = trained_lib.Trained.open_parameters(tmp_path / 'out').tokenizer
+  assert found.vocab == [*pieces, *added]
+  text = f'{pieces[-1]} <num> {pieces[-1]}<City>'
+  assert found.encode(text)[1] == added['<num>']
+  export.run(tmp_path / 'out', 'huggingface', tmp_path / 'model')
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'model')
+  ids = [found.cls_id, *found.encode(text), found.sep_id]
+  assert theirs(text)['input_ids'] == ids
+  again = importing.open_source(tmp_path / 'model').tokenizer
+  assert again == found
 
 
 def test_a_vocabulary_of_another_size(tmp_path):

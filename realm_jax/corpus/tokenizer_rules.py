@@ -1,0 +1,182 @@
+"""The rules by which a tokenizer that is not BERT's cuts text; their files.
+
+They are kept as tokenizer.json has them, so that any normalizer, pre-tokenizer
+and added tokens of the `tokenizers` library can be used.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import processors
+
+from realm_jax.runtime import files
+
+# Names as transformers expects them.
+VOCAB, RULES, SETTINGS = 'vocab.txt', 'tokenizer.json', 'tokenizer_config.json'
+SPECIALS_MAP = 'special_tokens_map.json'
+# The usual wordpiece of each role.
+SPECIALS = {
+    name: f'[{name.upper()}]' for name in ('pad', 'unk', 'cls', 'sep', 'mask')
+}
+# The fields of tokenizer.json that decide about the ids of a text.
+_FIELDS = ('normalizer', 'pre_tokenizer', 'model', 'added_tokens')
+_OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What decides about the ids of a text.
+
+  fields: `_FIELDS` of a tokenizer.json.
+  specials: the wordpiece of each role of `SPECIALS`.
+  """
+
+  fields: dict[str, Any]
+  specials: dict[str, str]
+
+  @classmethod
+  def of(
+      cls, backend: tokenizers.Tokenizer, specials: dict[str, str]
+  ) -> 'Rules':
+    """Returns the rules of a Rust tokenizer, in one spelling.
+
+    Text never gives a wordpiece of `specials`. So those that are in the
+    vocabulary are no added tokens, and the others alone are marked special.
+    """
+    whole = json.loads(backend.to_str())
+    fields = {name: whole[name] for name in _FIELDS}
+    names, vocab = set(specials.values()), fields['model']['vocab']
+    fields['added_tokens'] = [
+        {**token, 'special': token['content'] in names}
+        for token in fields['added_tokens']
+        if token['content'] not in names or token['content'] not in vocab
+    ]
+    rules = cls(fields, specials)
+    for one in rules.normalizers:
+      # Null means: as `lowercase` says.
+      if one.get('strip_accents', '') == one.get('lowercase'):
+        one['strip_accents'] = None
+    return rules
+
+  @property
+  def normalizers(self) -> list[dict[str, Any]]:
+    """The normalizers in order, those of sequences one by one."""
+    found, todo = [], [self.fields['normalizer']]
+    while todo:
+      one = todo.pop(0)
+      if one and one.get('type') == 'Sequence':
+        todo = [*one['normalizers'], *todo]
+      elif one:
+        found.append(one)
+    return found
+
+  @property
+  def lowercase(self) -> bool:
+    """Whether a normalizer lower-cases."""
+    return any(
+        one.get('type') == 'Lowercase' or bool(one.get('lowercase'))
+        for one in self.normalizers
+    )
+
+  @property
+  def divide_at_spaces(self) -> bool:
+    """Whether no rule looks beyond a space or ASCII punctuation, as BERT's."""
+    return (
+        [one['type'] for one in self.normalizers] == ['BertNormalizer']
+        and self.fields['pre_tokenizer'] == {'type': 'BertPreTokenizer'}
+        and all(token['special'] for token in self.fields['added_tokens'])
+    )
+
+  @property
+  def ids(self) -> dict[str, int]:
+    """The id of each wordpiece and added token."""
+    ids = dict(self.fields['model']['vocab'])
+    for token in self.fields['added_tokens']:
+      ids.setdefault(token['content'], token['id'])
+    return ids
+
+  def vocab(self) -> list[str]:
+    """Returns the wordpieces by id; an id without one gets a name of its own.
+
+    Raises:
+      ValueError: two wordpieces have the same id.
+    """
+    pieces: dict[int, str] = {}
+    for piece, i in self.ids.items():
+      if pieces.setdefault(i, piece) != piece:
+        raise ValueError(f'{pieces[i]!r} and {piece!r} have the same id, {i}.')
+    return [
+        pieces.get(i, f'[no wordpiece {i}]') for i in range(max(pieces) + 1)
+    ]
+
+  def backend(self) -> tokenizers.Tokenizer:
+    """Makes the Rust tokenizer."""
+    backend = tokenizers.Tokenizer.from_str(
+        json.dumps(self._whole(), ensure_ascii=False)
+    )
+    backend.encode_special_tokens = True  # As text.
+    return backend
+
+  def _whole(self) -> dict[str, Any]:
+    others = 'truncation', 'padding', 'post_processor', 'decoder'
+    return {'version': '1.0', **self.fields, **dict.fromkeys(others)}
+
+  def summary(self) -> str:
+    """Returns all but the wordpieces, for a digest."""
+    model = self.fields['model']
+    model = {**model, 'vocab': len(model['vocab'])}
+    return json.dumps(
+        [{**self.fields, 'model': model}, self.specials], sort_keys=True
+    )
+
+  def save(self, directory: pathlib.Path) -> None:
+    """Writes the files that `saved` and transformers read, but vocab.txt."""
+    whole, ids = self._whole(), self.ids
+    cls, sep = self.specials['cls'], self.specials['sep']
+    other = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
+    other.post_processor = processors.TemplateProcessing(
+        single=[cls, '$A', sep],
+        pair=[cls, '$A', sep, '$B:1', f'{sep}:1'],
+        special_tokens=[(cls, ids[cls]), (sep, ids[sep])],
+    )
+    other.decoder = decoders.WordPiece(
+        self.fields['model']['continuing_subword_prefix']
+    )
+    made = json.loads(other.to_str())
+    whole |= {name: made[name] for name in ('post_processor', 'decoder')}
+    (directory / RULES).write_text(
+        json.dumps(whole, ensure_ascii=False), 'utf-8'
+    )
+    names = {f'{name}_token': token for name, token in self.specials.items()}
+    files.write_json(directory / SPECIALS_MAP, names)
+    files.write_json(
+        directory / SETTINGS,
+        {'tokenizer_class': 'PreTrainedTokenizerFast', **names, **_OWN},
+    )
+
+  @classmethod
+  def saved(cls, directory: pathlib.Path) -> 'Rules':
+    """Reads what `save` wrote; its text decides, so that digests stay."""
+    whole = files.read_json(directory / RULES)
+    names = files.read_json(directory / SPECIALS_MAP)
+    return cls(
+        {name: whole[name] for name in _FIELDS},
+        {name: names[f'{name}_token'] for name in SPECIALS},
+    )
+
+
+def saved_lowercase(path: pathlib.Path) -> bool | None:
+  """Returns `lowercase` of a corpus, False of `Rules.save`, None of others."""
+  for file in ('manifest.json', SETTINGS):
+    values = files.read_json(path / file) if (path / file).is_file() else None
+    if isinstance(values, dict) and _OWN.items() <= values.items():
+      return False
+    values = values.get('tokenizer') if isinstance(values, dict) else None
+    if isinstance(values, dict) and 'lowercase' in values:
+      return bool(values['lowercase'])
+  return None
