@@ -41,7 +41,10 @@ class Exclusion:
       found = empty
     if extent == 'article':
       found = self._articles_of(found)
-    self._found = found
+    # Views: single elements of a memory map are slow.
+    self._found = corpus_lib.Ranges(
+        np.asarray(found.offsets), np.asarray(found.rows)
+    )
     self.sizes = self._own_sizes() + _sums(found)
     self._width = 0
     self.use(np.arange(count))
@@ -65,6 +68,11 @@ class Exclusion:
     others = np.zeros((*at.shape, 2), np.int64)
     others[known] = self._found.rows[at[known]]
     return np.concatenate([own_ranges, others], axis=1)
+
+  def others(self, row: int) -> list[tuple[int, int]]:
+    """Returns the ranges of one sentence, without that of its own passage."""
+    first, limit = self._found.offsets[row : row + 2].tolist()
+    return [(a, b) for a, b in self._found.rows[first:limit].tolist()]
 
   def _own_sizes(self) -> np.ndarray:
     own = np.asarray(self._own)

@@ -1,6 +1,6 @@
-"""64-bit polynomial hashes of sequences of wordpieces.
+"""Sequences of wordpieces: 64-bit polynomial hashes, and search.
 
-All functions give the same hash for the same wordpieces, at any position.
+The hash of the same wordpieces is the same at any position.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +40,35 @@ def whole(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
   values = _mixed(ids) * np.cumprod(powers)[aranges(lengths)]
   begins = np.cumsum(lengths) - lengths
   return _finished(np.add.reduceat(values, begins), lengths)
+
+
+def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+  """Returns the positions at which a sequence begins in `ids`, ascending."""
+  at = np.flatnonzero(ids[: max(len(ids) - len(wanted) + 1, 0)] == wanted[0])
+  for i in range(1, len(wanted)):
+    at = at[ids[at + i] == wanted[i]]
+  return at
+
+
+def held(
+    ids_NT: np.ndarray, wanted_NM: np.ndarray, sizes_N: np.ndarray
+) -> np.ndarray:
+  """Returns whether each row has a sequence of its own in a row, bool [N].
+
+  Args:
+    ids_NT: the rows.
+    wanted_NM: the sequences, padded.
+    sizes_N: their lengths; no row has an empty one.
+  """
+  rows, at = np.nonzero(ids_NT == wanted_NM[:, :1])
+  last = ids_NT.shape[1] - 1
+  for i in range(1, wanted_NM.shape[1]):
+    same = ids_NT[rows, np.minimum(at + i, last)] == wanted_NM[rows, i]
+    kept = (i >= sizes_N[rows]) | (same & (at + i <= last))
+    rows, at = rows[kept], at[kept]
+  found = np.zeros(len(ids_NT), bool)
+  found[rows] = True
+  return found & (sizes_N > 0)
 
 
 def aranges(sizes: np.ndarray) -> np.ndarray:

@@ -14,8 +14,11 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import exclusion
 from realm_jax.corpus import inputs
 from realm_jax.corpus import masking
+from realm_jax.corpus import ngrams
+from realm_jax.corpus import trivial
 from realm_jax.runtime import extension
 
 
@@ -39,10 +42,12 @@ class Examples(NamedTuple):
   Attributes:
     row_B: rows of the sentence table, or of the questions.
     inputs: the arrays; those of a stage that searches lack the documents.
+    figures: metrics that are known of each row, float [B].
   """
 
   row_B: np.ndarray
   inputs: Any
+  figures: dict[str, np.ndarray] = {}
 
 
 class Stage(Protocol):
@@ -169,15 +174,20 @@ class Masked(NamedTuple):
     row_B: rows of the sentence table.
     positions_BM: positions of the masks in `[CLS] x [SEP]`.
     mask_BM: which of the M are used.
+    shown_BM: ids that are read in their places, mostly [MASK].
   """
 
   row_B: np.ndarray
   positions_BM: np.ndarray
   mask_BM: np.ndarray
+  shown_BM: np.ndarray
 
 
 class MaskedSentences(Sentences):
-  """Sentences with salient spans, and the mask that `config.masking` names."""
+  """Sentences with salient spans, and the mask that `config.masking` names.
+
+  A mask of `masking.OF_ANY_SENTENCE` needs no salient span.
+  """
 
   def __init__(
       self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
@@ -195,7 +205,10 @@ class MaskedSentences(Sentences):
     before = np.concatenate([[0], np.cumsum(fits)])
     self._spans = spans[fits]
     self._span_offsets = before[np.asarray(self.table.span_offsets)]
-    self.rows = np.flatnonzero(np.diff(self._span_offsets))
+    usable = np.diff(self._span_offsets)
+    if config.masking in masking.OF_ANY_SENTENCE:
+      usable = self.table.lengths
+    self.rows = np.flatnonzero(usable)
     self.require_rows('')
 
   def require_rows(self, condition: str) -> None:
@@ -213,7 +226,7 @@ class MaskedSentences(Sentences):
   def sample(self, row: int, rng: np.random.Generator) -> Any:
     table, config = self.table, self.config
     spans = self._spans[self._span_offsets[row] : self._span_offsets[row + 1]]
-    start, limit = rng.choice(spans)
+    start, limit = rng.choice(spans) if len(spans) else (0, 0)
     length = min(int(table.lengths[row]), config.lengths.query - 2)
     first = int(table.starts[row])
     sentence = masking.Sentence(
@@ -222,13 +235,18 @@ class MaskedSentences(Sentences):
         span=(start, limit),
         max_masks=config.lengths.masks,
         options=config.options,
+        tokenizer=self.corpus.tokenizer,
     )
     chosen = self._mask(sentence, rng)
     masking.check(chosen, sentence, config.masking)
     positions_M = np.zeros(config.lengths.masks, np.int64)
+    shown_M = np.full(len(positions_M), self.corpus.tokenizer.mask_id, np.int64)
+    if isinstance(chosen, masking.Replaced):
+      shown_M[: len(chosen.ids)] = chosen.ids
+      chosen = chosen.positions
     positions_M[: len(chosen)] = chosen + 1  # After [CLS].
     mask_M = np.arange(len(positions_M)) < len(chosen)
-    return Masked(np.asarray(row), positions_M, mask_M)
+    return Masked(np.asarray(row), positions_M, mask_M, shown_M)
 
   def queries(
       self, masked: Masked
@@ -246,10 +264,85 @@ class MaskedSentences(Sentences):
         self.table, masked.row_B, self.config.lengths.query, tokenizer
     )
     hidden_BM = np.take_along_axis(ids_BQ, masked.positions_BM, axis=1)
-    shown_BM = np.where(masked.mask_BM, tokenizer.mask_id, hidden_BM)
+    shown_BM = np.where(masked.mask_BM, masked.shown_BM, hidden_BM)
     np.put_along_axis(ids_BQ, masked.positions_BM, shown_BM, axis=1)
     targets_BM = np.where(masked.mask_BM, hidden_BM, 0).astype(np.int32)
     return ids_BQ, lengths_B, targets_BM
+
+
+def answer(table: corpus_lib.SentenceTable, masked: Masked) -> np.ndarray:
+  """Returns the masked wordpieces of one sample; none if not in a row."""
+  places = masked.positions_BM[masked.mask_BM] - 1
+  if places[-1] - places[0] >= len(places):
+    return places[:0]
+  first = int(table.starts[masked.row_B] + places[0])
+  return np.asarray(table.tokens[first : first + len(places)])
+
+
+class ArticlePassages:
+  """The other passages of a sentence's article, with and without an answer.
+
+  Trivial candidates of the sentence are neither.
+  """
+
+  def __init__(self, corpus: corpus_lib.Corpus, split: str):
+    table = corpus.passages
+    self._tokens = table.tokens
+    if isinstance(table.tokens, np.ndarray):
+      self._tokens = np.asarray(table.tokens)  # Slices of a memmap are slow.
+    self._offsets = np.asarray(table.offsets)
+    self._titles = np.asarray(table.title_lengths)
+    self._articles = np.asarray(table.articles)
+    self._runs = table.article_runs
+    self._own = np.asarray(corpus.sentences[split].passages)
+    self._exclusion = exclusion.Exclusion(corpus, split, 'passage')
+
+  def find(
+      self, sentence: int, answer: np.ndarray, room: int, holding: bool
+  ) -> list[int]:
+    """Returns the rows of the passages that hold an answer, or do not.
+
+    Args:
+      sentence: row of a sentence that has a passage.
+      answer: wordpieces that must stand in the body in a row; empty: none hold
+        it.
+      room: how many wordpieces of a body are read.
+      holding: which of the two.
+    """
+    own = int(self._own[sentence])
+    left_out = {own}
+    for low, high in self._exclusion.others(sentence):
+      if high - low > trivial.MOST:
+        return []  # Boilerplate.
+      left_out.update(range(low, high))
+    first, starts, limits = self._runs
+    article = int(self._articles[own])
+    rows: list[int] = []
+    for run in range(int(first[article]), int(first[article + 1])):
+      start, limit = int(starts[run]), int(limits[run])
+      found = self._holding(start, limit, answer, room) - left_out
+      if holding:
+        rows += sorted(found)
+      else:
+        found |= left_out
+        rows += [row for row in range(start, limit) if row not in found]
+    return rows
+
+  def _holding(
+      self, start: int, limit: int, answer: np.ndarray, room: int
+  ) -> set[int]:
+    """Returns which of adjacent passages hold the answer."""
+    if not len(answer):
+      return set()
+    offsets = self._offsets[start : limit + 1]
+    base = int(offsets[0])
+    ids = self._tokens[base : int(offsets[-1])]
+    at = base + ngrams.find(ids, answer)
+    rows = start - 1 + offsets.searchsorted(at, 'right')
+    bodies = self._offsets[rows] + self._titles[rows]
+    ends = np.minimum(self._offsets[rows + 1], bodies + room)
+    inside = (at >= bodies) & (at + len(answer) <= ends)
+    return set(rows[inside].tolist())
 
 
 class _Rows:

@@ -128,6 +128,15 @@ class Stage:
     """Completes the inputs of a batch with documents (`searches` only)."""
     raise NotImplementedError
 
+  def figures(self, batch: Any) -> dict[str, np.ndarray]:
+    """Returns metrics that the host computes of each row, float [B].
+
+    It runs while the devices compute the step; `train/*` has the means over the
+    rows of process 0.
+    """
+    del batch
+    return {}
+
   def probe_queries(self, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns fixed queries to compare indexes with (`searches` only).
 
