@@ -18,8 +18,6 @@ MASKS = {
     'bert': 'realm_jax.corpus.masking:bert',
     'bert_whole_words': 'realm_jax.corpus.masking:bert_whole_words',
 }
-# Masks of sentences that need no salient span.
-OF_ANY_SENTENCE = ('bert', 'bert_whole_words')
 _BERT_RATE = 0.15
 _BERT_MASK, _BERT_RANDOM = 0.8, 0.1
 
@@ -31,7 +29,7 @@ class Sentence(NamedTuple):
     ids: its wordpieces without [CLS] and [SEP], as far as a query shows them.
     spans_S2: all its salient spans that can be masked, half-open ranges of
       `ids`.
-    span: one of them, drawn uniformly; (0, 0) if there is none.
+    span: one of them, drawn uniformly.
     max_masks: how many wordpieces a mask may hide, `config.lengths.masks`.
     options: `config.options`, for masks of one's own.
     tokenizer: of the corpus.

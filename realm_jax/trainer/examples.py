@@ -184,10 +184,7 @@ class Masked(NamedTuple):
 
 
 class MaskedSentences(Sentences):
-  """Sentences with salient spans, and the mask that `config.masking` names.
-
-  A mask of `masking.OF_ANY_SENTENCE` needs no salient span.
-  """
+  """Sentences with salient spans, and the mask that `config.masking` names."""
 
   def __init__(
       self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
@@ -205,10 +202,7 @@ class MaskedSentences(Sentences):
     before = np.concatenate([[0], np.cumsum(fits)])
     self._spans = spans[fits]
     self._span_offsets = before[np.asarray(self.table.span_offsets)]
-    usable = np.diff(self._span_offsets)
-    if config.masking in masking.OF_ANY_SENTENCE:
-      usable = self.table.lengths
-    self.rows = np.flatnonzero(usable)
+    self.rows = np.flatnonzero(np.diff(self._span_offsets))
     self.require_rows('')
 
   def require_rows(self, condition: str) -> None:
@@ -226,7 +220,7 @@ class MaskedSentences(Sentences):
   def sample(self, row: int, rng: np.random.Generator) -> Any:
     table, config = self.table, self.config
     spans = self._spans[self._span_offsets[row] : self._span_offsets[row + 1]]
-    start, limit = rng.choice(spans) if len(spans) else (0, 0)
+    start, limit = rng.choice(spans)
     length = min(int(table.lengths[row]), config.lengths.query - 2)
     first = int(table.starts[row])
     sentence = masking.Sentence(

@@ -73,6 +73,11 @@ _WARM_RETRIEVER = (
     'There is little to learn from such candidates. Train `ict` for longer, or'
     ' with larger batches.'
 )
+_NO_SUBJECT = (
+    'For most sentences the null document is the right choice. Mask sentences'
+    ' of the passages themselves (config.sentences=knowledge), or search a'
+    ' corpus about the same subjects.'
+)
 GATES = (
     Gate(
         'reader_accuracy', 'cold reader',
@@ -92,11 +97,14 @@ GATES = (
     Gate(
         'findable', 'nothing to find',
         'the share of masked sentences whose answer stands in another passage'
-        ' of the article or, if they have none, in one of the best 20',
-        'For most sentences the null document is the right choice. Mask'
-        ' sentences of the passages themselves (config.sentences=knowledge), or'
-        ' search a corpus about the same subjects.',
-        bound='answer_in_candidates',
+        ' of the article',
+        _NO_SUBJECT, bound='answer_in_candidates',
+    ),
+    Gate(
+        'answer_in_20', 'nothing to find',
+        'the share of masked sentences, of no passage, whose answer stands in'
+        ' one of the best 20',
+        _NO_SUBJECT, bound='answer_in_candidates',
     ),
     Gate(
         'answer_in_candidates', 'cold retriever',
@@ -121,6 +129,13 @@ GATES = (
 )
 
 
+# A gate says nothing new if one of these is missed, too.
+_CAUSES = {
+    'answer_in_20': {'recall_at_20'},
+    'answer_in_candidates': {'findable', 'answer_in_20'},
+}
+
+
 def problems(
     values: Mapping[str, float], config: config_lib.Config
 ) -> dict[str, tuple[str, str]]:
@@ -134,8 +149,8 @@ def problems(
   for gate in GATES:
     if gate.name not in values:
       continue
-    if gate.name == 'answer_in_candidates' and 'findable' in found:
-      continue  # Its cause.
+    if _CAUSES.get(gate.name, set()) & found.keys():
+      continue
     text = gate.problem(values[gate.name], config)
     if text is not None:
       found[gate.name] = gate.diagnosis, text
@@ -334,7 +349,7 @@ class Gates:
     joint = self._joint(masked, rows_BN)
     held_BN = realm.held(*joint, masked.targets_BM, masked.mask_BM.sum(axis=1))
     if self._findable is None:
-      values['findable'] = float(held_BN.any(axis=1).mean())
+      values['answer_in_20'] = float(held_BN.any(axis=1).mean())
     values['answer_in_candidates'] = float(held_BN[:, :k].any(axis=1).mean())
     text_BK = realm.held(*joint, *self._text_around(masked))[:, :k]
     values['trivial_share'] = float(text_BK.any(axis=1).mean())
