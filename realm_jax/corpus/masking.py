@@ -18,7 +18,6 @@ MASKS = {
     'bert': 'realm_jax.corpus.masking:bert',
     'bert_whole_words': 'realm_jax.corpus.masking:bert_whole_words',
 }
-_BERT_RATE = 0.15
 _BERT_MASK, _BERT_RANDOM = 0.8, 0.1
 
 
@@ -46,9 +45,8 @@ class Sentence(NamedTuple):
 class Replaced(NamedTuple):
   """Wordpieces to predict, and what is read in their places.
 
-  Attributes:
-    positions: in `Sentence.ids`, ascending.
-    ids: the wordpieces that are read there, not always [MASK].
+  positions: in `Sentence.ids`, ascending.
+  ids: the wordpieces that are read there, not always [MASK].
   """
 
   positions: np.ndarray
@@ -70,8 +68,9 @@ def random_span(sentence: Sentence, rng: np.random.Generator) -> np.ndarray:
 
 def random_token(sentence: Sentence, rng: np.random.Generator) -> np.ndarray:
   """15 % of the wordpieces, as BERT masks them."""
-  count = _bert_count(sentence)
-  return np.sort(rng.choice(len(sentence.ids), count, replace=False))
+  length = len(sentence.ids)
+  count = min(max(round(0.15 * length), 1), sentence.max_masks)
+  return np.sort(rng.choice(length, count, replace=False))
 
 
 def bert(sentence: Sentence, rng: np.random.Generator) -> Replaced:
@@ -94,7 +93,7 @@ def bert_whole_words(
   begins[0] = True  # The sentence may begin inside a word.
   starts = np.flatnonzero(begins)
   sizes = np.diff(starts, append=len(begins))
-  left = _bert_count(sentence)
+  left = len(random_token(sentence, rng))
   positions: list[int] = []
   order = rng.permutation(len(starts))
   for start, size in zip(
@@ -107,11 +106,6 @@ def bert_whole_words(
     start = int(starts[order[0]])
     positions = [*range(start, start + left)]
   return _replaced(np.sort(positions), sentence, rng)
-
-
-def _bert_count(sentence: Sentence) -> int:
-  count = max(round(_BERT_RATE * len(sentence.ids)), 1)
-  return min(count, sentence.max_masks)
 
 
 def _replaced(
@@ -148,15 +142,14 @@ def check(chosen: Any, sentence: Sentence, setting: str) -> None:
     )
   if not isinstance(chosen, Replaced):
     return
-  ids = np.asarray(chosen.ids)
-  size = sentence.tokenizer.vocab_size if sentence.tokenizer else np.inf
-  if not (
-      ids.shape == positions.shape
-      and np.issubdtype(ids.dtype, np.integer)
-      and ((ids >= 0) & (ids < size)).all()
+  ids, size = np.asarray(chosen.ids), len(positions)
+  known = sentence.tokenizer.vocab_size if sentence.tokenizer else np.inf
+  if (
+      ids.shape != (size,)
+      or not np.issubdtype(ids.dtype, np.integer)
+      or ((ids < 0) | (ids >= known)).any()
   ):
     raise ValueError(
-        f'config.masking={setting!r} replaced {len(positions)} wordpieces by'
-        f' {chosen.ids!r}; it gives as many ids of the vocabulary of {size}'
-        ' wordpieces.'
+        f'config.masking={setting!r} replaced {size} wordpieces by'
+        f' {chosen.ids!r}; it gives as many ids of the vocabulary of {known}.'
     )

@@ -50,25 +50,23 @@ def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
   return at
 
 
-def held(
-    ids_NT: np.ndarray, wanted_NM: np.ndarray, sizes_N: np.ndarray
-) -> np.ndarray:
-  """Returns whether each row has a sequence of its own in a row, bool [N].
+def held(ids_BKT: Any, wanted_BM: Any, sizes_B: Any) -> np.ndarray:
+  """Returns whether rows have a sequence of their own in a row, bool [B, K].
 
   Args:
-    ids_NT: the rows.
-    wanted_NM: the sequences, padded.
-    sizes_N: their lengths; no row has an empty one.
+    ids_BKT: K rows for each sequence.
+    wanted_BM: the sequences, padded.
+    sizes_B: their lengths; no row has an empty one.
   """
-  rows, at = np.nonzero(ids_NT == wanted_NM[:, :1])
-  last = ids_NT.shape[1] - 1
-  for i in range(1, wanted_NM.shape[1]):
-    same = ids_NT[rows, np.minimum(at + i, last)] == wanted_NM[rows, i]
-    kept = (i >= sizes_N[rows]) | (same & (at + i <= last))
-    rows, at = rows[kept], at[kept]
-  found = np.zeros(len(ids_NT), bool)
-  found[rows] = True
-  return found & (sizes_N > 0)
+  b, k, at = np.nonzero(ids_BKT == wanted_BM[:, :1, None])
+  last = ids_BKT.shape[2] - 1
+  for i in range(1, wanted_BM.shape[1]):
+    same = ids_BKT[b, k, np.minimum(at + i, last)] == wanted_BM[b, i]
+    kept = (i >= sizes_B[b]) | (same & (at + i <= last))
+    b, k, at = b[kept], k[kept], at[kept]
+  found = np.zeros(ids_BKT.shape[:2], bool)
+  found[b, k] = True
+  return found & (sizes_B > 0)[:, None]
 
 
 def aranges(sizes: np.ndarray) -> np.ndarray:

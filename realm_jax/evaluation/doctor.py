@@ -155,13 +155,13 @@ def _gates(
   for diagnosis, text in found.values():
     yield Finding(diagnosis, text)
   utility = figures.get('train/retrieval_utility', 0.0)
-  if utility < _MISLED and not found.keys() & {'reader_accuracy', 'reader_utility'}:
+  if utility < _MISLED and 'cold reader' not in dict(found.values()):
     yield Finding(
         'cold reader',
         'the mean of log p(y|z,x) - log p(y|null,x) for the candidates'
-        f' (train/retrieval_utility) is {utility:.3g}, below {_MISLED}. Passages'
-        ' mislead the reader, so the retriever learns to avoid them. Train'
-        ' `mlm` for longer, with config.mlm.views.',
+        f' (train/retrieval_utility) is {utility:.3g}, below {_MISLED}.'
+        ' Passages mislead the reader, so the retriever learns to avoid them.'
+        ' Train `mlm` for longer, with config.mlm.views.',
     )
   if (
       config.objective == 'realm'

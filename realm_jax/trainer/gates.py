@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
+from realm_jax.corpus import exclusion
 from realm_jax.corpus import inputs
+from realm_jax.corpus import ngrams
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
@@ -145,7 +147,7 @@ def problems(
     values: of `Gates.measure`, without `gates/`; some may be missing.
     config: of the job; has the bounds.
   """
-  found = {}
+  found: dict[str, tuple[str, str]] = {}
   for gate in GATES:
     if gate.name not in values:
       continue
@@ -280,7 +282,7 @@ class Gates:
 
   def _with_answers(self, split: str) -> list[tuple[int, int]]:
     """Returns sentences, and a passage of the article with the answer."""
-    articles = examples_lib.ArticlePassages(self._corpus, split)
+    articles = exclusion.ArticlePassages(self._corpus, split)
     queries, pairs = self._at_home, []
     for i, row in enumerate(self._row_B.tolist()):
       answer = queries.targets_BM[i][queries.mask_BM[i]]
@@ -293,8 +295,8 @@ class Gates:
   def _with_own_passages(self) -> list[tuple[int, int]]:
     """Returns sentences, and their passages, if these show the answer."""
     queries = self._at_home
-    held_B1 = realm.held(
-        *self._joint(queries, self._own_B[:, None]),
+    held_B1 = ngrams.held(
+        self._bodies(queries, self._own_B[:, None]),
         queries.targets_BM,
         queries.mask_BM.sum(axis=1),
     )
@@ -346,12 +348,14 @@ class Gates:
     depth = max(k, min(_DEPTH, live - int(left_out)))
     query_emb_BE = self._embed(params, masked)
     rows_BN = search.search(query_emb_BE, depth, masked.exclude_BR2)
-    joint = self._joint(masked, rows_BN)
-    held_BN = realm.held(*joint, masked.targets_BM, masked.mask_BM.sum(axis=1))
+    bodies_BNT = self._bodies(masked, rows_BN)
+    held_BN = ngrams.held(
+        bodies_BNT, masked.targets_BM, masked.mask_BM.sum(axis=1)
+    )
     if self._findable is None:
       values['answer_in_20'] = float(held_BN.any(axis=1).mean())
     values['answer_in_candidates'] = float(held_BN[:, :k].any(axis=1).mean())
-    text_BK = realm.held(*joint, *self._text_around(masked))[:, :k]
+    text_BK = ngrams.held(bodies_BNT[:, :k], *self._text_around(masked))
     values['trivial_share'] = float(text_BK.any(axis=1).mean())
     if self._config.null_document:
       doc_emb_BKE = search_lib.gather(refresher.embeddings, rows_BN[:, :k])
@@ -389,6 +393,11 @@ class Gates:
         self._config.lengths.joint,
         self._corpus.tokenizer,
     )
+
+  def _bodies(self, queries: realm.Queries, rows_BK: np.ndarray) -> np.ndarray:
+    """Returns what is read of the bodies, -1 elsewhere, [B, K, T]."""
+    ids_BKT, types_BKT = self._joint(queries, rows_BK)
+    return np.where(types_BKT == 1, ids_BKT, -1)
 
   @staticmethod
   def _text_around(queries: realm.Queries) -> tuple[np.ndarray, np.ndarray]:

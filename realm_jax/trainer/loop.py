@@ -328,7 +328,7 @@ class _Loop:
           f' is kept: step {self._checkpoints.latest}.'
       )
     for name, value_B in pending.figures.items():
-      values[f'train/{name}'] = float(np.mean(value_B))
+      values[f'train/{name}'] = float(value_B.mean())
     self._means.add(values)
     if step % self._job.config.log_interval:
       return
@@ -345,8 +345,7 @@ class _Loop:
       values['time/mfu'] = flop_rate / peak
     for part, seconds in self._clock.take().items():
       values[f'time/{part}_seconds'] = seconds
-    values.update(pending.staleness)
-    values.update(self._gate_figures)
+    values.update(pending.staleness | self._gate_figures)
     self._gate_figures = {}
     self._writer.write(step, values)
     shown = {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.corpus import exclusion
 from realm_jax.corpus import ngrams
-from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import stages
 
 
@@ -38,7 +38,8 @@ def test_sequences_are_found_as_by_brute_force():
     held.append(bool(at) and size > 0)
     if size:
       assert ngrams.find(ids, wanted[:size]).tolist() == at
-  assert ngrams.held(ids_NT, wanted_NM, sizes_N).tolist() == held
+  found_N1 = ngrams.held(ids_NT[:, None], wanted_NM, sizes_N)
+  assert found_N1.tolist() == [[one] for one in held]
   assert 30 < sum(held) < 170
   assert not len(ngrams.find(np.arange(2), np.arange(3)))
 
@@ -116,7 +117,7 @@ def test_copies_of_the_sentence_are_no_other_passage(tmp_path):
   ]
   assert passages[:2] == [twice, twice]
   table = lives.sentences['knowledge']
-  articles = examples_lib.ArticlePassages(lives, 'knowledge')
+  articles = exclusion.ArticlePassages(lives, 'knowledge')
   first, limit = table.spans_of(0)[-1]
   name = table.ids(0)[first:limit]
   assert articles.find(0, name, 30, holding=True) == [2]

@@ -129,10 +129,9 @@ class Stage:
     raise NotImplementedError
 
   def figures(self, batch: Any) -> dict[str, np.ndarray]:
-    """Returns metrics that the host computes of each row, float [B].
+    """Returns metrics of each row, float [B], that the host computes.
 
-    It runs while the devices compute the step; `train/*` has the means over the
-    rows of process 0.
+    `train/*` has the means over the rows of process 0.
     """
     del batch
     return {}

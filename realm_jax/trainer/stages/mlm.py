@@ -13,6 +13,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import exclusion
 from realm_jax.corpus import inputs
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
@@ -97,7 +98,7 @@ class Views(OwnPassage):
     super().__init__(corpus, config, split)
     self._names = tuple(config.mlm.views)
     self._limits = np.cumsum(list(config.mlm.views.values()))
-    self._articles = examples.ArticlePassages(corpus, split)
+    self._articles = exclusion.ArticlePassages(corpus, split)
 
   def sample(self, row: int, rng: np.random.Generator) -> _Sample:
     sample = super().sample(row, rng)
@@ -110,7 +111,7 @@ class Views(OwnPassage):
       if view == 'random':
         passage = int(rng.integers(len(self.corpus.passages)))
       return sample._replace(passage_B=np.asarray(passage))
-    answer = examples.answer(self.table, sample.masked)
+    answer = _answer(self.table, sample.masked)
     found = self._articles.find(
         row, answer, int(self.room(row)), holding=view == 'answer'
     )
@@ -118,6 +119,17 @@ class Views(OwnPassage):
       return sample._replace(fallback_B=np.asarray(True))
     passage = found[rng.integers(len(found))]
     return sample._replace(passage_B=np.asarray(passage))
+
+
+def _answer(
+    table: corpus_lib.SentenceTable, masked: examples.Masked
+) -> np.ndarray:
+  """Returns the masked wordpieces of one sample; none if not in a row."""
+  places = masked.positions_BM[masked.mask_BM] - 1
+  if places[-1] - places[0] >= len(places):
+    return places[:0]
+  first = int(table.starts[masked.row_B] + places[0])
+  return np.asarray(table.tokens[first : first + len(places)])
 
 
 class Mlm(stages.Stage):

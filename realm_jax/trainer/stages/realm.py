@@ -135,17 +135,12 @@ class Realm(stages.Stage):
 
   def figures(self, batch: Batch) -> dict[str, np.ndarray]:
     """Returns whether a retrieved body holds the masked wordpieces in a row."""
-    used_BM, ids_BM = np.asarray(batch.mask_BM), np.asarray(batch.targets_BM)
-    last_B = np.take_along_axis(
-        np.asarray(batch.positions_BM), used_BM.sum(1, keepdims=True) - 1, 1
-    )[:, 0]
-    in_a_row_B = last_B - batch.positions_BM[:, 0] < used_BM.sum(1)
-    if not in_a_row_B.all():  # A mask of scattered wordpieces.
-      return {}
-    held_BK = held(
-        batch.joint_ids_BKT, batch.joint_types_BKT, ids_BM, used_BM.sum(1)
-    )
-    return {'answer_in_candidates': np.asarray(held_BK.any(axis=1), float)}
+    places_BM, sizes_B = np.asarray(batch.positions_BM), batch.mask_BM.sum(1)
+    if (places_BM.max(axis=1) - places_BM[:, 0] >= sizes_B).any():
+      return {}  # A mask of scattered wordpieces.
+    body_BKT = np.where(batch.joint_types_BKT == 1, batch.joint_ids_BKT, -1)
+    held_BK = ngrams.held(body_BKT, batch.targets_BM, sizes_B)
+    return {'answer_in_candidates': held_BK.any(axis=1).astype(float)}
 
   def probe_queries(self, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Takes masked sentences, of `validation` if it has any with a span."""
@@ -286,33 +281,6 @@ def with_candidates(
       queries.mask_BM,
   )
   return Batch(*arrays)
-
-
-def held(
-    joint_ids_BKT: Any,
-    joint_types_BKT: Any,
-    wanted_BM: np.ndarray,
-    sizes_B: np.ndarray,
-) -> np.ndarray:
-  """Returns whether the body of each candidate holds wordpieces in a row.
-
-  Args:
-    joint_ids_BKT: `[CLS] x [SEP] body [SEP]`.
-    joint_types_BKT: their segments.
-    wanted_BM: the wordpieces, padded.
-    sizes_B: how many they are.
-
-  Returns:
-    bool [B, K].
-  """
-  b, k, t = joint_ids_BKT.shape
-  body_BKT = np.where(np.asarray(joint_types_BKT) == 1, joint_ids_BKT, -1)
-  found = ngrams.held(
-      body_BKT.reshape(b * k, t),
-      np.repeat(wanted_BM, k, axis=0),
-      np.repeat(sizes_B, k),
-  )
-  return found.reshape(b, k)
 
 
 def candidate_scores(
