@@ -251,7 +251,7 @@ def columns(
     return {**(first if len(columns) > 2 else {}), **pair}, (
         'a question and a list of answers'
     ), None
-  if any(are_lists):
+  if any(are_lists) and not all(are_lists):
     place = records[are_lists.index(False)][0]
     raise ValueError(
         f'{place}: the last column is no list, as it is in other rows.'
