@@ -75,6 +75,7 @@ _CORPORA = ('corpus', 'collection')
 _NO_CORPORA = ('queries', 'qrels', 'topics')
 _HEAD = 1 << 16  # Bytes that tell a format.
 _LISTED = 5  # Files that a warning names.
+_LONGEST_TITLE = 200  # Characters of a first line that is a title.
 
 # Fields of a record; only the text is required.
 FIELDS = ('id', 'title', 'text', 'article', 'spans', 'split', 'markup')
@@ -198,16 +199,18 @@ class TableFile(File):
     self.kind = tables.FORMATS[table.format]
     if table.delimiter:
       self.kind += f' {"with" if table.header else "without"} header'
+      self.kind += '' if table.quoted else ', quotes are characters'
     self.fields = layout(table.sample, given, self.name, table.columns)
     if table.columns and 'text' not in self.fields.taken:
-      columns = 'columns'
+      columns = fields_lib.listed(table.columns)
       if table.delimiter and not table.header:
-        columns = 'columns have no names known here; their numbers'
+        first = [*table.sample[0].values()] if table.sample else []
+        columns += f', without known names; the first row is {first}'
       raise ValueError(
-          f'{path}: no column has the text; the {columns} are'
-          f' {fields_lib.listed(table.columns)}. Name it:'
-          f' --fields=id:{table.columns[0]},text:{table.columns[-1]}'
+          f'{path}: no column has the text; the columns are {columns:.400}.'
+          f' Say which: --fields=id:{table.columns[0]},text:{table.columns[-1]}'
       )
+    self._table = dataclasses.replace(table, sample=())
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     yield from self._table.contents([*self.fields.taken.values()])
@@ -242,10 +245,15 @@ def layout(
       texts
       and fields_lib.normal(name) == 'contents'
       and 'title' not in {*found.taken, *(given or {})}
-      and all(isinstance(t, str) and t.strip().find('\n') > 0 for t in texts)
+      and all(isinstance(text, str) and _has_title(text) for text in texts)
   ):
     return dataclasses.replace(found, title_line=True)
   return found
+
+
+def _has_title(text: str) -> bool:
+  first, end, _ = text.lstrip().partition('\n')
+  return bool(end) and len(first) <= _LONGEST_TITLE
 
 
 def find(
@@ -292,6 +300,11 @@ def find(
       found.append(opened(path, id_, kind, given))
   if not found:
     raise FileNotFoundError('No source was given.')
+  if given and all(source.kind and source.fields is OWN for source in found):
+    raise ValueError(
+        f'{found[0].name} is read as {found[0].kind}, which has no fields that'
+        ' --fields could name; --format says what else it is.'
+    )
   return found
 
 

@@ -22,7 +22,8 @@ ENDINGS = {
     '.bz2': b'BZh',
     '.zst': b'\x28\xb5\x2f\xfd',
 }
-_DAMAGED = (
+# Errors of damaged compressed files; bz2 has none of its own, but an OSError.
+DAMAGED = (
     EOFError,
     gzip.BadGzipFile,
     lzma.LZMAError,
@@ -53,7 +54,7 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
           line = line.removeprefix(b'\xef\xbb\xbf')
         count += 1
         yield line
-  except _DAMAGED as error:
+  except DAMAGED as error:
     raise _damaged(path, count, error) from None
   except OSError as error:
     if error.errno is None:  # bz2 has no error of its own.
@@ -72,7 +73,7 @@ def head(path: pathlib.Path, size: int) -> bytes:
     with opened(path) as file:
       while part := file.readline(size - len(data)):
         data += part
-  except _DAMAGED as error:
+  except DAMAGED as error:
     if not data:
       raise _damaged(path, 0, error) from None
   except OSError as error:
