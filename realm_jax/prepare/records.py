@@ -285,9 +285,10 @@ class HashNumbers:
     """Returns the number of a hash; a new hash gets `number`."""
     if value in self._recent:
       return self._recent[value]
-    at = int(np.searchsorted(self._older, np.uint64(value)))
-    if at < len(self._older) and int(self._older[at]) == value:
-      return int(self._numbers[at])
+    if len(self._older):
+      at = int(np.searchsorted(self._older, np.uint64(value)))
+      if at < len(self._older) and int(self._older[at]) == value:
+        return int(self._numbers[at])
     self._recent[value] = number
     if len(self._recent) >= _RECENT:
       size = len(self._recent)

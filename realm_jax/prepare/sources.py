@@ -65,10 +65,10 @@ _KINDS = _DATASETS | _FILES
 
 _TEXTS = ('.txt', '.md', '.markdown', '.text')
 _WIKI_NAME = re.compile(r'wiki_\d+')
-# Files about a data set that are no part of it, without ending.
-_NOTES = frozenset(
-    'readme license licence copying notice changelog citation contributing'
-    ' authors dataset_info dataset_infos state datapackage'.split()
+# Files about a data set that are no part of it.
+_NOTES = re.compile(
+    r'(?i:readme)(\..*)?|(LICEN[CS]E|COPYING|NOTICE|CHANGELOG|CITATION'
+    r'|CONTRIBUTING|AUTHORS)(\..*)?|(dataset_infos?|datapackage)\.json'
 )
 # A data set for retrieval has a corpus, and other files that are none.
 _CORPORA = ('corpus', 'collection')
@@ -143,12 +143,12 @@ class PythonObject:
     records = self._call(*self._arguments)
     try:
       records = iter(records)
-      first = [*itertools.islice(records, _SAMPLE)]
     except TypeError:
       raise ValueError(
           f'{self.name} gives a {type(records).__name__}; expected is an'
           ' iterable of records, dicts with `text`.'
       ) from None
+    first = [*itertools.islice(records, _SAMPLE)]
     sample = [record for record in first if isinstance(record, Mapping)]
     self.fields = layout(sample, self._given, self.name)
     for i, record in enumerate(itertools.chain(first, records), start=1):
@@ -300,7 +300,9 @@ def find(
       found.append(opened(path, id_, kind, given))
   if not found:
     raise FileNotFoundError('No source was given.')
-  if given and all(source.kind and source.fields is OWN for source in found):
+  if given and all(
+      isinstance(source, File) and source.fields is OWN for source in found
+  ):
     raise ValueError(
         f'{found[0].name} is read as {found[0].kind}, which has no fields that'
         ' --fields could name; --format says what else it is.'
@@ -325,6 +327,11 @@ def _files(
   path = pathlib.Path(source)
   if path.is_dir():
     base = os.fspath(path)
+    if (path / 'state.json').is_file() and [*path.glob('*.arrow')]:
+      raise ValueError(
+          f'The folder {source} is a saved dataset of Hugging Face; give it as'
+          f' hf:{source}.'
+      )
     paths = sorted(file for file in path.rglob('*') if file.is_file())
   elif path.is_file():
     kind = format or _recognise(path)
@@ -380,10 +387,10 @@ def _recognise_in_folder(
     path: pathlib.Path, format: str | None
 ) -> tuple[str, str]:
   """Returns the format of a file, or why it is passed over."""
-  plain = lines_lib.plain_name(path).lower()
-  if plain.partition('.')[0] in _NOTES:
+  plain = lines_lib.plain_name(path)
+  if _NOTES.fullmatch(plain):
     return '', 'notes'
-  if plain.endswith(('~', '.bak', '.tmp', '.swp')):
+  if plain.lower().endswith(('~', '.bak', '.tmp', '.swp')):
     return '', 'copies of an editor'
   try:
     return format or _recognise(path), 'unknown format'

@@ -65,6 +65,8 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
 def head(path: pathlib.Path, size: int) -> bytes:
   """Returns the first bytes of a file, or those before the first damage.
 
+  They are without a byte order mark.
+
   Raises:
     ValueError: a compressed file is damaged from the start on.
   """
@@ -81,7 +83,7 @@ def head(path: pathlib.Path, size: int) -> bytes:
       raise
     if not data:
       raise _damaged(path, 0, error) from None
-  return data
+  return data.removeprefix(b'\xef\xbb\xbf')
 
 
 def opened(path: pathlib.Path) -> IO[bytes]:
@@ -268,7 +270,8 @@ def decoded(data: bytes, what: str = 'the line') -> str:
     where = f' (its line {line + 1})' if line else ''
     raise ValueError(
         f'not UTF-8: byte {error.start} of {what}{where} is'
-        f' 0x{data[error.start]:02x}'
+        f' 0x{data[error.start]:02x}; `iconv -f LATIN1 -t UTF-8` converts'
+        ' Latin-1'
     ) from None
 
 

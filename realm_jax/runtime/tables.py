@@ -335,7 +335,7 @@ def _open_separated(
       if best is None or rank < best[0]:
         best = rank, delimiter, quoted, rows
   if best is None:
-    return Table(path, format, (), sample=())
+    return Table(path, format, (), delimiter='\t' if format != 'csv' else ',')
   _, delimiter, quoted, rows = best
   if format != 'tsv-plain':
     format = 'tsv' if delimiter == '\t' else 'csv'

@@ -153,6 +153,20 @@ def test_fields_that_cannot_be_are_refused(tmp_path):
     _records(page, format='xls')
 
 
+def test_records_from_python_have_usual_names_too(tmp_path, monkeypatch):
+  name = f'records_{tmp_path.name}'
+  (tmp_path / f'{name}.py').write_text(
+      "def two():\n  yield {'_id': 'a', 'lead': 'x', 'body': 'y'}\n"
+      "  yield {'_id': 'b', 'lead': 'z', 'body': 'w'}\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  assert [(r.id, r.text) for r in _records(f'{name}:two')] == [
+      ('a', 'y'), ('b', 'w')
+  ]
+  found = _records(f'{name}:two', fields='text:lead')
+  assert [record.text for record in found] == ['x', 'z']
+
+
 def test_fields_may_come_late_and_have_no_title(tmp_path):
   items = [{'text': f'x {i}'} for i in range(150)]
   late = {'text': 'y', 'id': 'z', 'title': 'T', 'split': 'validation'}
@@ -221,23 +235,27 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
   folder = tmp_path / 'in'
   _write(folder / 'Rome.TXT', 'A town.')
   _write(folder / 'b' / 'Lille.md', '# Lille\nA city.')
-  _write(folder / 'README.md', 'About these.')
+  _write(folder / 'Notice.txt', 'A sheet.')
+  _write(folder / 'readme.md', 'About these.')
+  _write(folder / 'LICENSE', 'You may.')
   _write(folder / 'plot.py', 'print()')
   (folder / 'b' / 'x.zip').write_bytes(b'PK\x03\x04')
   for hidden in ('.git/a.txt', '.a.txt', 'b/.ipynb_checkpoints/Lille.md'):
     _write(folder / hidden, 'Hidden.')
   found = {r.id: (r.title, r.text) for r in _records(folder)}
   assert found == {
-      'Rome.TXT': ('Rome', 'A town.'), 'b/Lille.md': ('Lille', 'A city.')
+      'Notice.txt': ('Notice', 'A sheet.'),
+      'Rome.TXT': ('Rome', 'A town.'),
+      'b/Lille.md': ('Lille', 'A city.'),
   }
-  assert f'{folder}: 1 files are not read (notes): README.md' in caplog.text
+  assert f'{folder}: 2 files are not read (notes): LICENSE, rea' in caplog.text
   assert '2 files are not read (unknown format): b/x.zip, plot' in caplog.text
   assert 'Hidden' not in caplog.text and '.git' not in caplog.text
   # Next to records, texts are passed over, and named.
   caplog.clear()
   _write(folder / 'part-0', {'id': 'r', 'text': 'x'})
   assert _ids(folder) == ['r']
-  assert 'text next to files of records): Rome.TXT, b/Lille.md' in caplog.text
+  assert 'text next to files of records): Notice.txt, Rome.TXT' in caplog.text
 
 
 @pytest.mark.parametrize('corpus', ['corpus.jsonl', 'corpus/part-0.jsonl'])

@@ -99,6 +99,7 @@ def test_malformed_json_ends_the_reading(tmp_path, data, message):
         ('a.csv', 'id;text\n1;"a;b"\n2;c,d', ['a;b', 'c,d'], True),
         ('a.csv', 'id\ttext\n1\ta,b\n2\tc', ['a,b', 'c'], True),
         ('a.tsv', 'id\ttext\r\n1\ta\r\n2\tb\r\n', ['a', 'b'], True),
+        ('a.csv', '\ufeff"id","text"\n1,a\n2,b\n', ['a', 'b'], True),
     ],
 )
 def test_delimiter_and_quotes_are_those_of_the_rows(
