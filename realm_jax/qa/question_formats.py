@@ -137,8 +137,8 @@ def _squad(article: Record) -> Iterator[tuple[str, Record]]:
   title = article.get('title', '')
   for number, paragraph in enumerate(article['paragraphs']):
     for question in paragraph['qas']:
-      answers = [answer['text'] for answer in question['answers']]
-      if question.get('is_impossible') or not answers:
+      answers = {'text': [answer['text'] for answer in question['answers']]}
+      if question.get('is_impossible') or not question['answers']:
         continue  # An unanswerable question of SQuAD 2.0.
       yield f', question {question.get("id")}', {
           'id': question.get('id'),
