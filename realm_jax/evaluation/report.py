@@ -162,6 +162,21 @@ def _notes(result: Result) -> list[str]:
         f'\nStep {result["step"]}: a passage holds an answer by the rule'
         f' {names}; docs/question_answering.md describes the rules.'
     )
+  for name, group in result.get('questions', {}).items():
+    total = group['questions']
+    known = [
+        f'{group[count]} of them by {what}'
+        for count, what, kind in (
+            ('with_gold_passage', 'gold passage', 'gold'),
+            ('with_answers', 'answer', 'answer'),
+        )
+        if kind in group and group.get(count, total) < total
+    ]
+    if known:
+      notes.append(
+          f'\nStep {result["step"]}, {name}: the figures of the {total}'
+          f' questions are over {", ".join(known)}.'
+      )
   if unknown := result.get('unknown_gold'):
     names = ', '.join(map(repr, unknown['first']))
     more = ', ...' if unknown['ids'] > len(unknown['first']) else ''

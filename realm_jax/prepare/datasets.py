@@ -277,7 +277,13 @@ class MediaWikiDump(sources.File):
   def __iter__(self) -> Iterator[tuple[str, Any]]:
     import mwxml
 
-    damaged = (ElementTree.ParseError, mwxml.errors.MalformedXML, EOFError)
+    damaged = (
+        ElementTree.ParseError,
+        mwxml.errors.MalformedXML,
+        *lines_lib.DAMAGED,
+        # From mwxml, for XML of another structure.
+        *(AssertionError, AttributeError, KeyError, TypeError, ValueError),
+    )
     title = 'the beginning'
     with lines_lib.opened(self.path) as file:
       try:
@@ -288,6 +294,10 @@ class MediaWikiDump(sources.File):
             if namespace.id in _NAMESPACES and namespace.name
         ]
         markup = f'wikitext:{"|".join(names)}'
+        if names:
+          self.kind = (
+              f'dump of MediaWiki; not text: links to {", ".join(names)}'
+          )
         for page in dump:
           title = page.title
           if page.namespace or page.redirect is not None:
@@ -301,10 +311,12 @@ class MediaWikiDump(sources.File):
               'text': text,
               'markup': markup,
           }
-      except damaged as error:
+      except (*damaged, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+          raise
         raise ValueError(
-            f'{self.path}: damaged or cut off after the page {title!r} '
-            f'({error}).'
+            f'{self.path}: damaged or cut off after the page {title!r:.100} '
+            f'({_first_line(error):.200}).'
         ) from None
 
 

@@ -285,9 +285,10 @@ class HashNumbers:
     """Returns the number of a hash; a new hash gets `number`."""
     if value in self._recent:
       return self._recent[value]
-    at = int(np.searchsorted(self._older, np.uint64(value)))
-    if at < len(self._older) and int(self._older[at]) == value:
-      return int(self._numbers[at])
+    if len(self._older):
+      at = int(np.searchsorted(self._older, np.uint64(value)))
+      if at < len(self._older) and int(self._older[at]) == value:
+        return int(self._numbers[at])
     self._recent[value] = number
     if len(self._recent) >= _RECENT:
       size = len(self._recent)
@@ -327,8 +328,7 @@ def _parse(
   if name not in values:
     raise ValueError(
         f'no field `{name}`; the fields are '
-        f'{fields_lib.listed(sorted(map(str, values)))}. --fields=text:NAME'
-        ' says which one has the text'
+        f'{fields_lib.listed(sorted(map(str, values)))}. {_mend(values)}'
     )
   text = _text(values, name, title)
   if fields.title_line:
@@ -383,6 +383,14 @@ def _text(values: Mapping[str, Any], name: str, title: str) -> str:
   if lines and lines[0] == title:
     del lines[0]
   return '\n'.join(lines)
+
+
+def _mend(values: Mapping[str, Any]) -> str:
+  """Returns how to state where the text of a record is."""
+  for name, value in values.items():
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+      return f"`jq -c '.{name}[]' FILE` writes the objects in {name} as records"
+  return '--fields=text:NAME says which one has the text'
 
 
 def _unquoted(title: str) -> str:

@@ -65,16 +65,17 @@ _KINDS = _DATASETS | _FILES
 
 _TEXTS = ('.txt', '.md', '.markdown', '.text')
 _WIKI_NAME = re.compile(r'wiki_\d+')
-# Files about a data set that are no part of it, without ending.
-_NOTES = frozenset(
-    'readme license licence copying notice changelog citation contributing'
-    ' authors dataset_info dataset_infos state datapackage'.split()
+# Files about a data set that are no part of it.
+_NOTES = re.compile(
+    r'(?i:readme)(\..*)?|(LICEN[CS]E|COPYING|NOTICE|CHANGELOG|CITATION'
+    r'|CONTRIBUTING|AUTHORS)(\..*)?|(dataset_infos?|datapackage)\.json'
 )
 # A data set for retrieval has a corpus, and other files that are none.
 _CORPORA = ('corpus', 'collection')
 _NO_CORPORA = ('queries', 'qrels', 'topics')
 _HEAD = 1 << 16  # Bytes that tell a format.
 _LISTED = 5  # Files that a warning names.
+_LONGEST_TITLE = 200  # Characters of a first line that is a title.
 
 # Fields of a record; only the text is required.
 FIELDS = ('id', 'title', 'text', 'article', 'spans', 'split', 'markup')
@@ -142,12 +143,12 @@ class PythonObject:
     records = self._call(*self._arguments)
     try:
       records = iter(records)
-      first = [*itertools.islice(records, _SAMPLE)]
     except TypeError:
       raise ValueError(
           f'{self.name} gives a {type(records).__name__}; expected is an'
           ' iterable of records, dicts with `text`.'
       ) from None
+    first = [*itertools.islice(records, _SAMPLE)]
     sample = [record for record in first if isinstance(record, Mapping)]
     self.fields = layout(sample, self._given, self.name)
     for i, record in enumerate(itertools.chain(first, records), start=1):
@@ -198,16 +199,18 @@ class TableFile(File):
     self.kind = tables.FORMATS[table.format]
     if table.delimiter:
       self.kind += f' {"with" if table.header else "without"} header'
+      self.kind += '' if table.quoted else ', quotes are characters'
     self.fields = layout(table.sample, given, self.name, table.columns)
     if table.columns and 'text' not in self.fields.taken:
-      columns = 'columns'
+      columns = fields_lib.listed(table.columns)
       if table.delimiter and not table.header:
-        columns = 'columns have no names known here; their numbers'
+        first = [*table.sample[0].values()] if table.sample else []
+        columns += f', without known names; the first row is {first}'
       raise ValueError(
-          f'{path}: no column has the text; the {columns} are'
-          f' {fields_lib.listed(table.columns)}. Name it:'
-          f' --fields=id:{table.columns[0]},text:{table.columns[-1]}'
+          f'{path}: no column has the text; the columns are {columns:.400}.'
+          f' Say which: --fields=id:{table.columns[0]},text:{table.columns[-1]}'
       )
+    self._table = dataclasses.replace(table, sample=())
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
     yield from self._table.contents([*self.fields.taken.values()])
@@ -242,10 +245,15 @@ def layout(
       texts
       and fields_lib.normal(name) == 'contents'
       and 'title' not in {*found.taken, *(given or {})}
-      and all(isinstance(t, str) and t.strip().find('\n') > 0 for t in texts)
+      and all(isinstance(text, str) and _has_title(text) for text in texts)
   ):
     return dataclasses.replace(found, title_line=True)
   return found
+
+
+def _has_title(text: str) -> bool:
+  first, end, _ = text.lstrip().partition('\n')
+  return bool(end) and len(first) <= _LONGEST_TITLE
 
 
 def find(
@@ -292,6 +300,13 @@ def find(
       found.append(opened(path, id_, kind, given))
   if not found:
     raise FileNotFoundError('No source was given.')
+  if given and all(
+      isinstance(source, File) and source.fields is OWN for source in found
+  ):
+    raise ValueError(
+        f'{found[0].name} is read as {found[0].kind}, which has no fields that'
+        ' --fields could name; --format says what else it is.'
+    )
   return found
 
 
@@ -312,6 +327,11 @@ def _files(
   path = pathlib.Path(source)
   if path.is_dir():
     base = os.fspath(path)
+    if (path / 'state.json').is_file() and [*path.glob('*.arrow')]:
+      raise ValueError(
+          f'The folder {source} is a saved dataset of Hugging Face; give it as'
+          f' hf:{source}.'
+      )
     paths = sorted(file for file in path.rglob('*') if file.is_file())
   elif path.is_file():
     kind = format or _recognise(path)
@@ -367,10 +387,10 @@ def _recognise_in_folder(
     path: pathlib.Path, format: str | None
 ) -> tuple[str, str]:
   """Returns the format of a file, or why it is passed over."""
-  plain = lines_lib.plain_name(path).lower()
-  if plain.partition('.')[0] in _NOTES:
+  plain = lines_lib.plain_name(path)
+  if _NOTES.fullmatch(plain):
     return '', 'notes'
-  if plain.endswith(('~', '.bak', '.tmp', '.swp')):
+  if plain.lower().endswith(('~', '.bak', '.tmp', '.swp')):
     return '', 'copies of an editor'
   try:
     return format or _recognise(path), 'unknown format'

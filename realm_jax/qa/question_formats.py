@@ -137,8 +137,8 @@ def _squad(article: Record) -> Iterator[tuple[str, Record]]:
   title = article.get('title', '')
   for number, paragraph in enumerate(article['paragraphs']):
     for question in paragraph['qas']:
-      answers = [answer['text'] for answer in question['answers']]
-      if question.get('is_impossible') or not answers:
+      answers = {'text': [answer['text'] for answer in question['answers']]}
+      if question.get('is_impossible') or not question['answers']:
         continue  # An unanswerable question of SQuAD 2.0.
       yield f', question {question.get("id")}', {
           'id': question.get('id'),
@@ -251,7 +251,7 @@ def columns(
     return {**(first if len(columns) > 2 else {}), **pair}, (
         'a question and a list of answers'
     ), None
-  if any(are_lists):
+  if any(are_lists) and not all(are_lists):
     place = records[are_lists.index(False)][0]
     raise ValueError(
         f'{place}: the last column is no list, as it is in other rows.'

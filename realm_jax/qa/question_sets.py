@@ -191,7 +191,10 @@ def _open(
   table = _table(path, format if format in tables.FORMATS else None, given)
   kind = tables.FORMATS[table.format]
   if table.columns is not None and not table.header and table.delimiter:
-    records = list(_records(table))
+    records = [
+        (place, {column: value.strip() for column, value in record.items()})
+        for place, record in _records(table)
+    ]
     names, what, match = formats.columns(str(path), format, records, given)
     chosen = fields_lib.Fields(
         names, tuple(c for c in table.columns if c not in names.values())
@@ -474,7 +477,7 @@ def _from_tfds(name: str) -> Iterator[tuple[str, Record]]:
     if any(texts):
       yield f'{name}, record {number}', {
           'question': _text(example['question']),
-          'answers': [text for text in texts if text],
+          'answers': list(dict.fromkeys(text for text in texts if text)),
           'title': _text(example.get('title')) or None,
       }
 

@@ -6,6 +6,7 @@ ignored. `question_sets` reads the published formats.
 """
 
 import ast
+from collections.abc import Iterable
 import dataclasses
 import io
 import json
@@ -141,7 +142,7 @@ def is_list(text: str, match: str = 'string') -> bool:
 
 
 def _answers(value: Any, match: str = 'string') -> list[str]:
-  """Returns the distinct answers in the forms that `parse` takes."""
+  """Returns the answers in the forms that `parse` takes."""
   if isinstance(value, dict):
     # Of a field of several names, data sets have one.
     keys = {key.lower(): key for key in value}
@@ -149,11 +150,12 @@ def _answers(value: Any, match: str = 'string') -> list[str]:
     found += [value[keys[k]] for k in ('aliases',) if k in keys]
     if not found:
       raise ValueError(f'"answers" is {_as_json(value)}')
-    value = [
+    # Without repetitions, which such objects have for each annotator.
+    value = _distinct(
         item
         for part in found
         for item in (part if isinstance(part, list) else [part])
-    ]
+    )
   elif isinstance(value, str) and is_list(value, match):
     value = _list(value)
   elif value is None or not isinstance(value, (list, tuple)):
@@ -168,7 +170,16 @@ def _answers(value: Any, match: str = 'string') -> list[str]:
     if not _is_text(item):
       raise ValueError(f'"answers" contains {_as_json(item)}')
     answers.append(item)
-  return list(dict.fromkeys(answers))
+  return answers
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+  """Returns each value once, in order; they need not be hashable."""
+  found: list[Any] = []
+  for value in values:
+    if value not in found:
+      found.append(value)
+  return found
 
 
 def _list(text: str) -> list[Any]:
@@ -206,7 +217,7 @@ def _ids(record: dict[str, Any], field: str) -> list[str]:
     if not _is_text(f'{item}.') or not isinstance(item, str):
       raise ValueError(f'"{field}" is {_as_json(value)}')
     ids.append(item)
-  return list(dict.fromkeys(ids))
+  return _distinct(ids)
 
 
 def _optional(record: dict[str, Any], field: str, kind: type) -> Any:

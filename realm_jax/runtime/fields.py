@@ -14,6 +14,7 @@ from typing import Any
 from realm_jax.runtime import lines as lines_lib
 
 _SHOWN = 20  # Names in a message.
+_LONGEST_NAME = 60  # Characters of each.
 
 # The usual names of each field, in lower case without other characters than
 # letters and digits. Names of a later row are used if no field has one of an
@@ -162,7 +163,7 @@ def choose(
 
 def listed(names: Sequence[Any]) -> str:
   """Returns the names for a message."""
-  shown = ', '.join(str(name) for name in names[:_SHOWN])
+  shown = ', '.join(f'{name!s:.{_LONGEST_NAME}}' for name in names[:_SHOWN])
   if len(names) > _SHOWN:
     shown += f' and {len(names) - _SHOWN} more'
   return shown or 'none'

@@ -22,7 +22,8 @@ ENDINGS = {
     '.bz2': b'BZh',
     '.zst': b'\x28\xb5\x2f\xfd',
 }
-_DAMAGED = (
+# Errors of damaged compressed files; bz2 has none of its own, but an OSError.
+DAMAGED = (
     EOFError,
     gzip.BadGzipFile,
     lzma.LZMAError,
@@ -53,7 +54,7 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
           line = line.removeprefix(b'\xef\xbb\xbf')
         count += 1
         yield line
-  except _DAMAGED as error:
+  except DAMAGED as error:
     raise _damaged(path, count, error) from None
   except OSError as error:
     if error.errno is None:  # bz2 has no error of its own.
@@ -64,6 +65,8 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
 def head(path: pathlib.Path, size: int) -> bytes:
   """Returns the first bytes of a file, or those before the first damage.
 
+  They are without a byte order mark.
+
   Raises:
     ValueError: a compressed file is damaged from the start on.
   """
@@ -72,7 +75,7 @@ def head(path: pathlib.Path, size: int) -> bytes:
     with opened(path) as file:
       while part := file.readline(size - len(data)):
         data += part
-  except _DAMAGED as error:
+  except DAMAGED as error:
     if not data:
       raise _damaged(path, 0, error) from None
   except OSError as error:
@@ -80,7 +83,7 @@ def head(path: pathlib.Path, size: int) -> bytes:
       raise
     if not data:
       raise _damaged(path, 0, error) from None
-  return data
+  return data.removeprefix(b'\xef\xbb\xbf')
 
 
 def opened(path: pathlib.Path) -> IO[bytes]:
@@ -267,7 +270,8 @@ def decoded(data: bytes, what: str = 'the line') -> str:
     where = f' (its line {line + 1})' if line else ''
     raise ValueError(
         f'not UTF-8: byte {error.start} of {what}{where} is'
-        f' 0x{data[error.start]:02x}'
+        f' 0x{data[error.start]:02x}; `iconv -f LATIN1 -t UTF-8` converts'
+        ' Latin-1'
     ) from None
 
 

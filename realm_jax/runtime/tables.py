@@ -5,6 +5,7 @@ only decides between formats that the content does not tell apart.
 """
 
 import codecs
+import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import csv
 import dataclasses
@@ -59,6 +60,7 @@ _NO_TABLES = (
 _HEAD = 1 << 16  # Bytes that tell a format.
 _SAMPLE = 1 << 22  # Bytes that tell the columns of a CSV or TSV file.
 _SAMPLE_RECORDS = 100  # That tell the fields of other files.
+_MOST_LINES = 1000  # Of a value.
 _LONGEST_NAME = 64  # Characters of the name of a column.
 
 Content = bytes | dict[str, Any] | ValueError
@@ -131,8 +133,9 @@ class Table:
         row = ValueError(f'{len(row)} columns; expected are {width}')
       if isinstance(row, csv.Error):
         raise ValueError(
-            f'{place}: misplaced quotes ({row}). Where quotes are characters of'
-            ' the text, give --format=tsv-plain.'
+            f'{place}: misplaced quotes ({row}). A quote within quotes is'
+            ' doubled; where quotes are characters of a TSV file, give'
+            ' --format=tsv-plain.'
         )
       yield place, row
 
@@ -248,30 +251,28 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Content]]:
       yield f'{path}:{number}', line
 
 
-def _import_parquet(path: pathlib.Path) -> Any:
+def _import_parquet(path: pathlib.Path) -> tuple[Any, Any]:
   try:
+    import pyarrow
     from pyarrow import parquet
   except ImportError as error:
     raise ImportError(
         f'{path}: reading Parquet needs the package pyarrow; run `pip install '
         "'realm_jax[hf]'`."
     ) from error
-  return parquet
+  return pyarrow, parquet
 
 
 def _open_parquet(path: pathlib.Path) -> Any:
-  parquet = _import_parquet(path)
+  pyarrow, parquet = _import_parquet(path)
+  with open(path, 'rb') as file:
+    is_plain = file.read(4) == b'PAR1'
+  source = path
+  if not is_plain:
+    source = pyarrow.BufferReader(b''.join(lines_lib.lines(path)))
   try:
-    if lines_lib.plain_name(path) == path.name:
-      return parquet.ParquetFile(path)
-    import pyarrow
-
-    return parquet.ParquetFile(
-        pyarrow.BufferReader(b''.join(lines_lib.lines(path)))
-    )
-  except FileNotFoundError:
-    raise
-  except (ValueError, OSError) as error:
+    return parquet.ParquetFile(source)
+  except (pyarrow.ArrowException, ValueError, OSError) as error:
     raise ValueError(
         f'{path}: a damaged Parquet file ({_first_line(error)}).'
     ) from None
@@ -284,6 +285,7 @@ def _parquet_columns(path: pathlib.Path) -> tuple[str, ...]:
 def _parquet(
     path: pathlib.Path, columns: Sequence[str] | None
 ) -> Iterator[tuple[str, Content]]:
+  pyarrow, _ = _import_parquet(path)
   number = 0
   file = _open_parquet(path)
   try:
@@ -293,7 +295,7 @@ def _parquet(
       for row in batch.to_pylist():
         number += 1
         yield f'{path}, record {number}', row
-  except (ValueError, OSError) as error:
+  except (pyarrow.ArrowException, ValueError, OSError) as error:
     raise ValueError(
         f'{path}: damaged after record {number} ({_first_line(error)}).'
     ) from None
@@ -311,8 +313,15 @@ def _open_separated(
   cut = len(head) == _SAMPLE
   best: tuple[tuple[Any, ...], str, bool, list[Row]] | None = None
   for delimiter in '\t' if format != 'csv' else ',;\t':
-    for quoted in (True, False) if format != 'tsv-plain' else (False,):
-      rows = _sample_rows(data, delimiter, quoted, cut)
+    choices: tuple[bool, ...] = (False,)
+    if format == 'csv' or (
+        format == 'tsv' and _uses_quotes(data, delimiter)
+    ):
+      choices = (True,)  # A misplaced quote is an error.
+    elif format != 'tsv-plain':
+      choices = (True, False)
+    for quoted in choices:
+      rows, misplaced = _sample_rows(data, delimiter, quoted, cut)
       if not rows:
         continue
       width = len(rows[0])
@@ -321,7 +330,8 @@ def _open_separated(
       # In a TSV file without header, as that of MS MARCO, a quote is a
       # character.
       unlikely = quoted != (format == 'csv' or has_header)
-      rank = (width < 2, not has_header, wrong / len(rows), unlikely)
+      share = wrong / len(rows)
+      rank = (width < 2, not has_header, misplaced, share, unlikely)
       if best is None or rank < best[0]:
         best = rank, delimiter, quoted, rows
   if best is None:
@@ -340,7 +350,9 @@ def _open_separated(
         columns = names
         break
   sample = tuple(
-      dict(zip(columns, row, strict=True)) for row in rows if len(row) == width
+      dict(zip(columns, row, strict=True))
+      for row in rows[:_SAMPLE_RECORDS]
+      if len(row) == width
   )
   return Table(path, format, columns, header, delimiter, quoted, sample)
 
@@ -370,17 +382,36 @@ def _has_shape(rows: Sequence[Row], patterns: Sequence[str]) -> bool:
   return numbers[0] or len(fit) == 1 or not all(numbers[1:])
 
 
+def _uses_quotes(data: Sequence[bytes], delimiter: str) -> bool:
+  """Returns whether values of TSV are within quotes, as DPR writes them.
+
+  They are if one of them doubles a quote, or most of a column are.
+  """
+  if delimiter != '\t':
+    return True
+  counts: collections.Counter[int] = collections.Counter()
+  for line in data:
+    for column, value in enumerate(line.strip().split(b'\t')):
+      if re.fullmatch(rb'"(?:[^"]|"")+"', value):
+        counts[column] += 1
+        if b'""' in value[1:-1]:
+          return True
+  return any(2 * count >= len(data) for count in counts.values())
+
+
 def _sample_rows(
     data: Sequence[bytes], delimiter: str, quoted: bool, cut: bool
-) -> list[Row]:
-  """Returns the first good rows; none if the quotes are misplaced."""
+) -> tuple[list[Row], bool]:
+  """Returns the first good rows, and whether quotes are misplaced."""
   found: list[Row] = []
-  for _, row in _rows(data, delimiter, quoted):
+  for number, row in _rows(data, delimiter, quoted):
     if isinstance(row, csv.Error):
-      return []
+      # The end of the sample may be within quotes.
+      few = len(data) - number < min(len(found), _MOST_LINES)
+      return found, not (cut and few)
     if isinstance(row, list):
       found.append(row)
-  return found[:-1] if cut else found
+  return found[:-1] if cut else found, False
 
 
 def _rows(

@@ -70,8 +70,12 @@ def test_what_commands_report_and_leave(workdir, tmp_path, corpus):
       # The one before is for who is just opening it, until the next command.
       'manifest.json', 'removed-2.npy', 'removed-3.npy',
   ]
-  # A document that was removed can come back; --ignore_missing adds.
-  _add(workdir, _A)
+  # A document that was removed can come back, in any format of a corpus;
+  # --ignore_missing adds.
+  table = tmp_path / 'more.csv'
+  table.write_text(f'ref,lead\na,{_A["text"]}\n')
+  names = 'id:ref,text:lead'
+  documents.add(workdir, [str(table)], fields=names, progress=False)
   assert _add(
       workdir, _B, command=documents.update, ignore_missing=True
   ).missing == 1

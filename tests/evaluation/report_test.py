@@ -93,6 +93,23 @@ def test_the_table_says_what_was_resampled_and_what_was_excluded():
   )
 
 
+def test_the_table_says_what_figures_of_questions_depend_on():
+  result = _result(50, masked=False)
+  result['answer_match'] = {'dpr': 6, 'regex': 2}
+  result['unknown_gold'] = {
+      'ids': 7, 'questions': 3, 'first': ['a b', 'c'], 'counted': 'they count'
+  }
+  result['questions']['all'] |= {'with_gold_passage': 5, 'with_answers': 8}
+  text = report.table([result])
+  assert 'by the rule `dpr` (6 questions), `regex` (2 questions)' in text
+  assert "7 gold passages of 3 questions are not in the corpus ('a b'," in text
+  assert 'all: the figures of the 8 questions are over 5 of them by gold' in (
+      text
+  )
+  assert 'by answer.' not in text
+  assert 'Step' not in report.table([_result(50)])
+
+
 def test_write_draws_what_there_is(tmp_path):
   pytest.importorskip('matplotlib')
   _metrics(tmp_path)

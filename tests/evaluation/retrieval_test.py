@@ -369,6 +369,53 @@ def test_questions_come_with_the_corpus_or_from_a_file(
   assert group['answer']['recall_at_100'] == 0.0
 
 
+def test_unknown_gold_passages_count_as_misses_unless_they_are_skipped(
+    workdir, corpus, caplog
+):
+  names = [corpus.passage_text(row)['id'] for row in range(3)]
+  asked = [
+      questions_lib.Question('Who?', (), passage_id=gold)
+      for gold in (names[0], (names[1], 'lost'), 'gone', None)
+  ]
+  (missed,) = evaluate.evaluate(workdir, asked, limit=9)
+  assert "'lost', 'gone'. They count as not retrieved." in caplog.text
+  (skipped,) = evaluate.evaluate(workdir, asked, limit=9, unknown_gold='skip')
+  groups = [r['questions']['all'] for r in (missed, skipped)]
+  assert [group['with_gold_passage'] for group in groups] == [3, 2]
+  both = list(zip(groups, (3, 2), strict=True))
+  for name in ('recall_at_100', 'mrr'):
+    hits = [group['gold'][name] * n for group, n in both]
+    assert hits[0] == pytest.approx(hits[1]), name
+  assert missed['unknown_gold'] == {
+      'ids': 2, 'questions': 2, 'first': ['lost', 'gone'],
+      'counted': 'they count as not retrieved',
+  }
+  # Without answers there is no figure by answer, and no rule.
+  assert 'answer' not in groups[0] and 'answer_match' not in missed
+  asked = [questions_lib.Question('Who?', ())]
+  with pytest.raises(ValueError, match='has an answer or a gold passage'):
+    evaluate.evaluate(workdir, asked)
+
+
+def test_the_rule_for_answers_is_in_the_report(workdir, corpus):
+  text = corpus.passage_text(0)['text']
+  word = next(w for w in text.split() if w.isalpha() and len(w) > 3)
+  asked = [
+      questions_lib.Question('Who?', (f'{word[:2]}-{word[2:]}',)),
+      questions_lib.Question('Who?', (f'{word[:3]}.*',), 'regex'),
+  ]
+  found = {}
+  for rule in (None, 'dpr', 'squad'):
+    (result,) = evaluate.evaluate(workdir, asked, limit=9, answer_match=rule)
+    found[rule] = result['questions']['all']['answer']['recall_at_100']
+    assert result['answer_match'] == {rule or 'dpr': 1, 'regex': 1}
+  assert found == {None: 0.5, 'dpr': 0.5, 'squad': 1.0}
+  lines = runs.read_questions(workdir / 'evaluation' / '30.questions.jsonl')
+  assert [line['answer_match'] for line in lines] == ['squad', 'regex']
+  with pytest.raises(ValueError, match='answer_match=fuzzy: must be one of'):
+    evaluate.evaluate(workdir, asked, answer_match='fuzzy')
+
+
 @pytest.mark.parametrize(
     'objective, parts', [('ict', 'questions'), ('mlm', 'masked')]
 )

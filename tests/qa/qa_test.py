@@ -127,7 +127,7 @@ def test_errors_name_the_file_the_line_and_what_is_expected(
         ([], ()),
         ('Quorra', ('Quorra',)),
         (1978, ('1978',)),
-        (['a', 3, 'a'], ('a', '3')),
+        (['a', 3, 'a'], ('a', '3', 'a')),
         ('["zoo keeper", "it\'s"]', ('zoo keeper', "it's")),
         ("""['a', "b's", 'c']""", ('a', "b's", 'c')),
         ('[31, 32]', ('31', '32')),
