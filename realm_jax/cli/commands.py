@@ -244,8 +244,10 @@ COMMANDS = {
         Flag('source', str, 'Checkpoints of BERT or REALM: folders or Hugging'
              ' Face hub ids, comma-separated, for one job.', REQUIRED),
         WORKDIR,
-        Flag('components', str, 'Some of embedder, reader, span_reader;'
-             ' default: all.'),
+        Flag('components', str, 'Some of embedder, reader, span_reader,'
+             ' tagger; default: all but a tagger.'),
+        Flag('body', str, 'Prefix of the tensors to take from a file with'
+             ' several BERTs, such as question_model.'),
         Flag('corpus', str, 'A corpus prepared with the vocabulary of the'
              ' checkpoint, for `index` and `evaluate`. An open-QA checkpoint'
              ' brings its own.'),
