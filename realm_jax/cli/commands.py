@@ -206,7 +206,11 @@ COMMANDS = {
              " questions --help`); default: the corpus' questions.jsonl if it"
              ' has one.'),
         Flag('tagged', str, 'For a tagger: files of tagged sentences,'
-             ' comma-separated; CoNLL, or JSON Lines of {tokens, tags}.'),
+             ' comma-separated; columns, JSON or Parquet (docs/tagging.md).'),
+        Flag('tag_column', str, 'Column of the tags in --tagged: its name, or'
+             ' number from 1; default: as in training.'),
+        Flag('tag_names', str, 'Tags of the numbers 0, 1, ... in --tagged,'
+             ' comma-separated; default: as in training.'),
         Flag('corpus', str, 'Search this corpus instead of the training corpus;'
              ' same tokenizer.'),
         Flag('steps', str, '`latest`, `all` (every remaining snapshot and'
