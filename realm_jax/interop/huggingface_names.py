@@ -405,6 +405,12 @@ def modern_names(names: Iterable[str]) -> dict[str, str]:
     found = {key.removeprefix('model.'): name for key, name in found.items()}
   for name in [n for n in found if n.endswith(f'{_HEAD}decoder.bias')]:
     found.setdefault(name.replace('decoder.bias', 'bias'), found[name])
+  # Of two tied tensors, a file may have either name.
+  for name in [n for n in found if n.endswith(f'{_HEAD}decoder.weight')]:
+    outer = name.removesuffix(f'{_HEAD}decoder.weight')
+    for body in (f'{outer}bert.', outer):
+      if f'{body}{WORD_EMBED}'.replace('word', 'position') in found:
+        found.setdefault(f'{body}{WORD_EMBED}', found[name])
   return found
 
 

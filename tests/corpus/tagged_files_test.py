@@ -81,6 +81,11 @@ def test_numbers_may_be_tokens(tmp_path):
   assert first == ['1990', 'Ann', '7', 'In']
 
 
+def test_ranges_are_skipped_only_among_numbers(tmp_path):
+  path = write(tmp_path, 'a x B-X\n1-10 x O\n5.76 x O\n')
+  assert entities.read(path)[0].tokens == ['a', '1-10', '5.76']
+
+
 def test_a_token_with_blanks_between_tabs(tmp_path):
   path = write(tmp_path, 'New York\tB-LOC\nis\tO\na\u00a0b\tO\n')
   assert entities.read(path)[0].tokens == ['New York', 'is', 'a\u00a0b']
@@ -184,6 +189,11 @@ def test_parquet(tmp_path):
   (tmp_path / 'x').write_bytes((tmp_path / 'x').read_bytes()[:99])
   with pytest.raises(ValueError, match='x is damaged or no Parquet'):
     entities.read(str(tmp_path / 'x'))
+
+
+def test_a_missing_file_is_named():
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    entities.read('nowhere.conll')
 
 
 # ---------------------------------------------------------------- plausibility

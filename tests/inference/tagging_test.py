@@ -101,11 +101,6 @@ def test_bad_files_name_the_line(tmp_path, name, text, message):
     entities.read(str(tmp_path / name))
 
 
-def test_a_missing_file_is_named():
-  with pytest.raises(FileNotFoundError, match='nowhere'):
-    entities.read('nowhere.conll')
-
-
 # ----------------------------------------------------------------- wordpieces
 
 

