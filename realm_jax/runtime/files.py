@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
   """Reads a JSON file; a ValueError names a file that is not JSON."""
   try:
     return json.loads(pathlib.Path(path).read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is not readable as JSON: {error}') from error
 
 
