@@ -34,6 +34,7 @@ import zipfile
 import harness
 import numpy as np
 
+from realm_jax import config as config_lib
 from realm_jax.corpus import entities
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import generation
@@ -79,10 +80,11 @@ _ARTICLES = [
     {'id': str(i), 'title': f'Title {i}', 'text': _TEXT, 'spans': [[0, 3]]}
     for i in range(4)
 ]
-_WIKI = (
-    '<doc id="12" url="http://a.org/12" title="Ada">\nAda\n\n'
-    f'{_TEXT}\n</doc>\n'
-) * 2
+_WIKI = ''.join(
+    f'<doc id="{i}" url="http://a.org/{i}" title="Ada">\nAda\n\n{_TEXT}\n'
+    '</doc>\n'
+    for i in range(2)
+)
 _DUMP = f"""<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/"
  version="0.10" xml:lang="en"><siteinfo><sitename>W</sitename><dbname>w</dbname>
 <namespaces><namespace key="0" case="first-letter" /></namespaces></siteinfo>
@@ -191,7 +193,7 @@ def readers() -> dict[str, Reader]:
           [
               articles,
               *_compressed(articles),
-              {'a.json': json.dumps(_ARTICLES).encode()},
+              {'a.json': _lines(*_ARTICLES)},
               {'a.txt': _TEXT.encode()},
               {'wiki_00': _WIKI.encode()},
               {'wiki_00': _lines(*_ARTICLES)},
@@ -214,12 +216,12 @@ def readers() -> dict[str, Reader]:
               {'d.json': json.dumps(_QUESTIONS).encode()},
               {'e.jsonl': _lines({
                   'question_text': 'who?', 'example_id': 1,
-                  'document_tokens': [{'token': 'a', 'html_token': False}],
+                  'document_text': 'Ada wrote notes',
                   'annotations': [{'short_answers': [
                       {'start_token': 0, 'end_token': 1}
                   ]}],
               })},
-              {'f.tsv': b'who?\tAda|Bo\nwhere?\tYork\n'},
+              {'f.tsv': b'1\twho?\tAda|Bo\n2\twhere?\tYork\n'},
           ],
       ),
       'tagged': Reader(
@@ -275,6 +277,12 @@ def readers() -> dict[str, Reader]:
               'config.json': json.dumps(_CONFIG).encode(),
               'model.safetensors': _safetensors(),
           }],
+      ),
+      'config of a workdir': Reader(
+          lambda path: config_lib.read(path.parent),
+          [{'config.json': json.dumps(
+              config_lib.to_dict(config_lib.Config(corpus='c'))
+          ).encode()}],
       ),
       'generation': Reader(
           lambda path: generation.read_manifest(path.parent),
@@ -450,7 +458,7 @@ def run(
   counts: dict[str, collections.Counter[str]] = collections.defaultdict(
       collections.Counter
   )
-  failures, slowest = [], 0.0
+  failures, seconds = [], []
   numbers = range(inputs) if only is None else [only]
   logging.disable(logging.WARNING)
   try:
@@ -461,7 +469,9 @@ def run(
         found = outcome(
             all_readers[reader], folder, pathlib.Path(name), timeout
         )
-        slowest = max(slowest, time.perf_counter() - start)
+        seconds.append((
+            time.perf_counter() - start, number, f'{reader}, {damage}'
+        ))
         if found not in ('read', 'refused'):
           failures.append({
               'input': number, 'reader': reader, 'damage': damage,
@@ -477,7 +487,10 @@ def run(
       'seed': seed,
       'counts': {key: dict(value) for key, value in counts.items()},
       'failures': failures,
-      'slowest_seconds': round(slowest, 2),
+      'slowest': [
+          {'input': number, 'what': what, 'seconds': taken}
+          for taken, number, what in sorted(seconds)[:-6:-1]
+      ],
   }
 
 

@@ -344,7 +344,7 @@ def read(workdir: pathlib.Path | str) -> Config:
     )
   try:
     return from_dict(json.loads(path.read_text(encoding='utf-8')))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: {error}') from error
 
 

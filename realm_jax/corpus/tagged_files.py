@@ -54,8 +54,8 @@ class Table:
     """Returns columns with some of their values, for a message."""
     parts = []
     for name in columns:
-      values = dict.fromkeys(v for row in self.columns[name][:99] for v in row)
-      shown = sorted(map(str, values), key='O'.__eq__)[:4]
+      values = [str(v)[:40] for row in self.columns[name][:99] for v in row]
+      shown = sorted(dict.fromkeys(values), key='O'.__eq__)[:4]
       parts.append(f'{name} ({", ".join(shown)})')
     return '; '.join(parts)
 

@@ -205,6 +205,8 @@ def _open_index(path: pathlib.Path) -> dict[str, FileTensor]:
   with located(path):
     files = json.loads(path.read_bytes())['weight_map']
     shards = sorted(set(files.values()))
+    if not all(isinstance(shard, str) for shard in shards):
+      raise ValueError('weight_map must give the name of a file for each name')
   tensors: dict[str, FileTensor] = {}
   for shard in shards:
     file = path.parent / shard

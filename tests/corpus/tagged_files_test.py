@@ -227,6 +227,7 @@ def test_a_missing_file_is_named():
         (b'a O\nb\xff O\n', r':2: not UTF-8'),
         ('# only\n# comments\n', 'has no sentence'),
         ('{"tokens": [], "tags": []}', 'has no sentence'),
+        (record(tags=[['O']] * 4), r":1: the tag \['O'\] is neither"),
         ('word\ttag\n', 'has no sentence'),
     ],
 )
