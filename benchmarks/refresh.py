@@ -51,6 +51,7 @@ from realm_jax.index import embedding
 from realm_jax.index import generation
 from realm_jax.index import search
 from realm_jax.interop import convert
+from realm_jax.interop import huggingface_config
 from realm_jax.models import components
 from realm_jax.prepare import prepare
 from realm_jax.runtime import files
@@ -139,7 +140,7 @@ def _open_torch(
   versions = child.ask(
       'open',
       threads=len(os.sched_getaffinity(0)),
-      config=convert.foreign_config('embedder', config.model, None),
+      config=huggingface_config.foreign_config('embedder', config.model, None),
       weights=str(folder / 'weights.npz'),
       passages=str(folder / 'passages.npz'),
       longest=_LONGEST,

@@ -15,7 +15,6 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
-from realm_jax.interop import convert
 from realm_jax.interop import importing
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
@@ -117,9 +116,9 @@ class Retriever:
           ' an export with --format=huggingface.'
       )
     source = importing.open_source(path, blocks=False)
-    if 'embedder' not in convert.components_in(source.tensors):
+    if 'embedder' not in source.components:
       raise ValueError(f'{path} has no retriever.')
-    loaded = convert.load(source.tensors, source.config, ['embedder'])
+    loaded = source.load(['embedder'])
     if loaded.fresh:
       raise ValueError(
           f'{path} is a BERT without a retriever: it lacks'

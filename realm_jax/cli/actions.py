@@ -292,13 +292,21 @@ def _report(workdir: str, change: 'documents.Change') -> None:
     )
 
 
-def evaluate(*, workdir: str, tagged: str | None, **options: Any) -> None:
+def evaluate(
+    *,
+    workdir: str,
+    tagged: str | None,
+    tag_column: str | None,
+    tag_names: str | None,
+    **options: Any,
+) -> None:
   from realm_jax.evaluation import report
 
   if tagged:
     from realm_jax.evaluation import tagger
 
-    results = [tagger.evaluate(workdir, tagged)]
+    names = None if tag_names is None else lines.comma_separated(tag_names)
+    results = [tagger.evaluate(workdir, tagged, tag_column, names)]
   else:
     from realm_jax.evaluation import evaluate as evaluate_lib
 

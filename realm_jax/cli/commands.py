@@ -234,7 +234,11 @@ COMMANDS = {
         Flag('unknown_gold', ('miss', 'skip'), 'Whether a gold passage that the'
              ' corpus lacks counts as not retrieved, or is left out.', 'miss'),
         Flag('tagged', str, 'For a tagger: files of tagged sentences,'
-             ' comma-separated; CoNLL, or JSON Lines of {tokens, tags}.'),
+             ' comma-separated; columns, JSON or Parquet (docs/tagging.md).'),
+        Flag('tag_column', str, 'Column of the tags in --tagged: its name, or'
+             ' number from 1; default: as in training.'),
+        Flag('tag_names', str, 'Tags of the numbers 0, 1, ... in --tagged,'
+             ' comma-separated; default: as in training.'),
         Flag('corpus', str, 'Search this corpus instead of the training corpus;'
              ' same tokenizer.'),
         Flag('steps', str, '`latest`, `all` (every remaining snapshot and'
@@ -279,8 +283,10 @@ COMMANDS = {
         Flag('source', str, 'Checkpoints of BERT or REALM: folders or Hugging'
              ' Face hub ids, comma-separated, for one job.', REQUIRED),
         WORKDIR,
-        Flag('components', str, 'Some of embedder, reader, span_reader;'
-             ' default: all.'),
+        Flag('components', str, 'Some of embedder, reader, span_reader,'
+             ' tagger; default: all but a tagger.'),
+        Flag('body', str, 'Prefix of the tensors to take from a file with'
+             ' several BERTs, such as question_model.'),
         Flag('corpus', str, 'A corpus prepared with the vocabulary of the'
              ' checkpoint, for `index` and `evaluate`. An open-QA checkpoint'
              ' brings its own.'),

@@ -152,8 +152,10 @@ class OpenQaConfig:
 class TaggerConfig:
   """Training of a named-entity tagger for salient spans (docs/tagging.md)."""
 
-  # Files of tagged sentences, comma-separated: CoNLL or JSON Lines.
+  # Files of tagged sentences, comma-separated: columns, JSON or Parquet.
   files: str = ''
+  tag_column: str = ''  # Name, or number from 1; '': the only one with tags.
+  tag_names: tuple[str, ...] = ()  # Of numbers; (): as the files state them.
   length: int = 64  # L: [CLS] sentence [SEP]; longer ones take several rows.
 
 
@@ -379,7 +381,7 @@ def read(workdir: pathlib.Path | str) -> Config:
     )
   try:
     return from_dict(json.loads(path.read_text(encoding='utf-8')))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: {error}') from error
 
 
@@ -423,6 +425,8 @@ def identity(config: Config) -> dict[str, Any]:
     if not section['options']:  # Configs of older versions lack them.
       del section['options']
   values['model']['attention_dropout'] = attention_rate(config.model)
+  for name in ('tag_column', 'tag_names'):  # How to read an input.
+    del values['tagger'][name]
   for name in ('timeout', 'keep', 'max_builder_failures'):
     del values['refresh'][name]
   for section, field in _INPUT_FILES:

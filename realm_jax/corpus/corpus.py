@@ -185,7 +185,7 @@ class Corpus:
     try:
       manifest = json.loads(path.read_bytes())
       version = manifest['version']
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       raise ValueError(f'{path} is damaged: no readable manifest.') from None
     if version not in _READABLE:
       raise ValueError(

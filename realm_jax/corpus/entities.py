@@ -1,147 +1,28 @@
-"""Sentences with named entities: files, and wordpieces with labels.
+"""Sentences with named entities: wordpieces with labels.
 
 Tags are IOB2: `B-PER` begins an entity and `I-PER` continues it. Labels are
-numbers: 0 for O, then B and I of each type.
-
-Files are JSON Lines of {"tokens", "tags"}, or CoNLL: a token on each line, its
-tag in the last column, a blank line after a sentence; both may be compressed.
-Tags in files may be IO, IOB1, IOB2 or BIOES.
+numbers: 0 for O, then B and I of each type. `tagged_columns` reads files.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import itertools
-import pathlib
-from typing import Any
 
 import numpy as np
 
 from realm_jax.corpus import inputs
+from realm_jax.corpus import tagged_columns
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.runtime import lines as lines_lib
 
 NO_LABEL = -1  # For [CLS], [SEP], padding, and wordpieces inside a word.
-_DOCUMENT_START = '-DOCSTART-'  # A line of CoNLL 2003 that is not a token.
 
 Entity = tuple[str, int, int]  # Type, first word, last word + 1.
 
 
-@dataclasses.dataclass(frozen=True)
-class TaggedSentence:
-  """Words and their tags (IOB2)."""
-
-  tokens: list[str]
-  tags: list[str]
-
-
-def read(sources: str) -> list[TaggedSentence]:
-  """Reads files of tagged sentences, comma-separated.
-
-  Raises:
-    FileNotFoundError: a file does not exist.
-    ValueError: a line is wrong, with file and line, or a file has no sentence.
-  """
-  sentences = []
-  for source in lines_lib.comma_separated(sources):
-    path = pathlib.Path(source)
-    if not path.is_file():
-      raise FileNotFoundError(f'There is no file of tagged sentences {path}.')
-    json_lines = lines_lib.plain_name(path).endswith(('.jsonl', '.json'))
-    found = list((_read_json_lines if json_lines else _read_conll)(path))
-    if not found:
-      raise ValueError(
-          f'{path} has no sentence. It must be JSON Lines of {{"tokens",'
-          ' "tags"}, or CoNLL: a token and its tag on each line.'
-      )
-    sentences += found
-  if not sentences:
-    raise FileNotFoundError('No file of tagged sentences is given.')
-  return sentences
-
-
-def _read_json_lines(path: pathlib.Path) -> Iterator[TaggedSentence]:
-  for number, line in enumerate(lines_lib.lines(path), start=1):
-    if not line.strip():
-      continue
-    try:
-      tokens, tags = _columns(lines_lib.json_object(line))
-    except ValueError as error:
-      raise ValueError(f'{path}:{number}: {error}.') from None
-    if tokens:
-      yield TaggedSentence(tokens, _iob2(tags))
-
-
-def _columns(record: dict[str, Any]) -> tuple[list[str], list[str]]:
-  """Returns the tokens and tags of a JSON record; a ValueError says why not."""
-  for field in ('tokens', 'tags'):
-    column = record.get(field)
-    if not isinstance(column, list) or not all(
-        isinstance(word, str) for word in column
-    ):
-      raise ValueError(f'"{field}" must be a list of strings')
-  tokens, tags = record['tokens'], record['tags']
-  if len(tokens) != len(tags):
-    raise ValueError(f'{len(tokens)} tokens and {len(tags)} tags')
-  for tag in tags:
-    _check_tag(tag)
-  return tokens, tags
-
-
-def _read_conll(path: pathlib.Path) -> Iterator[TaggedSentence]:
-  tokens: list[str] = []
-  tags: list[str] = []
-  for number, line in enumerate((*lines_lib.lines(path), b''), start=1):
-    try:
-      columns = lines_lib.decoded(line).split()
-      if not columns:
-        if tokens:
-          yield TaggedSentence(tokens, _iob2(tags))
-        tokens, tags = [], []
-      elif columns[0] != _DOCUMENT_START:
-        if len(columns) < 2:
-          raise ValueError(
-              f'one column, {columns[0]!r}; a line must have a token and, in'
-              ' the last column, its tag'
-          )
-        _check_tag(columns[-1])
-        tokens.append(columns[0])
-        tags.append(columns[-1])
-    except ValueError as error:
-      raise ValueError(f'{path}:{number}: {error}.') from None
-
-
-def _check_tag(tag: str) -> None:
-  prefix, _, kind = tag.partition('-')
-  if tag != 'O' and (prefix not in 'BIESLU' or len(prefix) != 1 or not kind):
-    raise ValueError(
-        f'the tag {tag!r} is neither O nor one of B-, I-, E-, S- and a type,'
-        ' such as B-PER'
-    )
-
-
-def _iob2(tags: Sequence[str]) -> list[str]:
-  """Converts IO, IOB1, IOB2 and BIOES, by the rules of seqeval."""
-  written = []
-  before, open_type = 'O', ''  # Prefix and type of the previous tag.
-  for tag in tags:
-    prefix, _, kind = tag.partition('-')
-    if tag == 'O':
-      written.append('O')
-    elif prefix in 'BSU' or before in 'OESLU' or open_type != kind:
-      written.append(f'B-{kind}')
-    else:
-      written.append(f'I-{kind}')
-    before, open_type = prefix, kind
-  return written
-
-
-def types_of(sentences: Iterable[TaggedSentence]) -> tuple[str, ...]:
-  """Returns the entity types that occur, in alphabetical order."""
-  found = {
-      tag[2:] for sentence in sentences for tag in sentence.tags if tag != 'O'
-  }
-  return tuple(sorted(found))
+TaggedSentence = tagged_columns.TaggedSentence
+read = tagged_columns.read
+types_of = tagged_columns.types_of
 
 
 def labels(types: Sequence[str]) -> list[str]:
@@ -333,7 +214,7 @@ def tags_of_words(
   for row, place in zip(*np.nonzero(table.words_NL >= 0), strict=True):
     sentence, word = table.sentences_N[row], table.words_NL[row, place]
     found[sentence][word] = tag[labels_NL[row, place]]
-  return [_iob2(tags) for tags in found]
+  return [tagged_columns.iob2(tags) for tags in found]
 
 
 class _EncodedWords(dict):

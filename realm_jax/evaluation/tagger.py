@@ -11,20 +11,31 @@ from realm_jax.evaluation import report
 from realm_jax.inference import tagging
 
 
-def evaluate(workdir: pathlib.Path | str, sources: str) -> report.Result:
+def evaluate(
+    workdir: pathlib.Path | str,
+    sources: str,
+    tag_column: str | None = None,
+    tag_names: Sequence[str] | None = None,
+) -> report.Result:
   """Precision, recall and F1 over the entities of tagged sentences.
 
   Args:
     workdir: of the objective `tagger`.
     sources: of `entities.read`. If their types are not those of the tagger,
       only the figures of `any` are meaningful.
+    tag_column, tag_names: of `entities.read`; None: as in training.
 
   Returns:
     The contents of `workdir`/evaluation/<step>.json.
   """
   start = time.perf_counter()
-  sentences = entities.read(sources)
   tagger = tagging.SentenceTagger(workdir)
+  given = tagger.config.tagger
+  sentences = entities.read(
+      sources,
+      given.tag_column if tag_column is None else tag_column,
+      given.tag_names if tag_names is None else tag_names,
+  )
   table = entities.TaggedTable.of(
       sentences, None, tagger.config.tagger.length, tagger.tokenizer
   )

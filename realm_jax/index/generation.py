@@ -354,7 +354,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
   try:
     manifest = json.loads(text)
     version, digest = manifest['format_version'], manifest['manifest_sha256']
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise Damaged(f'{path}/{MANIFEST} is damaged. ' + _remedy(path)) from error
   if isinstance(version, int) and version > FORMAT_VERSION:
     raise ValueError(

@@ -1,45 +1,32 @@
 """Conversion of published weights to our parameters and back.
 
 Each tensor of a checkpoint becomes a parameter, is a copy of another tensor, or
-belongs to the class without being used. Any other tensor, and a missing one, is
-an error. `huggingface_names` has the names.
+is dropped with a reason. An unknown tensor of the network itself, and a missing
+one, is an error. `huggingface_names` has the names.
 """
 
+import collections
 from collections.abc import Iterable, Mapping
 import dataclasses
-from typing import Any, Literal
+import re
+from typing import Any
 
 import numpy as np
 
 from realm_jax import config as config_lib
+from realm_jax.corpus import entities
+from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import weights
 from realm_jax.models import components
 
 _BLOCK_EMB = 'block_emb'
-# 'gelu_pytorch_tanh' is the same function as 'gelu_new'.
-_ACTIVATIONS: dict[Any, Literal['gelu', 'gelu_new']] = {
-    'gelu': 'gelu',
-    'gelu_new': 'gelu_new',
-    'gelu_pytorch_tanh': 'gelu_new',
-}
-# Field of ModelConfig, key in config.json, and the default of the key.
-_SIZES: tuple[tuple[str, str, Any], ...] = (
-    ('num_layers', 'num_hidden_layers', 12),
-    ('width', 'hidden_size', 768),
-    ('num_heads', 'num_attention_heads', 12),
-    ('mlp_width', 'intermediate_size', 3072),
-    ('vocab_size', 'vocab_size', 30522),
-    ('max_positions', 'max_position_embeddings', 512),
-    ('layer_norm_eps', 'layer_norm_eps', 1e-12),
-    ('dropout', 'hidden_dropout_prob', 0.1),
-    ('init_stddev', 'initializer_range', 0.02),
-    ('embedding_width', 'retriever_proj_size', 128),
-    ('span_width', 'span_hidden_size', 256),
-    ('max_span_width', 'max_span_width', 10),
-    ('span_norm_eps', 'reader_layer_norm_eps', 1e-3),
-)
 _MAX_LISTED = 20
+# Embeddings are padded to a multiple of at most this, so that more rows without
+# a wordpiece are a sign of another model's vocabulary.
+_MAX_PADDING = 512
+_LAYER = re.compile(r'encoder\.layer\.(\d+)\.')
+_ADAPTER = re.compile(r'\b(lora_|adapters?\b|base_layer\b|prefix_)')
 
 Tensor = np.ndarray | weights.FileTensor
 
@@ -53,7 +40,10 @@ class Loaded:
   params: of each component, float32 numpy arrays.
   sources: names in the file to 'component/name' of the parameter.
   copies: names in the file to the tensor that each is a copy of.
-  unused: tensors that the class never uses, still in their file.
+  dtypes: of the tensors in the file that are not float32.
+  unused: tensors without a parameter, by name in the file.
+  dropped: names in the file of tensors that become no parameter, and why.
+  rows_cut: rows of the embedding behind the vocabulary.
   fresh: 'component/name' of the parameters that the checkpoint lacks, which are
     at their random initial values.
   block_emb: the document embeddings of an open-QA checkpoint, in their file.
@@ -64,98 +54,38 @@ class Loaded:
   params: dict[str, components.Params]
   sources: dict[str, str]
   copies: dict[str, str]
-  unused: dict[str, weights.FileTensor]
+  dtypes: dict[str, str]
+  unused: dict[str, Tensor]
+  dropped: dict[str, str]
+  rows_cut: int
   fresh: list[str]
   block_emb: weights.FileTensor | None
 
 
-def model_config(values: Mapping[str, Any]) -> config_lib.ModelConfig:
-  """Returns the model config for the contents of a config.json.
-
-  Unknown keys are ignored; a missing key has the default of transformers.
-
-  Raises:
-    ValueError: the architecture is not BERT as it was published.
-  """
-  kind = values.get('model_type', 'bert')
-  if kind not in ('bert', 'realm'):
-    raise ValueError(
-        f"config.json is of the architecture {kind!r}; only 'bert' and 'realm'"
-        ' can be read.'
-    )
-  act = values.get('hidden_act', 'gelu' if kind == 'bert' else 'gelu_new')
-  if act not in _ACTIVATIONS:
-    raise ValueError(
-        f'config.json has hidden_act={act!r}; known are {[*_ACTIVATIONS]}.'
-    )
-  for key, only in (
-      ('position_embedding_type', 'absolute'),
-      ('type_vocab_size', 2),
-      ('is_decoder', False),
-      ('add_cross_attention', False),
-  ):
-    if values.get(key, only) != only:
-      raise ValueError(
-          f'config.json has {key}={values[key]!r}; only {only!r} can be read.'
-      )
-  config = config_lib.ModelConfig()
-  config.activation = _ACTIVATIONS[act]
-  for field, key, default in _SIZES:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise ValueError(f'config.json has {key}={value!r}; expected a number.')
-    setattr(config, field, type(default)(value))
-  if config.width % config.num_heads:
-    raise ValueError(
-        f'config.json has hidden_size={config.width}, not a multiple of '
-        f'num_attention_heads={config.num_heads}.'
-    )
-  return config
-
-
-def foreign_config(
-    kind: str,
-    config: config_lib.ModelConfig,
-    base: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-  """Returns the contents of config.json for a model.
+def components_in(
+    tensors: Mapping[str, weights.FileTensor],
+    values: Mapping[str, Any] | None = None,
+    body: str | None = None,
+) -> list[str]:
+  """Returns the names of the components that a checkpoint has.
 
   Args:
-    kind: one of `huggingface_names.KINDS`.
-    config: resolved.
-    base: further keys, such as those of the imported checkpoint.
-  """
-  values = dict(base or {})
-  values |= {
-      'architectures': [huggingface_names.KINDS[kind]],
-      'model_type': 'bert' if kind in huggingface_names.BERT_KINDS else 'realm',
-      'hidden_act': config.activation,
-      'type_vocab_size': 2,
-      'torch_dtype': 'float32',
-      **{key: getattr(config, field) for field, key, _ in _SIZES},
-  }
-  # [PAD]; the default of REALM's class is another row, which is then not
-  # trained.
-  values.setdefault('pad_token_id', 0)
-  values.setdefault('attention_probs_dropout_prob', config.dropout)
-  if kind in huggingface_names.BERT_KINDS:
-    for field in ('embedding_width', 'span_width', 'max_span_width'):
-      values.pop(next(key for name, key, _ in _SIZES if name == field))
-    values.pop('reader_layer_norm_eps')
-  return values
-
-
-def components_in(tensors: Mapping[str, weights.FileTensor]) -> list[str]:
-  """Returns the names of the components that a checkpoint has.
+    tensors: by name.
+    values: its config.json, which tells whether a classifier is a tagger's.
+    body: see `huggingface_names.kind_of`.
 
   Raises:
     ValueError: it is neither BERT nor REALM.
   """
-  kind, _ = huggingface_names.kind_of(
-      map(huggingface_names.modern_name, tensors)
+  names = huggingface_names.modern_names(tensors)
+  kind, prefix = huggingface_names.kind_of(names, body)
+  tagger = (
+      kind == 'bert'
+      and huggingface_names.tagging_head(names, prefix) is not None
+      and huggingface_config.tags(values or {}) is not None
   )
   return {
-      'bert': ['embedder', 'reader'],
+      'bert': ['embedder', 'reader'] + ['tagger'] * tagger,
       'embedder': ['embedder'],
       'scorer': ['embedder'],
       'encoder': ['reader'],
@@ -169,45 +99,74 @@ def load(
     values: Mapping[str, Any],
     wanted: Iterable[str] | None = None,
     seed: int = 0,
+    *,
+    vocab_size: int | None = None,
+    body: str | None = None,
 ) -> Loaded:
   """Converts a checkpoint; its tensor names tell its kind.
 
   Args:
     tensors: of the checkpoint's files, by name.
     values: its config.json.
-    wanted: components to convert; None: all.
+    wanted: components to convert; None: all but a tagger.
     seed: for parameters that a BERT does not have.
+    vocab_size: wordpieces of the tokenizer; an embedding that was padded has
+      more rows, which are cut. None: as many as the embedding has rows.
+    body: see `huggingface_names.kind_of`.
 
   Raises:
-    ValueError: lists every tensor that is missing, unexpected, of a wrong
-      shape, or differs from what it is a copy of; or names a component that the
-      checkpoint lacks.
+    ValueError: lists every tensor that is missing, unexpected, or of a wrong
+      shape; or names a component that the checkpoint lacks; or the embedding
+      does not fit the vocabulary.
   """
-  config = model_config(values)
+  config = huggingface_config.model_config(values)
   named = {
-      huggingface_names.modern_name(name): tensor
-      for name, tensor in tensors.items()
-      if not name.endswith('embeddings.position_ids')
+      modern: tensors[name]
+      for modern, name in huggingface_names.modern_names(tensors).items()
   }
-  kind, prefix = huggingface_names.kind_of(named)
+  kind, prefix = huggingface_names.kind_of(named, body)
   if kind == 'scorer' and _differ(named):
     config.towers = 'separate'
-  layout = (
-      huggingface_names.bert_layout(config, named, prefix)
-      if kind == 'bert'
-      else huggingface_names.layout_of(kind, config)
-  )
-  known = sorted({e.ours.partition('/')[0] for e in layout.entries})
-  names = known if wanted is None else list(wanted)
+  known = components_in(tensors, values, body)
+  names = [n for n in known if n != 'tagger'] if wanted is None else [*wanted]
   if not names or set(names) - set(known):
     raise ValueError(
         f'The checkpoint is of the kind {kind!r} and has the components'
         f' {known}; wanted: {names}.'
     )
+  tags = (huggingface_config.tags(values) or []) if 'tagger' in names else []
+  if tags:
+    config.entity_types = tuple(huggingface_config.types(tags))
+    config.capitals = values.get('capitals') is True
+  _set_rows(config, named, vocab_size)
+  dropped = {}
+  if kind == 'bert':
+    layout = huggingface_names.bert_layout(config, named, prefix, bool(tags))
+    dropped = huggingface_names.dropped(layout, named, prefix)
+    head = huggingface_names.tagging_head(dropped, prefix)
+    if head is not None and 'tagger' in known:
+      dropped[head] += ' of tokens, which --components=tagger takes'
+  else:
+    layout = huggingface_names.layout_of(kind, config)
+    dropped = {
+        name: 'no component computes with it'
+        for name in named
+        if name in layout.unused or name.endswith(huggingface_names.BUFFERS)
+    }
+  dropped |= _other_copies(layout, named)
   parts = {name: components.make(name, config) for name in known}
   block_emb = named.pop(_BLOCK_EMB, None) if kind == 'openqa' else None
-  _check(kind, config, layout, parts, named, block_emb)
-  params, sources = _read(layout, named, names)
+  _check(kind, config, layout, parts, named, dropped, block_emb)
+  rows_cut = config.vocab_size - (vocab_size or config.vocab_size)
+  if rows_cut:
+    config.vocab_size -= rows_cut
+    parts = {name: components.make(name, config) for name in known}
+  read = _Reader(layout, named, config.vocab_size, rows_cut)
+  params, sources = read.params(names)
+  if tags:
+    order = [tags.index(tag) for tag in entities.labels(config.entity_types)]
+    for name in ('output.kernel', 'output.bias'):
+      params['tagger'][name] = params['tagger'][name][..., order]
   fresh = []
   for name in names:
     missing = parts[name].abstract.keys() - params[name].keys()
@@ -215,15 +174,92 @@ def load(
       initial = parts[name].init(seed)
       params[name] |= {key: np.asarray(initial[key]) for key in missing}
       fresh += [f'{name}/{key}' for key in sorted(missing)]
-  unused = {n: named[n] for n in layout.unused if n in named}
-  copies = {
-      tensor.name: named[layout.copies[name]].name
-      for name, tensor in named.items()
-      if name in layout.copies
-  }
+  # An export returns the tensors of REALM's classes by the names of the class.
+  original = {n: t.name if kind == 'bert' else n for n, t in named.items()}
   return Loaded(
-      kind, config, params, sources, copies, unused, fresh, block_emb
+      kind='tagger' if names == ['tagger'] else kind,
+      config=config,
+      params=params,
+      sources={original[name]: ours for name, ours in sources.items()},
+      copies={
+          original[name]: original[target]
+          for name, target in layout.copies.items()
+          if name in named.keys() - dropped.keys()
+      },
+      dtypes={
+          original[name]: str(named[name].dtype)
+          for name in sources
+          if named[name].dtype != np.float32
+      },
+      unused={
+          original[name]: read.cut(name)
+          for name in dropped
+          if not name.endswith(huggingface_names.BUFFERS)
+      },
+      dropped={
+          named[name].name: dropped.get(name, 'of another component')
+          for name in named
+          if name in dropped or name not in sources | layout.copies
+      },
+      rows_cut=rows_cut,
+      fresh=fresh,
+      block_emb=block_emb,
   )
+
+
+def _set_rows(
+    config: config_lib.ModelConfig,
+    named: Mapping[str, weights.FileTensor],
+    vocab_size: int | None,
+) -> None:
+  """Sets the size of the vocabulary to the rows of the embedding.
+
+  Raises:
+    ValueError: the vocabulary is another one.
+  """
+  if vocab_size is None:
+    return
+  rows = config.vocab_size
+  for name, tensor in named.items():
+    if name.endswith(huggingface_names.WORD_EMBED) and tensor.shape:
+      rows = tensor.shape[0]
+  # config.json may state the size before the padding.
+  if config.vocab_size not in (rows, vocab_size):
+    return  # The shapes of the tensors are refused later.
+  config.vocab_size = rows
+  if not 0 <= rows - vocab_size < _MAX_PADDING:
+    raise ValueError(
+        f'the vocabulary has {vocab_size} wordpieces, but the checkpoint was'
+        f' made for {rows} (rows of its word embeddings)'
+        + f'; at most {_MAX_PADDING - 1} rows more are taken for padding. Give'
+        ' its own with --vocab.'
+    )
+
+
+def _other_copies(
+    layout: huggingface_names.Layout,
+    named: Mapping[str, weights.FileTensor],
+) -> dict[str, str]:
+  """Returns the tensors that should equal another one and do not.
+
+  A decoder that is not tied to the word embeddings is the usual case.
+  """
+  found = {}
+  for name, target in layout.copies.items():
+    if name not in named or target not in named:
+      continue
+    ours, other = named[name], named[target]
+    if ours.shape != other.shape or _equal(ours, other):
+      continue
+    difference = np.abs(
+        ours.read().astype(np.float32) - other.read().astype(np.float32)
+    )
+    found[name] = (
+        f'differs from {target} by up to {difference.max():.3g}; here both are'
+        ' one parameter, so the outputs of this head are others until it is'
+        ' trained'
+    )
+  return found
 
 
 def _differ(named: Mapping[str, weights.FileTensor]) -> bool:
@@ -248,6 +284,7 @@ def _check(
     layout: huggingface_names.Layout,
     parts: Mapping[str, components.Component],
     named: Mapping[str, weights.FileTensor],
+    dropped: Mapping[str, str],
     block_emb: weights.FileTensor | None,
 ) -> None:
   """Raises a ValueError that lists all tensors that do not fit."""
@@ -256,16 +293,32 @@ def _check(
     component, _, name = entry.ours.partition('/')
     shape = tuple(parts[component].abstract[name].shape)
     shapes[entry.theirs] = shape[::-1] if entry.transposed else shape
-  problems = [
+  layers = {
+      int(match[1]) + 1
+      for name in named.keys() - dropped.keys()
+      if (match := _LAYER.search(name))
+  }
+  problems = []
+  if layers and max(layers) != config.num_layers:
+    problems.append(
+        f'config.json has num_hidden_layers={config.num_layers}, the weights'
+        f' have {max(layers)} layers; correct the one that is wrong'
+    )
+  problems += [
       f'missing: {e.theirs} {shapes[e.theirs]}'
       for e in layout.entries
       if e.theirs not in named
   ]
   for name, tensor in named.items():
+    if name in dropped and name not in shapes:
+      continue
     if name in layout.copies:
       target = layout.copies[name]
-      if target in named and not _equal(tensor, named[target]):
-        problems.append(f'differs from {target}: {name}')
+      if target in named and tensor.shape != named[target].shape:
+        problems.append(
+            f'of shape {tensor.shape}, and {target} of'
+            f' {named[target].shape}: {name}'
+        )
     elif name not in shapes:
       problems.append(f'unexpected: {name} {tensor.shape}')
     elif tensor.shape != shapes[name]:
@@ -286,40 +339,63 @@ def _check(
   if problems:
     problems = list(dict.fromkeys(problems))  # BERT's entries appear twice.
     more = len(problems) - _MAX_LISTED
+    mend = 'Give config.json and weights of one model.'
+    if any(map(_ADAPTER.search, named)):
+      mend = 'Merge the adapter into the weights (peft: merge_and_unload).'
     raise ValueError(
         'The checkpoint does not fit its config.json as a'
         f' {huggingface_names.KINDS[kind]}:\n  '
         + '\n  '.join(problems[:_MAX_LISTED])
         + (f'\n  and {more} more' if more > 0 else '')
+        + f'\n{mend}'
     )
 
 
-def _read(
-    layout: huggingface_names.Layout,
-    named: Mapping[str, weights.FileTensor],
-    wanted: Iterable[str],
-) -> tuple[dict[str, components.Params], dict[str, str]]:
-  params: dict[str, components.Params] = {name: {} for name in wanted}
-  sources: dict[str, str] = {}
-  arrays: dict[str, np.ndarray] = {}
-  shared = {}
-  for entry in layout.entries:
-    shared[entry.theirs] = entry.theirs in shared
-  for entry in layout.entries:
-    component, _, name = entry.ours.partition('/')
-    if component not in params:
-      continue
-    array = arrays.get(entry.theirs)
-    if array is None:
-      array = named[entry.theirs].read()
-      if entry.transposed:
-        array = np.ascontiguousarray(array.T)
-      array = array.astype(np.float32, copy=False)
-      if shared[entry.theirs]:  # Both components of a BERT share the array.
-        arrays[entry.theirs] = array
-      sources[named[entry.theirs].name] = entry.ours
-    params[component][name] = array
-  return params, sources
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """Reads tensors without the rows that pad an embedding.
+
+  layout: entries to read.
+  named: tensors by their names in the layout.
+  rows, rows_cut: rows of the embedding that are kept, and others.
+  """
+
+  layout: huggingface_names.Layout
+  named: Mapping[str, weights.FileTensor]
+  rows: int
+  rows_cut: int
+
+  def cut(self, name: str) -> Tensor:
+    """Returns a tensor, still in its file if no row of it is cut."""
+    tensor = self.named[name]
+    is_table = name.endswith(huggingface_names.TABLES)
+    if not self.rows_cut or not is_table or not tensor.shape:
+      return tensor
+    return tensor.read()[: self.rows]
+
+  def params(
+      self, wanted: Iterable[str]
+  ) -> tuple[dict[str, components.Params], dict[str, str]]:
+    """Returns the parameters, and the name of one for each tensor."""
+    params: dict[str, components.Params] = {name: {} for name in wanted}
+    entries = [e for e in self.layout.entries if e.ours.split('/')[0] in params]
+    uses = collections.Counter(e.theirs for e in entries)
+    sources: dict[str, str] = {}
+    shared: dict[str, np.ndarray] = {}
+    for entry in entries:
+      component, _, name = entry.ours.partition('/')
+      array = shared.get(entry.theirs)
+      if array is None:
+        tensor = self.cut(entry.theirs)
+        array = tensor if isinstance(tensor, np.ndarray) else tensor.read()
+        if entry.transposed:
+          array = np.ascontiguousarray(array.T)
+        array = array.astype(np.float32, copy=False)
+        if uses[entry.theirs] > 1:  # The components of a BERT share the array.
+          shared[entry.theirs] = array
+        sources[entry.theirs] = entry.ours
+      params[component][name] = array
+    return params, sources
 
 
 def tensors_of(

@@ -16,6 +16,7 @@ import numpy as np
 
 from realm_jax.interop import convert
 from realm_jax.interop import export_huggingface
+from realm_jax.interop import huggingface_config
 from realm_jax.interop import weights
 
 Path = export_huggingface.Path
@@ -198,7 +199,7 @@ def _tower(
   """Writes BERT, [CLS], tanh pooler, projection and LayerNorm as modules."""
   config = model.trained.config.model
   params = {k: np.asarray(v) for k, v in model.params['embedder'].items()}
-  values = convert.foreign_config('bert', config)
+  values = huggingface_config.foreign_config('bert', config)
   _json(folder / 'config.json', values | {'architectures': ['BertModel']})
   _weights(folder, convert.tower_tensors(config, params, encoder))
   model.write_tokenizer(folder, 'BertTokenizer')

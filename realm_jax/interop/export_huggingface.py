@@ -22,6 +22,7 @@ from realm_jax.corpus import entities
 from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import block_records
 from realm_jax.interop import convert
+from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import importing
 from realm_jax.interop import weights
@@ -284,7 +285,7 @@ def _write(
 ) -> None:
   source = next((one for one in model.imported if one.kind == kind), None)
   config = model.trained.config
-  values = convert.foreign_config(
+  values = huggingface_config.foreign_config(
       kind, config.model, source.config if source else None
   )
   if kind not in huggingface_names.BERT_KINDS:
@@ -293,6 +294,7 @@ def _write(
     tags = entities.labels(config.model.entity_types)
     values['id2label'] = {str(label): tag for label, tag in enumerate(tags)}
     values['label2id'] = {tag: label for label, tag in enumerate(tags)}
+    values['capitals'] = config.model.capitals
   tensors: dict[str, np.ndarray | weights.Chunked]
   if kind == 'bert' and source is not None:
     values['architectures'] = source.config.get('architectures', ['BertModel'])
@@ -301,13 +303,14 @@ def _write(
         for name, ours in source.tensors.items()
     }
     tensors |= {name: tensors[of] for name, of in source.copies.items()}
-    tensors |= source.unused
   else:
     tensors = dict(
         convert.tensors_of(
             kind, config.model, model.params, source.unused if source else None
         )
     )
+  if source is not None:
+    tensors |= source.unused
   if kind == 'openqa':
     index = model.trained.published(model.params, model.step)
     live = index.live_rows
@@ -317,7 +320,7 @@ def _write(
   if source is not None and source.dtypes:
     # A conversion from half precision to float32 and back is exact.
     for name, dtype in source.dtypes.items():
-      tensor = tensors[name]
+      tensor = tensors.get(name)
       if isinstance(tensor, np.ndarray):
         tensors[name] = tensor.astype(np.dtype(dtype))
     values['torch_dtype'] = source.config.get('torch_dtype', 'float16')

@@ -1,6 +1,7 @@
 """Tensor names of published checkpoints and the parameters they map to.
 
-Covers two classes of BERT and the five REALM classes of transformers 4.40.2.
+Covers the body of any BERT with the heads that a component has, and the five
+REALM classes of transformers 4.40.2.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,8 +20,34 @@ KINDS = {
     'tagger': 'BertForTokenClassification',
 }
 BERT_KINDS = ('bert', 'tagger')  # In every version of transformers.
-_WORD_EMBED = 'embeddings.word_embeddings.weight'
+WORD_EMBED = 'embeddings.word_embeddings.weight'
 _HEAD = 'cls.predictions.'  # The masked-LM head.
+# Parts of names that belong to no model: DataParallel, torch.compile, FSDP and
+# activation checkpointing.
+_WRAPPERS = frozenset((
+    'module',
+    '_orig_mod',
+    '_fsdp_wrapped_module',
+    '_checkpoint_wrapped_module',
+))
+# Parts of the names of tensors that become no parameter, and what these are.
+_WITHOUT_USE = {
+    'position_ids': 'a buffer of positions, computed here',
+    'token_type_ids': 'a buffer of segments, computed here',
+    'pooler.': 'a pooler of another form than that of BERT',
+    'cls.seq_relationship.': 'the head of next-sentence prediction',
+    'qa_outputs.': 'a head for answers in a passage',
+    'encode_proj.': 'a projection of DPR',
+    'classifier.': 'a classifier',
+}
+# Ends of the names whose tensors have a row for each wordpiece.
+TABLES = (
+    WORD_EMBED,
+    f'{_HEAD}bias',
+    f'{_HEAD}decoder.weight',
+    f'{_HEAD}decoder.bias',
+)
+BUFFERS = ('embeddings.position_ids', 'embeddings.token_type_ids')
 
 # BERT's tensors: the name in transformers and the name of the parameter.
 _EMBEDDINGS = {'word': 'word', 'position': 'position', 'token_type': 'type'}
@@ -156,7 +183,7 @@ def _encoder(config: config_lib.ModelConfig) -> Layout:
           *_mlm_head(_HEAD, 'reader/'),
       ],
       {
-          f'{_HEAD}decoder.weight': f'realm.{_WORD_EMBED}',
+          f'{_HEAD}decoder.weight': f'realm.{WORD_EMBED}',
           f'{_HEAD}decoder.bias': f'{_HEAD}bias',
       },
       _pooler_shapes('realm.', config),
@@ -186,31 +213,79 @@ def _open_qa(config: config_lib.ModelConfig) -> Layout:
 
 
 def bert_layout(
-    config: config_lib.ModelConfig, names: Iterable[str], prefix: str
+    config: config_lib.ModelConfig,
+    names: Iterable[str],
+    prefix: str,
+    tagger: bool = False,
 ) -> Layout:
   """Returns the layout of BERT as a reader and as part of an embedder.
 
-  A name may occur in two entries: both components start from the tensor.
+  A name may occur in several entries: each component starts from the tensor.
+
+  Args:
+    config: sizes of the model.
+    names: of the tensors; a pooler and a masked-LM head may be absent.
+    prefix: of the body's tensors.
+    tagger: whether the classifier is that of a tagger.
   """
   names = set(names)
-  d = config.width
+  owners = ['reader/bert', 'embedder/encoder.bert']
+  if tagger:
+    owners.append('tagger/bert')
   entries = [
-      *_body(prefix, 'reader/bert', config.num_layers),
-      *_body(prefix, 'embedder/encoder.bert', config.num_layers),
+      entry
+      for ours in owners
+      for entry in _body(prefix, ours, config.num_layers)
   ]
-  if any(name.startswith(f'{prefix}pooler.') for name in names):
-    entries += _module(f'{prefix}pooler.dense', 'embedder/encoder.pooler')
-  if any(name.startswith(_HEAD) for name in names):
-    entries += _mlm_head(_HEAD, 'reader/')
+  pooler = _module(f'{prefix}pooler.dense', 'embedder/encoder.pooler')
+  if all(entry.theirs in names for entry in pooler):
+    entries += pooler
+  outer = _outer(prefix)
+  if tagger:
+    entries += _module(f'{outer}classifier', 'tagger/output')
+  head = f'{outer}{_HEAD}'
+  if any(name.startswith(head) for name in names):
+    entries += _mlm_head(head, 'reader/')
   copies = {
-      f'{_HEAD}decoder.weight': f'{prefix}{_WORD_EMBED}',
-      f'{_HEAD}decoder.bias': f'{_HEAD}bias',
+      f'{head}decoder.weight': f'{prefix}{WORD_EMBED}',
+      f'{head}decoder.bias': f'{head}bias',
   }
-  unused = {  # Next-sentence prediction.
-      'cls.seq_relationship.weight': (2, d),
-      'cls.seq_relationship.bias': (2,),
-  }
-  return Layout(entries, copies, unused)
+  return Layout(entries, copies, {})
+
+
+def _outer(prefix: str) -> str:
+  """Returns the prefix of the heads, where `prefix` is that of the body."""
+  parts = prefix.split('.')[:-1]
+  return ''.join(f'{part}.' for part in parts[:-1])
+
+
+def tagging_head(names: Iterable[str], prefix: str) -> str | None:
+  """Returns the name of the weight of a classifier, if there is one."""
+  name = f'{_outer(prefix)}classifier.weight'
+  return name if name in set(names) else None
+
+
+def dropped(
+    layout: Layout, names: Iterable[str], prefix: str
+) -> dict[str, str]:
+  """Returns the tensors of a BERT that no component has, and the reasons.
+
+  A tensor of the embeddings or of the layers that is not in the layout is not
+  among them: without it, the network would be another one.
+  """
+  used = {entry.theirs for entry in layout.entries} | set(layout.copies)
+  body = (f'{prefix}embeddings.', f'{prefix}encoder.')
+  found = {}
+  for name in names:
+    if name in used or name.startswith(body) and not name.endswith(BUFFERS):
+      continue
+    reason = 'a head, or another network'
+    for part, what in _WITHOUT_USE.items():
+      if part in name:
+        reason = what
+        break
+    found[name] = reason
+  return found
 
 
 def _masked_lm(config: config_lib.ModelConfig) -> Layout:
@@ -242,19 +317,32 @@ _LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], Layout]] = {
 }
 
 
-def kind_of(names: Iterable[str]) -> tuple[str, str]:
+def kind_of(names: Iterable[str], body: str | None = None) -> tuple[str, str]:
   """Returns the kind of a checkpoint and the prefix of a BERT's body.
 
+  Args:
+    names: of `modern_names`.
+    body: prefix of the body to take, as a BERT; None: the only one.
+
   Raises:
-    ValueError: the names are neither of BERT nor of REALM.
+    ValueError: the names are neither of BERT nor of REALM, or there are several
+      bodies.
   """
   names = set(names)
-  prefixes = {
-      name.removesuffix(_WORD_EMBED)
+  prefixes = sorted(
+      name.removesuffix(WORD_EMBED)
       for name in names
-      if name.endswith(_WORD_EMBED)
-  }
-  match sorted(prefixes):
+      if name.endswith(f'.{WORD_EMBED}') or name == WORD_EMBED
+  )
+  if body is not None:
+    prefix = f'{body.rstrip(".")}.' if body else ''
+    if prefix not in prefixes:
+      raise ValueError(
+          f'No BERT is at the prefix {body!r}; the checkpoint has word'
+          f' embeddings at {prefixes}.'
+      )
+    return 'bert', prefix
+  match prefixes:
     case ['embedder.realm.', 'reader.realm.']:
       return 'openqa', ''
     case ['embedder.realm.'] | ['embedder.realm.', 'query_embedder.realm.']:
@@ -268,23 +356,62 @@ def kind_of(names: Iterable[str]) -> tuple[str, str]:
         if mark in names:
           return kind, ''
       return 'bert', 'realm.'
-    case ['bert.']:
-      return 'bert', 'bert.'
-    case ['']:
-      return 'bert', ''
+    case [prefix] if not _other_architecture(prefix):
+      return 'bert', prefix
+    case [_, _, *_]:
+      raise ValueError(
+          'The checkpoint has several encoders, with word embeddings at'
+          f' {prefixes}; name one, such as --body={prefixes[0].rstrip(".")}.'
+      )
   shown = ', '.join(sorted(names)[:5])
   raise ValueError(
       'The checkpoint is neither BERT nor REALM: it has word embeddings at '
-      f'{sorted(prefixes)}, and tensors such as {shown}.'
+      f'{prefixes}, and tensors such as {shown}.'
   )
 
 
-def modern_name(name: str) -> str:
-  """Renames the LayerNorm tensors of checkpoints from before 2019."""
-  for old, new in (('gamma', 'weight'), ('beta', 'bias')):
-    if name.endswith(f'LayerNorm.{old}'):
-      return name.removesuffix(old) + new
-  return name
+def _other_architecture(prefix: str) -> bool:
+  """Whether a prefix is that of another architecture of transformers."""
+  if prefix in ('', 'bert.'):
+    return False
+  import transformers  # Takes a second; few checkpoints need it.
+
+  others = set(transformers.CONFIG_MAPPING) - {'bert', 'dpr', 'realm'}
+  return not others.isdisjoint(prefix.split('.'))
+
+
+def modern_names(names: Iterable[str]) -> dict[str, str]:
+  """Returns the names of tensors in a file by their names in transformers.
+
+  Names are without the parts of wrappers; the LayerNorms of checkpoints from
+  before 2019 have `gamma` and `beta`.
+
+  Raises:
+    ValueError: two tensors have the same name.
+  """
+  found: dict[str, str] = {}
+  for name in names:
+    modern = '.'.join(p for p in name.split('.') if p not in _WRAPPERS)
+    for old, new in (('gamma', 'weight'), ('beta', 'bias')):
+      if modern.endswith(f'LayerNorm.{old}'):
+        modern = modern.removesuffix(old) + new
+    other = found.setdefault(modern, name)
+    if other != name:
+      raise ValueError(
+          f'The checkpoint has {modern} twice, as {other} and as {name}; remove'
+          ' one of them.'
+      )
+  if all(name.startswith('model.') for name in found):
+    found = {key.removeprefix('model.'): name for key, name in found.items()}
+  for name in [n for n in found if n.endswith(f'{_HEAD}decoder.bias')]:
+    found.setdefault(name.replace('decoder.bias', 'bias'), found[name])
+  # Of two tied tensors, a file may have either name.
+  for name in [n for n in found if n.endswith(f'{_HEAD}decoder.weight')]:
+    outer = name.removesuffix(f'{_HEAD}decoder.weight')
+    for body in (f'{outer}bert.', outer):
+      if f'{body}{WORD_EMBED}'.replace('word', 'position') in found:
+        found.setdefault(f'{body}{WORD_EMBED}', found[name])
+  return found
 
 
 def layout_of(kind: str, config: config_lib.ModelConfig) -> Layout:

@@ -5,9 +5,11 @@ the workdir. Tensors that no model computes with are stored too, so that an
 export returns every tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 import re
@@ -21,6 +23,7 @@ from realm_jax.corpus import pretrained_tokenizer
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.interop import block_records
 from realm_jax.interop import convert
+from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import weights
 from realm_jax.runtime import checkpoint
@@ -32,6 +35,10 @@ DIRECTORY = 'imported'  # In a workdir; holds one folder for each source.
 CORPUS = 'corpus'
 _UNUSED = 'unused.safetensors'
 _HUB_ID = re.compile(r'[\w-][\w.-]*(/[\w-][\w.-]*)?')
+
+_MAX_SHOWN = 6  # Names in a line of the log.
+
+log = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
 
@@ -45,6 +52,7 @@ class Source:
   config: the contents of config.json.
   tensors: by name, still in their files.
   vocab: where the tokenizer is read from.
+  body: prefix of the tensors to take; None: there is one BERT, or a REALM.
   """
 
   name: str
@@ -52,30 +60,69 @@ class Source:
   config: dict[str, Any]
   tensors: dict[str, weights.FileTensor]
   vocab: str
+  body: str | None = None
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer_lib.Tokenizer:
-    """The tokenizer, with one wordpiece for each row of the embedding.
+    """The tokenizer; see `Tokenizer.from_source` for errors."""
+    return tokenizer_lib.Tokenizer.from_source(self.vocab)
+
+  @functools.cached_property
+  def components(self) -> list[str]:
+    """Names of the components that the checkpoint has."""
+    with _located(self.name):
+      return convert.components_in(self.tensors, self.config, self.body)
+
+  def load(
+      self, wanted: Sequence[str] | None = None, seed: int = 0
+  ) -> convert.Loaded:
+    """Converts the checkpoint; the log says what is dropped.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is damaged or has another size than the embedding.
+      FileNotFoundError: there is no tokenizer.
+      ValueError: see `convert.load`.
     """
-    tokenizer = tokenizer_lib.Tokenizer.from_source(self.vocab)
-    rows = convert.model_config(self.config).vocab_size
-    if tokenizer.vocab_size != rows:
-      raise ValueError(
-          f'The vocabulary of {self.vocab} has {tokenizer.vocab_size}'
-          f' wordpieces, but {self.name} was made for {rows} (vocab_size in its'
-          ' config.json). Give its own with --vocab.'
+    size = self.tokenizer.vocab_size
+    with _located(self.name):
+      loaded = convert.load(
+          *(self.tensors, self.config, wanted, seed),
+          vocab_size=size,
+          body=self.body,
       )
-    return tokenizer
+    if loaded.rows_cut:
+      log.info(
+          '%s: the last %d of %d rows of the word embeddings are padding, and'
+          ' are dropped; the vocabulary has %d wordpieces.',
+          *(self.name, loaded.rows_cut, size + loaded.rows_cut, size),
+      )
+    for reason, names in _by_reason(loaded.dropped).items():
+      shown = ', '.join(names[:_MAX_SHOWN])
+      more = f' and {len(names) - _MAX_SHOWN} more'
+      shown += more if len(names) > _MAX_SHOWN else ''
+      log.info('%s: dropped: %s (%s).', self.name, shown, reason)
+    return loaded
 
   @property
   def blocks(self) -> pathlib.Path | None:
     """The documents of an open-QA checkpoint, if its folder has them."""
     path = self.folder / block_records.FILE
     return path if path.is_file() else None
+
+
+@contextlib.contextmanager
+def _located(name: str) -> Iterator[None]:
+  """Raises a ValueError with the name of the checkpoint."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from None
+
+
+def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
+  found: dict[str, list[str]] = {}
+  for name, reason in dropped.items():
+    found.setdefault(reason, []).append(name)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +170,10 @@ def looks_foreign(name: Path) -> bool:
 
 
 def open_source(
-    name: Path, vocab: str | None = None, blocks: bool = True
+    name: Path,
+    vocab: str | None = None,
+    blocks: bool = True,
+    body: str | None = None,
 ) -> Source:
   """Opens a checkpoint's folder, or downloads it from the hub.
 
@@ -132,6 +182,7 @@ def open_source(
       'google/realm-cc-news-pretrained-embedder'.
     vocab: source of the tokenizer; None: the checkpoint.
     blocks: whether to download the documents of an open-QA checkpoint too.
+    body: prefix of the tensors to take, for a file with several BERTs.
 
   Raises:
     FileNotFoundError: it is neither, or lacks config.json or weights.
@@ -152,12 +203,11 @@ def open_source(
   config = files.read_json(path)
   if not isinstance(config, dict):
     raise ValueError(f'{path} is not a JSON object.')
-  try:
-    convert.model_config(config)  # Another architecture is refused first.
-  except ValueError as error:
-    raise ValueError(f'{folder}: {error}') from None
+  with _located(str(folder)):
+    # Another architecture is refused first.
+    huggingface_config.model_config(config)
   tensors = weights.open_folder(folder)
-  return Source(str(name), folder, config, tensors, vocab or str(folder))
+  return Source(str(name), folder, config, tensors, vocab or str(folder), body)
 
 
 def _download(name: str, blocks: bool) -> pathlib.Path:
@@ -179,10 +229,13 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
     if found is None:
       continue
     if file.endswith('.json'):
-      for shard in sorted(set(files.read_json(found)['weight_map'].values())):
+      with weights.located(found):
+        shards = sorted(set(files.read_json(found)['weight_map'].values()))
+      for shard in shards:
         get(shard)
     break
-  architecture = files.read_json(config).get('architectures') or []
+  with weights.located(config):
+    architecture = files.read_json(config).get('architectures') or []
   if blocks and huggingface_names.KINDS['openqa'] in architecture:
     get(block_records.FILE)
   return config.parent
@@ -198,6 +251,7 @@ def run(
     blocks: str | None = None,
     workers: int | None = None,
     seed: int = 0,
+    body: str | None = None,
 ) -> dict[str, Any]:
   """Writes a workdir with the parameters of one or more checkpoints.
 
@@ -205,17 +259,19 @@ def run(
     names: folders or hub ids; together they give each component once, such as
       an embedder's and an encoder's.
     workdir: output; it appears, complete, at the very end.
-    components: 'embedder', 'reader', 'span_reader'; None: all.
+    components: 'embedder', 'reader', 'span_reader', 'tagger'; None: all but a
+      tagger.
     corpus: a corpus prepared with the checkpoint's vocabulary, for `index` and
       `evaluate`. An open-QA checkpoint brings its own.
     vocab: vocabulary to use instead of the checkpoint's.
     blocks: block_records.npy of an open-QA checkpoint whose folder has none.
     workers: processes that make the corpus of an open-QA checkpoint.
     seed: for parameters that a checkpoint does not have.
+    body: prefix of the tensors to take, for a file with several BERTs.
 
   Returns:
-    A summary: the source of each component, and the names of the parameters
-    at their random initial values.
+    A summary: the source of each component, the names of the parameters at
+    their random initial values, and the tensors that were dropped.
 
   Raises:
     FileExistsError: `workdir` exists and is not empty.
@@ -228,14 +284,14 @@ def run(
     raise FileExistsError(
         f'{workdir} exists and is not empty; give another --workdir.'
     )
-  sources = [open_source(name, vocab, blocks is None) for name in names]
+  sources = [open_source(name, vocab, blocks is None, body) for name in names]
   if not sources:
     raise ValueError('Give a --source: a folder or a hub id.')
   chosen = _choose(sources, components)
   tokenizer = _one_tokenizer(sources)
   with files.atomic_folder(workdir, overwrite=True) as temporary:
     loaded = [
-        convert.load(source.tensors, source.config, wanted, seed)
+        source.load(wanted, seed)
         for source, wanted in zip(sources, chosen, strict=True)
     ]
     _check_same_model(sources, loaded)
@@ -292,6 +348,8 @@ def run(
               'kind': one.kind,
               'components': sorted(one.params),
               'at_random': one.fresh,
+              'dropped': _by_reason(one.dropped),
+              'rows_cut': one.rows_cut,
           }
           for source, one in zip(sources, loaded, strict=True)
       },
@@ -310,8 +368,10 @@ def _choose(
   chosen: list[list[str]] = []
   owners: dict[str, str] = {}
   for source in sources:
-    known = convert.components_in(source.tensors)
-    taken = [n for n in known if components is None or n in components]
+    known, wanted = source.components, components
+    if wanted is None:
+      wanted = [name for name in known if name != 'tagger']
+    taken = [name for name in known if name in wanted]
     if not taken:
       raise ValueError(
           f'{source.name} has the components {known}, of which'
@@ -410,11 +470,7 @@ def _write_record(
           'config': source.config,
           'tensors': loaded.sources,
           'copies': loaded.copies,
-          'dtypes': {
-              name: str(source.tensors[name].dtype)
-              for name in loaded.sources
-              if source.tensors[name].dtype != np.float32
-          },
+          'dtypes': loaded.dtypes,
           'blanks': blanks if loaded.block_emb is not None else [],
       },
   )

@@ -45,6 +45,12 @@ WEIGHT_FILES = (
     'pytorch_model.bin',
     'pytorch_model.bin.index.json',
 )
+# Endings of weights that are not read: other frameworks, adapters, own names.
+_OTHER_ENDINGS = frozenset(
+    '.bin .ckpt .h5 .index .msgpack .onnx .pt .pth .safetensors'.split()
+)
+# Where training programs keep the tensors, beside other values.
+_STATE_DICTS = ('state_dict', 'model_state_dict', 'model')
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # The allowed pickle instructions: those for plain data and for globals.
 _OPCODES = frozenset(
@@ -185,8 +191,13 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, FileTensor]:
     path = folder / name
     if path.is_file():
       return _open_index(path) if name.endswith('.json') else open_file(path)
+  others = sorted(
+      path.name for path in folder.glob('*') if path.suffix in _OTHER_ENDINGS
+  )
   raise FileNotFoundError(
-      f'{folder} has no weights: expected one of {", ".join(WEIGHT_FILES)}.'
+      f'{folder} has no weights: expected one of {", ".join(WEIGHT_FILES)}'
+      + (f', not {", ".join(others)}' if others else '')
+      + '. Write them with `save_pretrained` of transformers.'
   )
 
 
@@ -194,6 +205,8 @@ def _open_index(path: pathlib.Path) -> dict[str, FileTensor]:
   with located(path):
     files = json.loads(path.read_bytes())['weight_map']
     shards = sorted(set(files.values()))
+    if not all(isinstance(shard, str) for shard in shards):
+      raise ValueError('weight_map must give the name of a file for each name')
   tensors: dict[str, FileTensor] = {}
   for shard in shards:
     file = path.parent / shard
@@ -356,6 +369,9 @@ def _tensors(
 ) -> dict[str, FileTensor]:
   """Returns the tensors; `places` has each storage's offset and checksum."""
   tensors = {}
+  if isinstance(table, dict):
+    inner = [table[key] for key in _STATE_DICTS if key in table]
+    table = next((x for x in inner if isinstance(x, dict)), table)
   for name, entry in table.items() if isinstance(table, dict) else [(0, 0)]:
     if not isinstance(name, str) or not isinstance(entry, _Entry):
       raise ValueError('no state dictionary: expected tensors by name')

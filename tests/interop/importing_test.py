@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import export_test
@@ -11,6 +12,7 @@ import transformers
 
 from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import export
+from realm_jax.interop import huggingface_config
 from realm_jax.interop import importing
 from realm_jax.interop import weights
 
@@ -153,3 +155,46 @@ def test_a_hub_id(tmp_path, monkeypatch):
     importing.run(['someone/else'], tmp_path / 'other')
   with pytest.raises(FileNotFoundError, match='There is no folder'):
     importing.run([str(tmp_path / 'nothing')], tmp_path / 'other')
+
+
+# ----------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize('kind', ['bert', 'dpr'])
+def test_missing_fields_have_the_defaults_of_transformers(kind):
+  transformers = pytest.importorskip('transformers')
+  theirs = transformers.AutoConfig.for_model(kind).to_dict()
+  empty = huggingface_config.model_config({'model_type': kind})
+  assert huggingface_config.model_config(theirs) == empty
+  assert empty.activation == 'gelu' and empty.num_layers == 12
+  assert huggingface_config.model_config({}) == empty
+
+
+def test_names_of_one_activation():
+  found = {
+      name: huggingface_config.model_config({'hidden_act': name}).activation
+      for name in ('gelu', 'gelu_new', 'gelu_fast', 'gelu_pytorch_tanh')
+  }
+  assert found.pop('gelu') == 'gelu'
+  assert set(found.values()) == {'gelu_new'}
+
+
+@pytest.mark.parametrize(
+    'field, value',
+    [
+        ('hidden_size', 0),
+        ('hidden_size', None),
+        ('hidden_size', 1e400),
+        ('num_attention_heads', -1),
+        ('num_hidden_layers', 10**9),
+        ('vocab_size', 30522.5),
+        ('layer_norm_eps', '1e-12'),
+        ('layer_norm_eps', float('nan')),
+        ('hidden_act', ['gelu']),
+        ('hidden_act', 'quick_gelu'),
+        ('position_embedding_type', 'relative_key_query'),
+    ],
+)
+def test_fields_that_are_refused(field, value):
+  with pytest.raises(ValueError, match=re.escape(f'{field}={value!r}')):
+    huggingface_config.model_config({field: value})

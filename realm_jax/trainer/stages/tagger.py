@@ -26,6 +26,13 @@ class Batch:
   labels_BL: jax.Array
 
 
+def _sentences(
+    config: config_lib.Config, quiet: bool = False
+) -> list[entities.TaggedSentence]:
+  c = config.tagger
+  return entities.read(c.files, c.tag_column, c.tag_names, quiet)
+
+
 class _Row(NamedTuple):
   row_B: np.ndarray
 
@@ -58,7 +65,7 @@ class Tagger(stages.Stage):
     super().__init__(config, corpus)
     if corpus is not None:
       self._table = entities.TaggedTable.of(
-          entities.read(config.tagger.files),
+          _sentences(config),
           config.model.entity_types,
           config.tagger.length,
           corpus.tokenizer,
@@ -76,7 +83,7 @@ class Tagger(stages.Stage):
   def complete(cls, config: config_lib.Config) -> None:
     if not config.model.entity_types:
       config.model.entity_types = entities.types_of(
-          entities.read(config.tagger.files)
+          _sentences(config, quiet=True)
       )
 
   @classmethod
