@@ -28,10 +28,8 @@ from realm_jax.runtime import files
 log = logging.getLogger(__name__)
 
 _ADDED, _MODEL = 'added_tokens.json', 'config.json'
-# The files that say what a tokenizer does.
-FILES = (
-    VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP, _MODEL
-)  # fmt: skip
+# Of a tokenizer. The model's config can name the class of a vocab.txt.
+FILES = (VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP)
 _MAX_IDS = 1 << 24  # A larger id leaves a gap that no vocabulary has.
 
 # Fields of the wrong type, which transformers reports without their names.
@@ -138,7 +136,11 @@ class _Source:
   @classmethod
   def open(cls, path: pathlib.Path, name: str) -> '_Source':
     folder = path if path.is_dir() else path.parent
-    found = {file: folder / file for file in FILES if (folder / file).is_file()}
+    found = {
+        file: folder / file
+        for file in (*FILES, _MODEL)
+        if (folder / file).is_file()
+    }
     if path.is_file() and _is_rules(path):
       found.pop(VOCAB, None)
       # Another model's config would change what tokenizer.json says.
@@ -459,4 +461,5 @@ def download(name: str) -> pathlib.Path:
         ' be reached and the tokenizer is not in the cache. Without network,'
         ' give the path of a vocab.txt.'
     )
+  hub_file(name, _MODEL)
   return found[0].parent
