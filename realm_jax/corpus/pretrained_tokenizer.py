@@ -16,6 +16,8 @@ import re
 import tempfile
 from typing import Any
 
+import tokenizers
+
 from realm_jax.corpus import tokenizer_rules
 from realm_jax.corpus.tokenizer_rules import RULES
 from realm_jax.corpus.tokenizer_rules import SETTINGS
@@ -26,10 +28,8 @@ from realm_jax.runtime import files
 log = logging.getLogger(__name__)
 
 _ADDED, _MODEL = 'added_tokens.json', 'config.json'
-# The files that say what a tokenizer does.
-FILES = (
-    VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP, _MODEL
-)  # fmt: skip
+# Of a tokenizer. The model's config can name the class of a vocab.txt.
+FILES = (VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP)
 _MAX_IDS = 1 << 24  # A larger id leaves a gap that no vocabulary has.
 
 # Fields of the wrong type, which transformers reports without their names.
@@ -74,13 +74,11 @@ def read(
     ValueError: it cannot be used; says why, and the mend.
   """
   source = _Source.open(path, name)
-  loaded = source.load(cased)
-  specials = source.specials(loaded)
-  rules = tokenizer_rules.Rules.of(loaded.backend_tokenizer, specials)
+  backend, names, kind = source.load(cased)
+  rules = tokenizer_rules.Rules.of(backend, source.specials(backend, names))
   source.check(rules)
   stated = source.stated_case()
-  check_case(cased, rules.lowercase, str(stated or name))
-  kind = type(loaded).__name__
+  _check_case(cased, rules.lowercase, str(stated or name))
   log.info(
       'Tokenizer %s (%s, read as %s): %s.',
       name, source.names, kind, _description(rules),
@@ -101,7 +99,14 @@ def read(
   return rules
 
 
-def check_case(cased: bool | None, lowercase: bool, where: str) -> None:
+def check_saved(cased: bool | None, lowercase: bool, name: str) -> None:
+  """Says in the log how a saved tokenizer is; as `_check_case`."""
+  _check_case(cased, lowercase, name)
+  case = 'lower case' if lowercase else 'cased'
+  log.info('Tokenizer %s, as realm_jax saved it: %s.', name, case)
+
+
+def _check_case(cased: bool | None, lowercase: bool, where: str) -> None:
   """Raises a ValueError if a tokenizer contradicts `cased`."""
   if cased is not None and cased == lowercase:
     raise ValueError(
@@ -131,7 +136,11 @@ class _Source:
   @classmethod
   def open(cls, path: pathlib.Path, name: str) -> '_Source':
     folder = path if path.is_dir() else path.parent
-    found = {file: folder / file for file in FILES if (folder / file).is_file()}
+    found = {
+        file: folder / file
+        for file in (*FILES, _MODEL)
+        if (folder / file).is_file()
+    }
     if path.is_file() and _is_rules(path):
       found.pop(VOCAB, None)
       # Another model's config would change what tokenizer.json says.
@@ -180,9 +189,19 @@ class _Source:
           (folder / file).symlink_to(path.resolve())
       yield folder
 
-  def load(self, cased: bool | None) -> Any:
-    """Returns the tokenizer that transformers makes of the files."""
-    # Imported late: the import takes seconds. It advises to install torch.
+  def load(
+      self, cased: bool | None
+  ) -> tuple[tokenizers.Tokenizer, dict[str, str | None], str]:
+    """Returns the tokenizer that transformers makes of the files.
+
+    Also the special wordpieces that it names, by role, and its class.
+    """
+    # A vocab.txt alone needs no settings, and so no import, which takes seconds
+    # and 25 MiB. The ids are the same; a line that is there twice is left to
+    # transformers.
+    if [*self.files] == [VOCAB] and len({*self.lines}) == len(self.lines):
+      return tokenizer_rules.of_bert(self.lines, not cased), {}, 'BERT'
+    # Without this it advises to install torch.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     import transformers
 
@@ -214,9 +233,13 @@ class _Source:
         ) from error
       finally:
         logs.set_verbosity(verbosity)
-    backend = getattr(loaded, 'backend_tokenizer', None)
-    _check_kind(self.name, type(getattr(backend, 'model', loaded)).__name__)
-    return loaded
+    backend: Any = getattr(loaded, 'backend_tokenizer', None)
+    kind = type(loaded).__name__
+    if backend is None:
+      _check_kind(self.name, kind)
+    _check_kind(self.name, type(backend.model).__name__)
+    names = {role: getattr(loaded, f'{role}_token', None) for role in SPECIALS}
+    return backend, names, kind
 
   def _is_known(self, folder: pathlib.Path) -> bool:
     """Whether transformers has a class for a vocab.txt.
@@ -254,13 +277,15 @@ class _Source:
           )
     return None
 
-  def specials(self, loaded: Any) -> dict[str, str]:
+  def specials(
+      self, backend: tokenizers.Tokenizer, names: dict[str, str | None]
+  ) -> dict[str, str]:
     """Returns the special wordpieces, each of which the files must have.
 
     transformers appends those that the files lack, with ids for which no model
     has an embedding.
     """
-    model = json.loads(loaded.backend_tokenizer.to_str())['model']
+    model = json.loads(backend.to_str())['model']
     known = {*model['vocab'], *self.values.get(_ADDED, ())}
     for token in (
         *self.get(RULES, 'added_tokens', ()),
@@ -268,8 +293,7 @@ class _Source:
     ):
       known.add(token.get('content'))
     specials = {
-        role: str(getattr(loaded, f'{role}_token', None) or usual)
-        for role, usual in SPECIALS.items()
+        role: str(names.get(role) or usual) for role, usual in SPECIALS.items()
     }
     specials['unk'] = model['unk_token']
     missing = [
@@ -437,4 +461,5 @@ def download(name: str) -> pathlib.Path:
         ' be reached and the tokenizer is not in the cache. Without network,'
         ' give the path of a vocab.txt.'
     )
+  hub_file(name, _MODEL)
   return found[0].parent

@@ -30,8 +30,6 @@ from realm_jax.runtime import files
 # A trained vocabulary has these ids 0 to 4, in this order. [PAD] must be 0 in
 # every vocabulary, as id 0 means padding everywhere.
 _SPECIALS = tuple(tokenizer_rules.SPECIALS.values())
-_CLASS = 'BertTokenizer'  # Of transformers.
-_MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 _MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
 
 # Wordpieces never cross these characters.
@@ -92,15 +90,7 @@ class Tokenizer:
           f'The vocabulary has [PAD] at id {ids["[PAD]"]}; it must be at 0,'
           ' the first line, as in BERT.'
       )
-    backend = tokenizers.Tokenizer(
-        models.WordPiece(
-            vocab=ids,
-            unk_token='[UNK]',
-            max_input_chars_per_word=_MAX_WORD_CHARACTERS,
-        )
-    )
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend = tokenizer_rules.of_bert(vocab, lowercase)
     self._set(vocab, lowercase, backend, tokenizer_rules.SPECIALS)
 
   def _set(
@@ -172,7 +162,7 @@ class Tokenizer:
     saved = tokenizer_rules.saved_lowercase(path)
     if saved is not None:
       found = cls.from_saved(path, saved)
-      pretrained_tokenizer.check_case(cased, found.lowercase, name)
+      pretrained_tokenizer.check_saved(cased, found.lowercase, name)
       return found
     rules = pretrained_tokenizer.read(path, cased, name)
     found = cls.from_rules(rules)
@@ -363,7 +353,11 @@ class Tokenizer:
     elif settings:
       files.write_json(
           directory / tokenizer_rules.SETTINGS,
-          {'tokenizer_class': _CLASS, 'do_lower_case': self.lowercase},
+          {
+              'tokenizer_class': 'BertTokenizer',
+              'do_lower_case': self.lowercase,
+              **tokenizer_rules.OWN,
+          },
       )
     return path
 

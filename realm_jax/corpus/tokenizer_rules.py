@@ -4,6 +4,7 @@ They are kept as tokenizer.json has them, so that any normalizer, pre-tokenizer
 and added tokens of the `tokenizers` library can be used.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import json
 import pathlib
@@ -12,6 +13,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders
 from tokenizers import models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
 from tokenizers import processors
 
 from realm_jax.runtime import files
@@ -25,7 +28,8 @@ SPECIALS = {
 }
 # The fields of tokenizer.json that decide about the ids of a text.
 _FIELDS = ('normalizer', 'pre_tokenizer', 'model', 'added_tokens')
-_OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
+OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
+_MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Rules:
     files.write_json(directory / SPECIALS_MAP, names)
     files.write_json(
         directory / SETTINGS,
-        {'tokenizer_class': 'PreTrainedTokenizerFast', **names, **_OWN},
+        {'tokenizer_class': 'PreTrainedTokenizerFast', **names, **OWN},
     )
 
   @classmethod
@@ -170,12 +174,26 @@ class Rules:
     )
 
 
+def of_bert(vocab: Iterable[str], lowercase: bool) -> tokenizers.Tokenizer:
+  """Makes the Rust tokenizer of a vocab.txt, as BERT's."""
+  backend = tokenizers.Tokenizer(
+      models.WordPiece(
+          vocab={piece: i for i, piece in enumerate(vocab)},
+          unk_token=SPECIALS['unk'],
+          max_input_chars_per_word=_MAX_WORD_CHARACTERS,
+      )
+  )
+  backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  return backend
+
+
 def saved_lowercase(path: pathlib.Path) -> bool | None:
-  """Returns `lowercase` of a corpus, False of `Rules.save`, None of others."""
+  """Returns `lowercase` of a saved tokenizer; None: it is of others."""
   for file in ('manifest.json', SETTINGS):
     values = files.read_json(path / file) if (path / file).is_file() else None
-    if isinstance(values, dict) and _OWN.items() <= values.items():
-      return False
+    if isinstance(values, dict) and OWN.items() <= values.items():
+      return bool(values.get('do_lower_case'))
     values = values.get('tokenizer') if isinstance(values, dict) else None
     if isinstance(values, dict) and 'lowercase' in values:
       return bool(values['lowercase'])

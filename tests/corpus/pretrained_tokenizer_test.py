@@ -137,6 +137,7 @@ _CONFIGURATIONS = {
         | {'mask_token': _added('<mask>', 0, True, lstrip=True)}
     },
     'padded': _bert([*_VOCAB, *(f'[unused{i}]' for i in range(9))]),
+    'vocabulary alone': {'vocab.txt': _VOCAB},
     'a line twice': _bert([*_VOCAB, 'ab', 'last']),
     'fast': _fast(_rules(_normalizer())),
     'fast, cased': _fast(_rules(_normalizer(lowercase=False))),
@@ -218,7 +219,11 @@ def _texts(number: int) -> list[str]:
 @pytest.mark.parametrize('name', _CONFIGURATIONS)
 def test_ids_and_offsets_are_those_of_transformers(tmp_path, name):
   folder = _write(tmp_path / 'in', _CONFIGURATIONS[name])
-  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  if [path.name for path in folder.iterdir()] == ['vocab.txt']:
+    # AutoTokenizer does not know the class of a vocab.txt.
+    theirs = transformers.BertTokenizer.from_pretrained(folder)
+  else:
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
   ours = tokenizer_lib.Tokenizer.from_source(str(folder))
   saved = tmp_path / 'saved'
   saved.mkdir()
@@ -294,6 +299,7 @@ def test_rules_of_bert_have_the_digest_of_a_plain_vocabulary(tmp_path):
         ({'do_lower_case': False}, True, False, r'vocab\.txt, tokenizer_con'),
         (_BERT | {'strip_accents': False}, None, True, 'accents kept'),
         ({'tokenizer_class': 'RealmTokenizer'}, None, True, 'as BertTokenizer'),
+        ({'tokenizer_class': 'RealmTokenizer'}, True, False, 'cased; accents'),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize('file', ['', 'vocab.txt'])
@@ -382,8 +388,8 @@ _BPE = {'model': {'type': 'BPE', 'vocab': {'a': 0}, 'merges': []}}
         (_bert(_OTHER), None, r'lacks \[PAD\] \(pad_token\), '),
         (_bert(_VOCAB[::-1]), None, r'\[PAD\] at id \d+; it must be at 0'),
         (_bert(mask_token='[SEP]'), None, 'special wordpieces are the same'),
-        ({'tokenizer': _rules(None, vocab={p: 1 << 30 for p in _SPECIALS})},
-         None, 'the largest that can be used'),
+        ({'tokenizer': {'model': {'vocab': {'a': 1 << 30}}}}, None,
+         'the largest that can be used'),
         (_bert(do_lower_case=True), True, 'json says that text is lower-cased'),
         (_bert(do_lower_case=False), False, 'nocased was given, but .* cased'),
         ({'tokenizer': _rules(_normalizer())}, True, 'lower-cased: leave the'),
@@ -419,8 +425,10 @@ _LAZY = """
 import sys
 from realm_jax.cli import commands
 from realm_jax.corpus import corpus
+from realm_jax.corpus import tokenizer
 from realm_jax.trainer import loop
 assert corpus.Corpus.open(sys.argv[1]).tokenizer.vocab_size == int(sys.argv[2])
+tokenizer.Tokenizer.from_source(sys.argv[3])  # A vocab.txt alone.
 assert 'transformers' not in sys.modules, 'transformers is imported.'
 """
 
@@ -446,10 +454,9 @@ def test_a_corpus_keeps_its_tokenizer(tmp_path, caplog):
     _, body = opened.passages.title_and_body(0)
     assert body.tolist() == made_by.encode(opened.passage_text(0)['text'])
   # Neither the trainer nor the commands pay for the import.
-  subprocess.run(
-      [sys.executable, '-c', _LAZY, str(tmp_path / 'first'), str(_N + 1)],
-      check=True,
-  )
+  alone = _write(tmp_path / 'alone', {'vocab.txt': _VOCAB}) / 'vocab.txt'
+  arguments = map(str, (tmp_path / 'first', _N + 1, alone))
+  subprocess.run([sys.executable, '-c', _LAZY, *arguments], check=True)
   (tmp_path / 'first' / 'tokenizer.json').write_text('{"model": 3}')
   with pytest.raises(ValueError, match=r'tokenizer\.json is damaged'):
     _ = tokenizer_lib.Tokenizer.from_saved(tmp_path / 'first')
