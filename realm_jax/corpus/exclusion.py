@@ -168,6 +168,8 @@ class ArticlePassages:
     base = int(offsets[0])
     ids = self._tokens[base : int(offsets[-1])]
     at = base + ngrams.find(ids, answer)
+    if not len(at):
+      return set()
     rows = start - 1 + offsets.searchsorted(at, 'right')
     bodies = self._offsets[rows] + self._titles[rows]
     ends = np.minimum(self._offsets[rows + 1], bodies + room)

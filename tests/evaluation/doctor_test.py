@@ -1,12 +1,11 @@
 """`realm-jax doctor`: a good run, and runs with one thing wrong each."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.cli import actions
 from realm_jax.evaluation import doctor
 from realm_jax.runtime import files
 from realm_jax.runtime import heartbeat
@@ -167,18 +166,16 @@ def test_what_is_no_run_is_an_error(tmp_path):
     doctor.examine(tmp_path)
 
 
-def test_the_command_exits_with_1_if_something_is_wrong(tmp_path):
-  good, bad = tmp_path / 'good', tmp_path / 'bad'
-  for folder, changes in ((good, {}), (bad, {'gates__recall_at_20': 0.0})):
-    folder.mkdir()
-    _run(folder, **changes)
-  for folder, status in ((good, 0), (bad, 1)):
-    done = subprocess.run(
-        [sys.executable, '-m', 'realm_jax', 'doctor', f'--workdir={folder}',
-         '--json'],
-        capture_output=True, text=True,
-    )
-    assert done.returncode == status, done.stderr
-    report = json.loads(done.stdout)
-    assert len(report['findings']) == status
-    assert report['figures']['gates/findable'] == 0.6
+def test_the_command_exits_with_1_if_something_is_wrong(tmp_path, capsys):
+  workdir = _run(tmp_path)
+  actions.doctor(workdir=str(workdir), json=True)
+  assert json.loads(capsys.readouterr().out)['findings'] == []
+  _run(tmp_path, gates__recall_at_20=0.0)
+  with pytest.raises(SystemExit, match='1'):
+    actions.doctor(workdir=str(workdir), json=True)
+  report = json.loads(capsys.readouterr().out)
+  assert [f['diagnosis'] for f in report['findings']] == ['cold retriever']
+  assert report['figures']['gates/findable'] == 0.6
+  with pytest.raises(SystemExit):
+    actions.doctor(workdir=str(workdir), json=False)
+  assert '\ncold retriever: the share of ' in capsys.readouterr().out

@@ -4,6 +4,7 @@ It stands in for a pretrained BERT: the reader learns to read a passage, and
 that most passages are of no use.
 """
 
+import bisect
 import functools
 from typing import Any, NamedTuple
 
@@ -97,13 +98,13 @@ class Views(OwnPassage):
   ):
     super().__init__(corpus, config, split)
     self._names = tuple(config.mlm.views)
-    self._limits = np.cumsum(list(config.mlm.views.values()))
+    self._limits = np.cumsum(list(config.mlm.views.values())).tolist()
     self._articles = exclusion.ArticlePassages(corpus, split)
 
   def sample(self, row: int, rng: np.random.Generator) -> _Sample:
     sample = super().sample(row, rng)
-    at = np.searchsorted(self._limits, rng.random(), 'right')
-    view = self._names[min(int(at), len(self._names) - 1)]
+    at = bisect.bisect_right(self._limits, rng.random())
+    view = self._names[min(at, len(self._names) - 1)]
     if view == 'own':
       return sample
     if view in ('null', 'random'):
@@ -125,11 +126,11 @@ def _answer(
     table: corpus_lib.SentenceTable, masked: examples.Masked
 ) -> np.ndarray:
   """Returns the masked wordpieces of one sample; none if not in a row."""
-  places = masked.positions_BM[masked.mask_BM] - 1
-  if places[-1] - places[0] >= len(places):
-    return places[:0]
-  first = int(table.starts[masked.row_B] + places[0])
-  return np.asarray(table.tokens[first : first + len(places)])
+  places, size = masked.positions_BM.tolist(), int(masked.mask_BM.sum())
+  if places[size - 1] - places[0] >= size:
+    return masked.positions_BM[:0]
+  first = int(table.starts[int(masked.row_B)]) + places[0] - 1
+  return np.asarray(table.tokens[first : first + size])
 
 
 class Mlm(stages.Stage):
