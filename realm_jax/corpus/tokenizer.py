@@ -4,11 +4,9 @@ The `tokenizers` library does the work. This module adds checks of the
 vocabulary, a digest, reproducible training, byte offsets, and a cache of words.
 """
 
-import collections
 from collections.abc import Iterable, Sequence
 import functools
 import hashlib
-import logging
 import os
 import pathlib
 import re
@@ -19,20 +17,11 @@ from tokenizers import decoders
 from tokenizers import models
 from tokenizers import normalizers
 from tokenizers import pre_tokenizers
-from tokenizers import trainers
 
+from realm_jax.corpus import vocabulary
 from realm_jax.runtime import files
 
-log = logging.getLogger(__name__)
-
-# A trained vocabulary has these ids 0 to 4, in this order. [PAD] must be 0 in
-# every vocabulary, as id 0 means padding everywhere.
-_SPECIALS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
-# A learned vocabulary has as many characters as BERT's, and more where these
-# are a smaller share of the texts, as in Chinese.
-_MIN_ALPHABET = 1000
-_COVERED = 0.9995
 FOLDER_FILES = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
 
 # Wordpieces never cross these characters.
@@ -82,11 +71,12 @@ class Tokenizer:
             f'{ids[piece]} and {i}.'
         )
       ids[piece] = i
-    missing = [piece for piece in _SPECIALS if piece not in ids]
+    specials = vocabulary.SPECIALS
+    missing = [piece for piece in specials if piece not in ids]
     if missing:
       raise ValueError(
           f'The vocabulary of {len(vocab)} wordpieces lacks '
-          f'{", ".join(missing)}; it must have {", ".join(_SPECIALS)}.'
+          f'{", ".join(missing)}; it must have {", ".join(specials)}.'
       )
     if ids['[PAD]'] != 0:
       raise ValueError(
@@ -97,7 +87,7 @@ class Tokenizer:
     self.lowercase = lowercase
     self.vocab_size = len(vocab)
     self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-        ids[piece] for piece in _SPECIALS
+        ids[piece] for piece in vocabulary.SPECIALS
     )
     self._tokenizer = tokenizers.Tokenizer(
         models.WordPiece(
@@ -205,44 +195,7 @@ class Tokenizer:
     Raises:
       ValueError: there is no text, or its characters alone exceed the size.
     """
-    log.info('Learning a vocabulary of at most %d wordpieces.', vocab_size)
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    counts: collections.Counter[str] = collections.Counter()
-    for text in texts:
-      counts.update(normalizer.normalize_str(text))
-    letters = _alphabet(counts, vocab_size // 2)
-    # The library numbers characters inside words in the order of a hash map,
-    # which differs between runs, and breaks ties between merges by number. As
-    # special tokens they are numbered in the given order.
-    cut = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
-    inside = [
-        f'##{c}'
-        for c in sorted(letters)
-        if len(cut(normalizer.normalize_str(f'a{c}a'))) == 1
-    ]
-    learner = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
-    learner.normalizer = normalizer
-    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    learner.train_from_iterator(
-        texts,
-        trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=[*_SPECIALS, *inside],
-            initial_alphabet=sorted(letters),
-            limit_alphabet=len(letters),
-            show_progress=False,
-        ),
-    )
-    ids = learner.get_vocab()
-    if not counts:
-      raise ValueError('There is no text to learn a vocabulary from.')
-    if len(ids) > vocab_size:
-      raise ValueError(
-          f'vocab_size is {vocab_size}, but the characters of the texts alone'
-          f' take {len(ids)} wordpieces.'
-      )
-    return cls(sorted(ids, key=ids.__getitem__), lowercase)
+    return cls(vocabulary.learn(texts, vocab_size, lowercase), lowercase)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -406,26 +359,6 @@ class _WordNumbers(dict[str, int]):
     self.characters += len(word)
     self.new.append(word)
     return number
-
-
-def _alphabet(counts: collections.Counter[str], most: int) -> list[str]:
-  """Returns the characters of a vocabulary, the most frequent first."""
-  letters = sorted(
-      (c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c)
-  )
-  covered = np.cumsum([counts[c] for c in letters])
-  enough = np.searchsorted(covered, _COVERED * covered[-1:].sum()) + 1
-  size = max(_MIN_ALPHABET, min(int(enough), most))
-  if size < len(letters):
-    log.log(
-        logging.WARNING if size < enough else logging.INFO,
-        '%d of %d different characters, %.3f %% of the text, are not in the'
-        ' vocabulary; a word with one of them is [UNK].',
-        len(letters) - size,
-        len(letters),
-        100 * (1 - covered[size - 1] / covered[-1]),
-    )
-  return letters[:size]
 
 
 def byte_positions(text: str) -> np.ndarray:

@@ -101,6 +101,13 @@ _EAST_ASIAN = {
     'KATAKANA-HIRAGANA': 'Kana',
 }
 
+# Scripts without capitals whose letters have parts that lower-casing as in BERT
+# removes, as accents.
+_NEED_MARKS = frozenset(
+    'Bengali Devanagari Gujarati Gurmukhi Hangul Kana Kannada Khmer Lao'
+    ' Malayalam Myanmar Oriya Sinhala Tamil Telugu Thai Tibetan'.split()
+)
+
 # Languages that write the 3rd of May as '3. May'.
 _ORDINAL_PERIOD = frozenset(
     'cs da de et fi hr hu is lv no pl sk sl'.split()
@@ -219,6 +226,11 @@ class Census:
     total = max(1, counts.total())
     return {name: count / total for name, count in counts.most_common()}
 
+  def needs_marks(self) -> bool:
+    """Returns whether half of the text is in scripts of `_NEED_MARKS`."""
+    shares = self.shares()
+    return sum(shares.get(script, 0.0) for script in _NEED_MARKS) >= 0.5
+
   def spans_and_language(
       self, spans: str, language: str | None
   ) -> tuple[str, str]:
@@ -243,12 +255,10 @@ class Census:
         language = UNKNOWN
     auto = spans == 'auto'
     if auto:
-      if language.startswith('en') or self._with_spans == self._count:
+      if language.startswith('en') or language == UNKNOWN:
         spans = 'rules'
       elif language == MIXED and 'en' in shares:
         spans = 'english'
-      elif language == UNKNOWN:
-        spans = 'rules'
       else:
         spans = 'records' if self._with_spans else 'none'
     log.info(
@@ -433,7 +443,13 @@ def _cut_at_ends(
     text: str, ranges: list[tuple[int, int]]
 ) -> Iterator[tuple[int, int]]:
   """Cuts ranges of characters at the sentence ends of scripts but Latin."""
+  joined: list[tuple[int, int]] = []
   for start, limit in ranges:
+    # Without a blank, '?' and a quotation mark belong together.
+    if joined and not text[start - 1].isspace():
+      start, _ = joined.pop()
+    joined.append((start, limit))
+  for start, limit in joined:
     for match in _END.finditer(text, start, limit):
       end = match.end()
       # A straight quotation mark closes what one before it opened.

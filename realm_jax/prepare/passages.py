@@ -183,11 +183,13 @@ class Packer:
       shown = title[: room // 2]
       budget = room - len(shown)
       if text.other_script:
-        counts['shortened_sentences'] += text.shorten(
+        shortened = text.shorten(
             min(self._settings.max_sentence, budget),
             self._tokenizer.starts_word,
             self._ends_clause,
         )
+        if shortened:
+          counts['shortened_sentences'] += shortened
       if task.passages:
         if len(shown) < len(title):
           counts['shortened_titles'] += 1

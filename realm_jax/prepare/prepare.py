@@ -203,6 +203,7 @@ def prepare(
     tokenizer = tokenizer_lib.Tokenizer.train(
         records_lib.Texts([one.records for one in inputs]),
         chosen.vocab_size or default,
+        lowercase=not census.needs_marks(),
     )
   # Only sentences of the last input are trained on, so only these are split.
   if not any(one.records.marked for one in inputs):
@@ -398,15 +399,7 @@ def _open_inputs(
           f'A world has all its texts, so {name!r} must be the only source;'
           f' the sources are {[*sources, *others]}.'
       )
-    numbers = name.split(':')[1:]
-    if not 1 <= len(numbers) <= 2 or not all(
-        number.isascii() and number.isdigit() for number in numbers
-    ):
-      raise ValueError(
-          f'The source {name!r} is not of the form world:SEED[:ENTITIES] with'
-          ' two whole numbers, such as world:0 or world:7:500.'
-      )
-    made = world.generate(*map(int, numbers))
+    made = world.from_name(name)
     found = [
         [sources_lib.Items(items, name)]
         for items in (made.knowledge, made.pretraining)

@@ -2,17 +2,26 @@
 
 import json
 import logging
+import pathlib
 import re
+import shlex
+import textwrap
 
 import helpers
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from realm_jax import config as config_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.evaluation import corpus_stats
 from realm_jax.prepare import filters
 from realm_jax.prepare import languages
+from realm_jax.prepare import prepare
+from realm_jax.prepare import records
 from realm_jax.prepare import salient_spans
+from realm_jax.trainer import examples
+from realm_jax.trainer.stages import ict
 
 _write, _prepare = helpers.write_records, helpers.prepare_corpus
 
@@ -150,12 +159,13 @@ def test_chinese_without_spans_is_said_and_can_be_searched(tmp_path, caplog):
   assert not any(len(record['span_starts']) for record in found)
   assert made.manifest['settings']['spans'] == 'none'
   assert made.manifest['counts']['unknown_wordpieces'] == 0
+  figures = corpus_stats.measure(made)['sentences']['knowledge']
+  assert (figures['sentences'], figures['spans']) == (160, 0)
+  # ICT needs no span.
+  assert len(ict.ClozeSentences(made, config_lib.Config(), 'knowledge')) == 160
 
 
 def test_training_that_masks_names_what_a_corpus_without_spans_lacks(tmp_path):
-  from realm_jax import config as config_lib
-  from realm_jax.trainer import examples
-
   source = _write(tmp_path / 'zh.jsonl', _chinese(4))
   made = _prepare(source, tmp_path / 'made', vocab_size=4000)
   with pytest.raises(ValueError, match='no salient spans.*--spans=random'):
@@ -178,6 +188,23 @@ def test_spans_of_records_are_used_in_any_language(tmp_path, caplog):
   )
   assert 'Only the records with `spans`' in caplog.text
   assert len(_sentences(made)) == 1
+
+
+def _thai(seed):
+  rng = np.random.default_rng(seed)
+  syllables = 'แม่ น้ำ มี หอ คอย เก่า ที่ สร้าง ขึ้น นาน'.split()
+  words = [''.join(rng.choice(syllables, 12)) for _ in range(20)]
+  return ' '.join(words)
+
+
+def test_marks_of_thai_and_japanese_stay(tmp_path):
+  japanese = '川のほとりにガラスの塔がある。' * 3
+  for name, text in (('th', _thai(0)), ('ja', japanese)):
+    source = _write(tmp_path / f'{name}.jsonl', [{'id': 'x', 'text': text}])
+    made = _prepare(source, tmp_path / name, spans='none')
+    assert not made.manifest['tokenizer']['lowercase']
+    letters = {*text} - {' '}
+    assert letters <= {*''.join(made.tokenizer.vocab)}
 
 
 _GERMAN = (
@@ -221,7 +248,8 @@ def test_records_in_english_have_the_rules_in_a_mixed_corpus(tmp_path, caplog):
   assert {bytes(r['text'])[:10] for r in _sentences(made)} == {b'The tower '}
   # A quotation changes nothing.
   caplog.clear()
-  items = [{'id': 'x', 'text': _ENGLISH * 3 + '「我来了。」 He said so in 1990.'}]
+  text = _ENGLISH * 3 + '「我来了。」 He said so in 1990.'
+  items = [{'id': 'x', 'text': text}]
   made = _prepare(_write(tmp_path / 'b.jsonl', items), tmp_path / 'b')
   assert not caplog.records
   assert made.manifest['settings']['language'] == 'en'
@@ -232,12 +260,9 @@ def test_records_in_english_have_the_rules_in_a_mixed_corpus(tmp_path, caplog):
 def test_random_spans_are_the_same_for_any_number_of_workers(
     tmp_path, language, monkeypatch
 ):
-  from realm_jax.prepare import prepare
-
-  thai = 'ริมแม่น้ำมีหอคอยเก่าแก่ที่สร้างขึ้นเมื่อนานมาแล้ว ' * 4
   items = {
       'zh': _chinese(12),
-      'th': [{'id': f'{i}', 'text': thai} for i in range(12)],
+      'th': [{'id': f'{i}', 'text': _thai(i)} for i in range(12)],
       'de': [{'id': f'{i}', 'text': _GERMAN * 3} for i in range(12)],
   }[language]
   source = _write(tmp_path / 'a.jsonl', items)
@@ -251,7 +276,7 @@ def test_random_spans_are_the_same_for_any_number_of_workers(
   table = made[0].sentences['knowledge']
   assert (np.diff(table.span_offsets) >= 1).all()
   sizes = np.diff(table.spans, axis=1)
-  assert 1 <= sizes.min() and len(table) >= 12
+  assert sizes.min() >= 1 and len(table) >= 12
   if language == 'de':  # Whole words, without punctuation.
     for record in _sentences(made[0]):
       text = record['text'].decode()
@@ -314,8 +339,6 @@ def test_a_learned_vocabulary_has_the_characters_of_the_script(caplog):
 
 
 def test_near_duplicates_in_chinese(tmp_path):
-  from realm_jax.prepare import records
-
   items = _chinese(3)
   items.append({'id': 'copy', 'text': items[0]['text'][1:]})
   source = records.Records([_Source(items)])
@@ -332,3 +355,36 @@ class _Source:
   def __iter__(self):
     for i, item in enumerate(self._items):
       yield f'items:{i}', json.dumps(item).encode()
+
+
+_PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'corpora.md'
+
+
+@pytest.mark.parametrize('section', ['Chinese', 'German'])
+def test_the_examples_of_the_docs(section, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  page = _PAGE.read_text(encoding='utf-8').partition(f'\n### {section}\n')[2]
+  page = re.split(r'\n##', page)[0]
+  blocks = [
+      textwrap.dedent(block)
+      for block in re.findall(r'(?:^ {4}.*\n)+', page, re.MULTILINE)
+  ]
+  (name,) = re.findall('A file `(.*)`', page)
+  pathlib.Path(name).write_text(blocks.pop(0), encoding='utf-8')
+  assert len(blocks) in (2, 4)
+  for command, shown in zip(blocks[::2], blocks[1::2], strict=True):
+    program, action, *flags = shlex.split(command)
+    assert (program, action) == ('realm-jax', 'prepare')
+    options = dict(flag[2:].partition('=')[::2] for flag in flags)
+    output = options.pop('output')
+    made = _prepare(
+        options.pop('source'),
+        output,
+        overwrite='overwrite' in options and options.pop('overwrite') == '',
+        validation_fraction=float(options.pop('validation_fraction')),
+        **options,
+    )
+    found = [record['text'].decode() for record in _sentences(made)]
+    assert found == shown.splitlines()
+    spans = options.get('spans') != 'none'
+    assert all(bool(len(r['span_starts'])) == spans for r in _sentences(made))
