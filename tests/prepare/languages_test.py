@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from realm_jax import config as config_lib
+from realm_jax.cli import commands
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.evaluation import corpus_stats
 from realm_jax.prepare import filters
@@ -246,6 +247,14 @@ def test_records_in_english_have_the_rules_in_a_mixed_corpus(tmp_path, caplog):
   made = _prepare(_write(tmp_path / 'a.jsonl', items), tmp_path / 'a')
   assert 'records in English alone' in caplog.text
   assert {bytes(r['text'])[:10] for r in _sentences(made)} == {b'The tower '}
+  # Documents that are added have the same settings.
+  added = records.Records([_Source([{'id': 'new', 'text': _GERMAN}])])
+  assert len([*added.check()]) == 1
+  more = prepare.prepare_more(
+      made, added, tmp_path / 'more', workers=1, progress=False
+  )
+  assert more['settings']['spans'] == 'english'
+  assert more['counts']['sentences_without_spans'] == 2
   # A quotation changes nothing.
   caplog.clear()
   text = _ENGLISH * 3 + '「我来了。」 He said so in 1990.'
@@ -336,6 +345,11 @@ def test_a_learned_vocabulary_has_the_characters_of_the_script(caplog):
   unknown = sum(made.encode(texts[i]).count(made.unk_id) for i in range(60))
   assert unknown == 4000
   assert '4000 of 6000 different characters, 66.667 %' in caplog.text
+
+
+def test_the_command_has_each_kind_of_spans():
+  (flag,) = [f for f in commands.COMMANDS['prepare'].flags if f.name == 'spans']
+  assert flag.type == languages.SPANS
 
 
 def test_near_duplicates_in_chinese(tmp_path):
