@@ -85,6 +85,11 @@ COMMANDS = {
              ' sentences are set aside for evaluation.', 0.01),
         Flag('exclude', list, 'Kinds of articles to leave out, of lists,'
              ' indices, outlines, disambiguation; or `all`.', []),
+        Flag('spans', ('auto', 'rules', 'random', 'none'), 'Where salient spans'
+             ' come from, in records without `spans`; auto: rules for English,'
+             ' and none in other languages.', 'auto'),
+        Flag('language', str, 'Of the texts, such as en, de, zh; default:'
+             ' examined.'),
         Flag('near_duplicates', float, 'Leave out records of this similarity to'
              ' an earlier one, such as 0.8.'),
         WORKERS,

@@ -5,7 +5,6 @@ vocabulary, a digest, reproducible training, byte offsets, and a cache of words.
 `pretrained_tokenizer` reads the tokenizers of other programs.
 """
 
-import collections
 from collections.abc import Iterable, Sequence
 import contextlib
 import functools
@@ -18,19 +17,11 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import decoders
-from tokenizers import models
-from tokenizers import normalizers
-from tokenizers import pre_tokenizers
-from tokenizers import trainers
 
 from realm_jax.corpus import pretrained_tokenizer
 from realm_jax.corpus import tokenizer_rules
+from realm_jax.corpus import vocabulary
 from realm_jax.runtime import files
-
-# A trained vocabulary has these ids 0 to 4, in this order. [PAD] must be 0 in
-# every vocabulary, as id 0 means padding everywhere.
-_SPECIALS = tuple(tokenizer_rules.SPECIALS.values())
-_MAX_ALPHABET = 1000  # About as many characters as BERT's vocabulary has.
 
 # Wordpieces never cross these characters.
 _SPACES = ' \t\n\r'
@@ -79,11 +70,12 @@ class Tokenizer:
             f'{ids[piece]} and {i}.'
         )
       ids[piece] = i
-    missing = [piece for piece in _SPECIALS if piece not in ids]
+    specials = vocabulary.SPECIALS
+    missing = [piece for piece in specials if piece not in ids]
     if missing:
       raise ValueError(
           f'The vocabulary of {len(vocab)} wordpieces lacks '
-          f'{", ".join(missing)}; it must have {", ".join(_SPECIALS)}.'
+          f'{", ".join(missing)}; it must have {", ".join(specials)}.'
       )
     if ids['[PAD]'] != 0:
       raise ValueError(
@@ -214,42 +206,9 @@ class Tokenizer:
       lowercase: as in the constructor.
 
     Raises:
-      ValueError: there is no text.
+      ValueError: there is no text, or its characters alone exceed the size.
     """
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    counts: collections.Counter[str] = collections.Counter()
-    for text in texts:
-      counts.update(normalizer.normalize_str(text))
-    letters = sorted(
-        (c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c)
-    )[:_MAX_ALPHABET]
-    # The library numbers characters inside words in the order of a hash map,
-    # which differs between runs, and breaks ties between merges by number. As
-    # special tokens they are numbered in the given order.
-    cut = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
-    inside = [
-        f'##{c}'
-        for c in sorted(letters)
-        if len(cut(normalizer.normalize_str(f'a{c}a'))) == 1
-    ]
-    learner = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
-    learner.normalizer = normalizer
-    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    learner.train_from_iterator(
-        texts,
-        trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=[*_SPECIALS, *inside],
-            initial_alphabet=sorted(letters),
-            limit_alphabet=_MAX_ALPHABET,
-            show_progress=False,
-        ),
-    )
-    ids = learner.get_vocab()
-    if not counts:
-      raise ValueError('There is no text to learn a vocabulary from.')
-    return cls(sorted(ids, key=ids.__getitem__), lowercase)
+    return cls(vocabulary.learn(texts, vocab_size, lowercase), lowercase)
 
   @functools.cached_property
   def digest(self) -> str:

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from realm_jax.prepare import datasets
+from realm_jax.prepare import languages
 from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import workers as workers_lib
 
@@ -38,7 +39,6 @@ _NUM_HASHES = 128
 _SEED = 0
 _SHINGLE_WORDS = 5
 _BATCH_CHARACTERS = 1 << 20
-_WORD = re.compile(r'\w+')
 
 _Batch = list[tuple[str, str]]  # Text and its markup.
 
@@ -129,7 +129,7 @@ def _signatures(batch: _Batch) -> list[Any]:
   signatures = []
   for text, markup in batch:
     plain = datasets.plain_text(text, markup) if markup else text
-    words = _WORD.findall(plain.lower())
+    words = languages.words(plain.lower())
     signature = None
     if words:
       signature = rensa.RMinHash(num_perm=_NUM_HASHES, seed=_SEED)

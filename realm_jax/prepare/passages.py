@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from realm_jax.corpus import corpus
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.prepare import datasets
 from realm_jax.prepare import filters
+from realm_jax.prepare import languages
 from realm_jax.prepare import records
 from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.prepare import tfds_files
@@ -36,6 +37,11 @@ class Settings:
   """How text becomes passages and sentences; in the manifest.
 
   See `prepare.Options` for the fields.
+
+  spans: where the spans come from of records that have none: 'rules';
+    'english': rules, for records in English; 'random'; 'records': there are
+    none. 'none': all sentences are kept, without spans.
+  language: code, or `languages.MIXED`.
   """
 
   max_wordpieces: int = 288
@@ -43,6 +49,8 @@ class Settings:
   max_sentence: int = 200
   min_context: int = 3
   exclude: tuple[str, ...] = ()
+  spans: str = 'rules'
+  language: str = 'en'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +148,7 @@ class Packer:
     self._tokenizer = tokenizer
     self._encode = tokenizer_lib.CachedTokenizer(tokenizer)
     self._settings = settings
+    self._ends_clause = np.isin(tokenizer.vocab, [*languages.CLAUSE_MARKS])
 
   def __call__(self, task: Task) -> Chunk:
     builder = _Builder()
@@ -165,9 +174,26 @@ class Packer:
       if not len(ids):
         counts['records_without_wordpieces'] += 1
         continue
-      text = _Text(record.text, ids, starts, limits)
+      language = self._settings.language
+      if language == languages.MIXED:
+        language = languages.detect(record.text)
+      text = languages.Text(record.text, ids, starts, limits, language)
+      # A longer title would leave less than half of the passage to the text.
+      room = self._settings.max_wordpieces - corpus.NUM_SPECIALS
+      shown = title[: room // 2]
+      budget = room - len(shown)
+      if text.other_script:
+        shortened = text.shorten(
+            min(self._settings.max_sentence, budget),
+            self._tokenizer.starts_word,
+            self._ends_clause,
+        )
+        if shortened:
+          counts['shortened_sentences'] += shortened
       if task.passages:
-        self._add_passages(builder, record, article, title, text)
+        if len(shown) < len(title):
+          counts['shortened_titles'] += 1
+        self._add_passages(builder, record, article, shown, text, budget)
       aside = article if validation else -1
       self._add_sentences(builder, record, text, aside, task.passages)
     return builder.chunk()
@@ -189,15 +215,9 @@ class Packer:
       record: records.Record,
       article: int,
       title: np.ndarray,
-      text: '_Text',
+      text: languages.Text,
+      budget: int,
   ) -> None:
-    # A longer title would leave less than half of the passage to the text.
-    room = self._settings.max_wordpieces - corpus.NUM_SPECIALS
-    longest = room // 2
-    if len(title) > longest:
-      builder.counts['shortened_titles'] += 1
-      title = title[:longest]
-    budget = room - len(title)
     ranges = self._pack(text, budget, builder.counts)
     for i, (start, limit, byte_start, byte_limit) in enumerate(ranges):
       number = builder.add_passage(
@@ -211,51 +231,36 @@ class Packer:
       text.passages.append((limit, number, builder.position - limit))
 
   def _pack(
-      self, text: '_Text', budget: int, counts: collections.Counter[str]
-  ) -> list['Range']:
+      self, text: languages.Text, budget: int, counts: collections.Counter[str]
+  ) -> list[languages.Range]:
     """Returns the ranges of the passages."""
-    packed: list[Range] = []
+    packed: list[languages.Range] = []
     for sentence in text.sentences:
       units = [sentence]
       if sentence.limit - sentence.start > budget:
         counts['split_sentences'] += 1
-        units = self._split(text, sentence, budget)
+        units = text.cut(sentence, budget, self._tokenizer.starts_word)
       for unit in units:
         if packed and unit.limit - packed[-1].start <= budget:
           start, _, byte_start, _ = packed.pop()
-          unit = Range(start, unit.limit, byte_start, unit.byte_limit)
+          unit = languages.Range(start, unit.limit, byte_start, unit.byte_limit)
         packed.append(unit)
     return packed
-
-  def _split(
-      self, text: '_Text', sentence: 'Range', budget: int
-  ) -> list['Range']:
-    """Cuts a sentence between words; inside a word if it exceeds a passage."""
-    words = self._tokenizer.starts_word[text.ids]
-    start, limit, byte_start, byte_limit = sentence
-    pieces = []
-    while limit - start > budget:
-      cut = start + budget
-      while cut > start and not words[cut]:
-        cut -= 1
-      cut = cut if cut > start else start + budget
-      pieces.append(Range(start, cut, byte_start, text.starts_list[cut]))
-      start, byte_start = cut, text.starts_list[cut]
-    return [*pieces, Range(start, limit, byte_start, byte_limit)]
 
   def _add_sentences(
       self,
       builder: '_Builder',
       record: records.Record,
-      text: '_Text',
+      text: languages.Text,
       aside: int,
       passages: bool,
   ) -> None:
     settings, counts = self._settings, builder.counts
     names = None
-    if record.spans is None:
+    method = self._span_method(record, text)
+    if method == 'rules':
       names = salient_spans_lib.document_names(record.text)
-    num_outside = len(record.spans or ())
+    num_outside = len(record.spans or ()) if method == 'records' else 0
     for sentence in text.sentences:
       start, limit, byte_start, byte_limit = sentence
       counts['sentences'] += 1
@@ -270,17 +275,20 @@ class Packer:
         counts['sentences_too_short_or_long'] += 1
         continue
       content = text.slice(byte_start, byte_limit)
-      if record.spans is None:
+      found: Sequence[tuple[int, int]] = ()
+      if method == 'rules':
         found = salient_spans_lib.find_spans(content, names)
-      else:
+      elif method == 'random':
+        found = self._random_spans(record, text, sentence)
+      elif method == 'records':
         found = [
             (a - byte_start, b - byte_start)
-            for a, b in record.spans
+            for a, b in record.spans or ()
             if byte_start <= a and b <= byte_limit
         ]
         num_outside -= len(found)
       spans = self._in_wordpieces(found, text, sentence, counts)
-      if not spans:
+      if not spans and method != 'none':
         counts['sentences_without_spans'] += 1
         continue
       if not passages:
@@ -296,11 +304,49 @@ class Packer:
       )
     counts['spans_outside_sentences'] += num_outside
 
+  def _span_method(
+      self, record: records.Record, text: languages.Text
+  ) -> str:
+    """Returns 'rules', 'random', 'records' or 'none'."""
+    method = self._settings.spans
+    if method != 'none' and record.spans is not None:
+      return 'records'
+    if method == 'english':
+      return 'rules' if text.language == 'en' else 'records'
+    return method
+
+  def _random_spans(
+      self,
+      record: records.Record,
+      text: languages.Text,
+      sentence: languages.Range,
+  ) -> list[tuple[int, int]]:
+    start, limit, base, _ = sentence
+    spans = salient_spans_lib.random_spans(
+        [
+            text.slice(*ends)
+            for ends in zip(
+                text.starts_list[start:limit],
+                text.limits_list[start:limit],
+                strict=True,
+            )
+        ],
+        self._tokenizer.starts_word[text.ids[start:limit]],
+        f'{record.id} {start}',  # The same for any division into tasks.
+    )
+    return [
+        (
+            text.starts_list[start + first] - base,
+            text.limits_list[start + last - 1] - base,
+        )
+        for first, last in spans
+    ]
+
   def _in_wordpieces(
       self,
       spans: Sequence[tuple[int, int]],
-      text: '_Text',
-      sentence: 'Range',
+      text: languages.Text,
+      sentence: languages.Range,
       counts: collections.Counter[str],
   ) -> dict[tuple[int, int], tuple[int, int]]:
     """Maps the wordpiece ranges of usable spans to their byte ranges."""
@@ -316,51 +362,6 @@ class Packer:
       else:
         ranges.setdefault((first - start, last - start), (a, b))
     return ranges
-
-
-class Range(NamedTuple):
-  """Half-open ranges of the same part of a text."""
-
-  start: int  # Wordpieces.
-  limit: int
-  byte_start: int
-  byte_limit: int
-
-
-class _Text:
-  """A record's text with its wordpieces and sentences."""
-
-  def __init__(
-      self, text: str, ids: np.ndarray, starts: np.ndarray, limits: np.ndarray
-  ):
-    self._data = text.encode('utf-8')
-    self.ids, self.starts, self.limits = ids, starts, limits
-    self.starts_list, self.limits_list = starts.tolist(), limits.tolist()
-    # For each passage: last wordpiece + 1, number in the chunk, and offset from
-    # wordpieces of the text to those of the chunk.
-    self.passages: list[tuple[int, int, int]] = []
-    self.sentences = self._find_sentences(text)
-
-  def slice(self, start: int, limit: int) -> str:
-    """Returns the text between two bytes, without surrounding spaces."""
-    return self._data[start:limit].decode('utf-8', 'ignore').strip()
-
-  def _find_sentences(self, text: str) -> list[Range]:
-    """Returns the ranges of sentences, whose wordpieces have no gaps."""
-    to_byte = tokenizer_lib.byte_positions(text)
-    characters = salient_spans_lib.split_sentences(text) or [(0, len(text))]
-    found = to_byte[np.array(characters)]
-    # A sentence extends to the start of the next one.
-    cuts = np.searchsorted(self.starts, found[1:, 0], 'left')
-    first = [0, *cuts.tolist()]
-    last = [*cuts.tolist(), len(self.ids)]
-    return [
-        Range(a, b, byte_start, byte_limit)
-        for a, b, (byte_start, byte_limit) in zip(
-            first, last, found.tolist(), strict=True
-        )
-        if a < b
-    ]
 
 
 class _Builder:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from typing import Any
 
 import nupunkt
@@ -22,6 +23,7 @@ import realm_jax
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.prepare import filters
+from realm_jax.prepare import languages
 from realm_jax.prepare import passages as passages_lib
 from realm_jax.prepare import pipeline as pipeline_lib
 from realm_jax.prepare import records as records_lib
@@ -64,6 +66,10 @@ class Options:
   exclude: kinds of records to leave out, from `filters.KINDS`.
   near_duplicates: similarity in (0, 1] from which on a record is left out if an
     earlier one of the same sources is that similar; None: all stay.
+  spans: where the spans of records without `spans` come from. 'auto': rules if
+    they are in English. 'rules': in any language. 'random': random words.
+    'none': no record has spans, and all sentences are kept.
+  language: code such as 'en' or 'zh'; None: examined.
   workers: number of processes; None: one for each CPU core.
   beam: options of an Apache Beam pipeline that replaces the pool of processes;
     its workers must see the folder that contains the output. None: no pipeline.
@@ -83,6 +89,8 @@ class Options:
   validation_fraction: float = 0.01
   exclude: Sequence[str] = ()
   near_duplicates: float | None = None
+  spans: str = 'auto'
+  language: str | None = None
   workers: int | None = None
   beam: Sequence[str] | None = None
   skip_bad_records: bool = False
@@ -93,6 +101,7 @@ class Options:
     longest, shortest = self.max_sentence, self.min_sentence
     fraction, size = self.validation_fraction, self.vocab_size
     similarity, kinds = self.near_duplicates, filters.KINDS
+    sources = languages.SPANS
     for name, ok, expected in (
         ('max_wordpieces', 8 <= self.max_wordpieces <= 65_535, '8 to 65,535'),
         (
@@ -103,6 +112,12 @@ class Options:
         ('validation_fraction', 0 <= fraction < 1, 'at least 0 and below 1'),
         ('vocab_size', size is None or size > 0, 'positive'),
         ('workers', self.num_workers >= 1, 'at least 1'),
+        ('spans', self.spans in sources, f'one of {", ".join(sources)}'),
+        (
+            'language',
+            re.fullmatch('[a-z]{2,3}(-.+)?', self.language or 'en'),
+            'a code such as en, de or zh',
+        ),
         ('exclude', {*self.exclude} <= {*kinds}, f'some of {", ".join(kinds)}'),
         (
             'near_duplicates',
@@ -125,7 +140,7 @@ class Options:
 
   @property
   def settings(self) -> passages_lib.Settings:
-    """The options that decide what is in a chunk."""
+    """The options that decide what is in a chunk, without the language."""
     return passages_lib.Settings(
         self.max_wordpieces,
         self.min_sentence,
@@ -181,8 +196,9 @@ def prepare(
   tokenizer = None
   if chosen.vocab is not None:
     tokenizer = tokenizer_lib.Tokenizer.from_source(chosen.vocab, chosen.cased)
+  census = languages.Census()
   for one in inputs:
-    _check(one.records, progress)
+    _check(one.records, progress, census)
   if chosen.near_duplicates is not None:
     for one in inputs:
       one.near_duplicates = filters.near_duplicates(
@@ -190,14 +206,21 @@ def prepare(
       )
   if tokenizer is None:
     default = _DEFAULT_VOCAB_SIZE if questions is None else _WORLD_VOCAB_SIZE
-    tokenizer = _learn_vocabulary(
-        inputs, chosen.vocab_size or default, not chosen.cased
+    cased = census.needs_marks() if chosen.cased is None else chosen.cased
+    tokenizer = tokenizer_lib.Tokenizer.train(
+        records_lib.Texts([one.records for one in inputs]),
+        chosen.vocab_size or default,
+        lowercase=not cased,
     )
   # Only sentences of the last input are trained on, so only these are split.
   if not any(one.records.marked for one in inputs):
     inputs[-1].validation_fraction = chosen.validation_fraction
   fraction = inputs[-1].validation_fraction
-  settings = _manifest_settings(chosen.settings, fraction)
+  spans, language = census.spans_and_language(chosen.spans, chosen.language)
+  packing = dataclasses.replace(
+      chosen.settings, spans=spans, language=language
+  )
+  settings = _manifest_settings(packing, fraction)
   if chosen.near_duplicates is not None:
     settings['near_duplicates'] = chosen.near_duplicates
   return _write(
@@ -205,7 +228,9 @@ def prepare(
       inputs,
       tokenizer,
       chosen,
+      packing,
       settings,
+      need_sentences=spans != 'none',
       questions=questions,
       overwrite=overwrite,
       progress=progress,
@@ -238,16 +263,17 @@ def prepare_more(
   """
   before = base.manifest['settings']
   names = {field.name for field in dataclasses.fields(passages_lib.Settings)}
-  options = Options(
-      workers=workers, **{name: before[name] for name in names & {*before}}
+  packing = passages_lib.Settings(
+      **{name: before[name] for name in names & {*before}}
   )
   fraction = 0.0 if source.marked else before['validation_fraction']
   return _write(
       pathlib.Path(output).absolute(),
       [_Input(source, True, fraction)],
       base.tokenizer,
-      options,
-      _manifest_settings(options.settings, fraction),
+      Options(workers=workers),
+      packing,
+      _manifest_settings(packing, fraction),
       progress=progress,
       need_sentences=False,
   )
@@ -258,6 +284,7 @@ def _write(
     inputs: Sequence[_Input],
     tokenizer: tokenizer_lib.Tokenizer,
     options: Options,
+    packing: passages_lib.Settings,
     settings: dict[str, Any],
     *,
     questions: list[dict[str, Any]] | None = None,
@@ -267,7 +294,7 @@ def _write(
 ) -> dict[str, Any]:
   """Packs all inputs and writes the corpus; returns the manifest."""
   made_with = {  # Everything that a chunk depends on besides its records.
-      **_manifest_settings(options.settings, 0.0),
+      **_manifest_settings(packing, 0.0),
       'program': f'realm_jax {realm_jax.__version__}',
       'format': corpus_lib.FORMAT_VERSION,
       'tokenizer': tokenizer.digest,
@@ -280,7 +307,7 @@ def _write(
     writer = writer_lib.CorpusWriter(directory, tokenizer, len(inputs) > 1)
     pipeline = pipeline_lib.Pipeline(
         tokenizer,
-        options.settings,
+        packing,
         chunk_path,
         # Beam leaves nothing for a pool to do.
         options.num_workers if options.beam is None else 1,
@@ -383,15 +410,7 @@ def _open_inputs(
           f'A world has all its texts, so {name!r} must be the only source;'
           f' the sources are {[*sources, *others]}.'
       )
-    numbers = name.split(':')[1:]
-    if not 1 <= len(numbers) <= 2 or not all(
-        number.isascii() and number.isdigit() for number in numbers
-    ):
-      raise ValueError(
-          f'The source {name!r} is not of the form world:SEED[:ENTITIES] with'
-          ' two whole numbers, such as world:0 or world:7:500.'
-      )
-    made = world.generate(*map(int, numbers))
+    made = world.from_name(name)
     found = [
         [sources_lib.Items(items, name)]
         for items in (made.knowledge, made.pretraining)
@@ -404,37 +423,14 @@ def _open_inputs(
   return inputs, questions
 
 
-def _check(source: records_lib.Records, progress: bool) -> None:
-  for _ in tqdm.tqdm(
+def _check(
+    source: records_lib.Records, progress: bool, census: languages.Census
+) -> None:
+  for record in tqdm.tqdm(
       source.check(), desc='checking', unit=' records', disable=not progress
   ):
-    pass
+    census.add(record.text, record.spans is not None)
   source.report()
-
-
-class _Texts:
-  """The texts of all inputs, which can be iterated over more than once."""
-
-  def __init__(self, inputs: Sequence[_Input]):
-    self._inputs = inputs
-
-  def __iter__(self) -> Iterator[str]:
-    for one in self._inputs:
-      yield from one.records.texts()
-
-
-def _learn_vocabulary(
-    inputs: Sequence[_Input], size: int, lowercase: bool
-) -> tokenizer_lib.Tokenizer:
-  case = 'in lower case (--cased keeps capitals)' if lowercase else 'cased'
-  log.info('Learning a vocabulary of at most %d wordpieces, %s.', size, case)
-  learned = tokenizer_lib.Tokenizer.train(_Texts(inputs), size, lowercase)
-  if learned.vocab_size > size:
-    raise ValueError(
-        f'vocab_size is {size}, but the characters of the texts alone take '
-        f'{learned.vocab_size} wordpieces.'
-    )
-  return learned
 
 
 def _tasks(one: _Input) -> Iterator[passages_lib.Task]:

@@ -45,7 +45,7 @@ class Record:
   title: str
   text: str
   article: str | None  # Key of its article; None: an article of its own.
-  spans: tuple[tuple[int, int], ...] | None  # Bytes; None: found by rules.
+  spans: tuple[tuple[int, int], ...] | None  # Bytes; None: not given.
   validation: bool  # Marked with `split: 'validation'`.
   markup: str = ''  # Of the text, see `datasets.plain_text`; '': none.
 
@@ -218,6 +218,17 @@ class Records:
         if record is not None and record.id == name:
           return place
     return None  # Two different ids with the same hash.
+
+
+class Texts:
+  """The texts of records, which can be iterated over more than once."""
+
+  def __init__(self, sources: Sequence[Records]):
+    self._sources = sources
+
+  def __iter__(self) -> Iterator[str]:
+    for source in self._sources:
+      yield from source.texts()
 
 
 def read_ids(path: pathlib.Path) -> list[str]:

@@ -17,7 +17,7 @@ import tqdm
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.prepare import passages as passages_lib
+from realm_jax.prepare import languages
 from realm_jax.prepare import tfds_files
 from realm_jax.prepare import workers as workers_lib
 from realm_jax.prepare import writer as writer_lib
@@ -28,7 +28,7 @@ _BLOCK = 2**14  # Sentences that are read and tagged at a time.
 # the table. A larger one shows that another version made the corpus.
 _MAX_DIFFERENT = 0.1
 
-Span = passages_lib.Range  # A range of a sentence.
+Span = languages.Range  # A range of a sentence.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,35 +1,24 @@
-"""Sentence splitting, and salient spans by rules.
+"""Salient spans by rules, and spans at random.
 
 Salient span masking (Guu et al. 2020, section 3.4) masks names and dates, which
 need world knowledge. The paper's tagger was never released; these rules for
 English replace it. Records with `spans` of their own skip the rules.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+import itertools
+import random
 import re
 import sys
 
-# Punkt in a maintained pure-Python package that contains its model. NLTK's
-# model is a download; pysbd is 20 times slower and unmaintained.
-import nupunkt
+from realm_jax.prepare import languages
 
-# A line of the source is a paragraph, a heading or a list item, so its end is
-# the end of a sentence, whatever the punctuation.
-_LINE = re.compile(r'[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+')
-
-
-def split_sentences(text: str) -> list[tuple[int, int]]:
-  """Returns half-open ranges of characters, without surrounding spaces."""
-  sentences = []
-  for line in _LINE.finditer(text):
-    base, content = line.start(), line.group()
-    for start, limit in nupunkt.sent_spans(content):
-      sentence = content[start:limit]
-      start += len(sentence) - len(sentence.lstrip())
-      limit -= len(sentence) - len(sentence.rstrip())
-      if start < limit:
-        sentences.append((base + start, base + limit))
-  return sentences
+# Random spans as in SpanBERT (Joshi et al. 2020): lengths in words are drawn
+# from a geometric distribution, and the spans of a text cover 15 % of it.
+_RANDOM_SHARE = 0.15
+_RANDOM_END = 0.2
+_RANDOM_LONGEST = 10
+_RANDOM_TRIES = 20
 
 
 def _character_class(wanted: list[int]) -> str:
@@ -223,6 +212,46 @@ def find_spans(
       (len(sentence[:start].encode()), len(sentence[:limit].encode()))
       for start, limit in spans
   ]
+
+
+def random_spans(
+    pieces: Sequence[str], begins: Sequence[bool], seed: str
+) -> list[tuple[int, int]]:
+  """Draws spans of whole words, in place of salient ones.
+
+  In scripts without blanks, each wordpiece counts as a word.
+
+  Args:
+    pieces: text of each wordpiece of a sentence.
+    begins: whether it begins a word.
+    seed: equal seeds give equal spans.
+
+  Returns:
+    Half-open ranges of wordpieces, in order, not overlapping, and without
+    punctuation; empty if the sentence has no word.
+  """
+  firsts = [
+      i
+      for i, piece in enumerate(pieces)
+      if begins[i] or not i or languages.is_without_blanks(piece)
+  ]
+  words = list(itertools.pairwise([*firsts, len(pieces)]))
+  free = [any(c.isalnum() for c in pieces[first]) for first in firsts]
+  rng = random.Random(seed)
+  wanted, spans = max(1, round(_RANDOM_SHARE * sum(free))), []
+  for _ in range(_RANDOM_TRIES * wanted * any(free)):
+    length = 1
+    while length < _RANDOM_LONGEST and rng.random() >= _RANDOM_END:
+      length += 1
+    length = min(length, wanted)
+    first = rng.randrange(len(words) - length + 1)
+    if all(free[first : first + length]):
+      free[first : first + length] = [False] * length
+      spans.append((words[first][0], words[first + length - 1][1]))
+      wanted -= length
+      if not wanted:
+        break
+  return sorted(spans)
 
 
 def kind(span: str) -> str:

@@ -93,6 +93,23 @@ class World:
   questions: list[dict[str, Any]]
 
 
+def from_name(name: str) -> World:
+  """Generates the world of a source such as 'world:7:500'.
+
+  Raises:
+    ValueError: the name is wrong, or see `generate`.
+  """
+  numbers = name.split(':')[1:]
+  if not 1 <= len(numbers) <= 2 or not all(
+      number.isascii() and number.isdigit() for number in numbers
+  ):
+    raise ValueError(
+        f'The source {name!r} is not of the form world:SEED[:ENTITIES] with'
+        ' two whole numbers, such as world:0 or world:7:500.'
+    )
+  return generate(*map(int, numbers))
+
+
 def generate(seed: int, entities: int = 1000) -> World:
   """Generates the world of a seed.
 

@@ -222,7 +222,8 @@ class CorpusWriter:
           f'{self.counts[prefix + "sentences"]} sentences in '
           f'{self.counts[prefix + "records"]} records). '
           'The rules find names, dates and numbers of English; for other text '
-          'give `spans` in the records.'
+          'give `spans` in the records, or --spans=random. A corpus that is '
+          'only searched needs none: --spans=none.'
       )
     for column in self._columns.values():
       column.close()

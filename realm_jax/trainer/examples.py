@@ -207,6 +207,13 @@ class MaskedSentences(Sentences):
     if len(self.rows):
       return
     lengths = self.config.lengths
+    if not len(self.table.spans):
+      raise ValueError(
+          f'The corpus {self.corpus.directory} has no salient spans, and'
+          f' {self.config.objective} masks them. Prepare it with'
+          ' --spans=random, give the records `spans`, or mark names with a'
+          f' tagger: `realm-jax tag --corpus={self.corpus.directory}`.'
+      )
     raise ValueError(
         f'The corpus {self.corpus.directory} has no salient span to mask in its'
         f' {len(self.table)} sentences of the split {self.split!r}: none lies'

@@ -15,9 +15,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.prepare import languages
 from realm_jax.prepare import prepare
 from realm_jax.prepare import records as records_lib
-from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.prepare import tfds_files
 from realm_jax.prepare import writer
 
@@ -87,7 +87,7 @@ def test_passages_are_whole_sentences_packed_greedily(made, articles):
   for article in articles:
     room = 288 - 3 - len(encode(article['title']))
     passage: list[int] = []
-    for start, limit in salient_spans_lib.split_sentences(article['text']):
+    for start, limit in languages.split_sentences(article['text']):
       sentence = encode(article['text'][start:limit])
       if len(passage) + len(sentence) > room:
         expected.append(passage)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from realm_jax.prepare import languages
 from realm_jax.prepare import salient_spans
 
 
@@ -121,7 +122,7 @@ def test_document_tells_names_from_first_words():
 )
 def test_split_sentences(sentences):
   text = ' '.join(sentences)
-  found = salient_spans.split_sentences(text)
+  found = languages.split_sentences(text)
   assert [text[a:b] for a, b in found] == sentences
 
 
@@ -130,12 +131,12 @@ def test_split_sentences(sentences):
 )
 def test_a_line_ends_a_sentence(end):
   text = f'  History{end}It began in a shed.{end}'
-  found = [text[a:b] for a, b in salient_spans.split_sentences(text)]
+  found = [text[a:b] for a, b in languages.split_sentences(text)]
   assert found == ['History', 'It began in a shed.']
 
 
 def test_no_sentence_in_space():
-  assert salient_spans.split_sentences(' \n\t\n') == []
+  assert languages.split_sentences(' \n\t\n') == []
 
 
 @pytest.mark.parametrize(
