@@ -5,6 +5,7 @@ import dataclasses
 
 from realm_jax.cli import actions
 from realm_jax.cli.flags import CONFIG
+from realm_jax.cli.flags import CORPUS
 from realm_jax.cli.flags import OUTPUT
 from realm_jax.cli.flags import OVERWRITE
 from realm_jax.cli.flags import PROCESSES
@@ -135,6 +136,7 @@ COMMANDS = {
         '--workdir=runs/realm --follow',
         actions.index,
         WORKDIR,
+        CORPUS,
         *PROCESSES,
         Flag('follow', bool, 'Build a generation from each new snapshot until'
              ' training is done. Otherwise build one and exit.', False),
@@ -150,6 +152,7 @@ COMMANDS = {
         '--workdir=runs/realm',
         actions.verify,
         WORKDIR,
+        CORPUS,
         Flag('step', int,
              'Generation to check; default: all.'),
     ),
@@ -165,6 +168,7 @@ COMMANDS = {
         '--workdir=runs/realm --input=more.jsonl',
         actions.add,
         WORKDIR,
+        CORPUS,
         _RECORDS,
         SKIP_BAD_RECORDS,
         WORKERS,
@@ -174,6 +178,7 @@ COMMANDS = {
         '--workdir=runs/realm --input=more.jsonl',
         actions.update,
         WORKDIR,
+        CORPUS,
         _RECORDS,
         SKIP_BAD_RECORDS,
         WORKERS,
@@ -184,6 +189,7 @@ COMMANDS = {
         '--workdir=runs/realm --input=ids.txt',
         actions.delete,
         WORKDIR,
+        CORPUS,
         Flag('input', str, 'Ids: JSON Lines (.gz, .xz too) of objects with an'
              ' `id`, or any other file, with an id on each line.', REQUIRED),
         Flag('ignore_missing', bool, 'Ignore unknown ids.', False),
@@ -193,6 +199,7 @@ COMMANDS = {
         '--workdir=runs/realm',
         actions.compact,
         WORKDIR,
+        CORPUS,
         Flag('output', str, 'Folder for the corpus; default: documents/corpus-N'
              ' in the workdir.'),
     ),
@@ -207,8 +214,8 @@ COMMANDS = {
              ' has one.'),
         Flag('tagged', str, 'For a tagger: files of tagged sentences,'
              ' comma-separated; CoNLL, or JSON Lines of {tokens, tags}.'),
-        Flag('corpus', str, 'Search this corpus instead of the training corpus;'
-             ' same tokenizer.'),
+        Flag('corpus', str, 'Where the training corpus is now, or another one'
+             ' of the same tokenizer to search in its place.'),
         Flag('steps', str, '`latest`, `all` (every remaining snapshot and'
              ' checkpoint), or numbers, comma-separated.', 'latest'),
         Flag('limit', int,
@@ -232,6 +239,7 @@ COMMANDS = {
         '--workdir=runs/realm "The capital is [MASK]."',
         actions.inspect,
         WORKDIR,
+        CORPUS,
         Flag('k', int,
              'Candidates, null document included; default: as in training.'),
         Flag('html', str, 'Also write a page to this file.'),
@@ -261,6 +269,7 @@ COMMANDS = {
         '--workdir=runs/realm --format=huggingface --output=model',
         actions.export,
         WORKDIR,
+        CORPUS,
         Flag('format', ('huggingface', 'sentence-transformers', 'index'),
              'What to write.', REQUIRED),
         OUTPUT,
@@ -289,6 +298,7 @@ COMMANDS = {
         '--workdir=runs/open_qa "who founded Delatuk?"',
         actions.ask,
         WORKDIR,
+        CORPUS,
         Flag('k', int, 'Passages to read; default: as in training.'),
         Flag('step', int, 'Checkpoint step; default: newest.'),
         Flag('json', bool, 'Print a JSON object for each question.', False),
