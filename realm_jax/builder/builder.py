@@ -56,7 +56,7 @@ def build(
   """Builds the generation of one snapshot, by default the newest.
 
   If training took no snapshot (objective `ict`), or none at its end, one is
-  taken from the newest checkpoint. `corpus`: where it is now; None: where it was.
+  taken from the newest checkpoint. `corpus`: where it is now, if it has moved.
 
   Raises:
     FileNotFoundError: the config or the snapshot does not exist.

@@ -178,10 +178,10 @@ class Corpus:
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
-      moved = f' If it has moved, give {flag}=FOLDER.' if flag else ''
+      moved = f'if it has moved, give {flag}=FOLDER, or ' if flag else ''
       raise FileNotFoundError(
-          f'There is no corpus {directory}; write one with `realm-jax prepare '
-          f'--output={directory}`.{moved}'
+          f'There is no corpus {directory}; {moved}write one with `realm-jax'
+          f' prepare --output={directory}`.'
       )
     path = directory / 'manifest.json'
     if not path.is_file():

@@ -294,11 +294,21 @@ class Tokenizer:
     pieces = [self.vocab[i] for i in ids if i not in dropped]
     return self._decoder.decode(pieces)
 
-  def save(self, directory: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes DIRECTORY/vocab.txt (LF), which does not record `lowercase`."""
+  def save(
+      self, directory: str | os.PathLike[str], settings: bool = False
+  ) -> pathlib.Path:
+    """Writes DIRECTORY/vocab.txt (LF), which does not record `lowercase`.
+
+    With `settings`, tokenizer_config.json does.
+    """
     path = pathlib.Path(directory) / 'vocab.txt'
     text = ''.join(f'{piece}\n' for piece in self.vocab)
     path.write_bytes(text.encode('utf-8'))
+    if settings:
+      files.write_json(
+          path.with_name('tokenizer_config.json'),
+          {'do_lower_case': self.lowercase},
+      )
     return path
 
 

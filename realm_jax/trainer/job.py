@@ -143,11 +143,7 @@ def begin(job: Job) -> None:
   """Writes config and tokenizer of a job whose first step is about to run."""
   job.workdir.mkdir(parents=True, exist_ok=True)
   # The tokenizer, too: a model is exported and embeds without its corpus.
-  job.corpus.tokenizer.save(job.workdir)
-  files.write_json(
-      job.workdir / 'tokenizer_config.json',
-      {'do_lower_case': job.corpus.tokenizer.lowercase},
-  )
+  job.corpus.tokenizer.save(job.workdir, settings=True)
   files.write_json(
       job.workdir / 'config.json', config_lib.to_dict(job.config)
   )
