@@ -222,7 +222,7 @@ class _Job:
           self._poll(supervised) if distributed.is_main() else None
       )
       if changed:
-        log.info('%s/config.json has changed; it is read again.', self.workdir)
+        log.info('%s has another config now.', self.workdir)
         return False
       if stop:
         generation.remove_leftovers(self.directory)
@@ -245,17 +245,12 @@ class _Job:
         time.sleep(_ROOM_SECONDS)
 
   def _poll(self, supervised: bool) -> tuple[int | None, bool, bool]:
-    """Returns the snapshot to build from, if any, and whether to stop.
-
-    The last value: whether config.json has changed, as a job's may until its
-    first checkpoint.
-    """
+    """Returns a snapshot to build, whether to stop, and `_has_changed`."""
     # Checked first, so that a snapshot written before it is not missed.
     done = (self.workdir / 'summary.json').exists()
     steps = snapshots_lib.steps_of(self.workdir)
     if steps and self._is_missing(steps[-1]):
-      changed = config_lib.read(self.workdir) != self.given
-      return steps[-1], False, changed
+      return steps[-1], False, self._has_changed()
     if done and not supervised:
       return None, True, False
     self.heartbeat.beat('waiting', steps[-1] if steps else None)
@@ -396,9 +391,15 @@ class _Job:
   def _is_current(self, step: int, digest: str) -> bool:
     """A trainer that resumes deletes the snapshots after its checkpoint."""
     try:
-      return snapshots_lib.digest_of(self.workdir, step) == digest
+      found = snapshots_lib.digest_of(self.workdir, step)
     except FileNotFoundError:
       return False
+    return found == digest and not self._has_changed()
+
+  def _has_changed(self) -> bool:
+    """Whether the job began again with other inputs of an embedding."""
+    now, parts = config_lib.read(self.workdir), 'model lengths mips corpus'
+    return any(getattr(now, n) != getattr(self.given, n) for n in parts.split())
 
   def _prune(self, newest: int) -> None:
     keep = self.config.refresh.keep
