@@ -59,6 +59,7 @@ class Retriever:
     self._searched: tuple[search_lib.Search, search_lib.Rows] | None = None
     self._open_corpus = open_corpus
     self._embedder = embedding.Embedder(component, mesh_lib.one_device())
+    self._said: set[str] = set()  # Kinds of texts reported as cut.
 
   @classmethod
   def load(
@@ -67,6 +68,7 @@ class Retriever:
       step: int | None = None,
       query_length: int | None = None,
       passage_length: int | None = None,
+      corpus: Path | None = None,
   ) -> 'Retriever':
     """Loads a retriever from a workdir or a checkpoint.
 
@@ -77,6 +79,8 @@ class Retriever:
       step: of a workdir's checkpoint or snapshot; None: the newest checkpoint.
       query_length, passage_length: maximum wordpieces of a text, specials
         included; None: those of the workdir, or the paper's.
+      corpus: where the corpus of a workdir is now; None: where it was in
+        training. Only passages and documents added since need it.
 
     Raises:
       FileNotFoundError: there is nothing of that name.
@@ -86,7 +90,7 @@ class Retriever:
       if step is not None:
         raise ValueError(f'{path} is a checkpoint, it has no steps.')
       return cls._from_checkpoint(path, query_length, passage_length)
-    trained = trained_lib.Trained.open_parameters(path)
+    trained = trained_lib.Trained.open_parameters(path, corpus)
     if step is None:
       step = checkpoint.newest_step(trained.workdir)
     params = trained.load(step)
@@ -103,7 +107,7 @@ class Retriever:
         trained.tokenizer,
         _lengths(trained.config, query_length, passage_length),
         open_search,
-        (lambda: trained.corpus) if trained.config.corpus else None,
+        (lambda: trained.corpus) if trained.config.corpus or corpus else None,
     )
 
   @classmethod
@@ -161,6 +165,10 @@ class Retriever:
     ids_BQ = inputs.encode_queries(
         _checked(texts), self.lengths.query, self.tokenizer
     )
+    if 'queries' not in self._said and inputs.warn_of_cut_queries(
+        texts, ids_BQ, self.tokenizer, 'queries', 'query_length'
+    ):
+      self._said.add('queries')
     return self._embed(
         lambda ids_BQ: self._embedder.queries(self._params, ids_BQ), ids_BQ
     )
@@ -186,6 +194,10 @@ class Retriever:
         title_lengths=np.array([len(title) for title in titles], np.int32),
         articles=np.arange(len(pieces), dtype=np.int32),
     )
+    if 'passages' not in self._said and inputs.warn_of_cuts(
+        'passages', table.lengths, self.lengths.document, 'passage_length'
+    ):
+      self._said.add('passages')
     arrays = inputs.assemble_documents(
         table, np.arange(len(table)), self.lengths.document, self.tokenizer
     )

@@ -17,7 +17,9 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
+from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.index import embedding
 from realm_jax.index import generation
 from realm_jax.index import search as search_lib
@@ -48,11 +50,13 @@ Path = pathlib.Path | str
 T = TypeVar('T')
 
 
-def build(workdir: Path, step: int | None = None) -> pathlib.Path:
+def build(
+    workdir: Path, step: int | None = None, corpus: Path | None = None
+) -> pathlib.Path:
   """Builds the generation of one snapshot, by default the newest.
 
   If training took no snapshot (objective `ict`), or none at its end, one is
-  taken from the newest checkpoint.
+  taken from the newest checkpoint. `corpus`: where it is now, if it has moved.
 
   Raises:
     FileNotFoundError: the config or the snapshot does not exist.
@@ -73,7 +77,7 @@ def build(workdir: Path, step: int | None = None) -> pathlib.Path:
         ' and open_qa) or checkpoints (ict, too).'
     )
   with process.stop_signals(), _locked(workdir) as heartbeat:
-    job = _Job.open(workdir, config, heartbeat)
+    job = _Job.open(workdir, config, heartbeat, corpus)
     step = distributed.broadcast(known[-1] if step is None else step)
     if step == unsaved and distributed.is_main():
       params, _ = checkpoint.load_params(
@@ -94,6 +98,7 @@ def follow(
     *,
     start_timeout: float | None = None,
     parent_pid: int | None = None,
+    corpus: Path | None = None,
 ) -> None:
   """Builds a generation from the newest snapshot whenever a new one appears.
 
@@ -106,6 +111,7 @@ def follow(
     start_timeout: seconds to wait for the job's config and first snapshot;
       None: no limit.
     parent_pid: stop when this is no longer the parent process.
+    corpus: where the corpus is now; None: where it was in training.
 
   Raises:
     RuntimeError: another index builder runs on this workdir.
@@ -123,8 +129,11 @@ def follow(
       if distributed.is_main():
         _wait_for_start(workdir, heartbeat, start_timeout)
       distributed.barrier('the job to follow has started')
-      config = config_lib.read(workdir)
-      _Job.open(workdir, config, heartbeat).follow(supervised=bool(parent_pid))
+      done = False
+      while not done:
+        config = config_lib.read(workdir)
+        job = _Job.open(workdir, config, heartbeat, corpus)
+        done = job.follow(supervised=bool(parent_pid))
   except process.Stopped as stopped:
     log.info('The index builder leaves: %s.', stopped)
 
@@ -167,7 +176,8 @@ class _Job:
 
   workdir: pathlib.Path
   directory: pathlib.Path  # The folder of the generations.
-  config: config_lib.Config
+  given: config_lib.Config  # As in the workdir.
+  config: config_lib.Config  # Resolved.
   corpus: corpus_lib.Corpus
   mesh: jax.sharding.Mesh
   component: components.Component
@@ -180,10 +190,13 @@ class _Job:
       workdir: pathlib.Path,
       config: config_lib.Config,
       heartbeat: heartbeat_lib.Heartbeat,
+      moved: Path | None,
   ) -> '_Job':
-    config = config_lib.resolve(config)
+    given, config = config, config_lib.resolve(config)
     search_lib.backend(config.mips)  # An unknown one fails before the work.
-    corpus = corpus_lib.Corpus.open(config.corpus)
+    corpus = document_store.open_corpus(workdir, config, moved)
+    if distributed.is_main():
+      inputs.warn_of_cut_passages(corpus, config.lengths.document)
     config.model.vocab_size = (
         config.model.vocab_size or corpus.tokenizer.vocab_size
     )
@@ -197,19 +210,24 @@ class _Job:
     )
     directory = workdir / generation.DIRECTORY
     return cls(
-        workdir, directory, config, corpus, mesh, component, embedder, heartbeat
+        workdir, directory, given, config, corpus, mesh, component, embedder,
+        heartbeat,
     )
 
-  def follow(self, supervised: bool) -> None:
+  def follow(self, supervised: bool) -> bool:
+    """Builds until training is done; False: the config has changed."""
     full = False  # Whether the disk was full in the last attempt.
     while True:
-      step, stop = distributed.broadcast(
+      step, stop, changed = distributed.broadcast(
           self._poll(supervised) if distributed.is_main() else None
       )
+      if changed:
+        log.info('%s has another config now.', self.workdir)
+        return False
       if stop:
         generation.remove_leftovers(self.directory)
         log.info('Training is done and its newest snapshot has an index.')
-        return
+        return True
       if step is None:
         time.sleep(_POLL_SECONDS)
         continue
@@ -226,17 +244,17 @@ class _Job:
         self.heartbeat.beat('waiting for room on the disk', step, at_once=True)
         time.sleep(_ROOM_SECONDS)
 
-  def _poll(self, supervised: bool) -> tuple[int | None, bool]:
-    """Returns the snapshot to build from, if any, and whether to stop."""
+  def _poll(self, supervised: bool) -> tuple[int | None, bool, bool]:
+    """Returns a snapshot to build, whether to stop, and `_has_changed`."""
     # Checked first, so that a snapshot written before it is not missed.
     done = (self.workdir / 'summary.json').exists()
     steps = snapshots_lib.steps_of(self.workdir)
     if steps and self._is_missing(steps[-1]):
-      return steps[-1], False
+      return steps[-1], False, self._has_changed()
     if done and not supervised:
-      return None, True
+      return None, True, False
     self.heartbeat.beat('waiting', steps[-1] if steps else None)
-    return None, False
+    return None, False, False
 
   def _is_missing(self, step: int) -> bool:
     """Returns whether the snapshot has no generation of its parameters."""
@@ -373,9 +391,15 @@ class _Job:
   def _is_current(self, step: int, digest: str) -> bool:
     """A trainer that resumes deletes the snapshots after its checkpoint."""
     try:
-      return snapshots_lib.digest_of(self.workdir, step) == digest
+      found = snapshots_lib.digest_of(self.workdir, step)
     except FileNotFoundError:
       return False
+    return found == digest and not self._has_changed()
+
+  def _has_changed(self) -> bool:
+    """Whether the job began again with other inputs of an embedding."""
+    now, parts = config_lib.read(self.workdir), 'model lengths mips corpus'
+    return any(getattr(now, n) != getattr(self.given, n) for n in parts.split())
 
   def _prune(self, newest: int) -> None:
     keep = self.config.refresh.keep

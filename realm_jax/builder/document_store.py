@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -46,7 +47,7 @@ _UNCHANGED: dict[str, Any] = {
     'manifest_sha256': None,
 }
 
-Path = pathlib.Path | str
+Path = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,30 +80,44 @@ class Documents:
       workdir: Path,
       config: config_lib.Config,
       corpus: Path | None = None,
+      another: bool = False,
   ) -> 'Documents':
     """Opens the current version, or another corpus instead.
+
+    Args:
+      workdir: of a job.
+      config: of the job, resolved.
+      corpus: where the corpus of the training is now; None: where it was.
+      another: whether `corpus` may be another one, which then replaces all
+        documents.
 
     Raises:
       FileNotFoundError: a corpus or the file of removed rows is missing.
       ValueError: a file is damaged or of a newer format, or the corpus is not
-        the one that the documents were added to.
+        the one that was trained on, or that the documents were added to.
     """
     workdir, config = pathlib.Path(workdir), copy.deepcopy(config)
     folder = workdir / DIRECTORY
-    manifest = _UNCHANGED if corpus else read_manifest(folder)
-    corpus = corpus or config.corpus
-    if not corpus:
-      raise ValueError(f'{workdir} has no corpus: its config names none.')
+    manifest, opened = read_manifest(folder), None
+    if corpus is not None:
+      opened = open_corpus(workdir, config, corpus, another)
+      if not _is_of_training(workdir, opened):
+        manifest = _UNCHANGED
+      elif manifest['version']:
+        log.info('With the additions and removals of %s.', folder)
     parts = []
     for names in manifest['parts']:
-      path = folder / names['corpus'] if names['corpus'] else corpus
-      opened, expected = corpus_lib.Corpus.open(path), names['fingerprint']
+      if names['corpus']:
+        opened = corpus_lib.Corpus.open(folder / names['corpus'])
+      elif opened is None:
+        opened = open_corpus(workdir, config)
+      expected = names['fingerprint']
       if expected not in (None, opened.fingerprint):
         raise ValueError(
-            f'The corpus {path} is not the one that {folder} was made for: '
-            f'its fingerprint is {opened.fingerprint[:16]}, {expected[:16]} in '
-            f'{MANIFEST}. Put that corpus back, or remove {folder} and add its '
-            'documents again.'
+            f'The corpus {opened.directory} is not the one that {folder} was '
+            f'made for: its fingerprint is {opened.fingerprint[:16]}, '
+            f'{expected[:16]} in {MANIFEST}. Put that corpus back, or remove '
+            f'{folder} and add its documents again.'
         )
       index = workdir / generation_lib.DIRECTORY
       index = folder / names['index'] if names['index'] else index
@@ -350,6 +365,50 @@ class Index:
         self.table[rows:total], removed=removed[split:] - rows
     )
     return merged_search.MergedSearch((first, rest), self.table, removed)
+
+
+def open_corpus(
+    workdir: Path,
+    config: config_lib.Config,
+    corpus: Path | None = None,
+    another: bool = False,
+) -> corpus_lib.Corpus:
+  """Opens the corpus that a workdir was trained on.
+
+  The arguments and errors are those of `Documents.open`.
+  """
+  workdir = pathlib.Path(workdir)
+  if corpus is not None:
+    opened = corpus_lib.Corpus.open(corpus)
+    if not another and not _is_of_training(workdir, opened):
+      raise ValueError(
+          f'--corpus={corpus} is not the corpus of {workdir}: its fingerprint'
+          f' is {opened.fingerprint[:16]}, that of the training was'
+          f' {_trained_on(workdir)[:16]}. Give the new folder of that corpus.'
+      )
+    return opened
+  if not config.corpus:
+    raise ValueError(
+        f'{workdir} has no corpus: its config names none. Give --corpus=FOLDER.'
+    )
+  path = pathlib.Path(config.corpus)
+  if not path.is_dir() and (workdir / 'corpus').is_dir():
+    path = workdir / 'corpus'  # Of an import, whose workdir has moved.
+  return corpus_lib.Corpus.open(path, '--corpus')
+
+
+def _trained_on(workdir: pathlib.Path) -> str:
+  """Returns the fingerprint of the corpus of a workdir; '': unknown."""
+  origin = read_manifest(workdir / DIRECTORY)['origin']
+  steps = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
+  if steps and not origin:
+    about = checkpoint.saved_about(workdir, steps[-1])
+    origin = about.get('corpus_fingerprint')
+  return origin or ''
+
+
+def _is_of_training(workdir: pathlib.Path, corpus: corpus_lib.Corpus) -> bool:
+  return _trained_on(workdir) in ('', corpus.fingerprint)
 
 
 def find(

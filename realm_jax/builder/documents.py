@@ -22,6 +22,7 @@ import tqdm
 from realm_jax import config as config_lib
 from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.index import generation
 from realm_jax.models import components
@@ -69,6 +70,7 @@ def add(
     fields: str | None = None,
     workers: int | None = None,
     progress: bool = True,
+    corpus: Path | None = None,
 ) -> Change:
   """Adds documents, or replaces all passages of documents.
 
@@ -81,6 +83,7 @@ def add(
     format, fields: of the sources, see `sources.find`.
     workers: processes that tokenise; None: one for each core.
     progress: whether to show progress bars.
+    corpus: where the corpus is now; None: where it was in training.
 
   Raises:
     FileNotFoundError: a source, the workdir, or its index is missing.
@@ -88,7 +91,7 @@ def add(
     RuntimeError: another such command is running.
     OSError: the disk is full; then nothing changes.
   """
-  with _locked(workdir) as documents:
+  with _locked(workdir, corpus) as documents:
     source = records_lib.Records(
         sources_lib.find(sources, format, fields),
         skip_bad=skip_bad_records,
@@ -105,6 +108,7 @@ def add(
         base, source, path, workers=workers, progress=progress
     )
     made = documents.part(path)
+    inputs.warn_of_cut_passages(made.corpus, documents.config.lengths.document)
     _check_ids(documents, gone, made.corpus, ids)
     return _commit(documents, command, gone, made, missing, progress)
 
@@ -113,7 +117,11 @@ update = functools.partial(add, replace=True)
 
 
 def delete(
-    workdir: Path, source: Path, *, ignore_missing: bool = False
+    workdir: Path,
+    source: Path,
+    *,
+    ignore_missing: bool = False,
+    corpus: Path | None = None,
 ) -> Change:
   """Removes documents: all passages of each id.
 
@@ -121,17 +129,22 @@ def delete(
     workdir: of a job that has an index.
     source: a table with an id, such as JSON Lines, or a text with an id a line.
     ignore_missing: skip ids that do not exist.
+    corpus: as of `add`.
 
   Raises: as `add`; ValueError also if no document would remain.
   """
-  with _locked(workdir) as documents:
+  with _locked(workdir, corpus) as documents:
     ids = records_lib.read_ids(pathlib.Path(source))
     gone, missing = _rows_of(documents, ids, 'delete', ignore_missing)
     return _commit(documents, 'delete', gone, None, missing, progress=True)
 
 
 def compact(
-    workdir: Path, output: Path | None = None, *, progress: bool = True
+    workdir: Path,
+    output: Path | None = None,
+    *,
+    progress: bool = True,
+    corpus: Path | None = None,
 ) -> Change | None:
   """Writes the documents as one plain corpus with a generation of its own.
 
@@ -142,13 +155,14 @@ def compact(
     workdir: of a job that has an index.
     output: folder for the corpus; None: documents/corpus-V of the workdir.
     progress: whether to show progress bars.
+    corpus: as of `add`.
 
   Returns:
     The change; None if the documents are one plain, current corpus already.
 
   Raises: as `add`, and FileExistsError if `output` exists.
   """
-  with _locked(workdir) as documents, contextlib.ExitStack() as undo:
+  with _locked(workdir, corpus) as documents, contextlib.ExitStack() as undo:
     newest, removed = documents.newest(), documents.removed
     trained = document_store.find(
         documents.workdir / generation.DIRECTORY, documents.manifest['origin']
@@ -186,14 +200,16 @@ def compact(
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[document_store.Documents]:
+def _locked(
+    workdir: Path, corpus: Path | None
+) -> Iterator[document_store.Documents]:
   """Opens the documents for one command and removes what it leaves behind."""
   workdir = pathlib.Path(workdir)
   config = config_lib.resolve(config_lib.read(workdir))
   with process.lock(
       workdir / document_store.DIRECTORY, 'command that changes documents'
   ):
-    documents = document_store.Documents.open(workdir, config)
+    documents = document_store.Documents.open(workdir, config, corpus)
     # Also what `compact` superseded: a reader may have used it until now.
     _sweep(documents.folder)
     for part in documents.parts:

@@ -36,7 +36,9 @@ class Finding:
   problems: list[str]
 
 
-def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
+def verify(
+    workdir: Path, step: int | None = None, corpus: Path | None = None
+) -> Iterator[Finding]:
   """Reads every byte of the index and compares it with its sources.
 
   These are checksums, the config, the corpus and its tokenizer, the snapshots,
@@ -45,6 +47,7 @@ def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
   Args:
     workdir: of a job.
     step: of the only generation to verify; None: all, and the documents.
+    corpus: where the corpus is now; None: where it was in training.
 
   Yields:
     A finding for each generation, by step; one for the workdir if it has other
@@ -62,15 +65,15 @@ def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
     raise FileNotFoundError(
         f'{directory} has generations of the steps {steps}, not of {step}.'
     )
-  problems, corpus = [], None
+  problems, opened = [], None
   try:
-    corpus = corpus_lib.Corpus.open(config.corpus)
+    opened = document_store.open_corpus(workdir, config, corpus)
   except (ValueError, OSError) as error:
     problems.append(str(error))
   references = _references(workdir)
   for number in steps:
     if step in (None, number):
-      yield _verify(workdir, config, number, corpus, references.get(number, {}))
+      yield _verify(workdir, config, number, opened, references.get(number, {}))
   for number, saved in references.items():
     if number not in steps and step in (None, number):
       problems.append(
@@ -81,7 +84,7 @@ def verify(workdir: Path, step: int | None = None) -> Iterator[Finding]:
   if problems:
     yield Finding(workdir, '', problems)
   if step is None and (workdir / document_store.DIRECTORY).exists():
-    yield _verify_documents(workdir, config)
+    yield _verify_documents(workdir, config, corpus)
 
 
 def _verify(
@@ -126,11 +129,11 @@ def _verify(
 
 
 def _verify_documents(
-    workdir: pathlib.Path, config: config_lib.Config
+    workdir: pathlib.Path, config: config_lib.Config, corpus: Path | None
 ) -> Finding:
   path, problems = workdir / document_store.DIRECTORY, []
   try:
-    documents = document_store.Documents.open(workdir, config)
+    documents = document_store.Documents.open(workdir, config, corpus)
   except (ValueError, OSError) as error:
     return Finding(path, '', [str(error)])
   for part in documents.parts:

@@ -146,12 +146,14 @@ def train(
     with_index_builder: bool,
     **processes: Any,
 ) -> None:
+  from realm_jax.cli import flags
   from realm_jax.runtime import distributed
   from realm_jax.runtime import profile as profile_lib
   from realm_jax.trainer import loop
   from realm_jax.trainer import stages
 
   steps = profile_lib.parse_steps(profile) if profile else None
+  explicit = flags.overridden('config')
   summary = None
   with _processes(**processes):
     main = distributed.is_main()
@@ -166,10 +168,13 @@ def train(
             workdir, max_failures=config.refresh.max_builder_failures
         ) as builder:
           summary = loop.train(
-              config, workdir, health=builder.health, profile=steps
+              config, workdir, health=builder.health, profile=steps,
+              explicit=explicit,
           )
       else:
-        summary = loop.train(config, workdir, profile=steps)
+        summary = loop.train(
+            config, workdir, profile=steps, explicit=explicit
+        )
     except loop.Interrupted as error:  # In all processes.
       print(error, file=sys.stderr)
   if summary is None:
@@ -181,6 +186,7 @@ def train(
 def index(
     *,
     workdir: str,
+    corpus: str | None,
     follow: bool,
     step: int | None,
     start_timeout: float,
@@ -193,10 +199,11 @@ def index(
   with _processes(**processes):
     if follow:
       builder.follow(
-          workdir, start_timeout=start_timeout, parent_pid=parent_pid or None
+          workdir, start_timeout=start_timeout, parent_pid=parent_pid or None,
+          corpus=corpus,
       )
     else:
-      path = builder.build(workdir, step)
+      path = builder.build(workdir, step, corpus)
       if distributed.is_main():
         print(path)
 
@@ -218,11 +225,11 @@ def _processes(
   return distributed_lib.job(**explicit, timeout=coordinator_timeout)
 
 
-def verify(*, workdir: str, step: int | None) -> None:
+def verify(*, workdir: str, step: int | None, corpus: str | None) -> None:
   from realm_jax.builder import status
 
   bad = 0
-  for found in status.verify(workdir, step):
+  for found in status.verify(workdir, step, corpus):
     bad += bool(found.problems)
     verdict = f'{len(found.problems)} PROBLEM(S)' if found.problems else 'sound'
     print(': '.join(filter(None, [str(found.path), verdict, found.about])))
@@ -256,10 +263,10 @@ def delete(*, workdir: str, input: str, **options: Any) -> None:
   _report(workdir, documents.delete(workdir, input, **options))
 
 
-def compact(*, workdir: str, output: str | None) -> None:
+def compact(*, workdir: str, output: str | None, corpus: str | None) -> None:
   from realm_jax.builder import documents
 
-  change = documents.compact(workdir, output)
+  change = documents.compact(workdir, output, corpus=corpus)
   if change is None:
     print('There is nothing to compact.')
   else:
@@ -335,7 +342,11 @@ def doctor(*, workdir: str, json: bool) -> None:
 
 
 def inspect(
-    *sentences: str, workdir: str, k: int | None, html: str | None
+    *sentences: str,
+    workdir: str,
+    k: int | None,
+    html: str | None,
+    corpus: str | None,
 ) -> None:
   if len(sentences) != 1:
     raise app.UsageError(
@@ -344,7 +355,7 @@ def inspect(
     )
   from realm_jax.evaluation import inspect as inspect_lib
 
-  found = inspect_lib.inspect(workdir, sentences[0], k)
+  found = inspect_lib.inspect(workdir, sentences[0], k, corpus)
   print(inspect_lib.as_text(found))
   if html:
     pathlib.Path(html).write_text(inspect_lib.as_html(found), 'utf-8')
@@ -381,7 +392,12 @@ def questions(**options: Any) -> None:
 
 
 def ask(
-    *asked: str, workdir: str, k: int | None, step: int | None, json: bool
+    *asked: str,
+    workdir: str,
+    k: int | None,
+    step: int | None,
+    json: bool,
+    corpus: str | None,
 ) -> None:
   if len(asked) > 1:
     raise app.UsageError(
@@ -389,7 +405,7 @@ def ask(
     )
   from realm_jax.inference import answering
 
-  loaded = answering.OpenQA.load(workdir, step)
+  loaded = answering.OpenQA.load(workdir, step, corpus)
   show = _as_json if json else _as_text
   if asked:
     print(show(loaded, loaded.answer(asked[0], k)))

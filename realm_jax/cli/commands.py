@@ -5,6 +5,7 @@ import dataclasses
 
 from realm_jax.cli import actions
 from realm_jax.cli.flags import CONFIG
+from realm_jax.cli.flags import CORPUS
 from realm_jax.cli.flags import FIELDS
 from realm_jax.cli.flags import FORMAT
 from realm_jax.cli.flags import OUTPUT
@@ -159,6 +160,7 @@ COMMANDS = {
         '--workdir=runs/realm --follow',
         actions.index,
         WORKDIR,
+        CORPUS,
         *PROCESSES,
         Flag('follow', bool, 'Build a generation from each new snapshot until'
              ' training is done. Otherwise build one and exit.', False),
@@ -174,6 +176,7 @@ COMMANDS = {
         '--workdir=runs/realm',
         actions.verify,
         WORKDIR,
+        CORPUS,
         Flag('step', int,
              'Generation to check; default: all.'),
     ),
@@ -189,6 +192,7 @@ COMMANDS = {
         '--workdir=runs/realm --input=more.jsonl',
         actions.add,
         WORKDIR,
+        CORPUS,
         _RECORDS,
         FORMAT,
         FIELDS,
@@ -200,6 +204,7 @@ COMMANDS = {
         '--workdir=runs/realm --input=more.jsonl',
         actions.update,
         WORKDIR,
+        CORPUS,
         _RECORDS,
         FORMAT,
         FIELDS,
@@ -212,6 +217,7 @@ COMMANDS = {
         '--workdir=runs/realm --input=ids.txt',
         actions.delete,
         WORKDIR,
+        CORPUS,
         Flag('input', str, 'Ids: a table with an id, such as JSON Lines, or any'
              ' other file, with an id on each line; .gz, .xz too.', REQUIRED),
         Flag('ignore_missing', bool, 'Ignore unknown ids.', False),
@@ -221,6 +227,7 @@ COMMANDS = {
         '--workdir=runs/realm',
         actions.compact,
         WORKDIR,
+        CORPUS,
         Flag('output', str, 'Folder for the corpus; default: documents/corpus-N'
              ' in the workdir.'),
     ),
@@ -244,8 +251,8 @@ COMMANDS = {
              ' number from 1; default: as in training.'),
         Flag('tag_names', str, 'Tags of the numbers 0, 1, ... in --tagged,'
              ' comma-separated; default: as in training.'),
-        Flag('corpus', str, 'Search this corpus instead of the training corpus;'
-             ' same tokenizer.'),
+        Flag('corpus', str, 'Where the training corpus is now, or another one'
+             ' of the same tokenizer to search in its place.'),
         Flag('steps', str, '`latest`, `all` (every remaining snapshot and'
              ' checkpoint), or numbers, comma-separated.', 'latest'),
         Flag('limit', int,
@@ -276,6 +283,7 @@ COMMANDS = {
         '--workdir=runs/realm "The capital is [MASK]."',
         actions.inspect,
         WORKDIR,
+        CORPUS,
         Flag('k', int,
              'Candidates, null document included; default: as in training.'),
         Flag('html', str, 'Also write a page to this file.'),
@@ -307,6 +315,7 @@ COMMANDS = {
         '--workdir=runs/realm --format=huggingface --output=model',
         actions.export,
         WORKDIR,
+        CORPUS,
         Flag('format', ('huggingface', 'sentence-transformers', 'index'),
              'What to write.', REQUIRED),
         OUTPUT,
@@ -335,6 +344,7 @@ COMMANDS = {
         '--workdir=runs/open_qa "who founded Delatuk?"',
         actions.ask,
         WORKDIR,
+        CORPUS,
         Flag('k', int, 'Passages to read; default: as in training.'),
         Flag('step', int, 'Checkpoint step; default: newest.'),
         Flag('json', bool, 'Print a JSON object for each question.', False),

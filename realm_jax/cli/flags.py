@@ -88,6 +88,9 @@ WORKDIR = Flag(
     'workdir', str, 'Folder of the job: config, checkpoints, index, metrics.',
     REQUIRED,
 )
+CORPUS = Flag(
+    'corpus', str, 'Where the corpus of the workdir is now, if it has moved.'
+)
 OUTPUT = Flag('output', str, 'Folder to write.', REQUIRED)
 OVERWRITE = Flag('overwrite', bool, 'Replace the output folder.', False)
 SKIP_BAD_RECORDS = Flag(
@@ -116,6 +119,15 @@ PROCESSES = (
     Flag('coordinator_timeout', float,
          'Seconds to wait for the other processes.', 300.0),
 )
+
+
+def overridden(name: str) -> frozenset[str]:
+  """Returns the fields of a config flag that the command line sets."""
+  if name not in flags.FLAGS:
+    return frozenset()  # The command was called as a function.
+  from ml_collections import config_flags
+
+  return frozenset(config_flags.get_override_values(flags.FLAGS[name]))
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:

@@ -27,6 +27,8 @@ BACKENDS = {
     'approx': 'realm_jax.index.search:ApproxSearch',
     'scann': 'realm_jax.index.scann:ScannSearch',
 }
+# Fields of the config.json of transformers, which a workdir's lacks.
+_FOREIGN = {'architectures', 'model_type', 'hidden_size'}
 # Fields that name files of training data.
 _INPUT_FILES = (
     ('ict', 'questions'), ('open_qa', 'questions'), ('tagger', 'files')
@@ -326,8 +328,13 @@ def resolve(config: Config) -> Config:
   if config.optimizer.retriever_learning_rate < 0:
     config.optimizer.retriever_learning_rate = config.optimizer.learning_rate
   if config.optimizer.warmup_steps < 0:
-    config.optimizer.warmup_steps = min(10_000, config.steps // 10)
+    config.optimizer.warmup_steps = default_warmup(config.steps)
   return config
+
+
+def default_warmup(steps: int) -> int:
+  """Returns the value of optimizer.warmup_steps for a negative one."""
+  return min(10_000, steps // 10)
 
 
 def attention_rate(model: ModelConfig) -> float:
@@ -371,16 +378,28 @@ def read(workdir: pathlib.Path | str) -> Config:
 
   Raises:
     FileNotFoundError: the folder is no workdir.
-    ValueError: its config.json is damaged or of another version.
+    ValueError: its config.json is damaged, of another version, or that of a
+      checkpoint of transformers.
   """
   path = pathlib.Path(workdir) / 'config.json'
-  if not path.exists():
+  if not path.is_file():
     raise FileNotFoundError(
         f'{workdir} is not a workdir: it has no config.json. `realm-jax train'
-        f' --config=FILE.py --workdir={workdir}` makes one.'
+        f' --config=FILE.py --workdir={workdir}` makes one, or `realm-jax'
+        ' import` from a checkpoint of BERT or REALM.'
     )
   try:
-    return from_dict(json.loads(path.read_text(encoding='utf-8')))
+    values = json.loads(path.read_text(encoding='utf-8'))
+    if isinstance(values, dict) and _FOREIGN & values.keys():
+      raise ValueError(
+          'a checkpoint of transformers, not a workdir: `realm-jax import'
+          f' --source={workdir} --workdir=NEW` it first, and give NEW.'
+      )
+    config = from_dict(values)
+    problems = validation.type_problems(config)
+    if problems:
+      raise ValueError('; '.join(problems))
+    return config
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: {error}') from error
 
@@ -451,4 +470,5 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 
 
 # validation.py needs the tree above.
+from realm_jax.config import validation  # noqa: E402
 from realm_jax.config.validation import validate as validate  # noqa: E402

@@ -53,7 +53,7 @@ def validate(
 
   # Each check relies on those before it.
   for check in (
-      lambda: _type_problems(config),
+      lambda: type_problems(config),
       lambda: lines(_ranges(config)),
       lambda: lines(_relations(config)) + lines(more()),
   ):
@@ -128,7 +128,8 @@ def _at(config: config_lib.Config, field: str) -> Any:
   return functools.reduce(getattr, field.split('.'), config)
 
 
-def _type_problems(config: Any, path: str = 'config') -> list[str]:
+def type_problems(config: Any, path: str = 'config') -> list[str]:
+  """Returns a line for each field of a wrong type or an unknown name."""
   problems = []
   types = typing.get_type_hints(type(config))
   # A dataclass instance accepts any attribute, also a misspelt one.
@@ -139,7 +140,7 @@ def _type_problems(config: Any, path: str = 'config') -> list[str]:
   for field, kind in types.items():
     value = getattr(config, field)
     if dataclasses.is_dataclass(kind) and type(value) is kind:
-      problems += _type_problems(value, f'{path}.{field}')
+      problems += type_problems(value, f'{path}.{field}')
       continue
     right, need = _check_type(value, kind)
     if not right:

@@ -163,8 +163,14 @@ class Corpus:
     )
 
   @classmethod
-  def open(cls, directory: str | os.PathLike[str]) -> 'Corpus':
+  def open(
+      cls, directory: str | os.PathLike[str], flag: str = ''
+  ) -> 'Corpus':
     """Opens the folder that `prepare` wrote.
+
+    Args:
+      directory: the folder.
+      flag: the flag that names it, for the message if there is no such folder.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -172,9 +178,10 @@ class Corpus:
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
+      moved = f'if it has moved, give {flag}=FOLDER, or ' if flag else ''
       raise FileNotFoundError(
-          f'There is no corpus {directory}; write one with `realm-jax prepare '
-          f'--output={directory}`.'
+          f'There is no corpus {directory}; {moved}write one with `realm-jax'
+          f' prepare --output={directory}`.'
       )
     path = directory / 'manifest.json'
     if not path.is_file():

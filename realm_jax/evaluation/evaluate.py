@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.evaluation import masked
 from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
@@ -79,7 +80,8 @@ def evaluate(
       masked sentences are measured.
     steps: 'latest' checkpoint; 'all' checkpoints and retriever snapshots (which
       have no reader); or numbers of steps, separated by commas.
-    corpus: searched instead of the workdir's documents; same tokenizer.
+    corpus: where the training corpus is now, or another one with the same
+      tokenizer, which is searched instead of the workdir's documents.
     limit: maximum number of questions and of masked sentences; None: all
       questions, and 2,000 sentences.
     read: passages to read for a question; None: as many as in training.
@@ -99,7 +101,7 @@ def evaluate(
     FileNotFoundError: there is no such workdir, step or corpus.
     ValueError: nothing can be measured, or the corpus does not fit.
   """
-  trained = trained_lib.Trained.open(workdir, corpus)
+  trained = trained_lib.Trained.open(workdir, corpus, another=True)
   if limit is not None and limit < 1:
     raise ValueError(f'limit={limit}: must be at least 1.')
   if read is not None and not 1 <= read <= _depth(trained):
@@ -136,6 +138,7 @@ def evaluate(
         f' {sorted(trained.corpus.sentences)}. A retriever needs questions, a'
         ' reader the split `validation`.'
     )
+  inputs.warn_of_cut_passages(trained.corpus, trained.config.lengths.document)
   wanted = _steps(trained, steps, snapshots_too=can_ask)
   if run_file or beir:
     if not can_ask:

@@ -54,7 +54,10 @@ class Inspection:
 
 
 def inspect(
-    workdir: pathlib.Path | str, text: str, k: int | None = None
+    workdir: pathlib.Path | str,
+    text: str,
+    k: int | None = None,
+    corpus: pathlib.Path | str | None = None,
 ) -> Inspection:
   """Fills the masks of a sentence with the newest checkpoint and index.
 
@@ -62,13 +65,14 @@ def inspect(
     workdir: of a job with the objective `realm`.
     text: a sentence; each `[MASK]` stands for one wordpiece.
     k: candidates, counting the null document; None: as in training.
+    corpus: where the corpus is now; None: where it was in training.
 
   Raises:
     FileNotFoundError: there is no such workdir, or no index yet.
     ValueError: there is no `[MASK]` or no reader, the sentence is too long, or
       k does not fit the corpus.
   """
-  trained = trained_lib.Trained.open(workdir)
+  trained = trained_lib.Trained.open(workdir, corpus)
   missing = {'embedder', 'reader'} - set(trained.components)
   if missing:
     raise ValueError(
@@ -82,6 +86,7 @@ def inspect(
   step = checkpoint.newest_step(trained.workdir)
   params = trained.load(step)
   search, index_step = trained.published_search()
+  inputs.warn_of_cut_passages(trained.corpus, trained.config.lengths.document)
   retrieved_BJ = search.search(
       trained.embed_queries(params, query.query_ids_BQ), size - 1
   )

@@ -103,22 +103,28 @@ class OpenQA:
 
   @classmethod
   def load(
-      cls, workdir: trained_lib.Path, step: int | None = None
+      cls,
+      workdir: trained_lib.Path,
+      step: int | None = None,
+      corpus: trained_lib.Path | None = None,
   ) -> 'OpenQA':
     """Loads retriever, reader and index of a workdir.
 
     Args:
       workdir: of the objective `open_qa`, or an imported open-QA checkpoint.
       step: of a checkpoint; None: the newest.
+      corpus: where the corpus is now; None: where it was in training.
 
     Raises:
       FileNotFoundError: there is no such workdir, checkpoint or index.
       ValueError: it has no reader of answers, or something is damaged.
     """
-    trained = trained_lib.Trained.open(workdir)
+    trained = trained_lib.Trained.open(workdir, corpus)
     if step is None:
       step = checkpoint.newest_step(trained.workdir)
-    return cls(trained, step)
+    loaded = cls(trained, step)
+    inputs.warn_of_cut_passages(trained.corpus, trained.config.lengths.document)
+    return loaded
 
   @property
   def index_generation(self) -> int | None:

@@ -29,7 +29,7 @@ class SentenceTagger:
       FileNotFoundError, ValueError: see `trained.Trained.open`; or the
         objective of the workdir is not `tagger`.
     """
-    trained = trained_lib.Trained.open(workdir)
+    trained = trained_lib.Trained.open_parameters(workdir)
     if 'tagger' not in trained.components:
       raise ValueError(
           f'{workdir} has no tagger: its objective is'
@@ -37,7 +37,7 @@ class SentenceTagger:
           ' docs/tagging.md.'
       )
     self.config = trained.config
-    self.tokenizer = trained.corpus.tokenizer
+    self.tokenizer = trained.tokenizer
     self.types = trained.config.model.entity_types
     self.step = checkpoint.newest_step(trained.workdir)
     self.params = trained.load(self.step)['tagger']

@@ -7,6 +7,7 @@ a workdir is changed.
 from collections.abc import Callable, Iterable
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 from typing import Any
@@ -22,12 +23,15 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
+from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer.stages import realm
+
+log = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
 Params = dict[str, components_lib.Params]
@@ -57,32 +61,42 @@ class Trained:
 
   config: resolved, with the size of the vocabulary.
   components: of the checkpoints, without parameters.
-  searched: corpus that replaces the workdir's documents, if any.
+  moved: where the corpus is now; None: where the config says.
+  another: whether `moved` may be another corpus.
   """
 
   workdir: pathlib.Path
   config: config_lib.Config
   components: dict[str, components_lib.Component]
-  searched: pathlib.Path | None = None
+  moved: pathlib.Path | None = None
+  another: bool = False
 
   @classmethod
-  def open(cls, workdir: Path, corpus: Path | None = None) -> 'Trained':
+  def open(
+      cls, workdir: Path, corpus: Path | None = None, another: bool = False
+  ) -> 'Trained':
     """Opens a workdir with its documents, or with another corpus.
 
     The documents are the training corpus with all later additions and removals.
+
+    Args:
+      workdir: of a job.
+      corpus: where the training corpus is now; None: where it was.
+      another: whether `corpus` may be another one, which then replaces all
+        documents.
 
     Raises:
       FileNotFoundError: there is no such workdir, checkpoint or corpus.
       ValueError: the corpus has another tokenizer than the checkpoint, or the
         documents are not those of training.
     """
-    trained = cls.open_parameters(workdir, corpus)
+    trained = cls.open_parameters(workdir, corpus, another)
     opened = trained.corpus
     saved = checkpoint.saved_about(
         trained.workdir, checkpoint.newest_step(trained.workdir)
     )
     found = {'tokenizer_digest': opened.tokenizer.digest}
-    if corpus is None:
+    if not another:
       found['corpus_fingerprint'] = trained.documents.manifest['origin']
     for name, digest in found.items():
       if saved[name] != digest:
@@ -94,19 +108,19 @@ class Trained:
 
   @classmethod
   def open_parameters(
-      cls, workdir: Path, corpus: Path | None = None
+      cls, workdir: Path, corpus: Path | None = None, another: bool = False
   ) -> 'Trained':
-    """Opens a workdir for its parameters; its documents are not checked.
+    """Opens a workdir for its parameters; its documents are not opened.
 
     Raises:
-      FileNotFoundError: there is no such workdir, checkpoint or corpus.
+      FileNotFoundError: there is no such workdir or checkpoint.
       ValueError: the workdir is damaged.
     """
     workdir = pathlib.Path(workdir)
     config = config_lib.resolve(config_lib.read(workdir))
     names = checkpoint.components_in(workdir)
-    searched = None if corpus is None else pathlib.Path(corpus)
-    trained = cls(workdir, config, {}, searched)
+    moved = None if corpus is None else pathlib.Path(corpus)
+    trained = cls(workdir, config, {}, moved, another)
     config.model.vocab_size = (
         config.model.vocab_size or trained.tokenizer.vocab_size
     )
@@ -117,7 +131,7 @@ class Trained:
   def documents(self) -> document_store.Documents:
     """All documents; a ValueError says that the config names no corpus."""
     return document_store.Documents.open(
-        self.workdir, self.config, self.searched
+        self.workdir, self.config, self.moved, self.another
     )
 
   @property
@@ -127,10 +141,24 @@ class Trained:
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer_lib.Tokenizer:
-    """The tokenizer of an import, or else of the corpus."""
-    if (self.workdir / 'vocab.txt').is_file():
-      return tokenizer_lib.Tokenizer.from_saved(self.workdir)
-    return self.corpus.tokenizer
+    """The tokenizer of the workdir; one of an older version has its corpus'.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: it is not what the checkpoint was trained with.
+    """
+    if not (self.workdir / 'vocab.txt').is_file():
+      return self.corpus.tokenizer
+    found = tokenizer_lib.Tokenizer.from_saved(self.workdir)
+    step = checkpoint.newest_step(self.workdir)
+    saved = checkpoint.saved_about(self.workdir, step)['tokenizer_digest']
+    if found.digest != saved:
+      raise ValueError(
+          f'{self.workdir}/vocab.txt is not what the model was trained with:'
+          f' tokenizer_digest {found.digest[:16]}, {saved[:16]} in the'
+          ' checkpoint.'
+      )
+    return found
 
   def load(self, step: int) -> Params:
     """Loads the parameters of a checkpoint, or of a snapshot (embedder only).
@@ -160,8 +188,12 @@ class Trained:
     """
     embedder = params['embedder']
     build, condition = 'index', ', with a corpus in its config.'
-    if self.config.corpus:
-      found = self.documents.find(checkpoint.params_digest(embedder))
+    if self.config.corpus or self.moved:
+      digest = checkpoint.params_digest(embedder)
+      try:
+        found = self.documents.find(digest)
+      except FileNotFoundError as error:
+        return self._without_corpus(digest, error)
       if found is not None:
         return self.documents.index(found, lambda: embedder)
       condition = '.'
@@ -170,6 +202,36 @@ class Trained:
     raise FileNotFoundError(
         f'{self.workdir} has no index of the retriever of step {step}. Build'
         f' it: `realm-jax {build} --workdir={self.workdir}`{condition}'
+    )
+
+  def _without_corpus(
+      self, params_digest: str, error: FileNotFoundError
+  ) -> document_store.Index:
+    """Returns the index of a corpus that is gone and was never changed."""
+    folder = self.workdir / generation_lib.DIRECTORY
+    saved = checkpoint.saved_about(
+        self.workdir, checkpoint.newest_step(self.workdir)
+    )
+    lineage = generation_lib.Lineage(
+        step=None,
+        params_digest=params_digest,
+        tokenizer_digest=saved['tokenizer_digest'],
+        corpus_fingerprint=saved['corpus_fingerprint'],
+        num_rows=None,
+        width=self.config.model.embedding_width,
+    )
+    found = document_store.find(
+        folder, lineage.corpus_fingerprint, params_digest
+    )
+    changed = document_store.read_manifest(
+        self.workdir / document_store.DIRECTORY
+    )['version']
+    if found is None or changed or self.moved:
+      raise error
+    log.warning('%s The index is searched; passages have no text.', error)
+    loaded = generation_lib.load(folder / str(found['step']), lineage)
+    return document_store.Index(
+        loaded, loaded.embeddings, np.zeros(0, np.int64)
     )
 
   def index(self, params: Params, step: int | None = None) -> 'Index':

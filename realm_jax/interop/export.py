@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax.corpus import inputs
 from realm_jax.interop import convert
 from realm_jax.interop import export_huggingface
 from realm_jax.interop import huggingface_config
@@ -63,6 +64,7 @@ def run(
     step: int | None = None,
     classes: Sequence[str] | None = None,
     dtype: str = 'float32',
+    corpus: Path | None = None,
 ) -> list[pathlib.Path]:
   """Exports a workdir.
 
@@ -75,6 +77,7 @@ def run(
     classes: for 'huggingface': of `huggingface_names.KINDS`, the first in
       `output` itself, each further one in a folder of its name.
     dtype: for 'index': 'float32' or 'float16'.
+    corpus: where the corpus is now; None: where it was in training.
 
   Returns:
     The folders that were written.
@@ -86,7 +89,7 @@ def run(
   """
   if format not in FORMATS:
     raise ValueError(f'--format={format}: there are {", ".join(FORMATS)}.')
-  model = export_huggingface.Model.open(workdir, step)
+  model = export_huggingface.Model.open(workdir, step, corpus)
   output = pathlib.Path(output).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise FileExistsError(
@@ -107,8 +110,10 @@ def _index(
   if dtype not in ('float32', 'float16'):
     raise ValueError(f"--dtype={dtype}: can be 'float32' or 'float16'.")
   trained = model.trained
-  if 'embedder' not in model.params or not trained.config.corpus:
+  has_corpus = trained.config.corpus or trained.moved
+  if 'embedder' not in model.params or not has_corpus:
     raise ValueError(f'{trained.workdir} has no retriever over a corpus.')
+  inputs.warn_of_cut_passages(trained.corpus, trained.config.lengths.document)
   index = trained.published(model.params, model.step)
   table, live = index.table, index.live_rows
   with model.folder(output) as folder:

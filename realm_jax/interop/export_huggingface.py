@@ -101,9 +101,14 @@ class Model:
   imported: list[importing.Imported]
 
   @classmethod
-  def open(cls, workdir: Path, step: int | None) -> 'Model':
-    """Loads a checkpoint, or a snapshot of the retriever; None: the newest."""
-    trained = trained_lib.Trained.open_parameters(workdir)
+  def open(
+      cls, workdir: Path, step: int | None, corpus: Path | None = None
+  ) -> 'Model':
+    """Loads a checkpoint, or a snapshot of the retriever; None: the newest.
+
+    `corpus`: where it is now; None: where it was. It is not opened here.
+    """
+    trained = trained_lib.Trained.open_parameters(workdir, corpus)
     checkpoints, _ = trained_lib.steps_available(workdir)
     step = checkpoints[-1] if step is None else step
     params = trained.load(step)

@@ -96,19 +96,9 @@ class QuestionTable:
     texts = [question.question for question in questions]
     query_ids_NQ = inputs.encode_queries(texts, length, tokenizer)
     sizes_N = (query_ids_NQ != tokenizer.pad_id).sum(axis=1).astype(np.int32)
-    full = np.flatnonzero(sizes_N == length)
-    pieces = tokenizer.encode_batch([texts[row] for row in full])
-    cut = [
-        row
-        for row, ids in zip(full, pieces, strict=True)
-        if len(ids) > length - 2
-    ]
-    if cut:
-      log.warning(
-          '%d of the %d questions have more than the %d wordpieces of'
-          ' config.lengths.query and are cut, the first of them: %.80r',
-          len(cut), len(questions), length, texts[cut[0]],
-      )
+    inputs.warn_of_cut_queries(
+        texts, query_ids_NQ, tokenizer, 'questions', 'config.lengths.query'
+    )
     digest = hashlib.sha256()
     for question in questions:
       values = (question.question, question.answers, question.match)

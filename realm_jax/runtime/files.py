@@ -35,7 +35,7 @@ def lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
   """Holds an exclusive lock on a file; the system frees it with the process.
 
   Args:
-    path: the lock file, which is created and stays.
+    path: the lock file, which is created and stays; its holder may remove it.
     timeout: seconds to wait for the lock.
 
   Raises:
@@ -45,11 +45,17 @@ def lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   deadline = time.monotonic() + timeout
-  with open(path, 'a+', encoding='utf-8') as file:
+  with contextlib.ExitStack() as stack:
+    file = stack.enter_context(open(path, 'a+', encoding='utf-8'))
     while True:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
+        if _is_at(file, path):
+          break
+        # The holder before removed the file; another process may lock a new
+        # one.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(open(path, 'a+', encoding='utf-8'))
       except BlockingIOError:
         if time.monotonic() >= deadline:
           file.seek(0)
@@ -64,6 +70,14 @@ def lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
       yield
     finally:
       file.truncate(0)
+
+
+def _is_at(file: IO[str], path: pathlib.Path) -> bool:
+  """Returns whether an open file still has its path."""
+  try:
+    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+  except FileNotFoundError:
+    return False
 
 
 @contextlib.contextmanager

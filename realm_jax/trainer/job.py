@@ -1,5 +1,6 @@
 """The start of a job: checks, then initial or restored parameters."""
 
+from collections.abc import Collection
 import dataclasses
 import logging
 import pathlib
@@ -13,6 +14,7 @@ import optax
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.models import attention
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
@@ -20,6 +22,7 @@ from realm_jax.runtime import distributed
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import initial
+from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
 from realm_jax.trainer import step
 
@@ -50,21 +53,44 @@ class Job:
     )
 
 
-def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
+def open_job(
+    config: config_lib.Config,
+    workdir: pathlib.Path | str,
+    explicit: Collection[str] = (),
+) -> Job:
   """Makes all checks that need no expensive work, and opens the job.
 
-  The first job in a workdir writes config.json. A later one must agree with it
-  in everything that determines the result.
+  Nothing is written; see `begin`. A job whose workdir has a checkpoint must
+  agree with its config.json in everything that determines the result, except
+  that `steps` may grow.
+
+  Args:
+    config: of the job.
+    workdir: of the job; it need not exist.
+    explicit: fields given on the command line, such as 'model.width', which
+      the workdirs of config.init_from may not change.
 
   Raises:
     ValueError: a wrong config, a workdir of another config or corpus, a corpus
       that is too small, a mesh that does not fit; processes that differ in any
-      of these or do not share the folder.
+      of these.
     FileNotFoundError: no corpus, or no workdir to start from.
   """
   workdir = pathlib.Path(workdir).absolute()
-  stage_class = stages.validate(config)
-  corpus = corpus_lib.Corpus.open(config.corpus)
+  if getattr(config, 'init_from', ''):
+    config_lib.validate(config)  # The stage's checks need the sizes.
+  else:
+    stages.validate(config)
+  stage_class = stages.load(config)
+  corpus = corpus_lib.Corpus.open(config.corpus, '--config.corpus')
+  saved = _saved_config(workdir)
+  if initial.sources(config):
+    if saved is None:
+      config = initial.follow(config, stage_class, corpus.tokenizer, explicit)
+    else:
+      config = initial.follow_saved(config, stage_class, saved, explicit)
+    stages.validate(config)
+  default_warmup = config.optimizer.warmup_steps < 0
   config = config_lib.resolve(config)
   vocab_size = corpus.tokenizer.vocab_size
   if config.model.vocab_size not in (0, vocab_size):
@@ -84,18 +110,43 @@ def open_job(config: config_lib.Config, workdir: pathlib.Path | str) -> Job:
       **stage.lineage,
   }
   _check_same_processes(config, lineage)
-  _check_same_job(workdir, config, lineage)
-  _warn_of_cuts(config, corpus)
+  if saved is not None:
+    _check_same_job(workdir, config, saved, lineage, default_warmup)
+  warn_of_cuts(config, corpus)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   mesh_lib.check(config, mesh)
   attention.check(config.model, mesh.devices.flat[0])
-  for source in initial.sources(config):
-    config_lib.read(source)  # Raises if it is no workdir.
-  if distributed.is_main():
-    files.write_json(workdir / 'config.json', config_lib.to_dict(config))
-  _check_shared(workdir)
   components = stages.components_of(config)
   return Job(workdir, config, corpus, mesh, stage, components, lineage)
+
+
+def replaces_a_start(job: Job) -> bool:
+  """Whether config.json is of another job, which ended before it saved a step.
+
+  Snapshots and generations of that start are not those of this job.
+  """
+  path = job.workdir / 'config.json'
+  if not path.is_file() or _saved_config(job.workdir) is not None:
+    return False
+  before = config_lib.read(job.workdir)
+  differing = config_lib.differences(job.config, before)
+  if not differing and before.corpus == job.config.corpus:
+    return False
+  log.info(
+      '%s is of a start that saved no step; it is replaced.%s', path,
+      ''.join(f'\n  {line}' for line in differing),
+  )
+  return True
+
+
+def begin(job: Job) -> None:
+  """Writes config and tokenizer of a job whose first step is about to run."""
+  job.workdir.mkdir(parents=True, exist_ok=True)
+  # The tokenizer, too: a model is exported and embeds without its corpus.
+  job.corpus.tokenizer.save(job.workdir, settings=True)
+  files.write_json(
+      job.workdir / 'config.json', config_lib.to_dict(job.config)
+  )
 
 
 def start_or_resume(
@@ -148,30 +199,15 @@ def start_or_resume(
     return step.TrainState(jnp.int32(0), params, tx.init(params), root)
 
   loaded = initial.load(
-      job.config,
-      job.components,
-      job.lineage['tokenizer_digest'],
-      job.stage.searches,
+      job.config, job.components, job.stage.searches
   )
   return jax.jit(fresh, out_shardings=shardings)(loaded), {}
 
 
-def _warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
-  if config.objective == 'mlm' and config.mlm.without_passages:
-    return
-  length = config.lengths.document
-  too_long = int((corpus.passages.lengths > length).sum())
-  if too_long:
-    log.warning(
-        '%d of the %d passages have more than config.lengths.document=%d'
-        ' wordpieces, up to %d; the rest of them is cut off. A corpus of'
-        ' `realm-jax prepare --max_wordpieces=%d` has shorter ones.',
-        too_long,
-        len(corpus.passages),
-        length,
-        corpus.passages.lengths.max(),
-        length,
-    )
+def warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
+  """Logs how many passages are longer than the job reads."""
+  if config.objective != 'mlm' or not config.mlm.without_passages:
+    inputs.warn_of_cut_passages(corpus, config.lengths.document)
 
 
 def _check_same_processes(
@@ -191,34 +227,81 @@ def _check_same_processes(
   distributed.same('host', host)
 
 
-def _check_shared(workdir: pathlib.Path) -> None:
-  distributed.barrier('config.json is written')
+def check_shared(job: Job, file: str) -> None:
+  """Checks that all processes see a file that process 0 has written.
+
+  Raises:
+    ValueError: they do not share the folder.
+  """
+  distributed.barrier(f'{file} is written')
   deadline = time.monotonic() + _SHARED_SECONDS
-  while not (workdir / 'config.json').exists():
+  while not (job.workdir / file).exists():
     if time.monotonic() > deadline:
       raise ValueError(
-          f'{workdir} on {socket.gethostname()} is not the folder that process'
-          ' 0 writes to: --workdir must be on storage that all hosts share.'
+          f'{job.workdir} on {socket.gethostname()} is not the folder that'
+          ' process 0 writes to: --workdir must be on storage that all hosts'
+          ' share.'
       )
     time.sleep(0.1)
 
 
-def _check_same_job(
-    workdir: pathlib.Path, config: config_lib.Config, lineage: dict[str, str]
-) -> None:
+def _saved_config(workdir: pathlib.Path) -> config_lib.Config | None:
+  """Returns the config of a workdir that has a checkpoint, or None.
+
+  A start that ended before its first checkpoint binds no later one.
+  """
   if not (workdir / 'config.json').exists():
-    return
-  theirs = config_lib.read(workdir)
-  if config_lib.digest(theirs) != lineage['config_digest']:
-    differing = '\n  '.join(config_lib.differences(config, theirs))
+    return None
+  if not checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS):
+    return None
+  return config_lib.read(workdir)
+
+
+def _check_same_job(
+    workdir: pathlib.Path,
+    config: config_lib.Config,
+    theirs: config_lib.Config,
+    lineage: dict[str, str],
+    default_warmup: bool,
+) -> None:
+  """Checks that a job may continue in a workdir.
+
+  Args:
+    workdir: with a checkpoint.
+    config: resolved, of the job.
+    theirs: the config of the workdir.
+    lineage: of the job.
+    default_warmup: whether optimizer.warmup_steps was derived from the steps.
+  """
+  step = checkpoint.newest_step(workdir)
+  now = dataclasses.replace(config, steps=theirs.steps)
+  warmup = theirs.optimizer.warmup_steps
+  if default_warmup and warmup == config_lib.default_warmup(theirs.steps):
+    now.optimizer = dataclasses.replace(now.optimizer, warmup_steps=warmup)
+  grows = config.steps > theirs.steps
+  differing = config_lib.differences(now if grows else config, theirs)
+  if differing:
+    lines = '\n  '.join(differing)
     raise ValueError(
-        f'{workdir} is the workdir of another config:\n  {differing}\nResume'
-        ' with the same config, or give another --workdir.'
+        f'{workdir} is the workdir of another config:\n  {lines}\nResume with'
+        ' the same config; only config.steps may grow. Or start another job'
+        ' from these parameters, without their optimizer state and step:'
+        f' --workdir=NEW --config.init_from={workdir}'
     )
-  steps_saved = checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)
-  if not steps_saved:
-    return
-  saved = checkpoint.saved_about(workdir, steps_saved[-1])
+  if grows:
+    component = stages.load(config).components[0]
+    rates = [
+        float(optimizer.learning_rate(one, component)(step))
+        for one in (config, theirs)
+    ]
+    log.info(
+        'config.steps grows from %d to %d. The schedule is that of %d steps, of'
+        ' which %d are the warm-up: after step %d, where the job resumes, the'
+        ' learning rate is %.3g, not %.3g.',
+        theirs.steps, config.steps, config.steps,
+        config.optimizer.warmup_steps, step, *rates,
+    )
+  saved = checkpoint.saved_about(workdir, step)
   for name, digest in lineage.items():
     if name != 'config_digest' and saved[name] != digest:
       where = {
@@ -227,6 +310,6 @@ def _check_same_job(
       }.get(name, config.corpus)
       raise ValueError(
           f'{workdir} was trained on something else: {name}'
-          f' {saved[name][:16]} in its checkpoint {steps_saved[-1]},'
-          f' {digest[:16]} in {where}.'
+          f' {saved[name][:16]} in its checkpoint {step}, {digest[:16]} in'
+          f' {where}.'
       )

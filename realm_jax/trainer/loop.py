@@ -4,10 +4,12 @@ The order inside a step is fixed: adopt an index generation and snapshot the
 retriever, save, draw the batch, retrieve, step, log the previous step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import contextlib
 import logging
+import os
 import pathlib
+import shutil
 import signal
 import time
 from typing import Any, NamedTuple
@@ -51,8 +53,12 @@ def train(
     *,
     health: Callable[[], int | None] = lambda: None,
     profile: tuple[int, int] | None = None,
+    explicit: Collection[str] = (),
 ) -> dict[str, Any]:
   """Trains up to config.steps, from the newest checkpoint of the workdir.
+
+  config.json is written when the first step is about to run; an error before
+  that leaves nothing in the workdir.
 
   Args:
     config: config of the job; see `stages.validate`.
@@ -60,6 +66,8 @@ def train(
     health: called at every step and while waiting for the index builder;
       returns the number of its failures, raises if training cannot continue.
     profile: first and last step to trace, to `workdir`/profile.
+    explicit: fields of the config given on the command line; see
+      `job.open_job`.
 
   Returns:
     The contents of `workdir`/summary.json: step, params_sha256,
@@ -73,17 +81,24 @@ def train(
     Interrupted: on SIGTERM, after saving.
   """
   start_time = time.perf_counter()
-  job = job_lib.open_job(config, workdir)
+  job = job_lib.open_job(config, workdir, explicit)
   with contextlib.ExitStack() as stack:
     if distributed.is_main():
+      before = _names_in(job.workdir)
       # A trainer that was asked to stop may still be saving.
       stack.enter_context(
           process.lock(job.workdir, 'trainer', process.GRACE_SECONDS)
       )
+      stack.enter_context(_removes_failed_start(job.workdir, before))
+    job_lib.check_shared(job, '.trainer.lock')
+    loop = _Loop(job, health, profile, stack)
+    if distributed.is_main():
+      if job_lib.replaces_a_start(job):
+        refresh_lib.drop_future(job.workdir, -1)
+      job_lib.begin(job)
       (job.workdir / SUMMARY).unlink(missing_ok=True)
     if job.stage.searches:
-      health()  # The builder may begin: config.json is checked and written.
-    loop = _Loop(job, health, profile, stack)
+      health()  # The builder may begin: config.json is written.
     loop.run()
     summary = {
         'step': int(loop.state.step),
@@ -95,6 +110,36 @@ def train(
   if distributed.is_main():
     files.write_json(job.workdir / SUMMARY, summary)
   return summary
+
+
+def _names_in(folder: pathlib.Path) -> set[str]:
+  return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+@contextlib.contextmanager
+def _removes_failed_start(
+    workdir: pathlib.Path, before: set[str]
+) -> Iterator[None]:
+  """Removes what a start has made, if it fails before config.json is written.
+
+  Args:
+    workdir: of the job, locked.
+    before: names of the files that were there before the lock.
+  """
+  try:
+    yield
+  except BaseException:
+    if not (workdir / 'config.json').exists():
+      made = {checkpoint.CHECKPOINTS, 'metrics.jsonl', 'profile', 'tensorboard'}
+      for name in made - before:
+        shutil.rmtree(workdir / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+          (workdir / name).unlink()
+      if '.trainer.lock' not in before:
+        (workdir / '.trainer.lock').unlink(missing_ok=True)
+      with contextlib.suppress(OSError):  # It has other files.
+        workdir.rmdir()
+    raise
 
 
 class _Stopping(Exception):

@@ -46,11 +46,11 @@ def test_the_null_reader_is_not_warned_of_passages_that_it_never_reads(
 ):
   config = quickstart.get_config('null_reader')
   corpus = corpus_lib.Corpus.open(world)
-  job._warn_of_cuts(config, corpus)
+  job.warn_of_cuts(config, corpus)
   assert not caplog.records
   config.mlm.null_rate = 0.5
-  job._warn_of_cuts(config, corpus)
-  assert 'the rest of them is cut off' in caplog.text
+  job.warn_of_cuts(config, corpus)
+  assert 'what is beyond is not seen' in caplog.text
 
 
 def test_the_report_has_both_readers_without_retrieval(quickstart, tmp_path):

@@ -393,8 +393,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
 
 def test_a_workdir_of_another_config_is_refused(undisturbed, world):
   _, workdir = undisturbed('mlm')
-  with pytest.raises(ValueError, match=r'config\.steps: 12 there, 13 here'):
-    run(make_config(world, 'mlm', steps=13), workdir)
+  with pytest.raises(ValueError, match=r'config\.steps: 12 there, 11 here'):
+    run(make_config(world, 'mlm', steps=11), workdir)
   # What does not change the result may change.
   run(make_config(world, 'mlm', log_interval=7, checkpoint__keep=1), workdir)
 
@@ -409,15 +409,6 @@ def test_a_workdir_of_another_corpus_is_refused(
     run(make_config(tmp_path / 'other', 'mlm'), workdir)
 
 
-def test_initial_parameters_of_another_shape_are_refused(
-    undisturbed, world, tmp_path
-):
-  _, start = undisturbed('mlm')
-  config = make_config(world, 'mlm', init_from=str(start), model__width=64)
-  with pytest.raises(ValueError, match=r'(?s)another model.*32.*expected.*64'):
-    run(config, tmp_path)
-
-
 def test_initial_parameters_of_another_vocabulary_are_refused(
     undisturbed, world, tmp_path
 ):
@@ -429,7 +420,7 @@ def test_initial_parameters_of_another_vocabulary_are_refused(
   prepare.prepare(['world:3:20'], tmp_path / 'corpus', workers=1,
                   progress=False, vocab=str(tmp_path / 'vocab.txt'))
   config = make_config(tmp_path / 'corpus', 'mlm', init_from=str(start))
-  with pytest.raises(ValueError, match=f'another tokenizer, {ours[:16]}; that'):
+  with pytest.raises(ValueError, match=f'wordpieces, digest {ours[:16]}, in'):
     run(config, tmp_path / 'workdir')
 
 
