@@ -58,6 +58,36 @@ def write_records(path, items):
   return str(path)
 
 
+_NAMES = (
+    'Anna Karlin', 'Boris Petrov', 'Clara Wieck', 'David Hume', 'Edith Stein',
+    'Franz Kafka', 'Greta Garbo', 'Henry Ford',
+)
+
+
+def lives(folder, **arguments):
+  """Prepares eight articles of four passages, and opens the corpus.
+
+  Passage 0 has the birth: the year stands in passage 2, too, and the name in
+  passage 1. The date of passage 3 stands nowhere else.
+  """
+  items = []
+  for i, name in enumerate(_NAMES):
+    text = (
+        f'In {1800 + i} {name} was born near the old mill. The house was large'
+        f' and very cold in the winter. Later {name} moved to the city with a'
+        ' small bag. Nobody knew why the bag was green. A letter of'
+        f' {1800 + i} speaks of a long journey to the sea. It was found under'
+        ' the floor of a shop. The shop had sold bread and little else for'
+        f' years. On 3 May {1850 + i} all of it was sold.'
+    )
+    items.append({'id': f'life{i}', 'title': name, 'text': text})
+  arguments = {
+      'max_wordpieces': 32, 'validation_fraction': 0.0, **arguments
+  }
+  source = write_records(folder / 'lives.jsonl', items)
+  return prepare_corpus(source, folder / 'corpus', **arguments)
+
+
 def prepare_corpus(source, output, **arguments):
   """Prepares a small corpus of one source or several, and opens it."""
   arguments = {'workers': 1, 'progress': False, 'vocab_size': 400, **arguments}

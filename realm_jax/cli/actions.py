@@ -317,6 +317,15 @@ def compare(*paths: str) -> None:
   print(runs.as_text(runs.compare(*paths)))
 
 
+def doctor(*, workdir: str, json: bool) -> None:
+  from realm_jax.evaluation import doctor as doctor_lib
+
+  report = doctor_lib.examine(workdir)
+  print(_indented(report.as_json()) if json else report.as_text())
+  if report.findings:
+    sys.exit(1)
+
+
 def inspect(
     *sentences: str, workdir: str, k: int | None, html: str | None
 ) -> None:

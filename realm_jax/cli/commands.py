@@ -227,6 +227,13 @@ COMMANDS = {
         actions.compare,
         positional='OURS THEIRS',
     ),
+    'doctor': Command(
+        'Says what is wrong with a run: exit status 1, or 0 if nothing is.',
+        '--workdir=runs/realm',
+        actions.doctor,
+        WORKDIR,
+        Flag('json', bool, 'Print JSON.', False),
+    ),
     'inspect': Command(
         'Shows the retrieved passages and predictions for one sentence.',
         '--workdir=runs/realm "The capital is [MASK]."',

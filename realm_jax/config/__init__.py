@@ -101,6 +101,19 @@ class MlmConfig:
   # Share of the null document in the other examples. With own_passage_rate=0,
   # 1 trains the baseline: a reader without passages.
   null_rate: float = 0.5
+  # In place of both: the share of each view of a sentence of the knowledge
+  # corpus, drawn for each example. `own`: its passage. `answer`: another
+  # passage of the article, which holds the masked wordpieces. `article`:
+  # another one, which does not. `random`: any passage. `null`: the null
+  # document. Where the article has no such passage, `own` is shown.
+  views: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def without_passages(self) -> bool:
+    """Whether it trains the baseline, a reader of the null document alone."""
+    if self.views:
+      return self.views.get('null') == 1
+    return (self.own_passage_rate, self.null_rate) == (0, 1)
 
 
 @dataclasses.dataclass
@@ -217,6 +230,29 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass
+class GatesConfig:
+  """What `realm` needs in order to learn (docs/learning.md).
+
+  `train` measures these figures on sentences held out, and warns of those on
+  the wrong side. They change nothing that is trained.
+  """
+
+  interval: int = 100  # Steps between two measurements; 0: no gates.
+  sentences: int = 128  # Masked sentences to measure on.
+  # Least values. On another passage of the article that holds the answer:
+  reader_accuracy: float = 0.5  # Share of spans with every wordpiece right.
+  reader_utility: float = 1.0  # Mean of log p(y|z,x) - log p(y|null,x).
+  # Share of sentences of which a retrieved passage holds the answer.
+  answer_in_candidates: float = 0.3
+  # Share of masked sentences whose own passage is among the best 20.
+  recall_at_20: float = 0.3
+  # Largest values: mean of p(null|x); share of sentences whose own text stands
+  # around the answer in a retrieved passage.
+  null_share: float = 0.9
+  trivial_share: float = 0.05
+
+
+@dataclasses.dataclass
 class Config:
   """A training job; index building and evaluation read it, too."""
 
@@ -242,8 +278,8 @@ class Config:
   # Sentences to mask: `pretraining` (the corpus X of the paper), `knowledge`
   # (the sentences of the passages), `auto` (X if the corpus has one).
   sentences: Literal['auto', 'pretraining', 'knowledge'] = 'auto'
-  # salient, random_span, random_token (corpus/masking.py), or your own function
-  # as package.module:name.
+  # salient, random_span, random_token, bert, bert_whole_words
+  # (corpus/masking.py), or your own function as package.module:name.
   masking: str = 'salient'
   # Settings of your own objective or mask.
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -268,6 +304,7 @@ class Config:
   )
   refresh: RefreshConfig = dataclasses.field(default_factory=RefreshConfig)
   mips: MipsConfig = dataclasses.field(default_factory=MipsConfig)
+  gates: GatesConfig = dataclasses.field(default_factory=GatesConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   checkpoint: CheckpointConfig = dataclasses.field(
       default_factory=CheckpointConfig
@@ -377,7 +414,7 @@ def identity(config: Config) -> dict[str, Any]:
   values = to_dict(resolve(config))
   for name in (
       'corpus init_from log_interval tensorboard peak_tflops mesh accumulate'
-      ' checkpoint'
+      ' checkpoint gates'
   ).split():
     del values[name]
   for name in ('attention', 'remat'):

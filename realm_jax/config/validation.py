@@ -17,11 +17,13 @@ _NOT_NEGATIVE = (
     ' optimizer.final_fraction optimizer.eps optimizer.weight_decay'
     ' refresh.timeout refresh.keep refresh.max_builder_failures checkpoint.keep'
     ' mips.num_leaves mips.leaves_to_search mips.reorder peak_tflops'
+    ' gates.interval'
 ).split()
 _AT_LEAST_ONE = (
     'steps batch_size accumulate log_interval checkpoint.interval'
     ' refresh.interval model.embedding_width model.span_width'
     ' model.max_span_width lengths.masks open_qa.retrieved open_qa.read'
+    ' gates.sentences'
 ).split()
 _SHARES = (
     'mlm.own_passage_rate mlm.null_rate ict.remove_rate model.dropout'

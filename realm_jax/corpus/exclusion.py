@@ -1,7 +1,8 @@
 """Passages that a search must not return for a sentence.
 
 They are the passage of the sentence and the others that contain its text
-(`trivial`), or the articles of all of them.
+(`trivial`), or the articles of all of them. Also, the passages of its article
+that are left.
 """
 
 import logging
@@ -41,7 +42,10 @@ class Exclusion:
       found = empty
     if extent == 'article':
       found = self._articles_of(found)
-    self._found = found
+    # Views: single elements of a memory map are slow.
+    self._found = corpus_lib.Ranges(
+        np.asarray(found.offsets), np.asarray(found.rows)
+    )
     self.sizes = self._own_sizes() + _sums(found)
     self._width = 0
     self.use(np.arange(count))
@@ -65,6 +69,11 @@ class Exclusion:
     others = np.zeros((*at.shape, 2), np.int64)
     others[known] = self._found.rows[at[known]]
     return np.concatenate([own_ranges, others], axis=1)
+
+  def others(self, row: int) -> list[tuple[int, int]]:
+    """Returns the ranges of one sentence, without that of its own passage."""
+    first, limit = self._found.offsets[row : row + 2].tolist()
+    return [(a, b) for a, b in self._found.rows[first:limit].tolist()]
 
   def _own_sizes(self) -> np.ndarray:
     own = np.asarray(self._own)
@@ -98,6 +107,72 @@ class Exclusion:
         ),
         len(self._own),
     )
+
+
+class ArticlePassages:
+  """The other passages of a sentence's article, with and without an answer.
+
+  Trivial candidates of the sentence are neither.
+  """
+
+  def __init__(self, corpus: corpus_lib.Corpus, split: str):
+    table = corpus.passages
+    self._tokens = table.tokens
+    if isinstance(table.tokens, np.ndarray):
+      self._tokens = np.asarray(table.tokens)  # Slices of a memmap are slow.
+    self._offsets = np.asarray(table.offsets)
+    self._titles = np.asarray(table.title_lengths)
+    self._articles = np.asarray(table.articles)
+    self._runs = table.article_runs
+    self._own = np.asarray(corpus.sentences[split].passages)
+    self._exclusion = Exclusion(corpus, split, 'passage')
+
+  def find(
+      self, sentence: int, answer: np.ndarray, room: int, holding: bool
+  ) -> list[int]:
+    """Returns the rows of the passages that hold an answer, or do not.
+
+    Args:
+      sentence: row of a sentence that has a passage.
+      answer: wordpieces that must stand in the body in a row; empty: none hold
+        it.
+      room: how many wordpieces of a body are read.
+      holding: which of the two.
+    """
+    own = int(self._own[sentence])
+    left_out = {own}
+    for low, high in self._exclusion.others(sentence):
+      if high - low > trivial.MOST:
+        return []  # Boilerplate.
+      left_out.update(range(low, high))
+    first, starts, limits = self._runs
+    article = int(self._articles[own])
+    rows: list[int] = []
+    for run in range(int(first[article]), int(first[article + 1])):
+      start, limit = int(starts[run]), int(limits[run])
+      found = self._holding(start, limit, answer, room) - left_out
+      if holding:
+        rows += sorted(found)
+      else:
+        found |= left_out
+        rows += [row for row in range(start, limit) if row not in found]
+    return rows
+
+  def _holding(
+      self, start: int, limit: int, answer: np.ndarray, room: int
+  ) -> set[int]:
+    """Returns which of adjacent passages hold the answer."""
+    if not len(answer):
+      return set()
+    offsets = self._offsets[start : limit + 1]
+    base = int(offsets[0])
+    ids = self._tokens[base : int(offsets[-1])]
+    at = base + ngrams.find(ids, answer)
+    rows = start - 1 + offsets.searchsorted(at, 'right')
+    bodies = self._offsets[rows] + self._titles[rows]
+    ends = np.minimum(self._offsets[rows + 1], bodies + room)
+    inside = (at >= bodies) & (at + len(answer) <= ends)
+    return set(rows[inside].tolist())
 
 
 def _sums(found: corpus_lib.Ranges) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""64-bit polynomial hashes of sequences of wordpieces.
+"""Sequences of wordpieces: 64-bit polynomial hashes, and search.
 
-All functions give the same hash for the same wordpieces, at any position.
+The hash of the same wordpieces is the same at any position.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +40,33 @@ def whole(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
   values = _mixed(ids) * np.cumprod(powers)[aranges(lengths)]
   begins = np.cumsum(lengths) - lengths
   return _finished(np.add.reduceat(values, begins), lengths)
+
+
+def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+  """Returns the positions at which a sequence begins in `ids`, ascending."""
+  at = np.flatnonzero(ids[: max(len(ids) - len(wanted) + 1, 0)] == wanted[0])
+  for i in range(1, len(wanted)):
+    at = at[ids[at + i] == wanted[i]]
+  return at
+
+
+def held(ids_BKT: Any, wanted_BM: Any, sizes_B: Any) -> np.ndarray:
+  """Returns whether rows have a sequence of their own in a row, bool [B, K].
+
+  Args:
+    ids_BKT: K rows for each sequence.
+    wanted_BM: the sequences, padded.
+    sizes_B: their lengths; no row has an empty one.
+  """
+  b, k, at = np.nonzero(ids_BKT == wanted_BM[:, :1, None])
+  last = ids_BKT.shape[2] - 1
+  for i in range(1, wanted_BM.shape[1]):
+    same = ids_BKT[b, k, np.minimum(at + i, last)] == wanted_BM[b, i]
+    kept = (i >= sizes_B[b]) | (same & (at + i <= last))
+    b, k, at = b[kept], k[kept], at[kept]
+  found = np.zeros(ids_BKT.shape[:2], bool)
+  found[b, k] = True
+  return found & (sizes_B > 0)[:, None]
 
 
 def aranges(sizes: np.ndarray) -> np.ndarray:

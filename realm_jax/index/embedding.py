@@ -50,14 +50,14 @@ class Embedder:
 
     axes = (mesh_lib.DATA,)
     whole = mesh_lib.replicated(mesh)
-    self.queries = _row_by_row(
+    self.queries = row_by_row(
         lambda params, ids_BQ: component.module(params).embed_query(ids_BQ),
         mesh, axes, whole,
     )
-    self.documents = _row_by_row(documents, mesh, axes, whole)
+    self.documents = row_by_row(documents, mesh, axes, whole)
 
 
-def _row_by_row(
+def row_by_row(
     encode: Callable[..., jax.Array],
     mesh: jax.sharding.Mesh,
     axes: tuple[str, ...],
@@ -123,7 +123,7 @@ class RowEncoder:
       self._batch_rows.append(-(-needed // -(-needed // most)) * multiple)
     self._replicated = mesh_lib.replicated(mesh)
     self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-    self._encode = _row_by_row(
+    self._encode = row_by_row(
         encode, mesh, mesh.axis_names, self._over_rows
     )
 

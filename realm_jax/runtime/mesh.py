@@ -123,6 +123,16 @@ def to_devices(
   return jax.tree.map(put, batch)
 
 
+def put_whole(mesh: jax.sharding.Mesh, *arrays: np.ndarray) -> Any:
+  """Puts arrays that every process has whole on the devices.
+
+  The last row is repeated until the axis `data` divides the rows.
+  """
+  size = -(-len(arrays[0]) // mesh.shape[DATA]) * mesh.shape[DATA]
+  rows = np.minimum(local_rows(mesh, size), len(arrays[0]) - 1)
+  return to_devices(mesh, tuple(array[rows] for array in arrays))
+
+
 def _local_parts(mesh: jax.sharding.Mesh) -> np.ndarray:
   """Returns the indices along `data` that have a device of this process."""
   here = np.vectorize(lambda d: d.process_index == jax.process_index())

@@ -39,10 +39,12 @@ class Examples(NamedTuple):
   Attributes:
     row_B: rows of the sentence table, or of the questions.
     inputs: the arrays; those of a stage that searches lack the documents.
+    figures: metrics that are known of each row, float [B].
   """
 
   row_B: np.ndarray
   inputs: Any
+  figures: dict[str, np.ndarray] = {}
 
 
 class Stage(Protocol):
@@ -169,11 +171,13 @@ class Masked(NamedTuple):
     row_B: rows of the sentence table.
     positions_BM: positions of the masks in `[CLS] x [SEP]`.
     mask_BM: which of the M are used.
+    shown_BM: ids that are read in their places, mostly [MASK].
   """
 
   row_B: np.ndarray
   positions_BM: np.ndarray
   mask_BM: np.ndarray
+  shown_BM: np.ndarray
 
 
 class MaskedSentences(Sentences):
@@ -222,13 +226,18 @@ class MaskedSentences(Sentences):
         span=(start, limit),
         max_masks=config.lengths.masks,
         options=config.options,
+        tokenizer=self.corpus.tokenizer,
     )
     chosen = self._mask(sentence, rng)
     masking.check(chosen, sentence, config.masking)
     positions_M = np.zeros(config.lengths.masks, np.int64)
+    shown_M = np.full(len(positions_M), self.corpus.tokenizer.mask_id, np.int64)
+    if isinstance(chosen, masking.Replaced):
+      shown_M[: len(chosen.ids)] = chosen.ids
+      chosen = chosen.positions
     positions_M[: len(chosen)] = chosen + 1  # After [CLS].
     mask_M = np.arange(len(positions_M)) < len(chosen)
-    return Masked(np.asarray(row), positions_M, mask_M)
+    return Masked(np.asarray(row), positions_M, mask_M, shown_M)
 
   def queries(
       self, masked: Masked
@@ -246,7 +255,7 @@ class MaskedSentences(Sentences):
         self.table, masked.row_B, self.config.lengths.query, tokenizer
     )
     hidden_BM = np.take_along_axis(ids_BQ, masked.positions_BM, axis=1)
-    shown_BM = np.where(masked.mask_BM, tokenizer.mask_id, hidden_BM)
+    shown_BM = np.where(masked.mask_BM, masked.shown_BM, hidden_BM)
     np.put_along_axis(ids_BQ, masked.positions_BM, shown_BM, axis=1)
     targets_BM = np.where(masked.mask_BM, hidden_BM, 0).astype(np.int32)
     return ids_BQ, lengths_B, targets_BM

@@ -157,11 +157,8 @@ def start_or_resume(
 
 
 def _warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
-  mlm = config.mlm
-  if config.objective == 'mlm' and (mlm.own_passage_rate, mlm.null_rate) == (
-      0, 1
-  ):
-    return  # It reads the null document only.
+  if config.objective == 'mlm' and config.mlm.without_passages:
+    return
   length = config.lengths.document
   too_long = int((corpus.passages.lengths > length).sum())
   if too_long:

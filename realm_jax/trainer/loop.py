@@ -28,6 +28,7 @@ from realm_jax.runtime import process
 from realm_jax.runtime import profile as profile_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import examples as examples_lib
+from realm_jax.trainer import gates as gates_lib
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import probe as probe_lib
@@ -108,6 +109,7 @@ class _Pending(NamedTuple):
   rows: np.ndarray  # Rows of the sentence or question table.
   metrics: stages.Metrics
   staleness: dict[str, float]  # Metrics of the index that was searched.
+  figures: dict[str, np.ndarray]  # Metrics of each row, from the host.
 
 
 class _Loop:
@@ -172,6 +174,8 @@ class _Loop:
       self._retriever = retrieval.Retriever(
           job.components['embedder'], job.mesh, self._refresher, self._rows
       )
+    self._gates = gates_lib.Gates.of(job)
+    self._gate_figures: dict[str, float] = {}  # Not logged yet.
     self._snapshots = snapshots_lib.Snapshots(
         job.workdir,
         config.refresh.keep,
@@ -228,6 +232,8 @@ class _Loop:
         raise Interrupted(f'Stopped by SIGTERM; step {step} is saved.')
       if step > first and step % config.checkpoint.interval == 0:
         self._save(step)
+      if step == first:
+        self._measure_gates(step)
       with self._clock.measure('data'):
         examples = next(self._data)
       batch = examples.inputs
@@ -241,16 +247,30 @@ class _Loop:
       with self._clock.measure('compute'):
         arrays = mesh_lib.to_devices(self._job.mesh, batch)
         self.state, metrics = self._train_step.result()(self.state, arrays)
+        # The host has time while the devices compute.
+        figures = {**examples.figures, **stage.figures(batch)}
         self._log_pending()  # The previous step is finished by now.
       staleness = self._refresher.metrics(step) if self._refresher else {}
-      self._pending = _Pending(step + 1, examples.row_B, metrics, staleness)
+      self._pending = _Pending(
+          step + 1, examples.row_B, metrics, staleness, figures
+      )
       self._step += 1
       self._bar.update()
+      if self._gates is not None and self._gates.due(self._step):
+        self._measure_gates(self._step)
     self._log_pending()
     self._profile.close()
     if self._refresher is not None and config.refresh.policy != 'none':
       self._take_snapshot(self._step)  # For a final, fresh generation.
     self._save(self._step)
+
+  def _measure_gates(self, step: int) -> None:
+    if self._gates is None:
+      return
+    with self._clock.measure('gates'):
+      self._gate_figures = self._gates.measure(
+          self.state.params, step, self._refresher
+      )
 
   def _refresh(self, step: int) -> None:
     if self._refresher is not None:
@@ -316,6 +336,8 @@ class _Loop:
           f' {pending.rows.tolist()}. The last checkpoint, from before it,'
           f' is kept: step {self._checkpoints.latest}.'
       )
+    for name, value_B in pending.figures.items():
+      values[f'train/{name}'] = float(value_B.mean())
     self._means.add(values)
     if step % self._job.config.log_interval:
       return
@@ -332,7 +354,8 @@ class _Loop:
       values['time/mfu'] = flop_rate / peak
     for part, seconds in self._clock.take().items():
       values[f'time/{part}_seconds'] = seconds
-    values.update(pending.staleness)
+    values.update(pending.staleness | self._gate_figures)
+    self._gate_figures = {}
     self._writer.write(step, values)
     shown = {
         'loss': f'{values["train/loss"]:.3f}',

@@ -4,8 +4,6 @@ The queries are the same in every process and after every restart, so that a
 decision that depends on them (`refresh.policy=adaptive`) can be repeated.
 """
 
-from typing import Any
-
 import numpy as np
 
 from realm_jax.corpus import inputs
@@ -41,12 +39,9 @@ class Probe:
 
   def embed(self, params: components_lib.Params) -> np.ndarray:
     """Returns the embeddings of the queries, float32 [B, E]."""
-    size = len(self._query_ids_BQ)
-    padding = -size % self._mesh.shape[mesh_lib.DATA]
-    ids_BQ = np.pad(self._query_ids_BQ, ((0, padding), (0, 0)), mode='edge')
-    arrays = self._to_devices(ids_BQ=ids_BQ)
-    emb_BE = self._embedder.queries(params, arrays['ids_BQ'])
-    return distributed.fetch(emb_BE)[:size]
+    ids = mesh_lib.put_whole(self._mesh, self._query_ids_BQ)
+    emb_BE = distributed.fetch(self._embedder.queries(params, *ids))
+    return emb_BE[: len(self._query_ids_BQ)]
 
   def overlap_with_current(
       self, params: components_lib.Params, search: search_lib.Search
@@ -88,17 +83,7 @@ class Probe:
       ids_BLS, types_BLS = inputs.assemble_documents(
           self._corpus.passages, numbers, self._length, self._corpus.tokenizer
       )
-      arrays = self._to_devices(ids_BLS=ids_BLS, types_BLS=types_BLS)
-      emb_BLE = self._embedder.documents(params, *arrays.values())
+      arrays = mesh_lib.put_whole(self._mesh, ids_BLS, types_BLS)
+      emb_BLE = self._embedder.documents(params, *arrays)
       parts.append(distributed.fetch(emb_BLE)[:, 0])
     return np.concatenate(parts)
-
-  def _to_devices(self, **arrays: np.ndarray) -> dict[str, Any]:
-    """Puts arrays that every process has whole on the devices."""
-    return mesh_lib.to_devices(
-        self._mesh,
-        {
-            name: array[mesh_lib.local_rows(self._mesh, len(array))]
-            for name, array in arrays.items()
-        },
-    )

@@ -7,6 +7,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import masking
+from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.runtime import extension
 from realm_jax.trainer import stages
 
@@ -16,6 +17,12 @@ _SENTENCE = masking.Sentence(
     span=(2, 5),
     max_masks=4,
     options={},
+    tokenizer=tokenizer_lib.Tokenizer(
+        ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcde']
+        # Ids 10 to 21: words of one, three, two and six wordpieces.
+        + ['f', 'g', '##h', '##i', 'j', '##k', 'l']
+        + ['##m', '##n', '##o', '##p', '##q']
+    ),
 )
 
 
@@ -34,6 +41,47 @@ def test_masks_by_hand():
   for name in masking.MASKS:
     mask = extension.load('config.masking', name, masking.MASKS)
     masking.check(mask(_SENTENCE, rng), _SENTENCE, name)
+
+
+def test_bert_reads_masks_random_wordpieces_and_the_same():
+  rng = np.random.default_rng(0)
+  size = _SENTENCE.tokenizer.vocab_size
+  drawn = [masking.bert(_SENTENCE, rng) for _ in range(3000)]
+  positions = np.concatenate([one.positions for one in drawn])
+  assert len(positions) == 2 * len(drawn)
+  assert np.bincount(positions, minlength=12).min() > 400
+  ids = np.concatenate([one.ids for one in drawn])
+  same = ids == _SENTENCE.ids[positions]
+  masked = ids == _SENTENCE.tokenizer.mask_id
+  # A random wordpiece is the same one, or [MASK], once in 21 draws each.
+  np.testing.assert_allclose(masked.mean(), 0.8 + 0.1 / 21, atol=0.02)
+  np.testing.assert_allclose(same.mean(), 0.1 + 0.1 / 21, atol=0.015)
+  assert set(ids[~masked & ~same]) == set(range(1, size)) - {4}
+
+
+def test_whole_words_are_hidden_whole():
+  rng = np.random.default_rng(0)
+  found = {
+      tuple(masking.bert_whole_words(_SENTENCE, rng).positions.tolist())
+      for _ in range(200)
+  }
+  # Two wordpieces: the word of two, or the word of one and no other.
+  assert found == {(0,), (4, 5)}
+  long_word = _SENTENCE._replace(ids=np.arange(16, 22), max_masks=2)
+  assert masking.bert_whole_words(long_word, rng).positions.tolist() == [0]
+  inside = _SENTENCE._replace(ids=np.arange(12, 16), max_masks=2)
+  found = {
+      tuple(masking.bert_whole_words(inside, rng).positions.tolist())
+      for _ in range(50)
+  }
+  assert found == {(0,), (2,)}  # One of four, of either word.
+
+
+@pytest.mark.parametrize('ids', [[4], [4.0, 4.0], [4, 22], [-1, 4], [[4, 4]]])
+def test_other_replacements_are_refused(ids):
+  replaced = masking.Replaced(np.array([2, 3]), np.array(ids))
+  with pytest.raises(ValueError, match='gives as many ids of the vocabulary'):
+    masking.check(replaced, _SENTENCE, 'm:f')
 
 
 @pytest.mark.parametrize(

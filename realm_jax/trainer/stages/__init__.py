@@ -128,6 +128,14 @@ class Stage:
     """Completes the inputs of a batch with documents (`searches` only)."""
     raise NotImplementedError
 
+  def figures(self, batch: Any) -> dict[str, np.ndarray]:
+    """Returns metrics of each row, float [B], that the host computes.
+
+    `train/*` has the means over the rows of process 0.
+    """
+    del batch
+    return {}
+
   def probe_queries(self, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns fixed queries to compare indexes with (`searches` only).
 

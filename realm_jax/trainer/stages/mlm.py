@@ -13,6 +13,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import exclusion
 from realm_jax.corpus import inputs
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
@@ -33,10 +34,15 @@ class Batch:
   mask_BM: jax.Array
 
 
+# The views of a sentence in `config.mlm.views`.
+VIEWS = ('own', 'answer', 'article', 'random', 'null')
+
+
 class _Sample(NamedTuple):
   masked: examples.Masked
   passage_B: np.ndarray  # The passage that is shown.
   own_B: np.ndarray  # Whether it is that of the sentence.
+  fallback_B: np.ndarray  # Whether it stands in for one that does not exist.
 
 
 class OwnPassage(examples.MaskedSentences):
@@ -46,17 +52,19 @@ class OwnPassage(examples.MaskedSentences):
       self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
   ):
     super().__init__(corpus, config, split)
-    query = np.minimum(
-        self.table.lengths[self.rows] + 2, config.lengths.query
-    )
-    shown = config.lengths.joint - 1 - query
-    self.rows = self.rows[self.ends()[self.rows] <= shown]
+    self.rows = self.rows[self.ends()[self.rows] <= self.room(self.rows)]
     self.require_rows(', in a sentence that its passage shows')
+
+  def room(self, rows: Any) -> Any:
+    """Returns how many wordpieces of a body each sentence leaves room for."""
+    lengths = self.config.lengths
+    query = np.minimum(self.table.lengths[rows] + 2, lengths.query)
+    return lengths.joint - 1 - query
 
   def sample(self, row: int, rng: np.random.Generator) -> _Sample:
     masked = super().sample(row, rng)
     passage = np.asarray(self.table.passages[row], np.int64)
-    return _Sample(masked, passage, np.asarray(True))
+    return _Sample(masked, passage, np.asarray(True), np.asarray(False))
 
 
 class OtherPassage(examples.MaskedSentences):
@@ -71,18 +79,81 @@ class OtherPassage(examples.MaskedSentences):
     passage = inputs.NULL_DOCUMENT
     if rng.random() >= self.config.mlm.null_rate:
       passage = int(rng.integers(len(self.corpus.passages)))
-    return _Sample(masked, np.asarray(passage), np.asarray(False))
+    return _Sample(
+        masked, np.asarray(passage), np.asarray(False), np.asarray(False)
+    )
+
+
+class Views(OwnPassage):
+  """Masked sentences that see one of the views of `config.mlm.views`.
+
+  REALM's candidates never show the sentence itself. So a reader must learn to
+  use another passage with the answer, to do without one in a passage about the
+  same subject, and what it knows without a passage.
+  """
+
+  def __init__(
+      self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
+  ):
+    super().__init__(corpus, config, split)
+    self._names = tuple(config.mlm.views)
+    self._limits = np.cumsum(list(config.mlm.views.values()))
+    self._articles = exclusion.ArticlePassages(corpus, split)
+
+  def sample(self, row: int, rng: np.random.Generator) -> _Sample:
+    sample = super().sample(row, rng)
+    at = np.searchsorted(self._limits, rng.random(), 'right')
+    view = self._names[min(int(at), len(self._names) - 1)]
+    if view == 'own':
+      return sample
+    if view in ('null', 'random'):
+      passage = inputs.NULL_DOCUMENT
+      if view == 'random':
+        passage = int(rng.integers(len(self.corpus.passages)))
+      return sample._replace(passage_B=np.asarray(passage))
+    answer = _answer(self.table, sample.masked)
+    found = self._articles.find(
+        row, answer, int(self.room(row)), holding=view == 'answer'
+    )
+    if not found:
+      return sample._replace(fallback_B=np.asarray(True))
+    passage = found[rng.integers(len(found))]
+    return sample._replace(passage_B=np.asarray(passage))
+
+
+def _answer(
+    table: corpus_lib.SentenceTable, masked: examples.Masked
+) -> np.ndarray:
+  """Returns the masked wordpieces of one sample; none if not in a row."""
+  places = masked.positions_BM[masked.mask_BM] - 1
+  if places[-1] - places[0] >= len(places):
+    return places[:0]
+  first = int(table.starts[masked.row_B] + places[0])
+  return np.asarray(table.tokens[first : first + len(places)])
 
 
 class Mlm(stages.Stage):
-  """Two kinds of examples, mixed in every batch; see `config.mlm`."""
+  """Examples of one or two kinds; see `config.mlm`."""
 
   components = ('reader',)
+
+  @classmethod
+  def problems(cls, config: config_lib.Config) -> stages.Problems:
+    views: dict[str, Any] = config.mlm.views
+    shares = views.values()
+    if set(views) - set(VIEWS):
+      yield 'mlm.views', f'the views are {", ".join(VIEWS)}'
+    elif not all(isinstance(x, (int, float)) and x >= 0 for x in shares):
+      yield 'mlm.views', 'each share must be a number that is not negative'
+    elif views and abs(sum(shares) - 1) > 1e-6:
+      yield 'mlm.views', f'the sum of the shares must be 1, not {sum(shares):g}'
 
   @functools.cached_property
   def _kinds(self) -> dict[str, examples.MaskedSentences]:
     corpus, config = self.corpus, self.config
     kinds: dict[str, examples.MaskedSentences] = {}
+    if config.mlm.views:
+      return {'views': Views(corpus, config, 'knowledge')}
     if config.mlm.own_passage_rate > 0:
       kinds['own'] = OwnPassage(corpus, config, 'knowledge')
     if config.mlm.own_passage_rate < 1:
@@ -92,10 +163,14 @@ class Mlm(stages.Stage):
 
   def sources(self) -> dict[str, tuple[examples.Source, float]]:
     share = self.config.mlm.own_passage_rate
-    shares = {'own': share, 'alone': 1 - share}
+    shares = {'own': share, 'alone': 1 - share, 'views': 1.0}
     return {name: (kind, shares[name]) for name, kind in self._kinds.items()}
 
   def assemble(self, samples: _Sample) -> examples.Examples:
+    if 'views' in self._kinds:
+      batch = self._assemble(self._kinds['views'], samples)
+      figures = {'view_fallback': samples.fallback_B.astype(np.float32)}
+      return examples.Examples(samples.masked.row_B, batch, figures)
     # Rows of the two kinds may be of two sentence tables.
     rows, parts = [], []
     for name, kind in self._kinds.items():

@@ -22,6 +22,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import exclusion
 from realm_jax.corpus import inputs
+from realm_jax.corpus import ngrams
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.models import embedder as embedder_lib
@@ -131,6 +132,15 @@ class Realm(stages.Stage):
     k = self.config.num_candidates - 1
     rows_BJ, _ = retriever.search(queries.query_ids_BQ, k, queries.exclude_BR2)
     return with_candidates(queries, rows_BJ, self.corpus, self.config.lengths)
+
+  def figures(self, batch: Batch) -> dict[str, np.ndarray]:
+    """Returns whether a retrieved body holds the masked wordpieces in a row."""
+    places_BM, sizes_B = np.asarray(batch.positions_BM), batch.mask_BM.sum(1)
+    if (places_BM.max(axis=1) - places_BM[:, 0] >= sizes_B).any():
+      return {}  # A mask of scattered wordpieces.
+    body_BKT = np.where(batch.joint_types_BKT == 1, batch.joint_ids_BKT, -1)
+    held_BK = ngrams.held(body_BKT, batch.targets_BM, sizes_B)
+    return {'answer_in_candidates': held_BK.any(axis=1).astype(float)}
 
   def probe_queries(self, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Takes masked sentences, of `validation` if it has any with a span."""

@@ -1,0 +1,454 @@
+"""What `realm` needs in order to learn, measured on sentences held out.
+
+A retriever learns from the reader's use of its candidates. So the reader must
+use a passage that holds the answer, and some candidate must hold it.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from realm_jax import config as config_lib
+from realm_jax.corpus import exclusion
+from realm_jax.corpus import inputs
+from realm_jax.corpus import ngrams
+from realm_jax.index import embedding
+from realm_jax.index import search as search_lib
+from realm_jax.models import components as components_lib
+from realm_jax.runtime import distributed
+from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.trainer import examples as examples_lib
+from realm_jax.trainer import job as job_lib
+from realm_jax.trainer import refresh as refresh_lib
+from realm_jax.trainer.stages import realm
+
+log = logging.getLogger(__name__)
+
+_READ = 32  # Sentences read at once; bounds the logits.
+_LEAST_PAIRS = 8  # With fewer, the reader is measured on other passages.
+_DEPTH = 20  # Passages searched.
+_AROUND = 3  # Wordpieces on each side of an answer that repeat the sentence.
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+  """A figure that `realm` needs to be good enough.
+
+  name: of the metric `gates/NAME`.
+  diagnosis: the state of a run that misses it.
+  about: the figure in words.
+  mend: what to do.
+  bound: field of `config.gates`; empty: that of the same name.
+  at_most: whether the bound is the largest good value, not the least.
+  """
+
+  name: str
+  diagnosis: str
+  about: str
+  mend: str
+  bound: str = ''
+  at_most: bool = False
+
+  def problem(self, value: float, config: config_lib.Config) -> str | None:
+    """Returns what is wrong with a value and how to mend it; None: nothing."""
+    name = self.bound or self.name
+    bound = getattr(config.gates, name)
+    if value <= bound if self.at_most else value >= bound:
+      return None
+    side = 'above' if self.at_most else 'below'
+    return (
+        f'{self.about} (gates/{self.name}) is {value:.3g}, {side}'
+        f' config.gates.{name}={bound:g}. {self.mend}'
+    )
+
+
+_WARM_READER = (
+    'The reader hardly uses what it reads, so the retriever gets no signal from'
+    ' it. Train `mlm` for longer, with config.mlm.views.'
+)
+_WARM_RETRIEVER = (
+    'There is little to learn from such candidates. Train `ict` for longer, or'
+    ' with larger batches.'
+)
+_NO_SUBJECT = (
+    'For most sentences the null document is the right choice. Mask sentences'
+    ' of the passages themselves (config.sentences=knowledge), or search a'
+    ' corpus about the same subjects.'
+)
+GATES = (
+    Gate(
+        'reader_accuracy', 'cold reader',
+        'the share of masked spans that the reader fills in right from a'
+        ' passage with the answer', _WARM_READER,
+    ),
+    Gate(
+        'reader_utility', 'cold reader',
+        'the mean of log p(y|z,x) - log p(y|null,x) for a passage with the'
+        ' answer', _WARM_READER,
+    ),
+    Gate(
+        'recall_at_20', 'cold retriever',
+        'the share of masked sentences whose own passage is among the best 20',
+        _WARM_RETRIEVER,
+    ),
+    Gate(
+        'findable', 'nothing to find',
+        'the share of masked sentences whose answer stands in another passage'
+        ' of the article',
+        _NO_SUBJECT, bound='answer_in_candidates',
+    ),
+    Gate(
+        'answer_in_20', 'nothing to find',
+        'the share of masked sentences, of no passage, whose answer stands in'
+        ' one of the best 20',
+        _NO_SUBJECT, bound='answer_in_candidates',
+    ),
+    Gate(
+        'answer_in_candidates', 'cold retriever',
+        'the share of masked sentences of which a candidate holds the answer',
+        _WARM_RETRIEVER,
+    ),
+    Gate(
+        'null_share', 'fled to null', 'the mean of p(null|x)',
+        'No passage has an effect, and none is learned. Lower'
+        ' config.optimizer.retriever_learning_rate, raise'
+        ' config.optimizer.retriever_delay, or train `mlm` for longer.',
+        at_most=True,
+    ),
+    Gate(
+        'trivial_share', 'trivial candidates',
+        'the share of masked sentences whose text around the answer stands in a'
+        ' candidate',
+        'The reader copies, and the retriever learns to find copies. Set'
+        ' config.trivial=passage; prepare a corpus of an older version again.',
+        at_most=True,
+    ),
+)
+
+
+# A gate says nothing new if one of these is missed, too.
+_CAUSES = {
+    'answer_in_20': {'recall_at_20'},
+    'answer_in_candidates': {'findable', 'answer_in_20'},
+}
+
+
+def problems(
+    values: Mapping[str, float], config: config_lib.Config
+) -> dict[str, tuple[str, str]]:
+  """Returns the gates that are missed: diagnosis and text, by name.
+
+  Args:
+    values: of `Gates.measure`, without `gates/`; some may be missing.
+    config: of the job; has the bounds.
+  """
+  found: dict[str, tuple[str, str]] = {}
+  for gate in GATES:
+    if gate.name not in values:
+      continue
+    if _CAUSES.get(gate.name, set()) & found.keys():
+      continue
+    text = gate.problem(values[gate.name], config)
+    if text is not None:
+      found[gate.name] = gate.diagnosis, text
+  return found
+
+
+class Gates:
+  """Measures what `realm` needs, see `GATES`, without changing anything.
+
+  The sentences are of the split `validation`. Where its sentences have no
+  passage, those of `knowledge` take their place for the figures that need one.
+  The reader is measured on other passages of the article or, if none holds an
+  answer, on the sentence's own passage.
+  """
+
+  def __init__(self, job: job_lib.Job):
+    """Chooses the sentences.
+
+    Raises:
+      ValueError: there are none.
+    """
+    self._config, self._corpus, self._mesh = job.config, job.corpus, job.mesh
+    self._searches = job.stage.searches
+    config = dataclasses.replace(
+        job.config,
+        masking='salient',
+        batch_size=job.config.gates.sentences,
+        num_candidates=job.config.num_candidates if self._searches else 2,
+    )
+    tables = job.corpus.sentences
+    home = 'knowledge'
+    if 'validation' in tables and (tables['validation'].passages >= 0).all():
+      home = 'validation'
+
+    def examples(split: str) -> tuple[np.ndarray, realm.Queries]:
+      found = next(realm.evaluation_batches(job.corpus, config, split))
+      return found.row_B, found.inputs
+
+    self._row_B, self._at_home = examples(home)
+    self._masked = self._at_home
+    if home != 'validation' and self._searches:
+      other = examples_lib.sentences_of(job.corpus, config)
+      split = 'validation' if 'validation' in tables else other
+      self._masked = examples(split)[1]
+    self._own_B = np.asarray(tables[home].passages[self._row_B])
+    self._pairs, place = self._with_answers(home), 'article'
+    # Where the masked sentences have no article, retrieval tells.
+    self._findable: float | None = None
+    if examples_lib.sentences_of(job.corpus, config) == 'knowledge':
+      self._findable = len(self._pairs) / len(self._row_B)
+    if len(self._pairs) < _LEAST_PAIRS:
+      self._pairs, place = self._with_own_passages(), 'sentence itself'
+    self._read = embedding.row_by_row(
+        _right_and_logp(job.components['reader']),
+        self._mesh, (mesh_lib.DATA,), mesh_lib.replicated(self._mesh),
+    )
+    if self._searches:
+      self._embedder = embedding.Embedder(
+          job.components['embedder'], self._mesh
+      )
+    self._warned: set[str] = set()
+    log.info(
+        'Gates: %d masked sentences of the split %r. The reader is measured on'
+        ' %d of them, whose answer stands in a passage of the %s.',
+        len(self._row_B), home, len(self._pairs), place,
+    )
+
+  @classmethod
+  def of(cls, job: job_lib.Job) -> 'Gates | None':
+    """Returns the gates of a job; None if they do not apply to it."""
+    config = job.config
+    if (
+        not config.gates.interval
+        or 'reader' not in job.components
+        or (config.objective == 'mlm' and config.mlm.without_passages)
+    ):
+      return None
+    try:
+      return cls(job)
+    except ValueError as error:
+      log.info('There are no gates: %s', error)
+      return None
+
+  def due(self, step: int) -> bool:
+    """Returns whether to measure after a step."""
+    return not step % self._config.gates.interval or step == self._config.steps
+
+  def measure(
+      self,
+      params: dict[str, components_lib.Params],
+      step: int,
+      refresher: refresh_lib.Refresher | None = None,
+  ) -> dict[str, float]:
+    """Returns `gates/*`; warns once of each gate that is missed.
+
+    `mlm` warns at its end only.
+
+    Args:
+      params: current parameters.
+      step: number of updates.
+      refresher: has the index in use, if there is one.
+    """
+    jax.block_until_ready(params)
+    values: dict[str, float] = {}
+    if self._pairs:
+      values |= self._reading(params['reader'])
+    if self._findable is not None:
+      values['findable'] = self._findable
+    if refresher is not None:
+      values |= self._retrieval(params['embedder'], refresher)
+    self._warn(values, step)
+    return {'gates/step': step} | {f'gates/{n}': x for n, x in values.items()}
+
+  def _warn(self, values: dict[str, float], step: int) -> None:
+    if not distributed.is_main():
+      return
+    last = step == self._config.steps
+    if step == 0 or last:
+      figures = ', '.join(f'{name} {x:.3f}' for name, x in values.items())
+      log.info('Gates at step %d: %s.', step, figures)
+    if not (self._searches or last):
+      return  # A reader that is still cold is no surprise.
+    for name, (diagnosis, text) in problems(values, self._config).items():
+      if name not in self._warned:
+        self._warned.add(name)
+        log.warning('Step %d, %s: %s', step, diagnosis, text)
+
+  def _with_answers(self, split: str) -> list[tuple[int, int]]:
+    """Returns sentences, and a passage of the article with the answer."""
+    articles = exclusion.ArticlePassages(self._corpus, split)
+    queries, pairs = self._at_home, []
+    for i, row in enumerate(self._row_B.tolist()):
+      answer = queries.targets_BM[i][queries.mask_BM[i]]
+      room = self._config.lengths.joint - 1 - int(queries.query_lengths_B[i])
+      found = articles.find(row, answer, room, holding=True)
+      if found:
+        pairs.append((i, found[row % len(found)]))
+    return pairs
+
+  def _with_own_passages(self) -> list[tuple[int, int]]:
+    """Returns sentences, and their passages, if these show the answer."""
+    queries = self._at_home
+    held_B1 = ngrams.held(
+        self._bodies(queries, self._own_B[:, None]),
+        queries.targets_BM,
+        queries.mask_BM.sum(axis=1),
+    )
+    shown = np.flatnonzero(held_B1[:, 0]).tolist()
+    return [(i, int(self._own_B[i])) for i in shown]
+
+  def _reading(self, params: components_lib.Params) -> dict[str, float]:
+    right, utility = [], []
+    for start in range(0, len(self._pairs), _READ):
+      at, passages = np.array(self._pairs[start : start + _READ]).T
+      some = jax.tree.map(lambda x, at=at: x[at], self._at_home)
+      ids_BKT, types_BKT = self._joint(
+          some, np.stack([np.full_like(passages, -1), passages], axis=1)
+      )
+      same_shape = [
+          np.pad(x, [(0, _READ - len(at)), *[(0, 0)] * (x.ndim - 1)])
+          for x in (
+              ids_BKT,
+              types_BKT,
+              some.positions_BM,
+              some.targets_BM,
+              some.mask_BM,
+          )
+      ]
+      arrays = mesh_lib.put_whole(self._mesh, *same_shape)
+      found_BK2 = distributed.fetch(self._read(params, *arrays))[: len(at)]
+      right.append(found_BK2[:, 1, 0])
+      utility.append(found_BK2[:, 1, 1] - found_BK2[:, 0, 1])
+    return {
+        'reader_accuracy': float(np.concatenate(right).mean()),
+        'reader_utility': float(np.concatenate(utility).mean()),
+    }
+
+  def _retrieval(
+      self, params: components_lib.Params, refresher: refresh_lib.Refresher
+  ) -> dict[str, float]:
+    search, k = refresher.search, self._config.num_candidates - 1
+    live = self._corpus.num_live
+    own_BK = search.search(
+        self._embed(params, self._at_home), min(_DEPTH, live)
+    )
+    values = {
+        'recall_at_20': float(
+            (own_BK == self._own_B[:, None]).any(axis=1).mean()
+        )
+    }
+    masked = self._masked
+    left_out = np.diff(masked.exclude_BR2, axis=-1).sum(axis=(1, 2)).max()
+    depth = max(k, min(_DEPTH, live - int(left_out)))
+    query_emb_BE = self._embed(params, masked)
+    rows_BN = search.search(query_emb_BE, depth, masked.exclude_BR2)
+    bodies_BNT = self._bodies(masked, rows_BN)
+    held_BN = ngrams.held(
+        bodies_BNT, masked.targets_BM, masked.mask_BM.sum(axis=1)
+    )
+    if self._findable is None:
+      values['answer_in_20'] = float(held_BN.any(axis=1).mean())
+    values['answer_in_candidates'] = float(held_BN[:, :k].any(axis=1).mean())
+    text_BK = ngrams.held(bodies_BNT[:, :k], *self._text_around(masked))
+    values['trivial_share'] = float(text_BK.any(axis=1).mean())
+    if self._config.null_document:
+      doc_emb_BKE = search_lib.gather(refresher.embeddings, rows_BN[:, :k])
+      score_BK = np.einsum('BE,BKE->BK', query_emb_BE, doc_emb_BKE)
+      null_B = query_emb_BE @ self._null(params)
+      null_share_B = 1 / (1 + np.exp(score_BK - null_B[:, None]).sum(axis=1))
+      values['null_share'] = float(null_share_B.mean())
+    return values
+
+  def _embed(
+      self, params: components_lib.Params, queries: realm.Queries
+  ) -> np.ndarray:
+    ids = mesh_lib.put_whole(self._mesh, queries.query_ids_BQ)
+    emb_BE = distributed.fetch(self._embedder.queries(params, *ids))
+    return emb_BE[: len(queries.query_ids_BQ)]
+
+  def _null(self, params: components_lib.Params) -> np.ndarray:
+    """Returns the embedding of the null document, [E]."""
+    ids_11S = np.array([[inputs.null_document(self._corpus.tokenizer)]])
+    arrays = mesh_lib.put_whole(
+        self._mesh,
+        ids_11S.astype(np.int32),
+        np.array([[inputs.NULL_TYPES]], np.int32),
+    )
+    return distributed.fetch(self._embedder.documents(params, *arrays))[0, 0]
+
+  def _joint(
+      self, queries: realm.Queries, rows_BK: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    return inputs.assemble_joint(
+        self._corpus.passages,
+        rows_BK,
+        queries.query_ids_BQ,
+        queries.query_lengths_B,
+        self._config.lengths.joint,
+        self._corpus.tokenizer,
+    )
+
+  def _bodies(self, queries: realm.Queries, rows_BK: np.ndarray) -> np.ndarray:
+    """Returns what is read of the bodies, -1 elsewhere, [B, K, T]."""
+    ids_BKT, types_BKT = self._joint(queries, rows_BK)
+    return np.where(types_BKT == 1, ids_BKT, -1)
+
+  @staticmethod
+  def _text_around(queries: realm.Queries) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each answer with the text around it, padded, and the lengths."""
+    sizes_B = queries.mask_BM.sum(axis=1)
+    text_BQ = queries.query_ids_BQ.copy()
+    np.put_along_axis(
+        text_BQ,
+        queries.positions_BM,
+        np.where(
+            queries.mask_BM,
+            queries.targets_BM,
+            np.take_along_axis(text_BQ, queries.positions_BM, axis=1),
+        ),
+        axis=1,
+    )
+    # Near an end of the sentence, more of the other side.
+    lengths_B = queries.query_lengths_B - 2
+    wanted_B = np.minimum(sizes_B + 2 * _AROUND, lengths_B)
+    first_B = np.clip(
+        queries.positions_BM[:, 0] - _AROUND, 1, 1 + lengths_B - wanted_B
+    )
+    at_BN = first_B[:, None] + np.arange(wanted_B.max())
+    at_BN = np.minimum(at_BN, text_BQ.shape[1] - 1)
+    return np.take_along_axis(text_BQ, at_BN, axis=1), wanted_B
+
+
+def _right_and_logp(component: components_lib.Component) -> Any:
+  """Returns a function: whether each span is right, and its log-probability."""
+
+  def read(
+      params: components_lib.Params,
+      ids_BKT: jax.Array,
+      types_BKT: jax.Array,
+      positions_BM: jax.Array,
+      targets_BM: jax.Array,
+      mask_BM: jax.Array,
+  ) -> jax.Array:
+    logits_BKMV = realm.read(
+        component.module(params), ids_BKT, types_BKT, positions_BM
+    )
+    targets_BKM = jnp.broadcast_to(
+        targets_BM[:, None], logits_BKMV.shape[:3]
+    )
+    used_BKM = mask_BM[:, None]
+    right_BKM = (logits_BKMV.argmax(axis=-1) == targets_BKM) | ~used_BKM
+    logp_BKM = jnp.take_along_axis(
+        jax.nn.log_softmax(logits_BKMV), targets_BKM[..., None], axis=-1
+    )[..., 0]
+    logp_BK = jnp.where(used_BKM, logp_BKM, 0.0).sum(axis=-1)
+    right_BK = right_BKM.all(axis=-1).astype(jnp.float32)
+    return jnp.stack([right_BK, logp_BK], axis=-1)
+
+  return read
