@@ -224,19 +224,15 @@ def _evaluate(
 
 def _figures(folder: pathlib.Path) -> dict[str, Any]:
   """Returns time, speed, loss and the last evaluation of a stage."""
-  found = metrics_lib.read_metrics(folder)
-  rates = [x['time/examples_per_second'] for x in found]
-  figures = {
+  figures: dict[str, Any] = {
       **files.read_json(folder / 'spent.json'),
-      'steps': found[-1]['step'],
-      'examples_per_second': statistics.median(rates),
-      'loss': statistics.mean(x['train/loss'] for x in found[-5:]),
+      'steps': checkpoint.newest_step(folder),
   }
-  figures |= {
-      name.removeprefix('gates/'): value
-      for name, value in found[-1].items()
-      if name.startswith('gates/')
-  }
+  if found := metrics_lib.read_metrics(folder):
+    rates = [x['time/examples_per_second'] for x in found]
+    figures['examples_per_second'] = statistics.median(rates)
+    figures['loss'] = statistics.mean(x['train/loss'] for x in found[-5:])
+    figures |= {n: x for line in found for n, x in line.items() if 'gates' in n}
   if folder.name == 'mlm':
     return figures
   result = report.load_all(folder)[-1]
