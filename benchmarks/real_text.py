@@ -1,174 +1,343 @@
-"""ICT and REALM on real text: cost, and improvement of retrieval.
+"""ICT, REALM and their controls on real text, within a time.
 
-  python benchmarks/real_text.py --corpus=CORPUS --questions=DEV.jsonl.xz \
-      --workdir=runs/real_text --output=benchmarks/results/real_text.json
+  python benchmarks/real_text.py --texts=TEXTS --seconds=10800 \
+      --output=benchmarks/results/real_text.json
 
-CORPUS is made by `realm-jax prepare`; the recorded run has the 18,896
-paragraphs of SQuAD 1.1 train as passages, the sentences of 26,651 articles of
-the English Wikipedia to learn from, and the questions of every 22nd article,
-none of which training sees. The stages are those of
-experiments/small_corpus.py; `--small` shortens them to a check of the script,
-and `--flag=STAGE:FLAG`, repeated, changes a stage:
---flag=mlm:--config.steps=8000. A finished stage is not run again.
+TEXTS holds passages.jsonl.xz, the 18,896 paragraphs of SQuAD 1.1 train with ids
+such as `Alaska#0`, and questions-dev.jsonl.xz, the questions of every 22nd
+article; and vocab.txt, if none is to be learned. No stage sees a question.
+
+The articles of the questions, and as many others as --articles asks for, are
+the corpus of ICT and REALM, of passages and of sentences (X = Z). The reader is
+warmed up on all other articles. With --articles=0 there is one corpus of all.
+
+The stages are those of experiments/real_text.py, each with a share of the time.
+A stage at the end of its share saves a checkpoint, and the run continues with
+the next; the same command continues a run that was interrupted. `--small`
+checks the script, and --flag=STAGE:FLAG, repeated, changes a stage:
+--flag=mlm:--config.batch_size=32, --flag=all:--config.seed=1. On a GPU, all
+sizes are larger.
+
+Recorded: recall of the gold passage by stage with 95 % intervals by article,
+the curve of `realm`, paired tests of `realm` with `ict` and `ict_longer`, BM25
+(package bm25s), masked accuracy, and examples/s.
 """
 
 import argparse
+import json
+import os
 import pathlib
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from typing import Any
 
 import harness
+import numpy as np
 
-from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import report
-from realm_jax.index import generation
+from realm_jax.evaluation import runs
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
+from realm_jax.runtime import lines
 from realm_jax.runtime import metrics as metrics_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-_EXPERIMENT = _ROOT / 'experiments' / 'small_corpus.py'
-STAGES = ('mlm', 'ict', 'realm')
+_EXPERIMENT = _ROOT / 'experiments' / 'real_text.py'
+# Share of the time, and the stages that give the first parameters. The rest of
+# the time is for the corpora and the evaluations.
+_STAGES: dict[str, tuple[float, tuple[str, ...]]] = {
+    'mlm': (0.33, ()),
+    'ict': (0.10, ()),
+    'realm': (0.20, ('mlm', 'ict')),
+    'ict_longer': (0.20, ('ict',)),
+    'frozen': (0.05, ('mlm', 'ict')),
+    'null_reader': (0.04, ('mlm',)),
+}
+_DEPTHS = (1, 5, 20, 100)
+# Sizes for a GPU, by stage and for all: small BERTs in bfloat16, all articles.
+_GPU = {
+    'all': (
+        'model.preset=small', 'model.compute_dtype=bfloat16',
+        'model.init_stddev=0.02', 'lengths.query=48', 'lengths.document=128',
+        'mips.dtype=bfloat16',
+    ),
+    'mlm': ('batch_size=512', 'optimizer.warmup_steps=150'),
+    'ict': ('batch_size=1024', 'optimizer.learning_rate=5e-4'),
+    'ict_longer': ('batch_size=1024', 'optimizer.learning_rate=1.5e-4'),
+    'realm': (
+        'batch_size=128', 'optimizer.learning_rate=2e-4',
+        'optimizer.retriever_learning_rate=1e-4',
+        'optimizer.retriever_delay=50', 'refresh.interval=50',
+        'refresh.lag=25',
+    ),
+    'frozen': ('batch_size=128', 'optimizer.learning_rate=2e-4'),
+    'null_reader': ('batch_size=512', 'lengths.document=8'),
+}
+_SMALL = {
+    'all': (
+        'steps=20', 'batch_size=4', 'log_interval=5', 'lengths.query=24',
+        'lengths.document=40',
+    ),
+    'realm': ('num_candidates=3', 'refresh.interval=10', 'refresh.lag=5'),
+    'frozen': ('num_candidates=3',),
+}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Trains the three stages, evaluates them, and returns flat figures."""
-  realm_jax = harness.Commands()
-  figures: dict[str, Any] = {}
-
-  for stage in STAGES:
-    more = ['--config.steps=20', '--config.refresh.interval=10',
-            '--config.refresh.lag=10'] if arguments.small else []
-    if stage == 'realm':
-      earlier = ','.join(str(arguments.workdir / s) for s in ('mlm', 'ict'))
-      more += [f'--config.init_from={earlier}', '--with_index_builder']
-    more += [
-        flag
-        for of_stage, _, flag in (f.partition(':') for f in arguments.flag)
-        if of_stage == stage
-    ]
-    spent = arguments.workdir / stage / 'spent.json'
-    if not spent.exists():
-      cpu = harness.cpu_seconds()
-      seconds, _ = harness.timed(
-          realm_jax,
-          'train',
-          f'--config={_EXPERIMENT.relative_to(_ROOT)}:{stage}',
-          f'--workdir={arguments.workdir / stage}',
-          f'--config.corpus={arguments.corpus}',
-          *more,
-      )
-      minutes = (harness.cpu_seconds() - cpu) / 60
-      files.write_json(spent, {'seconds': seconds, 'cpu_minutes': minutes})
-    for name, value in files.read_json(spent).items():
-      figures[f'{stage}_{name}'] = value
-  for stage, steps in (('ict', 'latest'), ('realm', 'all')):
-    realm_jax(
-        'evaluate',
-        f'--workdir={arguments.workdir / stage}',
-        f'--questions={arguments.questions}',
-        f'--steps={steps}',
-    )
+  """Trains and evaluates all stages, and returns the figures."""
+  commands = harness.Commands()
+  workdir = arguments.workdir
+  _prepare(arguments, commands)
+  for stage, (share, parents) in _STAGES.items():
+    _train(arguments, commands, stage, share * arguments.seconds, parents)
+    if stage != 'mlm':
+      _evaluate(workdir, commands, stage)
   return {
       **harness.about('jax', 'flax'),
-      'commands': realm_jax.done,
-      **_corpus_figures(arguments.corpus),
-      **figures,
-      **_training_figures(arguments.workdir),
-      **_retrieval_figures(arguments.workdir),
-  }
-
-
-def _corpus_figures(directory: pathlib.Path) -> dict[str, Any]:
-  corpus = corpus_lib.Corpus.open(directory)
-  return {
-      'passages': len(corpus.passages),
-      'passage_wordpieces': int(corpus.passages.lengths.sum()),
-      **{
-          f'{name}_sentences': len(table)
-          for name, table in corpus.sentences.items()
+      'commands': commands.done,
+      'corpora': {
+          name: files.read_json(workdir / name / 'manifest.json')['counts']
+          for name in ('corpus', 'warm_up')
+          if (workdir / name).is_dir()
       },
+      'stages': {stage: _figures(workdir / stage) for stage in _STAGES},
+      'curve': _curve(workdir / 'realm'),
+      'paired_by_article': {
+          f'realm_{other}': runs.compare(
+              _questions_of(workdir / 'realm'), _questions_of(workdir / other)
+          )
+          for other in ('ict', 'ict_longer')
+      },
+      'bm25': _bm25(workdir),
   }
 
 
-def _training_figures(workdir: pathlib.Path) -> dict[str, Any]:
-  figures: dict[str, Any] = {}
-  for stage in STAGES:
-    config = files.read_json(workdir / stage / 'config.json')
-    lengths, k = config['lengths'], config['num_candidates']
-    query, document = lengths['query'], lengths['document']
-    # The static shapes of one example, padding included.
-    wordpieces = {
-        'mlm': query + document,
-        'ict': query + document,
-        'realm': query + (k - 1) * document + k * (query + document),
-    }[stage]
-    lines = metrics_lib.read_metrics(workdir / stage)
-    rate = statistics.median(x['time/examples_per_second'] for x in lines)
-    figures |= {
-        f'{stage}_steps': lines[-1]['step'],
-        f'{stage}_examples_per_second': rate,
-        f'{stage}_wordpieces_per_second': round(rate * wordpieces),
-        f'{stage}_first_loss': _mean_loss(lines[:5]),
-        f'{stage}_last_loss': _mean_loss(lines[-5:]),
-    }
-  lines = metrics_lib.read_metrics(workdir / 'realm')
-  manifests = [
-      generation.read_manifest(workdir / 'realm' / 'index' / str(step))
-      for step in checkpoint.steps_in(workdir / 'realm' / 'index')
+def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
+  """Divides the texts by article and makes the corpora."""
+  workdir, texts = arguments.workdir, arguments.texts
+  questions = [x for _, x in _records(texts / 'questions-dev.jsonl.xz')]
+  asked = {_article(question['passage_id']) for question in questions}
+  passages = [x for _, x in _records(texts / 'passages.jsonl.xz')]
+  articles = list(dict.fromkeys(_article(x['id']) for x in passages))
+  others = [article for article in articles if article not in asked]
+  if arguments.small:
+    asked, others = set(sorted(asked)[:2]), others[:6]
+  if arguments.articles:
+    more = max(arguments.articles - len(asked), 0)
+    chosen = asked | set(others[:: max(len(others) // max(more, 1), 1)][:more])
+  else:
+    chosen = asked | set(others)
+  known = {'corpus': chosen, 'warm_up': set(others) - chosen}
+  for name, kept in known.items():
+    _write(
+        workdir / f'{name}.jsonl',
+        [x for x in passages if _article(x['id']) in kept],
+    )
+  _write(
+      workdir / 'questions.jsonl',
+      [x for x in questions if _article(x['passage_id']) in asked],
+  )
+  if (texts / 'vocab.txt').is_file() and not arguments.vocab_size:
+    vocab = f'--vocab={texts / "vocab.txt"}'
+  else:
+    size = arguments.vocab_size or 8000
+    vocab = f'--vocab={workdir / "all"}'
+    if not (workdir / 'all').is_dir():
+      commands(
+          'prepare',
+          f'--source={workdir / "corpus.jsonl"},{workdir / "warm_up.jsonl"}',
+          f'--vocab_size={size}', f'--output={workdir / "all"}',
+      )
+  for name, kept in known.items():
+    if kept and not (workdir / name).is_dir():
+      commands(
+          'prepare', f'--source={workdir / f"{name}.jsonl"}', vocab,
+          f'--max_wordpieces={arguments.max_wordpieces}',
+          f'--output={workdir / name}',
+          # The articles whose sentences measure the reader.
+          f'--validation_fraction={0.1 if name == "corpus" else 0.01}',
+      )
+
+
+def _train(
+    arguments: argparse.Namespace,
+    commands: harness.Commands,
+    stage: str,
+    budget: float,
+    parents: tuple[str, ...],
+) -> None:
+  """Trains a stage until it ends or its time is over."""
+  folder = arguments.workdir / stage
+  spent = folder / 'spent.json'
+  known = files.read_json(spent) if spent.exists() else {'seconds': 0.0}
+  if known['seconds'] >= budget or (folder / 'summary.json').exists():
+    return
+  has_warm_up = (arguments.workdir / 'warm_up').is_dir()
+  corpus = 'warm_up' if stage == 'mlm' and has_warm_up else 'corpus'
+  words = [
+      'train', f'--config={_EXPERIMENT}:{stage}', f'--workdir={folder}',
+      f'--config.corpus={arguments.workdir / corpus}',
   ]
-  rates = [m['num_rows'] / m['seconds'] for m in manifests]
-  return figures | {
-      'refreshes': int(lines[-1]['refresh/adopted']) - 1,
-      'max_staleness_steps': int(max(x['refresh/age_steps'] for x in lines)),
-      'max_staleness_seconds': max(x['refresh/age_seconds'] for x in lines),
-      'builder_passages_per_second': statistics.median(rates),
-      'trainer_waited_seconds': lines[-1]['refresh/wait_seconds'],
-  }
+  if parents:
+    first = ','.join(str(arguments.workdir / parent) for parent in parents)
+    words.append(f'--config.init_from={first}')
+  if stage in ('realm', 'frozen'):
+    words.append('--with_index_builder')
+  for asked, sizes in ((arguments.gpu, _GPU), (arguments.small, _SMALL)):
+    for of in ('all', stage) if asked else ():
+      words += [f'--config.{flag}' for flag in sizes.get(of, ())]
+  changes = [flag.partition(':') for flag in arguments.flag]
+  words += [flag for of, _, flag in changes if of in (stage, 'all')]
+  commands.done.append(' '.join(['realm-jax', *words]))
+  print(f'$ {commands.done[-1]}', flush=True)
+  process = subprocess.Popen([sys.executable, '-m', 'realm_jax', *words])
+  start, before = time.time(), known['seconds']
+  stopped = False
+  while process.poll() is None:
+    time.sleep(1)
+    known['seconds'] = round(before + time.time() - start, 1)
+    if folder.is_dir():
+      files.write_json(spent, known)
+    if known['seconds'] >= budget and not stopped:
+      stopped = True
+      process.send_signal(signal.SIGTERM)
+  if process.returncode and not stopped:
+    raise SystemExit(f'{stage} failed with exit code {process.returncode}.')
 
 
-def _mean_loss(lines: list[dict[str, Any]]) -> float:
-  return statistics.mean(line['train/loss'] for line in lines)
+def _evaluate(
+    workdir: pathlib.Path, commands: harness.Commands, stage: str
+) -> None:
+  folder = workdir / stage
+  last = checkpoint.newest_step(folder)
+  if (folder / report.FOLDER / f'{last}.json').exists():
+    return
+  words = ['evaluate', f'--workdir={folder}']
+  if stage != 'null_reader':
+    words.append(f'--questions={workdir / "questions.jsonl"}')
+  commands(*words, '--steps=all' if stage == 'realm' else '--steps=latest')
 
 
-def _retrieval_figures(workdir: pathlib.Path) -> dict[str, Any]:
-  before, *curve = report.load_all(workdir / 'realm')
+def _figures(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns time, speed, loss and the last evaluation of a stage."""
   figures: dict[str, Any] = {
-      'curve_steps': [r['step'] for r in (before, *curve)],
-      'questions': before['questions']['all']['questions'],
+      **files.read_json(folder / 'spent.json'),
+      'steps': checkpoint.newest_step(folder),
   }
-  for name in ('recall_at_1', 'recall_at_5', 'recall_at_20', 'recall_at_100'):
-    values = [r['questions']['all']['gold'][name] for r in (before, *curve)]
-    figures |= {
-        f'{name}_ict': values[0],
-        f'{name}_realm': values[-1],
-        f'{name}_curve': values,
-    }
-  masked = curve[-1]['masked']
-  for name in ('accuracy_with_retrieval', 'accuracy_without_retrieval',
-               'retrieval_utility', 'null_share'):
-    figures[f'masked_{name}'] = masked[name]
-  return figures
+  if found := metrics_lib.read_metrics(folder):
+    rates = [x['time/examples_per_second'] for x in found]
+    figures['examples_per_second'] = statistics.median(rates)
+    figures['loss'] = statistics.mean(x['train/loss'] for x in found[-5:])
+    figures |= {n: x for line in found for n, x in line.items() if 'gates' in n}
+  if folder.name == 'mlm':
+    return figures
+  result = report.load_all(folder)[-1]
+  if 'questions' in result:
+    figures |= result['questions']['all']['gold']
+  return figures | result.get('masked', {})
+
+
+def _curve(folder: pathlib.Path) -> dict[str, list[float]]:
+  results = [r for r in report.load_all(folder) if 'questions' in r]
+  curve = {'step': [r['step'] for r in results]}
+  for depth in _DEPTHS:
+    name = f'recall_at_{depth}'
+    curve[name] = [r['questions']['all']['gold'][name] for r in results]
+  return curve
+
+
+def _questions_of(folder: pathlib.Path) -> pathlib.Path:
+  last = checkpoint.newest_step(folder)
+  return folder / report.FOLDER / f'{last}{report.QUESTIONS}'
+
+
+def _bm25(workdir: pathlib.Path) -> dict[str, float]:
+  """Returns recall of the gold paragraph by BM25, {} without bm25s."""
+  try:
+    import bm25s
+  except ImportError:
+    return {}
+  passages = [x for _, x in _records(workdir / 'corpus.jsonl')]
+  questions = [x for _, x in _records(workdir / 'questions.jsonl')]
+  search = bm25s.BM25(k1=0.9, b=0.4)
+  texts = [f'{x["title"]} {x["text"]}' for x in passages]
+  search.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+  depth = min(_DEPTHS[-1], len(passages))
+  rows_BK, _ = search.retrieve(
+      bm25s.tokenize([x['question'] for x in questions], show_progress=False),
+      k=depth, show_progress=False,
+  )
+  row_of = {x['id']: row for row, x in enumerate(passages)}
+  gold_B = np.array([row_of[x['passage_id']] for x in questions])
+  hit_BK = rows_BK == gold_B[:, None]
+  return {f'recall_at_{k}': hit_BK[:, :k].any(1).mean() for k in _DEPTHS}
+
+
+def _has_gpu() -> bool:
+  # In another process: JAX would keep a part of the memory.
+  found = subprocess.run(
+      [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
+      check=True, capture_output=True, text=True,
+  )
+  return found.stdout.split()[-1] == 'gpu'
+
+
+def _records(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+  return list(lines.json_objects(path))
+
+
+def _write(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+  with files.atomic_file(path) as file:
+    for record in records:
+      file.write(json.dumps(record, ensure_ascii=False) + '\n')
+
+
+def _article(passage_id: str) -> str:
+  return passage_id.rpartition('#')[0]
 
 
 def main() -> None:
   parser = harness.parser(__doc__)
-  parser.add_argument('--corpus', type=pathlib.Path, required=True)
-  parser.add_argument('--questions', type=pathlib.Path, required=True)
+  parser.add_argument('--texts', type=pathlib.Path, required=True)
+  parser.add_argument(
+      '--seconds', type=float, default=10_800, help='for everything'
+  )
   parser.add_argument(
       '--workdir', type=pathlib.Path, default=pathlib.Path('runs/real_text')
+  )
+  parser.add_argument(
+      '--gpu', action=argparse.BooleanOptionalAction,
+      help='sizes for a GPU; default: if JAX finds one',
+  )
+  parser.add_argument(
+      '--articles', type=int, help='default: 40, on a GPU 0, for all'
+  )
+  parser.add_argument('--max_wordpieces', type=int)
+  parser.add_argument(
+      '--vocab_size', type=int, default=0, help='0: vocab.txt, else 8,000'
   )
   parser.add_argument(
       '--flag', action='append', default=[], help='STAGE:FLAG of `train`'
   )
   arguments = parser.parse_args()
+  if arguments.gpu is None:
+    arguments.gpu = _has_gpu()
+  if arguments.articles is None:
+    arguments.articles = 0 if arguments.gpu else 40
+  if arguments.max_wordpieces is None:
+    arguments.max_wordpieces = 128 if arguments.gpu else 80
+  # Trainer and index builder share the memory of a GPU.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  arguments.workdir.mkdir(parents=True, exist_ok=True)
   figures = run(arguments)
   harness.write(arguments.output, figures)
-  shutil.copy(
-      arguments.workdir / 'realm' / report.FOLDER / 'recall.png',
-      arguments.output.with_suffix('.png'),
-  )
+  curves = arguments.workdir / 'realm' / report.FOLDER / 'recall.png'
+  if curves.exists():
+    shutil.copy(curves, arguments.output.with_suffix('.png'))
 
 
 if __name__ == '__main__':

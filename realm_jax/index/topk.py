@@ -18,6 +18,7 @@ from realm_jax.corpus import concatenated
 ALIGN = 128
 _MAX_SCORES = 2**24  # Scores on a device at once: 64 MiB of float32.
 _MAX_CHUNK = 2**16
+_CHECKED = 2**14  # Rows that are checked at once, to need little memory.
 
 Ranked = tuple[jax.Array, jax.Array]  # Scores and rows.
 
@@ -58,8 +59,7 @@ def place(
     rows: the range; its length is a result of `aligned`.
     mesh: rows are split over all its axes.
     dtype: type of the table on the devices.
-    check: whether every row must be finite. If not, a CPU device may use the
-      memory of the table itself.
+    check: whether every row must be finite.
 
   Raises:
     ValueError: a row is not finite.
@@ -72,17 +72,18 @@ def place(
     start, limit = first + start, first + limit
     known = max(0, min(limit, total) - start)
     given = embeddings_NE[start : start + known]
-    whole = known == limit - start and given.dtype == jnp.dtype(dtype)
-    if whole and not check:
-      return given
-    part = np.zeros((limit - start, width), jnp.dtype(dtype))
-    part[:known] = given
-    finite = np.isfinite(part.astype(np.float32, copy=False)).all(axis=1)
-    if check and not finite.all():
-      raise ValueError(
-          f'The embedding of row {start + int(np.argmin(finite))} is not '
-          f'finite as {dtype}.'
-      )
+    part = given
+    if known < limit - start or given.dtype != jnp.dtype(dtype):
+      part = np.zeros((limit - start, width), jnp.dtype(dtype))
+      part[:known] = given
+    for first_row in range(0, known if check else 0, _CHECKED):
+      rows = part[first_row : first_row + _CHECKED].astype(np.float32)
+      finite = np.isfinite(rows).all(axis=1)
+      if not finite.all():
+        row = start + first_row + int(np.argmin(finite))
+        raise ValueError(
+            f'The embedding of row {row} is not finite as {dtype}.'
+        )
     return part
 
   sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))

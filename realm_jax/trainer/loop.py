@@ -5,6 +5,7 @@ retriever, save, draw the batch, retrieve, step, log the previous step.
 """
 
 from collections.abc import Callable, Collection, Iterator
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -181,9 +182,17 @@ class _Loop:
         job.stage, self._step, self._rows
     )
     self.compilations = 0  # Compilations of the training step: 1.
-    self._train_step = step_lib.make_train_step(
+    train_step = step_lib.make_train_step(
         job.stage, job.components, tx, job.mesh, self._count_trace
     )
+    # XLA compiles while the index builder makes the first generation.
+    thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+    if self._step < config.steps:
+      self._train_step = thread.submit(
+          lambda: train_step.lower(
+              self.state, job.stage.abstract_batch()
+          ).compile()
+      )
     self._sigterm = stack.enter_context(_on_sigterm())
     self._any_sigterm = distributed.LateAny(job.mesh)
 
@@ -282,7 +291,7 @@ class _Loop:
           batch = stage.retrieve(batch, self._retriever)
       with self._clock.measure('compute'):
         arrays = mesh_lib.to_devices(self._job.mesh, batch)
-        self.state, metrics = self._train_step(self.state, arrays)
+        self.state, metrics = self._train_step.result()(self.state, arrays)
         # The host has time while the devices compute.
         figures = {**examples.figures, **stage.figures(batch)}
         self._log_pending()  # The previous step is finished by now.
