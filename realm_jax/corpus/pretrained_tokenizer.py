@@ -5,7 +5,7 @@ tokenizer that it makes of them, says in the log what was recognised, and
 refuses in one line what cannot be used here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import json
@@ -59,7 +59,10 @@ _TYPES: dict[str, dict[str, tuple[tuple[type, ...], str]]] = {
 
 
 def read(
-    path: pathlib.Path, cased: bool | None, name: str
+    path: pathlib.Path,
+    cased: bool | None,
+    name: str,
+    of_bert: Callable[[list[str], bool], tokenizers.Tokenizer],
 ) -> tokenizer_rules.Rules:
   """Reads a tokenizer as transformers does.
 
@@ -68,13 +71,20 @@ def read(
       or a tokenizer.json, which is read as it is.
     cased: whether the case is kept, where the files do not say it.
     name: of the source, for messages.
+    of_bert: makes the tokenizer of a vocab.txt without any settings, from its
+      lines and whether to lower-case. It spares the import of transformers,
+      which takes seconds and 25 MiB.
 
   Raises:
     FileNotFoundError: there is no tokenizer.
     ValueError: it cannot be used; says why, and the mend.
   """
   source = _Source.open(path, name)
-  backend, names, kind = source.load(cased)
+  if source.is_plain:
+    backend, kind = of_bert(source.lines, not cased), 'BERT'
+    names: dict[str, str | None] = {}
+  else:
+    backend, names, kind = source.load(cased)
   rules = tokenizer_rules.Rules.of(backend, source.specials(backend, names))
   source.check(rules)
   stated = source.stated_case()
@@ -172,6 +182,11 @@ class _Source:
     """The names of the files."""
     return ', '.join(file.name for file in self.files.values())
 
+  @property
+  def is_plain(self) -> bool:
+    """Whether it is a vocab.txt alone, in which no line is there twice."""
+    return [*self.files] == [VOCAB] and len({*self.lines}) == len(self.lines)
+
   def get(self, file: str, field: str, default: Any = None) -> Any:
     """Returns a field of a JSON file; the default if there is no file."""
     return self.values.get(file, {}).get(field, default)
@@ -196,11 +211,6 @@ class _Source:
 
     Also the special wordpieces that it names, by role, and its class.
     """
-    # A vocab.txt alone needs no settings, and so no import, which takes seconds
-    # and 25 MiB. The ids are the same; a line that is there twice is left to
-    # transformers.
-    if [*self.files] == [VOCAB] and len({*self.lines}) == len(self.lines):
-      return tokenizer_rules.of_bert(self.lines, not cased), {}, 'BERT'
     # Without this it advises to install torch.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     import transformers

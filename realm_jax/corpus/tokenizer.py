@@ -23,6 +23,8 @@ from realm_jax.corpus import tokenizer_rules
 from realm_jax.corpus import vocabulary
 from realm_jax.runtime import files
 
+_MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
+
 # Wordpieces never cross these characters.
 _SPACES = ' \t\n\r'
 _MARKS = ''.join(
@@ -82,7 +84,7 @@ class Tokenizer:
           f'The vocabulary has [PAD] at id {ids["[PAD]"]}; it must be at 0,'
           ' the first line, as in BERT.'
       )
-    backend = tokenizer_rules.of_bert(vocab, lowercase)
+    backend = _of_bert(vocab, lowercase)
     self._set(vocab, lowercase, backend, tokenizer_rules.SPECIALS)
 
   def _set(
@@ -138,15 +140,13 @@ class Tokenizer:
     """Reads a tokenizer as transformers does, and says in the log how.
 
     Args:
-      name: a folder, a vocab.txt, a tokenizer.json, or a model of the hub; a
-        corpus or a workdir too.
-      cased: whether to keep the case of a text, where no file says it. None:
-        text is lower-cased then, and a line of the log says so.
+      name: a folder, vocab.txt, tokenizer.json, corpus, or model of the hub.
+      cased: whether to keep the case of a text, where no file says it; None:
+        lower-cased then.
 
     Raises:
       FileNotFoundError: nothing has that name, here or on the hub.
-      ValueError: it cannot be used, is no WordPiece tokenizer, or contradicts
-        `cased`.
+      ValueError: it cannot be used, or contradicts `cased`.
     """
     path = pathlib.Path(name)
     if not path.exists():
@@ -156,7 +156,7 @@ class Tokenizer:
       found = cls.from_saved(path, saved)
       pretrained_tokenizer.check_saved(cased, found.lowercase, name)
       return found
-    rules = pretrained_tokenizer.read(path, cased, name)
+    rules = pretrained_tokenizer.read(path, cased, name, _of_bert)
     found = cls.from_rules(rules)
     with contextlib.suppress(ValueError):
       plain = cls(found.vocab, found.lowercase)
@@ -182,9 +182,7 @@ class Tokenizer:
     path = directory / tokenizer_rules.RULES
     if not path.is_file():
       if lowercase is None:
-        settings = directory / tokenizer_rules.SETTINGS
-        values = files.read_json(settings) if settings.is_file() else {}
-        lowercase = bool(values.get('do_lower_case', True))
+        lowercase = tokenizer_rules.do_lower_case(directory)
       return cls.from_vocab(directory / tokenizer_rules.VOCAB, lowercase)
     try:
       return cls.from_rules(tokenizer_rules.Rules.saved(directory))
@@ -310,14 +308,7 @@ class Tokenizer:
     if self.rules is not None:
       self.rules.save(directory)
     elif settings:
-      files.write_json(
-          directory / tokenizer_rules.SETTINGS,
-          {
-              'tokenizer_class': 'BertTokenizer',
-              'do_lower_case': self.lowercase,
-              **tokenizer_rules.OWN,
-          },
-      )
+      tokenizer_rules.write_settings(directory, self.lowercase)
     return path
 
 
@@ -417,6 +408,20 @@ class _WordNumbers(dict[str, int]):
     self.characters += len(word)
     self.new.append(word)
     return number
+
+
+def _of_bert(vocab: Iterable[str], lowercase: bool) -> tokenizers.Tokenizer:
+  """Makes the Rust tokenizer of a vocab.txt, with BERT's rules."""
+  backend = tokenizers.Tokenizer(
+      models.WordPiece(
+          vocab={piece: i for i, piece in enumerate(vocab)},
+          unk_token='[UNK]',
+          max_input_chars_per_word=_MAX_WORD_CHARACTERS,
+      )
+  )
+  backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  return backend
 
 
 def byte_positions(text: str) -> np.ndarray:

@@ -4,7 +4,6 @@ They are kept as tokenizer.json has them, so that any normalizer, pre-tokenizer
 and added tokens of the `tokenizers` library can be used.
 """
 
-from collections.abc import Iterable
 import dataclasses
 import json
 import pathlib
@@ -13,8 +12,6 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders
 from tokenizers import models
-from tokenizers import normalizers
-from tokenizers import pre_tokenizers
 from tokenizers import processors
 
 from realm_jax.runtime import files
@@ -28,8 +25,7 @@ SPECIALS = {
 }
 # The fields of tokenizer.json that decide about the ids of a text.
 _FIELDS = ('normalizer', 'pre_tokenizer', 'model', 'added_tokens')
-OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
-_MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
+_OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +156,7 @@ class Rules:
     files.write_json(directory / SPECIALS_MAP, names)
     files.write_json(
         directory / SETTINGS,
-        {'tokenizer_class': 'PreTrainedTokenizerFast', **names, **OWN},
+        {'tokenizer_class': 'PreTrainedTokenizerFast', **names, **_OWN},
     )
 
   @classmethod
@@ -174,25 +170,24 @@ class Rules:
     )
 
 
-def of_bert(vocab: Iterable[str], lowercase: bool) -> tokenizers.Tokenizer:
-  """Makes the Rust tokenizer of a vocab.txt, as BERT's."""
-  backend = tokenizers.Tokenizer(
-      models.WordPiece(
-          vocab={piece: i for i, piece in enumerate(vocab)},
-          unk_token=SPECIALS['unk'],
-          max_input_chars_per_word=_MAX_WORD_CHARACTERS,
-      )
-  )
-  backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  return backend
+def do_lower_case(directory: pathlib.Path) -> bool:
+  """Returns what tokenizer_config.json says about a vocab.txt."""
+  path = directory / SETTINGS
+  values = files.read_json(path) if path.is_file() else {}
+  return bool(values.get('do_lower_case', True))
+
+
+def write_settings(directory: pathlib.Path, lowercase: bool) -> None:
+  """Writes tokenizer_config.json for a vocab.txt with BERT's rules."""
+  settings = {'tokenizer_class': 'BertTokenizer', 'do_lower_case': lowercase}
+  files.write_json(directory / SETTINGS, {**settings, **_OWN})
 
 
 def saved_lowercase(path: pathlib.Path) -> bool | None:
   """Returns `lowercase` of a saved tokenizer; None: it is of others."""
   for file in ('manifest.json', SETTINGS):
     values = files.read_json(path / file) if (path / file).is_file() else None
-    if isinstance(values, dict) and OWN.items() <= values.items():
+    if isinstance(values, dict) and _OWN.items() <= values.items():
       return bool(values.get('do_lower_case'))
     values = values.get('tokenizer') if isinstance(values, dict) else None
     if isinstance(values, dict) and 'lowercase' in values:
