@@ -1,10 +1,10 @@
 """Formats of question sets: the fields of their records, and of columns.
 
 A row of `FORMATS` for each published set. `columns` finds the meaning of
-columns without names. Neither reads a file: `question_sets` does.
+columns without names. `question_sets` reads the files.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import html.parser
 import re
@@ -278,3 +278,50 @@ def columns(
       ' questions, --format=curated_trec for an id, the question and a regular'
       ' expression.'
   )
+
+
+def with_fields(
+    rows: Iterable[tuple[str, Record]],
+    names: Mapping[str, str],
+    match: str | None,
+) -> Iterator[tuple[str, Record]]:
+  """Yields the records with the names of `questions.parse`."""
+  for place, record in rows:
+    found: Record = {} if match is None else {'match': match}
+    for field, path in names.items():
+      values = values_at(record, path.split('.'))
+      if field in ('passage_id', 'grades') or '.' in path:
+        values = [
+            item
+            for value in values
+            for item in (value if isinstance(value, list) else [value])
+        ]
+        many = field in ('answers', 'passage_id', 'grades')
+        found[field] = values if many else next(iter(values), None)
+      elif values:
+        found[field] = values[0]
+    if isinstance(found.get('held_out'), str):  # In CSV and TSV.
+      word = found['held_out'].strip().lower()
+      found['held_out'] = {'true': True, 'false': False}.get(word, word or None)
+    yield place, {k: v for k, v in found.items() if v not in (None, '')}
+
+
+def values_at(
+    value: Any, path: Sequence[str], lenient: bool = False
+) -> list[Any]:
+  """Returns the values at a path; enters lists on the way."""
+  values = [value]
+  for name in path:
+    found = []
+    for part in values:
+      for item in part if isinstance(part, list) else [part]:
+        if not isinstance(item, dict):
+          if lenient:
+            continue
+          raise TypeError(
+              f'{str(item)[:40]!r} instead of an object with {name!r}'
+          )
+        keys = [key for key in name.split('|') if item.get(key) is not None]
+        found += [item[keys[0]]] if keys else []
+    values = found
+  return values

@@ -204,7 +204,7 @@ def _open(
       # ORQA removes these, which have another source; 1,486 and 694 are left.
       column = names['id']
       records = [r for r in records if not r[1][column].startswith('lfb')]
-    return about, _with_fields(records, names, match)
+    return about, formats.with_fields(records, names, match)
   rows = _records(table)
   first = next(rows, None)
   if first is None:
@@ -266,7 +266,8 @@ class _Records:
     for field in [field for field in wanted if '.' in paths.get(field, '')]:
       wanted.remove(field)
       path = paths[field]
-      if any(_values(record, path.split('.'), True) for record in records):
+      names = path.split('.')
+      if any(formats.values_at(record, names, True) for record in records):
         self.names[field] = path
     given = {
         field: path
@@ -281,7 +282,9 @@ class _Records:
     for place, record in self._rows:
       if not record.keys() <= self.seen.keys():
         self.learn([record])
-      yield from _with_fields([(place, record)], self.names, self._format.match)
+      yield from formats.with_fields(
+          [(place, record)], self.names, self._format.match
+      )
 
   def __str__(self) -> str:
     tops = {
@@ -363,51 +366,6 @@ def _converted(
   for place, record in rows:
     for where, question in found.convert(record):
       yield f'{place}{where}', question
-
-
-def _with_fields(
-    rows: Rows, names: Mapping[str, str], match: str | None
-) -> Iterator[tuple[str, Record]]:
-  """Yields the records with the names of `questions.parse`."""
-  for place, record in rows:
-    found: Record = {} if match is None else {'match': match}
-    for field, path in names.items():
-      values = _values(record, path.split('.'))
-      if field in ('passage_id', 'grades') or '.' in path:
-        values = [
-            item
-            for value in values
-            for item in (value if isinstance(value, list) else [value])
-        ]
-        many = field in ('answers', 'passage_id', 'grades')
-        found[field] = values if many else next(iter(values), None)
-      elif values:
-        found[field] = values[0]
-    if isinstance(found.get('held_out'), str):  # In CSV and TSV.
-      word = found['held_out'].strip().lower()
-      found['held_out'] = {'true': True, 'false': False}.get(word, word or None)
-    yield place, {k: v for k, v in found.items() if v not in (None, '')}
-
-
-def _values(
-    value: Any, path: Sequence[str], lenient: bool = False
-) -> list[Any]:
-  """Returns the values at a path; enters lists on the way."""
-  values = [value]
-  for name in path:
-    found = []
-    for part in values:
-      for item in part if isinstance(part, list) else [part]:
-        if not isinstance(item, dict):
-          if lenient:
-            continue
-          raise TypeError(
-              f'{str(item)[:40]!r} instead of an object with {name!r}'
-          )
-        keys = [key for key in name.split('|') if item.get(key) is not None]
-        found += [item[keys[0]]] if keys else []
-    values = found
-  return values
 
 
 def _from_ir(

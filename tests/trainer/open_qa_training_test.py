@@ -1,6 +1,7 @@
 """Fine-tuning on questions: labels, what is frozen, resuming, answering."""
 
 import dataclasses
+import functools
 import json
 
 import helpers
@@ -157,6 +158,27 @@ def test_held_out_questions_are_not_trained_on(world, caplog):
   everything = question_sets.read(world / 'questions.jsonl')
   assert 0 < len(table) < len(everything)
   assert not any(question.held_out for question in table.questions)
+
+
+def test_questions_without_answers_are_left_out_and_said_so(
+    world, tmp_path, caplog
+):
+  tokenizer = corpus_lib.Corpus.open(world).tokenizer
+  path = tmp_path / 'q.jsonl'
+  path.write_text(
+      '{"question": "who", "answers": ["x"]}\n{"question": "why"}\n'
+  )
+  read = functools.partial(
+      question_table_lib.QuestionTable.read, str(path), 24, tokenizer
+  )
+  assert [q.question for q in read(answered=True).questions] == ['who']
+  assert '1 of the 2 questions have no answer and are not trained on' in (
+      caplog.text
+  )
+  assert len(read()) == 2
+  path.write_text('{"question": "why"}\n')
+  with pytest.raises(ValueError, match='has an answer to train on'):
+    read(answered=True)
 
 
 def test_long_questions_are_cut_and_said_so(world, caplog):
@@ -368,6 +390,26 @@ def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
   )
   with pytest.raises(ValueError, match='None of the .* questions'):
     ict.QuestionPairs(corpus, config, foreign)
+
+
+def test_questions_without_a_known_passage_are_said_to_be_left_out(
+    world, caplog
+):
+  corpus = corpus_lib.Corpus.open(world)
+  there = corpus.passage_text(3)['id']
+  table = question_table_lib.QuestionTable.of(
+      [
+          questions_lib.Question('who', (), passage_id=gold)
+          for gold in (None, 'lost', (there, 'gone'))
+      ],
+      24,
+      corpus.tokenizer,
+  )
+  pairs = ict.QuestionPairs(corpus, config_lib.Config(), table)
+  assert [pairs[i] for i in range(len(pairs))] == [2]
+  assert pairs.sample(2, np.random.default_rng(0)).passage_B == 3
+  assert "'lost', 'gone'. They are not trained on." in caplog.text
+  assert '1 of the 3 questions of config.ict.questions have no' in caplog.text
 
 
 @pytest.fixture(scope='module')
