@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import decoders
+from tokenizers import models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
 
 from realm_jax.corpus import pretrained_tokenizer
 from realm_jax.corpus import tokenizer_rules
