@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import documents_workdir as job
 import numpy as np
@@ -359,7 +360,17 @@ def test_evaluate_inspect_and_export_see_the_documents(
       )
       for name in ('a', 'b', gone)
   ]
-  (result,) = evaluate.evaluate(workdir, questions, limit=8)
+  (counted,) = evaluate.evaluate(workdir, questions, limit=8)
+  assert counted['unknown_gold']['first'] == [gone]
+  assert counted['questions']['all']['with_gold_passage'] == 3
+
+  def evaluated() -> dict[str, Any]:
+    (result,) = evaluate.evaluate(
+        workdir, questions, limit=8, unknown_gold='skip'
+    )
+    return result
+
+  result = evaluated()
   live = job.open_documents(workdir).corpus.num_live
   assert result['passages'] == live
   assert result['index_generation'] == 10
@@ -368,7 +379,7 @@ def test_evaluate_inspect_and_export_see_the_documents(
   assert result['questions']['all']['gold']['recall_at_100'] == 1.0
   # Without the index it is embedded, and the same is found.
   os.rename(workdir / 'index', tmp_path / 'index')
-  (again,) = evaluate.evaluate(workdir, questions, limit=8)
+  again = evaluated()
   assert again['index_generation'] is None
   assert again['questions'] == result['questions']
   os.rename(tmp_path / 'index', workdir / 'index')
@@ -405,7 +416,7 @@ def test_the_commands_print_what_they_did(workdir, tmp_path, capsys):
   assert 'Passages added: 1, removed: 1; now' in printed
   assert 'Passages added: 0, removed: 1; now' in printed
   assert 'Passages embedded: 1 by the parameters of step 10' in printed
-  actions.compact(workdir=str(workdir), output=None)
+  actions.compact(workdir=str(workdir), output=None, corpus=None)
   assert 'corpus-4: ' in capsys.readouterr().out
-  actions.compact(workdir=str(workdir), output=None)
+  actions.compact(workdir=str(workdir), output=None, corpus=None)
   assert capsys.readouterr().out == 'There is nothing to compact.\n'
