@@ -146,7 +146,10 @@ class Refresher:
     # If SIGTERM ended the wait for a generation, a snapshot of this step is of
     # the killed run, and the builder would begin with it.
     waiting = generation is not None and generation < self._due(step) < step
-    drop_future(self._workdir, step - 1 if waiting else step)
+    # So is that of the end of a run whose number of steps has grown.
+    exact = config.refresh.policy not in ('none', 'eager')
+    ended = exact and step < config.steps and step % config.refresh.interval
+    drop_future(self._workdir, step - 1 if waiting or ended else step)
     distributed.barrier('files of later steps are removed')
     if generation is not None:
       self._current = self._loader.load(generation)
