@@ -101,7 +101,9 @@ def evaluate(
     FileNotFoundError: there is no such workdir, step or corpus.
     ValueError: nothing can be measured, or the corpus does not fit.
   """
-  trained = trained_lib.Trained.open(workdir, corpus, another=True)
+  trained = trained_lib.Trained.open(
+      workdir, corpus, another=corpus is not None
+  )
   if limit is not None and limit < 1:
     raise ValueError(f'limit={limit}: must be at least 1.')
   if read is not None and not 1 <= read <= _depth(trained):

@@ -224,7 +224,7 @@ def _vocabulary_problems(
   own = (pathlib.Path(source) / 'vocab.txt').is_file()
   first = ''
   if own:
-    first = _difference(tokenizer_lib.Tokenizer.from_source(source), ours)
+    first = _difference(tokenizer_lib.Tokenizer.from_saved(source), ours)
   yield (
       f'the vocabulary: {size} wordpieces, digest {theirs[:16]}, in {source};'
       f' {ours.vocab_size}, digest {ours.digest[:16]}, in the corpus'

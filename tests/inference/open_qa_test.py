@@ -237,5 +237,5 @@ def test_one_string_is_not_a_list_of_answers():
   ):
     with pytest.raises(ValueError, match='list of strings'):
       function('x', 'xyz')
-  with pytest.raises(ValueError, match="'string' or 'regex'"):
+  with pytest.raises(ValueError, match="'string', 'squad', 'regex'"):
     answers_lib.exact_match('x', ['x'], 'fuzzy')
