@@ -17,6 +17,7 @@ import bz2
 import collections
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import csv
 import dataclasses
 import gzip
 import io
@@ -33,6 +34,8 @@ import zipfile
 
 import harness
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import entities
@@ -154,6 +157,22 @@ def _pytorch() -> bytes:
   return file.getvalue()
 
 
+def _separated(delimiter: str, records: list[dict[str, Any]]) -> bytes:
+  """Returns a table with a header and quotes."""
+  text = io.StringIO()
+  names = list(dict.fromkeys(name for record in records for name in record))
+  writer = csv.DictWriter(text, names, delimiter=delimiter)
+  writer.writeheader()
+  writer.writerows(records)
+  return text.getvalue().encode()
+
+
+def _parquet(records: list[dict[str, Any]]) -> bytes:
+  data = io.BytesIO()
+  parquet.write_table(pyarrow.Table.from_pylist(records), data)
+  return data.getvalue()
+
+
 def _compressed(folder: Folder) -> list[Folder]:
   ((name, data),) = folder.items()
   return [
@@ -198,6 +217,15 @@ def readers() -> dict[str, Reader]:
               {'wiki_00': _WIKI.encode()},
               {'wiki_00': _lines(*_ARTICLES)},
               {'a.xml': _DUMP.encode()},
+              {'b.json': json.dumps(_ARTICLES, indent=1).encode()},
+              {'a.csv': _separated(',', _ARTICLES)},
+              {'a.tsv': _separated('\t', _ARTICLES)},
+              {'collection.tsv': f'1\t{_TEXT}\n2\t{_TEXT}\n'.encode()},
+              {'a.parquet': _parquet(_ARTICLES)},
+              {
+                  'corpus.jsonl': _lines(*_ARTICLES),
+                  'queries.jsonl': _lines({'_id': 'q', 'text': 'who?'}),
+              },
           ],
       ),
       'questions': Reader(
@@ -222,6 +250,18 @@ def readers() -> dict[str, Reader]:
                   ]}],
               })},
               {'f.tsv': b'1\twho?\tAda|Bo\n2\twhere?\tYork\n'},
+              {'g.csv': _separated(',', _QUESTIONS)},
+              {'h.qa.csv': b"who?\t['Ada', 'Bo']\nwhere?\t['York']\n"},
+              {'i.parquet': _parquet(_QUESTIONS)},
+              {'j.json': json.dumps([{
+                  'question': 'who?', 'answers': ['Ada'],
+                  'positive_ctxs': [{'passage_id': '1', 'text': _TEXT}],
+              }]).encode()},
+              {'k.jsonl': _lines({
+                  'id': 'q', 'input': 'who?', 'output': [{
+                      'answer': 'Ada', 'provenance': [{'wikipedia_id': '1'}]
+                  }],
+              })},
           ],
       ),
       'tagged': Reader(
