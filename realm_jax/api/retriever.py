@@ -10,6 +10,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.index import embedding
@@ -165,7 +166,7 @@ class Retriever:
     ids_BQ = inputs.encode_queries(
         _checked(texts), self.lengths.query, self.tokenizer
     )
-    if 'queries' not in self._said and inputs.warn_of_cut_queries(
+    if 'queries' not in self._said and cuts.warn_of_queries(
         texts, ids_BQ, self.tokenizer, 'queries', 'query_length'
     ):
       self._said.add('queries')
@@ -194,7 +195,7 @@ class Retriever:
         title_lengths=np.array([len(title) for title in titles], np.int32),
         articles=np.arange(len(pieces), dtype=np.int32),
     )
-    if 'passages' not in self._said and inputs.warn_of_cuts(
+    if 'passages' not in self._said and cuts.warn(
         'passages', table.lengths, self.lengths.document, 'passage_length'
     ):
       self._said.add('passages')

@@ -19,7 +19,7 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
+from realm_jax.corpus import cuts
 from realm_jax.index import embedding
 from realm_jax.index import generation
 from realm_jax.index import search as search_lib
@@ -108,8 +108,7 @@ def follow(
 
   Args:
     workdir: workdir of the training job; it need not exist yet.
-    start_timeout: seconds to wait for the job's config and first snapshot;
-      None: no limit.
+    start_timeout: seconds to wait for config and first snapshot; None: forever.
     parent_pid: stop when this is no longer the parent process.
     corpus: where the corpus is now; None: where it was in training.
 
@@ -129,11 +128,10 @@ def follow(
       if distributed.is_main():
         _wait_for_start(workdir, heartbeat, start_timeout)
       distributed.barrier('the job to follow has started')
-      done = False
-      while not done:
-        config = config_lib.read(workdir)
-        job = _Job.open(workdir, config, heartbeat, corpus)
-        done = job.follow(supervised=bool(parent_pid))
+      while not _Job.open(
+          workdir, config_lib.read(workdir), heartbeat, corpus
+      ).follow(supervised=bool(parent_pid)):
+        pass  # The job began again with another config.
   except process.Stopped as stopped:
     log.info('The index builder leaves: %s.', stopped)
 
@@ -194,9 +192,12 @@ class _Job:
   ) -> '_Job':
     given, config = config, config_lib.resolve(config)
     search_lib.backend(config.mips)  # An unknown one fails before the work.
-    corpus = document_store.open_corpus(workdir, config, moved)
+    if moved or not pathlib.Path(config.corpus).is_dir():
+      corpus = document_store.open_corpus(workdir, config, moved)
+    else:
+      corpus = corpus_lib.Corpus.open(config.corpus)
     if distributed.is_main():
-      inputs.warn_of_cut_passages(corpus, config.lengths.document)
+      cuts.warn_of_passages(corpus, config.lengths.document)
     config.model.vocab_size = (
         config.model.vocab_size or corpus.tokenizer.vocab_size
     )
@@ -380,9 +381,9 @@ class _Job:
       return None
     recall = writer.recall
     if recall is not None:
+      level = logging.WARNING if recall < _LOW_RECALL else logging.INFO
       log.log(
-          logging.WARNING if recall < _LOW_RECALL else logging.INFO,
-          'The backend %s finds %.1f %% of the results of exact search.',
+          level, 'The backend %s finds %.1f %% of the results of exact search.',
           self.config.mips.backend, 100 * recall,
       )
     self._prune(writer.step)
@@ -398,12 +399,12 @@ class _Job:
 
   def _has_changed(self) -> bool:
     """Whether the job began again with other inputs of an embedding."""
-    now, parts = config_lib.read(self.workdir), 'model lengths mips corpus'
-    return any(getattr(now, n) != getattr(self.given, n) for n in parts.split())
+    now, given = config_lib.read(self.workdir), self.given
+    names = ('model', 'lengths', 'mips', 'corpus')
+    return any(getattr(now, n) != getattr(given, n) for n in names)
 
   def _prune(self, newest: int) -> None:
-    keep = self.config.refresh.keep
-    if not keep:
+    if not (keep := self.config.refresh.keep):
       return
     steps = checkpoint.steps_in(self.directory)
     # At least two: a checkpoint that is being written may refer to the one
@@ -432,10 +433,9 @@ def _shard_rows(num_rows: int, mesh: jax.sharding.Mesh) -> int:
 
 
 def _together(work: Callable[[], T]) -> list[T]:
-  """Calls `work` in all processes; a full disk in one is an error in all.
+  """Returns the (small, JSON) results of `work` in all processes.
 
-  Returns:
-    The (small, JSON) results of all processes.
+  A full disk in one is an error in all.
   """
   result, failure = None, None
   try:

@@ -22,7 +22,7 @@ import tqdm
 from realm_jax import config as config_lib
 from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
+from realm_jax.corpus import cuts
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.index import generation
 from realm_jax.models import components
@@ -108,7 +108,7 @@ def add(
         base, source, path, workers=workers, progress=progress
     )
     made = documents.part(path)
-    inputs.warn_of_cut_passages(made.corpus, documents.config.lengths.document)
+    cuts.warn_of_passages(made.corpus, documents.config.lengths.document)
     _check_ids(documents, gone, made.corpus, ids)
     return _commit(documents, command, gone, made, missing, progress)
 

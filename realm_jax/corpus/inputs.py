@@ -6,15 +6,12 @@ tables of a corpus.
 
 from collections.abc import Sequence
 import dataclasses
-import logging
 from typing import Any
 
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
-
-log = logging.getLogger(__name__)
 
 Tokenizer = tokenizer_lib.Tokenizer
 
@@ -43,56 +40,6 @@ def document(
   """Returns `[CLS] title [SEP]` and `body [SEP]`; the title has priority."""
   first = [tokenizer.cls_id, *title[: length - 3], tokenizer.sep_id]
   return first, [*body[: length - 1 - len(first)], tokenizer.sep_id]
-
-
-def warn_of_cuts(
-    what: str, lengths_N: np.ndarray, length: int, field: str
-) -> bool:
-  """Logs how many inputs are longer than the model reads, if any.
-
-  Args:
-    what: the inputs in words, such as 'passages'.
-    lengths_N: wordpieces of each, special ones included.
-    length: wordpieces that the model reads.
-    field: where that number comes from.
-
-  Returns:
-    Whether there are any.
-  """
-  lengths_N = np.asarray(lengths_N)
-  longer = int((lengths_N > length).sum())
-  if longer:
-    log.warning(
-        '%d of %d %s %s longer than the %d wordpieces of %s; the longest has'
-        ' %d; what is beyond is not seen.',
-        longer, len(lengths_N), what, 'is' if longer == 1 else 'are', length,
-        field, lengths_N.max(),
-    )
-  return bool(longer)
-
-
-def warn_of_cut_passages(corpus: corpus_lib.Corpus, length: int) -> None:
-  """Logs how many passages are longer than config.lengths.document."""
-  lengths_N = corpus.passages.lengths
-  if len(corpus.removed):
-    lengths_N = np.delete(lengths_N, corpus.removed)
-  warn_of_cuts('passages', lengths_N, length, 'config.lengths.document')
-
-
-def warn_of_cut_queries(
-    texts: Sequence[str],
-    ids_NQ: np.ndarray,
-    tokenizer: Tokenizer,
-    what: str,
-    field: str,
-) -> bool:
-  """As `warn_of_cuts`, for texts and their `encode_queries`."""
-  lengths_N = (ids_NQ != tokenizer.pad_id).sum(axis=1)
-  # Only texts that fill their row may be longer.
-  full = np.flatnonzero(lengths_N == ids_NQ.shape[1])
-  pieces = tokenizer.encode_batch([texts[row] for row in full.tolist()])
-  lengths_N[full] = [len(ids) + 2 for ids in pieces]
-  return warn_of_cuts(what, lengths_N, ids_NQ.shape[1], field)
 
 
 def add_specials(

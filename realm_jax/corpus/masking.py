@@ -15,10 +15,9 @@ MASKS = {
     'salient': 'realm_jax.corpus.masking:salient',
     'random_span': 'realm_jax.corpus.masking:random_span',
     'random_token': 'realm_jax.corpus.masking:random_token',
-    'bert': 'realm_jax.corpus.masking:bert',
-    'bert_whole_words': 'realm_jax.corpus.masking:bert_whole_words',
+    'bert': 'realm_jax.corpus.bert_masking:bert',
+    'bert_whole_words': 'realm_jax.corpus.bert_masking:bert_whole_words',
 }
-_BERT_MASK, _BERT_RANDOM = 0.8, 0.1
 
 
 class Sentence(NamedTuple):
@@ -71,54 +70,6 @@ def random_token(sentence: Sentence, rng: np.random.Generator) -> np.ndarray:
   length = len(sentence.ids)
   count = min(max(round(0.15 * length), 1), sentence.max_masks)
   return np.sort(rng.choice(length, count, replace=False))
-
-
-def bert(sentence: Sentence, rng: np.random.Generator) -> Replaced:
-  """15 % of the wordpieces (Devlin et al. 2019, section 3.1).
-
-  80 % of them are read as [MASK], 10 % as a random wordpiece, 10 % as they are.
-  """
-  return _replaced(random_token(sentence, rng), sentence, rng)
-
-
-def bert_whole_words(
-    sentence: Sentence, rng: np.random.Generator
-) -> Replaced:
-  """As `bert`, of whole words: all wordpieces of a word, or none.
-
-  A word of more wordpieces than are left is passed over.
-  """
-  assert sentence.tokenizer is not None
-  begins = sentence.tokenizer.starts_word[sentence.ids].copy()
-  begins[0] = True  # The sentence may begin inside a word.
-  starts = np.flatnonzero(begins)
-  sizes = np.diff(starts, append=len(begins))
-  left = len(random_token(sentence, rng))
-  positions: list[int] = []
-  order = rng.permutation(len(starts))
-  for start, size in zip(
-      starts[order].tolist(), sizes[order].tolist(), strict=True
-  ):
-    if size <= left:
-      positions += range(start, start + size)
-      left -= size
-  if not positions:  # All words are too long: the beginning of one.
-    start = int(starts[order[0]])
-    positions = [*range(start, start + left)]
-  return _replaced(np.sort(positions), sentence, rng)
-
-
-def _replaced(
-    positions: np.ndarray, sentence: Sentence, rng: np.random.Generator
-) -> Replaced:
-  assert sentence.tokenizer is not None
-  drawn = rng.random(len(positions))
-  # Not [PAD], id 0, which attention leaves out.
-  random = rng.integers(1, sentence.tokenizer.vocab_size, len(positions))
-  kept = sentence.ids[positions].astype(np.int64)
-  ids = np.where(drawn < _BERT_MASK + _BERT_RANDOM, random, kept)
-  ids[drawn < _BERT_MASK] = sentence.tokenizer.mask_id
-  return Replaced(positions, ids)
 
 
 def check(chosen: Any, sentence: Sentence, setting: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
+from realm_jax.corpus import cuts
 from realm_jax.evaluation import masked
 from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
@@ -140,7 +140,7 @@ def evaluate(
         f' {sorted(trained.corpus.sentences)}. A retriever needs questions, a'
         ' reader the split `validation`.'
     )
-  inputs.warn_of_cut_passages(trained.corpus, trained.config.lengths.document)
+  cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
   wanted = _steps(trained, steps, snapshots_too=can_ask)
   if run_file or beir:
     if not can_ask:

@@ -11,6 +11,7 @@ import rich.console
 import rich.table
 import rich.text
 
+from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
 from realm_jax.inference import trained as trained_lib
 from realm_jax.runtime import checkpoint
@@ -86,7 +87,7 @@ def inspect(
   step = checkpoint.newest_step(trained.workdir)
   params = trained.load(step)
   search, index_step = trained.published_search()
-  inputs.warn_of_cut_passages(trained.corpus, trained.config.lengths.document)
+  cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
   retrieved_BJ = search.search(
       trained.embed_queries(params, query.query_ids_BQ), size - 1
   )

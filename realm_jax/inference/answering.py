@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
@@ -123,7 +124,7 @@ class OpenQA:
     if step is None:
       step = checkpoint.newest_step(trained.workdir)
     loaded = cls(trained, step)
-    inputs.warn_of_cut_passages(trained.corpus, trained.config.lengths.document)
+    cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
     return loaded
 
   @property

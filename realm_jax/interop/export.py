@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from realm_jax.corpus import inputs
+from realm_jax.corpus import cuts
 from realm_jax.interop import convert
 from realm_jax.interop import export_huggingface
 from realm_jax.interop import huggingface_config
@@ -113,7 +113,7 @@ def _index(
   has_corpus = trained.config.corpus or trained.moved
   if 'embedder' not in model.params or not has_corpus:
     raise ValueError(f'{trained.workdir} has no retriever over a corpus.')
-  inputs.warn_of_cut_passages(trained.corpus, trained.config.lengths.document)
+  cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
   index = trained.published(model.params, model.step)
   table, live = index.table, index.live_rows
   with model.folder(output) as folder:

@@ -9,6 +9,7 @@ import logging
 
 import numpy as np
 
+from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.qa import question_sets
@@ -96,7 +97,7 @@ class QuestionTable:
     texts = [question.question for question in questions]
     query_ids_NQ = inputs.encode_queries(texts, length, tokenizer)
     sizes_N = (query_ids_NQ != tokenizer.pad_id).sum(axis=1).astype(np.int32)
-    inputs.warn_of_cut_queries(
+    cuts.warn_of_queries(
         texts, query_ids_NQ, tokenizer, 'questions', 'config.lengths.query'
     )
     digest = hashlib.sha256()

@@ -1,9 +1,12 @@
 """The start of a job: checks, then initial or restored parameters."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
+import shutil
 import socket
 import time
 from typing import Any
@@ -14,7 +17,7 @@ import optax
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
+from realm_jax.corpus import cuts
 from realm_jax.models import attention
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
@@ -149,6 +152,37 @@ def begin(job: Job) -> None:
   )
 
 
+def names_in(folder: pathlib.Path) -> set[str]:
+  """Returns the names in a folder; none if it does not exist."""
+  return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+@contextlib.contextmanager
+def removes_failed_start(
+    workdir: pathlib.Path, before: set[str]
+) -> Iterator[None]:
+  """Removes what a start has made, if it fails before config.json is written.
+
+  Args:
+    workdir: of the job, locked.
+    before: names of the files that were there before the lock.
+  """
+  try:
+    yield
+  except BaseException:
+    if not (workdir / 'config.json').exists():
+      made = {checkpoint.CHECKPOINTS, 'metrics.jsonl', 'profile', 'tensorboard'}
+      for name in made - before:
+        shutil.rmtree(workdir / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+          (workdir / name).unlink()
+      if '.trainer.lock' not in before:
+        (workdir / '.trainer.lock').unlink(missing_ok=True)
+      with contextlib.suppress(OSError):  # It has other files.
+        workdir.rmdir()
+    raise
+
+
 def start_or_resume(
     job: Job,
     checkpoints: checkpoint.Checkpoints,
@@ -207,7 +241,7 @@ def start_or_resume(
 def warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
   """Logs how many passages are longer than the job reads."""
   if config.objective != 'mlm' or not config.mlm.without_passages:
-    inputs.warn_of_cut_passages(corpus, config.lengths.document)
+    cuts.warn_of_passages(corpus, config.lengths.document)
 
 
 def _check_same_processes(

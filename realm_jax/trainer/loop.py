@@ -8,9 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 import concurrent.futures
 import contextlib
 import logging
-import os
 import pathlib
-import shutil
 import signal
 import time
 from typing import Any, NamedTuple
@@ -85,12 +83,12 @@ def train(
   job = job_lib.open_job(config, workdir, explicit)
   with contextlib.ExitStack() as stack:
     if distributed.is_main():
-      before = _names_in(job.workdir)
+      before = job_lib.names_in(job.workdir)
       # A trainer that was asked to stop may still be saving.
       stack.enter_context(
           process.lock(job.workdir, 'trainer', process.GRACE_SECONDS)
       )
-      stack.enter_context(_removes_failed_start(job.workdir, before))
+      stack.enter_context(job_lib.removes_failed_start(job.workdir, before))
     job_lib.check_shared(job, '.trainer.lock')
     loop = _Loop(job, health, profile, stack)
     if distributed.is_main():
@@ -111,36 +109,6 @@ def train(
   if distributed.is_main():
     files.write_json(job.workdir / SUMMARY, summary)
   return summary
-
-
-def _names_in(folder: pathlib.Path) -> set[str]:
-  return set(os.listdir(folder)) if folder.is_dir() else set()
-
-
-@contextlib.contextmanager
-def _removes_failed_start(
-    workdir: pathlib.Path, before: set[str]
-) -> Iterator[None]:
-  """Removes what a start has made, if it fails before config.json is written.
-
-  Args:
-    workdir: of the job, locked.
-    before: names of the files that were there before the lock.
-  """
-  try:
-    yield
-  except BaseException:
-    if not (workdir / 'config.json').exists():
-      made = {checkpoint.CHECKPOINTS, 'metrics.jsonl', 'profile', 'tensorboard'}
-      for name in made - before:
-        shutil.rmtree(workdir / name, ignore_errors=True)
-        with contextlib.suppress(OSError):
-          (workdir / name).unlink()
-      if '.trainer.lock' not in before:
-        (workdir / '.trainer.lock').unlink(missing_ok=True)
-      with contextlib.suppress(OSError):  # It has other files.
-        workdir.rmdir()
-    raise
 
 
 class _Stopping(Exception):

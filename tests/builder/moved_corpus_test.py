@@ -12,7 +12,7 @@ from realm_jax.builder import builder
 from realm_jax.builder import documents
 from realm_jax.builder import status
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import inputs
+from realm_jax.corpus import cuts
 from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import inspect
 from realm_jax.interop import export
@@ -138,8 +138,8 @@ def _warnings(caplog):
 
 
 def test_the_message_counts_what_is_longer(caplog):
-  assert inputs.warn_of_cuts('passages', np.array([9, 3, 8, 5]), 7, 'a limit')
-  assert not inputs.warn_of_cuts('passages', np.array([7, 3]), 7, 'a limit')
+  assert cuts.warn('passages', np.array([9, 3, 8, 5]), 7, 'a limit')
+  assert not cuts.warn('passages', np.array([7, 3]), 7, 'a limit')
   assert _warnings(caplog) == [
       '2 of 4 passages are longer than the 7 wordpieces of a limit; the longest'
       ' has 9; what is beyond is not seen.'

@@ -1,0 +1,61 @@
+"""Warnings of inputs that are longer than the model reads."""
+
+from collections.abc import Sequence
+import logging
+
+import numpy as np
+
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import tokenizer as tokenizer_lib
+
+log = logging.getLogger(__name__)
+
+
+def warn(
+    what: str, lengths_N: np.ndarray, length: int, field: str
+) -> bool:
+  """Logs how many inputs are longer than the model reads, if any.
+
+  Args:
+    what: the inputs in words, such as 'passages'.
+    lengths_N: wordpieces of each, special ones included.
+    length: wordpieces that the model reads.
+    field: where that number comes from.
+
+  Returns:
+    Whether there are any.
+  """
+  lengths_N = np.asarray(lengths_N)
+  longer = int((lengths_N > length).sum())
+  if longer:
+    log.warning(
+        '%d of %d %s %s longer than the %d wordpieces of %s; the longest has'
+        ' %d; what is beyond is not seen.',
+        longer, len(lengths_N), what, 'is' if longer == 1 else 'are', length,
+        field, lengths_N.max(),
+    )
+  return bool(longer)
+
+
+def warn_of_passages(corpus: corpus_lib.Corpus, length: int) -> None:
+  """Logs how many passages are longer than config.lengths.document."""
+  lengths_N = corpus.passages.lengths
+  if len(corpus.removed):
+    lengths_N = np.delete(lengths_N, corpus.removed)
+  warn('passages', lengths_N, length, 'config.lengths.document')
+
+
+def warn_of_queries(
+    texts: Sequence[str],
+    ids_NQ: np.ndarray,
+    tokenizer: tokenizer_lib.Tokenizer,
+    what: str,
+    field: str,
+) -> bool:
+  """As `warn`, for texts and their `inputs.encode_queries`."""
+  lengths_N = (ids_NQ != tokenizer.pad_id).sum(axis=1)
+  # Only texts that fill their row may be longer.
+  full = np.flatnonzero(lengths_N == ids_NQ.shape[1])
+  pieces = tokenizer.encode_batch([texts[row] for row in full.tolist()])
+  lengths_N[full] = [len(ids) + 2 for ids in pieces]
+  return warn(what, lengths_N, ids_NQ.shape[1], field)
