@@ -309,7 +309,8 @@ class _Source:
     missing = [
         f'{token} ({role}_token)'
         for role, token in specials.items()
-        if token not in known
+        # The model itself gives [UNK].
+        if token not in (model['vocab'] if role == 'unk' else known)
     ]
     if missing:
       raise ValueError(
