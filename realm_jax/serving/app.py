@@ -217,6 +217,7 @@ def create(
       redoc_url=None,
       lifespan=lifespan,
   )
+  app.state.service = service
   hosts = tuple(dict.fromkeys((*_LOOPBACK, host)))
   app.add_middleware(
       _Gate, metrics=service.metrics, token=token, hosts=hosts
@@ -234,7 +235,7 @@ def create(
     where = '.'.join(str(part) for part in first['loc'])
     return Problem(422, _short(f'{where}: {first["msg"]}.')).response()
 
-  @app.exception_handler(fastapi.HTTPException)
+  @app.exception_handler(400)
   @app.exception_handler(404)
   @app.exception_handler(405)
   async def on_http_error(_: Any, error: Any) -> responses.JSONResponse:
@@ -251,9 +252,6 @@ def create(
     state = service.state
     if job.operation in state.missing:
       raise Problem(409, state.missing[job.operation], 'missing')
-    for text in (job.text, *job.texts, *(job.titles or ())):
-      if any('\ud800' <= letter <= '\udfff' for letter in text):
-        raise Problem(422, 'The text has half of a surrogate pair.')
     if not job.texts and not job.text.strip():
       raise Problem(422, 'The text is empty.')
     try:
@@ -405,9 +403,11 @@ def create(
   @app.get('/training', summary='Curves of the training of the workdir.')
   def training() -> Json:
     workdir = service.workdir
+    recall = report.recall_panels(report.load_all(workdir))
+    lines = metrics_lib.read_metrics(workdir)
     panels = {
-        **report.recall_panels(report.load_all(workdir)),
-        **report.training_panels(metrics_lib.read_metrics(workdir)),
+        **{k: v for k, v in recall.items() if not k.startswith('answer')},
+        **report.training_panels(lines),
     }
     return {
         'panels': [

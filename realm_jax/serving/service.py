@@ -247,9 +247,13 @@ class Service:
     if lost:
       self._refuse(new.missing[lost[0]])
       return
-    self.refused = new.refused
-    if new.refused:
+    served, found = old.identity.generation, new.identity.generation
+    if new.refused and served is not None and found is not None:
+      if found < served:
+        self._refuse(new.refused)
+        return
       self.metrics.adoptions.labels('refused').inc()
+    self.refused = new.refused
     if (new.identity, new.missing) == (old.identity, old.missing):
       return
     for size in self._sizes:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.builder import document_store
+from realm_jax.corpus import concatenated
 from realm_jax.corpus import inputs
 from realm_jax.evaluation import inspect
 from realm_jax.index import generation as generation_lib
@@ -35,11 +36,11 @@ _MAX_BATCH = 16  # Requests in a batch.
 _BATCH_WORDPIECES = 2**14  # In a batch that the reader reads.
 _EXAMPLES = 3
 
-# How a workdir comes to an operation that it lacks.
+# How a workdir comes to an operation that it lacks; with its own sizes.
 _TRAIN = (
     'Train the objective {0}: `realm-jax train'
-    ' --config=experiments/small_corpus.py:{0} --workdir=runs/{0}'
-    ' --config.corpus={1} {2}`, and serve runs/{0}.'
+    ' --config=experiments/quickstart.py:{0} --workdir=runs/{0} {1}`, and serve'
+    ' runs/{0}.'
 )
 
 Json = dict[str, Any]
@@ -156,21 +157,27 @@ class State:
       index = index or trained.published(params, step)
     else:
       index, params, self.refused = _newest_generation(trained, params)
+    index = _in_memory(index)
     return _Retriever(params, index, index.make_search(trained.config.mips))
 
   def _lacks(self, what: str, objective: str) -> str:
     """Returns why an operation is missing, with the command of its stage."""
     assert self.trained is not None
     config = self.trained.config
-    init = f'--config.init_from={self.workdir}'
-    if objective != 'ict':
-      init += ' --with_index_builder'
+    flags = [
+        f'--config.corpus={config.corpus or "CORPUS"}',
+        f'--config.init_from={self.workdir}',
+        f'--config.model.preset={config.model.preset}',
+        f'--config.lengths.query={config.lengths.query}',
+        f'--config.lengths.document={config.lengths.document}',
+    ]
     if objective == 'open_qa':
-      init += ' --config.open_qa.questions=QUESTIONS.jsonl'
-    corpus = config.corpus or 'CORPUS'
+      flags.append('--config.open_qa.questions=QUESTIONS.jsonl')
+    if objective != 'ict':
+      flags.append('--with_index_builder')
     return (
         f'{self.workdir} has no {what}: its objective is'
-        f' {config.objective!r}. ' + _TRAIN.format(objective, corpus, init)
+        f' {config.objective!r}. ' + _TRAIN.format(objective, ' '.join(flags))
     )
 
   @property
@@ -373,6 +380,22 @@ def _opened(
   if same_documents(workdir, like.trained):
     return like.trained
   return like.trained.reopened()
+
+
+def _in_memory(index: document_store.Index) -> document_store.Index:
+  """Copies the table, so that no change of a file harms what is served."""
+  table = index.table[: index.table.shape[0]]
+  base = table[: len(index.generation.embeddings)]
+  loaded = dataclasses.replace(
+      index.generation, embeddings=concatenated.Chained([np.array(base)])
+  )
+  if len(base) == len(table):
+    return dataclasses.replace(
+        index, generation=loaded, table=loaded.embeddings
+    )
+  return dataclasses.replace(
+      index, generation=loaded, table=concatenated.Chained([np.array(table)])
+  )
 
 
 def _newest_generation(

@@ -99,5 +99,6 @@ async function show() {
           operation(path, method, about, schemas))));
 }
 
+get('key').addEventListener('submit', (event) => event.preventDefault());
 get('token').addEventListener('change', show);
 show();

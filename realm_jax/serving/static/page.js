@@ -69,7 +69,7 @@ function askForToken() {
   return login;
 }
 
-const share = (value) => value.toFixed(3);
+const share = (value) => value < 0.0005 ? '<0.001' : value.toFixed(3);
 
 function shareBar(label, value) {
   const fill = make('div', {class: 'fill'});
@@ -116,12 +116,10 @@ function card(passage, rows, best) {
       make('h3', {}, passage.title || '(no title)'),
       make('span', {class: 'id'}, passage.id),
       passageText(passage), ...rows,
-      make('p', {class: 'quiet'},
+      make('p', {class: 'quiet last'},
+          make('span', {class: 'number'}, `score ${passage.score.toFixed(2)}`),
           make('a', {href: '#search?' + similar}, 'Similar passages')));
 }
-
-const score = (passage) => make(
-    'p', {class: 'quiet number'}, `score ${passage.score.toFixed(2)}`);
 
 function column(title, cards, note) {
   return make('div', {}, make('h2', {class: 'column'}, title),
@@ -130,16 +128,18 @@ function column(title, cards, note) {
 
 const SHOW = {
   ask(found) {
-    const rows = found.marginal.slice(0, 5).map((one) => saying(
-        'all passages together', one.answer, one.probability));
+    const likely = found.marginal.filter((one, i) =>
+      !i || (i < 5 && one.probability >= 0.0005));
+    const rows = likely.map((one, i) => saying(
+        i ? '' : 'summed over the passages', one.answer, one.probability));
     const box = make('div', {class: 'answer'},
         make('h2', {}, found.answer || '(no answer)'),
         make('p', {class: 'quiet'},
             `probability of passage and span ${share(found.probability)}`),
         make('table', {},
+            ...rows,
             saying('without a passage', 'nothing: this reader answers with a' +
-                ' span of a passage', null),
-            ...rows));
+                ' span of a passage', null)));
     const cards = found.passages.map((passage, i) => card(passage, [
       shareBar('p(z|x)', passage.probability),
       make('table', {}, saying('the reader says', passage.answer,
@@ -153,7 +153,7 @@ const SHOW = {
     const box = make('div', {class: 'answer'},
         make('h2', {}, words(found)),
         make('table', {},
-            saying('all passages together, marginalised', words(found.marginal),
+            saying('marginalised over the passages', words(found.marginal),
                 found.marginal.probability),
             saying('without a passage', words(none), none.probability)),
         shareBar('p(no passage | x)', none.null_probability));
@@ -165,7 +165,7 @@ const SHOW = {
     return [box, column('Passages of the retriever', cards)];
   },
   search(found) {
-    const cards = found.results.map((one) => card(one, [score(one)]));
+    const cards = found.results.map((one) => card(one, []));
     return [null, column('Passages of the retriever', cards)];
   },
 };
@@ -174,7 +174,7 @@ async function bm25(text) {
   try {
     const query = text.replaceAll('[MASK]', ' ').trim() || text;
     const found = await call('search', {query, k: 10, method: 'bm25'});
-    const cards = found.results.map((one) => card(one, [score(one)]));
+    const cards = found.results.map((one) => card(one, []));
     return column('Passages of BM25',
         cards.length ? cards : ['No passage has a word of the query.'],
         found.note);
@@ -217,13 +217,13 @@ async function submit(text) {
 
 // Inline SVG of the curves of one panel.
 function plot(panel) {
-  const [width, height, left, bottom, top] = [360, 200, 46, 24, 10];
+  const [width, height, left, bottom, top] = [360, 200, 54, 24, 10];
   const points = panel.curves.flatMap((curve) => curve.points);
   const steps = points.map((p) => p[0]);
   const values = points.map((p) => p[1]);
   const last = Math.max(...steps, 1);
   let [low, high] = [Math.min(0, ...values), Math.max(...values)];
-  if (high <= low) high = low + 1;
+  if (high <= low || (low === 0 && high > 0.5 && high < 1)) high = low + 1;
   const x = (step) => left + (width - left - 12) * step / last;
   const y = (value) =>
     height - bottom - (height - bottom - top) * (value - low) / (high - low);
