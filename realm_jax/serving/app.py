@@ -174,6 +174,8 @@ async def _body(receive: _Receive) -> bytes:
     async with asyncio.timeout(_BODY_SECONDS):
       while True:
         message = await receive()
+        if message['type'] == 'http.disconnect':
+          raise Problem(400, 'The client is gone.')
         body += message.get('body', b'')
         if len(body) > _MAX_BODY:
           raise Problem(413, f'The body is larger than {_MAX_BODY} bytes.')

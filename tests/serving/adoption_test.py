@@ -115,14 +115,13 @@ def test_new_files_are_adopted_and_damaged_ones_refused(corpus, tmp_path):
     service.close()
   generations = [one['source']['index_generation'] for one in seen]
   assert generations == sorted(generations) and generations[-1] == 9
-  retriever = realm_jax.Retriever.load(tmp_path)
   for one in seen:  # Nothing but the results of one sound generation.
     hits = expected.get(one['source']['index_generation'])
     if hits is not None:
       scores = [result['score'] for result in one['results']]
       np.testing.assert_allclose(scores, hits.scores[0], rtol=1e-4)
       assert [result['id'] for result in one['results']] == [
-          retriever.passage(row)['id'] for row in hits.rows[0]
+          corpus.passage_text(row)['id'] for row in hits.rows[0]
       ]
 
 

@@ -4,8 +4,12 @@ import base64
 import concurrent.futures
 import json
 import re
+import signal
+import socket
+import subprocess
 import sys
 import threading
+from urllib import request
 
 from fastapi import testclient
 import helpers
@@ -304,9 +308,8 @@ def test_metrics_and_openapi(client):
   post(client, '/ask', question=_QUESTION)
   client.get('/no/such/path')
   text = client.get('/metrics').text
-  counts = dict(
-      re.findall(r'realm_requests_total\{path="(.*?)",status="\d+"\} (.*)', text)
-  )
+  pattern = r'realm_requests_total\{path="(.*?)",status="\d+"\} (.*)'
+  counts = dict(re.findall(pattern, text))
   assert float(counts['/ask']) >= 1 and 'other' in counts
   assert '/no/such/path' not in text
   assert 'realm_index_generation_step 7.0' in text
@@ -343,3 +346,31 @@ def test_what_is_missing_is_said_with_the_command(
     answer = client.post('/fill', json={'sentence': '[MASK]'})
     assert answer.status_code == 409
     assert answer.json()['error']['message'] == message
+
+
+def test_the_command_serves_until_sigterm_and_answers_the_last_request(
+    workdir,
+):
+  command = [sys.executable, '-m', 'realm_jax', 'serve', f'--workdir={workdir}']
+  with subprocess.Popen(
+      [*command, '--port=0'], stdout=subprocess.PIPE, text=True
+  ) as process:
+    line = process.stdout.readline()
+    address = re.search(r'http://[\d.]+:\d+', line)[0]
+    sent = request.Request(
+        f'{address}/ask',
+        json.dumps({'question': _QUESTION}).encode(),
+        {'Content-Type': 'application/json'},
+    )
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+      answers = [threads.submit(request.urlopen, sent) for _ in range(8)]
+      # A client that does not wait for its answer.
+      host, port = address.removeprefix('http://').split(':')
+      with socket.create_connection((host, port)) as gone:
+        gone.sendall(b'POST /ask HTTP/1.1\r\nHost: localhost\r\n'
+                     b'Content-Length: 100\r\n\r\n{"que')
+      answers[0].result(60)
+      process.send_signal(signal.SIGTERM)
+      found = [json.load(answer.result(60)) for answer in answers]
+    assert process.wait(60) == -signal.SIGTERM
+  assert len({one['answer'] for one in found}) == 1 and found[0]['answer']
