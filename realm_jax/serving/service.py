@@ -243,9 +243,7 @@ class Service:
     """Opens the newest files; replaces the state if nothing gets lost."""
     old = self.state
     new = state_lib.State(self.workdir, like=old)
-    lost = [name for name in new.missing if name not in old.missing]
-    if lost:
-      self._refuse(new.missing[lost[0]])
+    if self._loses(new):
       return
     served, found = old.identity.generation, new.identity.generation
     if new.refused and served is not None and found is not None:
@@ -258,12 +256,21 @@ class Service:
       return
     for size in self._sizes:
       new.warm_up(size)
+    if self._loses(new):
+      return
     self.state = new
     self.metrics.show(new.identity)
     self.metrics.adoptions.labels('adopted').inc()
     log.info('Adopted: %s', new.identity)
     if old.missing and len(self._sizes) == 1:
       self._compile()
+
+  def _loses(self, new: state_lib.State) -> bool:
+    """Refuses a state that lacks an operation of the present one."""
+    lost = [name for name in new.missing if name not in self.state.missing]
+    if lost:
+      self._refuse(new.missing[lost[0]])
+    return bool(lost)
 
   def _refuse(self, reason: str) -> None:
     self.metrics.adoptions.labels('refused').inc()

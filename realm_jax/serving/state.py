@@ -24,8 +24,8 @@ from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
-from realm_jax.qa import answers as answers_lib
 from realm_jax.runtime import checkpoint
+from realm_jax.serving import results
 
 log = logging.getLogger(__name__)
 
@@ -300,11 +300,11 @@ class State:
     assert self._open_qa is not None
     answered = self._open_qa.answer(questions)
     assert isinstance(answered, list)
-    return [_answer_as_json(answer) for answer in answered]
+    return [results.of_answer(answer) for answer in answered]
 
   def _fill(self, sentences: list[str]) -> list[Json]:
     assert self._inspector is not None
-    return [_inspection_as_json(one) for one in self._inspector(sentences)]
+    return [results.of_inspection(one) for one in self._inspector(sentences)]
 
   def _search(self, queries: list[str]) -> list[Json]:
     assert self.trained is not None and self._retriever is not None
@@ -357,11 +357,14 @@ class State:
     ]
 
   def warm_up(self, size: int) -> None:
-    """Compiles every operation for batches of a size."""
+    """Compiles every operation for batches of a size; some may get lost."""
     texts = {'ask': 'a', 'fill': inspect.MASK, 'search': 'a'}
     for operation, text in texts.items():
-      if operation not in self.missing:
-        self.run(operation, [text], size)
+      try:
+        if operation not in self.missing:
+          self.run(operation, [text], size)
+      except ValueError as error:  # Such as more candidates than passages.
+        self.missing[operation] = one_line(error)
     if 'embed' not in self.missing and size == 1:
       self.embed(['a'], None)
 
@@ -435,74 +438,3 @@ def _newest_generation(
     raise first
   documents.newest()  # Raises, with the command.
   raise AssertionError
-
-
-def _answer_as_json(answer: answering.Answer) -> Json:
-  passages = []
-  together: dict[str, Json] = {}
-  for rank, passage in enumerate(answer.passages, 1):
-    text = passage.text.encode('utf-8')  # `start` and `limit` count bytes.
-    start = len(text[: passage.start].decode('utf-8'))
-    passages.append({
-        'rank': rank,
-        'id': passage.id,
-        'title': passage.title,
-        'text': passage.text,
-        'score': passage.score,
-        'probability': passage.probability,
-        'answer': passage.answer,
-        'answer_probability': passage.answer_probability,
-        'start': start,
-        'limit': start + len(passage.answer),
-    })
-    if passage.answer:
-      # The form of the likeliest passage stands for all.
-      found = together.setdefault(
-          answers_lib.normalize_answer(passage.answer),
-          {'answer': passage.answer, 'probability': 0.0, 'best': 0.0},
-      )
-      found['probability'] += passage.answer_probability
-      if passage.answer_probability > found['best']:
-        found['answer'] = passage.answer
-        found['best'] = passage.answer_probability
-  marginal = sorted(together.values(), key=lambda one: -one['probability'])
-  return {
-      'question': answer.question,
-      'answer': answer.text,
-      'probability': answer.probability,
-      'best': answer.best,
-      'passages': passages,
-      # Without a passage, a reader of spans has no answer.
-      'without_passages': None,
-      'marginal': [
-          {'answer': one['answer'], 'probability': one['probability']}
-          for one in marginal
-      ],
-  }
-
-
-def _inspection_as_json(found: inspect.Inspection) -> Json:
-  def prediction(one: inspect.Prediction) -> Json:
-    return {'fillings': list(one.fillings), 'probability': one.probability}
-
-  return {
-      'sentence': found.text,
-      **prediction(found.marginal),
-      'passages': [
-          {
-              'rank': rank,
-              'id': document.id,
-              'title': document.title,
-              'text': document.text,
-              'score': document.score,
-              'probability': document.probability,
-              'prediction': prediction(document.prediction),
-          }
-          for rank, document in enumerate(found.documents, 1)
-      ],
-      'without_passages': {
-          **prediction(found.null.prediction),
-          'null_probability': found.null.probability,
-      },
-      'marginal': prediction(found.marginal),
-  }

@@ -18,6 +18,8 @@ import pytest
 import served_workdir
 
 import realm_jax
+from realm_jax import serving
+from realm_jax.cli import actions
 from realm_jax.evaluation import inspect
 from realm_jax.serving import app as app_lib
 from realm_jax.serving import server
@@ -292,6 +294,18 @@ def test_hosts_and_ports_that_cannot_be_used(workdir, tmp_path):
     port = used.getsockname()[1]
     with pytest.raises(OSError, match=f'Port {port} of 127.* in use.*--port'):
       server.serve(str(workdir), '127.0.0.1', port, False, None)
+
+
+def test_without_the_extra_the_command_names_it(monkeypatch):
+  for name in [*sys.modules]:
+    if name.startswith('realm_jax.serving.'):
+      monkeypatch.delitem(sys.modules, name)
+  monkeypatch.delattr(serving, 'server')
+  monkeypatch.setitem(sys.modules, 'uvicorn', None)
+  with pytest.raises(ImportError, match=r"pip install 'realm-jax\[serve\]'"):
+    actions.serve(
+        workdir='none', host='localhost', port=0, follow=False, token=None
+    )
 
 
 def test_the_page_loads_nothing_from_elsewhere(client):
