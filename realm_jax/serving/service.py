@@ -116,10 +116,10 @@ class Service:
       poll_seconds: between two looks at the workdir.
     """
     self.workdir, self.metrics = workdir, Metrics()
-    self.refused: str | None = None
     self._capacity, self._poll = capacity, poll_seconds
     self._seen = _signature(workdir)
     self.state = state_lib.State(workdir)
+    self.refused = self.state.refused
     self.state.warm_up(1)
     self.metrics.show(self.state.identity)
     self._sizes = [1]  # Batch sizes that are compiled.
@@ -245,9 +245,9 @@ class Service:
     new = state_lib.State(self.workdir, like=old)
     if self._loses(new):
       return
-    served, found = old.identity.generation, new.identity.generation
-    if new.refused and served is not None and found is not None:
-      if found < served:
+    if new.refused:
+      # What is served may be the file that is now damaged.
+      if new.identity.is_older(old.identity):
         self._refuse(new.refused)
         return
       self.metrics.adoptions.labels('refused').inc()

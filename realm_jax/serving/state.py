@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import pathlib
+import textwrap
 import time
 from typing import Any
 
@@ -35,6 +36,7 @@ MAX_EMBEDDED = 256  # Texts of a request.
 _MAX_BATCH = 16  # Requests in a batch.
 _BATCH_WORDPIECES = 2**14  # In a batch that the reader reads.
 _EXAMPLES = 3
+_MAX_REASON = 200  # Characters of an error of a library.
 
 # How a workdir comes to an operation that it lacks; with its own sizes.
 _TRAIN = (
@@ -62,6 +64,16 @@ class Identity:
   created: float | None = None
   documents: int = 0
 
+  def is_older(self, other: 'Identity') -> bool:
+    """Whether the checkpoint or the generation is of an earlier step."""
+    return any(
+        own is not None and its is not None and own < its
+        for own, its in (
+            (self.checkpoint, other.checkpoint),
+            (self.generation, other.generation),
+        )
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class _Retriever:
@@ -77,7 +89,8 @@ class State:
 
   identity: the files it was opened from.
   missing: by operation, what is missing and the command that makes it.
-  refused: why the newest generation is not served, but an older one.
+  refused: why the newest checkpoint or generation is not served, but an
+    older one.
   """
 
   def __init__(self, workdir: pathlib.Path, like: 'State | None' = None):
@@ -105,14 +118,7 @@ class State:
 
   def _open(self, like: 'State | None') -> None:
     self.trained = trained = _opened(self.workdir, like)
-    step = checkpoint.newest_step(self.workdir)
-    try:
-      params = trained.load(step)
-    except Exception as error:  # Of many classes, as Orbax says it.
-      path = self.workdir / checkpoint.CHECKPOINTS / str(step)
-      raise ValueError(
-          f'The checkpoint {path} cannot be read: {one_line(error)}'
-      ) from error
+    step, params, self.refused = _newest_checkpoint(trained)
     self.identity = Identity(step, documents=trained.documents.version)
     if 'embedder' not in params:
       reason = self._lacks('retriever', 'ict')
@@ -162,7 +168,8 @@ class State:
       index = trained.saved_index(params, step)
       index = index or trained.published(params, step)
     else:
-      index, params, self.refused = _newest_generation(trained, params)
+      index, params, refused = _newest_generation(trained, params)
+      self.refused = self.refused or refused
     index = _in_memory(index)
     return _Retriever(params, index, index.make_search(trained.config.mips))
 
@@ -392,6 +399,30 @@ def _opened(
   if same_documents(workdir, like.trained):
     return like.trained
   return like.trained.reopened()
+
+
+def _newest_checkpoint(
+    trained: trained_lib.Trained,
+) -> tuple[int, trained_lib.Params, str | None]:
+  """Returns the newest sound checkpoint, and why a newer one is not it.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: none can be read; the reason of the newest.
+  """
+  folder = trained.workdir / checkpoint.CHECKPOINTS
+  checkpoint.newest_step(trained.workdir)  # Raises, with the command.
+  first: str | None = None
+  for step in reversed(checkpoint.steps_in(folder)):
+    try:
+      return step, trained.load(step), first
+    # For damaged files, Orbax raises errors of many classes and lengths.
+    except Exception as error:
+      reason = textwrap.shorten(one_line(error), _MAX_REASON)
+      reason = f'The checkpoint {folder / str(step)} cannot be read: {reason}'
+      log.warning('%s', reason)
+      first = first or reason
+  raise ValueError(first)
 
 
 def _in_memory(index: document_store.Index) -> document_store.Index:

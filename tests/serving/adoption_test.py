@@ -72,6 +72,7 @@ def test_new_files_are_adopted_and_damaged_ones_refused(corpus, tmp_path):
     def ask_on():
       while not stop.is_set():
         seen.append(_search(service))
+        time.sleep(0.02)
 
     asking = threading.Thread(target=ask_on)
     asking.start()

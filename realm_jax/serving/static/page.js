@@ -180,13 +180,19 @@ async function bm25(text) {
         found.note);
   } catch (error) {
     return column('Passages of BM25',
-        [make('p', {class: 'missing'}, error.message)]);
+        [message(error.message)]);
   }
 }
 
+// Commands stand between backticks.
+function message(text) {
+  const parts = text.split('`').map((part, i) =>
+    i % 2 ? make('code', {}, part) : part);
+  return make('p', {class: 'missing'}, ...parts);
+}
+
 function notice(text) {
-  get('notice').replaceChildren(
-      ...(text ? [make('p', {class: 'missing'}, text)] : []));
+  get('notice').replaceChildren(...(text ? [message(text)] : []));
 }
 
 async function submit(text) {
