@@ -21,6 +21,8 @@ def _readme() -> str:
   return path.read_text(encoding='utf-8') if path.exists() else ''
 
 
+_SERVE = ['fastapi>=0.115', 'prometheus-client>=0.21', 'uvicorn>=0.34']
+_BM25 = ['bm25s>=0.2.13']
 _BEAM = ['apache-beam>=2.60']
 _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
@@ -47,7 +49,9 @@ setuptools.setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=setuptools.find_packages(include=['realm_jax', 'realm_jax.*']),
-    package_data={'realm_jax': ['py.typed', 'prepare/world.json']},
+    package_data={
+        'realm_jax': ['py.typed', 'prepare/world.json', 'serving/static/*']
+    },
     python_requires='>=3.11',
     install_requires=[
         'absl-py>=2.2',
@@ -82,6 +86,8 @@ setuptools.setup(
     ],
     extras_require={
         'plot': _PLOT,
+        'serve': _SERVE,
+        'bm25': _BM25,
         'tensorboard': _TENSORBOARD,
         'faiss': ['faiss-cpu>=1.9'],
         'beam': _BEAM,
@@ -95,6 +101,10 @@ setuptools.setup(
             *_DEDUP,
             *_HF,
             *_WIKI,
+            *_SERVE,
+            *_BM25,
+            # For fastapi.testclient.
+            'httpx>=0.28',
             'hypothesis>=6.100',
             # A new minor release may find fault with code that passed before.
             'mypy~=2.4.1',

@@ -201,6 +201,14 @@ def _table(report: dict[str, Any]) -> str:
   ])
 
 
+def _serve_command(workdir: pathlib.Path) -> str:
+  """The command that serves the page, with this Python's `realm-jax`."""
+  command = pathlib.Path(sys.executable).parent / 'realm-jax'
+  if command.is_relative_to(pathlib.Path.cwd()):
+    command = command.relative_to(pathlib.Path.cwd())
+  return f'{command} serve --workdir={workdir / "open_qa"}'
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--seed', type=int, default=0, help='of world and jobs')
@@ -218,6 +226,10 @@ def main() -> None:
   except subprocess.CalledProcessError as error:
     sys.exit(f'The command above failed with exit code {error.returncode}.')
   print(f'\n{_table(report)}\n\nWritten: {arguments.workdir}/report.json')
+  print(
+      'To ask questions on a page of this machine:\n\n  '
+      + _serve_command(arguments.workdir)
+  )
 
 
 if __name__ == '__main__':

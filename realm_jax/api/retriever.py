@@ -185,16 +185,9 @@ class Retriever:
     given: Sequence[Any] = passages
     if any(isinstance(p, str) or len(p) != 2 for p in given):
       raise ValueError('Each passage must be a pair (title, body).')
-    encode = self.tokenizer.encode_batch
-    titles = encode(_checked([title for title, _ in passages]))
-    bodies = encode(_checked([body for _, body in passages]))
-    pieces = [t + b for t, b in zip(titles, bodies, strict=True)]
-    table = corpus_lib.PassageTable(
-        tokens=np.array([piece for row in pieces for piece in row], np.uint32),
-        offsets=np.cumsum([0, *map(len, pieces)]),
-        title_lengths=np.array([len(title) for title in titles], np.int32),
-        articles=np.arange(len(pieces), dtype=np.int32),
-    )
+    for texts in zip(*given, strict=True):
+      _checked(texts)
+    table = inputs.passage_table(passages, self.tokenizer)
     if 'passages' not in self._said and cuts.warn(
         'passages', table.lengths, self.lengths.document, 'passage_length'
     ):

@@ -58,21 +58,10 @@ def prepare(
     if not stats:
       print(_indented(manifest['counts']))
   if stats:
-    _describe(pathlib.Path(output))
+    from realm_jax.evaluation import corpus_stats
 
-
-def _describe(directory: pathlib.Path) -> None:
-  from realm_jax.corpus import corpus as corpus_lib
-  from realm_jax.evaluation import corpus_stats
-  from realm_jax.runtime import files
-
-  figures = corpus_stats.measure(corpus_lib.Corpus.open(directory))
-  files.write_json(directory / 'stats.json', figures)
-  print(json_lib.dumps(figures, indent=2, ensure_ascii=False))
-  try:
-    corpus_stats.plot(figures, directory / 'stats.png')
-  except ImportError as error:  # The figures do not need matplotlib.
-    log.warning('%s', error)
+    figures = corpus_stats.describe(pathlib.Path(output))
+    print(json_lib.dumps(figures, indent=2, ensure_ascii=False))
 
 
 def tag(*, corpus: str, tagger: str, output: str, **options: bool) -> None:
@@ -420,6 +409,20 @@ def ask(
     if not line:
       return
     print(show(loaded, loaded.answer(line, k)), flush=True)
+
+
+def serve(
+    *, workdir: str, host: str, port: int, follow: bool, token: str | None
+) -> None:
+  try:
+    from realm_jax.serving import server
+  except ImportError as error:
+    raise ImportError(
+        f'Serving needs a package that is not installed ({error.name}): '
+        "pip install 'realm-jax[serve]'"
+    ) from error
+
+  server.serve(workdir, host, port, follow, token)
 
 
 def _as_json(loaded: 'answering.OpenQA', answer: Any) -> str:

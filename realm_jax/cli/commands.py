@@ -350,4 +350,17 @@ COMMANDS = {
         Flag('json', bool, 'Print a JSON object for each question.', False),
         positional='[QUESTION]',
     ),
+    'serve': Command(
+        'Serves a page and a JSON API to ask, fill in, search and embed.',
+        '--workdir=runs/open_qa',
+        actions.serve,
+        WORKDIR,
+        Flag('host', str, 'Address to listen on; any but a loopback address'
+             ' needs --token.', '127.0.0.1'),
+        Flag('port', int, 'Port to listen on; 0: any free one.', 8000),
+        Flag('follow', bool, 'Adopt new checkpoints, index generations and'
+             ' documents without a restart.', False),
+        Flag('token', str, 'Secret that requests must carry; default: that of'
+             ' the environment variable REALM_JAX_TOKEN.'),
+    ),
 }

@@ -61,6 +61,21 @@ def encode_queries(
   return ids
 
 
+def passage_table(
+    passages: Sequence[tuple[str, str]], tokenizer: Tokenizer
+) -> corpus_lib.PassageTable:
+  """Returns the table of pairs of title and body."""
+  titles = tokenizer.encode_batch([title for title, _ in passages])
+  bodies = tokenizer.encode_batch([body for _, body in passages])
+  pieces = [t + b for t, b in zip(titles, bodies, strict=True)]
+  return corpus_lib.PassageTable(
+      tokens=np.array([piece for row in pieces for piece in row], np.uint32),
+      offsets=np.cumsum([0, *map(len, pieces)]),
+      title_lengths=np.array([len(title) for title in titles], np.int32),
+      articles=np.arange(len(pieces), dtype=np.int32),
+  )
+
+
 def assemble_queries(
     table: corpus_lib.SentenceTable,
     rows: np.ndarray,

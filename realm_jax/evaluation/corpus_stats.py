@@ -4,12 +4,17 @@ Spans are counted in blocks, so that memory does not grow with the corpus.
 """
 
 import collections
+import logging
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.runtime import files
+
+log = logging.getLogger(__name__)
 
 _BIN = 16  # Bin width of the histogram of lengths, in wordpieces.
 _MOST_SPANS = 10  # Last bin of spans per sentence; counts more spans, too.
@@ -32,6 +37,17 @@ _DROPPED = {
         'sentences_split',
     ),
 }
+
+
+def describe(directory: pathlib.Path) -> dict[str, Any]:
+  """Writes stats.json and stats.png of a corpus, and returns the figures."""
+  figures = measure(corpus_lib.Corpus.open(directory))
+  files.write_json(directory / 'stats.json', figures)
+  try:
+    plot(figures, directory / 'stats.png')
+  except ImportError as error:  # The figures do not need matplotlib.
+    log.warning('%s', error)
+  return figures
 
 
 def measure(corpus: corpus_lib.Corpus, most_frequent: int = 30) -> dict:

@@ -1,5 +1,6 @@
 """`realm-jax inspect`: retrieval and predictions for one masked sentence."""
 
+from collections.abc import Sequence
 import dataclasses
 import html
 import io
@@ -13,6 +14,7 @@ import rich.text
 
 from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
+from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.trainer.stages import realm
@@ -80,61 +82,165 @@ def inspect(
         f'{workdir} has no {" and no ".join(sorted(missing))}: its objective is'
         f' {trained.config.objective!r}. Inspect a workdir of `realm`.'
     )
-  size = trained.config.num_candidates if k is None else k
-  if size < 2:
-    raise ValueError(f'k={size}: must be at least 2; the null document counts.')
-  query = _query(trained, text)
   step = checkpoint.newest_step(trained.workdir)
   params = trained.load(step)
   search, index_step = trained.published_search()
   cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
-  retrieved_BJ = search.search(
-      trained.embed_queries(params, query.query_ids_BQ), size - 1
-  )
-  batch = realm.with_candidates(
-      query, retrieved_BJ, trained.corpus, trained.config.lengths
-  )
-  read = trained.read(params, batch)
-  runs = _runs(query.positions_BM[0])
+  (found,) = Inspector(trained, step, params, search, index_step)([text], k)
+  return found
 
-  def prediction(best_M: np.ndarray, logp_M: np.ndarray) -> Prediction:
-    decode = trained.corpus.tokenizer.decode
-    return Prediction(
-        tuple(decode(best_M[run].tolist()) for run in runs),
-        math.exp(float(logp_M.sum())),
+
+@dataclasses.dataclass(frozen=True)
+class Inspector:
+  """Fills the masks of sentences with the parameters of one step.
+
+  trained: with an embedder and a reader.
+  step, params: of a checkpoint.
+  search, index_step: of a generation, which may be older.
+  """
+
+  trained: trained_lib.Trained
+  step: int
+  params: trained_lib.Params
+  search: search_lib.Search
+  index_step: int
+
+  def query(self, text: str) -> tuple[list[int], np.ndarray]:
+    """Returns the wordpieces of a sentence and the positions of its masks.
+
+    The positions count [CLS].
+
+    Raises:
+      ValueError: there is no `[MASK]`, or the sentence is too long.
+    """
+    if MASK not in text:
+      raise ValueError(
+          f'{text!r} has no {MASK}: put one in place of each missing wordpiece.'
+      )
+    tokenizer = self.trained.corpus.tokenizer
+    length = self.trained.config.lengths.query
+    pieces = tokenizer.encode(text, masks=True)
+    if len(pieces) + 2 > length:
+      raise ValueError(
+          f'The sentence has {len(pieces)} wordpieces; with [CLS] and [SEP] at'
+          f' most {length} fit (config.lengths.query).'
+      )
+    return pieces, np.flatnonzero(np.array(pieces) == tokenizer.mask_id) + 1
+
+  def __call__(
+      self, texts: Sequence[str], k: int | None = None
+  ) -> list[Inspection]:
+    """Inspects a batch of sentences; `k` as of `inspect`.
+
+    Raises:
+      ValueError: k does not fit the corpus; see also `query`.
+    """
+    trained = self.trained
+    size = trained.config.num_candidates if k is None else k
+    if size < 2:
+      raise ValueError(
+          f'k={size}: must be at least 2; the null document counts.'
+      )
+    query, positions = self._queries(texts)
+    retrieved_BJ = self.search.search(
+        trained.embed_queries(self.params, query.query_ids_BQ), size - 1
     )
-
-  documents = []
-  for i, row in enumerate([inputs.NULL_DOCUMENT, *retrieved_BJ[0].tolist()]):
-    record = {'id': '', 'title': '', 'text': ''}
-    if row != inputs.NULL_DOCUMENT:
-      record = trained.corpus.passage_text(row)
-    documents.append(
-        Document(
-            row=row,
-            id=record['id'],
-            title=record['title'],
-            text=record['text'],
-            probability=math.exp(float(read['logp_BK'][0, i])),
-            score=float(read['score_BK'][0, i]),
-            prediction=prediction(
-                read['best_BKM'][0, i], read['best_logp_BKM'][0, i]
-            ),
+    read = trained.read(
+        self.params,
+        realm.with_candidates(
+            query, retrieved_BJ, trained.corpus, trained.config.lengths
+        ),
+    )
+    return [
+        self._inspection(
+            text,
+            positions[b],
+            retrieved_BJ[b].tolist(),
+            {name: array[b] for name, array in read.items()},
         )
+        for b, text in enumerate(texts)
+    ]
+
+  def _queries(
+      self, texts: Sequence[str]
+  ) -> tuple[realm.Queries, list[np.ndarray]]:
+    """Returns the sentences as a batch, and the positions of their masks."""
+    tokenizer = self.trained.corpus.tokenizer
+    lengths = self.trained.config.lengths
+    sentences = [self.query(text) for text in texts]
+    positions = [found for _, found in sentences]
+    # A multiple of the masks of training limits the number of compiled shapes.
+    most = max(map(len, positions))
+    width = -(-most // lengths.masks) * lengths.masks
+    size = len(texts)
+    ids_BQ = np.zeros((size, lengths.query), np.int32)
+    positions_BM = np.zeros((size, width), np.int32)
+    for b, (pieces, found) in enumerate(sentences):
+      ids_BQ[b, : len(pieces) + 2] = inputs.query(
+          pieces, lengths.query, tokenizer
+      )
+      positions_BM[b, : len(found)] = found
+    counts_B1 = np.array([[len(found)] for found in positions])
+    queries = realm.Queries(
+        query_ids_BQ=ids_BQ,
+        query_lengths_B=np.array(
+            [len(pieces) + 2 for pieces, _ in sentences], np.int32
+        ),
+        positions_BM=positions_BM,
+        targets_BM=np.zeros((size, width), np.int32),
+        mask_BM=np.arange(width) < counts_B1,
+        exclude_BR2=np.zeros((size, 1, 2), np.int64),
     )
-  null, *rest = documents
-  return Inspection(
-      text=text,
-      workdir=str(workdir),
-      step=step,
-      index_step=index_step,
-      # The index may be older than the parameters, and its order differ.
-      documents=tuple(sorted(rest, key=lambda d: -d.score)),
-      null=null,
-      marginal=prediction(
-          read['marginal_best_BM'][0], read['marginal_logp_BM'][0]
-      ),
-  )
+    return queries, positions
+
+  def _inspection(
+      self,
+      text: str,
+      positions: np.ndarray,
+      rows: list[int],
+      read: dict[str, np.ndarray],
+  ) -> Inspection:
+    """`read`: a row of each array of `trained.read`."""
+    corpus, masks = self.trained.corpus, len(positions)
+    runs = _runs(positions)
+
+    def prediction(best_M: np.ndarray, logp_M: np.ndarray) -> Prediction:
+      return Prediction(
+          tuple(corpus.tokenizer.decode(best_M[run].tolist()) for run in runs),
+          math.exp(float(logp_M[:masks].sum())),
+      )
+
+    documents = []
+    for i, row in enumerate([inputs.NULL_DOCUMENT, *rows]):
+      record = {'id': '', 'title': '', 'text': ''}
+      if row != inputs.NULL_DOCUMENT:
+        record = corpus.passage_text(row)
+      documents.append(
+          Document(
+              row=row,
+              id=record['id'],
+              title=record['title'],
+              text=record['text'],
+              probability=math.exp(float(read['logp_BK'][i])),
+              score=float(read['score_BK'][i]),
+              prediction=prediction(
+                  read['best_BKM'][i], read['best_logp_BKM'][i]
+              ),
+          )
+      )
+    null, *rest = documents
+    return Inspection(
+        text=text,
+        workdir=str(self.trained.workdir),
+        step=self.step,
+        index_step=self.index_step,
+        # The index may be older than the parameters, and its order differ.
+        documents=tuple(sorted(rest, key=lambda d: -d.score)),
+        null=null,
+        marginal=prediction(
+            read['marginal_best_BM'], read['marginal_logp_BM']
+        ),
+    )
 
 
 def as_text(found: Inspection, width: int = 100) -> str:
@@ -262,32 +368,6 @@ def _about(found: Inspection) -> str:
 
 def _joined(prediction: Prediction) -> str:
   return ' | '.join(prediction.fillings)
-
-
-def _query(trained: trained_lib.Trained, text: str) -> realm.Queries:
-  """Returns the sentence as a `realm` batch of size one."""
-  if MASK not in text:
-    raise ValueError(
-        f'{text!r} has no {MASK}: put one in place of each missing wordpiece.'
-    )
-  tokenizer, length = trained.corpus.tokenizer, trained.config.lengths.query
-  pieces = tokenizer.encode(text, masks=True)
-  if len(pieces) + 2 > length:
-    raise ValueError(
-        f'The sentence has {len(pieces)} wordpieces; with [CLS] and [SEP] at'
-        f' most {length} fit (config.lengths.query).'
-    )
-  ids = np.zeros((1, length), np.int32)
-  ids[0, : len(pieces) + 2] = inputs.query(pieces, length, tokenizer)
-  positions_BM = np.flatnonzero(ids[0] == tokenizer.mask_id)[None]
-  return realm.Queries(
-      query_ids_BQ=ids,
-      query_lengths_B=np.array([len(pieces) + 2], np.int32),
-      positions_BM=positions_BM.astype(np.int32),
-      targets_BM=np.zeros(positions_BM.shape, np.int32),
-      mask_BM=np.ones(positions_BM.shape, bool),
-      exclude_BR2=np.zeros((1, 1, 2), np.int64),
-  )
 
 
 def _runs(positions_M: np.ndarray) -> list[np.ndarray]:

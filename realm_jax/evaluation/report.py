@@ -206,8 +206,8 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
   drawn = []
   results = load_all(workdir)
   for name, panels in (
-      ('recall.png', _recall_panels(results)),
-      ('training.png', _training_panels(metrics_lib.read_metrics(workdir))),
+      ('recall.png', recall_panels(results)),
+      ('training.png', training_panels(metrics_lib.read_metrics(workdir))),
   ):
     if not panels:
       continue
@@ -317,7 +317,7 @@ def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
 Panels = dict[str, dict[str, list[tuple[int, float]]]]
 
 
-def _recall_panels(results: list[Result]) -> Panels:
+def recall_panels(results: list[Result]) -> Panels:
   """Returns a panel for each group of questions and each kind of rank."""
   panels: Panels = {}
   for result in results:
@@ -339,7 +339,8 @@ def _recall_panels(results: list[Result]) -> Panels:
   return panels
 
 
-def _training_panels(lines: list[dict[str, Any]]) -> Panels:
+def training_panels(lines: list[dict[str, Any]]) -> Panels:
+  """Returns a panel for each metric of `_PANELS` that the lines have."""
   panels: Panels = {}
   for title, name in _PANELS:
     points = [

@@ -84,8 +84,15 @@ class OpenQA:
       step: int,
       params: trained_lib.Params | None = None,
       index: trained_lib.Index | None = None,
+      like: 'OpenQA | None' = None,
   ):
     """Uses the given parameters and index, or loads them.
+
+    Args:
+      trained: the opened workdir.
+      step: of a checkpoint.
+      params, index: None: those of the step.
+      like: of the same workdir; what it compiled is used again.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or no index for it.
@@ -101,6 +108,8 @@ class OpenQA:
     self.params = trained.load(step) if params is None else params
     self.index = trained.index(self.params, step) if index is None else index
     self.passage_answers = passage_answers_lib.PassageAnswers(trained.corpus)
+    if like is not None:
+      self._jitted = like._jitted
 
   @classmethod
   def load(

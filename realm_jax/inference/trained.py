@@ -4,7 +4,7 @@ Evaluation, inference, export and the public API open workdirs here. Nothing in
 a workdir is changed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import logging
@@ -105,6 +105,17 @@ class Trained:
             f' on: {name} {digest[:16]}, {saved[name][:16]} in the checkpoint.'
         )
     return trained
+
+  def reopened(self) -> 'Trained':
+    """Opens the present documents; what was compiled stays in use.
+
+    Raises: see `open`.
+    """
+    fresh = Trained.open(self.workdir)
+    for name in ('_embedder', '_read'):
+      if name in self.__dict__:
+        fresh.__dict__[name] = self.__dict__[name]
+    return fresh
 
   @classmethod
   def open_parameters(
@@ -247,7 +258,32 @@ class Trained:
       FileNotFoundError: the index of the training does not exist any more.
       ValueError: it is damaged.
     """
-    config, removed = self.config, self.corpus.removed
+    found = self.saved_index(params, step)
+    if found is not None:
+      search = search_lib.ExactSearch(found.table, removed=found.removed)
+      return Index(search, found.table, found.generation.lineage.step)
+    with tqdm.tqdm(
+        total=len(self.corpus.passages),
+        desc='embedding the corpus',
+        unit='passage',
+        disable=None,
+    ) as bar:
+      embeddings_NE = self._embed_passages(
+          params['embedder'], progress=bar.update
+      )
+    search = search_lib.ExactSearch(
+        embeddings_NE, removed=self.corpus.removed
+    )
+    return Index(search, embeddings_NE, None)
+
+  def saved_index(
+      self, params: Params, step: int | None = None
+  ) -> document_store.Index | None:
+    """Opens the generation that `index` searches; None: there is none.
+
+    Args and Raises: see `index`.
+    """
+    config = self.config
     given: Callable[[], components_lib.Params] | None = None
     if (
         step in steps_available(self.workdir)[0]
@@ -262,21 +298,9 @@ class Trained:
       generation = self.documents.find(
           checkpoint.params_digest(params['embedder'])
       )
-    if generation is not None:
-      found = self.documents.index(generation, given)
-      search = search_lib.ExactSearch(found.table, removed=found.removed)
-      return Index(search, found.table, generation)
-    with tqdm.tqdm(
-        total=len(self.corpus.passages),
-        desc='embedding the corpus',
-        unit='passage',
-        disable=None,
-    ) as bar:
-      embeddings_NE = self._embed_passages(
-          params['embedder'], progress=bar.update
-      )
-    search = search_lib.ExactSearch(embeddings_NE, removed=removed)
-    return Index(search, embeddings_NE, None)
+    if generation is None:
+      return None
+    return self.documents.index(generation, given)
 
   def published_search(self) -> tuple[search_lib.Search, int]:
     """Returns an exact search of the newest generation, and its step.
@@ -300,6 +324,26 @@ class Trained:
       padded = pad_rows(part, size)
       emb_BE = self._embedder.queries(params['embedder'], padded)
       parts.append(np.asarray(emb_BE)[: len(part)])
+    return np.concatenate(parts)
+
+  def embed_passages(
+      self, params: Params, passages: Sequence[tuple[str, str]]
+  ) -> np.ndarray:
+    """Embeds pairs of title and body: float32 numpy, [B, E]."""
+    table = inputs.passage_table(passages, self.tokenizer)
+    arrays = inputs.assemble_documents(
+        table, np.arange(len(table)), self.config.lengths.document,
+        self.tokenizer,
+    )
+    parts, largest = [], _QUERY_BATCHES[-1]
+    for start in range(0, len(passages), largest):
+      some = [array_BS[start : start + largest] for array_BS in arrays]
+      size = next(size for size in _QUERY_BATCHES if size >= len(some[0]))
+      ids_BS, types_BS = (pad_rows(array_BS, size) for array_BS in some)
+      emb_BLE = self._embedder.documents(
+          params['embedder'], ids_BS[:, None], types_BS[:, None]
+      )
+      parts.append(np.asarray(emb_BLE)[: len(some[0]), 0])
     return np.concatenate(parts)
 
   def reading_batch_size(self, num_candidates: int, num_masks: int) -> int:

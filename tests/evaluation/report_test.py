@@ -127,14 +127,14 @@ def test_write_draws_what_there_is(tmp_path):
 
 
 def test_curves_hold_the_figures(tmp_path):
-  panels = report._recall_panels([_result(0, 0.1), _result(50, 0.6)])
+  panels = report.recall_panels([_result(0, 0.1), _result(50, 0.6)])
   assert panels['gold passage, held_out questions']['recall@1'] == [
       (0, 0.1), (50, 0.6),
   ]
   assert panels['masked spans filled in']['without'] == [(0, 0.02), (50, 0.02)]
   _metrics(tmp_path)
   lines = [json.loads(x) for x in (tmp_path / 'metrics.jsonl').open()]
-  training = report._training_panels(lines)
+  training = report.training_panels(lines)
   assert training['loss'][''] == [(10, 0.9), (20, 0.45), (30, 0.3)]
   assert training['age of the index in steps'][''][1] == (20, 0)
 

