@@ -249,7 +249,7 @@ def readers() -> dict[str, Reader]:
                       {'start_token': 0, 'end_token': 1}
                   ]}],
               })},
-              {'f.tsv': b'1\twho?\tAda|Bo\n2\twhere?\tYork\n'},
+              {'f.tsv': b'trec1\twho?\tAda|Bo\ntrec2\twhere?\tYork\n'},
               {'g.csv': _separated(',', _QUESTIONS)},
               {'h.qa.csv': b"who?\t['Ada', 'Bo']\nwhere?\t['York']\n"},
               {'i.parquet': _parquet(_QUESTIONS)},

@@ -332,7 +332,8 @@ COMMANDS = {
         '--source=trainmodel.json --output=webquestions --split',
         actions.questions,
         Flag('source', str, 'A question set as it was published, a folder of'
-             ' BEIR, tfds:NAME[/CONFIG][:SPLIT], or ir:NAME of ir_datasets.',
+             ' BEIR, tfds:NAME[/CONFIG][:SPLIT], hf:NAME[:CONFIG[:SPLIT]], or'
+             ' ir:NAME of ir_datasets.',
              REQUIRED),
         OUTPUT,
         *_QUESTION_SET,

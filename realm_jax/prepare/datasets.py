@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 from realm_jax.prepare import sources
 from realm_jax.runtime import fields as fields_lib
+from realm_jax.runtime import hub
 from realm_jax.runtime import lines as lines_lib
 
 # A version begins with a digit, a split with a letter.
@@ -123,42 +124,8 @@ class HuggingFaceSource:
   kind = 'dataset of Hugging Face'
 
   def __init__(self, name: str, given: Mapping[str, str] | None = None):
-    """Opens the dataset; downloads it if it is not in the cache.
-
-    Raises:
-      FileNotFoundError: the dataset does not exist.
-      ImportError: the package `datasets` is not installed.
-      ValueError: it has no such configuration or split, or no field `text`.
-    """
-    try:
-      import datasets
-    except ImportError as error:
-      raise ImportError(
-          f'{name}: reading it needs the package datasets; run `pip install '
-          "'realm_jax[hf]'`."
-      ) from error
-
-    self.name = name
-    parts = name.removeprefix('hf:').split(':')
-    if not parts[0] or len(parts) > 3:
-      raise ValueError(
-          f'The source {name!r} is not of the form hf:NAME[:CONFIG[:SPLIT]].'
-      )
-    path, config, split = [*parts, '', ''][:3]
-    try:
-      if (pathlib.Path(path) / 'state.json').is_file():  # From save_to_disk.
-        self._rows = datasets.load_from_disk(path)
-      else:
-        self._rows = datasets.load_dataset(
-            path, config or None, split=split or 'train'
-        )
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-      raise FileNotFoundError(
-          f'{name}: neither a folder nor a dataset of the hub '
-          f'({_first_line(error)}).'
-      ) from None
-    except ValueError as error:  # Unknown configuration or split.
-      raise ValueError(f'{name}: {_first_line(error)}') from None
+    """Opens the dataset; the errors are those of `hub.dataset`."""
+    self.name, self._rows = name, hub.dataset(name)
     sample = itertools.islice(self._rows, _SAMPLE)
     self.fields = _fields(name, [*sample], self._rows.features, given)
     # Others, such as embeddings and images, take time to decode.

@@ -23,6 +23,7 @@ from realm_jax.qa import question_formats as formats
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import fields as fields_lib
 from realm_jax.runtime import files
+from realm_jax.runtime import hub
 from realm_jax.runtime import tables
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 # training set is `dev`.
 _BUCKETS, _DEV_EVERY = 100_000, 10
 
+_SAMPLE = 100  # Records that tell the fields of a dataset.
 # Fields that hold the records of a document.
 _LISTS = ('data', 'questions')
 
@@ -49,7 +51,8 @@ def read(
 
   Args:
     source: a file, plain or compressed; a folder of BEIR;
-      `tfds:NAME[/CONFIG][:SPLIT]`; or `ir:NAME` of ir_datasets.
+      `tfds:NAME[/CONFIG][:SPLIT]`; `hf:NAME[:CONFIG[:SPLIT]]`; or `ir:NAME`
+      of ir_datasets.
     format: a key of `question_formats.FORMATS` or `tables.FORMATS`; `auto`:
       recognised.
     fields: names in the source, such as 'question:query,id:qid'.
@@ -71,6 +74,8 @@ def read(
   rows: Rows
   if name.startswith('tfds:'):
     about, rows = 'TFDS', _from_tfds(name)
+  elif name.startswith('hf:'):
+    about, rows = _from_hf(name, format, given)
   elif name.startswith('ir:'):
     about, rows, judged = _from_ir(name, qrels is None)
   elif path.is_dir():
@@ -205,11 +210,22 @@ def _open(
       column = names['id']
       records = [r for r in records if not r[1][column].startswith('lfb')]
     return about, formats.with_fields(records, names, match)
-  rows = _records(table)
+  return _recognised(_records(table), table.sample, kind, path, format, given)
+
+
+def _recognised(
+    rows: Iterator[tuple[str, Record]],
+    sample: Sequence[Record],
+    kind: str,
+    path: pathlib.Path | str,
+    format: str,
+    given: Mapping[str, str],
+) -> tuple[object, Rows]:
+  """Finds the format of records with names of fields, as `_open`."""
   first = next(rows, None)
   if first is None:
     raise ValueError(f'{path} holds no question.')
-  rows, sample = itertools.chain([first], rows), table.sample
+  rows = itertools.chain([first], rows)
   key = next((k for k in first[1] if str(k).lower() in _LISTS), None)
   if key is not None and 'question' not in map(fields_lib.normal, first[1]):
     rows = _nested(rows, key)
@@ -246,7 +262,7 @@ class _Records:
       kind: str,
       found: formats.Format,
       given: Mapping[str, str],
-      path: pathlib.Path,
+      path: pathlib.Path | str,
   ):
     self._rows, self._kind, self._format = rows, kind, found
     self._given, self._path = given, path
@@ -366,6 +382,16 @@ def _converted(
   for place, record in rows:
     for where, question in found.convert(record):
       yield f'{place}{where}', question
+
+
+def _from_hf(
+    name: str, format: str, given: Mapping[str, str]
+) -> tuple[object, Rows]:
+  """Reads a dataset of the Hugging Face hub, or its folder."""
+  dataset = hub.dataset(name)
+  rows = ((f'{name}, record {i}', row) for i, row in enumerate(dataset, 1))
+  sample = [*itertools.islice(dataset, _SAMPLE)]
+  return _recognised(rows, sample, 'Hugging Face', name, format, given)
 
 
 def _from_ir(

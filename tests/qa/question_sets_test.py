@@ -274,3 +274,21 @@ def test_the_published_re_split(tmp_path):
   assert question_sets.read(tmp_path / 'out' / 'train.jsonl')[0].answers == (
       'Butan, naïve',
   )
+
+
+def test_a_dataset_of_hugging_face_by_name(tmp_path, monkeypatch):
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  datasets = pytest.importorskip('datasets')
+  datasets.disable_progress_bars()
+  rows = [
+      {'qid': 7, 'query': 'who?', 'answers': {'text': ['Ada', 'A.']}, 'x': 1},
+      {'qid': 8, 'query': 'where?', 'answers': {'text': ['York']}, 'x': 2},
+  ]
+  datasets.Dataset.from_list(rows).save_to_disk(tmp_path / 'saved')
+  found = question_sets.read(f'hf:{tmp_path / "saved"}')
+  assert [(q.id, q.question, q.answers) for q in found] == [
+      ('7', 'who?', ('Ada', 'A.')),
+      ('8', 'where?', ('York',)),
+  ]
+  with pytest.raises(ValueError, match='not of the form hf:NAME'):
+    question_sets.read('hf:a:b:c:d')
