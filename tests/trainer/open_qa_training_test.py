@@ -193,7 +193,7 @@ def test_long_questions_are_cut_and_said_so(world, caplog):
   )
   assert table.query_lengths_N.tolist()[0] == 8
   assert table.query_ids_NQ[0, -1] == tokenizer.sep_id
-  assert '1 of the 2 questions have more than the 8' in caplog.text
+  assert '1 of 2 questions is longer than the 8' in caplog.text
 
 
 def _inputs(world, **values):
