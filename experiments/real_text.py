@@ -15,7 +15,7 @@ runs all stages within a time. Hardware: 2 CPU cores for three hours, or with
   mlm          warms the reader up
   ict          warms the retriever up
   realm        trains both
-  ict_longer   control: ICT goes on from `ict` for as long as `realm`
+  ict_longer   control: ICT continues from `ict` for as long as `realm`
   frozen       control: the reader of `realm` learns, the retriever does not
   null_reader  control: the reader of `mlm` without passages
 """

@@ -235,7 +235,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass
 class GatesConfig:
-  """What `realm` needs in order to learn (docs/learning.md).
+  """Conditions under which `realm` learns (docs/learning.md).
 
   `train` measures these figures on sentences held out, and warns of those on
   the wrong side. They change nothing that is trained.

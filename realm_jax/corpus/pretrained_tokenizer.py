@@ -316,7 +316,7 @@ class _Source:
       raise ValueError(
           f'{self.name}: the vocabulary of {len(known)} wordpieces lacks'
           f' {", ".join(missing)}. If it has them under other names, name these'
-          f' in a {SETTINGS} beside it, as in {{"mask_token": "<mask>"}}.'
+          f' in a {SETTINGS} next to it, as in {{"mask_token": "<mask>"}}.'
       )
     if len({*specials.values()}) < len(specials):
       raise ValueError(
@@ -341,7 +341,7 @@ class _Source:
     known = rules.fields['model']['vocab']
     if self.path.is_file() and not {*self.lines} <= {*known}:
       raise ValueError(
-          f'{self.path} is not the vocabulary of the {RULES} beside it. Give'
+          f'{self.path} is not the vocabulary of the {RULES} next to it. Give'
           ' the path of that file, or move one of them to another folder.'
       )
 

@@ -30,7 +30,7 @@ _OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """What decides about the ids of a text.
+  """The rules that give a text its ids.
 
   fields: `_FIELDS` of a tokenizer.json.
   specials: the wordpiece of each role of `SPECIALS`.

@@ -90,7 +90,7 @@ def tag_corpus(
   """Writes a copy of a corpus with the names of a tagger as salient spans.
 
   The tagger's spans replace the names that the rules found; dates and numbers
-  stay. Of two overlapping spans the longer one stays; of equally long ones, the
+  stay. The longer one of two overlapping spans stays; of equally long ones, the
   tagger's.
 
   Args:

@@ -4,7 +4,7 @@ Every set becomes a list of `questions.Question`; `match`, how a prediction is
 compared with an answer, is a property of the set. Files are recognised by their
 content: JSON Lines, JSON, CSV, TSV and Parquet by `tables`, the fields of their
 records and columns without names by `question_formats`. A line of the log says
-what was recognised. What is ambiguous is an error.
+what was recognised. An ambiguous file is an error.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -85,7 +85,7 @@ class _Retriever:
 
 
 class State:
-  """What a workdir can do now; `missing` has the reasons for the rest.
+  """The operations of a workdir; `missing` has the reasons for the rest.
 
   identity: the files it was opened from.
   missing: by operation, what is missing and the command that makes it.

@@ -1,4 +1,4 @@
-"""What `realm` needs in order to learn, measured on sentences held out.
+"""Conditions under which `realm` learns, measured on sentences held out.
 
 A retriever learns from the reader's use of its candidates. So the reader must
 use a passage that holds the answer, and some candidate must hold it.

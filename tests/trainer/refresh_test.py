@@ -422,6 +422,7 @@ def test_the_old_generation_is_freed(tmp_path, monkeypatch):
   searches, counts = [], []
   # The shape of the padded table on the device; no other array has it.
   shape = (topk.ALIGN, _WIDTH)
+  gc.collect()  # Arrays of earlier tests.
   before = _live(shape)
   probe = refresher._probe
   probe.embed = lambda _: (
