@@ -411,9 +411,7 @@ def ask(
     print(show(loaded, loaded.answer(line, k)), flush=True)
 
 
-def serve(
-    *, workdir: str, host: str, port: int, follow: bool, token: str | None
-) -> None:
+def serve(**options: Any) -> None:
   try:
     from realm_jax.serving import server
   except ImportError as error:
@@ -422,7 +420,7 @@ def serve(
         "pip install 'realm-jax[serve]'"
     ) from error
 
-  server.serve(workdir, host, port, follow, token)
+  server.serve(**options)
 
 
 def _as_json(loaded: 'answering.OpenQA', answer: Any) -> str:

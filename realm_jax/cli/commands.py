@@ -356,6 +356,7 @@ COMMANDS = {
         '--workdir=runs/open_qa',
         actions.serve,
         WORKDIR,
+        CORPUS,
         Flag('host', str, 'Address to listen on; any but a loopback address'
              ' needs --token.', '127.0.0.1'),
         Flag('port', int, 'Port to listen on; 0: any free one.', 8000),

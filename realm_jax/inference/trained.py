@@ -111,7 +111,7 @@ class Trained:
 
     Raises: see `open`.
     """
-    fresh = Trained.open(self.workdir)
+    fresh = Trained.open(self.workdir, self.moved, self.another)
     for name in ('_embedder', '_read'):
       if name in self.__dict__:
         fresh.__dict__[name] = self.__dict__[name]

@@ -292,7 +292,7 @@ def create(
     if method == 'retriever':
       return await noted(service_lib.Job('search', query, k))
     state = service.state
-    if state.trained is None:
+    if state.trained is None or state.num_passages is None:
       raise Problem(409, state.missing['search'], 'missing')
     corpus = state.trained.corpus
 

@@ -20,7 +20,12 @@ _TOKEN = 'REALM_JAX_TOKEN'  # Environment variable in place of the flag.
 
 
 def serve(
-    workdir: str, host: str, port: int, follow: bool, token: str | None
+    workdir: str,
+    host: str,
+    port: int,
+    follow: bool,
+    token: str | None,
+    corpus: str | None = None,
 ) -> None:
   """Serves until SIGTERM or Ctrl-C; then the queue is answered first.
 
@@ -42,7 +47,7 @@ def serve(
   # Before anything expensive; early clients wait in the backlog.
   listening = _listen(host, port)
   with listening:
-    service = service_lib.Service(path, follow)
+    service = service_lib.Service(path, follow, corpus=corpus)
     for operation, reason in service.state.missing.items():
       log.info('%s: %s', operation, reason)
     app = app_lib.create(service, token, host)

@@ -106,6 +106,7 @@ class Service:
       follow: bool = False,
       capacity: int = _CAPACITY,
       poll_seconds: float = _POLL_SECONDS,
+      corpus: str | None = None,
   ):
     """Opens the workdir and compiles the operations for single requests.
 
@@ -114,11 +115,13 @@ class Service:
       follow: whether to adopt new checkpoints, generations and documents.
       capacity: requests that may wait; further ones raise `Busy`.
       poll_seconds: between two looks at the workdir.
+      corpus: where the training corpus is now; None: where it was.
     """
     self.workdir, self.metrics = workdir, Metrics()
     self._capacity, self._poll = capacity, poll_seconds
+    self._corpus = corpus
     self._seen = _signature(workdir)
-    self.state = state_lib.State(workdir)
+    self.state = state_lib.State(workdir, corpus=corpus)
     self.refused = self.state.refused
     self.state.warm_up(1)
     self.metrics.show(self.state.identity)
@@ -242,7 +245,7 @@ class Service:
   def _adopt(self) -> None:
     """Opens the newest files; replaces the state if nothing gets lost."""
     old = self.state
-    new = state_lib.State(self.workdir, like=old)
+    new = state_lib.State(self.workdir, old, self._corpus)
     if self._loses(new):
       return
     if new.refused:

@@ -89,42 +89,57 @@ class State:
 
   identity: the files it was opened from.
   missing: by operation, what is missing and the command that makes it.
-  refused: why the newest checkpoint or generation is not served, but an
-    older one.
+  refused: why an older checkpoint or generation is served than the newest.
   """
 
-  def __init__(self, workdir: pathlib.Path, like: 'State | None' = None):
+  def __init__(
+      self, workdir: pathlib.Path, like: 'State | None' = None,
+      corpus: str | None = None,
+  ):
     """Opens the newest sound checkpoint and generation of a workdir.
 
     Args:
       workdir: of any objective; it may still be empty.
       like: a state of the same workdir, whose compiled functions are reused.
+      corpus: where the training corpus is now; None: where it was.
     """
     self.workdir = workdir
     self.identity = Identity()
     self.missing: dict[str, str] = {}
     self.refused: str | None = None
+    self.num_passages: int | None = None
     self.trained: trained_lib.Trained | None = None
     self._retriever: _Retriever | None = None
     self._open_qa: answering.OpenQA | None = None
     self._inspector: inspect.Inspector | None = None
     try:
-      self._open(like)
+      self._open(like, corpus)
     # Orbax and TFDS raise errors of many classes for damaged files.
     except Exception as error:
       reason = one_line(error)
       log.warning('%s cannot be used: %s', workdir, reason)
       self.missing = dict.fromkeys(OPERATIONS, reason)
 
-  def _open(self, like: 'State | None') -> None:
-    self.trained = trained = _opened(self.workdir, like)
+  def _open(self, like: 'State | None', corpus: str | None) -> None:
+    lost, version = '', 0
+    try:
+      trained = _opened(self.workdir, like, corpus)
+      version = trained.documents.version
+      self.num_passages = trained.corpus.num_live
+    except FileNotFoundError as error:  # The corpus: a text can be embedded.
+      trained = trained_lib.Trained.open_parameters(self.workdir, corpus)
+      lost = one_line(error)
+    self.trained = trained
     step, params, self.refused = _newest_checkpoint(trained)
-    self.identity = Identity(step, documents=trained.documents.version)
+    self.identity = Identity(step, documents=version)
     if 'embedder' not in params:
       reason = self._lacks('retriever', 'ict')
       self.missing = dict.fromkeys(OPERATIONS, reason)
       return
     self._embedder = params
+    if lost:
+      self.missing = dict.fromkeys(('ask', 'fill', 'search'), lost)
+      return
     retriever: _Retriever | None = None
     try:
       retriever = self._retriever = self._open_retriever(step, params)
@@ -220,7 +235,7 @@ class State:
       config = self.trained.config
       found |= {
           'objective': config.objective,
-          'passages': self.trained.corpus.num_live,
+          'passages': self.num_passages,
           'embedding_width': config.model.embedding_width,
           'query_wordpieces': config.lengths.query - 2,
           'masks': config.lengths.masks,
@@ -376,13 +391,6 @@ class State:
       self.embed(['a'], None)
 
 
-def same_documents(workdir: pathlib.Path, trained: trained_lib.Trained) -> bool:
-  """Whether an opened workdir has the present version of its documents."""
-  manifest = document_store.read_manifest(workdir / document_store.DIRECTORY)
-  opened = trained.documents.manifest
-  return manifest['manifest_sha256'] == opened['manifest_sha256']
-
-
 def one_line(error: BaseException) -> str:
   """Returns the message of an error without line breaks."""
   text = ' '.join(str(error).split())
@@ -392,13 +400,13 @@ def one_line(error: BaseException) -> str:
 
 
 def _opened(
-    workdir: pathlib.Path, like: State | None
+    workdir: pathlib.Path, like: State | None, corpus: str | None
 ) -> trained_lib.Trained:
   if like is None or like.trained is None:
-    return trained_lib.Trained.open(workdir)
-  if same_documents(workdir, like.trained):
-    return like.trained
-  return like.trained.reopened()
+    return trained_lib.Trained.open(workdir, corpus)
+  now = document_store.read_manifest(workdir / document_store.DIRECTORY)
+  before, key = like.trained.documents.manifest, 'manifest_sha256'
+  return like.trained if now[key] == before[key] else like.trained.reopened()
 
 
 def _newest_checkpoint(

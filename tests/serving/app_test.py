@@ -362,6 +362,25 @@ def test_what_is_missing_is_said_with_the_command(
     assert answer.json()['error']['message'] == message
 
 
+def test_a_corpus_that_has_moved_or_is_lost(corpus, tmp_path, single):
+  config = served_workdir.make_config(corpus, 'realm')
+  params = served_workdir.make_params(config, names=['embedder', 'reader'])
+  workdir = tmp_path / 'job'
+  workdir.mkdir()
+  corpus.tokenizer.save(workdir, settings=True)
+  config.corpus = str(tmp_path / 'gone')
+  served_workdir.save(workdir, corpus, config, 3, params)
+  served_workdir.publish(workdir, corpus, config, 3, params)
+  with connect(service_lib.Service(workdir)) as client:
+    assert client.get('/health').json()['ready'] == ['embed']
+    assert '--corpus=' in client.get('/about').json()['missing']['search']
+    answer = client.post('/embed', json={'texts': ['a town']})
+    assert answer.status_code == 200
+  moved = service_lib.Service(workdir, corpus=str(corpus.directory))
+  with connect(moved) as client:
+    assert client.get('/health').json()['ready'] == ['fill', 'search', 'embed']
+
+
 def test_the_command_serves_until_sigterm_and_answers_the_last_request(
     workdir,
 ):
