@@ -11,9 +11,11 @@ The articles of the questions, and as many others as --articles asks for, are
 the corpus of ICT and REALM, of passages and of sentences (X = Z). The reader is
 warmed up on all other articles. With --articles=0 there is one corpus of all.
 
-The stages are those of experiments/real_text.py, each with a share of the time.
-A stage at the end of its share saves a checkpoint, and the run continues with
-the next; the same command continues a run that was interrupted. `--small`
+The stages are those of experiments/real_text.py, each with a share of the time;
+in less than 20 minutes, the last two are left out. A stage at the end of its
+share saves a checkpoint, and the run continues with the next. The record is
+written after each stage, and the same command continues a run that was
+interrupted. `--small`
 checks the script, and --flag=STAGE:FLAG, repeated, changes a stage:
 --flag=mlm:--config.batch_size=32, --flag=all:--config.seed=1. On a GPU, all
 sizes are larger.
@@ -47,16 +49,17 @@ from realm_jax.runtime import metrics as metrics_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _EXPERIMENT = _ROOT / 'experiments' / 'real_text.py'
-# Share of the time, and the stages that give the first parameters. The rest of
-# the time is for the corpora and the evaluations.
-_STAGES: dict[str, tuple[float, tuple[str, ...]]] = {
-    'mlm': (0.33, ()),
-    'ict': (0.10, ()),
-    'realm': (0.20, ('mlm', 'ict')),
-    'ict_longer': (0.20, ('ict',)),
-    'frozen': (0.05, ('mlm', 'ict')),
-    'null_reader': (0.04, ('mlm',)),
+# Weight in the time of training, and the stages that give the first parameters.
+_STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
+    'mlm': (33, ()),
+    'ict': (10, ()),
+    'realm': (20, ('mlm', 'ict')),
+    'ict_longer': (20, ('ict',)),
+    'frozen': (5, ('mlm', 'ict')),
+    'null_reader': (4, ('mlm',)),
 }
+_FEW, _SHORT = 4, 1200  # Stages of a run of less than so much time.
+_OVERHEAD = 200  # Seconds for the corpora and the evaluations.
 _DEPTHS = (1, 5, 20, 100)
 # Sizes for a GPU, by stage and for all: small BERTs in bfloat16, all articles.
 _GPU = {
@@ -90,12 +93,28 @@ _SMALL = {
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
   """Trains and evaluates all stages, and returns the figures."""
   commands = harness.Commands()
-  workdir = arguments.workdir
   _prepare(arguments, commands)
-  for stage, (share, parents) in _STAGES.items():
-    _train(arguments, commands, stage, share * arguments.seconds, parents)
+  stages = [*_STAGES]
+  if arguments.seconds < _SHORT:
+    stages = stages[:_FEW]
+  seconds = max(arguments.seconds - _OVERHEAD, arguments.seconds / 2)
+  total = sum(_STAGES[stage][0] for stage in stages)
+  figures: dict[str, Any] = {}
+  for i, stage in enumerate(stages, start=1):
+    weight, parents = _STAGES[stage]
+    _train(arguments, commands, stage, seconds * weight / total, parents)
     if stage != 'mlm':
-      _evaluate(workdir, commands, stage)
+      _evaluate(arguments.workdir, commands, stage)
+    figures = _all_figures(arguments.workdir, commands, stages[:i])
+    files.write_json(arguments.output, harness.rounded(figures))
+  return figures
+
+
+def _all_figures(
+    workdir: pathlib.Path, commands: harness.Commands, stages: list[str]
+) -> dict[str, Any]:
+  """Returns the figures of the stages that are done."""
+  others = [stage for stage in ('ict', 'ict_longer') if stage in stages]
   return {
       **harness.about('jax', 'flax'),
       'commands': commands.done,
@@ -104,13 +123,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
           for name in ('corpus', 'warm_up')
           if (workdir / name).is_dir()
       },
-      'stages': {stage: _figures(workdir / stage) for stage in _STAGES},
-      'curve': _curve(workdir / 'realm'),
+      'stages': {stage: _figures(workdir / stage) for stage in stages},
+      'curve': _curve(workdir / 'realm') if 'realm' in stages else {},
       'paired_by_article': {
           f'realm_{other}': runs.compare(
               _questions_of(workdir / 'realm'), _questions_of(workdir / other)
           )
-          for other in ('ict', 'ict_longer')
+          for other in (others if 'realm' in stages else ())
       },
       'bm25': _bm25(workdir),
   }

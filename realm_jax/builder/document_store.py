@@ -393,7 +393,7 @@ def open_corpus(
     )
   path = pathlib.Path(config.corpus)
   if not path.is_dir() and (workdir / 'corpus').is_dir():
-    path = workdir / 'corpus'  # Of an import, whose workdir has moved.
+    path = workdir / 'corpus'  # An imported workdir has moved.
   return corpus_lib.Corpus.open(path, '--corpus')
 
 

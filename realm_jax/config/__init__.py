@@ -157,7 +157,7 @@ class TaggerConfig:
   # Files of tagged sentences, comma-separated: columns, JSON or Parquet.
   files: str = ''
   tag_column: str = ''  # Name, or number from 1; '': the only one with tags.
-  tag_names: tuple[str, ...] = ()  # Of numbers; (): as the files state them.
+  tag_names: tuple[str, ...] = ()  # For numbers; (): the files state them.
   length: int = 64  # L: [CLS] sentence [SEP]; longer ones take several rows.
 
 

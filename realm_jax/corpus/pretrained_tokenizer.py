@@ -24,11 +24,12 @@ from realm_jax.corpus.tokenizer_rules import SETTINGS
 from realm_jax.corpus.tokenizer_rules import SPECIALS
 from realm_jax.corpus.tokenizer_rules import VOCAB
 from realm_jax.runtime import files
+from realm_jax.runtime import hub
 
 log = logging.getLogger(__name__)
 
 _ADDED, _MODEL = 'added_tokens.json', 'config.json'
-# Of a tokenizer. The model's config can name the class of a vocab.txt.
+# Files of a tokenizer. config.json can name the class of a vocab.txt.
 FILES = (VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP)
 _MAX_IDS = 1 << 24  # A larger id leaves a gap that no vocabulary has.
 
@@ -433,38 +434,13 @@ def _full(normalizer: Any) -> Any:
   return {**usual, **normalizer, 'strip_accents': strip}
 
 
-def hub_file(name: str, file: str) -> pathlib.Path | None:
-  """Downloads a file of a repository of the Hugging Face hub, or its cache.
-
-  None: the repository lacks the file, or the hub cannot be reached and the
-  cache lacks it.
-
-  Raises:
-    FileNotFoundError: the repository cannot be read, with the reason.
-  """
-  # Imported late: the import is slow, and local files do not need it.
-  import huggingface_hub
-  from huggingface_hub import errors
-
-  try:
-    return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
-  except errors.EntryNotFoundError:
-    return None
-  except (errors.HfHubHTTPError, OSError, ValueError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise FileNotFoundError(
-        f'{name!r} is no file or folder, and as an id of the Hugging Face hub'
-        f' it could not be fetched: {reason}'
-    ) from error
-
-
 def download(name: str) -> pathlib.Path:
   """Downloads a tokenizer from the hub and returns its folder."""
   if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
     raise FileNotFoundError(
         f'There is no vocabulary file or tokenizer folder {name!r}.'
     )
-  found = [path for file in FILES if (path := hub_file(name, file))]
+  found = [path for file in FILES if (path := hub.file(name, file))]
   if not found:
     raise FileNotFoundError(
         f'{name!r} is neither a vocabulary file nor a tokenizer folder, and as'
@@ -472,5 +448,5 @@ def download(name: str) -> pathlib.Path:
         ' be reached and the tokenizer is not in the cache. Without network,'
         ' give the path of a vocab.txt.'
     )
-  hub_file(name, _MODEL)
+  hub.file(name, _MODEL)
   return found[0].parent

@@ -7,13 +7,13 @@ decides which are tokens and tags; docs/tagging.md has the table of formats.
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import json
 import pathlib
 import re
 from typing import Any
 
 from realm_jax.runtime import files
 from realm_jax.runtime import lines as lines_lib
+from realm_jax.runtime import tables
 
 # Tags are IO, IOB1, IOB2, BIOES, BILOU or BMES.
 TAG = re.compile(r'O|[BIESLUM]-.+')
@@ -62,61 +62,26 @@ class Table:
 
 def open_table(path: pathlib.Path) -> Table:
   """Reads a file of any format."""
-  first = b''
-  for line in lines_lib.lines(path):
-    first = line.strip()
-    if first:
-      break
+  lines = (line.strip() for line in lines_lib.lines(path))
+  first = next(filter(None, lines), b'')
   if first.startswith(b'PAR1'):
-    return _parquet(path)
+    names = _class_names(tables.parquet_description(path))
+    return _of_records(path, 'Parquet', _records(path, 'parquet'), names)
   name = lines_lib.plain_name(path).lower()
   columns = _BLANKS.split(first[:9999].decode('utf-8', 'replace'))
   tagged = len(columns) > 1 and TAG.fullmatch(columns[-1]) is not None
   if first[:1] not in (b'{', b'[') or tagged:
     return _text(path)
   whole = first[:1] == b'[' and not name.endswith('.jsonl')
-  records = _json_array(path) if whole else _json_lines(path)
-  return _of_records(path, 'JSON' if whole else 'JSON Lines', records, {})
+  format = 'json' if whole else 'jsonl'
+  return _of_records(path, tables.FORMATS[format], _records(path, format), {})
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  for number, line in enumerate(lines_lib.lines(path), start=1):
-    if line.strip():
-      try:
-        yield f'{path}:{number}', lines_lib.json_object(line)
-      except ValueError as error:
-        raise ValueError(f'{path}:{number}: {error}.') from None
-
-
-def _json_array(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  text = b''.join(lines_lib.lines(path))
-  try:
-    values = json.loads(lines_lib.decoded(text, 'the file'))
-  except (RecursionError, ValueError) as error:
-    raise ValueError(f'{path}: malformed JSON: {error}.') from None
-  for number, value in enumerate(values, start=1):
-    place = f'{path}, record {number}'
-    if not isinstance(value, dict):
-      raise ValueError(f'{place}: a {type(value).__name__}, not an object.')
-    yield place, value
-
-
-def _parquet(path: pathlib.Path) -> Table:
-  try:
-    from pyarrow import parquet  # type: ignore[import-untyped] # Optional, and slow to import.
-
-    rows = parquet.read_table(path)
-    about = (rows.schema.metadata or {}).get(b'huggingface', b'{}')
-    names = _class_names(json.loads(about))
-    records = rows.to_pylist()
-  except ImportError:
-    raise ImportError(
-        f"{path} is Parquet, which needs `pip install 'realm-jax[hf]'`."
-    ) from None
-  except Exception as error:  # The library documents no complete list.
-    raise ValueError(f'{path} is damaged or no Parquet: {error}') from None
-  places = (f'{path}, row {i}' for i in range(1, len(records) + 1))
-  return _of_records(path, 'Parquet', zip(places, records, strict=True), names)
+def _records(path: pathlib.Path, format: str) -> Iterator[tuple[str, Any]]:
+  for place, record in tables.open_table(path, format):
+    if isinstance(record, ValueError):
+      raise ValueError(f'{place}: {record}.')
+    yield place, record
 
 
 def _class_names(info: Any, column: str = '') -> dict[str, list[str]]:

@@ -149,7 +149,7 @@ def _gates(
       for name, value in figures.items()
       if name.startswith('gates/')
   }
-  if 'train/null_share' in figures:  # Of many more sentences.
+  if 'train/null_share' in figures:  # Many more sentences than a gate's.
     values['null_share'] = figures['train/null_share']
   found = gates.problems(values, config)
   for diagnosis, text in found.values():

@@ -405,7 +405,7 @@ def modern_names(names: Iterable[str]) -> dict[str, str]:
     found = {key.removeprefix('model.'): name for key, name in found.items()}
   for name in [n for n in found if n.endswith(f'{_HEAD}decoder.bias')]:
     found.setdefault(name.replace('decoder.bias', 'bias'), found[name])
-  # Of two tied tensors, a file may have either name.
+  # A file may have either name of two tied tensors.
   for name in [n for n in found if n.endswith(f'{_HEAD}decoder.weight')]:
     outer = name.removesuffix(f'{_HEAD}decoder.weight')
     for body in (f'{outer}bert.', outer):

@@ -28,6 +28,7 @@ from realm_jax.interop import huggingface_names
 from realm_jax.interop import weights
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
+from realm_jax.runtime import hub
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import stages
 
@@ -214,7 +215,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
   """Downloads the necessary files, or finds them in the hub's cache."""
   if not _HUB_ID.fullmatch(name):
     raise FileNotFoundError(f'There is no folder {name}.')
-  get = functools.partial(pretrained_tokenizer.hub_file, name)
+  get = functools.partial(hub.file, name)
   config = get('config.json')
   if config is None:
     raise FileNotFoundError(

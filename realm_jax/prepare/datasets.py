@@ -96,7 +96,7 @@ class TfdsSource:
           ' set TFDS_DATA_DIR to the folder that contains it.'
       ) from None
     except ValueError as error:
-      raise ValueError(f'{name}: {_first_line(error)}') from None
+      raise ValueError(f'{name}: {lines_lib.first_line(error)}') from None
     if split not in builder.info.splits:
       raise ValueError(
           f'{name}: no split {split!r}; the splits are '
@@ -143,28 +143,12 @@ class IrDataset:
   kind = 'dataset of ir_datasets'
 
   def __init__(self, name: str, given: Mapping[str, str] | None = None):
-    """Opens the dataset; ir_datasets downloads it if it is not there.
+    """Opens the dataset; see `hub.ir_dataset` for other errors.
 
     Raises:
-      FileNotFoundError: the dataset does not exist.
-      ImportError: the package ir_datasets is not installed.
       ValueError: it has no documents, or no text.
     """
-    try:
-      import ir_datasets
-    except ImportError as error:
-      raise ImportError(
-          f'{name}: reading it needs the package ir_datasets; run `pip install '
-          "'realm_jax[ir]'`."
-      ) from error
-    self.name = name
-    try:
-      self._dataset = ir_datasets.load(name.removeprefix('ir:'))
-    except KeyError:
-      raise FileNotFoundError(
-          f'{name}: ir_datasets knows no such dataset; `ir_datasets list` shows'
-          ' all names.'
-      ) from None
+    self.name, self._dataset = name, hub.ir_dataset(name)
     if not self._dataset.has_docs():
       raise ValueError(f'{name}: the dataset has no documents.')
     names = self._dataset.docs_cls()._fields
@@ -283,7 +267,7 @@ class MediaWikiDump(sources.File):
           raise
         raise ValueError(
             f'{self.path}: damaged or cut off after the page {title!r:.100} '
-            f'({_first_line(error):.200}).'
+            f'({lines_lib.first_line(error):.200}).'
         ) from None
 
 
@@ -376,8 +360,3 @@ def _without_title(body: bytes, title: str) -> bytes:
   # Also a heading of Markdown.
   first = first.removeprefix(b'\xef\xbb\xbf').strip().lstrip(b'#').strip()
   return rest if title and first == title.strip().encode() else body
-
-
-def _first_line(error: BaseException) -> str:
-  lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).strip().splitlines()
-  return lines[0] if lines else type(error).__name__

@@ -26,7 +26,7 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 log = logging.getLogger(__name__)
 
 UNKNOWN = 'unknown'
-MIXED = 'mixed'  # Of a corpus: each record has a language of its own.
+MIXED = 'mixed'  # A corpus in which each record has its own language.
 
 # A line of the source is a paragraph, a heading or a list item, so its end is
 # the end of a sentence, whatever the punctuation.
@@ -41,7 +41,7 @@ _WITHOUT_RULES = {
 }
 
 _EXAMINED = 500  # The first records, which are examined for their language.
-_EXAMINED_EACH = 100  # Of the other records, each hundredth is.
+_EXAMINED_EACH = 100  # The other records: each hundredth is.
 _MINORITY = 0.05  # A language with less of a corpus makes it not `MIXED`.
 _SAMPLE = 2000  # Characters of a text that decide on its language.
 _POOL = 100_000  # Characters of short texts that are examined together.

@@ -18,7 +18,7 @@ from realm_jax.prepare import workers as workers_lib
 from realm_jax.runtime import files
 
 _TASK_SUFFIX = '.task'
-_Recipe = tuple[tokenizer_lib.Tokenizer, passages.Settings]  # Of a `Packer`.
+_Recipe = tuple[tokenizer_lib.Tokenizer, passages.Settings]  # For a `Packer`.
 
 
 class Pipeline:

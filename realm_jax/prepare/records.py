@@ -47,7 +47,7 @@ class Record:
   article: str | None  # Key of its article; None: an article of its own.
   spans: tuple[tuple[int, int], ...] | None  # Bytes; None: not given.
   validation: bool  # Marked with `split: 'validation'`.
-  markup: str = ''  # Of the text, see `datasets.plain_text`; '': none.
+  markup: str = ''  # See `datasets.plain_text`; '': none.
 
 
 class Records:
@@ -79,7 +79,7 @@ class Records:
     self.skipped_list: list[str] = []
     self.empty = self.repeated = 0
     self._first_empty, self._first_repeated = '', ('', 0)
-    self._read: list[str] = []  # What was recognised.
+    self._read: list[str] = []  # Formats that were recognised.
 
   def check(self) -> Iterator[Record]:
     """Reads all records once and yields the good ones; then call `report`.

@@ -398,19 +398,7 @@ def _from_ir(
     name: str, with_qrels: bool
 ) -> tuple[str, Rows, qrels_lib.Qrels | None]:
   """Reads the queries and qrels of a data set of ir_datasets."""
-  try:
-    import ir_datasets  # Imported late: few need it.
-  except ImportError as error:
-    raise ImportError(
-        f'{name} needs a package that is not installed: pip install'
-        " 'realm-jax[ir]'"
-    ) from error
-  try:
-    dataset = ir_datasets.load(name.partition(':')[2])
-  except KeyError:
-    raise ValueError(
-        f'{name}: ir_datasets has no data set of this name.'
-    ) from None
+  dataset = hub.ir_dataset(name)
   if not dataset.has_queries():
     raise ValueError(
         f'{name} has no queries; those of its parts have, such as {name}/test.'

@@ -1,7 +1,35 @@
-"""Datasets of the Hugging Face hub."""
+"""Files and datasets that are named: of the Hugging Face hub, of ir_datasets.
+
+The libraries are imported late: the imports are slow, and few users need them.
+"""
 
 import pathlib
 from typing import Any
+
+from realm_jax.runtime import lines
+
+
+def file(name: str, path: str) -> pathlib.Path | None:
+  """Downloads a file of a repository of the Hugging Face hub, or its cache.
+
+  None: the repository lacks the file, or the hub cannot be reached and the
+  cache lacks it.
+
+  Raises:
+    FileNotFoundError: the repository cannot be read, with the reason.
+  """
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  try:
+    return pathlib.Path(huggingface_hub.hf_hub_download(name, path))
+  except errors.EntryNotFoundError:
+    return None
+  except (errors.HfHubHTTPError, OSError, ValueError) as error:
+    raise FileNotFoundError(
+        f'{name!r} is no file or folder, and as an id of the Hugging Face hub'
+        f' it could not be fetched: {lines.first_line(error)}'
+    ) from error
 
 
 def dataset(name: str) -> Any:
@@ -33,11 +61,30 @@ def dataset(name: str) -> Any:
   except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
     raise FileNotFoundError(
         f'{name}: neither a folder nor a dataset of the hub '
-        f'({_first_line(error)}).'
+        f'({lines.first_line(error)}).'
     ) from None
   except ValueError as error:  # Unknown configuration or split.
-    raise ValueError(f'{name}: {_first_line(error)}') from None
+    raise ValueError(f'{name}: {lines.first_line(error)}') from None
 
 
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def ir_dataset(name: str) -> Any:
+  """Opens `ir:NAME`; ir_datasets downloads it if it is not there.
+
+  Raises:
+    FileNotFoundError: the dataset does not exist.
+    ImportError: the package ir_datasets is not installed.
+  """
+  try:
+    import ir_datasets
+  except ImportError as error:
+    raise ImportError(
+        f'{name}: reading it needs the package ir_datasets; run `pip install '
+        "'realm_jax[ir]'`."
+    ) from error
+  try:
+    return ir_datasets.load(name.removeprefix('ir:'))
+  except KeyError:
+    raise FileNotFoundError(
+        f'{name}: ir_datasets knows no such dataset; `ir_datasets list` shows'
+        ' all names.'
+    ) from None

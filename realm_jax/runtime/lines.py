@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import pathlib
+import re
 from typing import IO, Any
 import zlib
 
@@ -106,6 +107,12 @@ def opened(path: pathlib.Path) -> IO[bytes]:
   # Large windows, as `zstd --long` makes them, are read, too.
   limits = {int(zstd.DecompressionParameter.window_log_max): 31}
   return zstd.open(path, 'rb', options=limits)  # type: ignore[return-value]
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of another library's error, without colours."""
+  lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).strip().splitlines()
+  return lines[0] if lines else type(error).__name__
 
 
 def comma_separated(text: str | None) -> list[str]:

@@ -274,12 +274,21 @@ def _open_parquet(path: pathlib.Path) -> Any:
     return parquet.ParquetFile(source)
   except (pyarrow.ArrowException, ValueError, OSError) as error:
     raise ValueError(
-        f'{path}: a damaged Parquet file ({_first_line(error)}).'
+        f'{path}: a damaged Parquet file ({lines_lib.first_line(error)}).'
     ) from None
 
 
 def _parquet_columns(path: pathlib.Path) -> tuple[str, ...]:
   return tuple(_open_parquet(path).schema_arrow.names)
+
+
+def parquet_description(path: pathlib.Path) -> Any:
+  """Returns what the library `datasets` says of the columns; {}: nothing."""
+  metadata = _open_parquet(path).schema_arrow.metadata or {}
+  try:
+    return json.loads(metadata.get(b'huggingface', b'{}'))
+  except (RecursionError, ValueError):
+    return {}
 
 
 def _parquet(
@@ -296,8 +305,9 @@ def _parquet(
         number += 1
         yield f'{path}, record {number}', row
   except (pyarrow.ArrowException, ValueError, OSError) as error:
+    reason = lines_lib.first_line(error)
     raise ValueError(
-        f'{path}: damaged after record {number} ({_first_line(error)}).'
+        f'{path}: damaged after record {number} ({reason}).'
     ) from None
 
 
@@ -460,7 +470,3 @@ def _quoted_rows(
     if row is None:
       return
     yield first, row
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -187,7 +187,7 @@ def test_parquet(tmp_path):
   )
   assert entities.read(str(tmp_path / 'x')) == [_SENTENCE]
   (tmp_path / 'x').write_bytes((tmp_path / 'x').read_bytes()[:99])
-  with pytest.raises(ValueError, match='x is damaged or no Parquet'):
+  with pytest.raises(ValueError, match='x: a damaged Parquet file'):
     entities.read(str(tmp_path / 'x'))
 
 
@@ -220,7 +220,7 @@ def test_a_missing_file_is_named():
         (record(tags=['O'] * 3), r':1: 4 tokens and 3 tags'),
         (record(), r':1: "tags" must be a list'),
         ('{"text": "Ann", "label": 1}', ':1: "tokens" must .*has \'text\','),
-        ('[[1]]', r'record 1: a list'),
+        ('[[1]]', r'txt:1: a JSON list; each record must be an object'),
         ('[{"tokens": [', 'malformed JSON'),
         ('[' * 100_000, 'malformed JSON'),
         ('{"tokens": [1], "tags": ["O"]}', ':1: "tokens" must be a list of'),

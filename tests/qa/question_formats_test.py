@@ -339,7 +339,7 @@ def test_sets_of_ir_datasets(monkeypatch):
   assert question_sets.read('ir:beir/nano/test') == [
       Q('x y', (), passage_id='d', id='q2', grades=(2,))
   ]
-  with pytest.raises(ValueError, match='no data set of this name'):
+  with pytest.raises(FileNotFoundError, match='beir/other: ir_datasets knows'):
     question_sets.read('ir:beir/other')
   monkeypatch.setitem(sys.modules, 'ir_datasets', None)
   with pytest.raises(ImportError, match=r"pip install 'realm-jax\[ir\]'"):
