@@ -417,7 +417,7 @@ def serve(**options: Any) -> None:
   except ImportError as error:
     raise ImportError(
         f'Serving needs a package that is not installed ({error.name}): '
-        "pip install 'realm-jax[serve]'"
+        "pip install 'realm_jax[serve]'"
     ) from error
 
   server.serve(**options)

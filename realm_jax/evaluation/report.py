@@ -199,7 +199,7 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
   except ImportError as error:
     raise ImportError(
         'Plots need a package that is not installed: '
-        "pip install 'realm-jax[plot]'"
+        "pip install 'realm_jax[plot]'"
     ) from error
   folder = pathlib.Path(workdir) / FOLDER
   folder.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ class MetricsWriter:
       except ImportError as error:
         raise ImportError(
             'config.tensorboard needs a package that is not installed:'
-            " pip install 'realm-jax[tensorboard]'"
+            " pip install 'realm_jax[tensorboard]'"
         ) from error
       self._board = SummaryWriter(
           str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1

@@ -15,7 +15,7 @@ _K1, _B = 0.9, 0.4
 _MAX_PASSAGES = 1_000_000  # Of an index that is built in memory.
 INSTALL = (
     'BM25 needs a package that is not installed: '
-    "pip install 'realm-jax[bm25]'"
+    "pip install 'realm_jax[bm25]'"
 )
 
 

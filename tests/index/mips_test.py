@@ -212,6 +212,16 @@ def test_bad_tables_are_refused():
     search_lib.make_search(config_lib.MipsConfig(backend='faiss'), table)
 
 
+def test_the_row_that_is_not_finite_is_named(monkeypatch):
+  monkeypatch.setattr(topk, '_CHECKED', 64)  # Rows that are checked at once.
+  table = np.ones((300, 4), np.float32)
+  table[[257, 299], [1, 0]] = np.nan, np.inf
+  for dtype in ('float32', 'bfloat16'):
+    config = config_lib.MipsConfig(backend='exact', dtype=dtype)
+    with pytest.raises(ValueError, match=f'row 257 is not finite as {dtype}'):
+      search_lib.make_search(config, table, _mesh(1))
+
+
 def _clustered(rows, width=32, seed=0):
   rng = np.random.default_rng(seed)
   centres = rng.normal(size=(200, width))

@@ -342,7 +342,7 @@ def test_sets_of_ir_datasets(monkeypatch):
   with pytest.raises(FileNotFoundError, match='beir/other: ir_datasets knows'):
     question_sets.read('ir:beir/other')
   monkeypatch.setitem(sys.modules, 'ir_datasets', None)
-  with pytest.raises(ImportError, match=r"pip install 'realm-jax\[ir\]'"):
+  with pytest.raises(ImportError, match=r"pip install 'realm_jax\[ir\]'"):
     question_sets.read('ir:beir/nano/test')
 
 

@@ -41,7 +41,7 @@ def test_means_are_over_the_steps_since_they_were_taken():
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
   pytest.importorskip(
-      'tensorboardX', reason="pip install 'realm-jax[tensorboard]'"
+      'tensorboardX', reason="pip install 'realm_jax[tensorboard]'"
   )
   written = {
       'train/loss': 2.5,
@@ -89,5 +89,5 @@ def _events(folder: pathlib.Path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorboardX', None)
-  with pytest.raises(ImportError, match=r"pip install 'realm-jax\[tensorboard"):
+  with pytest.raises(ImportError, match=r"pip install 'realm_jax\[tensorboard"):
     metrics.MetricsWriter(tmp_path, 0, tensorboard=True)

@@ -175,7 +175,7 @@ def test_bm25_that_is_not_installed_gives_the_command(client, monkeypatch):
   answer = other.post('/search', json={'query': 'a', 'method': 'bm25'})
   assert answer.status_code == 409
   message = answer.json()['error']['message']
-  assert "pip install 'realm-jax[bm25]'" in message
+  assert "pip install 'realm_jax[bm25]'" in message
 
 
 def test_concurrent_requests_answer_as_single_ones_do(client):
@@ -302,7 +302,7 @@ def test_without_the_extra_the_command_names_it(monkeypatch):
       monkeypatch.delitem(sys.modules, name)
   monkeypatch.delattr(serving, 'server')
   monkeypatch.setitem(sys.modules, 'uvicorn', None)
-  with pytest.raises(ImportError, match=r"pip install 'realm-jax\[serve\]'"):
+  with pytest.raises(ImportError, match=r"pip install 'realm_jax\[serve\]'"):
     actions.serve(
         workdir='none', host='localhost', port=0, follow=False, token=None
     )
