@@ -22,6 +22,7 @@ from realm_jax.runtime import files
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = 'checkpoints'
+_METADATA = '_CHECKPOINT_METADATA'  # A file of Orbax.
 
 Path = pathlib.Path | str
 
@@ -192,7 +193,10 @@ def load_params(
 
 def saved_about(workdir: Path, step: int) -> dict[str, Any]:
   """Returns the JSON that was saved with the checkpoint of a step."""
-  return custom_metadata(pathlib.Path(workdir) / CHECKPOINTS / str(step))
+  path = pathlib.Path(workdir) / CHECKPOINTS / str(step)
+  if path.is_dir() and not (path / _METADATA).exists():
+    raise _damaged(path, 'metadata')
+  return custom_metadata(path)
 
 
 def newest_step(workdir: Path) -> int:
@@ -255,7 +259,7 @@ def custom_metadata(path: pathlib.Path) -> dict[str, Any]:
   """Returns the JSON that was saved with an Orbax folder."""
   # The file format is public. Orbax's own function takes 100 times as long,
   # because it looks at every array.
-  metadata = files.read_json(path / '_CHECKPOINT_METADATA')
+  metadata = files.read_json(path / _METADATA)
   return metadata.get('custom_metadata') or {}
 
 
@@ -280,7 +284,17 @@ def on_one_device(abstract: Any) -> Any:
 
 
 def _structure(path: pathlib.Path) -> Any:
-  return ocp.checkpointables_metadata(path).metadata['params']
+  found = ocp.checkpointables_metadata(path).metadata
+  if 'params' not in found:
+    raise _damaged(path, 'parameters')
+  return found['params']
+
+
+def _damaged(path: pathlib.Path, lacks: str) -> ValueError:
+  return ValueError(
+      f'{path} is damaged: it has no {lacks}. Remove this folder to use an'
+      ' older checkpoint.'
+  )
 
 
 def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
