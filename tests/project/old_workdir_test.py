@@ -20,7 +20,9 @@ _ARCHIVE = _FIXTURES / 'old' / 'workdir.tar.xz'
 @pytest.fixture
 def old(tmp_path):
   with tarfile.open(_ARCHIVE) as archive:
-    archive.extractall(tmp_path, filter='data')
+    # Python 3.11 before 3.11.4 has no filters, and ignores the attribute.
+    archive.extraction_filter = getattr(tarfile, 'data_filter', None)
+    archive.extractall(tmp_path)
   for path in tmp_path.glob('*/config.json'):
     config = json.loads(path.read_text())
     config['corpus'] = str(tmp_path / 'corpus')
