@@ -415,7 +415,7 @@ def _live(shape):
   return sum(x.shape == shape for x in jax.live_arrays())
 
 
-def test_the_old_generation_is_freed(tmp_path, monkeypatch):
+def test_the_old_generation_is_freed(tmp_path, monkeypatch, request):
   """Neither its search nor its table outlives the swap and its probe."""
   monkeypatch.setattr(loader, '_SAMPLE_ROWS', 7)
   refresher = _refresher(tmp_path, 'scheduled', lag=4)
@@ -423,6 +423,8 @@ def test_the_old_generation_is_freed(tmp_path, monkeypatch):
   # The shape of the padded table on the device; no other array has it.
   shape = (topk.ALIGN, _WIDTH)
   gc.collect()  # Arrays of earlier tests.
+  gc.freeze()  # What is left, so that the collections below are fast.
+  request.addfinalizer(gc.unfreeze)
   before = _live(shape)
   probe = refresher._probe
   probe.embed = lambda _: (
