@@ -1,7 +1,8 @@
 """Model inputs: wordpieces with [CLS] and [SEP], in numpy.
 
-Only this module writes special ids. Batches are assembled as a whole from the
-tables of a corpus.
+Only this module writes special ids; they and their number are the tokenizer's:
+RoBERTa has two [SEP] between two texts, `<s> title </s></s> body </s>`. Batches
+are assembled as a whole from the tables of a corpus.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,16 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 Tokenizer = tokenizer_lib.Tokenizer
 
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
-NULL_TYPES = (0, 0, 1)  # The segments of `null_document`.
 
 
-def null_document(tokenizer: Tokenizer) -> tuple[int, int, int]:
+def null_document(tokenizer: Tokenizer) -> tuple[int, ...]:
   """Returns the ids of the null document, `[CLS] [SEP] [SEP]`."""
-  return tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
+  return tokenizer.cls_id, *tokenizer.between, tokenizer.sep_id
+
+
+def null_types(ids: Sequence[int]) -> tuple[int, ...]:
+  """Returns the segments of `null_document`."""
+  return (*(0 for _ in ids[1:]), 1)
 
 
 def query(
@@ -38,7 +43,8 @@ def document(
     tokenizer: Tokenizer,
 ) -> tuple[list[int], list[int]]:
   """Returns `[CLS] title [SEP]` and `body [SEP]`; the title has priority."""
-  first = [tokenizer.cls_id, *title[: length - 3], tokenizer.sep_id]
+  between, specials = tokenizer.between, tokenizer.num_specials
+  first = [tokenizer.cls_id, *title[: length - specials], *between]
   return first, [*body[: length - 1 - len(first)], tokenizer.sep_id]
 
 
@@ -73,6 +79,7 @@ def passage_table(
       offsets=np.cumsum([0, *map(len, pieces)]),
       title_lengths=np.array([len(title) for title in titles], np.int32),
       articles=np.arange(len(pieces), dtype=np.int32),
+      num_specials=tokenizer.num_specials,
   )
 
 
@@ -99,6 +106,7 @@ def assemble_queries(
       length,
       first_segment=3,
       shape=rows.shape,
+      pad_id=tokenizer.pad_id,
   )
   return ids, np.minimum(pieces.lengths + 2, length).astype(np.int32)
 
@@ -123,11 +131,13 @@ def assemble_documents(
     ids and types (segment 0 up to the first [SEP], then 1), int32 [..., S].
   """
   title, body = _title_and_body(passages, rows.reshape(-1), cut)
+  first: list[_Pieces | int] = [tokenizer.cls_id, title, *tokenizer.between]
   return _join(
-      [tokenizer.cls_id, title, tokenizer.sep_id, body, tokenizer.sep_id],
+      [*first, body, tokenizer.sep_id],
       length,
-      first_segment=3,
+      first_segment=len(first),
       shape=rows.shape,
+      pad_id=tokenizer.pad_id,
   )
 
 
@@ -162,12 +172,15 @@ def assemble_joint(
       np.repeat(query_lengths, rows.shape[1]),
   )
   title, body = _title_and_body(passages, rows.reshape(-1), None)
+  # The query brings the first [SEP] between the two texts.
+  first: list[_Pieces | int] = [queries, *tokenizer.between[1:]]
   before: list[_Pieces | int] = [title, tokenizer.sep_id] if titles else []
   return _join(
-      [queries, *before, body, tokenizer.sep_id],
+      [*first, *before, body, tokenizer.sep_id],
       length,
-      first_segment=1,
+      first_segment=len(first),
       shape=rows.shape,
+      pad_id=tokenizer.pad_id,
   )
 
 
@@ -176,6 +189,7 @@ def body_bounds(
     rows: np.ndarray,
     query_lengths: np.ndarray,
     length: int,
+    tokenizer: Tokenizer,
     titles: bool = False,
 ) -> np.ndarray:
   """Returns the half-open range of the body in `assemble_joint`.
@@ -184,6 +198,7 @@ def body_bounds(
   """
   title, body = _title_and_body(passages, rows.reshape(-1), None)
   starts = np.repeat(query_lengths, rows.shape[1]).astype(np.int64)
+  starts += len(tokenizer.between) - 1
   if titles:
     starts = starts + np.minimum(title.lengths, length - 2 - starts) + 1
   limits = np.minimum(starts + body.lengths, length - 1)
@@ -228,6 +243,7 @@ def _join(
     length: int,
     first_segment: int,
     shape: tuple[int, ...],
+    pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Concatenates ranges of wordpieces and single ids in each row.
 
@@ -236,7 +252,7 @@ def _join(
   """
   num_rows = next(len(p.lengths) for p in parts if isinstance(p, _Pieces))
   column = np.arange(length)[None]
-  ids = np.zeros((num_rows, length), np.int32)
+  ids = np.full((num_rows, length), pad_id, np.int32)
   types = np.zeros((num_rows, length), np.int32)
   filled = np.zeros(num_rows, np.int64)
   for i, part in enumerate(parts):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from realm_jax import config as config_lib
 from realm_jax.models import bert
 from realm_jax.models import dropout
+from realm_jax.models import encoders
 
 # Prefix of the names of parameters that only queries pass through.
 QUERY_PREFIX = 'query_'
@@ -34,7 +35,7 @@ class PooledBert(nnx.Module):
   """BERT's [CLS] through the tanh pooler."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    self.bert = bert.Bert(config, rngs=rngs)
+    self.bert = encoders.make(config, rngs=rngs)
     self.pooler = bert.linear(config, config.width, config.width, rngs)
 
   def __call__(

@@ -13,6 +13,7 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.models import bert
 from realm_jax.models import dropout
+from realm_jax.models import encoders
 
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -29,7 +30,7 @@ class SpanReader(nnx.Module):
   """Scores each span by an MLP over its first and last wordpiece."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    self.bert = bert.Bert(config, rngs=rngs)
+    self.bert = encoders.make(config, rngs=rngs)
     # Projections of start and end in one matmul; the MLP sees their sum.
     self.intermediate = bert.linear(
         config, config.width, 2 * config.span_width, rngs

@@ -98,7 +98,8 @@ def of_corpus(
   size = None
   if config.corpus:
     corpus = corpus_lib.Corpus.open(config.corpus)
-    config.model.vocab_size = corpus.tokenizer.vocab_size
+    config.model.vocab_size = 0
+    corpus.tokenizer.complete(config.model)
     lengths = np.minimum(corpus.passages.lengths, config.lengths.document)
     if passages is None:  # Otherwise it stands for a larger, similar corpus.
       passages = len(lengths)

@@ -190,6 +190,12 @@ class MaskedSentences(Sentences):
     self._mask = extension.load(
         'config.masking', config.masking, masking.MASKS
     )
+    if corpus.tokenizer.mask_id < 0:
+      raise ValueError(
+          f'The tokenizer of the corpus {corpus.directory} has no mask token,'
+          f' and {config.objective} masks words. It serves `ict` and `open_qa`;'
+          ' prepare the corpus with another --vocab.'
+      )
     # A span is used only if every wordpiece of it can be predicted: nothing is
     # masked without being a target.
     spans = np.asarray(self.table.spans)

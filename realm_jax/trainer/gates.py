@@ -374,11 +374,11 @@ class Gates:
 
   def _null(self, params: components_lib.Params) -> np.ndarray:
     """Returns the embedding of the null document, [E]."""
-    ids_11S = np.array([[inputs.null_document(self._corpus.tokenizer)]])
+    ids = inputs.null_document(self._corpus.tokenizer)
     arrays = mesh_lib.put_whole(
         self._mesh,
-        ids_11S.astype(np.int32),
-        np.array([[inputs.NULL_TYPES]], np.int32),
+        np.array([[ids]], np.int32),
+        np.array([[inputs.null_types(ids)]], np.int32),
     )
     return distributed.fetch(self._embedder.documents(params, *arrays))[0, 0]
 

@@ -112,10 +112,10 @@ def test_retrieval_is_measured_on_the_index_in_use(
   found = gates.measure(params, 0, refresher)
   embedder = job.components['embedder'].module(params['embedder'])
   query_emb_BE = np.asarray(embedder.embed_query(gates._at_home.query_ids_BQ))
+  null = inputs.null_document(lives.tokenizer)
   null_E = np.asarray(
       embedder.embed_document(
-          np.array([inputs.null_document(lives.tokenizer)]),
-          np.array([inputs.NULL_TYPES]),
+          np.array([null]), np.array([inputs.null_types(null)])
       )
   )[0]
   recall, in_candidates, null_share = [], [], []

@@ -288,7 +288,7 @@ def candidate_scores(
     query_ids_BQ: jax.Array,
     doc_ids_BJS: jax.Array,
     doc_types_BJS: jax.Array,
-    null_ids: tuple[int, int, int] | None,
+    null_ids: tuple[int, ...] | None,
     noise: dropout.Noise | None = None,
 ) -> jax.Array:
   """Scores the null document and the retrieved ones.
@@ -316,7 +316,7 @@ def candidate_scores(
     return jnp.pad(real_BJ, ((0, 0), (1, 0)), constant_values=_NEVER)
   null_emb_1E = embedder.embed_document(
       jnp.asarray(np.array([null_ids], np.int32)),
-      jnp.asarray(np.array([inputs.NULL_TYPES], np.int32)),
+      jnp.asarray(np.array([inputs.null_types(null_ids)], np.int32)),
   )
   null_B1 = jnp.einsum('BE,XE->BX', query_emb_BE, null_emb_1E)
   return jnp.concatenate([null_B1, real_BJ], axis=1)
