@@ -15,6 +15,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import entities
+from realm_jax.interop import encoder_names
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import weights
@@ -77,11 +78,12 @@ def components_in(
   Raises:
     ValueError: it is neither BERT nor REALM.
   """
-  names = huggingface_names.modern_names(tensors)
+  encoder = huggingface_config.encoder_of(values or {})
+  names = huggingface_names.modern_names(tensors, encoder)
   kind, prefix = huggingface_names.kind_of(names, body)
   tagger = (
       kind == 'bert'
-      and huggingface_names.tagging_head(names, prefix) is not None
+      and huggingface_names.tagging_head(names, prefix, encoder) is not None
       and huggingface_config.tags(values or {}) is not None
   )
   return {
@@ -120,10 +122,8 @@ def load(
       does not fit the vocabulary.
   """
   config = huggingface_config.model_config(values)
-  named = {
-      modern: tensors[name]
-      for modern, name in huggingface_names.modern_names(tensors).items()
-  }
+  modern = huggingface_names.modern_names(tensors, config.encoder)
+  named = {name: tensors[theirs] for name, theirs in modern.items()}
   kind, prefix = huggingface_names.kind_of(named, body)
   if kind == 'scorer' and _differ(named):
     config.towers = 'separate'
@@ -337,14 +337,15 @@ def _check(
           + _BLOCK_EMB
       )
   if problems:
-    problems = list(dict.fromkeys(problems))  # BERT's entries appear twice.
+    found = dict.fromkeys(problems)  # BERT's entries appear twice.
+    problems = [encoder_names.spelled(p, config.encoder) for p in found]
     more = len(problems) - _MAX_LISTED
     mend = 'Give config.json and weights of one model.'
     if any(map(_ADAPTER.search, named)):
       mend = 'Merge the adapter into the weights (peft: merge_and_unload).'
     raise ValueError(
         'The checkpoint does not fit its config.json as a'
-        f' {huggingface_names.KINDS[kind]}:\n  '
+        f' {huggingface_names.class_of(kind, config)}:\n  '
         + '\n  '.join(problems[:_MAX_LISTED])
         + (f'\n  and {more} more' if more > 0 else '')
         + f'\n{mend}'
@@ -442,7 +443,7 @@ def tensors_of(
     found[name] = tensor
   for name, target in layout.copies.items():
     found[name] = found[target]
-  return found
+  return encoder_names.foreign(found, config.encoder)
 
 
 def tower_tensors(

@@ -203,6 +203,11 @@ def _tower(
 ) -> None:
   """Writes BERT, [CLS], tanh pooler, projection and LayerNorm as modules."""
   config = model.trained.config.model
+  if config.encoder != 'bert':
+    raise ValueError(
+        f'{model.trained.workdir} has the encoder {config.encoder!r}; as'
+        ' sentence-transformers only BERT can be exported.'
+    )
   params = {k: np.asarray(v) for k, v in model.params['embedder'].items()}
   values = huggingface_config.foreign_config('bert', config)
   _json(folder / 'config.json', values | {'architectures': ['BertModel']})

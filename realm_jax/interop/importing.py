@@ -90,6 +90,7 @@ class Source:
           vocab_size=size,
           body=self.body,
       )
+      huggingface_config.set_pad_id(loaded.config, self.tokenizer.pad_id)
     if loaded.rows_cut:
       log.info(
           '%s: the last %d of %d rows of the word embeddings are padding, and'
