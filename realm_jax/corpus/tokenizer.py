@@ -2,9 +2,8 @@
 
 The `tokenizers` library does the work. This module adds checks of the
 vocabulary, a digest, reproducible training, byte offsets, and a cache of words.
-A vocabulary is that of BERT's WordPiece; `pretrained_tokenizer` reads the
-tokenizers of other programs, which may be BPE or Unigram. "Wordpieces" are the
-pieces of any of them.
+`pretrained_tokenizer` reads the tokenizers of other programs, WordPiece, BPE or
+Unigram; "wordpieces" are the pieces of any.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -121,11 +120,12 @@ class Tokenizer:
     )
     self.between = [self.sep_id] * (1 if rules is None else rules.separators)
     self.is_wordpiece = rules is None or rules.is_wordpiece
-    self._prefix = None
-    if rules is None or rules.is_wordpiece:
+    self._prefix: str | None = None
+    self._decoder: decoders.Decoder
+    if self.is_wordpiece:
       self._prefix = backend.model.continuing_subword_prefix
       self._decoder = decoders.WordPiece(self._prefix)
-    else:
+    elif rules is not None:
       self._decoder = rules.text_decoder()
     self.divides_at_spaces = rules is None or rules.divide_at_spaces
 
@@ -236,7 +236,7 @@ class Tokenizer:
     return cls(vocabulary.learn(texts, vocab_size, lowercase), lowercase)
 
   def complete(self, model: config_lib.ModelConfig) -> None:
-    """Sets the fields of a model's config that the tokenizer decides."""
+    """Sets what the tokenizer decides."""
     model.vocab_size = model.vocab_size or self.vocab_size
     model.pad_id = self.pad_id
 
@@ -322,7 +322,10 @@ class Tokenizer:
     """The text of each wordpiece; of WordPiece, as the vocabulary has it."""
     if self.is_wordpiece:
       return self.vocab
-    return pieces_lib.texts(self._decoder, self.vocab)
+    special = {*self._specials.values()}
+    return pieces_lib.texts(
+        self._decoder, ['' if p in special else p for p in self.vocab]
+    )
 
   @functools.cached_property
   def starts_word(self) -> Callable[[np.ndarray], np.ndarray]:
@@ -338,9 +341,8 @@ class Tokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     """Returns readable text, without [PAD], [CLS] and [SEP]."""
     dropped = {self.pad_id, self.cls_id, self.sep_id}
-    text = self._decoder.decode(
-        [self.vocab[i] for i in ids if i not in dropped]
-    )
+    pieces = [self.vocab[i] for i in ids if i not in dropped]
+    text = self._decoder.decode(pieces)
     return text if self.is_wordpiece else text.strip()
 
   def save(

@@ -200,7 +200,9 @@ def as_bert(name: str, encoder: str) -> str:
 
 def spelled(text: str, encoder: str) -> str:
   """Returns a text in which names of `as_bert` are those of the encoder."""
-  for theirs, ours in reversed(NAMES[encoder].renamed.items()):
+  names = NAMES[encoder].renamed
+  for theirs in sorted(names, key=lambda name: -len(names[name])):
+    ours = names[theirs]
     text = _replace(text, ours, theirs)
   return text
 

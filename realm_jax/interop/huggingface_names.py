@@ -428,11 +428,12 @@ def class_of(kind: str, config: config_lib.ModelConfig) -> str:
     ValueError: the encoder has no such class.
   """
   names = encoder_names.NAMES.get(config.encoder)
-  found = KINDS[kind]
-  if names is None or names.model_types[0] != 'bert':
-    own = names and {'bert': names.masked_lm, 'tagger': names.tagger}
-    found = own.get(kind) if own else None
-  if not found:
+  found: str | None = None
+  if names is not None:
+    found = {'bert': names.masked_lm, 'tagger': names.tagger}.get(kind)
+    if 'realm' in names.model_types:
+      found = KINDS[kind]
+  if found is None:
     raise ValueError(
         f'transformers has no {kind!r} ({KINDS[kind]}) with the encoder'
         f' {config.encoder!r}.'

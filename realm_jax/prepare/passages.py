@@ -272,6 +272,8 @@ class Packer:
       names = salient_spans_lib.document_names(record.text)
     num_outside = len(record.spans or ()) if method == 'records' else 0
     for sentence in text.sentences:
+      if not self._tokenizer.is_wordpiece:
+        sentence = text.without_last_blanks(sentence)
       start, limit, byte_start, byte_limit = sentence
       counts['sentences'] += 1
       passage, base = -1, 0

@@ -119,6 +119,12 @@ class Text:
         if a < b  # Others have nothing but blanks.
     ]
 
+  def without_last_blanks(self, sentence: Range) -> Range:
+    """Returns a sentence without pieces of blanks behind its text."""
+    inside = sentence.start, sentence.limit
+    end = bisect.bisect_left(self.starts_list, sentence.byte_limit, *inside)
+    return sentence._replace(limit=end)
+
   def pieces_of(
       self, a: int, b: int, sentence: Range, whole: bool
   ) -> tuple[int, int]:

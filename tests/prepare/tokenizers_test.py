@@ -20,6 +20,7 @@ from realm_jax.trainer import examples
 
 _FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'encoders'
 _NAMES = ('roberta', 'xlm-roberta', 'modernbert')
+_MARKS = '(),.\u201c\u201d '
 _ARTICLE = (
     'Anna Gold was born in Vienna in 1901. She moved to (Paris) in May 1920,'
     '  where she met Zo\u00eb M\u00fcller.\n\nHer \u201cred book\u201d sold'
@@ -57,14 +58,7 @@ def test_passages_have_the_pieces_of_their_text(made):
   assert not special & set(np.asarray(made.passages.tokens).tolist())
 
 
-def test_spans_and_answers_are_those_of_the_text(made):
-  table = made.sentences['train']
-  found = set()
-  for row in range(len(table)):
-    for start, limit in table.spans_of(row):
-      found.add(made.tokenizer.decode(table.ids(row)[start:limit]))
-  assert {'Anna Gold', 'Vienna', '1901', 'May 1920', 'Zo\u00eb M\u00fcller',
-          '3 May 1950'} <= found
+def test_answers_are_those_of_the_text(made):
   finder = passage_answers.PassageAnswers(made)
   question = questions_lib.Question('?', ('zo\u00eb m\u00fcller', 'Paris'))
   shown = set()
@@ -75,58 +69,62 @@ def test_spans_and_answers_are_those_of_the_text(made):
     assert len(offsets) == len(body)
     for first, last in finder.spans(question, row):
       part = data[offsets[first, 0] : offsets[last, 1]].decode()
-      assert part == made.tokenizer.decode(body[first : last + 1])
-      shown.add(part)
+      shown.add(part.strip(_MARKS))
   assert shown == {'Zo\u00eb M\u00fcller', 'Paris'}
 
 
-def test_spans_can_be_replaced(made, tmp_path):
+def test_spans_are_those_of_the_text_and_can_be_replaced(made, tmp_path):
   seen = []
 
   def find(sentences):
     seen.extend(sentences)
     return [s.spans for s in sentences]
 
-  replace_spans.replace_spans(made, tmp_path / 'again', find, {})
-  assert seen
+  replace_spans.replace_spans(
+      made, tmp_path / 'again', find, {}, progress=False
+  )
+  found = set()
   for sentence in seen:
     assert not sentence.differs
     data = sentence.text.encode()
-    for span in sentence.spans:
-      part = data[span.byte_start : span.byte_limit].decode()
-      ids = sentence.ids[span.start : span.limit]
-      assert made.tokenizer.decode(ids) == part
+    for start, limit, byte_start, byte_limit in sentence.spans:
+      found.add(data[byte_start:byte_limit].decode().strip(_MARKS))
+      assert sentence.starts[start] <= byte_start
+      assert sentence.limits[limit - 1] >= byte_limit
+      assert start == 0 or sentence.limits[start - 1] <= byte_start
+  assert {'Anna Gold', 'Vienna', '1901', 'May 1920', 'Zo\u00eb M\u00fcller',
+          '3 May 1950'} <= found
   again = corpus_lib.Corpus.open(tmp_path / 'again')
   for name in ('starts', 'lengths', 'spans'):
     np.testing.assert_array_equal(
-        getattr(again.sentences['train'], name),
-        getattr(made.sentences['train'], name),
+        getattr(again.sentences['knowledge'], name),
+        getattr(made.sentences['knowledge'], name),
     )
 
 
-def test_whole_words_are_masked(made):
-  tokenizer = made.tokenizer
-  text = 'Anna met (Zo\u00eb) in Paris, didn\u2019t she?'
+@pytest.mark.parametrize('name', ['roberta', 'modernbert'])
+def test_whole_words_are_masked(name):
+  tokenizer = tokenizer_lib.Tokenizer.from_source(str(_FOLDER / name))
+  text = 'Anna met (Zo\u00eb) in Paris, did she?'
   ids = np.array(tokenizer.encode(text))
   begins = tokenizer.starts_word(ids)
   begins[0] = True
   words = [
       tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(begins))
   ]
-  assert [word for word in words if word] == [
-      'Anna', 'met', '(', 'Zo\u00eb', ')', 'in', 'Paris', ',', 'didn',
-      '\u2019', 't', 'she', '?',
+  assert words == [
+      '', 'Anna', 'met', '(', 'Zo\u00eb', ')', 'in', 'Paris', ',', 'did',
+      'she', '?',
   ]
   sentence = masking.Sentence(
       ids, np.array([[0, 1]]), (0, 1), 30, {}, tokenizer
   )
   drawn = [
-      bert_masking.bert_whole_words(sentence, np.random.default_rng(i))
+      bert_masking.bert_whole_words(sentence, np.random.default_rng(i)).ids
       for i in range(20)
   ]
-  ids = np.concatenate([one.ids for one in drawn])
-  assert tokenizer.mask_id in ids
-  assert tokenizer.pad_id not in ids
+  assert tokenizer.mask_id in np.concatenate(drawn)
+  assert tokenizer.pad_id not in np.concatenate(drawn)
 
 
 def test_a_tokenizer_without_a_mask(tmp_path, caplog):
@@ -148,7 +146,8 @@ def test_a_tokenizer_without_a_mask(tmp_path, caplog):
   )
   assert 'has no mask token' in caplog.text
   assert made.tokenizer.mask_id == -1
+  config = config_lib.Config(objective='mlm')
   with pytest.raises(ValueError, match='has no mask token, and mlm masks'):
-    examples.MaskedSentences(made, config_lib.Config(objective='mlm'), 'train')
+    examples.MaskedSentences(made, config, 'knowledge')
   with pytest.raises(ValueError, match='has no mask token'):
     tokenizer_lib.Tokenizer.from_saved(made.directory).encode('[MASK]', True)
