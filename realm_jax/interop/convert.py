@@ -72,20 +72,19 @@ def components_in(
 
   Args:
     tensors: by name.
-    values: its config.json, which tells whether a classifier is a tagger's.
+    values: its config.json: the encoder, and whether it is a tagger.
     body: see `huggingface_names.kind_of`.
 
   Raises:
     ValueError: it is neither BERT nor REALM.
   """
-  encoder = huggingface_config.encoder_of(values or {})
+  values = values or {}
+  encoder = huggingface_config.encoder_of(values)
   names = huggingface_names.modern_names(tensors, encoder)
   kind, prefix = huggingface_names.kind_of(names, body)
-  tagger = (
-      kind == 'bert'
-      and huggingface_names.tagging_head(names, prefix, encoder) is not None
-      and huggingface_config.tags(values or {}) is not None
-  )
+  head = huggingface_names.tagging_head(names, prefix, encoder)
+  is_tagger = huggingface_config.tags(values) is not None
+  tagger = kind == 'bert' and head is not None and is_tagger
   return {
       'bert': ['embedder', 'reader'] + ['tagger'] * tagger,
       'embedder': ['embedder'],

@@ -112,72 +112,13 @@ def attend(
   else:
     keep_BHML = None
   mask_B1L = mask_BL[:, None]
-  return _attend(query_BMHC, key_BLHC, value_BLHC, mask_B1L, keep_BHML, rate)
-
-
-def attend_near(
-    query_BMHC: jax.Array,
-    key_BLHC: jax.Array,
-    value_BLHC: jax.Array,
-    mask_BL: jax.Array,
-    reach: int,
-    positions_BM: jax.Array | None = None,
-    rate: float = 0.0,
-    noise: dropout.Noise | None = None,
-) -> jax.Array:
-  """`attend` to keys at most `reach` positions away, by matmuls.
-
-  With queries at all of more than 4 * reach positions, blocks of `reach`
-  queries are compared with the keys of their own and of both neighbouring
-  blocks only, so time and memory are proportional to the length.
-
-  Args:
-    query_BMHC, key_BLHC, value_BLHC, mask_BL, rate, noise: as of `attend`.
-    reach: at least 1.
-    positions_BM: of the queries; None: M = L, all positions.
-  """
-  b, m, heads, width = query_BMHC.shape
-  length = key_BLHC.shape[1]
-  if positions_BM is not None or length <= 4 * reach:
-    at_BM = jnp.arange(m)[None] if positions_BM is None else positions_BM
-    distance_BML = jnp.abs(at_BM[..., None] - jnp.arange(length))
-    near_BML = (distance_BML <= reach) & mask_BL[:, None]
-    keep_BHML = None
-    if noise is not None and rate > 0:
-      keep_BHML = dropout.keep(noise, (b, heads, m, length), rate)
-    return _attend(query_BMHC, key_BLHC, value_BLHC, near_BML, keep_BHML, rate)
-  count = -(-length // reach)
-
-  def blocks(x: jax.Array, neighbours: bool) -> jax.Array:
-    before = reach if neighbours else 0
-    after = count * reach - length + before
-    x = jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
-    parts = x.reshape(b, -1, reach, *x.shape[2:])
-    if neighbours:
-      parts = jnp.concatenate(
-          [parts[:, i : i + count] for i in range(3)], axis=2
-      )
-    return parts.reshape(b * count, *parts.shape[2:])
-
-  distance_ML = jnp.arange(reach)[:, None] - jnp.arange(3 * reach) + reach
-  near_BML = (jnp.abs(distance_ML) <= reach) & blocks(mask_BL, True)[:, None]
-  keep_BHML = None
-  if noise is not None and rate > 0:
-    shape = (b, count, heads, reach, 3 * reach)
-    keep_BHML = dropout.keep(noise, shape, rate).reshape(-1, *shape[2:])
-  mixed = _attend(
-      blocks(query_BMHC, False),
-      blocks(key_BLHC, True),
-      blocks(value_BLHC, True),
-      near_BML,
-      keep_BHML,
-      rate,
+  return attend_where(
+      query_BMHC, key_BLHC, value_BLHC, mask_B1L, keep_BHML, rate
   )
-  return mixed.reshape(b, -1, heads, width)[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(
+def attend_where(
     query_BMHC: jax.Array,
     key_BLHC: jax.Array,
     value_BLHC: jax.Array,
@@ -236,7 +177,7 @@ def _attend_backward(
   )
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend_where.defvjp(_attend_forward, _attend_backward)
 
 
 def _einsum(shapes: str, a: jax.Array, b: jax.Array) -> jax.Array:

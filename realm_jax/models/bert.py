@@ -34,52 +34,8 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   return functools.partial(jax.nn.gelu, approximate=name == 'gelu_new')
 
 
-def linear(
-    config: config_lib.ModelConfig,
-    inputs: int,
-    outputs: int,
-    rngs: nnx.Rngs,
-    result: str | None = None,
-    *,
-    bias: bool = True,
-    stddev: float | None = None,
-) -> nnx.Linear:
-  """Returns a dense layer with BERT's initialisation.
-
-  It computes in compute_dtype; `result` is the dtype of its output, if another.
-  `stddev` replaces that of the config.
-  """
-  return nnx.Linear(
-      inputs,
-      outputs,
-      use_bias=bias,
-      kernel_init=nnx.initializers.truncated_normal(
-          config.init_stddev if stddev is None else stddev
-      ),
-      dtype=jnp.dtype(config.compute_dtype),
-      preferred_element_type=result,
-      rngs=rngs,
-  )
-
-
-def layer_norm(
-    config: config_lib.ModelConfig,
-    width: int,
-    rngs: nnx.Rngs,
-    scale_init: float = 1.0,
-    *,
-    bias: bool = True,
-) -> nnx.LayerNorm:
-  """Returns a LayerNorm in float32, with two-pass variance as in BERT."""
-  return nnx.LayerNorm(
-      width,
-      use_bias=bias,
-      epsilon=config.layer_norm_eps,
-      use_fast_variance=False,
-      scale_init=nnx.initializers.constant(scale_init),
-      dtype=jnp.float32,
-      rngs=rngs,
-  )
+# For the heads, too.
+linear, layer_norm = encoders.linear, encoders.layer_norm
 
 
 class Layer(nnx.Module):
@@ -155,28 +111,16 @@ class Layer(nnx.Module):
     return output.reshape(b, m, d)
 
 
-def embed(
-    config: config_lib.ModelConfig, rows: int, rngs: nnx.Rngs
-) -> nnx.Embed:
-  """Returns a table of embeddings with BERT's initialisation."""
-  return nnx.Embed(
-      rows,
-      config.width,
-      embedding_init=nnx.initializers.truncated_normal(config.init_stddev),
-      rngs=rngs,
-  )
-
-
 class Bert(encoders.Encoder):
   """Embeddings and layers, without a head."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.first_position = self.unused_positions(config)
-    self.word_embed = embed(config, config.vocab_size, rngs)
-    self.position_embed = embed(
+    self.word_embed = encoders.embed(config, config.vocab_size, rngs)
+    self.position_embed = encoders.embed(
         config, self.first_position + config.max_positions, rngs
     )
-    self.type_embed = embed(config, 2 if self.segments else 1, rngs)
+    self.type_embed = encoders.embed(config, 2 if self.segments else 1, rngs)
     self.embed_norm = layer_norm(config, config.width, rngs)
     self.layers = nnx.List(
         [Layer(config, rngs=rngs) for _ in range(config.num_layers)]

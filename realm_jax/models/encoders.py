@@ -1,4 +1,4 @@
-"""What an encoder is, and how the one of a config is loaded.
+"""What an encoder is, how that of a config is loaded, and common layers.
 
 `config.ENCODERS` has the built-in ones. The networks hold their encoder as the
 attribute `bert`, whatever its class, so that all parameters are named alike.
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from realm_jax import config as config_lib
 from realm_jax.models import dropout
@@ -111,3 +112,63 @@ def load(config: config_lib.ModelConfig) -> type[Encoder]:
 def make(config: config_lib.ModelConfig, *, rngs: nnx.Rngs) -> Encoder:
   """Makes the encoder of a resolved config."""
   return load(config)(config, rngs=rngs)
+
+
+def linear(
+    config: config_lib.ModelConfig,
+    inputs: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    result: str | None = None,
+    *,
+    bias: bool = True,
+    stddev: float | None = None,
+) -> nnx.Linear:
+  """Returns a dense layer with BERT's initialisation.
+
+  It computes in compute_dtype; `result` is the dtype of its output, if another.
+  `stddev` replaces that of the config.
+  """
+  return nnx.Linear(
+      inputs,
+      outputs,
+      use_bias=bias,
+      kernel_init=nnx.initializers.truncated_normal(
+          config.init_stddev if stddev is None else stddev
+      ),
+      dtype=jnp.dtype(config.compute_dtype),
+      preferred_element_type=result,
+      rngs=rngs,
+  )
+
+
+def layer_norm(
+    config: config_lib.ModelConfig,
+    width: int,
+    rngs: nnx.Rngs,
+    scale_init: float = 1.0,
+    *,
+    bias: bool = True,
+) -> nnx.LayerNorm:
+  """Returns a LayerNorm in float32, with two-pass variance as in BERT."""
+  return nnx.LayerNorm(
+      width,
+      use_bias=bias,
+      epsilon=config.layer_norm_eps,
+      use_fast_variance=False,
+      scale_init=nnx.initializers.constant(scale_init),
+      dtype=jnp.float32,
+      rngs=rngs,
+  )
+
+
+def embed(
+    config: config_lib.ModelConfig, rows: int, rngs: nnx.Rngs
+) -> nnx.Embed:
+  """Returns a table of embeddings with BERT's initialisation."""
+  return nnx.Embed(
+      rows,
+      config.width,
+      embedding_init=nnx.initializers.truncated_normal(config.init_stddev),
+      rngs=rngs,
+  )

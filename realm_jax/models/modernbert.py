@@ -29,17 +29,17 @@ class Layer(nnx.Module):
     settings = ModernBert.settings(config)
     # The first layer reads the LayerNorm of the embeddings.
     if number:
-      self.attention_norm = bert.layer_norm(config, d, rngs, bias=False)
-    self.qkv = bert.linear(config, d, 3 * d, rngs, bias=False)
-    self.attention_output = bert.linear(
+      self.attention_norm = encoders.layer_norm(config, d, rngs, bias=False)
+    self.qkv = encoders.linear(config, d, 3 * d, rngs, bias=False)
+    self.attention_output = encoders.linear(
         config, d, d, rngs, bias=False, stddev=stddev
     )
-    self.mlp_norm = bert.layer_norm(config, d, rngs, bias=False)
+    self.mlp_norm = encoders.layer_norm(config, d, rngs, bias=False)
     # The MLP's activations, then their gates.
-    self.mlp_in = bert.linear(
+    self.mlp_in = encoders.linear(
         config, d, 2 * config.mlp_width, rngs, bias=False
     )
-    self.mlp_out = bert.linear(
+    self.mlp_out = encoders.linear(
         config, config.mlp_width, d, rngs, bias=False, stddev=stddev
     )
     is_global = _is_global(settings, number)
@@ -90,7 +90,7 @@ class Layer(nnx.Module):
           noise,
       )
     else:
-      mixed_BMHC = attention.attend_near(
+      mixed_BMHC = attend_near(
           query_BMHC,
           key_BLHC,
           value_BLHC,
@@ -126,12 +126,13 @@ class ModernBert(encoders.Encoder):
   }
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    self.word_embed = bert.embed(config, config.vocab_size, rngs)
-    self.embed_norm = bert.layer_norm(config, config.width, rngs, bias=False)
+    d = config.width
+    self.word_embed = encoders.embed(config, config.vocab_size, rngs)
+    self.embed_norm = encoders.layer_norm(config, d, rngs, bias=False)
     self.layers = nnx.List(
         [Layer(config, i, rngs=rngs) for i in range(config.num_layers)]
     )
-    self.final_norm = bert.layer_norm(config, config.width, rngs, bias=False)
+    self.final_norm = encoders.layer_norm(config, d, rngs, bias=False)
     self.pad_id = config.pad_id
     self.rate = config.dropout
     self.remat = config.remat
@@ -187,6 +188,69 @@ class ModernBert(encoders.Encoder):
     model = config_lib.resolve(config_lib.Config(model=config)).model
     if model.num_heads and model.width // model.num_heads % 2:
       yield 'model.num_heads', 'rotary positions need heads of an even width'
+
+
+def attend_near(
+    query_BMHC: jax.Array,
+    key_BLHC: jax.Array,
+    value_BLHC: jax.Array,
+    mask_BL: jax.Array,
+    reach: int,
+    positions_BM: jax.Array | None = None,
+    rate: float = 0.0,
+    noise: dropout.Noise | None = None,
+) -> jax.Array:
+  """`attention.attend` to keys at most `reach` positions away, by matmuls.
+
+  With queries at all of more than 4 * reach positions, blocks of `reach`
+  queries are compared with the keys of their own and of both neighbouring
+  blocks only, so time and memory are proportional to the length.
+
+  Args:
+    query_BMHC, key_BLHC, value_BLHC, mask_BL, rate, noise: as of `attend`.
+    reach: at least 1.
+    positions_BM: of the queries; None: M = L, all positions.
+  """
+  b, m, heads, width = query_BMHC.shape
+  length = key_BLHC.shape[1]
+  if positions_BM is not None or length <= 4 * reach:
+    at_BM = jnp.arange(m)[None] if positions_BM is None else positions_BM
+    distance_BML = jnp.abs(at_BM[..., None] - jnp.arange(length))
+    near_BML = (distance_BML <= reach) & mask_BL[:, None]
+    keep_BHML = None
+    if noise is not None and rate > 0:
+      keep_BHML = dropout.keep(noise, (b, heads, m, length), rate)
+    return attention.attend_where(
+        query_BMHC, key_BLHC, value_BLHC, near_BML, keep_BHML, rate
+    )
+  count = -(-length // reach)
+
+  def blocks(x: jax.Array, neighbours: bool) -> jax.Array:
+    before = reach if neighbours else 0
+    after = count * reach - length + before
+    x = jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
+    parts = x.reshape(b, -1, reach, *x.shape[2:])
+    if neighbours:
+      parts = jnp.concatenate(
+          [parts[:, i : i + count] for i in range(3)], axis=2
+      )
+    return parts.reshape(b * count, *parts.shape[2:])
+
+  distance_ML = jnp.arange(reach)[:, None] - jnp.arange(3 * reach) + reach
+  near_BML = (jnp.abs(distance_ML) <= reach) & blocks(mask_BL, True)[:, None]
+  keep_BHML = None
+  if noise is not None and rate > 0:
+    shape = (b, count, heads, reach, 3 * reach)
+    keep_BHML = dropout.keep(noise, shape, rate).reshape(-1, *shape[2:])
+  mixed = attention.attend_where(
+      blocks(query_BMHC, False),
+      blocks(key_BLHC, True),
+      blocks(value_BLHC, True),
+      near_BML,
+      keep_BHML,
+      rate,
+  )
+  return mixed.reshape(b, -1, heads, width)[:, :length]
 
 
 def rotate(

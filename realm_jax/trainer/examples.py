@@ -192,9 +192,8 @@ class MaskedSentences(Sentences):
     )
     if corpus.tokenizer.mask_id < 0:
       raise ValueError(
-          f'The tokenizer of the corpus {corpus.directory} has no mask token,'
-          f' and {config.objective} masks words. It serves `ict` and `open_qa`;'
-          ' prepare the corpus with another --vocab.'
+          f'The tokenizer of {corpus.directory} has no mask token, as'
+          f' {config.objective} needs; the corpus serves `ict` and `open_qa`.'
       )
     # A span is used only if every wordpiece of it can be predicted: nothing is
     # masked without being a target.

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.models import attention
 from realm_jax.models import components
 from realm_jax.models import encoders
 from realm_jax.models import flops
+from realm_jax.models import modernbert
 from realm_jax.trainer import stages
 
 
@@ -28,7 +28,7 @@ def test_blocks_of_a_window_are_the_window():
   everywhere = np.broadcast_to(np.arange(23), (2, 23))
 
   def attend(positions, *arrays):
-    mixed = attention.attend_near(*arrays, mask_BL, 3, positions)
+    mixed = modernbert.attend_near(*arrays, mask_BL, 3, positions)
     return jnp.where(mask_BL[:, :, None, None], mixed, 0)
 
   blocks, dense = (

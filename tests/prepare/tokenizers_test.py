@@ -147,7 +147,7 @@ def test_a_tokenizer_without_a_mask(tmp_path, caplog):
   assert 'has no mask token' in caplog.text
   assert made.tokenizer.mask_id == -1
   config = config_lib.Config(objective='mlm')
-  with pytest.raises(ValueError, match='has no mask token, and mlm masks'):
+  with pytest.raises(ValueError, match='has no mask token, as mlm needs'):
     examples.MaskedSentences(made, config, 'knowledge')
   with pytest.raises(ValueError, match='has no mask token'):
     tokenizer_lib.Tokenizer.from_saved(made.directory).encode('[MASK]', True)
