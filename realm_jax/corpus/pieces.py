@@ -37,7 +37,10 @@ class WordStarts:
 
   def __init__(self, piece_texts: Sequence[str]):
     self._begins = np.array([_begins(text) for text in piece_texts], bool)
-    self._ends = np.array([_is_mark(text[-1:]) for text in piece_texts], bool)
+    # A blank belongs to the word behind it, as a piece of its own, too.
+    self._ends = np.array(
+        [_is_mark(t[-1:]) and not t[-1:].isspace() for t in piece_texts], bool
+    )
 
   def __call__(self, ids: np.ndarray) -> np.ndarray:
     """Returns bool [L] for the pieces of a part of a text."""
