@@ -133,18 +133,16 @@ class Rules:
     """Makes the Rust tokenizer."""
     whole = self._whole()
     model, hidden = whole['model'], set(self.specials.values())
+
+    def renamed(piece: str) -> str:
+      return _HIDDEN + piece if piece in hidden else piece
+
     if model['type'] == 'Unigram':
-      vocab = [
-          [_HIDDEN + piece if piece in hidden else piece, score]
-          for piece, score in model['vocab']
-      ]
-      whole['model'] = {**model, 'vocab': vocab}
+      scored = [[renamed(piece), score] for piece, score in model['vocab']]
+      whole['model'] = {**model, 'vocab': scored}
     elif model.get('ignore_merges'):
-      vocab = {
-          _HIDDEN + piece if piece in hidden else piece: i
-          for piece, i in model['vocab'].items()
-      }
-      whole['model'] = {**model, 'vocab': vocab}
+      ids = {renamed(piece): i for piece, i in model['vocab'].items()}
+      whole['model'] = {**model, 'vocab': ids}
     backend = tokenizers.Tokenizer.from_str(
         json.dumps(whole, ensure_ascii=False)
     )
