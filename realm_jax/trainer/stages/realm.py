@@ -112,7 +112,7 @@ class Realm(stages.Stage):
       self, config: config_lib.Config, corpus: corpus_lib.Corpus | None = None
   ):
     super().__init__(config, corpus)
-    self._null_ids = _ANY_NULL
+    self._null_ids: tuple[int, ...] = _ANY_NULL
     if corpus is not None:
       self._null_ids = inputs.null_document(corpus.tokenizer)
       _check_corpus_size(config, corpus)
