@@ -168,8 +168,9 @@ def detect(text: str) -> str:
     return script
   words = regex.findall(r"[\w']+", text.lower())
   found: collections.Counter[str] = collections.Counter()
-  for word in words:
-    found.update(_LANGUAGES_OF.get(word, ()))
+  for word, count in collections.Counter(words).items():
+    for language in _LANGUAGES_OF.get(word, ()):
+      found[language] += count
   best = max(_FUNCTION_WORDS, key=lambda language: found[language])
   if found[best] < max(2, _MIN_SHARE * len(words)):
     return UNKNOWN

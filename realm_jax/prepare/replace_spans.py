@@ -18,7 +18,7 @@ import tqdm
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.prepare import languages
-from realm_jax.prepare import tfds_files
+from realm_jax.prepare import tf_example
 from realm_jax.prepare import workers as workers_lib
 from realm_jax.prepare import writer as writer_lib
 from realm_jax.runtime import files
@@ -261,7 +261,7 @@ class _SpanWriter:
             [span[:2] for found in spans for span in found], np.int32
         ).reshape(-1, 2),
     )
-    number_field, text_field = tfds_files.number_field, tfds_files.text_field
+    number_field, text_field = tf_example.number_field, tf_example.text_field
     for found, sentence, title, passage in zip(
         spans, sentences, titles, passages, strict=True
     ):
@@ -272,7 +272,7 @@ class _SpanWriter:
           + text_field('text', sentence.text)
           + text_field('title', title)
       )
-      self._records.append(split, tfds_files.example(fields))
+      self._records.append(split, tf_example.example(fields))
 
   def close(
       self, corpus: corpus_lib.Corpus, settings: dict[str, Any]
