@@ -75,12 +75,10 @@ _GPU = {
     'ict': ('batch_size=1024', 'optimizer.learning_rate=5e-4'),
     'ict_longer': ('batch_size=1024', 'optimizer.learning_rate=1.5e-4'),
     'realm': (
-        'batch_size=128', 'optimizer.learning_rate=2e-4',
-        'optimizer.retriever_learning_rate=1e-4',
-        'optimizer.retriever_delay=50', 'refresh.interval=50',
-        'refresh.lag=25',
+        'batch_size=256', 'steps=3000', 'optimizer.frozen=()',
+        'optimizer.learning_rate=5e-5',
     ),
-    'frozen': ('batch_size=128', 'optimizer.learning_rate=2e-4'),
+    'frozen': ('batch_size=256',),
     'null_reader': ('batch_size=512', 'lengths.document=8'),
 }
 _SMALL = {
@@ -181,7 +179,7 @@ def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
         f'--max_wordpieces={arguments.max_wordpieces}',
         f'--output={workdir / name}',
         # The articles whose sentences measure the reader.
-        f'--validation_fraction={0.1 if name == "corpus" else 0.01}',
+        f'--validation_fraction={0.2 if name == "corpus" else 0.01}',
     )
 
 
@@ -202,7 +200,8 @@ def _train(
   if not (arguments.workdir / corpus).is_dir():  # With --articles=0.
     corpus = 'all'
   words = [
-      'train', f'--config={_EXPERIMENT}:{stage}', f'--workdir={folder}',
+      'train', f'--config={os.path.relpath(_EXPERIMENT)}:{stage}',
+      f'--workdir={folder}',
       f'--config.corpus={arguments.workdir / corpus}',
   ]
   if parents:
