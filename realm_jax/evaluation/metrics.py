@@ -189,11 +189,8 @@ def answer_figures(
   k = trained.config.open_qa.read if k is None else k
   rows_BK = rows_BN[:, :k]
   found = model.read(table, rows_BK)
-  live = np.setdiff1d(
-      np.arange(len(trained.corpus.passages)), trained.corpus.removed
-  )
   rng = np.random.default_rng(0)
-  blind = model.read(table, rng.choice(live, rows_BK.shape))
+  blind = model.read(table, rng.choice(trained.corpus.live_rows, rows_BK.shape))
   width = trained.config.model.max_span_width
 
   def exact_match(answers: list[answering.Answer]) -> np.ndarray:

@@ -40,6 +40,7 @@ _MASKED_COLUMNS = (
     ('sentences', 'sentences'),
     ('clusters', 'clusters'),
     ('accuracy with retrieval', 'accuracy_with_retrieval'),
+    ('with random passages', 'accuracy_with_random_passages'),
     ('same reader, null document alone', 'accuracy_without_retrieval'),
     ('retrieval utility', 'retrieval_utility'),
     ('null-document share', 'null_share'),
