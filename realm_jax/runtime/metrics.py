@@ -5,6 +5,7 @@ All metrics share one flat namespace: `train/loss`, `refresh/age_steps`, ...
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -129,11 +130,14 @@ class _Logger(Protocol):
   """A place for metrics; every method may raise any error.
 
   package: the module that must be importable.
-  run: by which a later start finds the same run; None: it needs no name.
+  continues: whether a later start gets the name of the run, and sends only the
+    lines that are new.
+  run: its name.
   """
 
   package: str
-  run: str | None
+  continues: bool = True
+  run: str | None = None
 
   def __init__(
       self, workdir: pathlib.Path, step: int, run: str | None,
@@ -152,6 +156,7 @@ class _TensorBoard(_Logger):
   """Event files in `workdir`/tensorboard."""
 
   package = 'tensorboardX'
+  continues = False  # Later steps of an earlier start are void.
 
   def __init__(
       self, workdir: pathlib.Path, step: int, run: str | None,
@@ -159,7 +164,6 @@ class _TensorBoard(_Logger):
   ):
     import tensorboardX
 
-    self.run = None
     self._board = tensorboardX.SummaryWriter(
         str(workdir / 'tensorboard'), purge_step=step + 1
     )
@@ -272,37 +276,33 @@ class _Sender:
       about: Mapping[str, Any],
   ):
     self._name, self._path = name, workdir / f'{name}.json'
-    self._sent = -1
     self._failed = False  # Of the job, not of the logger.
     self._logger: _Logger | None = None
     self._lines: queue.SimpleQueue[tuple[int, Values] | None] = (
         queue.SimpleQueue()
     )
-    run = None
-    try:
-      # A job at step 0 has nothing in common with an earlier start.
-      if step and self._path.exists():
-        saved = files.read_json(self._path)
-        run, self._sent = saved['run'], saved['sent']
-      self._logger = _LOGGERS[name](workdir, step, run, about)
-      if self._logger.run is None:
-        self._sent = step
-      else:
-        self._save()
-    # Each library has errors of its own.
-    except Exception as error:
-      if not step:
+    run, self._sent = None, -1
+    # A job at step 0 has nothing in common with an earlier start.
+    if step and self._path.exists():
+      saved = files.read_json(self._path)
+      run, self._sent = saved['run'], saved['sent']
+    if not _LOGGERS[name].continues:
+      self._sent = step
+    self._open = functools.partial(_LOGGERS[name], workdir, step, run, about)
+    if not step:
+      try:
+        self._logger = self._open()
+      except Exception as error:  # Each library has errors of its own.
         raise RuntimeError(
             f'config.log_to={name} cannot be used: {_one_line(error)} (Without'
             ' it: --config.log_to=jsonl)'
         ) from error
-      self._leave_out(step, error)
     self._thread = threading.Thread(target=self._work, daemon=True)
     self._thread.start()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Queues the numbers of a step, unless an earlier start has sent them."""
-    if step <= self._sent:
+    if step <= self._sent or not self._thread.is_alive():
       return
     numbers = {
         name: value
@@ -324,34 +324,24 @@ class _Sender:
       )
 
   def _work(self) -> None:
-    while (line := self._lines.get()) is not None:
-      if self._logger is not None:
-        try:
-          self._logger.write(*line)
-          self._sent, _ = line
-          if self._logger.run is not None:
-            self._save()
-        except Exception as error:
-          self._leave_out(line[0], error)
-    if self._logger is not None:
-      try:
-        self._logger.close(self._failed)
-      except Exception as error:
-        self._leave_out(self._sent, error)
+    try:
+      logger = self._logger or self._open()
+      self._save(logger)
+      while (line := self._lines.get()) is not None:
+        logger.write(*line)
+        self._sent, _ = line
+        self._save(logger)
+      logger.close(self._failed)
+    except Exception as error:
+      log.warning(
+          'config.log_to=%s failed after step %d and is left out until the next'
+          ' start; metrics.jsonl has all steps. %s',
+          self._name, self._sent, _one_line(error),
+      )
 
-  def _leave_out(self, step: int, error: Exception) -> None:
-    self._logger = None
-    log.warning(
-        'config.log_to=%s failed at step %d and is left out until the next'
-        ' start; metrics.jsonl has all steps. %s',
-        self._name, step, _one_line(error),
-    )
-
-  def _save(self) -> None:
-    assert self._logger is not None
-    files.write_json(
-        self._path, {'run': self._logger.run, 'sent': self._sent}
-    )
+  def _save(self, logger: _Logger) -> None:
+    if logger.continues:
+      files.write_json(self._path, {'run': logger.run, 'sent': self._sent})
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
@@ -362,9 +352,12 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
   lines = []
   for text in path.read_text(encoding='utf-8').splitlines():
     try:
-      lines.append(json.loads(text))
+      line = json.loads(text)
     except ValueError:
       break
+    if not isinstance(line, dict) or not isinstance(line.get('step'), int):
+      break
+    lines.append(line)
   return lines
 
 

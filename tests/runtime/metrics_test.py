@@ -262,7 +262,7 @@ def test_a_failure_is_one_warning_and_is_made_up_for(
     raise ValueError('of the job')
   (record,) = caplog.records
   text = record.getMessage()
-  assert f'config.log_to={service.name} failed at step 2' in text
+  assert f'config.log_to={service.name} failed after step 1' in text
   assert 'ConnectionError: no route' in text
   assert len(metrics.read_metrics(tmp_path)) == 3
   _run(service, tmp_path, 3, 4)  # It is still down.
