@@ -26,6 +26,9 @@ _BM25 = ['bm25s>=0.2.13']
 _BEAM = ['apache-beam>=2.60']
 _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
+_WANDB = ['wandb>=0.19']
+# The client of MLflow without its server; the whole package will do, too.
+_MLFLOW = ['mlflow-skinny>=2.20']
 _DEDUP = ['rensa>=0.5']
 _HF = ['datasets>=4.0', 'pyarrow>=15.0']
 _IR = ['ir-datasets>=0.5']
@@ -89,6 +92,8 @@ setuptools.setup(
         'serve': _SERVE,
         'bm25': _BM25,
         'tensorboard': _TENSORBOARD,
+        'wandb': _WANDB,
+        'mlflow': _MLFLOW,
         'faiss': ['faiss-cpu>=1.9'],
         'beam': _BEAM,
         'dedup': _DEDUP,

@@ -278,6 +278,16 @@ COMMANDS = {
         WORKDIR,
         Flag('json', bool, 'Print JSON.', False),
     ),
+    'report': Command(
+        'Writes one HTML page of a run, or of several side by side.',
+        '--workdir=runs/ict,runs/realm --output=report.html',
+        actions.report,
+        Flag('workdir', str, 'Folders of jobs, comma-separated.', REQUIRED),
+        Flag('output', str, 'File to write.', 'report.html'),
+        Flag('inspect', str, 'A sentence with [MASK], for each model to fill'
+             ' in; without it, no model is loaded.'),
+        CORPUS,
+    ),
     'inspect': Command(
         'Shows the retrieved passages and predictions for one sentence.',
         '--workdir=runs/realm "The capital is [MASK]."',

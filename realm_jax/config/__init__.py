@@ -294,7 +294,9 @@ class Config:
   # wordpiece (the released code).
   granularity: Literal['span', 'token'] = 'span'
   log_interval: int = 10  # Steps between two lines of metrics.jsonl.
-  tensorboard: bool = False  # Needs the extra [tensorboard].
+  # Some of jsonl (always), tensorboard, wandb, mlflow, comma-separated.
+  log_to: str = 'jsonl'
+  tensorboard: bool = False  # The same as in log_to.
   # Peak TFLOP/s of one device, for the metric time/mfu; 0: unknown.
   peak_tflops: float = 0.0
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -434,8 +436,8 @@ def identity(config: Config) -> dict[str, Any]:
   """
   values = to_dict(resolve(config))
   for name in (
-      'corpus init_from log_interval tensorboard peak_tflops mesh accumulate'
-      ' checkpoint gates'
+      'corpus init_from log_interval log_to tensorboard peak_tflops mesh'
+      ' accumulate checkpoint gates'
   ).split():
     del values[name]
   for name in ('attention', 'remat'):

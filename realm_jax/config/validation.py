@@ -30,6 +30,7 @@ _SHARES = (
     ' refresh.overlap_bound optimizer.b1 optimizer.b2 mips.recall_target'
 ).split()
 
+LOG_TO = ('jsonl', 'tensorboard', 'wandb', 'mlflow')
 
 Problems = Iterable[tuple[str, str]]  # Fields, and why their values are wrong.
 
@@ -65,6 +66,9 @@ def validate(
 def _ranges(c: config_lib.Config) -> Problems:
   if not c.corpus:
     yield 'corpus', 'give the folder that `prepare` wrote'
+  for name in filter(None, map(str.strip, c.log_to.split(','))):
+    if name not in LOG_TO:
+      yield 'log_to', f'{name!r} is none of {", ".join(LOG_TO)}'
   if c.mips.backend not in config_lib.BACKENDS and ':' not in c.mips.backend:
     yield 'mips.backend', (
         f'must be one of {tuple(config_lib.BACKENDS)} or have the form'

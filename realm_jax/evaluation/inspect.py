@@ -250,7 +250,7 @@ def as_text(found: Inspection, width: int = 100) -> str:
   table.add_column('passage', ratio=1)
   table.add_column('prediction', overflow='fold')
   table.add_column('p(y|z,x)', justify='right', no_wrap=True)
-  for line in _lines(found):
+  for line in lines(found):
     passage = '\n'.join(filter(None, (line['title'], line['text'])))
     cells = (
         line['probability'], passage, line['prediction'], line['likelihood']
@@ -273,7 +273,7 @@ def as_html(found: Inspection) -> str:
       sentence=html.escape(found.text).replace(MASK, f'<mark>{MASK}</mark>'),
       answer=html.escape(_joined(found.marginal)),
       about=html.escape(_about(found)),
-      rows='\n'.join(_html_row(line) for line in _lines(found)),
+      rows='\n'.join(_html_row(line) for line in lines(found)),
   )
 
 
@@ -315,7 +315,7 @@ td.number, th.number {{ text-align: right; white-space: nowrap;
 """
 
 
-def _lines(found: Inspection) -> list[dict[str, str]]:
+def lines(found: Inspection) -> list[dict[str, str]]:
   """Returns the cells of each line of the text or HTML table."""
   marginal = dataclasses.replace(
       found.null,

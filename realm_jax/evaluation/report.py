@@ -65,6 +65,12 @@ _PANELS = (
         'train/retrieval_utility',
     ),
     ('age of the index in steps', 'refresh/age_steps'),
+    (
+        'share of the top k that the last refresh left the same',
+        'refresh/probe_overlap',
+    ),
+    ('accuracy in the batch', 'train/accuracy'),
+    ('examples per second', 'time/examples_per_second'),
 )
 
 
@@ -76,15 +82,27 @@ def save(workdir: pathlib.Path | str, result: Result) -> pathlib.Path:
 
 
 def load_all(workdir: pathlib.Path | str) -> list[Result]:
-  """Reads all results of a workdir, by step."""
+  """Reads all results of a workdir, by step.
+
+  Raises:
+    ValueError: a file is damaged; names it.
+  """
   paths = (pathlib.Path(workdir) / FOLDER).glob('*.json')
   numbered = [path for path in paths if path.stem.isdigit()]
   numbered.sort(key=lambda path: int(path.stem))
-  return [files_lib.read_json(path) for path in numbered]
+  results = []
+  for path in numbered:
+    results.append(files_lib.read_json(path))
+    if not isinstance(results[-1], dict) or 'step' not in results[-1]:
+      raise ValueError(
+          f'{path} is no result of `realm-jax evaluate`: it has no "step".'
+          ' Remove it.'
+      )
+  return results
 
 
-def table(results: list[Result]) -> str:
-  """Returns Markdown tables of questions, answers, entities and masks."""
+def tables(results: list[Result]) -> dict[str, str]:
+  """Returns Markdown tables by title: questions, answers, entities, masks."""
   groups = [
       (result['step'], name, group)
       for result in results
@@ -141,17 +159,28 @@ def table(results: list[Result]) -> str:
           ],
       ),
   }
-  lines = [line for part in parts.items() if part[1] for line in part]
+  return {title.strip(): text for title, text in parts.items() if text}
+
+
+def table(results: list[Result]) -> str:
+  """Returns `tables` and `notes` as one Markdown text."""
+  parts = [f'{title}\n\n{text}' for title, text in tables(results).items()]
+  text = '\n\n'.join([*parts, *notes(results)])
+  return text + '\n' if text else ''
+
+
+def notes(results: list[Result]) -> list[str]:
+  """Returns what the figures depend on, a paragraph each."""
+  found = [note.strip() for result in results for note in _notes(result)]
   for result in results:
-    lines += _notes(result)
-  for result in masked:
-    trained = result['masked'].get('trivial_in_training')
-    if trained != result['masked'].get('trivial'):
-      lines.append(
-          f'\nStep {result["step"]}: measured with config.trivial='
-          f'{result["masked"]["trivial"]}, trained with {trained}.'
+    masked = result.get('masked') or {}
+    trained = masked.get('trivial_in_training')
+    if trained != masked.get('trivial'):
+      found.append(
+          f'Step {result["step"]}: measured with config.trivial='
+          f'{masked["trivial"]}, trained with {trained}.'
       )
-  return '\n'.join(lines) + '\n' if lines else ''
+  return found
 
 
 def _notes(result: Result) -> list[str]:
@@ -315,7 +344,8 @@ def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
   return f'{table(results)}\nWritten:\n{files}'
 
 
-Panels = dict[str, dict[str, list[tuple[int, float]]]]
+Curves = dict[str, list[tuple[int, float]]]
+Panels = dict[str, Curves]
 
 
 def recall_panels(results: list[Result]) -> Panels:
@@ -326,7 +356,8 @@ def recall_panels(results: list[Result]) -> Panels:
       for kind in ('gold', 'answer'):
         words = {'gold': 'gold passage', 'answer': 'answer string'}[kind]
         for name, value in values.get(kind, {}).items():
-          label = name.replace('recall_at_', 'recall@').replace('mrr', 'MRR')
+          label = name.replace('_at_', '@').replace('mrr', 'MRR')
+          label = label.replace('ndcg', 'nDCG')
           curves = panels.setdefault(f'{words}, {group} questions', {})
           curves.setdefault(label, []).append((result['step'], value))
     masked = result.get('masked') or {}

@@ -19,6 +19,7 @@ import prometheus_client as prometheus
 from realm_jax.evaluation import report
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.serving import bm25 as bm25_lib
+from realm_jax.serving import curves as curves_lib
 from realm_jax.serving import service as service_lib
 from realm_jax.serving import state as state_lib
 
@@ -32,7 +33,6 @@ _RETRY_SECONDS = 1  # For clients that find the queue full.
 _BODY_SECONDS = 30.0  # For a client to send its body.
 _ANSWER_SECONDS = 120.0
 _MAX_MESSAGE = 500  # Characters.
-_MAX_POINTS = 300  # Of a training curve.
 _QUERY_MODEL, _PASSAGE_MODEL = 'realm-jax:query', 'realm-jax:passage'
 _LOOPBACK = ('localhost', '127.0.0.1', '::1')
 
@@ -416,9 +416,10 @@ def create(
             {
                 'title': title,
                 'curves': [
-                    {'label': label, 'points': _thinned(points)}
+                    {'label': label, 'points': curves_lib.thinned(points)}
                     for label, points in curves.items()
                 ],
+                'html': curves_lib.panel(title, curves, 'h2'),
             }
             for title, curves in panels.items()
         ]
@@ -458,13 +459,6 @@ def _page(
 
 def _encoded(emb_E: np.ndarray) -> str:
   return base64.b64encode(emb_E.astype('<f4').tobytes()).decode('ascii')
-
-
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-  """Returns at most `_MAX_POINTS` finite points, with the last one."""
-  finite = [point for point in points if np.isfinite(point[1])]
-  step = -(-len(finite) // _MAX_POINTS) or 1
-  return finite[::-1][::step][::-1]
 
 
 def _short(message: str) -> str:
