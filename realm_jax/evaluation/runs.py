@@ -38,7 +38,7 @@ _FIGURES = ('reciprocal_rank', 'recall_at_1', 'recall_at_5', 'recall_at_20')
 class Run:
   """The passages retrieved for each question, best first.
 
-  doc_ids_BK, score_BK: passage rows and inner products.
+  doc_ids_BK, score_BK: passage rows and scores; -1: fewer were found.
   gold_rank_B, answer_rank_B: from 1; 0: not retrieved, or unknown.
   rules: when a passage holds an answer, see `answers.has_answer`; empty: not
     known.
@@ -114,6 +114,8 @@ def write_trec(
         strict=True,
     ):
       for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
+        if row < 0:
+          break
         file.write(
             f'{escaped(query)} Q0 {escaped(names[row])} {rank} {score:.6f}'
             f' {name}\n'
@@ -190,6 +192,7 @@ def write_questions(
           retrieved=[
               {'id': names[row], 'score': round(score, 6)}
               for row, score in zip(rows, scores, strict=True)
+              if row >= 0
           ],
       )
 
@@ -215,7 +218,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
   return records
 
 
-def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
+def compare(ours: Path, theirs: Path) -> dict[str, dict[str, Any]]:
   """Compares two files of `write_questions` question by question.
 
   The test resamples the clusters in `ours`: questions about one article. The
@@ -226,9 +229,9 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
     theirs: the run to compare with.
 
   Returns:
-    For each figure the result of `metrics.paired_test`, and the two means as
-    `ours` and `theirs`. Figures are by answer, over the questions with
-    answers; without any, they are by gold passage, and called `gold_NAME`.
+    For each figure what `paired` returns. Figures are by answer, over the
+    questions with answers; without any, they are by gold passage, and called
+    `gold_NAME`.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -273,20 +276,30 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
   if all('exact_match' in record for record in (*a, *b)) and kept:
     names = ('exact_match', *names)
   for name in names:
-    ours_B, theirs_B = _figure(name, a, by), _figure(name, b, by)
-    figures[name if kept else f'gold_{name}'] = {
-        'ours': float(ours_B.mean()),
-        'theirs': float(theirs_B.mean()),
-        **metrics.paired_test(ours_B, theirs_B, cluster_B),
-    }
+    figures[name if kept else f'gold_{name}'] = paired(
+        _figure(name, a, by), _figure(name, b, by), cluster_B
+    )
   return figures
+
+
+def paired(
+    ours_B: np.ndarray, theirs_B: np.ndarray, cluster_B: np.ndarray
+) -> dict[str, Any]:
+  """Returns `metrics.paired_test` with the two means and their intervals."""
+  return {
+      'ours': float(ours_B.mean()),
+      'theirs': float(theirs_B.mean()),
+      **metrics.named_interval('ours', ours_B, cluster_B),
+      **metrics.named_interval('theirs', theirs_B, cluster_B),
+      **metrics.paired_test(ours_B, theirs_B, cluster_B),
+  }
 
 
 def _hashable(passage_id: Any) -> Any:
   return tuple(passage_id) if isinstance(passage_id, list) else passage_id
 
 
-def as_text(figures: dict[str, dict[str, float]]) -> str:
+def as_text(figures: dict[str, dict[str, Any]]) -> str:
   """Returns the figures of `compare` as a Markdown table."""
   rows = [
       '| | ours | theirs | difference (95 % interval) | p | better | worse |',
@@ -340,6 +353,7 @@ def _passage_names(
   return {
       row: corpus.passage_text(row)['id']
       for row in np.unique(doc_ids_BK).tolist()
+      if row >= 0
   }
 
 
