@@ -6,7 +6,7 @@ independent, and intervals that ignore this are too narrow. The same figures
 give the same result.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -324,6 +324,17 @@ def named_interval(
   """Returns {NAME_interval: [low, high]}, or nothing for a single cluster."""
   bounds = interval(values_B, cluster_B)
   return {} if np.isnan(bounds[0]) else {f'{name}_interval': list(bounds)}
+
+
+def with_intervals(
+    figures: Mapping[str, np.ndarray], cluster_B: np.ndarray | None
+) -> dict[str, Any]:
+  """Returns NAME and NAME_interval, the mean and its 95 % interval."""
+  found: dict[str, Any] = {}
+  for name, values_B in figures.items():
+    found[name] = float(values_B.mean())
+    found |= named_interval(name, values_B, cluster_B)
+  return found
 
 
 def paired_test(

@@ -3,7 +3,7 @@
 Also `realm-jax compare`, which compares two files of question lines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
 import json
@@ -32,6 +32,9 @@ Path = pathlib.Path | str
 _ESCAPE = re.compile('%[0-9A-Fa-f]{2}')
 # Figures of a question that `compare` tests.
 _FIGURES = ('reciprocal_rank', 'recall_at_1', 'recall_at_5', 'recall_at_20')
+
+# Runs of a step that are compared: the first is expected to be better.
+PAIRS = (('retriever', 'bm25'), ('hybrid', 'retriever'), ('hybrid', 'bm25'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,18 +109,43 @@ def write_trec(
   without ids by their numbers from 1. The ranks order passages of equal scores.
   """
   names = _passage_names(corpus, run.doc_ids_BK)
+  queries = query_names(run.questions)
+  rows_BK, score_BK = run.doc_ids_BK.tolist(), run.score_BK.tolist()
+  write_ranking(
+      path,
+      {
+          query: {
+              names[row]: score
+              for row, score in zip(rows, scores, strict=True)
+              if row >= 0
+          }
+          for query, rows, scores in zip(
+              queries, rows_BK, score_BK, strict=True
+          )
+      },
+      name,
+  )
+
+
+def write_ranking(
+    path: Path,
+    ranking: Mapping[str, Mapping[str, float]],
+    name: str,
+    digits: str = '.6f',
+) -> None:
+  """Writes the lines of `write_trec`.
+
+  Args:
+    path: output.
+    ranking: scores by query and passage, best first.
+    name: of the run.
+    digits: format of the scores.
+  """
   with files.atomic_file(path) as file:
-    for query, rows, scores in zip(
-        query_names(run.questions),
-        run.doc_ids_BK.tolist(),
-        run.score_BK.tolist(),
-        strict=True,
-    ):
-      for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
-        if row < 0:
-          break
+    for query, scores in ranking.items():
+      for rank, (document, score) in enumerate(scores.items(), 1):
         file.write(
-            f'{escaped(query)} Q0 {escaped(names[row])} {rank} {score:.6f}'
+            f'{escaped(query)} Q0 {escaped(document)} {rank} {score:{digits}}'
             f' {name}\n'
         )
 
@@ -195,6 +223,40 @@ def write_questions(
               if row >= 0
           ],
       )
+
+
+def write_step(
+    folder: pathlib.Path,
+    step: int,
+    found: Mapping[str, Run],
+    corpus: corpus_lib.Corpus,
+) -> dict[str, Any]:
+  """Writes the questions of the runs of a step, and compares the runs.
+
+  Args:
+    folder: for STEP.questions.jsonl of the retriever, and STEP.NAME.questions
+      .jsonl of other runs.
+    step: of the parameters.
+    found: the runs by name.
+    corpus: of the runs.
+
+  Returns:
+    What `compare` returns, by the names of `PAIRS`; empty without BM25, or
+    where the questions have neither answers nor gold passages.
+  """
+  paths = {}
+  for name, run in found.items():
+    kind = '' if name == 'retriever' else f'.{name}'
+    paths[name] = folder / f'{step}{kind}{report.QUESTIONS}'
+    write_questions(paths[name], run, corpus)
+  asked = [question for run in found.values() for question in run.questions]
+  if not any(question.answers or question.gold for question in asked):
+    return {}
+  return {
+      f'{ours}_{theirs}': compare(paths[ours], paths[theirs])
+      for ours, theirs in PAIRS
+      if {ours, theirs} <= paths.keys()
+  }
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
@@ -302,17 +364,13 @@ def _hashable(passage_id: Any) -> Any:
 def as_text(figures: dict[str, dict[str, Any]]) -> str:
   """Returns the figures of `compare` as a Markdown table."""
   rows = [
-      '| | ours | theirs | difference (95 % interval) | p | better | worse |',
-      '|---|---|---|---|---|---|---|',
+      f'| {" | ".join(row)} |'
+      for row in (
+          report.PAIRED_COLUMNS,
+          ['---'] * len(report.PAIRED_COLUMNS),
+          *(report.paired_row(name, test) for name, test in figures.items()),
+      )
   ]
-  for name, figure in figures.items():
-    interval = f'{figure["low"]:+.3f} to {figure["high"]:+.3f}'
-    rows.append(
-        f'| {name.replace("_", " ")} | {figure["ours"]:.3f} |'
-        f' {figure["theirs"]:.3f} | {figure["difference"]:+.3f} ({interval}) |'
-        f' {figure["p_value"]:.4f} | {figure["better"]:.0f} |'
-        f' {figure["worse"]:.0f} |'
-    )
   counts = next(iter(figures.values()))
   rows.append(
       f'\n{counts["questions"]:.0f} questions in {counts["clusters"]:.0f}'

@@ -25,7 +25,7 @@ from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
 
-K1, B = 0.9, 0.4
+_K1, _B = 0.9, 0.4
 INSTALL = (
     'BM25 needs a package that is not installed: '
     "pip install 'realm_jax[bm25]'"
@@ -38,13 +38,16 @@ _ABOUT = 'about.json'
 _SETTINGS = {
     'format': 1,
     'method': 'lucene',
-    'k1': K1,
-    'b': B,
+    'k1': _K1,
+    'b': _B,
     'words': 'NFKC, lower case, two characters, English stop words; bigrams of'
     ' scripts without spaces',
 }
 # Scripts that do not divide words; their bigrams are words, as in Lucene.
-_UNSPACED = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
+_UNSPACED = ''.join(
+    rf'\p{{{script}}}'
+    for script in 'Han Hiragana Katakana Thai Lao Khmer Myanmar'.split()
+)
 _RUN = regex.compile(
     rf'[[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}]]{{2,}}|([{_UNSPACED}]+)',
     regex.V1,
@@ -105,7 +108,7 @@ class Bm25:
   def _build(cls, corpus: corpus_lib.Corpus) -> tuple['Bm25', float]:
     start = time.perf_counter()
     rows_N = np.setdiff1d(np.arange(len(corpus.passages)), corpus.removed)
-    index = _library().BM25(k1=K1, b=B, method=_SETTINGS['method'])
+    index = _library().BM25(k1=_K1, b=_B, method=_SETTINGS['method'])
     built = cls(index, rows_N, 0, '')
     vocabulary: dict[str, int] = {}
     documents = []
@@ -176,6 +179,15 @@ class Bm25:
 
   def __len__(self) -> int:
     return len(self._rows_N)
+
+  def about(self) -> dict[str, Any]:
+    """Returns what a report says of the index."""
+    return {
+        'k1': _K1,
+        'b': _B,
+        'passages': len(self),
+        'without_words': self.without_words,
+    }
 
   def words(self, text: str) -> list[str]:
     """Returns the words of a text, in order, with repetitions."""
