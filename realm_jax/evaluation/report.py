@@ -253,11 +253,10 @@ def _notes(result: Result) -> list[str]:
     )
   if beir := result.get('beir'):
     notes.append(
-        f'\nStep {result["step"]}: BEIR has {beir["documents"]} documents,'
-        f' {beir["without_passage"]} of them without text, which are never'
-        f' retrieved; {beir["without_relevant"]} of the {beir["queries"]}'
-        f' queries of {beir["qrels"]} have no relevant document and count as'
-        ' 0.'
+        f'\nStep {result["step"]}: BEIR has {beir["documents"]} documents and'
+        f' {beir["without_passage"]} without text, which are never retrieved;'
+        f' {beir["without_relevant"]} of the {beir["queries"]} queries of'
+        f' {beir["qrels"]} have no relevant document and count as 0.'
     )
   if unknown := result.get('unknown_gold'):
     names = ', '.join(map(repr, unknown['first']))

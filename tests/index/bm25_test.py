@@ -23,6 +23,8 @@ _TEXTS = [
     '? ! .',
 ]
 
+_NAMASTE = '\u0928\u092e\u0938\u094d\u0924\u0947'  # With marks of vowels.
+
 
 class _Corpus:
   """Passages in memory, which have the title `Notes` but for two."""
@@ -91,8 +93,11 @@ def test_scores_are_those_of_the_formula(tmp_path):
         ('It is THE Cat, x9 and a C', ['cat', 'x9']),
         ('caf\u00e9 cafe\u0301', ['caf\u00e9', 'caf\u00e9']),
         ('\uff21\uff22 na\u00efve_name', ['ab', 'na\u00efve_name']),
-        ('\u6771\u4eac\u90fd is \u5e02', ['\u6771\u4eac', '\u4eac\u90fd', '\u5e02']),
-        ('\u0928\u092e\u0938\u094d\u0924\u0947', ['\u0928\u092e\u0938\u094d\u0924\u0947']),
+        (
+            '\u6771\u4eac\u90fd is \u5e02',
+            ['\u6771\u4eac', '\u4eac\u90fd', '\u5e02'],
+        ),
+        (_NAMASTE, [_NAMASTE]),
         ('', []),
     ],
 )
