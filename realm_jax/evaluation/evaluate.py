@@ -145,6 +145,11 @@ def evaluate(
       'reader' in trained.components
       and 'validation' in trained.corpus.sentences
   )
+  if (run_file or beir or bm25 or folder) and not can_ask:
+    raise ValueError(
+        'There are no questions, or no retriever, to write or measure a run of.'
+        + (f' {beir} is no folder of BEIR that could be read.' * bool(beir))
+    )
   if not (can_ask or can_mask):
     raise ValueError(
         f'Nothing can be measured in {workdir}: its components are'
@@ -155,11 +160,6 @@ def evaluate(
     )
   cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
   wanted = _steps(trained, steps, snapshots_too=can_ask)
-  if (run_file or beir or bm25 or folder) and not can_ask:
-    raise ValueError(
-        'There are no questions to write a run of, or no retriever.'
-        + (f' {beir} is no folder of BEIR that could be read.' * bool(beir))
-    )
   if run_file or beir:
     runs.query_names(questions)  # Checked before the work.
   elif can_ask and not any(q.answers or q.gold for q in questions):

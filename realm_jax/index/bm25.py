@@ -33,6 +33,7 @@ INSTALL = (
 DEPTH = 100  # Passages of each ranking that a hybrid search joins.
 _RANK = 60  # Constant of Cormack et al. 2009.
 _FOLDER = 'bm25-'  # In the folder of a corpus; a digest follows.
+_DIGITS = 16  # Of the digest.
 _ABOUT = 'about.json'
 # What an index depends on besides the texts; a change builds it again.
 _SETTINGS = {
@@ -57,15 +58,18 @@ _RUN = regex.compile(
 class Bm25:
   """An index of the live passages, title and text.
 
-  A word is a run of two or more letters and digits, in lower case, without the
-  stop words of English and without stemming.
+  A word is a run of two or more letters and digits, in lower case, without
+  Lucene's stop words of English and without stemming. A run of a script without
+  spaces gives its bigrams.
 
   without_words: number of passages without a word, which are never found.
   origin: where the index comes from, for a message.
   """
 
-  def __init__(self, index: Any, rows_N: np.ndarray, without_words: int,
-               origin: str):
+  def __init__(
+      self, index: Any, rows_N: np.ndarray, without_words: int, origin: str
+  ):
+    """Wraps an index of bm25s of these rows; `open` makes one."""
     self._index, self._rows_N = index, rows_N
     self.without_words, self.origin = without_words, origin
     self._stop_words = frozenset(_library().stopwords.STOPWORDS_EN)
@@ -89,9 +93,11 @@ class Bm25:
     _library()
     about = {**_SETTINGS, 'fingerprint': corpus.fingerprint}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    folder = corpus.directory / f'{_FOLDER}{digest.hexdigest()[:16]}'
+    folder = corpus.directory / f'{_FOLDER}{digest.hexdigest()[:_DIGITS]}'
     changed = isinstance(corpus, overlay_lib.Overlay)
-    if not changed and (found := cls._read(folder, about)):
+    if changed:
+      log.info('Documents were added or removed: BM25 is indexed in memory.')
+    elif found := cls._read(folder, about):
       return found
     if most is not None and corpus.num_live > most:
       raise ValueError(
@@ -117,9 +123,8 @@ class Bm25:
     ):
       passage = corpus.passage_text(row)
       words = built.words(f'{passage["title"]} {passage["text"]}')
-      documents.append(array.array('i', [
-          vocabulary.setdefault(word, len(vocabulary)) for word in words
-      ]))
+      numbers = [vocabulary.setdefault(w, len(vocabulary)) for w in words]
+      documents.append(array.array('i', numbers))
     index.index(
         (documents, vocabulary), create_empty_token=False, show_progress=False
     )
@@ -149,7 +154,7 @@ class Bm25:
     except OSError as error:
       log.warning('The index of BM25 stays in memory: %s', error)
       return False
-    for other in folder.parent.glob(f'{_FOLDER}*'):
+    for other in folder.parent.glob(f'{_FOLDER}{"[0-9a-f]" * _DIGITS}'):
       if other != folder:
         files.remove(other)
     log.info('BM25: %d passages in %.1f s: %s', len(self), seconds, folder)
@@ -174,7 +179,7 @@ class Bm25:
           f'built in {found["seconds"]:.1f} s and kept as {folder.name}',
       )
     except (OSError, ValueError, KeyError, TypeError) as error:
-      log.warning('%s is damaged and built again: %s', folder, error)
+      log.warning('%s cannot be read and is built again: %s', folder, error)
       return None
 
   def __len__(self) -> int:

@@ -19,7 +19,6 @@ from realm_jax.index import bm25
 ir_measures = pytest.importorskip('ir_measures')
 pytest.importorskip('bm25s')
 
-config, saved = retrieval_test.config, retrieval_test.saved
 _LONG = ' '.join(f'Sentence {i} tells of the river Ems.' for i in range(6))
 _DOCUMENTS = [
     {'_id': 'long', 'title': 'River', 'text': _LONG},
@@ -193,10 +192,18 @@ def test_what_a_folder_lacks_is_named(folder, corpus, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def world_corpus(tmp_path_factory, world):
-  path = tmp_path_factory.mktemp('copied') / 'corpus'
-  shutil.copytree(world, path)
-  return corpus_lib.Corpus.open(path)
+def evaluated(tmp_path_factory, world):
+  """A workdir of a copy of the world, after `evaluate`, and the result."""
+  path = tmp_path_factory.mktemp('evaluated')
+  corpus = corpus_lib.Corpus.open(shutil.copytree(world, path / 'corpus'))
+  config = retrieval_test._config(corpus, 'ict')
+  workdir = retrieval_test._make_workdir(
+      path / 'job', corpus, config, {3: retrieval_test._params(config)}
+  )
+  (result,) = evaluate.evaluate(
+      workdir, limit=40, bm25=True, beir=path / 'written'
+  )
+  return workdir, corpus, result
 
 
 def test_the_command(tmp_path, folder, corpus, capsys):
@@ -241,13 +248,8 @@ def test_the_command(tmp_path, folder, corpus, capsys):
   assert '1 of the 4 queries of test.tsv have no relevant document' in text
 
 
-def test_bm25_and_hybrid_stand_beside_the_retriever(tmp_path, world_corpus):
-  corpus = world_corpus
-  config = retrieval_test._config(corpus, 'ict')
-  workdir = retrieval_test._make_workdir(
-      tmp_path / 'job', corpus, config, {3: retrieval_test._params(config)}
-  )
-  (result,) = evaluate.evaluate(workdir, limit=40, bm25=True)
+def test_bm25_and_hybrid_stand_beside_the_retriever(evaluated):
+  workdir, corpus, result = evaluated
   files = workdir / 'evaluation'
   records = {
       name: runs.read_questions(files / f'3{kind}.questions.jsonl')
@@ -303,15 +305,10 @@ def test_bm25_and_hybrid_stand_beside_the_retriever(tmp_path, world_corpus):
 
 
 def test_a_folder_that_exists_is_read_and_a_new_one_is_written(
-    tmp_path, world_corpus
+    evaluated, tmp_path
 ):
-  corpus = world_corpus
-  config = retrieval_test._config(corpus, 'ict')
-  workdir = retrieval_test._make_workdir(
-      tmp_path / 'job', corpus, config, {3: retrieval_test._params(config)}
-  )
-  folder = tmp_path / 'written'
-  (written,) = evaluate.evaluate(workdir, limit=30, beir=folder)
+  workdir, _, written = evaluated
+  folder = workdir.parent / 'written'
   assert 'beir' not in written and beir.is_folder(folder)
   (read,) = evaluate.evaluate(workdir, beir=folder)
   gold, figures = written['questions']['all']['gold'], read['beir']['figures']
@@ -321,15 +318,9 @@ def test_a_folder_that_exists_is_read_and_a_new_one_is_written(
   assert retriever['ndcg_at_10'] == pytest.approx(gold['ndcg_at_10'])
   assert retriever['recall_at_100'] == pytest.approx(gold['recall_at_100'])
   assert retriever['map'] == pytest.approx(gold['mrr'], abs=0.002)
+  by_words = written['baselines']['bm25']['questions']['all']['gold']
+  assert figures['bm25']['ndcg_at_10'] == pytest.approx(by_words['ndcg_at_10'])
   with pytest.raises(ValueError, match='nowhere is no folder of BEIR'):
     evaluate.evaluate(workdir, [], beir=tmp_path / 'nowhere')
-
-
-def test_what_needs_questions_says_so(tmp_path, world_corpus):
-  config = retrieval_test._config(world_corpus, 'mlm')
-  workdir = retrieval_test._make_workdir(
-      tmp_path / 'job', world_corpus, config,
-      {3: retrieval_test._params(config)},
-  )
-  with pytest.raises(ValueError, match='There are no questions .* no retrie'):
-    evaluate.evaluate(workdir, bm25=True)
+  with pytest.raises(ValueError, match='no questions, or no retriever'):
+    evaluate.evaluate(workdir, [], bm25=True)
