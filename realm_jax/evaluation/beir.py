@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # Name of each figure, and the measure of ir-measures.
 FIGURES = {'ndcg_at_10': 'nDCG@10', 'recall_at_100': 'R@100', 'map': 'AP'}
 _DEPTH = 1000  # Of the runs, as BEIR evaluates.
-_RECALL = 100  # Documents that every run has, if there are so many.
+_RECALL = 100  # Documents that every run has, if the corpus does.
 _COMPARED = 64  # Documents whose text is compared with the corpus.
 _PACKAGES = ('bm25s', 'ir_measures')
 
@@ -70,6 +70,8 @@ class Folder:
       max_wordpieces: int,
       qrels: pathlib.Path | str | None = None,
       limit: int | None = None,
+      format: str = 'auto',
+      fields: str | None = None,
   ) -> 'Folder':
     """Reads a folder and finds its documents in the corpus.
 
@@ -79,6 +81,7 @@ class Folder:
       max_wordpieces: of a passage; for the command in an error.
       qrels: another file of judgements; None: see `qrels.beir`.
       limit: maximum number of queries.
+      format, fields: of the queries, see `question_sets.read`.
 
     Raises:
       ImportError: a package is missing; names the command to install it.
@@ -98,7 +101,8 @@ class Folder:
           f'{path} has no qrels/SPLIT.tsv, which says which documents are'
           ' relevant; name the file: --qrels=FILE.'
       )
-    every = question_sets.read(queries)
+    every = question_sets.read(queries, format, fields=fields)
+    runs.query_names(every)  # Two queries of one id are refused.
     judged = qrels_lib.read(found)
     questions, about = qrels_lib.join(every, judged, str(path))
     log.info('%s%s', path, about)
@@ -116,7 +120,8 @@ class Folder:
   def depth(self) -> int:
     """Number of passages that hold the first 100 documents in any case."""
     parts = np.bincount(self.document_N[self.document_N >= 0])
-    return min(int(parts.sum()), max(_DEPTH, _RECALL * int(parts.max())))
+    most = (_RECALL + 1) * int(parts.max())  # One may be the query itself.
+    return min(int(parts.sum()), max(_DEPTH, most))
 
   def measure(
       self,

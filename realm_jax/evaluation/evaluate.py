@@ -132,8 +132,9 @@ def evaluate(
     raise ValueError(f'unknown_gold={unknown_gold}: must be miss or skip.')
   folder = None
   if beir is not None and questions is None and beir_lib.is_folder(beir):
+    length = trained.config.lengths.document
     folder = beir_lib.Folder.open(
-        beir, trained.corpus, trained.config.lengths.document, qrels, limit
+        beir, trained.corpus, length, qrels, limit, format, fields
     )
     questions, beir = folder.questions, None
   questions = _questions(

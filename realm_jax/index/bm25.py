@@ -35,7 +35,7 @@ _RANK = 60  # Constant of Cormack et al. 2009.
 _FOLDER = 'bm25-'  # In the folder of a corpus; a digest follows.
 _DIGITS = 16  # Of the digest.
 _ABOUT = 'about.json'
-# What an index depends on besides the texts; a change builds it again.
+# An index depends on these and on the texts; a change builds it again.
 _SETTINGS = {
     'format': 1,
     'method': 'lucene',
@@ -212,9 +212,9 @@ class Bm25:
     """Finds the k passages of the highest score for each text.
 
     Returns:
-      int64 [B, k]: rows, best first, of equal scores the lower row; and float32
-      [B, k]: scores. They are -1 and 0 where fewer than k passages have a word
-      of the text.
+      int64 [B, k]: rows, best first, and in order where scores are equal; and
+      float32 [B, k]: scores. They are -1 and 0 where fewer than k passages have
+      a word of the text.
     """
     rows_BK = np.full((len(texts), k), -1, np.int64)
     score_BK = np.zeros((len(texts), k), np.float32)
@@ -264,8 +264,8 @@ def fuse(
 
   Returns:
     int64 [B, k] and float64 [B, k], best first, with -1 and 0 where there are
-    fewer than k documents. Of equal scores, the document that comes first in
-    the first ranking is first.
+    fewer than k documents. Documents of equal scores are in the order of the
+    first ranking that has one of them.
   """
   joined = np.concatenate(rankings, axis=1)
   weight = np.concatenate([

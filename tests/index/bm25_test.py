@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_formula(tmp_path):
     assert rows.tolist() == best + [-1] * (8 - len(best))
     np.testing.assert_allclose(scores[: len(best)], expected[best], rtol=1e-5)
     assert not scores[len(best) :].any()
-  # Of equal scores the lower row, also where not all are returned.
+  # The lower row wins a tie, also where not all are returned.
   assert index.search(['dogs'], 1)[0].tolist() == [[1]]
   assert (len(index), index.without_words) == (6, 2)
 
