@@ -211,11 +211,12 @@ def paired_row(name: str, test: dict[str, Any]) -> list[str]:
       _number(test[side]) + _interval(test.get(f'{side}_interval'), _number)
       for side in ('ours', 'theirs')
   )
-  difference = f'{test["low"]:+.3f} to {test["high"]:+.3f}'
+  difference = f'{test["difference"]:+.3f}'
+  if 'low' in test:
+    difference += f' ({test["low"]:+.3f} to {test["high"]:+.3f})'
   return [
-      name.replace('_', ' '), ours, theirs,
-      f'{test["difference"]:+.3f} ({difference})', f'{test["p_value"]:.4f}',
-      f'{test["better"]:.0f}', f'{test["worse"]:.0f}',
+      name.replace('_', ' '), ours, theirs, difference,
+      f'{test["p_value"]:.4f}', f'{test["better"]:.0f}', f'{test["worse"]:.0f}',
   ]
 
 

@@ -347,13 +347,17 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, Any]]:
 def paired(
     ours_B: np.ndarray, theirs_B: np.ndarray, cluster_B: np.ndarray
 ) -> dict[str, Any]:
-  """Returns `metrics.paired_test` with the two means and their intervals."""
+  """Returns `metrics.paired_test` with the two means and their intervals.
+
+  Questions of a single cluster have no intervals: no `low` and `high`, either.
+  """
+  test = metrics.paired_test(ours_B, theirs_B, cluster_B)
   return {
       'ours': float(ours_B.mean()),
       'theirs': float(theirs_B.mean()),
       **metrics.named_interval('ours', ours_B, cluster_B),
       **metrics.named_interval('theirs', theirs_B, cluster_B),
-      **metrics.paired_test(ours_B, theirs_B, cluster_B),
+      **{name: value for name, value in test.items() if not np.isnan(value)},
   }
 
 
