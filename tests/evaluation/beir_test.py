@@ -210,7 +210,7 @@ def evaluated(tmp_path_factory, world):
   return workdir, corpus, result
 
 
-def test_the_command(tmp_path, folder, corpus, capsys):
+def test_the_command(tmp_path, folder, corpus):
   """From a workdir of this corpus to the files and the report."""
   config = retrieval_test._config(corpus, 'ict')
   config.lengths.document = 24
@@ -243,7 +243,7 @@ def test_the_command(tmp_path, folder, corpus, capsys):
   group = result['baselines']['bm25']['questions']['all']
   assert group['gold']['recall_at_5'] == 1
   assert result['unknown_gold']['first'] == ['empty']
-  text = report.write(workdir, [result])
+  text = report.table([result])
   figures = found['figures']['bm25']
   low, high = (100 * bound for bound in figures['map_interval'])
   assert f'{100 * figures["map"]:.1f} ({low:.1f} to {high:.1f}) |' in text
@@ -303,7 +303,7 @@ def test_bm25_and_hybrid_are_measured_like_the_retriever(evaluated):
       files / '3.hybrid.questions.jsonl', files / '3.bm25.questions.jsonl'
   )
   assert again == found['paired']['hybrid_bm25']
-  text = report.write(workdir, [result])
+  text = report.table([result])
   assert '| 3 | all, BM25 | 40 |' in text and '| 3 | all, hybrid |' in text
   assert '| 3 | retriever | BM25 | recall at 5 |' in text
 
