@@ -23,6 +23,7 @@ def _readme() -> str:
 
 _SERVE = ['fastapi>=0.115', 'prometheus-client>=0.21', 'uvicorn>=0.34']
 _BM25 = ['bm25s>=0.2.13']
+_BEIR = [*_BM25, 'ir-measures>=0.4.3']
 _BEAM = ['apache-beam>=2.60']
 _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
@@ -91,6 +92,7 @@ setuptools.setup(
         'plot': _PLOT,
         'serve': _SERVE,
         'bm25': _BM25,
+        'beir': _BEIR,
         'tensorboard': _TENSORBOARD,
         'wandb': _WANDB,
         'mlflow': _MLFLOW,
@@ -107,7 +109,7 @@ setuptools.setup(
             *_HF,
             *_WIKI,
             *_SERVE,
-            *_BM25,
+            *_BEIR,
             # For fastapi.testclient.
             'httpx>=0.28',
             'hypothesis>=6.100',

@@ -27,6 +27,7 @@ the curve of `realm`, paired tests of `realm` with `ict` and `ict_longer`, BM25
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -39,7 +40,6 @@ import time
 from typing import Any
 
 import harness
-import numpy as np
 
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
@@ -136,7 +136,7 @@ def _all_figures(
           )
           for name, questions in others.items()
       },
-      'bm25': _bm25(workdir),
+      'bm25': _bm25(workdir, stages),
   }
 
 
@@ -241,6 +241,8 @@ def _evaluate(
   words = ['evaluate', f'--workdir={folder}']
   if stage != 'null_reader':
     words.append(f'--questions={workdir / "questions.jsonl"}')
+    if importlib.util.find_spec('bm25s'):
+      words.append('--bm25')
   commands(*words, '--steps=all' if stage == 'realm' else '--steps=latest')
 
 
@@ -280,26 +282,13 @@ def _questions_of(
   return folder / report.FOLDER / f'{step}{report.QUESTIONS}'
 
 
-def _bm25(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns recall of the gold paragraph by BM25, {} without bm25s."""
-  try:
-    import bm25s
-  except ImportError:
-    return {}
-  passages = [x for _, x in _records(workdir / 'corpus.jsonl')]
-  questions = [x for _, x in _records(workdir / 'questions.jsonl')]
-  search = bm25s.BM25(k1=0.9, b=0.4)
-  texts = [f'{x["title"]} {x["text"]}' for x in passages]
-  search.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
-  depth = min(_DEPTHS[-1], len(passages))
-  rows_BK, _ = search.retrieve(
-      bm25s.tokenize([x['question'] for x in questions], show_progress=False),
-      k=depth, show_progress=False,
-  )
-  row_of = {x['id']: row for row, x in enumerate(passages)}
-  gold_B = np.array([row_of[x['passage_id']] for x in questions])
-  hit_BK = rows_BK == gold_B[:, None]
-  return {f'recall_at_{k}': hit_BK[:, :k].any(1).mean() for k in _DEPTHS}
+def _bm25(workdir: pathlib.Path, stages: list[str]) -> dict[str, float]:
+  """Returns recall of the gold passage by BM25, {} without bm25s."""
+  for stage in stages:
+    for result in report.load_all(workdir / stage):
+      if 'baselines' in result:
+        return result['baselines']['bm25']['questions']['all']['gold']
+  return {}
 
 
 def _has_gpu() -> bool:

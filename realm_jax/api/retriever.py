@@ -1,6 +1,7 @@
 """`realm_jax.Retriever`: from texts to numpy vectors and passages."""
 
 from collections.abc import Callable, Sequence
+import functools
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.index import bm25
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
@@ -31,7 +33,8 @@ class Hits(NamedTuple):
   """Results of a search, best first.
 
   rows: int64 [B, k], passage numbers.
-  scores: float32 [B, k], inner products.
+  scores: float32 [B, k], inner products; of a hybrid search, those of
+    `bm25.fuse`.
   """
 
   rows: np.ndarray
@@ -203,26 +206,48 @@ class Retriever:
 
     return self._embed(embed, *arrays)
 
-  def search(self, texts: Sequence[str], k: int) -> Hits:
+  def search(
+      self, texts: Sequence[str], k: int, hybrid: bool = False
+  ) -> Hits:
     """Finds the k passages of the highest inner product with each text.
+
+    Args:
+      texts: the queries.
+      k: number of passages.
+      hybrid: joins the 100 best passages, or k if that is more, with as many of
+        BM25, by reciprocal rank fusion. The first such search opens or builds
+        the index of BM25, which is kept with the corpus.
 
     Raises:
       FileNotFoundError: the workdir has no index of these parameters.
-      ValueError: there is no index at all, or fewer than k passages.
+      ImportError: `hybrid` needs the extra `[bm25]`.
+      ValueError: there is no index at all, or fewer than k passages; `hybrid`,
+        and there is no corpus.
     """
     if self._open_search is None:
       raise ValueError(
           'This retriever was loaded without an index. Load a workdir in which'
           ' `realm-jax index` built one, or an open-QA checkpoint.'
       )
+    depth = k
+    if hybrid:  # Loaded first: it fails at once where the extra is missing.
+      depth = max(k, min(bm25.DEPTH, len(self._bm25)))
     if self._searched is None:
       self._searched = self._open_search()
     search, table = self._searched
     query_emb_BE = self.embed_queries(texts)
     if not len(query_emb_BE):
       return Hits(np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
-    rows_BK = np.asarray(search.search(query_emb_BE, k)).astype(np.int64)
+    rows_BK = np.asarray(search.search(query_emb_BE, depth)).astype(np.int64)
+    if hybrid:
+      by_words_BK, _ = self._bm25.search(list(texts), depth)
+      rows_BK, score_BK = bm25.fuse(rows_BK, by_words_BK, k=k)
+      return Hits(rows_BK, score_BK.astype(np.float32))
     return Hits(rows_BK, search_lib.score(table, query_emb_BE, rows_BK))
+
+  @functools.cached_property
+  def _bm25(self) -> bm25.Bm25:
+    return bm25.Bm25.open(self.corpus)
 
   def passage(self, row: int) -> dict[str, str]:
     """Returns {id, title, text} of a row that `search` found."""

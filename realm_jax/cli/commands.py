@@ -261,8 +261,11 @@ COMMANDS = {
              ' training.'),
         Flag('run_file', str, 'Also write the retrieved passages to this file,'
              ' for trec_eval, ir-measures or pyserini.'),
-        Flag('beir', str,
-             'Also write corpus and questions to this folder, as BEIR.'),
+        Flag('bm25', bool, 'Also measure BM25, and its hybrid with the'
+             ' retriever, with paired tests.', False),
+        Flag('beir', str, 'Folder of BEIR to measure by nDCG@10, recall@100 and'
+             ' MAP. One that does not exist, or with --questions: corpus and'
+             ' questions are written to it.'),
     ),
     'compare': Command(
         'Compares two evaluations question by question, with a paired test.',

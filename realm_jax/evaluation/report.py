@@ -55,7 +55,19 @@ _ANSWER_COLUMNS = (
     ('not read', 'not_read'),
     ('misread', 'misread'),
 )
+_BEIR_COLUMNS = (
+    ('nDCG@10', 'ndcg_at_10'),
+    ('recall@100', 'recall_at_100'),
+    ('MAP', 'map'),
+)
+# Names of the runs of a step; the retriever alone has no name of its own.
+RUNS = {'retriever': 'retriever', 'bm25': 'BM25', 'hybrid': 'hybrid'}
 _ENTITY_FIGURES = ('precision', 'recall', 'f1')
+# Of `paired_row`.
+PAIRED_COLUMNS = (
+    'figure', 'ours (95 % interval)', 'theirs', 'difference', 'p', 'better',
+    'worse',
+)
 # Panels of training.png: heading, and the metric.
 _PANELS = (
     ('loss', 'train/loss'),
@@ -106,7 +118,7 @@ def tables(results: list[Result]) -> dict[str, str]:
   groups = [
       (result['step'], name, group)
       for result in results
-      for name, group in result.get('questions', {}).items()
+      for name, group in _question_groups(result).items()
   ]
   answered = [group for group in groups if 'open_qa' in group[2]]
   masked = [r for r in results if r.get('masked')]
@@ -120,6 +132,36 @@ def tables(results: list[Result]) -> dict[str, str]:
                   for _, (a, b) in _QUESTION_COLUMNS
               ]
               for step, name, group in groups
+          ],
+      ),
+      '\nDocuments of BEIR retrieved for its queries, in per cent (95 %'
+      f' interval, resampled by cluster: {UNIT})\n': _markdown(
+          ['step', 'by', 'queries', *(head for head, _ in _BEIR_COLUMNS)],
+          [
+              [result['step'], RUNS[run], result['beir']['queries']]
+              + [
+                  _percent(figures[name])
+                  + _interval(figures.get(f'{name}_interval'))
+                  for _, name in _BEIR_COLUMNS
+              ]
+              for result in results
+              if 'beir' in result
+              for run, figures in result['beir']['figures'].items()
+          ],
+      ),
+      '\nRetriever, BM25 and their hybrid (reciprocal rank fusion), with paired'
+      f' tests over the same clusters: {UNIT}\n': _markdown(
+          ['step', 'ours is', 'theirs is', *PAIRED_COLUMNS],
+          [
+              [
+                  result['step'],
+                  *(RUNS[run] for run in pair.split('_')),
+                  *paired_row(f'{figure}{of}', test),
+              ]
+              for result in results
+              for kind, of in (('baselines', ''), ('beir', ', BEIR'))
+              for pair, tests in result.get(kind, {}).get('paired', {}).items()
+              for figure, test in tests.items()
           ],
       ),
       '\nQuestions answered, in per cent (95 % interval, resampled by'
@@ -183,6 +225,31 @@ def notes(results: list[Result]) -> list[str]:
   return found
 
 
+def _question_groups(result: Result) -> dict[str, dict[str, Any]]:
+  """Returns the groups of questions by the retriever, then by baselines."""
+  groups = dict(result.get('questions', {}))
+  for run, found in result.get('baselines', {}).items():
+    if run in RUNS:
+      of_run = found['questions'].items()
+      groups |= {f'{name}, {RUNS[run]}': group for name, group in of_run}
+  return groups
+
+
+def paired_row(name: str, test: dict[str, Any]) -> list[str]:
+  """Returns the columns of a result of `runs.paired`."""
+  ours, theirs = (
+      _number(test[side]) + _interval(test.get(f'{side}_interval'), _number)
+      for side in ('ours', 'theirs')
+  )
+  difference = f'{test["difference"]:+.3f}'
+  if 'low' in test:
+    difference += f' ({test["low"]:+.3f} to {test["high"]:+.3f})'
+  return [
+      name.replace('_', ' '), ours, theirs, difference,
+      f'{test["p_value"]:.4f}', f'{test["better"]:.0f}', f'{test["worse"]:.0f}',
+  ]
+
+
 def _notes(result: Result) -> list[str]:
   """Returns what the figures of questions depend on."""
   notes = []
@@ -207,6 +274,21 @@ def _notes(result: Result) -> list[str]:
           f'\nStep {result["step"]}, {name}: the figures of the {total}'
           f' questions are over {", ".join(known)}.'
       )
+  if by_words := result.get('baselines', {}).get('bm25'):
+    notes.append(
+        f'\nStep {result["step"]}: BM25 with k1={by_words["k1"]}, b='
+        f'{by_words["b"]} over {by_words["passages"]} passages; no word of'
+        f' {by_words["without_result"]} questions is in any passage, and'
+        f' {by_words["without_words"]} passages have no word. The hybrid joins'
+        f' the best {by_words["joined"]} passages of both.'
+    )
+  if beir := result.get('beir'):
+    notes.append(
+        f'\nStep {result["step"]}: BEIR has {beir["documents"]} documents and'
+        f' {beir["without_passage"]} without text, which are never retrieved;'
+        f' {beir["without_relevant"]} of the {beir["queries"]} queries of'
+        f' {beir["qrels"]} have no relevant document and count as 0.'
+    )
   if unknown := result.get('unknown_gold'):
     names = ', '.join(map(repr, unknown['first']))
     more = ', ...' if unknown['ids'] > len(unknown['first']) else ''

@@ -94,7 +94,7 @@ def replace_spans(
       files.atomic_folder(output, overwrite) as directory,
       workers_lib.chunk_files(output, made_with) as chunk_path,
   ):
-    _copy_unchanged(corpus.directory, directory)
+    _copy_unchanged(corpus, directory)
     writer = _SpanWriter(directory, list(corpus.sentences))
     with tqdm.tqdm(
         total=sum(map(len, corpus.sentences.values())),
@@ -182,18 +182,17 @@ def read(
     yield rows, [record['title'].decode() for record in records], sentences
 
 
-def _copy_unchanged(source: pathlib.Path, target: pathlib.Path) -> None:
+def _copy_unchanged(
+    source: corpus_lib.Corpus, target: pathlib.Path
+) -> None:
   """Copies all files of a corpus that do not depend on the spans."""
-  for path in sorted(source.rglob('*')):
-    relative = path.relative_to(source)
-    changes = (
-        relative.parts[0] == 'sentences'
-        or path.name == 'manifest.json'
-        or path.name.endswith(('.spans.npy', '.span_offsets.npy'))
+  for name in source.manifest['files']:
+    changes = name.startswith('sentences/') or name.endswith(
+        ('.spans.npy', '.span_offsets.npy')
     )
-    if not path.is_dir() and not changes:
-      (target / relative.parent).mkdir(parents=True, exist_ok=True)
-      shutil.copyfile(path, target / relative)
+    if not changes:
+      (target / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(source.directory / name, target / name)
 
 
 def _save(path: pathlib.Path, found: list[list[Span]]) -> None:
