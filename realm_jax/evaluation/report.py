@@ -21,19 +21,12 @@ UNIT = 'the article of the gold passage, else that passage, else the question'
 Result = dict[str, Any]  # Of `evaluate.evaluate`; plain JSON.
 
 # Columns of the tables: heading, and path of the figure in a result.
+_DEPTHS = (1, 5, 20, 50, 100)
 _QUESTION_COLUMNS = (
-    ('recall@1', ('gold', 'recall_at_1')),
-    ('recall@5', ('gold', 'recall_at_5')),
-    ('recall@20', ('gold', 'recall_at_20')),
-    ('recall@50', ('gold', 'recall_at_50')),
-    ('recall@100', ('gold', 'recall_at_100')),
+    *((f'recall@{k}', ('gold', f'recall_at_{k}')) for k in _DEPTHS),
     ('MRR', ('gold', 'mrr')),
     ('nDCG@10', ('gold', 'ndcg_at_10')),
-    ('answer@1', ('answer', 'recall_at_1')),
-    ('answer@5', ('answer', 'recall_at_5')),
-    ('answer@20', ('answer', 'recall_at_20')),
-    ('answer@50', ('answer', 'recall_at_50')),
-    ('answer@100', ('answer', 'recall_at_100')),
+    *((f'answer@{k}', ('answer', f'recall_at_{k}')) for k in _DEPTHS),
     ('answer MRR', ('answer', 'mrr')),
 )
 _MASKED_COLUMNS = (
@@ -72,15 +65,9 @@ PAIRED_COLUMNS = (
 _PANELS = (
     ('loss', 'train/loss'),
     ('probability of the null document', 'train/null_share'),
-    (
-        'retrieval utility, log p(y|z,x) - log p(y|null,x)',
-        'train/retrieval_utility',
-    ),
+    ('retrieval utility in nats', 'train/retrieval_utility'),
     ('age of the index in steps', 'refresh/age_steps'),
-    (
-        'share of the top k that the last refresh left the same',
-        'refresh/probe_overlap',
-    ),
+    ('share of the top k that a refresh kept', 'refresh/probe_overlap'),
     ('accuracy in the batch', 'train/accuracy'),
     ('examples per second', 'time/examples_per_second'),
 )

@@ -226,7 +226,6 @@ def test_masked_metrics_equal_those_by_hand(
   )
 
   def read(batch, query_emb, rows):
-    """Returns p(z|x), p(y|z,x) and log p of the targets."""
     score_BK = np.concatenate(
         [
             query_emb @ null_emb.T,
@@ -248,8 +247,7 @@ def test_masked_metrics_equal_those_by_hand(
     return score_BK, np.asarray(jax.nn.softmax(score_BK)), p_BKMV
 
   sums: dict[str, float] = {}
-  # Other batches than those under test.
-  odd = dataclasses.replace(config, batch_size=5)
+  odd = dataclasses.replace(config, batch_size=5)  # Other batches.
   for batch in realm.evaluation_batches(corpus, odd, 'validation', 20):
     targets_BM, mask_BM = batch.inputs.targets_BM, batch.inputs.mask_BM
     query_emb = apply(
@@ -264,11 +262,8 @@ def test_masked_metrics_equal_those_by_hand(
       p_BMV = np.einsum('BK,BKMV->BMV', p_BK, p_BKMV)
       return ((p_BMV.argmax(-1) == targets_BM) | ~mask_BM).all(1).sum()
 
-    index = np.broadcast_to(
-        targets_BM[:, None, :, None], (*p_BKMV.shape[:3], 1)
-    )
-    logp_BKM = np.log(np.take_along_axis(p_BKMV, index, 3)[..., 0])
-    _, aux = objectives.marginal_mlm(score_BK, logp_BKM, mask_BM)
+    p_BKM1 = np.take_along_axis(p_BKMV, targets_BM[:, None, :, None], 3)
+    _, aux = objectives.marginal_mlm(score_BK, np.log(p_BKM1[..., 0]), mask_BM)
     logged = objectives.retrieval_metrics(aux, mask_BM.any(-1))
     for name, value in (
         ('accuracy_with_retrieval', right(p_BK, p_BKMV)),
@@ -501,6 +496,3 @@ def test_a_corpus_of_another_tokenizer_is_refused(workdir, tmp_path, corpus):
   )
   with pytest.raises(ValueError, match='corpus_fingerprint'):
     evaluate.evaluate(workdir, limit=5)
-
-
-# inspect
