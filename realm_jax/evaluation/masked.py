@@ -101,7 +101,7 @@ def _read_batch(
         queries.exclude_BR2,
     )
   batch = realm.with_candidates(
-      queries, retrieved_BJ, trained.corpus, trained.config.lengths
+      queries, retrieved_BJ, trained.corpus, trained.template
   )
   read = trained.read(params, batch)
   mask_BM, targets_BM = queries.mask_BM, queries.targets_BM

@@ -233,7 +233,10 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
         1,
     )
     full = realm.with_candidates(
-        batch.inputs, retrieved, corpus, config.lengths
+        batch.inputs,
+        retrieved,
+        corpus,
+        inputs.Template.of(config.model, config.lengths, corpus.tokenizer),
     )
     b, k, t = full.joint_ids_BKT.shape
     logits = apply(
