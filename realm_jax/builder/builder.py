@@ -197,7 +197,7 @@ class _Job:
     else:
       corpus = corpus_lib.Corpus.open(config.corpus)
     if distributed.is_main():
-      cuts.warn_of_passages(corpus, config.lengths.document)
+      cuts.warn_of_passages(corpus, config)
     config.model.vocab_size = (
         config.model.vocab_size or corpus.tokenizer.vocab_size
     )

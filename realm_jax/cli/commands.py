@@ -303,7 +303,7 @@ COMMANDS = {
         positional='SENTENCE',
     ),
     'import': Command(
-        'Makes a workdir from published checkpoints of BERT or REALM.',
+        'Makes a workdir from published retrievers, BERT or REALM.',
         '--source=bert-base-uncased --workdir=runs/bert',
         actions.import_,
         Flag('source', str, 'Checkpoints of BERT or REALM: folders or Hugging'
@@ -313,6 +313,22 @@ COMMANDS = {
              ' tagger; default: all but a tagger.'),
         Flag('body', str, 'Prefix of the tensors to take from a file with'
              ' several BERTs, such as question_model.'),
+        Flag('query_source', str, 'The query tower of a retriever whose'
+             ' document tower is a --source. The two encoders of DPR in'
+             ' --source are recognised.'),
+        Flag('pooling', ('cls_tanh', 'cls', 'mean', 'last'),
+             'The checkpoint is a retriever without a projection, with this'
+             ' pooling. Not needed where the folder has modules.json.'),
+        Flag('normalize', bool, 'Embeddings have L2 norm 1; default: as'
+             ' modules.json says, or not.'),
+        Flag('query_prefix', str, "Text in front of a query, such as 'query: ';"
+             " default: the folder's prompt."),
+        Flag('document_prefix', str, "The same of a document: 'passage: '."),
+        Flag('titles', ('segments', 'pair', 'text'),
+             'Title and body are two segments, a pair of segment 0, or one'
+             ' text; default: text, and pair for DPR.'),
+        Flag('title_separator', str, 'Between title and body of one text;'
+             ' default: a space.'),
         Flag('corpus', str, 'A corpus prepared with the vocabulary of the'
              ' checkpoint, for `index` and `evaluate`. An open-QA checkpoint'
              ' brings its own.'),

@@ -13,8 +13,9 @@ from realm_jax import config as config_lib
 _NOT_NEGATIVE = (
     'model.num_layers model.width model.num_heads model.mlp_width'
     ' model.vocab_size model.layer_norm_eps model.init_stddev'
-    ' model.span_norm_eps optimizer.learning_rate optimizer.retriever_delay'
-    ' optimizer.final_fraction optimizer.eps optimizer.weight_decay'
+    ' model.projection_norm_eps model.span_norm_eps optimizer.learning_rate'
+    ' optimizer.retriever_delay optimizer.final_fraction optimizer.eps'
+    ' optimizer.weight_decay'
     ' refresh.timeout refresh.keep refresh.max_builder_failures checkpoint.keep'
     ' mips.num_leaves mips.leaves_to_search mips.reorder peak_tflops'
     ' gates.interval'
@@ -99,6 +100,18 @@ def _relations(c: config_lib.Config) -> Problems:
   model = config_lib.resolve(c).model
   if model.width % model.num_heads:
     yield 'model.num_heads', f'must divide the width, {model.width}'
+  none, usual = model.projection == 'none', config_lib.ModelConfig()
+  widths = (usual.embedding_width, model.width)
+  if none and c.model.embedding_width not in widths:
+    yield 'model.embedding_width', (
+        f'without a projection, it is the width of the encoder, {model.width}'
+    )
+  if none and model.towers == 'shared_bert':
+    yield 'model.towers', (
+        "are one BERT with two projections, but model.projection is 'none'"
+    )
+  if not model.score_scale > 0:
+    yield 'model.score_scale', 'must be more than 0'
   for field in _SHARES:
     if not 0 <= _at(c, field) <= 1:
       yield field, 'must be between 0 and 1'

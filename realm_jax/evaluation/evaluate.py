@@ -159,7 +159,7 @@ def evaluate(
         f' {sorted(trained.corpus.sentences)}. A retriever needs questions, a'
         ' reader the split `validation`.'
     )
-  cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
+  cuts.warn_of_passages(trained.corpus, trained.config)
   wanted = _steps(trained, steps, snapshots_too=can_ask)
   if run_file or beir:
     runs.query_names(questions)  # Checked before the work.
@@ -239,7 +239,7 @@ class _Asked:
       unknown_gold: str,
   ) -> '_Asked':
     table = question_table_lib.QuestionTable.of(
-        list(questions), trained.config.lengths.query, trained.corpus.tokenizer
+        list(questions), trained.template.text_length, trained.corpus.tokenizer
     )
     gold = passage_answers.find_gold(trained.corpus, questions)
     gold.warn(trained.corpus, f'{_COUNTED[unknown_gold].capitalize()}.')

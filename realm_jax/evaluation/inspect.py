@@ -85,7 +85,7 @@ def inspect(
   step = checkpoint.newest_step(trained.workdir)
   params = trained.load(step)
   search, index_step = trained.published_search()
-  cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
+  cuts.warn_of_passages(trained.corpus, trained.config)
   (found,) = Inspector(trained, step, params, search, index_step)([text], k)
   return found
 
@@ -118,7 +118,7 @@ class Inspector:
           f'{text!r} has no {MASK}: put one in place of each missing wordpiece.'
       )
     tokenizer = self.trained.corpus.tokenizer
-    length = self.trained.config.lengths.query
+    length = self.trained.template.text_length
     pieces = tokenizer.encode(text, masks=True)
     if len(pieces) + 2 > length:
       raise ValueError(
@@ -148,7 +148,7 @@ class Inspector:
     read = trained.read(
         self.params,
         realm.with_candidates(
-            query, retrieved_BJ, trained.corpus, trained.config.lengths
+            query, retrieved_BJ, trained.corpus, trained.template
         ),
     )
     return [
@@ -167,17 +167,18 @@ class Inspector:
     """Returns the sentences as a batch, and the positions of their masks."""
     tokenizer = self.trained.corpus.tokenizer
     lengths = self.trained.config.lengths
+    length = self.trained.template.text_length
     sentences = [self.query(text) for text in texts]
     positions = [found for _, found in sentences]
     # A multiple of the masks of training limits the number of compiled shapes.
     most = max(map(len, positions))
     width = -(-most // lengths.masks) * lengths.masks
     size = len(texts)
-    ids_BQ = np.zeros((size, lengths.query), np.int32)
+    ids_BQ = np.zeros((size, length), np.int32)
     positions_BM = np.zeros((size, width), np.int32)
     for b, (pieces, found) in enumerate(sentences):
       ids_BQ[b, : len(pieces) + 2] = inputs.query(
-          pieces, lengths.query, tokenizer
+          pieces, length, tokenizer
       )
       positions_BM[b, : len(found)] = found
     counts_B1 = np.array([[len(found)] for found in positions])

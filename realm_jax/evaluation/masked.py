@@ -108,7 +108,7 @@ def _read_batch(
     return trained.read(
         params,
         realm.with_candidates(
-            queries, rows_BJ, trained.corpus, trained.config.lengths
+            queries, rows_BJ, trained.corpus, trained.template
         ),
     )
 

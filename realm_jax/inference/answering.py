@@ -134,7 +134,7 @@ class OpenQA:
     if step is None:
       step = checkpoint.newest_step(trained.workdir)
     loaded = cls(trained, step)
-    cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
+    cuts.warn_of_passages(trained.corpus, trained.config)
     return loaded
 
   @property
@@ -189,7 +189,7 @@ class OpenQA:
       raise ValueError('Give at least one question, and none that is empty.')
     table = question_table_lib.QuestionTable.of(
         [questions.Question(text, ()) for text in texts],
-        config.lengths.query,
+        self.trained.template.text_length,
         self.trained.corpus.tokenizer,
     )
     found = self.read(table, self.retrieve(table.query_ids_NQ, k))

@@ -244,7 +244,7 @@ def start_or_resume(
 def warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
   """Logs how many passages are longer than the job reads."""
   if config.objective != 'mlm' or not config.mlm.without_passages:
-    cuts.warn_of_passages(corpus, config.lengths.document)
+    cuts.warn_of_passages(corpus, config)
 
 
 def _check_same_processes(

@@ -185,7 +185,11 @@ class _Loop:
       )
       stack.callback(self._refresher.close)
       self._retriever = retrieval.Retriever(
-          job.components['embedder'], job.mesh, self._refresher, self._rows
+          job.components['embedder'],
+          job.mesh,
+          self._refresher,
+          self._rows,
+          job.stage.template,
       )
     self._gates = gates_lib.Gates.of(job)
     self._gate_figures: dict[str, float] = {}  # Not logged yet.

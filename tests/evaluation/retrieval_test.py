@@ -225,6 +225,8 @@ def test_masked_metrics_equal_those_by_hand(
       ),
   )
 
+  template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
+
   def read(batch, query_emb, rows):
     score_BK = np.concatenate(
         [
@@ -233,7 +235,7 @@ def test_masked_metrics_equal_those_by_hand(
         ],
         1,
     )
-    full = realm.with_candidates(batch.inputs, rows, corpus, config.lengths)
+    full = realm.with_candidates(batch.inputs, rows, corpus, template)
     b, k, t = full.joint_ids_BKT.shape
     logits = apply(
         parts['reader'],

@@ -238,7 +238,7 @@ def test_candidates_that_hold_the_answer_are_counted(lives, tmp_path):
   gates = gates_lib.Gates(job)
   rows_BJ = np.random.default_rng(0).integers(0, 32, (32, 2))
   batch = realm.with_candidates(
-      gates._at_home, rows_BJ, lives, job.config.lengths
+      gates._at_home, rows_BJ, lives, job.stage.template
   )
   found = job.stage.figures(batch)['answer_in_candidates']
   expected = [
