@@ -23,9 +23,13 @@ def _readme() -> str:
 
 _SERVE = ['fastapi>=0.115', 'prometheus-client>=0.21', 'uvicorn>=0.34']
 _BM25 = ['bm25s>=0.2.13']
+_BEIR = [*_BM25, 'ir-measures>=0.4.3']
 _BEAM = ['apache-beam>=2.60']
 _PLOT = ['matplotlib>=3.9']
 _TENSORBOARD = ['tensorboardX>=2.6.4']
+_WANDB = ['wandb>=0.19']
+# The client of MLflow without its server; the whole package will do, too.
+_MLFLOW = ['mlflow-skinny>=2.20']
 _DEDUP = ['rensa>=0.5']
 _HF = ['datasets>=4.0', 'pyarrow>=15.0']
 _IR = ['ir-datasets>=0.5']
@@ -88,7 +92,10 @@ setuptools.setup(
         'plot': _PLOT,
         'serve': _SERVE,
         'bm25': _BM25,
+        'beir': _BEIR,
         'tensorboard': _TENSORBOARD,
+        'wandb': _WANDB,
+        'mlflow': _MLFLOW,
         'faiss': ['faiss-cpu>=1.9'],
         'beam': _BEAM,
         'dedup': _DEDUP,
@@ -102,7 +109,7 @@ setuptools.setup(
             *_HF,
             *_WIKI,
             *_SERVE,
-            *_BM25,
+            *_BEIR,
             # For fastapi.testclient.
             'httpx>=0.28',
             'hypothesis>=6.100',

@@ -8,8 +8,9 @@ such as `Alaska#0`, and questions-dev.jsonl.xz, the questions of every 22nd
 article; and vocab.txt, if none is to be learned. No stage sees a question.
 
 The articles of the questions, and as many others as --articles asks for, are
-the corpus of ICT and REALM, of passages and of sentences (X = Z). The reader is
-warmed up on all other articles. With --articles=0 there is one corpus of all.
+the corpus of REALM, of passages and of sentences (X = Z). The retriever is
+warmed up by ICT on all articles, the reader on the articles that are not in
+that corpus. With --articles=0 there is one corpus of all.
 
 The stages are those of experiments/real_text.py, each with a share of the time;
 in less than 20 minutes, the last two are left out. A stage at the end of its
@@ -26,6 +27,7 @@ the curve of `realm`, paired tests of `realm` with `ict` and `ict_longer`, BM25
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -38,7 +40,6 @@ import time
 from typing import Any
 
 import harness
-import numpy as np
 
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
@@ -51,13 +52,15 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _EXPERIMENT = _ROOT / 'experiments' / 'real_text.py'
 # Weight in the time of training, and the stages that give the first parameters.
 _STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
+    'ict': (20, ()),
     'mlm': (33, ()),
-    'ict': (10, ()),
     'realm': (20, ('mlm', 'ict')),
     'ict_longer': (20, ('ict',)),
     'frozen': (5, ('mlm', 'ict')),
     'null_reader': (4, ('mlm',)),
 }
+# They are not evaluated. The retriever of `ict` is that of `realm` at step 0.
+_WARM_UP = ('ict', 'mlm')
 _FEW, _SHORT = 4, 1200  # Stages of a run of less than so much time.
 _OVERHEAD = 200  # Seconds for the corpora and the evaluations.
 _DEPTHS = (1, 5, 20, 100)
@@ -72,12 +75,10 @@ _GPU = {
     'ict': ('batch_size=1024', 'optimizer.learning_rate=5e-4'),
     'ict_longer': ('batch_size=1024', 'optimizer.learning_rate=1.5e-4'),
     'realm': (
-        'batch_size=128', 'optimizer.learning_rate=2e-4',
-        'optimizer.retriever_learning_rate=1e-4',
-        'optimizer.retriever_delay=50', 'refresh.interval=50',
-        'refresh.lag=25',
+        'batch_size=256', 'steps=3000', 'optimizer.frozen=()',
+        'optimizer.learning_rate=5e-5',
     ),
-    'frozen': ('batch_size=128', 'optimizer.learning_rate=2e-4'),
+    'frozen': ('batch_size=256',),
     'null_reader': ('batch_size=512', 'lengths.document=8'),
 }
 _SMALL = {
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
   for i, stage in enumerate(stages, start=1):
     weight, parents = _STAGES[stage]
     _train(arguments, commands, stage, seconds * weight / total, parents)
-    if stage != 'mlm':
+    if stage not in _WARM_UP:
       _evaluate(arguments.workdir, commands, stage)
     figures = _all_figures(arguments.workdir, commands, stages[:i])
     files.write_json(arguments.output, harness.rounded(figures))
@@ -114,24 +115,28 @@ def _all_figures(
     workdir: pathlib.Path, commands: harness.Commands, stages: list[str]
 ) -> dict[str, Any]:
   """Returns the figures of the stages that are done."""
-  others = [stage for stage in ('ict', 'ict_longer') if stage in stages]
+  others = {}
+  if 'realm' in stages:
+    others['ict'] = _questions_of(workdir / 'realm', 0)
+  if 'ict_longer' in stages:
+    others['ict_longer'] = _questions_of(workdir / 'ict_longer')
   return {
       **harness.about('jax', 'flax'),
       'commands': commands.done,
       'corpora': {
           name: files.read_json(workdir / name / 'manifest.json')['counts']
-          for name in ('corpus', 'warm_up')
+          for name in ('all', 'corpus', 'warm_up')
           if (workdir / name).is_dir()
       },
       'stages': {stage: _figures(workdir / stage) for stage in stages},
       'curve': _curve(workdir / 'realm') if 'realm' in stages else {},
       'paired_by_article': {
-          f'realm_{other}': runs.compare(
-              _questions_of(workdir / 'realm'), _questions_of(workdir / other)
+          f'realm_{name}': runs.compare(
+              _questions_of(workdir / 'realm'), questions
           )
-          for other in (others if 'realm' in stages else ())
+          for name, questions in others.items()
       },
-      'bm25': _bm25(workdir),
+      'bm25': _bm25(workdir, stages),
   }
 
 
@@ -150,12 +155,6 @@ def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
     chosen = asked | set(others[:: max(len(others) // max(more, 1), 1)][:more])
   else:
     chosen = asked | set(others)
-  known = {'corpus': chosen, 'warm_up': set(others) - chosen}
-  for name, kept in known.items():
-    _write(
-        workdir / f'{name}.jsonl',
-        [x for x in passages if _article(x['id']) in kept],
-    )
   _write(
       workdir / 'questions.jsonl',
       [x for x in questions if _article(x['passage_id']) in asked],
@@ -163,23 +162,25 @@ def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
   if (texts / 'vocab.txt').is_file() and not arguments.vocab_size:
     vocab = f'--vocab={texts / "vocab.txt"}'
   else:
-    size = arguments.vocab_size or 8000
-    vocab = f'--vocab={workdir / "all"}'
-    if not (workdir / 'all').is_dir():
-      commands(
-          'prepare',
-          f'--source={workdir / "corpus.jsonl"},{workdir / "warm_up.jsonl"}',
-          f'--vocab_size={size}', f'--output={workdir / "all"}',
-      )
-  for name, kept in known.items():
-    if kept and not (workdir / name).is_dir():
-      commands(
-          'prepare', f'--source={workdir / f"{name}.jsonl"}', vocab,
-          f'--max_wordpieces={arguments.max_wordpieces}',
-          f'--output={workdir / name}',
-          # The articles whose sentences measure the reader.
-          f'--validation_fraction={0.1 if name == "corpus" else 0.01}',
-      )
+    vocab = f'--vocab_size={arguments.vocab_size or 8000}'
+  corpora = {
+      'all': chosen | set(others),
+      'corpus': chosen,
+      'warm_up': set(others) - chosen,
+  }
+  for name, kept in corpora.items():
+    if not kept or (workdir / name).is_dir():
+      continue
+    source = workdir / f'{name}.jsonl'
+    _write(source, [x for x in passages if _article(x['id']) in kept])
+    commands(
+        'prepare', f'--source={source}',
+        vocab if name == 'all' else f'--vocab={workdir / "all"}',
+        f'--max_wordpieces={arguments.max_wordpieces}',
+        f'--output={workdir / name}',
+        # The articles whose sentences measure the reader.
+        f'--validation_fraction={0.2 if name == "corpus" else 0.01}',
+    )
 
 
 def _train(
@@ -195,10 +196,12 @@ def _train(
   known = files.read_json(spent) if spent.exists() else {'seconds': 0.0}
   if known['seconds'] >= budget or (folder / 'summary.json').exists():
     return
-  has_warm_up = (arguments.workdir / 'warm_up').is_dir()
-  corpus = 'warm_up' if stage == 'mlm' and has_warm_up else 'corpus'
+  corpus = {'ict': 'all', 'mlm': 'warm_up'}.get(stage, 'corpus')
+  if not (arguments.workdir / corpus).is_dir():  # With --articles=0.
+    corpus = 'all'
   words = [
-      'train', f'--config={_EXPERIMENT}:{stage}', f'--workdir={folder}',
+      'train', f'--config={os.path.relpath(_EXPERIMENT)}:{stage}',
+      f'--workdir={folder}',
       f'--config.corpus={arguments.workdir / corpus}',
   ]
   if parents:
@@ -238,6 +241,8 @@ def _evaluate(
   words = ['evaluate', f'--workdir={folder}']
   if stage != 'null_reader':
     words.append(f'--questions={workdir / "questions.jsonl"}')
+    if importlib.util.find_spec('bm25s'):
+      words.append('--bm25')
   commands(*words, '--steps=all' if stage == 'realm' else '--steps=latest')
 
 
@@ -252,7 +257,7 @@ def _figures(folder: pathlib.Path) -> dict[str, Any]:
     figures['examples_per_second'] = statistics.median(rates)
     figures['loss'] = statistics.mean(x['train/loss'] for x in found[-5:])
     figures |= {n: x for line in found for n, x in line.items() if 'gates' in n}
-  if folder.name == 'mlm':
+  if folder.name in _WARM_UP:
     return figures
   result = report.load_all(folder)[-1]
   if 'questions' in result:
@@ -269,31 +274,21 @@ def _curve(folder: pathlib.Path) -> dict[str, list[float]]:
   return curve
 
 
-def _questions_of(folder: pathlib.Path) -> pathlib.Path:
-  last = checkpoint.newest_step(folder)
-  return folder / report.FOLDER / f'{last}{report.QUESTIONS}'
+def _questions_of(
+    folder: pathlib.Path, step: int | None = None
+) -> pathlib.Path:
+  if step is None:
+    step = checkpoint.newest_step(folder)
+  return folder / report.FOLDER / f'{step}{report.QUESTIONS}'
 
 
-def _bm25(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns recall of the gold paragraph by BM25, {} without bm25s."""
-  try:
-    import bm25s
-  except ImportError:
-    return {}
-  passages = [x for _, x in _records(workdir / 'corpus.jsonl')]
-  questions = [x for _, x in _records(workdir / 'questions.jsonl')]
-  search = bm25s.BM25(k1=0.9, b=0.4)
-  texts = [f'{x["title"]} {x["text"]}' for x in passages]
-  search.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
-  depth = min(_DEPTHS[-1], len(passages))
-  rows_BK, _ = search.retrieve(
-      bm25s.tokenize([x['question'] for x in questions], show_progress=False),
-      k=depth, show_progress=False,
-  )
-  row_of = {x['id']: row for row, x in enumerate(passages)}
-  gold_B = np.array([row_of[x['passage_id']] for x in questions])
-  hit_BK = rows_BK == gold_B[:, None]
-  return {f'recall_at_{k}': hit_BK[:, :k].any(1).mean() for k in _DEPTHS}
+def _bm25(workdir: pathlib.Path, stages: list[str]) -> dict[str, float]:
+  """Returns recall of the gold passage by BM25, {} without bm25s."""
+  for stage in stages:
+    for result in report.load_all(workdir / stage):
+      if 'baselines' in result:
+        return result['baselines']['bm25']['questions']['all']['gold']
+  return {}
 
 
 def _has_gpu() -> bool:

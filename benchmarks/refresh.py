@@ -450,7 +450,7 @@ def measure_steps(
           searches[size].search, query_emb_BE, config.num_candidates - 1
       )
       batch = realm.with_candidates(
-          queries, rows_BJ % len(corpus.passages), corpus, config.lengths
+          queries, rows_BJ % len(corpus.passages), corpus, job.stage.template
       )
       state, _ = job.step(state, mesh_lib.to_devices(job.mesh, batch))
       jax.block_until_ready(state)

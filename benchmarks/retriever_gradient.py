@@ -110,7 +110,7 @@ class _Measurement:
       )
       found.append(
           realm.with_candidates(
-              queries, retrieved_BJ, trained.corpus, config.lengths
+              queries, retrieved_BJ, trained.corpus, trained.template
           )
       )
     return found

@@ -80,7 +80,7 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
           ),
           np.zeros((config.batch_size, 0), np.int64),
           trained.corpus,
-          config.lengths,
+          trained.template,
       )
       best_BM = trained.read(params, batch)['best_BKM'][: len(rows), 0]
       correct_BM = best_BM == queries.targets_BM

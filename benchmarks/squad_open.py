@@ -7,22 +7,22 @@ Four stages (experiments/squad_open.py): warm-up of reader and retriever on the
 corpus, of the retriever on questions with their paragraphs, then fine-tuning of
 both, with a curve of recall and exact match. A finished stage is not run again;
 its processor time is kept in its workdir. BM25 (k1 0.9, b 0.4, title and text,
-English stop words, no stemming) is that of the package bm25s, over the same
+English stop words, no stemming) is `realm_jax.index.bm25`, over the same
 passages.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 from typing import Any
 
-import bm25s
 import harness
-import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import metrics
 from realm_jax.evaluation import report
+from realm_jax.index import bm25 as bm25_lib
 from realm_jax.qa import question_sets
 from realm_jax.runtime import files
 
@@ -95,29 +95,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def bm25(directory: pathlib.Path, dev: str) -> dict[str, Any]:
   corpus = corpus_lib.Corpus.open(directory)
   questions = question_sets.read(dev)
-  passages = [corpus.passage_text(i) for i in range(len(corpus.passages))]
-  texts = [f'{p["title"]} {p["text"]}' for p in passages]
-  retriever = bm25s.BM25(k1=0.9, b=0.4)
-  retriever.index(
-      bm25s.tokenize(texts, show_progress=False), show_progress=False
-  )
-  rows_BK, _ = retriever.retrieve(
-      bm25s.tokenize([q.question for q in questions], show_progress=False),
-      k=min(_BM25_DEPTH, len(texts)),
-      show_progress=False,
-  )
+  index = bm25_lib.Bm25.open(corpus)
+  depth = min(_BM25_DEPTH, len(index))
+  rows_BK, _ = index.search([q.question for q in questions], depth)
   names = [q.passage_id or '' for q in questions]
   gold = [[row] for row in corpus.passage_rows_by_id(names).tolist()]
-  by_gold = metrics.gold_ranks(np.asarray(rows_BK), gold)
+  by_gold = metrics.gold_ranks(rows_BK, gold)
   by_answer = metrics.answer_ranks(
-      np.asarray(rows_BK),
+      rows_BK,
       [q.answers for q in questions],
       [q.match for q in questions],
-      lambda row: passages[row]['text'],
+      functools.cache(lambda row: corpus.passage_text(row)['text']),
   )
-  figures: dict[str, Any] = {'passages': len(texts), 'questions': len(names)}
+  figures: dict[str, Any] = {'passages': len(index), 'questions': len(names)}
   for kind, ranks in (('gold', by_gold), ('answer', by_answer)):
-    summary = metrics.ranking(ranks, rows_BK.shape[1], len(texts))
+    summary = metrics.ranking(ranks, depth, len(index))
     for name, value in summary.items():
       figures[f'bm25_{kind}_{name}'] = value
   return figures

@@ -102,6 +102,7 @@ class _Side:
     import jax.numpy as jnp
     import training
 
+    from realm_jax.corpus import inputs
     from realm_jax.models import components as components_lib
     from realm_jax.models import dropout
     from realm_jax.runtime import mesh as mesh_lib
@@ -137,7 +138,7 @@ class _Side:
           batch.query_ids_BQ,
           batch.doc_ids_BJS,
           batch.doc_types_BJS,
-          _NULL,
+          inputs.Null(_NULL, inputs.NULL_TYPES),
           dropout.noise(jax.random.key(0), config.batch_size),
       ).sum()
 

@@ -104,6 +104,12 @@ def run(workdir: pathlib.Path, seed: int, entities: int) -> dict[str, Any]:
   )
   realm_jax('evaluate', f'--workdir={jobs["open_qa"]}', '--limit=1500')
   realm_jax('ask', f'--workdir={jobs["open_qa"]}', _question(corpus))
+  realm_jax(
+      'report',
+      f'--workdir={",".join(map(str, jobs.values()))}',
+      f'--output={workdir / "report.html"}',
+      f'--inspect={sentence}',
+  )
   report = _report(jobs, time.perf_counter() - start)
   (workdir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
   return report
@@ -227,7 +233,8 @@ def main() -> None:
     sys.exit(f'The command above failed with exit code {error.returncode}.')
   print(f'\n{_table(report)}\n\nWritten: {arguments.workdir}/report.json')
   print(
-      'To ask questions on a page of this machine:\n\n  '
+      f'All runs side by side, to open in a browser: {arguments.workdir}'
+      '/report.html\nTo ask questions on a page of this machine:\n\n  '
       + _serve_command(arguments.workdir)
   )
 

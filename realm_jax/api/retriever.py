@@ -1,8 +1,8 @@
 """`realm_jax.Retriever`: from texts to numpy vectors and passages."""
 
 from collections.abc import Callable, Sequence
+import functools
 import os
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,11 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.index import bm25
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
-from realm_jax.interop import importing
+from realm_jax.interop import sources
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
@@ -31,7 +32,8 @@ class Hits(NamedTuple):
   """Results of a search, best first.
 
   rows: int64 [B, k], passage numbers.
-  scores: float32 [B, k], inner products.
+  scores: float32 [B, k], inner products; of a hybrid search, those of
+    `bm25.fuse`.
   """
 
   rows: np.ndarray
@@ -59,6 +61,7 @@ class Retriever:
     self._open_search = open_search
     self._searched: tuple[search_lib.Search, search_lib.Rows] | None = None
     self._open_corpus = open_corpus
+    self._template = inputs.Template.of(component.config, lengths, tokenizer)
     self._embedder = embedding.Embedder(component, mesh_lib.one_device())
     self._said: set[str] = set()  # Kinds of texts reported as cut.
 
@@ -76,7 +79,7 @@ class Retriever:
     Args:
       path: a workdir; a folder that `realm-jax export --format=huggingface`
         wrote; a REALM checkpoint (embedder, scorer, open-QA), as a folder or a
-        hub id.
+        hub id; a folder of sentence-transformers.
       step: of a workdir's checkpoint or snapshot; None: the newest checkpoint.
       query_length, passage_length: maximum wordpieces of a text, specials
         included; None: those of the workdir, or the paper's.
@@ -87,7 +90,7 @@ class Retriever:
       FileNotFoundError: there is nothing of that name.
       ValueError: it has no retriever, or is damaged.
     """
-    if importing.looks_foreign(path):
+    if sources.looks_foreign(path):
       if step is not None:
         raise ValueError(f'{path} is a checkpoint, it has no steps.')
       return cls._from_checkpoint(path, query_length, passage_length)
@@ -115,12 +118,7 @@ class Retriever:
   def _from_checkpoint(
       cls, path: Path, query_length: int | None, passage_length: int | None
   ) -> 'Retriever':
-    if (pathlib.Path(path) / 'modules.json').is_file():
-      raise ValueError(
-          f'{path} is a folder of sentence-transformers; give the workdir, or'
-          ' an export with --format=huggingface.'
-      )
-    source = importing.open_source(path, blocks=False)
+    source = sources.open_source(path, blocks=False)
     if 'embedder' not in source.components:
       raise ValueError(f'{path} has no retriever.')
     loaded = source.load(['embedder'])
@@ -138,6 +136,7 @@ class Retriever:
       return search_lib.ExactSearch(rows), rows
 
     config = config_lib.resolve(config_lib.Config(model=loaded.config))
+    source.set_lengths(config.lengths)
     return cls(
         components_lib.make('embedder', config.model),
         loaded.params['embedder'],
@@ -163,15 +162,14 @@ class Retriever:
 
   def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds `[CLS] text [SEP]`: float32 [B, E]."""
-    ids_BQ = inputs.encode_queries(
-        _checked(texts), self.lengths.query, self.tokenizer
-    )
+    ids_BQ = self._template.encode(_checked(texts))
     if 'queries' not in self._said and cuts.warn_of_queries(
         texts, ids_BQ, self.tokenizer, 'queries', 'query_length'
     ):
       self._said.add('queries')
     return self._embed(
-        lambda ids_BQ: self._embedder.queries(self._params, ids_BQ), ids_BQ
+        lambda ids_BQ: self._embedder.queries(self._params, ids_BQ),
+        self._template.queries(ids_BQ),
     )
 
   def embed_passages(
@@ -189,12 +187,13 @@ class Retriever:
       _checked(texts)
     table = inputs.passage_table(passages, self.tokenizer)
     if 'passages' not in self._said and cuts.warn(
-        'passages', table.lengths, self.lengths.document, 'passage_length'
+        'passages',
+        self._template.lengths(table),
+        self.lengths.document,
+        'passage_length',
     ):
       self._said.add('passages')
-    arrays = inputs.assemble_documents(
-        table, np.arange(len(table)), self.lengths.document, self.tokenizer
-    )
+    arrays = self._template.documents(table, np.arange(len(table)))
 
     def embed(ids_BS: np.ndarray, types_BS: np.ndarray) -> jax.Array:
       return self._embedder.documents(
@@ -203,26 +202,48 @@ class Retriever:
 
     return self._embed(embed, *arrays)
 
-  def search(self, texts: Sequence[str], k: int) -> Hits:
+  def search(
+      self, texts: Sequence[str], k: int, hybrid: bool = False
+  ) -> Hits:
     """Finds the k passages of the highest inner product with each text.
+
+    Args:
+      texts: the queries.
+      k: number of passages.
+      hybrid: joins the 100 best passages, or k if that is more, with as many of
+        BM25, by reciprocal rank fusion. The first such search opens or builds
+        the index of BM25, which is kept with the corpus.
 
     Raises:
       FileNotFoundError: the workdir has no index of these parameters.
-      ValueError: there is no index at all, or fewer than k passages.
+      ImportError: `hybrid` needs the extra `[bm25]`.
+      ValueError: there is no index at all, or fewer than k passages; `hybrid`,
+        and there is no corpus.
     """
     if self._open_search is None:
       raise ValueError(
           'This retriever was loaded without an index. Load a workdir in which'
           ' `realm-jax index` built one, or an open-QA checkpoint.'
       )
+    depth = k
+    if hybrid:  # Loaded first: it fails at once where the extra is missing.
+      depth = max(k, min(bm25.DEPTH, len(self._bm25)))
     if self._searched is None:
       self._searched = self._open_search()
     search, table = self._searched
     query_emb_BE = self.embed_queries(texts)
     if not len(query_emb_BE):
       return Hits(np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
-    rows_BK = np.asarray(search.search(query_emb_BE, k)).astype(np.int64)
+    rows_BK = np.asarray(search.search(query_emb_BE, depth)).astype(np.int64)
+    if hybrid:
+      by_words_BK, _ = self._bm25.search(list(texts), depth)
+      rows_BK, score_BK = bm25.fuse(rows_BK, by_words_BK, k=k)
+      return Hits(rows_BK, score_BK.astype(np.float32))
     return Hits(rows_BK, search_lib.score(table, query_emb_BE, rows_BK))
+
+  @functools.cached_property
+  def _bm25(self) -> bm25.Bm25:
+    return bm25.Bm25.open(self.corpus)
 
   def passage(self, row: int) -> dict[str, str]:
     """Returns {id, title, text} of a row that `search` found."""

@@ -197,7 +197,7 @@ class _Job:
     else:
       corpus = corpus_lib.Corpus.open(config.corpus)
     if distributed.is_main():
-      cuts.warn_of_passages(corpus, config.lengths.document)
+      cuts.warn_of_passages(corpus, config)
     if not config.model.vocab_size:
       corpus.tokenizer.complete(config.model)
     # All devices of this process, whatever mesh the trainer has.

@@ -108,7 +108,7 @@ def add(
         base, source, path, workers=workers, progress=progress
     )
     made = documents.part(path)
-    cuts.warn_of_passages(made.corpus, documents.config.lengths.document)
+    cuts.warn_of_passages(made.corpus, documents.config)
     _check_ids(documents, gone, made.corpus, ids)
     return _commit(documents, command, gone, made, missing, progress)
 

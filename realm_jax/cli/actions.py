@@ -21,7 +21,6 @@ from realm_jax.runtime import lines
 if TYPE_CHECKING:
   from realm_jax.builder import documents
   from realm_jax.config import Config
-  from realm_jax.inference import answering
 
 _TERMINATED = 143  # Exit code of a job that SIGTERM stopped: 128 + SIGTERM.
 
@@ -330,6 +329,16 @@ def doctor(*, workdir: str, json: bool) -> None:
     sys.exit(1)
 
 
+def report(
+    *, workdir: str, output: str, inspect: str | None, corpus: str | None
+) -> None:
+  from realm_jax.serving import report_page
+
+  workdirs = lines.comma_separated(workdir)
+  path = report_page.write(workdirs, output, inspect, corpus)
+  print(f'Written to {path}.')
+
+
 def inspect(
     *sentences: str,
     workdir: str,
@@ -395,7 +404,7 @@ def ask(
   from realm_jax.inference import answering
 
   loaded = answering.OpenQA.load(workdir, step, corpus)
-  show = _as_json if json else _as_text
+  show = answering.as_json if json else answering.as_text
   if asked:
     print(show(loaded, loaded.answer(asked[0], k)))
     return
@@ -421,56 +430,6 @@ def serve(**options: Any) -> None:
     ) from error
 
   server.serve(**options)
-
-
-def _as_json(loaded: 'answering.OpenQA', answer: Any) -> str:
-  age = loaded.index_age_seconds
-  values = {
-      **dataclasses.asdict(answer),
-      # Without a passage, a reader of spans has no answer.
-      'without_retrieval': '',
-      'checkpoint': loaded.step,
-      'index_generation': loaded.index_generation,
-      'index_age_seconds': None if age is None else round(age),
-  }
-  return json_lib.dumps(values, ensure_ascii=False)
-
-
-def _as_text(loaded: 'answering.OpenQA', answer: Any) -> str:
-  shown = [f'{answer.text or "(no answer)"}   p={answer.probability:.2f}', '']
-  for number, passage in enumerate(answer.passages):
-    mark = '*' if number == answer.best else ' '
-    shown += [
-        f'{mark} p(z|x)={passage.probability:.2f}'
-        f' answer p={passage.answer_probability:.2f}  {passage.id}'
-        f'  {passage.title}',
-        f'    {_marked(passage)}',
-    ]
-  age = loaded.index_age_seconds
-  shown += [
-      '',
-      'Without retrieval: nothing; this reader answers with a part of a'
-      ' passage.',
-      f'Checkpoint {loaded.step}, index generation {loaded.index_generation}'
-      + ('.' if age is None else f', published {_duration(age)} ago.'),
-  ]
-  return '\n'.join(shown)
-
-
-def _marked(passage: Any) -> str:
-  """Returns the text of a passage with brackets around its answer."""
-  if not passage.answer:
-    return passage.text
-  text = passage.text.encode('utf-8')  # `start` and `limit` count bytes.
-  before = text[: passage.start].decode('utf-8')
-  return f'{before}[{passage.answer}]{text[passage.limit :].decode("utf-8")}'
-
-
-def _duration(seconds: float) -> str:
-  for unit, size in (('days', 86_400), ('hours', 3_600), ('minutes', 60)):
-    if seconds >= 2 * size:
-      return f'{seconds / size:.0f} {unit}'
-  return f'{seconds:.0f} seconds'
 
 
 def _indented(value: Any) -> str:

@@ -261,8 +261,11 @@ COMMANDS = {
              ' training.'),
         Flag('run_file', str, 'Also write the retrieved passages to this file,'
              ' for trec_eval, ir-measures or pyserini.'),
-        Flag('beir', str,
-             'Also write corpus and questions to this folder, as BEIR.'),
+        Flag('bm25', bool, 'Also measure BM25, and its hybrid with the'
+             ' retriever, with paired tests.', False),
+        Flag('beir', str, 'Folder of BEIR to measure by nDCG@10, recall@100 and'
+             ' MAP. One that does not exist, or with --questions: corpus and'
+             ' questions are written to it.'),
     ),
     'compare': Command(
         'Compares two evaluations question by question, with a paired test.',
@@ -278,6 +281,16 @@ COMMANDS = {
         WORKDIR,
         Flag('json', bool, 'Print JSON.', False),
     ),
+    'report': Command(
+        'Writes one HTML page of a run, or of several side by side.',
+        '--workdir=runs/ict,runs/realm --output=report.html',
+        actions.report,
+        Flag('workdir', str, 'Folders of jobs, comma-separated.', REQUIRED),
+        Flag('output', str, 'File to write.', 'report.html'),
+        Flag('inspect', str, 'A sentence with [MASK], for each model to fill'
+             ' in; without it, no model is loaded.'),
+        CORPUS,
+    ),
     'inspect': Command(
         'Shows the retrieved passages and predictions for one sentence.',
         '--workdir=runs/realm "The capital is [MASK]."',
@@ -290,7 +303,7 @@ COMMANDS = {
         positional='SENTENCE',
     ),
     'import': Command(
-        'Makes a workdir from published checkpoints of BERT or REALM.',
+        'Makes a workdir from published retrievers, BERT or REALM.',
         '--source=bert-base-uncased --workdir=runs/bert',
         actions.import_,
         Flag('source', str, 'Checkpoints of BERT or REALM: folders or Hugging'
@@ -300,6 +313,22 @@ COMMANDS = {
              ' tagger; default: all but a tagger.'),
         Flag('body', str, 'Prefix of the tensors to take from a file with'
              ' several BERTs, such as question_model.'),
+        Flag('query_source', str, 'The query tower of a retriever whose'
+             ' document tower is a --source. The two encoders of DPR in'
+             ' --source are recognised.'),
+        Flag('pooling', ('cls_tanh', 'cls', 'mean', 'last'),
+             'The checkpoint is a retriever without a projection, with this'
+             ' pooling. Not needed where the folder has modules.json.'),
+        Flag('normalize', bool, 'Embeddings have L2 norm 1; default: as'
+             ' modules.json says, or not.'),
+        Flag('query_prefix', str, "Text in front of a query, such as 'query: ';"
+             " default: the folder's prompt."),
+        Flag('document_prefix', str, "The same of a document: 'passage: '."),
+        Flag('titles', ('segments', 'pair', 'text'),
+             'Title and body are two segments, a pair of segment 0, or one'
+             ' text; default: text, and pair for DPR.'),
+        Flag('title_separator', str, 'Between title and body of one text;'
+             ' default: a space.'),
         Flag('corpus', str, 'A corpus prepared with the vocabulary of the'
              ' checkpoint, for `index` and `evaluate`. An open-QA checkpoint'
              ' brings its own.'),

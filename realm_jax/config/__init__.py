@@ -7,7 +7,6 @@ the paper's (Guu et al. 2020, section 4 and appendix A), except for `refresh`.
 
 import copy
 import dataclasses
-import hashlib
 import json
 import pathlib
 import typing
@@ -25,10 +24,6 @@ BACKENDS = {
 }
 # Fields of the config.json of transformers, which a workdir's lacks.
 _FOREIGN = {'architectures', 'model_type', 'hidden_size'}
-# Fields that name files of training data.
-_INPUT_FILES = (
-    ('ict', 'questions'), ('open_qa', 'questions'), ('tagger', 'files')
-)
 
 
 @dataclasses.dataclass
@@ -61,7 +56,28 @@ class ModelConfig:
   # with weights, or everything.
   remat: Literal['none', 'dots', 'full'] = 'none'
   init_stddev: float = 0.02
-  embedding_width: int = 128  # E, width of the retrieval embedding.
+  # The retrieval head (models/embedder.py). E is the width of the embedding;
+  # with projection='none', it is that of the encoder.
+  embedding_width: int = 128
+  # cls_tanh: [CLS] through BERT's pooler (as released). cls, last: the first or
+  # the last wordpiece. mean: the mean of all, [PAD] excluded.
+  pooling: Literal['cls_tanh', 'cls', 'mean', 'last'] = 'cls_tanh'
+  # From the pooled state to the embedding: a linear layer with a LayerNorm (as
+  # released), a linear layer, or nothing.
+  projection: Literal['layer_norm', 'linear', 'none'] = 'layer_norm'
+  projection_norm_eps: float = 0.0  # 0: layer_norm_eps.
+  normalize: bool = False  # Embeddings have L2 norm 1.
+  # A score is s f(x, z): the inverse temperature of normalised embeddings. The
+  # query embedding is multiplied by it. If learned, it starts from this value.
+  score_scale: float = 1.0
+  learn_score_scale: bool = False
+  # Texts in front of every query and document, such as 'query: '.
+  query_prefix: str = ''
+  document_prefix: str = ''
+  # segments: `title [SEP] body`, with segments 0 and 1 (REALM). pair: the same,
+  # all segment 0 (DPR). text: title, title_separator and body as one text.
+  titles: Literal['segments', 'pair', 'text'] = 'segments'
+  title_separator: str = ' '
   # shared: one tower for queries and documents (as released). shared_bert: one
   # BERT, two projections (as in the paper). separate: two BERTs. Both towers
   # start from the same weights, unless a checkpoint has two.
@@ -297,7 +313,9 @@ class Config:
   # wordpiece (the released code).
   granularity: Literal['span', 'token'] = 'span'
   log_interval: int = 10  # Steps between two lines of metrics.jsonl.
-  tensorboard: bool = False  # Needs the extra [tensorboard].
+  # Some of jsonl (always), tensorboard, wandb, mlflow, comma-separated.
+  log_to: str = 'jsonl'
+  tensorboard: bool = False  # The same as in log_to.
   # Peak TFLOP/s of one device, for the metric time/mfu; 0: unknown.
   peak_tflops: float = 0.0
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -322,6 +340,8 @@ def resolve(config: Config) -> Config:
   """Returns a copy in which derived defaults, such as `width=0`, are set."""
   config = copy.deepcopy(config)
   encoders.complete(config.model)
+  if config.model.projection == 'none':
+    config.model.embedding_width = config.model.width
   if config.optimizer.retriever_learning_rate < 0:
     config.optimizer.retriever_learning_rate = config.optimizer.learning_rate
   if config.optimizer.warmup_steps < 0:
@@ -401,75 +421,12 @@ def read(workdir: pathlib.Path | str) -> Config:
     raise ValueError(f'{path}: {error}') from error
 
 
-def flat(config: Config) -> dict[str, Any]:
-  """Returns {'steps': value, 'model.width': value, ...}."""
-  return _flat(to_dict(config))
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-  flat = {}
-  for name, value in values.items():
-    if isinstance(value, dict):
-      flat.update({f'{name}.{field}': v for field, v in value.items()})
-    else:
-      flat[name] = value
-  return flat
-
-
-def fields() -> list[str]:
-  """Returns the names of all fields that can be set: 'model.width', ..."""
-  return list(flat(Config()))
-
-
-def identity(config: Config) -> dict[str, Any]:
-  """Returns the fields that determine the result of a run, as in `flat`.
-
-  Left out are paths of inputs (their digests are compared instead), intervals,
-  timeouts, and the division of the work over devices, parts and kernels, which
-  changes the result by rounding only. `steps` counts: the learning rate depends
-  on it.
-  """
-  values = to_dict(resolve(config))
-  for name in (
-      'corpus init_from log_interval tensorboard peak_tflops mesh accumulate'
-      ' checkpoint gates'
-  ).split():
-    del values[name]
-  for name in ('attention', 'remat'):
-    del values['model'][name]
-  for section, field in (
-      (values, 'options'),
-      (values['mips'], 'options'),
-      (values['model'], 'encoder_options'),
-  ):
-    if not section[field]:  # Configs of older versions lack them.
-      del section[field]
-  values['model']['attention_dropout'] = attention_rate(config.model)
-  for name in ('tag_column', 'tag_names'):  # How to read an input.
-    del values['tagger'][name]
-  for name in ('timeout', 'keep', 'max_builder_failures'):
-    del values['refresh'][name]
-  for section, field in _INPUT_FILES:
-    values[section][field] = bool(values[section][field])  # Whether any.
-  return _flat(values)
-
-
-def digest(config: Config) -> str:
-  """Returns the SHA-256 of the config's identity."""
-  text = json.dumps(identity(config), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
-def differences(ours: Config, theirs: Config) -> list[str]:
-  """Returns a line for each field in which the identities differ."""
-  now, then = identity(ours), identity(theirs)
-  return [
-      f'config.{name}: {then.get(name)!r} there, {now.get(name)!r} here'
-      for name in {**now, **then}
-      if now.get(name) != then.get(name)
-  ]
-
-
-# validation.py needs the tree above.
+# These need the tree above.
 from realm_jax.config import validation  # noqa: E402
+from realm_jax.config.comparison import HEAD_FIELDS as HEAD_FIELDS  # noqa: E402
+from realm_jax.config.comparison import differences as differences  # noqa: E402
+from realm_jax.config.comparison import digest as digest  # noqa: E402
+from realm_jax.config.comparison import fields as fields  # noqa: E402
+from realm_jax.config.comparison import flat as flat  # noqa: E402
+from realm_jax.config.comparison import identity as identity  # noqa: E402
 from realm_jax.config.validation import validate as validate  # noqa: E402

@@ -13,8 +13,9 @@ from realm_jax import config as config_lib
 _NOT_NEGATIVE = (
     'model.num_layers model.width model.num_heads model.mlp_width'
     ' model.vocab_size model.pad_id model.init_stddev'
-    ' model.span_norm_eps optimizer.learning_rate optimizer.retriever_delay'
-    ' optimizer.final_fraction optimizer.eps optimizer.weight_decay'
+    ' model.projection_norm_eps model.span_norm_eps optimizer.learning_rate'
+    ' optimizer.retriever_delay optimizer.final_fraction optimizer.eps'
+    ' optimizer.weight_decay'
     ' refresh.timeout refresh.keep refresh.max_builder_failures checkpoint.keep'
     ' mips.num_leaves mips.leaves_to_search mips.reorder peak_tflops'
     ' gates.interval'
@@ -30,6 +31,7 @@ _SHARES = (
     ' refresh.overlap_bound optimizer.b1 optimizer.b2 mips.recall_target'
 ).split()
 
+LOG_TO = ('jsonl', 'tensorboard', 'wandb', 'mlflow')
 
 Problems = Iterable[tuple[str, str]]  # Fields, and why their values are wrong.
 
@@ -65,6 +67,9 @@ def validate(
 def _ranges(c: config_lib.Config) -> Problems:
   if not c.corpus:
     yield 'corpus', 'give the folder that `prepare` wrote'
+  for name in filter(None, map(str.strip, c.log_to.split(','))):
+    if name not in LOG_TO:
+      yield 'log_to', f'{name!r} is none of {", ".join(LOG_TO)}'
   if c.mips.backend not in config_lib.BACKENDS and ':' not in c.mips.backend:
     yield 'mips.backend', (
         f'must be one of {tuple(config_lib.BACKENDS)} or have the form'
@@ -95,6 +100,18 @@ def _relations(c: config_lib.Config) -> Problems:
   model = config_lib.resolve(c).model
   if model.width % model.num_heads:
     yield 'model.num_heads', f'must divide the width, {model.width}'
+  none, usual = model.projection == 'none', config_lib.ModelConfig()
+  widths = (usual.embedding_width, model.width)
+  if none and c.model.embedding_width not in widths:
+    yield 'model.embedding_width', (
+        f'without a projection, it is the width of the encoder, {model.width}'
+    )
+  if none and model.towers == 'shared_bert':
+    yield 'model.towers', (
+        "are one BERT with two projections, but model.projection is 'none'"
+    )
+  if not model.score_scale > 0:
+    yield 'model.score_scale', 'must be more than 0'
   for field in _SHARES:
     if not 0 <= _at(c, field) <= 1:
       yield field, 'must be between 0 and 1'

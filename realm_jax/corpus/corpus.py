@@ -272,6 +272,11 @@ class Corpus:
     """Number of passages that a search can return."""
     return len(self.passages) - len(self.removed)
 
+  @functools.cached_property
+  def live_rows(self) -> np.ndarray:
+    """Rows of the passages that a search can return, int64, ascending."""
+    return np.setdiff1d(np.arange(len(self.passages)), self.removed)
+
   def passage_rows_by_id(self, ids: Iterable[str]) -> np.ndarray:
     """Returns the rows of passages by id, int64; -1 for an unknown id.
 

@@ -5,7 +5,9 @@ import logging
 
 import numpy as np
 
+from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,21 @@ def warn(
   return bool(longer)
 
 
-def warn_of_passages(corpus: corpus_lib.Corpus, length: int) -> None:
-  """Logs how many passages are longer than config.lengths.document."""
-  lengths_N = corpus.passages.lengths
+def warn_of_passages(
+    corpus: corpus_lib.Corpus, config: config_lib.Config
+) -> None:
+  """Logs how many passages are longer than config.lengths.document.
+
+  Raises:
+    ValueError: a prefix of the retriever leaves no room for a text.
+  """
+  template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
+  lengths_N = template.lengths(corpus.passages)
   if len(corpus.removed):
     lengths_N = np.delete(lengths_N, corpus.removed)
-  warn('passages', lengths_N, length, 'config.lengths.document')
+  warn(
+      'passages', lengths_N, config.lengths.document, 'config.lengths.document'
+  )
 
 
 def warn_of_queries(

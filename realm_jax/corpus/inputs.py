@@ -1,32 +1,195 @@
 """Model inputs: wordpieces with [CLS] and [SEP], in numpy.
 
-Only this module writes special ids; they and their number are the tokenizer's:
-RoBERTa has two [SEP] between two texts, `<s> title </s></s> body </s>`. Batches
-are assembled as a whole from the tables of a corpus.
+Only this module writes special ids and the prefixes of a retriever. The special
+ids and their number are the tokenizer's: RoBERTa has two [SEP] between two
+texts, `<s> title </s></s> body </s>`. Batches are assembled as a whole from the
+tables of a corpus.
 """
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
 Tokenizer = tokenizer_lib.Tokenizer
 
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
+NULL_TYPES = (0, 0, 1)  # The segments of BERT's null document.
+
+
+class Null(NamedTuple):
+  """The retriever's input for the null document."""
+
+  ids: tuple[int, ...]
+  types: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """How the retriever reads a query and a document.
+
+  tokenizer: for the special ids.
+  query_length: Q, wordpieces of a query with specials and prefix.
+  document_length: S, those of a document.
+  query_prefix, document_prefix: wordpieces behind [CLS].
+  titles: as config.model.titles.
+  separator: wordpieces between a title and its body, if they are one text.
+  """
+
+  tokenizer: Tokenizer
+  query_length: int
+  document_length: int
+  query_prefix: tuple[int, ...] = ()
+  document_prefix: tuple[int, ...] = ()
+  titles: str = 'segments'
+  separator: tuple[int, ...] = ()
+
+  @classmethod
+  def of(
+      cls,
+      model: config_lib.ModelConfig,
+      lengths: config_lib.LengthsConfig,
+      tokenizer: Tokenizer,
+  ) -> 'Template':
+    """Returns the template of a config.
+
+    Raises:
+      ValueError: a prefix leaves no room for a text, or runs into the text.
+    """
+    found = {}
+    for what in ('query', 'document'):
+      text, length = getattr(model, f'{what}_prefix'), getattr(lengths, what)
+      found[what] = tuple(tokenizer.encode(text)) if text else ()
+      if not text:
+        continue
+      count = len(found[what])
+      if count + tokenizer.num_specials >= length:
+        raise ValueError(
+            f'config.model.{what}_prefix={text!r} has {count} wordpieces, and'
+            f' config.lengths.{what}={length} leaves no room for a text after'
+            ' it and the special ones. Make the length larger.'
+        )
+      if tokenizer.encode(f'{text}a') != [
+          *found[what], *tokenizer.encode('a')
+      ]:
+        raise ValueError(
+            f'config.model.{what}_prefix={text!r} runs into the text after it:'
+            ' end it with a space.'
+        )
+    separator: list[int] = []
+    if model.titles == 'text':
+      separator = tokenizer.encode(model.title_separator)
+    return cls(
+        tokenizer,
+        lengths.query,
+        lengths.document,
+        found['query'],
+        found['document'],
+        model.titles,
+        tuple(separator),
+    )
+
+  @property
+  def text_length(self) -> int:
+    """Wordpieces of `[CLS] x [SEP]`, which is a query without its prefix."""
+    return self.query_length - len(self.query_prefix)
+
+  def encode(self, texts: list[str]) -> np.ndarray:
+    """Returns `[CLS] text [SEP]`, without the prefix: int32 [B, Q']."""
+    return encode_queries(texts, self.text_length, self.tokenizer)
+
+  def queries(self, ids_BQ: np.ndarray) -> np.ndarray:
+    """Returns rows of `[CLS] x [SEP]` with the prefix behind [CLS]."""
+    if not self.query_prefix:
+      return ids_BQ
+    prefix_BP = np.tile(
+        np.asarray(self.query_prefix, ids_BQ.dtype), (len(ids_BQ), 1)
+    )
+    return np.concatenate([ids_BQ[:, :1], prefix_BP, ids_BQ[:, 1:]], axis=1)
+
+  def documents(
+      self,
+      passages: corpus_lib.PassageTable,
+      rows: np.ndarray,
+      length: int | None = None,
+      cut: tuple[np.ndarray, np.ndarray] | None = None,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns passages as the retriever reads them, padded.
+
+    Args:
+      passages: the table.
+      rows: passage numbers, any shape; NULL_DOCUMENT for the null document.
+      length: of the result; None: S. The title has priority over the body.
+      cut: for each row, a range (start, limit) of body wordpieces to leave out.
+
+    Returns:
+      ids and types, int32 [..., S].
+    """
+    title, body = _title_and_body(passages, rows.reshape(-1), cut)
+    cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
+    start: list[_Pieces | int] = [cls_id]
+    if self.document_prefix:
+      start.append(_repeated(self.document_prefix, np.ones(rows.size, bool)))
+    middle: list[_Pieces | int] = [*self.tokenizer.between]
+    if self.titles == 'text':
+      present_N = title.lengths > 0
+      middle = [_repeated(self.separator, present_N)] if self.separator else []
+    parts = [*start, title, *middle, body, sep_id]
+    segment = len(parts)  # No part has type 1.
+    if self.titles == 'segments':
+      segment = len(start) + 1 + len(middle)
+    return _join(
+        parts,
+        length or self.document_length,
+        first_segment=segment,
+        shape=rows.shape,
+        pad_id=self.tokenizer.pad_id,
+    )
+
+  @functools.cached_property
+  def null(self) -> Null:
+    """The null document, `[CLS] [SEP] [SEP]` without a prefix."""
+    specials = (self.tokenizer.cls_id, *self.document_prefix)
+    between = () if self.titles == 'text' else self.tokenizer.between
+    ids = (*specials, *between, self.tokenizer.sep_id)
+    last = int(self.titles == 'segments')
+    return Null(ids, (0,) * (len(ids) - 1) + (last,))
+
+  def overhead(self, title_lengths_N: np.ndarray) -> np.ndarray:
+    """Returns the wordpieces of documents besides title and body, [N]."""
+    if self.titles == 'text':
+      between_N = np.where(title_lengths_N > 0, len(self.separator), 0)
+      return between_N + len(self.document_prefix) + 2
+    return np.full_like(title_lengths_N, len(self.null.ids))
+
+  def lengths(self, passages: corpus_lib.PassageTable) -> np.ndarray:
+    """Returns the wordpieces of all passages as documents, int32 [N]."""
+    more_N = self.overhead(passages.title_lengths) - passages.num_specials
+    return (passages.lengths + more_N).astype(np.int32)
+
+
+def assemble_documents(
+    passages: corpus_lib.PassageTable,
+    rows: np.ndarray,
+    length: int,
+    tokenizer: Tokenizer,
+    cut: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `[CLS] title [SEP] body [SEP]`; see `Template.documents`."""
+  return Template(tokenizer, length, length).documents(
+      passages, rows, length, cut
+  )
 
 
 def null_document(tokenizer: Tokenizer) -> tuple[int, ...]:
   """Returns the ids of the null document, `[CLS] [SEP] [SEP]`."""
-  return tokenizer.cls_id, *tokenizer.between, tokenizer.sep_id
-
-
-def null_types(ids: Sequence[int]) -> tuple[int, ...]:
-  """Returns the segments of `null_document`."""
-  return (*(0 for _ in ids[1:]), 1)
+  return Template(tokenizer, 0, 0).null.ids
 
 
 def query(
@@ -34,18 +197,6 @@ def query(
 ) -> list[int]:
   """Returns `[CLS] x [SEP]` of wordpieces, cut to `length`."""
   return [tokenizer.cls_id, *pieces[: length - 2], tokenizer.sep_id]
-
-
-def document(
-    title: Sequence[int],
-    body: Sequence[int],
-    length: int,
-    tokenizer: Tokenizer,
-) -> tuple[list[int], list[int]]:
-  """Returns `[CLS] title [SEP]` and `body [SEP]`; the title has priority."""
-  between, specials = tokenizer.between, tokenizer.num_specials
-  first = [tokenizer.cls_id, *title[: length - specials], *between]
-  return first, [*body[: length - 1 - len(first)], tokenizer.sep_id]
 
 
 def add_specials(
@@ -94,7 +245,7 @@ def assemble_queries(
   Args:
     table: the sentences.
     rows: sentence numbers, [B].
-    length: Q; longer sentences are cut.
+    length: of a row; longer sentences are cut.
     tokenizer: for the special ids.
 
   Returns:
@@ -109,36 +260,6 @@ def assemble_queries(
       pad_id=tokenizer.pad_id,
   )
   return ids, np.minimum(pieces.lengths + 2, length).astype(np.int32)
-
-
-def assemble_documents(
-    passages: corpus_lib.PassageTable,
-    rows: np.ndarray,
-    length: int,
-    tokenizer: Tokenizer,
-    cut: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `[CLS] title [SEP] body [SEP]` of passages, padded.
-
-  Args:
-    passages: the table.
-    rows: passage numbers, any shape; NULL_DOCUMENT for the null document.
-    length: S; the title has priority over the body.
-    tokenizer: for the special ids.
-    cut: for each row, a range (start, limit) of body wordpieces to leave out.
-
-  Returns:
-    ids and types (segment 0 up to the first [SEP], then 1), int32 [..., S].
-  """
-  title, body = _title_and_body(passages, rows.reshape(-1), cut)
-  first: list[_Pieces | int] = [tokenizer.cls_id, title, *tokenizer.between]
-  return _join(
-      [*first, body, tokenizer.sep_id],
-      length,
-      first_segment=len(first),
-      shape=rows.shape,
-      pad_id=tokenizer.pad_id,
-  )
 
 
 def assemble_joint(
@@ -217,6 +338,12 @@ class _Pieces:
   lengths: np.ndarray
   gap_starts: np.ndarray | None = None
   gap_sizes: np.ndarray | None = None
+
+
+def _repeated(ids: Sequence[int], present_N: np.ndarray) -> _Pieces:
+  """Returns the same wordpieces for the rows that have them."""
+  starts_N = np.zeros(len(present_N), np.int64)
+  return _Pieces(np.asarray(ids), starts_N, np.where(present_N, len(ids), 0))
 
 
 def _title_and_body(

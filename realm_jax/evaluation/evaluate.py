@@ -18,10 +18,12 @@ import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import cuts
+from realm_jax.evaluation import beir as beir_lib
 from realm_jax.evaluation import masked
 from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
+from realm_jax.index import bm25 as bm25_lib
 from realm_jax.index import search as search_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
@@ -58,6 +60,7 @@ def evaluate(
     format: str = 'auto',
     fields: str | None = None,
     qrels: pathlib.Path | str | None = None,
+    bm25: bool = False,
 ) -> list[report.Result]:
   """Measures a workdir and writes evaluation/<step>.json for each step.
 
@@ -86,19 +89,23 @@ def evaluate(
       questions, and 2,000 sentences.
     read: passages to read for a question; None: as many as in training.
     run_file: TREC run file to write, of the last step.
-    beir: BEIR folder to write, with corpus and questions.
+    beir: a BEIR folder. One that exists, without `questions`, is read: its
+      queries are the questions, and retriever, BM25 and hybrid are measured on
+      its documents (`beir.Folder`). Else corpus and questions are written.
     answer_match: when a passage holds an answer, a rule of
       `answers.has_answer`; None: `dpr`. Answers that are regular expressions
       have the rule `regex` in any case.
     unknown_gold: whether a gold passage that the corpus lacks counts as one
       that was not retrieved, or is left out.
     format, fields, qrels: of the questions, see `question_sets.read`.
+    bm25: whether BM25, and its hybrid with the retriever, are measured, too.
 
   Returns:
     The results, plain JSON, by step.
 
   Raises:
     FileNotFoundError: there is no such workdir, step or corpus.
+    ImportError: `bm25` or `beir` needs a package that is not installed.
     ValueError: nothing can be measured, or the corpus does not fit.
   """
   trained = trained_lib.Trained.open(
@@ -123,6 +130,13 @@ def evaluate(
     )
   if unknown_gold not in ('miss', 'skip'):
     raise ValueError(f'unknown_gold={unknown_gold}: must be miss or skip.')
+  folder = None
+  if beir is not None and questions is None and beir_lib.is_folder(beir):
+    length = trained.config.lengths.document
+    folder = beir_lib.Folder.open(
+        beir, trained.corpus, length, qrels, limit, format, fields
+    )
+    questions, beir = folder.questions, None
   questions = _questions(
       trained.corpus, questions, format=format, fields=fields, qrels=qrels
   )[:limit]
@@ -132,6 +146,11 @@ def evaluate(
       'reader' in trained.components
       and 'validation' in trained.corpus.sentences
   )
+  if (run_file or beir or bm25 or folder) and not can_ask:
+    raise ValueError(
+        'There are no questions, or no retriever, to write or measure a run of.'
+        + (f' {beir} is no folder of BEIR that could be read.' * bool(beir))
+    )
   if not (can_ask or can_mask):
     raise ValueError(
         f'Nothing can be measured in {workdir}: its components are'
@@ -140,11 +159,9 @@ def evaluate(
         f' {sorted(trained.corpus.sentences)}. A retriever needs questions, a'
         ' reader the split `validation`.'
     )
-  cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
+  cuts.warn_of_passages(trained.corpus, trained.config)
   wanted = _steps(trained, steps, snapshots_too=can_ask)
   if run_file or beir:
-    if not can_ask:
-      raise ValueError('There are no questions to write a run of.')
     runs.query_names(questions)  # Checked before the work.
   elif can_ask and not any(q.answers or q.gold for q in questions):
     raise ValueError(
@@ -155,20 +172,21 @@ def evaluate(
   asked = None
   if can_ask:
     asked = _Asked.of(trained, questions, answer_match, unknown_gold)
+    if bm25 or folder is not None:
+      asked = asked.with_bm25(trained, folder)
     if beir is not None:
       runs.write_beir(beir, questions, asked.gold, trained.corpus)
   results = []
   for step in wanted:
-    result, run = _evaluate_step(
-        trained, step, asked, max_sentences if can_mask else 0, read
+    output = pathlib.Path(workdir) / report.FOLDER
+    result, found = _evaluate_step(
+        trained, step, asked, max_sentences if can_mask else 0, read, output
     )
-    if run is not None:
-      folder = pathlib.Path(workdir) / report.FOLDER
-      runs.write_questions(
-          folder / f'{step}{report.QUESTIONS}', run, trained.corpus
-      )
-      if run_file is not None:
-        runs.write_trec(run_file, run, trained.corpus)
+    paired = runs.write_step(output, step, found, trained.corpus)
+    if 'baselines' in result:
+      result['baselines']['paired'] = paired
+    if found and run_file is not None:
+      runs.write_trec(run_file, found['retriever'], trained.corpus)
     report.save(workdir, result)
     log.info('Evaluated %s, step %d.', workdir, step)
     results.append(result)
@@ -198,6 +216,8 @@ class _Asked:
   unknown_gold: the gold passages that the corpus lacks, for the report.
   cluster_B: see `metrics.interval`.
   text_of: returns the body of a passage row, cached.
+  by_words: index of BM25, and what it finds; None: not measured.
+  folder: of BEIR; None: not measured.
   """
 
   table: question_table_lib.QuestionTable
@@ -207,6 +227,8 @@ class _Asked:
   unknown_gold: dict[str, Any] | None
   cluster_B: np.ndarray
   text_of: Callable[[int], str]
+  by_words: tuple[bm25_lib.Bm25, beir_lib.Ranking] | None = None
+  folder: beir_lib.Folder | None = None
 
   @classmethod
   def of(
@@ -217,7 +239,7 @@ class _Asked:
       unknown_gold: str,
   ) -> '_Asked':
     table = question_table_lib.QuestionTable.of(
-        list(questions), trained.config.lengths.query, trained.corpus.tokenizer
+        list(questions), trained.template.text_length, trained.corpus.tokenizer
     )
     gold = passage_answers.find_gold(trained.corpus, questions)
     gold.warn(trained.corpus, f'{_COUNTED[unknown_gold].capitalize()}.')
@@ -248,6 +270,20 @@ class _Asked:
         table, gold, np.array(has_gold), rules, about, cluster_B, text_of
     )
 
+  def with_bm25(
+      self, trained: trained_lib.Trained, folder: beir_lib.Folder | None
+  ) -> '_Asked':
+    """Searches by BM25, which is the same for all steps."""
+    asked = dataclasses.replace(self, folder=folder)
+    index = bm25_lib.Bm25.open(trained.corpus)
+    texts = [question.question for question in self.table.questions]
+    found = index.search(texts, asked.depth(trained))
+    return dataclasses.replace(asked, by_words=(index, found))
+
+  def depth(self, trained: trained_lib.Trained) -> int:
+    """Returns the number of passages to retrieve."""
+    return max(_depth(trained), self.folder.depth if self.folder else 0)
+
 
 def _steps(
     trained: trained_lib.Trained, steps: str | int, snapshots_too: bool
@@ -276,7 +312,9 @@ def _evaluate_step(
     asked: _Asked | None,
     max_sentences: int,
     read: int | None,
-) -> tuple[report.Result, runs.Run | None]:
+    output: pathlib.Path,
+) -> tuple[report.Result, dict[str, runs.Run]]:
+  """Returns the figures of a step, and its runs, named as in `report.RUNS`."""
   start = time.perf_counter()
   params = trained.load(step)
   result: report.Result = {
@@ -287,12 +325,14 @@ def _evaluate_step(
   }
   if (changes := trained.documents.about()) is not None:
     result['documents'] = changes
-  index, run = None, None
+  index, found = None, dict[str, runs.Run]()
   if 'embedder' in params:
     index = trained.index(params, step)
     result['index_generation'] = index.generation
   if asked is not None and index is not None:
-    run = _retrieve(trained, params, index, asked)
+    ranking = _retrieve(trained, params, index, asked)
+    depth = _depth(trained)
+    run = _ranked(ranking, asked, depth)
     if 'span_reader' in params:
       model = answering.OpenQA(trained, step, params, index)
       figures, answers = metrics_lib.answer_figures(
@@ -300,6 +340,29 @@ def _evaluate_step(
       )
       run = dataclasses.replace(run, figures=figures, answers=answers)
     result['questions'] = _question_metrics(trained, run, asked)
+    found['retriever'] = run
+    if asked.by_words is not None:
+      by_index, by_words = asked.by_words
+      hybrid = bm25_lib.fuse(
+          ranking[0][:, :depth], by_words[0][:, :depth], k=depth
+      )
+      found['bm25'] = _ranked(by_words, asked, depth)
+      found['hybrid'] = _ranked(hybrid, asked, depth)
+      result['baselines'] = {
+          name: {'questions': _question_metrics(trained, found[name], asked)}
+          for name in ('bm25', 'hybrid')
+      }
+      result['baselines']['bm25'] |= {
+          **by_index.about(),
+          'without_result': int((by_words[0][:, 0] < 0).sum()),
+          'joined': depth,
+      }
+      if asked.folder is not None:
+        result['beir'] = asked.folder.measure(
+            {'retriever': ranking, 'bm25': by_words},
+            asked.cluster_B,
+            output / f'{step}.beir',
+        )
     counts = collections.Counter(
         rule
         for rule, question in zip(asked.rules, run.questions, strict=True)
@@ -313,11 +376,11 @@ def _evaluate_step(
     search = None if index is None else index.search
     result['masked'] = masked.measure(trained, params, search, max_sentences)
   result['seconds'] = round(time.perf_counter() - start, 3)
-  return result, run
+  return result, found
 
 
 def _depth(trained: trained_lib.Trained) -> int:
-  """Returns the number of passages retrieved for a question."""
+  """Returns the number of passages of a run."""
   return min(metrics_lib.CUTOFFS[-1], trained.corpus.num_live)
 
 
@@ -326,20 +389,27 @@ def _retrieve(
     params: trained_lib.Params,
     index: trained_lib.Index,
     asked: _Asked,
-) -> runs.Run:
+) -> beir_lib.Ranking:
   query_emb_BE = trained.embed_queries(params, asked.table.query_ids_NQ)
   doc_ids, scores = [], []
   for start in range(0, len(query_emb_BE), _SEARCH_BATCH):
     some_BE = query_emb_BE[start : start + _SEARCH_BATCH]
-    rows_BK = index.search.search(some_BE, _depth(trained))
+    rows_BK = index.search.search(some_BE, asked.depth(trained))
     doc_ids.append(rows_BK)
     scores.append(search_lib.score(index.table, some_BE, rows_BK))
-  doc_ids_BK = np.concatenate(doc_ids)
+  return np.concatenate(doc_ids), np.concatenate(scores)
+
+
+def _ranked(
+    ranking: beir_lib.Ranking, asked: _Asked, depth: int
+) -> runs.Run:
+  """Returns the ranks of gold passages and answers among the first `depth`."""
+  doc_ids_BK, score_BK = (array_BK[:, :depth] for array_BK in ranking)
   questions = asked.table.questions
   return runs.Run(
       questions,
       doc_ids_BK,
-      np.concatenate(scores),
+      score_BK,
       metrics_lib.gold_ranks(doc_ids_BK, asked.gold.rows),
       metrics_lib.answer_ranks(
           doc_ids_BK,

@@ -85,7 +85,7 @@ def inspect(
   step = checkpoint.newest_step(trained.workdir)
   params = trained.load(step)
   search, index_step = trained.published_search()
-  cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
+  cuts.warn_of_passages(trained.corpus, trained.config)
   (found,) = Inspector(trained, step, params, search, index_step)([text], k)
   return found
 
@@ -118,7 +118,7 @@ class Inspector:
           f'{text!r} has no {MASK}: put one in place of each missing wordpiece.'
       )
     tokenizer = self.trained.corpus.tokenizer
-    length = self.trained.config.lengths.query
+    length = self.trained.template.text_length
     pieces = tokenizer.encode(text, masks=True)
     if len(pieces) + 2 > length:
       raise ValueError(
@@ -148,7 +148,7 @@ class Inspector:
     read = trained.read(
         self.params,
         realm.with_candidates(
-            query, retrieved_BJ, trained.corpus, trained.config.lengths
+            query, retrieved_BJ, trained.corpus, trained.template
         ),
     )
     return [
@@ -167,17 +167,18 @@ class Inspector:
     """Returns the sentences as a batch, and the positions of their masks."""
     tokenizer = self.trained.corpus.tokenizer
     lengths = self.trained.config.lengths
+    length = self.trained.template.text_length
     sentences = [self.query(text) for text in texts]
     positions = [found for _, found in sentences]
     # A multiple of the masks of training limits the number of compiled shapes.
     most = max(map(len, positions))
     width = -(-most // lengths.masks) * lengths.masks
     size = len(texts)
-    ids_BQ = np.full((size, lengths.query), tokenizer.pad_id, np.int32)
+    ids_BQ = np.full((size, length), tokenizer.pad_id, np.int32)
     positions_BM = np.zeros((size, width), np.int32)
     for b, (pieces, found) in enumerate(sentences):
       ids_BQ[b, : len(pieces) + 2] = inputs.query(
-          pieces, lengths.query, tokenizer
+          pieces, length, tokenizer
       )
       positions_BM[b, : len(found)] = found
     counts_B1 = np.array([[len(found)] for found in positions])
@@ -250,7 +251,7 @@ def as_text(found: Inspection, width: int = 100) -> str:
   table.add_column('passage', ratio=1)
   table.add_column('prediction', overflow='fold')
   table.add_column('p(y|z,x)', justify='right', no_wrap=True)
-  for line in _lines(found):
+  for line in lines(found):
     passage = '\n'.join(filter(None, (line['title'], line['text'])))
     cells = (
         line['probability'], passage, line['prediction'], line['likelihood']
@@ -273,7 +274,7 @@ def as_html(found: Inspection) -> str:
       sentence=html.escape(found.text).replace(MASK, f'<mark>{MASK}</mark>'),
       answer=html.escape(_joined(found.marginal)),
       about=html.escape(_about(found)),
-      rows='\n'.join(_html_row(line) for line in _lines(found)),
+      rows='\n'.join(_html_row(line) for line in lines(found)),
   )
 
 
@@ -315,7 +316,7 @@ td.number, th.number {{ text-align: right; white-space: nowrap;
 """
 
 
-def _lines(found: Inspection) -> list[dict[str, str]]:
+def lines(found: Inspection) -> list[dict[str, str]]:
   """Returns the cells of each line of the text or HTML table."""
   marginal = dataclasses.replace(
       found.null,

@@ -37,13 +37,14 @@ def measure(
       ),
   )
   totals: dict[str, list[np.ndarray]] = {}
+  rng = np.random.default_rng(0)
   rows = []
   for batch in realm.evaluation_batches(
       trained.corpus, config, 'validation', max_sentences
   ):
     rows.append(batch.row_B)
     for name, values in _read_batch(
-        trained, params, search, size, config.batch_size, batch.inputs
+        trained, params, search, size, config.batch_size, batch.inputs, rng
     ).items():
       totals.setdefault(name, []).append(values)
   cluster_B = sentence_clusters(trained.corpus, np.concatenate(rows))
@@ -87,6 +88,7 @@ def _read_batch(
     num_candidates: int,
     batch_size: int,
     queries: realm.Queries,
+    rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
   """Returns each metric for each sentence of the batch."""
   count = len(queries.mask_BM)
@@ -100,24 +102,57 @@ def _read_batch(
         num_candidates - 1,
         queries.exclude_BR2,
     )
-  batch = realm.with_candidates(
-      queries, retrieved_BJ, trained.corpus, trained.config.lengths
-  )
-  read = trained.read(params, batch)
   mask_BM, targets_BM = queries.mask_BM, queries.targets_BM
+
+  def read_with(rows_BJ: np.ndarray) -> dict[str, np.ndarray]:
+    return trained.read(
+        params,
+        realm.with_candidates(
+            queries, rows_BJ, trained.corpus, trained.template
+        ),
+    )
 
   def right(best_BM: np.ndarray) -> np.ndarray:
     return ((best_BM == targets_BM) | ~mask_BM).all(axis=1).astype(float)
 
+  read = read_with(retrieved_BJ)
   metrics = {'accuracy_without_retrieval': right(read['best_BKM'][:, 0])}
   if search is not None:
     p_BK = np.exp(read['logp_BK'])
     logp_BK = np.where(mask_BM[:, None], read['target_logp_BKM'], 0).sum(-1)
     utility_BJ = logp_BK[:, 1:] - logp_BK[:, :1]
     real_B = np.maximum(p_BK[:, 1:].sum(1), 1e-9)
+    # Tells what retrieval adds from what any passage, or its length, adds.
+    random = read_with(
+        _random_rows(
+            trained.corpus.live_rows,
+            queries.exclude_BR2,
+            num_candidates - 1,
+            rng,
+        )
+    )
     metrics |= {
         'accuracy_with_retrieval': right(read['marginal_best_BM']),
+        'accuracy_with_random_passages': right(random['marginal_best_BM']),
         'retrieval_utility': (p_BK[:, 1:] * utility_BJ).sum(1) / real_B,
         'null_share': p_BK[:, 0],
     }
   return {name: values[:count] for name, values in metrics.items()}
+
+
+def _random_rows(
+    live: np.ndarray,
+    exclude_BR2: np.ndarray,
+    count: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+  """Draws `count` live rows outside the excluded ranges, int64 BJ."""
+  rows_BJ = rng.choice(live, (len(exclude_BR2), count))
+  while True:
+    inside_BJR = (rows_BJ[..., None] >= exclude_BR2[:, None, :, 0]) & (
+        rows_BJ[..., None] < exclude_BR2[:, None, :, 1]
+    )
+    inside_BJ = inside_BJR.any(axis=-1)
+    if not inside_BJ.any():
+      return rows_BJ
+    rows_BJ[inside_BJ] = rng.choice(live, inside_BJ.sum())

@@ -6,7 +6,7 @@ independent, and intervals that ignore this are too narrow. The same figures
 give the same result.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def gold_ranks(
   """Ranks of the first gold passage.
 
   Args:
-    doc_ids_BK: passage rows, best first.
+    doc_ids_BK: passage rows, best first; -1: none.
     gold_rows: for each query, the rows of its gold passages.
 
   Returns:
@@ -57,7 +57,7 @@ def answer_ranks(
   """Ranks of the first passage that contains an answer.
 
   Args:
-    doc_ids_BK: passage rows, best first.
+    doc_ids_BK: passage rows, best first; -1: none.
     answers: the accepted answers of each query.
     matches: the rule of `answers.has_answer` for each query.
     text_of: returns the text of a passage row, without the title, as in DPR.
@@ -74,7 +74,9 @@ def answer_ranks(
       zip(doc_ids_BK, answers, matches, strict=True)
   ):
     for rank, row in enumerate(doc_ids, start=1):
-      if answers_lib.has_answer(text_of(int(row)), accepted, match):
+      if row >= 0 and answers_lib.has_answer(
+          text_of(int(row)), accepted, match
+      ):
         ranks[i] = rank
         break
   return ranks
@@ -90,7 +92,7 @@ def ndcg(
   """Normalised discounted cumulative gain, as trec_eval's ndcg_cut.
 
   Args:
-    doc_ids_BK: passage rows, best first.
+    doc_ids_BK: passage rows, best first; -1: none.
     gold_rows: for each query, the rows of its gold passages, in order.
     grades: how relevant they are; the gain of a passage is its grade.
     unknown: grades of gold passages that cannot be retrieved.
@@ -189,11 +191,8 @@ def answer_figures(
   k = trained.config.open_qa.read if k is None else k
   rows_BK = rows_BN[:, :k]
   found = model.read(table, rows_BK)
-  live = np.setdiff1d(
-      np.arange(len(trained.corpus.passages)), trained.corpus.removed
-  )
   rng = np.random.default_rng(0)
-  blind = model.read(table, rng.choice(live, rows_BK.shape))
+  blind = model.read(table, rng.choice(trained.corpus.live_rows, rows_BK.shape))
   width = trained.config.model.max_span_width
 
   def exact_match(answers: list[answering.Answer]) -> np.ndarray:
@@ -322,6 +321,17 @@ def named_interval(
   """Returns {NAME_interval: [low, high]}, or nothing for a single cluster."""
   bounds = interval(values_B, cluster_B)
   return {} if np.isnan(bounds[0]) else {f'{name}_interval': list(bounds)}
+
+
+def with_intervals(
+    figures: Mapping[str, np.ndarray], cluster_B: np.ndarray | None
+) -> dict[str, Any]:
+  """Returns NAME and NAME_interval, the mean and its 95 % interval."""
+  found: dict[str, Any] = {}
+  for name, values_B in figures.items():
+    found[name] = float(values_B.mean())
+    found |= named_interval(name, values_B, cluster_B)
+  return found
 
 
 def paired_test(

@@ -21,25 +21,19 @@ UNIT = 'the article of the gold passage, else that passage, else the question'
 Result = dict[str, Any]  # Of `evaluate.evaluate`; plain JSON.
 
 # Columns of the tables: heading, and path of the figure in a result.
+_DEPTHS = (1, 5, 20, 50, 100)
 _QUESTION_COLUMNS = (
-    ('recall@1', ('gold', 'recall_at_1')),
-    ('recall@5', ('gold', 'recall_at_5')),
-    ('recall@20', ('gold', 'recall_at_20')),
-    ('recall@50', ('gold', 'recall_at_50')),
-    ('recall@100', ('gold', 'recall_at_100')),
+    *((f'recall@{k}', ('gold', f'recall_at_{k}')) for k in _DEPTHS),
     ('MRR', ('gold', 'mrr')),
     ('nDCG@10', ('gold', 'ndcg_at_10')),
-    ('answer@1', ('answer', 'recall_at_1')),
-    ('answer@5', ('answer', 'recall_at_5')),
-    ('answer@20', ('answer', 'recall_at_20')),
-    ('answer@50', ('answer', 'recall_at_50')),
-    ('answer@100', ('answer', 'recall_at_100')),
+    *((f'answer@{k}', ('answer', f'recall_at_{k}')) for k in _DEPTHS),
     ('answer MRR', ('answer', 'mrr')),
 )
 _MASKED_COLUMNS = (
     ('sentences', 'sentences'),
     ('clusters', 'clusters'),
     ('accuracy with retrieval', 'accuracy_with_retrieval'),
+    ('with random passages', 'accuracy_with_random_passages'),
     ('same reader, null document alone', 'accuracy_without_retrieval'),
     ('retrieval utility', 'retrieval_utility'),
     ('null-document share', 'null_share'),
@@ -54,16 +48,28 @@ _ANSWER_COLUMNS = (
     ('not read', 'not_read'),
     ('misread', 'misread'),
 )
+_BEIR_COLUMNS = (
+    ('nDCG@10', 'ndcg_at_10'),
+    ('recall@100', 'recall_at_100'),
+    ('MAP', 'map'),
+)
+# Names of the runs of a step; the retriever alone has no name of its own.
+RUNS = {'retriever': 'retriever', 'bm25': 'BM25', 'hybrid': 'hybrid'}
 _ENTITY_FIGURES = ('precision', 'recall', 'f1')
+# Of `paired_row`.
+PAIRED_COLUMNS = (
+    'figure', 'ours (95 % interval)', 'theirs', 'difference', 'p', 'better',
+    'worse',
+)
 # Panels of training.png: heading, and the metric.
 _PANELS = (
     ('loss', 'train/loss'),
     ('probability of the null document', 'train/null_share'),
-    (
-        'retrieval utility, log p(y|z,x) - log p(y|null,x)',
-        'train/retrieval_utility',
-    ),
+    ('retrieval utility in nats', 'train/retrieval_utility'),
     ('age of the index in steps', 'refresh/age_steps'),
+    ('share of the top k that a refresh kept', 'refresh/probe_overlap'),
+    ('accuracy in the batch', 'train/accuracy'),
+    ('examples per second', 'time/examples_per_second'),
 )
 
 
@@ -75,19 +81,31 @@ def save(workdir: pathlib.Path | str, result: Result) -> pathlib.Path:
 
 
 def load_all(workdir: pathlib.Path | str) -> list[Result]:
-  """Reads all results of a workdir, by step."""
+  """Reads all results of a workdir, by step.
+
+  Raises:
+    ValueError: a file is damaged; names it.
+  """
   paths = (pathlib.Path(workdir) / FOLDER).glob('*.json')
   numbered = [path for path in paths if path.stem.isdigit()]
   numbered.sort(key=lambda path: int(path.stem))
-  return [files_lib.read_json(path) for path in numbered]
+  results = []
+  for path in numbered:
+    results.append(files_lib.read_json(path))
+    if not isinstance(results[-1], dict) or 'step' not in results[-1]:
+      raise ValueError(
+          f'{path} is no result of `realm-jax evaluate`: it has no "step".'
+          ' Remove it.'
+      )
+  return results
 
 
-def table(results: list[Result]) -> str:
-  """Returns Markdown tables of questions, answers, entities and masks."""
+def tables(results: list[Result]) -> dict[str, str]:
+  """Returns Markdown tables by title: questions, answers, entities, masks."""
   groups = [
       (result['step'], name, group)
       for result in results
-      for name, group in result.get('questions', {}).items()
+      for name, group in _question_groups(result).items()
   ]
   answered = [group for group in groups if 'open_qa' in group[2]]
   masked = [r for r in results if r.get('masked')]
@@ -101,6 +119,36 @@ def table(results: list[Result]) -> str:
                   for _, (a, b) in _QUESTION_COLUMNS
               ]
               for step, name, group in groups
+          ],
+      ),
+      '\nDocuments of BEIR retrieved for its queries, in per cent (95 %'
+      f' interval, resampled by cluster: {UNIT})\n': _markdown(
+          ['step', 'by', 'queries', *(head for head, _ in _BEIR_COLUMNS)],
+          [
+              [result['step'], RUNS[run], result['beir']['queries']]
+              + [
+                  _percent(figures[name])
+                  + _interval(figures.get(f'{name}_interval'))
+                  for _, name in _BEIR_COLUMNS
+              ]
+              for result in results
+              if 'beir' in result
+              for run, figures in result['beir']['figures'].items()
+          ],
+      ),
+      '\nRetriever, BM25 and their hybrid (reciprocal rank fusion), with paired'
+      f' tests over the same clusters: {UNIT}\n': _markdown(
+          ['step', 'ours is', 'theirs is', *PAIRED_COLUMNS],
+          [
+              [
+                  result['step'],
+                  *(RUNS[run] for run in pair.split('_')),
+                  *paired_row(f'{figure}{of}', test),
+              ]
+              for result in results
+              for kind, of in (('baselines', ''), ('beir', ', BEIR'))
+              for pair, tests in result.get(kind, {}).get('paired', {}).items()
+              for figure, test in tests.items()
           ],
       ),
       '\nQuestions answered, in per cent (95 % interval, resampled by'
@@ -140,17 +188,53 @@ def table(results: list[Result]) -> str:
           ],
       ),
   }
-  lines = [line for part in parts.items() if part[1] for line in part]
+  return {title.strip(): text for title, text in parts.items() if text}
+
+
+def table(results: list[Result]) -> str:
+  """Returns `tables` and `notes` as one Markdown text."""
+  parts = [f'{title}\n\n{text}' for title, text in tables(results).items()]
+  text = '\n\n'.join([*parts, *notes(results)])
+  return text + '\n' if text else ''
+
+
+def notes(results: list[Result]) -> list[str]:
+  """Returns what the figures depend on, a paragraph each."""
+  found = [note.strip() for result in results for note in _notes(result)]
   for result in results:
-    lines += _notes(result)
-  for result in masked:
-    trained = result['masked'].get('trivial_in_training')
-    if trained != result['masked'].get('trivial'):
-      lines.append(
-          f'\nStep {result["step"]}: measured with config.trivial='
-          f'{result["masked"]["trivial"]}, trained with {trained}.'
+    masked = result.get('masked') or {}
+    trained = masked.get('trivial_in_training')
+    if trained != masked.get('trivial'):
+      found.append(
+          f'Step {result["step"]}: measured with config.trivial='
+          f'{masked["trivial"]}, trained with {trained}.'
       )
-  return '\n'.join(lines) + '\n' if lines else ''
+  return found
+
+
+def _question_groups(result: Result) -> dict[str, dict[str, Any]]:
+  """Returns the groups of questions by the retriever, then by baselines."""
+  groups = dict(result.get('questions', {}))
+  for run, found in result.get('baselines', {}).items():
+    if run in RUNS:
+      of_run = found['questions'].items()
+      groups |= {f'{name}, {RUNS[run]}': group for name, group in of_run}
+  return groups
+
+
+def paired_row(name: str, test: dict[str, Any]) -> list[str]:
+  """Returns the columns of a result of `runs.paired`."""
+  ours, theirs = (
+      _number(test[side]) + _interval(test.get(f'{side}_interval'), _number)
+      for side in ('ours', 'theirs')
+  )
+  difference = f'{test["difference"]:+.3f}'
+  if 'low' in test:
+    difference += f' ({test["low"]:+.3f} to {test["high"]:+.3f})'
+  return [
+      name.replace('_', ' '), ours, theirs, difference,
+      f'{test["p_value"]:.4f}', f'{test["better"]:.0f}', f'{test["worse"]:.0f}',
+  ]
 
 
 def _notes(result: Result) -> list[str]:
@@ -177,6 +261,21 @@ def _notes(result: Result) -> list[str]:
           f'\nStep {result["step"]}, {name}: the figures of the {total}'
           f' questions are over {", ".join(known)}.'
       )
+  if by_words := result.get('baselines', {}).get('bm25'):
+    notes.append(
+        f'\nStep {result["step"]}: BM25 with k1={by_words["k1"]}, b='
+        f'{by_words["b"]} over {by_words["passages"]} passages; no word of'
+        f' {by_words["without_result"]} questions is in any passage, and'
+        f' {by_words["without_words"]} passages have no word. The hybrid joins'
+        f' the best {by_words["joined"]} passages of both.'
+    )
+  if beir := result.get('beir'):
+    notes.append(
+        f'\nStep {result["step"]}: BEIR has {beir["documents"]} documents and'
+        f' {beir["without_passage"]} without text, which are never retrieved;'
+        f' {beir["without_relevant"]} of the {beir["queries"]} queries of'
+        f' {beir["qrels"]} have no relevant document and count as 0.'
+    )
   if unknown := result.get('unknown_gold'):
     names = ', '.join(map(repr, unknown['first']))
     more = ', ...' if unknown['ids'] > len(unknown['first']) else ''
@@ -314,7 +413,8 @@ def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
   return f'{table(results)}\nWritten:\n{files}'
 
 
-Panels = dict[str, dict[str, list[tuple[int, float]]]]
+Curves = dict[str, list[tuple[int, float]]]
+Panels = dict[str, Curves]
 
 
 def recall_panels(results: list[Result]) -> Panels:
@@ -325,7 +425,8 @@ def recall_panels(results: list[Result]) -> Panels:
       for kind in ('gold', 'answer'):
         words = {'gold': 'gold passage', 'answer': 'answer string'}[kind]
         for name, value in values.get(kind, {}).items():
-          label = name.replace('recall_at_', 'recall@').replace('mrr', 'MRR')
+          label = name.replace('_at_', '@').replace('mrr', 'MRR')
+          label = label.replace('ndcg', 'nDCG')
           curves = panels.setdefault(f'{words}, {group} questions', {})
           curves.setdefault(label, []).append((result['step'], value))
     masked = result.get('masked') or {}

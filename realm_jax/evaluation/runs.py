@@ -3,7 +3,7 @@
 Also `realm-jax compare`, which compares two files of question lines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
 import json
@@ -33,12 +33,15 @@ _ESCAPE = re.compile('%[0-9A-Fa-f]{2}')
 # Figures of a question that `compare` tests.
 _FIGURES = ('reciprocal_rank', 'recall_at_1', 'recall_at_5', 'recall_at_20')
 
+# Runs of a step that are compared: the first is expected to be better.
+PAIRS = (('retriever', 'bm25'), ('hybrid', 'retriever'), ('hybrid', 'bm25'))
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
   """The passages retrieved for each question, best first.
 
-  doc_ids_BK, score_BK: passage rows and inner products.
+  doc_ids_BK, score_BK: passage rows and scores; -1: fewer were found.
   gold_rank_B, answer_rank_B: from 1; 0: not retrieved, or unknown.
   rules: when a passage holds an answer, see `answers.has_answer`; empty: not
     known.
@@ -106,16 +109,43 @@ def write_trec(
   without ids by their numbers from 1. The ranks order passages of equal scores.
   """
   names = _passage_names(corpus, run.doc_ids_BK)
+  queries = query_names(run.questions)
+  rows_BK, score_BK = run.doc_ids_BK.tolist(), run.score_BK.tolist()
+  write_ranking(
+      path,
+      {
+          query: {
+              names[row]: score
+              for row, score in zip(rows, scores, strict=True)
+              if row >= 0
+          }
+          for query, rows, scores in zip(
+              queries, rows_BK, score_BK, strict=True
+          )
+      },
+      name,
+  )
+
+
+def write_ranking(
+    path: Path,
+    ranking: Mapping[str, Mapping[str, float]],
+    name: str,
+    digits: str = '.6f',
+) -> None:
+  """Writes the lines of `write_trec`.
+
+  Args:
+    path: output.
+    ranking: scores by query and passage, best first.
+    name: of the run.
+    digits: format of the scores.
+  """
   with files.atomic_file(path) as file:
-    for query, rows, scores in zip(
-        query_names(run.questions),
-        run.doc_ids_BK.tolist(),
-        run.score_BK.tolist(),
-        strict=True,
-    ):
-      for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
+    for query, scores in ranking.items():
+      for rank, (document, score) in enumerate(scores.items(), 1):
         file.write(
-            f'{escaped(query)} Q0 {escaped(names[row])} {rank} {score:.6f}'
+            f'{escaped(query)} Q0 {escaped(document)} {rank} {score:{digits}}'
             f' {name}\n'
         )
 
@@ -190,8 +220,43 @@ def write_questions(
           retrieved=[
               {'id': names[row], 'score': round(score, 6)}
               for row, score in zip(rows, scores, strict=True)
+              if row >= 0
           ],
       )
+
+
+def write_step(
+    folder: pathlib.Path,
+    step: int,
+    found: Mapping[str, Run],
+    corpus: corpus_lib.Corpus,
+) -> dict[str, Any]:
+  """Writes the questions of the runs of a step, and compares the runs.
+
+  Args:
+    folder: for STEP.questions.jsonl of the retriever, and STEP.NAME.questions
+      .jsonl of other runs.
+    step: of the parameters.
+    found: the runs by name.
+    corpus: of the runs.
+
+  Returns:
+    What `compare` returns, by the names of `PAIRS`; empty without BM25, or
+    where the questions have neither answers nor gold passages.
+  """
+  paths = {}
+  for name, run in found.items():
+    kind = '' if name == 'retriever' else f'.{name}'
+    paths[name] = folder / f'{step}{kind}{report.QUESTIONS}'
+    write_questions(paths[name], run, corpus)
+  asked = [question for run in found.values() for question in run.questions]
+  if not any(question.answers or question.gold for question in asked):
+    return {}
+  return {
+      f'{ours}_{theirs}': compare(paths[ours], paths[theirs])
+      for ours, theirs in PAIRS
+      if {ours, theirs} <= paths.keys()
+  }
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
@@ -215,7 +280,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
   return records
 
 
-def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
+def compare(ours: Path, theirs: Path) -> dict[str, dict[str, Any]]:
   """Compares two files of `write_questions` question by question.
 
   The test resamples the clusters in `ours`: questions about one article. The
@@ -226,9 +291,9 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
     theirs: the run to compare with.
 
   Returns:
-    For each figure the result of `metrics.paired_test`, and the two means as
-    `ours` and `theirs`. Figures are by answer, over the questions with
-    answers; without any, they are by gold passage, and called `gold_NAME`.
+    For each figure what `paired` returns. Figures are by answer, over the
+    questions with answers; without any, they are by gold passage, and called
+    `gold_NAME`.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -273,33 +338,43 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, float]]:
   if all('exact_match' in record for record in (*a, *b)) and kept:
     names = ('exact_match', *names)
   for name in names:
-    ours_B, theirs_B = _figure(name, a, by), _figure(name, b, by)
-    figures[name if kept else f'gold_{name}'] = {
-        'ours': float(ours_B.mean()),
-        'theirs': float(theirs_B.mean()),
-        **metrics.paired_test(ours_B, theirs_B, cluster_B),
-    }
+    figures[name if kept else f'gold_{name}'] = paired(
+        _figure(name, a, by), _figure(name, b, by), cluster_B
+    )
   return figures
+
+
+def paired(
+    ours_B: np.ndarray, theirs_B: np.ndarray, cluster_B: np.ndarray
+) -> dict[str, Any]:
+  """Returns `metrics.paired_test` with the two means and their intervals.
+
+  Questions of a single cluster have no intervals: no `low` and `high`, either.
+  """
+  test = metrics.paired_test(ours_B, theirs_B, cluster_B)
+  return {
+      'ours': float(ours_B.mean()),
+      'theirs': float(theirs_B.mean()),
+      **metrics.named_interval('ours', ours_B, cluster_B),
+      **metrics.named_interval('theirs', theirs_B, cluster_B),
+      **{name: value for name, value in test.items() if not np.isnan(value)},
+  }
 
 
 def _hashable(passage_id: Any) -> Any:
   return tuple(passage_id) if isinstance(passage_id, list) else passage_id
 
 
-def as_text(figures: dict[str, dict[str, float]]) -> str:
+def as_text(figures: dict[str, dict[str, Any]]) -> str:
   """Returns the figures of `compare` as a Markdown table."""
   rows = [
-      '| | ours | theirs | difference (95 % interval) | p | better | worse |',
-      '|---|---|---|---|---|---|---|',
+      f'| {" | ".join(row)} |'
+      for row in (
+          report.PAIRED_COLUMNS,
+          ['---'] * len(report.PAIRED_COLUMNS),
+          *(report.paired_row(name, test) for name, test in figures.items()),
+      )
   ]
-  for name, figure in figures.items():
-    interval = f'{figure["low"]:+.3f} to {figure["high"]:+.3f}'
-    rows.append(
-        f'| {name.replace("_", " ")} | {figure["ours"]:.3f} |'
-        f' {figure["theirs"]:.3f} | {figure["difference"]:+.3f} ({interval}) |'
-        f' {figure["p_value"]:.4f} | {figure["better"]:.0f} |'
-        f' {figure["worse"]:.0f} |'
-    )
   counts = next(iter(figures.values()))
   rows.append(
       f'\n{counts["questions"]:.0f} questions in {counts["clusters"]:.0f}'
@@ -340,6 +415,7 @@ def _passage_names(
   return {
       row: corpus.passage_text(row)['id']
       for row in np.unique(doc_ids_BK).tolist()
+      if row >= 0
   }
 
 

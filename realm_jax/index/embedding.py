@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
@@ -27,7 +28,7 @@ _MAX_PLANNED_ROWS = 2**16  # Usual number of rows of one call.
 class Embedder:
   """The embedder, compiled once for each shape, over the mesh axis `data`.
 
-  queries: embed(params, ids_BQ) -> emb_BE.
+  queries: embed(params, ids_BQ) -> emb_BE, where the ids have the prefix.
   documents: embed(params, ids_BLS, types_BLS) -> emb_BLE, where L documents
     belong to each row.
 
@@ -197,7 +198,10 @@ class PassageEmbedder:
       batch_tokens: int | None = None,
   ):
     """Plans the batches; `max_length` is S, the rest as `RowEncoder`."""
-    self._passages, self._tokenizer = passages, tokenizer
+    model = component.config
+    lengths = config_lib.LengthsConfig(model.max_positions, max_length)
+    self._template = inputs.Template.of(model, lengths, tokenizer)
+    self._passages = passages
 
     def embed(
         params: components.Params, ids_BS: jax.Array, types_BS: jax.Array
@@ -205,7 +209,11 @@ class PassageEmbedder:
       return component.module(params).embed_document(ids_BS, types_BS)
 
     self._encoder = RowEncoder(
-        embed, passages.lengths, max_length, mesh, batch_tokens
+        embed,
+        self._template.lengths(passages),
+        max_length,
+        mesh,
+        batch_tokens,
     )
 
   def __call__(
@@ -239,9 +247,8 @@ class PassageEmbedder:
   def _assemble(
       self, numbers: np.ndarray, width: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    return inputs.assemble_documents(  # -1 is the null document.
-        self._passages, numbers, width, self._tokenizer
-    )
+    # -1 is the null document.
+    return self._template.documents(self._passages, numbers, width)
 
 
 def _widths(lengths: np.ndarray, max_length: int, compiling: int) -> list[int]:

@@ -7,6 +7,7 @@ text decoded from wordpieces.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import json
 import time
 from typing import Any
 
@@ -133,7 +134,7 @@ class OpenQA:
     if step is None:
       step = checkpoint.newest_step(trained.workdir)
     loaded = cls(trained, step)
-    cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
+    cuts.warn_of_passages(trained.corpus, trained.config)
     return loaded
 
   @property
@@ -188,7 +189,7 @@ class OpenQA:
       raise ValueError('Give at least one question, and none that is empty.')
     table = question_table_lib.QuestionTable.of(
         [questions.Question(text, ()) for text in texts],
-        config.lengths.query,
+        self.trained.template.text_length,
         self.trained.corpus.tokenizer,
     )
     found = self.read(table, self.retrieve(table.query_ids_NQ, k))
@@ -342,3 +343,55 @@ class OpenQA:
       )
 
     return jax.jit(read)
+
+
+def as_json(loaded: OpenQA, answer: Any) -> str:
+  """Returns an `Answer` and where it comes from, in one line of JSON."""
+  age = loaded.index_age_seconds
+  values = {
+      **dataclasses.asdict(answer),
+      # Without a passage, a reader of spans has no answer.
+      'without_retrieval': '',
+      'checkpoint': loaded.step,
+      'index_generation': loaded.index_generation,
+      'index_age_seconds': None if age is None else round(age),
+  }
+  return json.dumps(values, ensure_ascii=False)
+
+
+def as_text(loaded: OpenQA, answer: Any) -> str:
+  """Returns an `Answer`, its passages and where it comes from."""
+  shown = [f'{answer.text or "(no answer)"}   p={answer.probability:.2f}', '']
+  for number, passage in enumerate(answer.passages):
+    mark = '*' if number == answer.best else ' '
+    shown += [
+        f'{mark} p(z|x)={passage.probability:.2f}'
+        f' answer p={passage.answer_probability:.2f}  {passage.id}'
+        f'  {passage.title}',
+        f'    {_marked(passage)}',
+    ]
+  age = loaded.index_age_seconds
+  shown += [
+      '',
+      'Without retrieval: nothing; this reader answers with a part of a'
+      ' passage.',
+      f'Checkpoint {loaded.step}, index generation {loaded.index_generation}'
+      + ('.' if age is None else f', published {_duration(age)} ago.'),
+  ]
+  return '\n'.join(shown)
+
+
+def _marked(passage: Passage) -> str:
+  """Returns the text of a passage with brackets around its answer."""
+  if not passage.answer:
+    return passage.text
+  text = passage.text.encode('utf-8')  # `start` and `limit` count bytes.
+  before = text[: passage.start].decode('utf-8')
+  return f'{before}[{passage.answer}]{text[passage.limit :].decode("utf-8")}'
+
+
+def _duration(seconds: float) -> str:
+  for unit, size in (('days', 86_400), ('hours', 3_600), ('minutes', 60)):
+    if seconds >= 2 * size:
+      return f'{seconds / size:.0f} {unit}'
+  return f'{seconds:.0f} seconds'

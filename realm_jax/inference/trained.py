@@ -315,7 +315,11 @@ class Trained:
   def embed_queries(
       self, params: Params, query_ids_BQ: np.ndarray
   ) -> np.ndarray:
-    """Embeds any number of `[CLS] x [SEP]`: float32 numpy, [B, E]."""
+    """Embeds any number of `[CLS] x [SEP]`: float32 numpy, [B, E].
+
+    The retriever's prefix is put in front of x.
+    """
+    query_ids_BQ = self.template.queries(query_ids_BQ)
     parts, largest = [], _QUERY_BATCHES[-1]
     for start in range(0, len(query_ids_BQ), largest):
       part = query_ids_BQ[start : start + largest]
@@ -330,10 +334,7 @@ class Trained:
   ) -> np.ndarray:
     """Embeds pairs of title and body: float32 numpy, [B, E]."""
     table = inputs.passage_table(passages, self.tokenizer)
-    arrays = inputs.assemble_documents(
-        table, np.arange(len(table)), self.config.lengths.document,
-        self.tokenizer,
-    )
+    arrays = self.template.documents(table, np.arange(len(table)))
     parts, largest = [], _QUERY_BATCHES[-1]
     for start in range(0, len(passages), largest):
       some = [array_BS[start : start + largest] for array_BS in arrays]
@@ -366,6 +367,13 @@ class Trained:
     return {name: np.asarray(value) for name, value in found.items()}
 
   @functools.cached_property
+  def template(self) -> inputs.Template:
+    """The form of the retriever's queries and documents."""
+    return inputs.Template.of(
+        self.config.model, self.config.lengths, self.tokenizer
+    )
+
+  @functools.cached_property
   def _embed_passages(self) -> embedding.PassageEmbedder:
     return embedding.PassageEmbedder(
         self.components['embedder'],
@@ -384,7 +392,7 @@ class Trained:
   @functools.cached_property
   def _read(self) -> Any:
     searches = 'embedder' in self.components
-    null_ids = inputs.null_document(self.corpus.tokenizer)
+    null = self.template.null
 
     def read(params: Params, batch: realm.Batch) -> dict[str, Any]:
       models = components_lib.bind(self.components, params)
@@ -394,7 +402,7 @@ class Trained:
             batch.query_ids_BQ,
             batch.doc_ids_BJS,
             batch.doc_types_BJS,
-            null_ids if self.config.null_document else None,
+            null if self.config.null_document else None,
         )
       else:  # The null document is the only candidate.
         score_BK = jnp.zeros(batch.joint_ids_BKT.shape[:2])

@@ -18,6 +18,7 @@ from realm_jax.corpus import entities
 from realm_jax.interop import encoder_names
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
+from realm_jax.interop import sentence_transformers as st
 from realm_jax.interop import weights
 from realm_jax.models import components
 
@@ -36,7 +37,7 @@ Tensor = np.ndarray | weights.FileTensor
 class Loaded:
   """A converted checkpoint.
 
-  kind: one of `huggingface_names.KINDS`.
+  kind: one of `huggingface_names.KINDS`, or RETRIEVER.
   config: sizes of the model; its `towers` are those of the checkpoint.
   params: of each component, float32 numpy arrays.
   sources: names in the file to 'component/name' of the parameter.
@@ -67,6 +68,7 @@ def components_in(
     tensors: Mapping[str, weights.FileTensor],
     values: Mapping[str, Any] | None = None,
     body: str | None = None,
+    head: st.Head | None = None,
 ) -> list[str]:
   """Returns the names of the components that a checkpoint has.
 
@@ -74,6 +76,7 @@ def components_in(
     tensors: by name.
     values: its config.json: the encoder, and whether it is a tagger.
     body: see `huggingface_names.kind_of`.
+    head: of a retriever that is not REALM's.
 
   Raises:
     ValueError: it is neither BERT nor REALM.
@@ -82,9 +85,14 @@ def components_in(
   encoder = huggingface_config.encoder_of(values)
   names = huggingface_names.modern_names(tensors, encoder)
   kind, prefix = huggingface_names.kind_of(names, body)
-  head = huggingface_names.tagging_head(names, prefix, encoder)
+  if head is not None and kind != 'bert':
+    raise ValueError(
+        f'The checkpoint is a {huggingface_names.KINDS[kind]}, whose retriever'
+        f' has its own pooling, not {head.fields["pooling"]!r}.'
+    )
+  classifier = huggingface_names.tagging_head(names, prefix, encoder)
   is_tagger = huggingface_config.tags(values) is not None
-  tagger = kind == 'bert' and head is not None and is_tagger
+  tagger = kind == 'bert' and classifier is not None and is_tagger
   return {
       'bert': ['embedder', 'reader'] + ['tagger'] * tagger,
       'embedder': ['embedder'],
@@ -103,6 +111,7 @@ def load(
     *,
     vocab_size: int | None = None,
     body: str | None = None,
+    head: st.Head | None = None,
 ) -> Loaded:
   """Converts a checkpoint; its tensor names tell its kind.
 
@@ -114,6 +123,7 @@ def load(
     vocab_size: wordpieces of the tokenizer; an embedding that was padded has
       more rows, which are cut. None: as many as the embedding has rows.
     body: see `huggingface_names.kind_of`.
+    head: of a retriever that is not REALM's; `tensors` has its modules.
 
   Raises:
     ValueError: lists every tensor that is missing, unexpected, or of a wrong
@@ -121,12 +131,14 @@ def load(
       does not fit the vocabulary.
   """
   config = huggingface_config.model_config(values)
+  if head is not None:
+    head.apply(config)
   modern = huggingface_names.modern_names(tensors, config.encoder)
   named = {name: tensors[theirs] for name, theirs in modern.items()}
   kind, prefix = huggingface_names.kind_of(named, body)
   if kind == 'scorer' and _differ(named):
     config.towers = 'separate'
-  known = components_in(tensors, values, body)
+  known = components_in(tensors, values, body, head)
   names = [n for n in known if n != 'tagger'] if wanted is None else [*wanted]
   if not names or set(names) - set(known):
     raise ValueError(
@@ -140,11 +152,14 @@ def load(
   _set_rows(config, named, vocab_size)
   dropped = {}
   if kind == 'bert':
-    layout = huggingface_names.bert_layout(config, named, prefix, bool(tags))
-    dropped = huggingface_names.dropped(layout, named, prefix)
-    head = huggingface_names.tagging_head(dropped, prefix)
-    if head is not None and 'tagger' in known:
-      dropped[head] += ' of tokens, which --components=tagger takes'
+    layout = huggingface_names.bert_layout(
+        *(config, named, prefix, bool(tags)), head.modules if head else None
+    )
+    pooling = head.fields['pooling'] if head is not None else None
+    dropped = huggingface_names.dropped(layout, named, prefix, pooling)
+    classifier = huggingface_names.tagging_head(dropped, prefix)
+    if classifier is not None and 'tagger' in known:
+      dropped[classifier] += ' of tokens, which --components=tagger takes'
   else:
     layout = huggingface_names.layout_of(kind, config)
     dropped = {
@@ -175,8 +190,9 @@ def load(
       fresh += [f'{name}/{key}' for key in sorted(missing)]
   # An export returns the tensors of REALM's classes by the names of the class.
   original = {n: t.name if kind == 'bert' else n for n, t in named.items()}
+  kind = 'tagger' if names == ['tagger'] else kind
   return Loaded(
-      kind='tagger' if names == ['tagger'] else kind,
+      kind=kind if head is None else huggingface_names.RETRIEVER,
       config=config,
       params=params,
       sources={original[name]: ours for name, ours in sources.items()},
@@ -443,22 +459,6 @@ def tensors_of(
   for name, target in layout.copies.items():
     found[name] = found[target]
   return encoder_names.foreign(found, config.encoder)
-
-
-def tower_tensors(
-    config: config_lib.ModelConfig, params: components.Params, encoder: str
-) -> dict[str, np.ndarray]:
-  """Returns the tensors of a BertModel for one tower of an embedder.
-
-  Args:
-    config: resolved.
-    params: of the embedder.
-    encoder: 'encoder' or 'query_encoder'.
-  """
-  return {
-      entry.theirs: foreign_tensor(entry.ours, {'embedder': params})
-      for entry in huggingface_names.tower(config, encoder)
-  }
 
 
 def foreign_tensor(

@@ -6,54 +6,67 @@ MTEB, LangChain and vector databases; `index` writes the document embeddings:
 `index.json`, and `index.faiss` where FAISS is installed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import importlib.util
 import json
+import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from realm_jax import config as config_lib
 from realm_jax.corpus import cuts
-from realm_jax.interop import convert
 from realm_jax.interop import export_huggingface
 from realm_jax.interop import huggingface_config
+from realm_jax.interop import huggingface_names
+from realm_jax.interop import sentence_transformers as st
+from realm_jax.interop import sources
 from realm_jax.interop import weights
+from realm_jax.models import components
 
 Path = export_huggingface.Path
 
 FORMATS = ('huggingface', 'sentence-transformers', 'index')
 _ROWS = 2**16
 
-# LayerNorm of sentence-transformers has a fixed epsilon of 1e-5, ours has
-# 1e-12. Except for epsilon, LayerNorm does not depend on the scale of its
-# input. Scaling the projection by 2**12, which is exact in floating point,
-# reduces their epsilon to 1e-5 / 2**24 = 6e-13.
-_PROJECTION_SCALE = 2.0**12
-_PACKAGE = 'sentence_transformers.models'
-_MODULES = (
-    ('', 'Transformer'),
-    ('1_Pooling', 'Pooling'),
-    ('2_Dense', 'Dense'),
-    ('3_Dense', 'Dense'),
-    ('4_LayerNorm', 'LayerNorm'),
-)
+# Beginnings of the names of tensors that the BertModel of a folder can have.
+_LOADABLE = ('embeddings.', 'encoder.', 'pooler.', 'bert.', 'cls.')
+# The encoders of DPR by the prefix of their tensors. In a file with both, each
+# is a tower.
+QUESTION = ('question_encoder.', 'question_model.')
+CONTEXT = ('ctx_encoder.', 'ctx_model.')
+_DPR_PROJECTION = 'encode_proj'
+# Classes that are a BERT with a pooling.
+_ARCHITECTURES = {'Contriever': 'mean'}
+_LARGE_SCALE = 2.0**12
 _USAGE = """
 ```python
 import sentence_transformers
 
 model = sentence_transformers.SentenceTransformer('FOLDER{inside}')
-model.similarity_fn_name = 'dot'
-query_emb = model.encode(['a query'])
-doc_emb = model.encode([('title', 'body')])  # Title and body as a pair.
+query_emb = model.encode(['a query']{query})
+doc_emb = model.encode([{document}]{prompt})
 score = query_emb @ doc_emb.T
 ```
 
-A document is a pair, so that the body gets its own segment, as in training; a
-document without a title is the pair `('', body)`. If a tool joins title and
-body into one text, the embedding differs slightly. Relevance is the inner
-product; do not normalise.
+{note}
 """
+# A document, and what to know of it, by config.model.titles.
+_DOCUMENTS = {
+    'segments': (
+        "('title', 'body')",
+        'A document is a pair, so that the body gets its own segment, as in'
+        " training; a document without a title is the pair `('', body)`. If a"
+        ' tool joins title and body into one text, the embedding differs'
+        ' slightly.',
+    ),
+    'pair': (
+        "'title [SEP] body'",
+        'Title and body are one text with `[SEP]` between them.',
+    ),
+    'text': ("'title{separator}body'", 'Title and body are one text.'),
+}
 
 
 def run(
@@ -113,7 +126,7 @@ def _index(
   has_corpus = trained.config.corpus or trained.moved
   if 'embedder' not in model.params or not has_corpus:
     raise ValueError(f'{trained.workdir} has no retriever over a corpus.')
-  cuts.warn_of_passages(trained.corpus, trained.config.lengths.document)
+  cuts.warn_of_passages(trained.corpus, trained.config)
   index = trained.published(model.params, model.step)
   table, live = index.table, index.live_rows
   with model.folder(output) as folder:
@@ -170,114 +183,221 @@ def _sentence_transformers(
         f' {", ".join(model.params)}.'
     )
   config = model.trained.config
-  towers = {
-      'shared': {'': ('encoder', 'projection')},
-      'shared_bert': {
-          'query': ('encoder', 'query_projection'),
-          'document': ('encoder', 'projection'),
-      },
-      'separate': {
-          'query': ('query_encoder', 'query_projection'),
-          'document': ('encoder', 'projection'),
-      },
-  }[config.model.towers]
-  with model.folder(output) as temporary:
-    for name, (encoder, projection) in towers.items():
-      folder = temporary / name
-      folder.mkdir(exist_ok=True)
-      lengths = config.lengths
-      length = lengths.query if name == 'query' else lengths.document
-      length = min(length or config.model.max_positions,
-                   config.model.max_positions)
-      _tower(model, folder, encoder, projection, length, name)
-  return [output / name for name in towers]
-
-
-def _tower(
-    model: export_huggingface.Model,
-    folder: pathlib.Path,
-    encoder: str,
-    projection: str,
-    length: int,
-    name: str,
-) -> None:
-  """Writes BERT, [CLS], tanh pooler, projection and LayerNorm as modules."""
-  config = model.trained.config.model
-  if config.encoder != 'bert':
+  if config.model.encoder != 'bert':
     raise ValueError(
-        f'{model.trained.workdir} has the encoder {config.encoder!r}; as'
+        f'{model.trained.workdir} has the encoder {config.model.encoder!r}; as'
         ' sentence-transformers only BERT can be exported.'
     )
-  params = {k: np.asarray(v) for k, v in model.params['embedder'].items()}
-  values = huggingface_config.foreign_config('bert', config)
-  _json(folder / 'config.json', values | {'architectures': ['BertModel']})
-  _weights(folder, convert.tower_tensors(config, params, encoder))
-  model.write_tokenizer(folder, 'BertTokenizer')
-  _json(
-      folder / 'modules.json',
-      [
-          {'idx': i, 'name': str(i), 'path': path, 'type': f'{_PACKAGE}.{kind}'}
-          for i, (path, kind) in enumerate(_MODULES)
-      ],
+  separate = config.model.towers != 'shared'
+  names = ('query', 'document') if separate else ('',)
+  params = model.params['embedder']
+  with model.folder(output) as temporary:
+    for name in names:
+      folder = temporary / name
+      folder.mkdir(exist_ok=True)
+      _write_tower(folder, config, params, name, _source(model, name))
+      model.write_tokenizer(folder, 'BertTokenizer')
+      model.write_card(
+          folder,
+          f'Retriever of REALM{f": the {name} tower" if name else ""}',
+          'sentence-transformers',
+          'Text to a vector, for retrieval by inner product.',
+          _usage(config.model, name),
+      )
+  return [output / name for name in names]
+
+
+def _source(
+    model: export_huggingface.Model, tower: str
+) -> sources.Imported | None:
+  """Returns the checkpoint that a tower was imported from, if not trained."""
+  encoder = 'query_encoder' if tower == 'query' else 'encoder'
+  for one in model.imported:
+    ours = f'embedder/{encoder}.bert.embed_norm.scale'
+    retriever = one.kind == huggingface_names.RETRIEVER
+    if retriever and ours in one.tensors.values():
+      return one
+  return None
+
+
+def _usage(model: config_lib.ModelConfig, tower: str) -> str:
+  """Returns the part of the card that shows how to embed texts."""
+  document, note = _DOCUMENTS[model.titles]
+  if model.normalize:
+    note += ' Embeddings have norm 1, so the score is the cosine.'
+    if model.score_scale != 1 or model.learn_score_scale:
+      note += ' The scale of training is not part of it.'
+  else:
+    note += ' Relevance is the inner product; do not normalise.'
+  prompts = {
+      name: f", prompt_name='{name}'" * bool(getattr(model, f'{name}_prefix'))
+      for name in ('query', 'document')
+  }
+  return _USAGE.format(
+      inside=f'/{tower}' if tower else '',
+      query=prompts['query'],
+      prompt=prompts['document'],
+      document=document.format(separator=model.title_separator),
+      note=note,
   )
-  _json(
-      folder / 'sentence_bert_config.json',
-      {'max_seq_length': length, 'do_lower_case': False},
-  )
-  _json(
-      folder / 'config_sentence_transformers.json',
-      {'similarity_fn_name': 'dot', 'prompts': {}, 'default_prompt_name': None},
-  )
-  modes = 'mean_tokens max_tokens mean_sqrt_len_tokens cls_token'.split()
+
+
+def _write_tower(
+    folder: pathlib.Path,
+    config: config_lib.Config,
+    params: components.Params,
+    tower: str,
+    source: sources.Imported | None,
+) -> None:
+  """Writes one tower: encoder, modules and their settings, no tokenizer.
+
+  Args:
+    folder: exists.
+    config: resolved.
+    params: of the embedder.
+    tower: 'query' or 'document' of two; '': the only one.
+    source: the checkpoint that the parameters are equal to, whose types and
+      unused tensors are written; None: there is none.
+  """
+  model = config.model
+  own = 'query_' if tower == 'query' else ''
+  encoder = 'query_encoder' if own and model.towers == 'separate' else 'encoder'
+  projection = f'{own}projection'
+  modules = [('', 'Transformer'), ('1_Pooling', 'Pooling')]
+
+  def add(kind: str) -> pathlib.Path:
+    modules.append((f'{len(modules)}_{kind}', kind))
+    return folder / modules[-1][0]
+
+  pooling = 'cls' if model.pooling == 'cls_tanh' else model.pooling
+  flags = [*st.FLAGS][:4] + [*st.FLAGS][5:] * (pooling == 'last')
   _json(
       folder / '1_Pooling' / 'config.json',
       {
-          'word_embedding_dimension': config.width,
-          **{f'pooling_mode_{m}': m == 'cls_token' for m in modes},
+          'word_embedding_dimension': model.width,
+          **{f: st.POOLINGS.get(st.FLAGS[f]) == pooling for f in flags},
       },
   )
-  for path, dense, scale, activation in (
-      ('2_Dense', f'{encoder}.pooler', 1.0, 'activation.Tanh'),
-      ('3_Dense', f'{projection}.dense', _PROJECTION_SCALE, 'linear.Identity'),
-  ):
-    kernel = params[f'{dense}.kernel'] * np.float32(scale)
+  arrays: dict[str, tuple[pathlib.Path, str, float]] = {}
+  if model.pooling == 'cls_tanh':
+    arrays[f'{encoder}.pooler'] = (add('Dense'), st.TANH, 1.0)
+  if model.projection != 'none':
+    scale = 1.0
+    if model.projection == 'layer_norm':
+      # Except for epsilon, LayerNorm does not depend on the scale of its input.
+      # A power of two, exact in floating point, turns their epsilon into ours.
+      eps = model.projection_norm_eps or model.layer_norm_eps
+      scale = 2.0 ** round(math.log2(st.EPS / eps) / 2) if eps else _LARGE_SCALE
+    arrays[f'{projection}.dense'] = (add('Dense'), st.IDENTITY, scale)
+  for name, (place, activation, scale) in arrays.items():
+    kernel = np.asarray(params[f'{name}.kernel']) * np.float32(scale)
     _json(
-        folder / path / 'config.json',
+        place / 'config.json',
         {
             'in_features': kernel.shape[0],
             'out_features': kernel.shape[1],
             'bias': True,
-            'activation_function': f'torch.nn.modules.{activation}',
+            'activation_function': st.TORCH + activation,
         },
     )
-    _weights(
-        folder / path,
-        {
-            'linear.weight': np.ascontiguousarray(kernel.T),
-            'linear.bias': params[f'{dense}.bias'] * np.float32(scale),
-        },
-    )
+    bias = np.asarray(params[f'{name}.bias']) * np.float32(scale)
+    tensors = {'linear.weight': np.ascontiguousarray(kernel.T),
+               'linear.bias': bias}
+    _weights(place, _in_types(tensors, f'{name}.kernel', source))
+  if model.projection == 'layer_norm':
+    place = add('LayerNorm')
+    _json(place / 'config.json', {'dimension': model.embedding_width})
+    norm = {
+        f'norm.{theirs}': np.asarray(params[f'{projection}.norm.{ours}'])
+        for theirs, ours in (('weight', 'scale'), ('bias', 'bias'))
+    }
+    _weights(place, _in_types(norm, f'{projection}.norm.scale', source))
+  if model.normalize:
+    add('Normalize').mkdir(exist_ok=True)
   _json(
-      folder / '4_LayerNorm' / 'config.json',
-      {'dimension': config.embedding_width},
+      folder / st.MODULES,
+      [
+          {'idx': i, 'name': str(i), 'path': path,
+           'type': f'{st.PACKAGE}.models.{kind}'}
+          for i, (path, kind) in enumerate(modules)
+      ],
   )
-  _weights(
-      folder / '4_LayerNorm',
+  lengths = config.lengths
+  length = lengths.query if tower == 'query' else lengths.document
+  _json(
+      folder / st.LENGTHS,
+      {'max_seq_length': min(length, model.max_positions),
+       'do_lower_case': False},
+  )
+  prompts = {
+      name: text
+      for name, text in (
+          ('query', model.query_prefix), ('document', model.document_prefix)
+      )
+      if text and tower in ('', name)
+  }
+  _json(
+      folder / st.SETTINGS,
       {
-          'norm.weight': params[f'{projection}.norm.scale'],
-          'norm.bias': params[f'{projection}.norm.bias'],
+          'similarity_fn_name': 'cosine' if model.normalize else 'dot',
+          'prompts': prompts,
+          'default_prompt_name': tower if tower in prompts else None,
       },
   )
-  model.write_card(
-      folder,
-      f'Retriever of REALM{f": the {name} tower" if name else ""}',
-      'sentence-transformers',
-      'Text to a vector, for retrieval by inner product.',
-      _USAGE.format(inside=f'/{name}' if name else ''),
+  _write_encoder(folder, config, params, encoder, source)
+
+
+def _write_encoder(
+    folder: pathlib.Path,
+    config: config_lib.Config,
+    params: components.Params,
+    encoder: str,
+    source: sources.Imported | None,
+) -> None:
+  """Writes config.json and the tensors of the encoder."""
+  values = huggingface_config.foreign_config(
+      'bert', config.model, source.config if source else None
   )
+  values['architectures'] = ['BertModel']
+  mapped = {
+      entry.theirs: entry.ours
+      for entry in huggingface_names.tower(config.model, encoder)
+      if entry.ours.removeprefix('embedder/') in params  # Maybe no pooler.
+  }
+  unused: Mapping[str, weights.FileTensor] = {}
+  if source is not None:
+    theirs = {n: o for n, o in source.tensors.items() if '/' not in n}
+    if all(name.startswith(_LOADABLE) for name in theirs):
+      mapped, unused = theirs, source.unused
+      own = source.config.get('architectures')
+      values['architectures'] = own or values['architectures']
+    if source.dtypes:
+      values['torch_dtype'] = source.config.get('torch_dtype', 'float16')
+  tensors: dict[str, Any] = {}
+  for theirs_name, ours in mapped.items():
+    array = np.asarray(params[ours.removeprefix('embedder/')])
+    if ours.endswith('.kernel'):
+      array = np.ascontiguousarray(array.T)
+    tensors |= _in_types({theirs_name: array}, ours, source)
+  _json(folder / 'config.json', values)
+  _weights(folder, tensors | dict(unused))
 
 
-def _weights(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+def _in_types(
+    tensors: dict[str, np.ndarray],
+    ours: str,
+    source: sources.Imported | None,
+) -> dict[str, np.ndarray]:
+  """Returns tensors in the type that the parameter `ours` was imported in."""
+  if source is None or not source.dtypes:
+    return tensors
+  ours = f'embedder/{ours.removeprefix("embedder/")}'
+  name = next((n for n, o in source.tensors.items() if o == ours), '')
+  dtype = np.dtype(source.dtypes.get(name, 'float32'))
+  return {key: value.astype(dtype) for key, value in tensors.items()}
+
+
+def _weights(folder: pathlib.Path, tensors: Mapping[str, Any]) -> None:
   weights.write_safetensors(
       folder / 'model.safetensors', tensors, {'format': 'pt'}
   )

@@ -25,7 +25,7 @@ from realm_jax.interop import block_records
 from realm_jax.interop import convert
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
-from realm_jax.interop import importing
+from realm_jax.interop import sources
 from realm_jax.interop import weights
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
@@ -79,7 +79,6 @@ With realm_jax:
 
 ```python
 import realm_jax
-from realm_jax import config as config_lib
 
 retriever = realm_jax.Retriever.load('FOLDER')
 query_emb = retriever.embed_queries(['a query'])
@@ -100,7 +99,7 @@ class Model:
   step: int
   params: trained_lib.Params
   about: dict[str, Any]
-  imported: list[importing.Imported]
+  imported: list[sources.Imported]
 
   @classmethod
   def open(
@@ -117,7 +116,7 @@ class Model:
     about = checkpoint.saved_about(
         trained.workdir, step if step in checkpoints else checkpoints[-1]
     )
-    imported = importing.read_imported(workdir) if step == 0 else []
+    imported = sources.read_imported(workdir) if step == 0 else []
     return cls(trained, step, params, about, imported)
 
   def folder(
@@ -240,6 +239,8 @@ def _default_kinds(model: Model) -> list[str]:
   # An open-QA model can be imported without its documents, or in part.
   whole = bool(config.corpus) and 'span_reader' in model.params
   kinds = [one.kind for one in model.imported]
+  if huggingface_names.RETRIEVER in kinds:
+    kinds = []  # No class of transformers has its head.
   if kinds and ('openqa' not in kinds or whole):
     return kinds
   by_component = {
@@ -301,6 +302,8 @@ def _write(
 ) -> None:
   source = next((one for one in model.imported if one.kind == kind), None)
   config = model.trained.config
+  if kind in ('embedder', 'scorer', 'openqa'):
+    _check_head(config.model)
   values = huggingface_config.foreign_config(
       kind, config.model, source.config if source else None
   )
@@ -364,6 +367,23 @@ def _write(
       _SUMMARIES[kind],
       _usage(kind, subfolder, config.model),
   )
+
+
+def _check_head(model: config_lib.ModelConfig) -> None:
+  """Checks that a class of transformers, REALM's, can hold the retriever."""
+  usual = config_lib.ModelConfig()
+  others = [
+      f'config.model.{name}={getattr(model, name)!r}'
+      for name in config_lib.HEAD_FIELDS
+      if getattr(model, name) != getattr(usual, name)
+      and not name.endswith('score_scale')
+  ]
+  if others:
+    raise ValueError(
+        f'The retriever has {", ".join(others)}, which the classes of'
+        ' transformers for REALM cannot hold; export it with'
+        ' --format=sentence-transformers.'
+    )
 
 
 def _blocks(

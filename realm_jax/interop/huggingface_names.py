@@ -5,7 +5,7 @@ REALM classes of transformers 4.40.2. `encoder_names` has what differs in other
 encoders.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 
 from realm_jax import config as config_lib
@@ -23,6 +23,8 @@ KINDS = {
     'tagger': 'BertForTokenClassification',
 }
 BERT_KINDS = ('bert', 'tagger')  # In every version of transformers.
+# An import with the head of a retriever, which is not REALM's (`Head`).
+RETRIEVER = 'retriever'
 WORD_EMBED = 'embeddings.word_embeddings.weight'
 _HEAD = 'cls.predictions.'  # The masked-LM head.
 # Parts of names that belong to no model: DataParallel, torch.compile, FSDP and
@@ -212,6 +214,7 @@ def bert_layout(
     names: Iterable[str],
     prefix: str,
     tagger: bool = False,
+    modules: Mapping[str, str] | None = None,
 ) -> Layout:
   """Returns the layout of BERT as a reader and as part of an embedder.
 
@@ -222,6 +225,7 @@ def bert_layout(
     names: of the tensors; a pooler and a masked-LM head may be absent.
     prefix: of the body's tensors.
     tagger: whether the classifier is that of a tagger.
+    modules: of a retriever's head, to the embedder's; None: BERT's pooler.
   """
   names = set(names)
   owners = ['reader/bert', 'embedder/encoder.bert']
@@ -233,7 +237,10 @@ def bert_layout(
       for entry in _body(prefix, ours, config)
   ]
   pooler = _module(f'{prefix}pooler.dense', 'embedder/encoder.pooler')
-  if all(entry.theirs in names for entry in pooler):
+  if modules is not None:
+    for theirs, ours in modules.items():
+      entries += _module(theirs, f'embedder/{ours}')
+  elif all(entry.theirs in names for entry in pooler):
     entries += pooler
   outer = _outer(prefix)
   if tagger:
@@ -269,9 +276,14 @@ def tagging_head(
 
 
 def dropped(
-    layout: Layout, names: Iterable[str], prefix: str
+    layout: Layout,
+    names: Iterable[str],
+    prefix: str,
+    pooling: str | None = None,
 ) -> dict[str, str]:
   """Returns the tensors of a BERT that no component has, and the reasons.
+
+  `pooling` is that of a retriever which is not REALM's.
 
   A tensor of the embeddings or of the layers that is not in the layout is not
   among them: without it, the network would be another one.
@@ -280,12 +292,15 @@ def dropped(
   body = (f'{prefix}embeddings.', f'{prefix}encoder.')
   found = {}
   for name in names:
-    if name in used or name.startswith(body) and not name.endswith(BUFFERS):
+    inside = name.startswith(body) or '/' in name  # '/': of a head's module.
+    if name in used or inside and not name.endswith(BUFFERS):
       continue
     reason = 'a head, or another network'
     for part, what in _WITHOUT_USE.items():
       if part in name:
         reason = what
+        if pooling is not None and part == 'pooler.':
+          reason = f'a pooler, and the pooling of the retriever is {pooling!r}'
         break
     found[name] = reason
   return found

@@ -5,242 +5,31 @@ the workdir. Tensors that no model computes with are stored too, so that an
 export returns every tensor.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Sequence
 import dataclasses
-import functools
-import logging
 import os
 import pathlib
-import re
 from typing import Any
 
 import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import pretrained_tokenizer
+from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.interop import block_records
 from realm_jax.interop import convert
-from realm_jax.interop import huggingface_config
-from realm_jax.interop import huggingface_names
-from realm_jax.interop import weights
+from realm_jax.interop import sentence_transformers as st
+from realm_jax.interop import sources as sources_lib
+from realm_jax.interop.sources import open_source as open_source
+from realm_jax.models import embedder
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import hub
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import stages
 
-DIRECTORY = 'imported'  # In a workdir; holds one folder for each source.
 CORPUS = 'corpus'
-_UNUSED = 'unused.safetensors'
-_HUB_ID = re.compile(r'[\w-][\w.-]*(/[\w-][\w.-]*)?')
-
-_MAX_SHOWN = 6  # Names in a line of the log.
-
-log = logging.getLogger(__name__)
-
 Path = str | os.PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """An opened checkpoint of transformers; the weights are not yet read.
-
-  name: as the user gave it.
-  folder: of its files.
-  config: the contents of config.json.
-  tensors: by name, still in their files.
-  vocab: where the tokenizer is read from.
-  body: prefix of the tensors to take; None: there is one BERT, or a REALM.
-  """
-
-  name: str
-  folder: pathlib.Path
-  config: dict[str, Any]
-  tensors: dict[str, weights.FileTensor]
-  vocab: str
-  body: str | None = None
-
-  @functools.cached_property
-  def tokenizer(self) -> tokenizer_lib.Tokenizer:
-    """The tokenizer; see `Tokenizer.from_source` for errors."""
-    return tokenizer_lib.Tokenizer.from_source(self.vocab)
-
-  @functools.cached_property
-  def components(self) -> list[str]:
-    """Names of the components that the checkpoint has."""
-    with _located(self.name):
-      return convert.components_in(self.tensors, self.config, self.body)
-
-  def load(
-      self, wanted: Sequence[str] | None = None, seed: int = 0
-  ) -> convert.Loaded:
-    """Converts the checkpoint; the log says what is dropped.
-
-    Raises:
-      FileNotFoundError: there is no tokenizer.
-      ValueError: see `convert.load`.
-    """
-    size = self.tokenizer.vocab_size
-    with _located(self.name):
-      loaded = convert.load(
-          *(self.tensors, self.config, wanted, seed),
-          vocab_size=size,
-          body=self.body,
-      )
-      huggingface_config.set_pad_id(loaded.config, self.tokenizer.pad_id)
-    if loaded.rows_cut:
-      log.info(
-          '%s: the last %d of %d rows of the word embeddings are padding, and'
-          ' are dropped; the vocabulary has %d wordpieces.',
-          *(self.name, loaded.rows_cut, size + loaded.rows_cut, size),
-      )
-    for reason, names in _by_reason(loaded.dropped).items():
-      shown = ', '.join(names[:_MAX_SHOWN])
-      more = f' and {len(names) - _MAX_SHOWN} more'
-      shown += more if len(names) > _MAX_SHOWN else ''
-      log.info('%s: dropped: %s (%s).', self.name, shown, reason)
-    return loaded
-
-  @property
-  def blocks(self) -> pathlib.Path | None:
-    """The documents of an open-QA checkpoint, if its folder has them."""
-    path = self.folder / block_records.FILE
-    return path if path.is_file() else None
-
-
-@contextlib.contextmanager
-def _located(name: str) -> Iterator[None]:
-  """Raises a ValueError with the name of the checkpoint."""
-  try:
-    yield
-  except ValueError as error:
-    raise ValueError(f'{name}: {error}') from None
-
-
-def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
-  found: dict[str, list[str]] = {}
-  for name, reason in dropped.items():
-    found.setdefault(reason, []).append(name)
-  return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Imported:
-  """The record of an imported checkpoint, for an exact export.
-
-  kind: one of `huggingface_names.KINDS`.
-  name: of the source.
-  config: its config.json.
-  tensors: names in the checkpoint to 'component/name' of the parameters.
-  copies: names in the checkpoint to the tensor that each is a copy of.
-  dtypes: of the tensors that were not float32.
-  blanks: rows of the blocks that had no text.
-  unused: tensors that no model computes with, still in their file.
-  """
-
-  kind: str
-  name: str
-  config: dict[str, Any]
-  tensors: dict[str, str]
-  copies: dict[str, str]
-  dtypes: dict[str, str]
-  blanks: list[int]
-  unused: dict[str, weights.FileTensor]
-
-
-def read_imported(workdir: Path) -> list[Imported]:
-  """Returns the records of a workdir's sources; none if it was trained."""
-  found = []
-  for path in sorted(pathlib.Path(workdir).glob(f'{DIRECTORY}/*/source.json')):
-    unused = path.parent / _UNUSED
-    tensors = weights.open_file(unused) if unused.is_file() else {}
-    found.append(Imported(**files.read_json(path), unused=tensors))
-  return found
-
-
-def looks_foreign(name: Path) -> bool:
-  """Whether a name is a checkpoint's folder or a hub id, and no workdir."""
-  path = pathlib.Path(name)
-  if not path.exists():
-    return bool(_HUB_ID.fullmatch(str(name)))
-  return path.is_dir() and any(
-      (path / file).is_file() for file in weights.WEIGHT_FILES
-  )
-
-
-def open_source(
-    name: Path,
-    vocab: str | None = None,
-    blocks: bool = True,
-    body: str | None = None,
-) -> Source:
-  """Opens a checkpoint's folder, or downloads it from the hub.
-
-  Args:
-    name: a folder with config.json and weights, or a hub id such as
-      'google/realm-cc-news-pretrained-embedder'.
-    vocab: source of the tokenizer; None: the checkpoint.
-    blocks: whether to download the documents of an open-QA checkpoint too.
-    body: prefix of the tensors to take, for a file with several BERTs.
-
-  Raises:
-    FileNotFoundError: it is neither, or lacks config.json or weights.
-    ValueError: a file is truncated, damaged or refused.
-  """
-  folder = pathlib.Path(name)
-  if not folder.exists():
-    folder = _download(str(name), blocks)
-  if not folder.is_dir():
-    raise FileNotFoundError(
-        f'{folder} is a file; give the folder that holds config.json too.'
-    )
-  path = folder / 'config.json'
-  if not path.is_file():
-    raise FileNotFoundError(
-        f'{folder} has no config.json: it is no checkpoint of transformers.'
-    )
-  config = files.read_json(path)
-  if not isinstance(config, dict):
-    raise ValueError(f'{path} is not a JSON object.')
-  with _located(str(folder)):
-    # Another architecture is refused first.
-    huggingface_config.model_config(config)
-  tensors = weights.open_folder(folder)
-  return Source(str(name), folder, config, tensors, vocab or str(folder), body)
-
-
-def _download(name: str, blocks: bool) -> pathlib.Path:
-  """Downloads the necessary files, or finds them in the hub's cache."""
-  if not _HUB_ID.fullmatch(name):
-    raise FileNotFoundError(f'There is no folder {name}.')
-  get = functools.partial(hub.file, name)
-  config = get('config.json')
-  if config is None:
-    raise FileNotFoundError(
-        f'{name!r} is no folder, and as an id of the Hugging Face hub it could'
-        ' not be fetched: it is not there, or the hub cannot be reached and it'
-        ' is not in the cache. Give a folder with the downloaded files.'
-    )
-  for file in pretrained_tokenizer.FILES:
-    get(file)
-  for file in weights.WEIGHT_FILES:
-    found = get(file)
-    if found is None:
-      continue
-    if file.endswith('.json'):
-      with weights.located(found):
-        shards = sorted(set(files.read_json(found)['weight_map'].values()))
-      for shard in shards:
-        get(shard)
-    break
-  with weights.located(config):
-    architecture = files.read_json(config).get('architectures') or []
-  if blocks and huggingface_names.KINDS['openqa'] in architecture:
-    get(block_records.FILE)
-  return config.parent
 
 
 def run(
@@ -254,6 +43,8 @@ def run(
     workers: int | None = None,
     seed: int = 0,
     body: str | None = None,
+    query_source: str | None = None,
+    **head: Any,
 ) -> dict[str, Any]:
   """Writes a workdir with the parameters of one or more checkpoints.
 
@@ -270,6 +61,10 @@ def run(
     workers: processes that make the corpus of an open-QA checkpoint.
     seed: for parameters that a checkpoint does not have.
     body: prefix of the tensors to take, for a file with several BERTs.
+    query_source: the query tower of a retriever; its document tower is in
+      `names`. The two encoders of DPR in `names` are recognised.
+    **head: fields of ModelConfig that describe the retriever, such as
+      pooling='mean'; None: as the checkpoint says.
 
   Returns:
     A summary: the source of each component, the names of the parameters at
@@ -286,9 +81,14 @@ def run(
     raise FileExistsError(
         f'{workdir} exists and is not empty; give another --workdir.'
     )
-  sources = [open_source(name, vocab, blocks is None, body) for name in names]
-  if not sources:
+  if not names:
     raise ValueError('Give a --source: a folder or a hub id.')
+  given = {k: v for k, v in head.items() if v is not None}
+  opened_sources = [
+      sources_lib.open_source(name, vocab, blocks is None, body, given)
+      for name in (*names, *([query_source] if query_source else []))
+  ]
+  sources = _towers(opened_sources, query_source is not None, body)
   chosen = _choose(sources, components)
   tokenizer = _one_tokenizer(sources)
   with files.atomic_folder(workdir, overwrite=True) as temporary:
@@ -297,8 +97,11 @@ def run(
         for source, wanted in zip(sources, chosen, strict=True)
     ]
     _check_same_model(sources, loaded)
+    loaded = _join_towers(sources, loaded)
     params = {k: v for one in loaded for k, v in one.params.items()}
     config = _config(sources, loaded, list(params))
+    # A prefix that leaves no room for a text is refused.
+    inputs.Template.of(config.model, config.lengths, tokenizer)
     tokenizer.save(temporary, settings=True)
     opened, table = None, None
     blanks: list[int] | None = None
@@ -341,7 +144,9 @@ def run(
     if table is not None and opened is not None:
       block_records.publish(temporary, config, table, opened, digest)
     for source, one in zip(sources, loaded, strict=True):
-      _write_record(temporary, source, one, blanks or [])
+      sources_lib.write_imported(
+          temporary, source, one, blanks or []
+      )
     files.write_json(temporary / 'config.json', config_lib.to_dict(config))
   return {
       'workdir': str(workdir),
@@ -350,7 +155,7 @@ def run(
               'kind': one.kind,
               'components': sorted(one.params),
               'at_random': one.fresh,
-              'dropped': _by_reason(one.dropped),
+              'dropped': sources_lib.by_reason(one.dropped),
               'rows_cut': one.rows_cut,
           }
           for source, one in zip(sources, loaded, strict=True)
@@ -364,15 +169,18 @@ def run(
 
 
 def _choose(
-    sources: Sequence[Source], components: Sequence[str] | None
+    sources: Sequence[sources_lib.Source], components: Sequence[str] | None
 ) -> list[list[str]]:
   """Returns the components to take from each source."""
   chosen: list[list[str]] = []
   owners: dict[str, str] = {}
   for source in sources:
     known, wanted = source.components, components
+    if source.tower == 'query':
+      chosen.append(['embedder'])
+      continue
     if wanted is None:
-      wanted = [name for name in known if name != 'tagger']
+      wanted = source.usual_components
     taken = [name for name in known if name in wanted]
     if not taken:
       raise ValueError(
@@ -396,7 +204,110 @@ def _choose(
   return chosen
 
 
-def _one_tokenizer(sources: Sequence[Source]) -> tokenizer_lib.Tokenizer:
+def _towers(
+    sources: list[sources_lib.Source], has_query: bool, body: str | None
+) -> list[sources_lib.Source]:
+  """Marks the towers of a retriever whose encoders are two.
+
+  Args:
+    sources: opened.
+    has_query: whether the last one is the query tower.
+    body: of the command line.
+
+  Raises:
+    ValueError: it is not clear which source has the document tower.
+  """
+  if has_query:
+    *others, query = sources
+    makers = [one for one in others if 'embedder' in one.components]
+    if len(makers) != 1 or 'embedder' not in query.components:
+      raise ValueError(
+          f'--query_source={query.name} is the query tower of a retriever, and'
+          ' one --source has its document tower; those with an encoder for it'
+          f' are {[one.name for one in makers]}.'
+      )
+    document = makers[0].as_tower('document')
+    rest = [one for one in others if one is not makers[0]]
+    return [document, query.as_tower('query'), *rest]
+  found = {
+      tower: [
+          (one, prefix)
+          for one in sources
+          for prefix in st.dpr_prefixes(one.tensors, known)
+      ]
+      for tower, known in (('document', st.CONTEXT), ('query', st.QUESTION))
+  }
+  if body is not None or any(len(pairs) != 1 for pairs in found.values()):
+    return sources
+  towers = [
+      one.as_tower(tower, prefix)
+      for tower, pairs in found.items()
+      for one, prefix in pairs
+  ]
+  taken = [one for pairs in found.values() for one, _ in pairs]
+  return towers + [s for s in sources if not any(s is one for one in taken)]
+
+
+def _join_towers(
+    sources: Sequence[sources_lib.Source], loaded: list[convert.Loaded]
+) -> list[convert.Loaded]:
+  """Joins the document and the query tower to one embedder.
+
+  Raises:
+    ValueError: they make their embeddings in different ways.
+  """
+  place = {source.tower: i for i, source in enumerate(sources)}
+  if 'query' not in place:
+    return loaded
+  at, other = place['document'], place['query']
+  document, query = loaded[at], loaded[other]
+  if 'embedder' not in document.params:
+    raise ValueError('Two towers make an embedder: --components must have it.')
+  of_each = ('query_prefix', 'document_prefix', 'titles', 'title_separator')
+  problems = [
+      f'config.model.{name}: {getattr(document.config, name)!r} and'
+      f' {getattr(query.config, name)!r}'
+      for name in (*config_lib.HEAD_FIELDS, 'embedding_width')
+      if name not in of_each
+      and getattr(document.config, name) != getattr(query.config, name)
+  ]
+  if problems:
+    raise ValueError(
+        f'{sources[at].name} and {sources[other].name} are the document and the'
+        ' query tower of one retriever, but differ:\n  '
+        + '\n  '.join(problems)
+    )
+
+  def renamed(name: str) -> str:
+    component, slash, rest = name.rpartition('/')
+    return f'{component}{slash}{embedder.QUERY_PREFIX}{rest}'
+
+  towers = dict(document.params['embedder'])
+  towers |= {renamed(n): x for n, x in query.params['embedder'].items()}
+  config = dataclasses.replace(
+      document.config,
+      towers='separate',
+      query_prefix=query.config.query_prefix,
+  )
+  joined = list(loaded)
+  joined[at] = dataclasses.replace(
+      document,
+      config=config,
+      params=document.params | {'embedder': towers},
+  )
+  joined[other] = dataclasses.replace(
+      query,
+      config=config,
+      params={'embedder': towers},
+      sources={n: renamed(ours) for n, ours in query.sources.items()},
+      fresh=[renamed(name) for name in query.fresh],
+  )
+  return joined
+
+
+def _one_tokenizer(
+    sources: Sequence[sources_lib.Source],
+) -> tokenizer_lib.Tokenizer:
   first = sources[0]
   for other in sources[1:]:
     if other.tokenizer.digest != first.tokenizer.digest:
@@ -408,14 +319,18 @@ def _one_tokenizer(sources: Sequence[Source]) -> tokenizer_lib.Tokenizer:
 
 
 def _check_same_model(
-    sources: Sequence[Source], loaded: Sequence[convert.Loaded]
+    sources: Sequence[sources_lib.Source], loaded: Sequence[convert.Loaded]
 ) -> None:
   first = dataclasses.asdict(loaded[0].config)
+  # The head is that of the retriever, wherever the other components come from.
+  free: set[str] = {'towers'}
+  if any(source.head for source in sources):
+    free |= {'embedding_width', *config_lib.HEAD_FIELDS}
   for source, one in zip(sources[1:], loaded[1:], strict=True):
     problems = [
         f'{name}: {first[name]!r} and {value!r}'
         for name, value in dataclasses.asdict(one.config).items()
-        if name != 'towers' and value != first[name]
+        if name not in free and value != first[name]
     ]
     if problems:
       raise ValueError(
@@ -425,14 +340,15 @@ def _check_same_model(
 
 
 def _config(
-    sources: Sequence[Source],
+    sources: Sequence[sources_lib.Source],
     loaded: Sequence[convert.Loaded],
     components: Sequence[str],
 ) -> config_lib.Config:
   model = loaded[0].config
   for one in loaded:
     if 'embedder' in one.params:
-      model.towers = one.config.towers
+      for name in ('towers', 'embedding_width', *config_lib.HEAD_FIELDS):
+        setattr(model, name, getattr(one.config, name))
   for name, sizes in config_lib.PRESETS.items():
     if sizes == (model.num_layers, model.width, model.num_heads):
       model.preset = name  # type: ignore[assignment]
@@ -446,33 +362,13 @@ def _config(
   if isinstance(candidates, int) and candidates >= 2:
     config.num_candidates = candidates
   lengths = config.lengths
-  if lengths.joint > model.max_positions:
+  for source in sources:
+    source.set_lengths(lengths)
+  heads = any(source.head is not None for source in sources)
+  if heads and list(components) == ['embedder']:
+    lengths.query = min(lengths.query, model.max_positions)
+    lengths.document = min(lengths.document, model.max_positions)
+  elif lengths.joint > model.max_positions:
     lengths.query = max(4, min(lengths.query, model.max_positions // 4))
     lengths.document = model.max_positions - lengths.query
   return config_lib.resolve(config)
-
-
-def _write_record(
-    workdir: pathlib.Path,
-    source: Source,
-    loaded: convert.Loaded,
-    blanks: list[int],
-) -> None:
-  folder = workdir / DIRECTORY / loaded.kind
-  while folder.exists():  # Two sources of one kind give different components.
-    folder = folder.with_name(folder.name + '_')
-  folder.mkdir(parents=True)
-  if loaded.unused:
-    weights.write_safetensors(folder / _UNUSED, loaded.unused)
-  files.write_json(
-      folder / 'source.json',
-      {
-          'kind': loaded.kind,
-          'name': source.name,
-          'config': source.config,
-          'tensors': loaded.sources,
-          'copies': loaded.copies,
-          'dtypes': loaded.dtypes,
-          'blanks': blanks if loaded.block_emb is not None else [],
-      },
-  )

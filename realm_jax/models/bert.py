@@ -34,23 +34,19 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   return functools.partial(jax.nn.gelu, approximate=name == 'gelu_new')
 
 
-# For the heads, too.
-linear, layer_norm = encoders.linear, encoders.layer_norm
-
-
 class Layer(nnx.Module):
   """Self-attention and MLP, each followed by a residual LayerNorm."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     d = config.width
-    self.query = linear(config, d, d, rngs)
-    self.key = linear(config, d, d, rngs)
-    self.value = linear(config, d, d, rngs)
-    self.attention_output = linear(config, d, d, rngs)
-    self.attention_norm = layer_norm(config, d, rngs)
-    self.mlp_in = linear(config, d, config.mlp_width, rngs)
-    self.mlp_out = linear(config, config.mlp_width, d, rngs)
-    self.mlp_norm = layer_norm(config, d, rngs)
+    self.query = encoders.linear(config, d, d, rngs)
+    self.key = encoders.linear(config, d, d, rngs)
+    self.value = encoders.linear(config, d, d, rngs)
+    self.attention_output = encoders.linear(config, d, d, rngs)
+    self.attention_norm = encoders.layer_norm(config, d, rngs)
+    self.mlp_in = encoders.linear(config, d, config.mlp_width, rngs)
+    self.mlp_out = encoders.linear(config, config.mlp_width, d, rngs)
+    self.mlp_norm = encoders.layer_norm(config, d, rngs)
     self.num_heads = config.num_heads
     self.rate = config.dropout
     self.attention_rate = config_lib.attention_rate(config)
@@ -121,7 +117,7 @@ class Bert(encoders.Encoder):
         config, self.first_position + config.max_positions, rngs
     )
     self.type_embed = encoders.embed(config, 2 if self.segments else 1, rngs)
-    self.embed_norm = layer_norm(config, config.width, rngs)
+    self.embed_norm = encoders.layer_norm(config, config.width, rngs)
     self.layers = nnx.List(
         [Layer(config, rngs=rngs) for _ in range(config.num_layers)]
     )

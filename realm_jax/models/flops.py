@@ -6,6 +6,7 @@ shapes tried.
 """
 
 import dataclasses
+from typing import Any
 
 from realm_jax import config as config_lib
 from realm_jax.models import encoders
@@ -32,8 +33,20 @@ def embed(
 ) -> Pass:
   """Returns the pass that embeds `rows` texts; `extra_flop` counts as head."""
   model = config.model
-  head = 2.0 * rows * (model.width**2 + model.width * model.embedding_width)
-  return Pass('embedder', rows, length, 1, head + extra_flop, dropout)
+  head = float(rows * _embedder_head(model))
+  outputs = _embedder_outputs(model, length)
+  return Pass('embedder', rows, length, outputs, head + extra_flop, dropout)
+
+
+def _embedder_outputs(model: config_lib.ModelConfig, length: Any) -> Any:
+  return length if model.pooling == 'mean' else 1
+
+
+def _embedder_head(model: config_lib.ModelConfig) -> int:
+  """Returns the FLOP of the pooler and the projection for one text."""
+  pooler = model.width if model.pooling == 'cls_tanh' else 0
+  projected = 0 if model.projection == 'none' else model.embedding_width
+  return 2 * model.width * (pooler + projected)
 
 
 def fill(config: config_lib.Config, rows: int) -> Pass:
@@ -44,7 +57,7 @@ def fill(config: config_lib.Config, rows: int) -> Pass:
 
 
 def pass_flop(
-    model: config_lib.ModelConfig, rows: int, length: float, outputs: int
+    model: config_lib.ModelConfig, rows: int, length: float, outputs: float
 ) -> float:
   """Returns the FLOP of an encoder's forward pass without a head.
 
@@ -73,8 +86,9 @@ def embed_flop(
     model: config_lib.ModelConfig, passages: int, wordpieces: float
 ) -> float:
   """Returns the FLOP to embed passages of a mean number of wordpieces."""
-  head = 2 * model.width * (model.width + model.embedding_width)
-  return pass_flop(model, passages, wordpieces, 1) + passages * head
+  outputs = _embedder_outputs(model, wordpieces)
+  body = pass_flop(model, passages, wordpieces, outputs)
+  return body + passages * _embedder_head(model)
 
 
 def search_flop(config: config_lib.Config, passages: int) -> float:

@@ -20,10 +20,10 @@ class Reader(nnx.Module):
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.bert = encoders.make(config, rngs=rngs)
     bias = self.bert.head_bias
-    self.transform = bert.linear(
+    self.transform = encoders.linear(
         config, config.width, config.width, rngs, bias=bias
     )
-    self.transform_norm = bert.layer_norm(
+    self.transform_norm = encoders.layer_norm(
         config, config.width, rngs, bias=bias
     )
     self.output_bias = nnx.Param(jnp.zeros(config.vocab_size))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.models import bert
 from realm_jax.models import dropout
 from realm_jax.models import encoders
 
@@ -23,7 +22,7 @@ class Tagger(nnx.Module):
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     self.bert = encoders.make(config, rngs=rngs)
     num_labels = 1 + 2 * len(config.entity_types)
-    self.output = bert.linear(
+    self.output = encoders.linear(
         config, config.width, num_labels, rngs, 'float32'
     )
     self.capitals = config.capitals

@@ -15,6 +15,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.index import search as search_lib
 from realm_jax.models import flops
 from realm_jax.planner import memory as memory_lib
@@ -100,7 +101,12 @@ def of_corpus(
     corpus = corpus_lib.Corpus.open(config.corpus)
     config.model.vocab_size = 0
     corpus.tokenizer.complete(config.model)
-    lengths = np.minimum(corpus.passages.lengths, config.lengths.document)
+    template = inputs.Template.of(
+        config.model, config.lengths, corpus.tokenizer
+    )
+    lengths = np.minimum(
+        template.lengths(corpus.passages), config.lengths.document
+    )
     if passages is None:  # Otherwise it stands for a larger, similar corpus.
       passages = len(lengths)
       found = corpus.directory.rglob('*')

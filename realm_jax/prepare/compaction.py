@@ -18,7 +18,7 @@ import tqdm
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.prepare import passages as passages_lib
-from realm_jax.prepare import tfds_files
+from realm_jax.prepare import tf_example
 from realm_jax.prepare import writer as writer_lib
 from realm_jax.runtime import files
 
@@ -149,7 +149,7 @@ def _chunk(
       title_lengths=table.title_lengths[rows],
       articles=articles,
       passage_records=[
-          tfds_files.example(tfds_files.number_field('article', [a]) + text)
+          tf_example.example(tf_example.number_field('article', [a]) + text)
           for a, text in zip(articles.tolist(), texts, strict=True)
       ],
       sentence_fields=fields,
@@ -184,9 +184,9 @@ def _records(
   ).__getitems__(rows.tolist())
   found = []
   for number, record in zip(numbers.tolist(), records, strict=True):
-    first = tfds_files.number_field(name, [number])
+    first = tf_example.number_field(name, [number])
     _, _, rest = record.partition(first)
-    if tfds_files.example(first + rest) != record:
+    if tf_example.example(first + rest) != record:
       raise ValueError(f'{paths[0]}: a record of {name} {number} is damaged.')
     found.append(rest)
   return found

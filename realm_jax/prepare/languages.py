@@ -161,12 +161,12 @@ def detect(text: str) -> str:
   script = max(scripts, key=lambda name: (scripts[name], name))
   if script != 'Latin':
     return script
-  words = regex.findall(r"[\w']+", text.lower())
+  words = collections.Counter(regex.findall(r"[\w']+", text.lower()))
   found: collections.Counter[str] = collections.Counter()
-  for word in words:
-    found.update(_LANGUAGES_OF.get(word, ()))
+  for word, count in words.items():
+    found.update(dict.fromkeys(_LANGUAGES_OF.get(word, ()), count))
   best = max(_FUNCTION_WORDS, key=lambda language: found[language])
-  if found[best] < max(2, _MIN_SHARE * len(words)):
+  if found[best] < max(2, _MIN_SHARE * words.total()):
     return UNKNOWN
   return best
 

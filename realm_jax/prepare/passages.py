@@ -24,7 +24,7 @@ from realm_jax.prepare import languages
 from realm_jax.prepare import records
 from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.prepare import texts
-from realm_jax.prepare import tfds_files
+from realm_jax.prepare import tf_example
 
 _CHECKSUM_BYTES = 16
 # Wordpieces that a passage may have more as a text of its own.
@@ -395,11 +395,11 @@ class _Builder:
         (corpus.id_hash(name), length, len(title_ids), article)
     )
     self._passage_records.append(
-        tfds_files.example(
-            tfds_files.number_field('article', [article])
-            + tfds_files.text_field('id', name)
-            + tfds_files.text_field('text', body)
-            + tfds_files.text_field('title', title)
+        tf_example.example(
+            tf_example.number_field('article', [article])
+            + tf_example.text_field('id', name)
+            + tf_example.text_field('text', body)
+            + tf_example.text_field('title', title)
         )
     )
     return len(self._passages) - 1
@@ -418,10 +418,10 @@ class _Builder:
     self._sentences.append((start, length, passage, aside, len(spans)))
     self._spans += spans
     self._sentence_fields.append(
-        tfds_files.number_field('span_limits', [b for _, b in spans.values()])
-        + tfds_files.number_field('span_starts', [a for a, _ in spans.values()])
-        + tfds_files.text_field('text', sentence)
-        + tfds_files.text_field('title', title)
+        tf_example.number_field('span_limits', [b for _, b in spans.values()])
+        + tf_example.number_field('span_starts', [a for a, _ in spans.values()])
+        + tf_example.text_field('text', sentence)
+        + tf_example.text_field('title', title)
     )
 
   def chunk(self) -> Chunk:

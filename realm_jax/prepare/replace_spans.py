@@ -18,7 +18,7 @@ import tqdm
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.prepare import texts as texts_lib
-from realm_jax.prepare import tfds_files
+from realm_jax.prepare import tf_example
 from realm_jax.prepare import workers as workers_lib
 from realm_jax.prepare import writer as writer_lib
 from realm_jax.runtime import files
@@ -94,7 +94,7 @@ def replace_spans(
       files.atomic_folder(output, overwrite) as directory,
       workers_lib.chunk_files(output, made_with) as chunk_path,
   ):
-    _copy_unchanged(corpus.directory, directory)
+    _copy_unchanged(corpus, directory)
     writer = _SpanWriter(directory, list(corpus.sentences))
     with tqdm.tqdm(
         total=sum(map(len, corpus.sentences.values())),
@@ -187,18 +187,17 @@ def read(
     yield rows, [record['title'].decode() for record in records], sentences
 
 
-def _copy_unchanged(source: pathlib.Path, target: pathlib.Path) -> None:
+def _copy_unchanged(
+    source: corpus_lib.Corpus, target: pathlib.Path
+) -> None:
   """Copies all files of a corpus that do not depend on the spans."""
-  for path in sorted(source.rglob('*')):
-    relative = path.relative_to(source)
-    changes = (
-        relative.parts[0] == 'sentences'
-        or path.name == 'manifest.json'
-        or path.name.endswith(('.spans.npy', '.span_offsets.npy'))
+  for name in source.manifest['files']:
+    changes = name.startswith('sentences/') or name.endswith(
+        ('.spans.npy', '.span_offsets.npy')
     )
-    if not path.is_dir() and not changes:
-      (target / relative.parent).mkdir(parents=True, exist_ok=True)
-      shutil.copyfile(path, target / relative)
+    if not changes:
+      (target / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(source.directory / name, target / name)
 
 
 def _save(path: pathlib.Path, found: list[list[Span]]) -> None:
@@ -266,7 +265,7 @@ class _SpanWriter:
             [span[:2] for found in spans for span in found], np.int32
         ).reshape(-1, 2),
     )
-    number_field, text_field = tfds_files.number_field, tfds_files.text_field
+    number_field, text_field = tf_example.number_field, tf_example.text_field
     for found, sentence, title, passage in zip(
         spans, sentences, titles, passages, strict=True
     ):
@@ -277,7 +276,7 @@ class _SpanWriter:
           + text_field('text', sentence.text)
           + text_field('title', title)
       )
-      self._records.append(split, tfds_files.example(fields))
+      self._records.append(split, tf_example.example(fields))
 
   def close(
       self, corpus: corpus_lib.Corpus, settings: dict[str, Any]

@@ -1,14 +1,7 @@
-"""Append-only files of a corpus: arrays, wordpieces, and TFDS records.
+"""Append-only files of a corpus: arrays, wordpieces, and TFDS records."""
 
-A record is a `tf.train.Example`, the format of TFDS: a map from field names to
-lists. TFDS's own encoder is slower than all the rest of `prepare`, and orders
-the fields by a hash map that differs between processes; this encoder sorts
-them. The tests compare the two.
-"""
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import contextlib
-import functools
 import hashlib
 import os
 import pathlib
@@ -209,52 +202,3 @@ def _runtime_error_as_os_error() -> Iterator[None]:
     yield
   except RuntimeError as error:
     raise OSError(f'A dataset could not be written: {error}') from error
-
-
-def example(fields: bytes) -> bytes:
-  """Returns a record from its encoded fields, sorted by name."""
-  return _tagged(fields)
-
-
-def text_field(name: str, value: str) -> bytes:
-  """Encodes a field that holds a text."""
-  return _field(name, _tagged(_tagged(value.encode('utf-8'))))
-
-
-def number_field(name: str, values: Iterable[int]) -> bytes:
-  """Encodes a field that holds integers."""
-  packed = b''.join([_varint(value) for value in values])
-  packed = packed and _tagged(packed)
-  return _field(name, b'\x1a' + _varint(len(packed)) + packed)
-
-
-def _field(name: str, feature: bytes) -> bytes:
-  return _tagged(_name(name) + _varint(len(feature)) + feature)
-
-
-@functools.cache
-def _name(name: str) -> bytes:
-  return _tagged(name.encode('ascii')) + b'\x12'
-
-
-def _tagged(content: bytes) -> bytes:
-  return b'\x0a' + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-  if 0 <= value < len(_SMALL):  # Most lengths, and offsets in a sentence.
-    return _SMALL[value]
-  return _long_varint(value)
-
-
-def _long_varint(value: int) -> bytes:
-  value %= 2**64
-  encoded = bytearray()
-  while value > 0x7F:
-    encoded.append(value & 0x7F | 0x80)
-    value >>= 7
-  encoded.append(value)
-  return bytes(encoded)
-
-
-_SMALL = [_long_varint(value) for value in range(1 << 12)]

@@ -20,6 +20,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.corpus import trivial
 from realm_jax.prepare import passages as passages_lib
+from realm_jax.prepare import tf_example
 from realm_jax.prepare import tfds_files
 from realm_jax.runtime import files as files_lib
 
@@ -192,9 +193,9 @@ class CorpusWriter:
           chunk.spans[np.repeat(chosen, chunk.span_counts)],
       )
       for i in np.flatnonzero(chosen):
-        passage = tfds_files.number_field('passage', [int(rows[i])])
+        passage = tf_example.number_field('passage', [int(rows[i])])
         self._sentences.append(
-            split, tfds_files.example(passage + chunk.sentence_fields[i])
+            split, tf_example.example(passage + chunk.sentence_fields[i])
         )
 
   def close(

@@ -17,8 +17,9 @@ import numpy as np
 import prometheus_client as prometheus
 
 from realm_jax.evaluation import report
+from realm_jax.index import bm25 as bm25_lib
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.serving import bm25 as bm25_lib
+from realm_jax.serving import curves as curves_lib
 from realm_jax.serving import service as service_lib
 from realm_jax.serving import state as state_lib
 
@@ -32,7 +33,7 @@ _RETRY_SECONDS = 1  # For clients that find the queue full.
 _BODY_SECONDS = 30.0  # For a client to send its body.
 _ANSWER_SECONDS = 120.0
 _MAX_MESSAGE = 500  # Characters.
-_MAX_POINTS = 300  # Of a training curve.
+_MAX_INDEXED = 1_000_000  # Passages that a search indexes for BM25.
 _QUERY_MODEL, _PASSAGE_MODEL = 'realm-jax:query', 'realm-jax:passage'
 _LOOPBACK = ('localhost', '127.0.0.1', '::1')
 
@@ -204,7 +205,7 @@ def create(
     token: that every request must carry; None: only this machine is served.
     host: name of this machine in addition to those of the loopback.
   """
-  bm25 = bm25_lib.Bm25Cache()
+  bm25 = bm25_lib.Cache(_MAX_INDEXED)
   bm25_thread = asyncio.Semaphore(1)  # One scoring at a time.
 
   @contextlib.asynccontextmanager
@@ -298,11 +299,12 @@ def create(
 
     def by_bm25() -> Json:
       index = bm25.get(corpus)
-      results = state.passages(*index.search(query, k))
-      about = (
-          f'BM25 of {len(index):,} passages, built in memory in'
-          f' {index.seconds:.1f} s.'
+      rows_BK, score_BK = index.search([query], k)
+      found = rows_BK[0] >= 0
+      results = state.passages(
+          rows_BK[0, found].tolist(), score_BK[0, found].tolist()
       )
+      about = f'BM25 of {len(index):,} passages, {index.origin}.'
       return {'results': results, 'source': state.source(), 'note': about}
 
     async with bm25_thread:
@@ -416,9 +418,10 @@ def create(
             {
                 'title': title,
                 'curves': [
-                    {'label': label, 'points': _thinned(points)}
+                    {'label': label, 'points': curves_lib.thinned(points)}
                     for label, points in curves.items()
                 ],
+                'html': curves_lib.panel(title, curves, 'h2'),
             }
             for title, curves in panels.items()
         ]
@@ -458,13 +461,6 @@ def _page(
 
 def _encoded(emb_E: np.ndarray) -> str:
   return base64.b64encode(emb_E.astype('<f4').tobytes()).decode('ascii')
-
-
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-  """Returns at most `_MAX_POINTS` finite points, with the last one."""
-  finite = [point for point in points if np.isfinite(point[1])]
-  step = -(-len(finite) // _MAX_POINTS) or 1
-  return finite[::-1][::step][::-1]
 
 
 def _short(message: str) -> str:

@@ -19,7 +19,6 @@ import numpy as np
 
 from realm_jax.builder import document_store
 from realm_jax.corpus import concatenated
-from realm_jax.corpus import inputs
 from realm_jax.evaluation import inspect
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
@@ -237,7 +236,7 @@ class State:
           'objective': config.objective,
           'passages': self.num_passages,
           'embedding_width': config.model.embedding_width,
-          'query_wordpieces': config.lengths.query - 2,
+          'query_wordpieces': self.trained.template.text_length - 2,
           'masks': config.lengths.masks,
       }
     return found
@@ -268,7 +267,7 @@ class State:
       for row in range(min(len(table), 100)):
         ids, spans = table.ids(row).tolist(), table.spans_of(row).tolist()
         start, limit = spans[0] if spans else (0, 0)
-        fits = len(ids) + 2 <= config.lengths.query
+        fits = len(ids) + 2 <= self.trained.template.text_length
         if fits and 0 < limit - start <= config.lengths.masks:
           decode = corpus.tokenizer.decode
           masks = [inspect.MASK] * (limit - start)
@@ -280,7 +279,7 @@ class State:
   def note(self, text: str) -> str | None:
     """Returns a remark on a query that is longer than the model reads."""
     assert self.trained is not None
-    limit = self.trained.config.lengths.query - 2
+    limit = self.trained.template.text_length - 2
     count = len(self.trained.tokenizer.encode(text))
     if count <= limit:
       return None
@@ -331,9 +330,7 @@ class State:
   def _search(self, queries: list[str]) -> list[Json]:
     assert self.trained is not None and self._retriever is not None
     trained, retriever = self.trained, self._retriever
-    ids_BQ = inputs.encode_queries(
-        queries, trained.config.lengths.query, trained.tokenizer
-    )
+    ids_BQ = trained.template.encode(queries)
     query_emb_BE = trained.embed_queries(retriever.params, ids_BQ)
     # One k, so that one shape is compiled; a request takes the first ones.
     k = min(MAX_RESULTS, trained.corpus.num_live)
@@ -362,9 +359,7 @@ class State:
       return trained.embed_passages(
           self._embedder, list(zip(titles, texts, strict=True))
       )
-    ids_BQ = inputs.encode_queries(
-        list(texts), trained.config.lengths.query, trained.tokenizer
-    )
+    ids_BQ = trained.template.encode(list(texts))
     return trained.embed_queries(self._embedder, ids_BQ)
 
   def passages(

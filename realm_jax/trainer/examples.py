@@ -144,6 +144,9 @@ class Sentences:
           f' {split!r}; it has {sorted(corpus.sentences)}.'
       )
     self.corpus, self.config, self.split = corpus, config, split
+    self.template = inputs.Template.of(
+        config.model, config.lengths, corpus.tokenizer
+    )
     self.table = corpus.sentences[split]
     self.rows = np.arange(len(self.table))
 
@@ -199,7 +202,7 @@ class MaskedSentences(Sentences):
     # masked without being a target.
     spans = np.asarray(self.table.spans)
     fits = (spans[:, 1] - spans[:, 0] <= config.lengths.masks) & (
-        spans[:, 1] <= config.lengths.query - 2
+        spans[:, 1] <= self.template.text_length - 2
     )
     before = np.concatenate([[0], np.cumsum(fits)])
     self._spans = spans[fits]
@@ -219,18 +222,21 @@ class MaskedSentences(Sentences):
           ' --spans=random, give the records `spans`, or mark names with a'
           f' tagger: `realm-jax tag --corpus={self.corpus.directory}`.'
       )
+    prefix = len(self.template.query_prefix)
+    less = f' - {prefix} (the prefix)' if prefix else ''
     raise ValueError(
         f'The corpus {self.corpus.directory} has no salient span to mask in its'
         f' {len(self.table)} sentences of the split {self.split!r}: none lies'
-        f' within the first lengths.query - 2 = {lengths.query - 2} wordpieces'
-        f' and has at most lengths.masks = {lengths.masks}{condition}.'
+        f' within the first lengths.query - 2{less} ='
+        f' {self.template.text_length - 2} wordpieces and has at most'
+        f' lengths.masks = {lengths.masks}{condition}.'
     )
 
   def sample(self, row: int, rng: np.random.Generator) -> Any:
     table, config = self.table, self.config
     spans = self._spans[self._span_offsets[row] : self._span_offsets[row + 1]]
     start, limit = rng.choice(spans)
-    length = min(int(table.lengths[row]), config.lengths.query - 2)
+    length = min(int(table.lengths[row]), self.template.text_length - 2)
     first = int(table.starts[row])
     sentence = masking.Sentence(
         ids=table.tokens[first : first + length],
@@ -256,6 +262,8 @@ class MaskedSentences(Sentences):
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns `[CLS] x [SEP]` with masks, its lengths, and what they hide.
 
+    The retriever's prefix is not in it.
+
     Args:
       masked: a batch of samples.
 
@@ -264,7 +272,7 @@ class MaskedSentences(Sentences):
     """
     tokenizer = self.corpus.tokenizer
     ids_BQ, lengths_B = inputs.assemble_queries(
-        self.table, masked.row_B, self.config.lengths.query, tokenizer
+        self.table, masked.row_B, self.template.text_length, tokenizer
     )
     hidden_BM = np.take_along_axis(ids_BQ, masked.positions_BM, axis=1)
     shown_BM = np.where(masked.mask_BM, masked.shown_BM, hidden_BM)

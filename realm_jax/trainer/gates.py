@@ -213,6 +213,7 @@ class Gates:
       self._embedder = embedding.Embedder(
           job.components['embedder'], self._mesh
       )
+      self._template = job.stage.template
     self._warned: set[str] = set()
     log.info(
         'Gates: %d masked sentences of the split %r. The reader is measured on'
@@ -368,18 +369,16 @@ class Gates:
   def _embed(
       self, params: components_lib.Params, queries: realm.Queries
   ) -> np.ndarray:
-    ids = mesh_lib.put_whole(self._mesh, queries.query_ids_BQ)
+    ids = mesh_lib.put_whole(
+        self._mesh, self._template.queries(queries.query_ids_BQ)
+    )
     emb_BE = distributed.fetch(self._embedder.queries(params, *ids))
     return emb_BE[: len(queries.query_ids_BQ)]
 
   def _null(self, params: components_lib.Params) -> np.ndarray:
     """Returns the embedding of the null document, [E]."""
-    ids = inputs.null_document(self._corpus.tokenizer)
-    arrays = mesh_lib.put_whole(
-        self._mesh,
-        np.array([[ids]], np.int32),
-        np.array([[inputs.null_types(ids)]], np.int32),
-    )
+    parts = [np.array([[x]], np.int32) for x in self._template.null]
+    arrays = mesh_lib.put_whole(self._mesh, *parts)
     return distributed.fetch(self._embedder.documents(params, *arrays))[0, 0]
 
   def _joint(

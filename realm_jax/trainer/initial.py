@@ -40,10 +40,14 @@ _OF_BERT = (
     'encoder_options',
 )
 _OF_COMPONENT = {
-    'embedder': ('embedding_width', 'towers'),
+    'embedder': ('embedding_width', 'towers', *config_lib.HEAD_FIELDS),
     'span_reader': ('span_width', 'span_norm_eps'),
     'tagger': ('entity_types', 'capitals'),
 }
+# Fields that parameters do not fix: a flag of the command line is kept.
+_FREE = (
+    'normalize', 'query_prefix', 'document_prefix', 'titles', 'title_separator'
+)
 # Each is initialised from those before it, so a job may have more towers.
 _TOWERS = ('shared', 'shared_bert', 'separate')
 
@@ -132,6 +136,10 @@ def follow(
     if isinstance(ours, dict):
       theirs = json.loads(theirs)
     if field == 'towers' and _TOWERS.index(ours) > _TOWERS.index(theirs):
+      continue
+    if field == 'score_scale' or field == 'learn_score_scale' and ours:
+      continue  # The job's own.
+    if field in _FREE and f'model.{field}' in explicit:
       continue
     if f'model.{field}' in explicit and ours != theirs:
       problems.append(
@@ -354,13 +362,14 @@ def _offer(component: components_lib.Component, giver: _Giver) -> _Offer:
       other = components_lib.bert_parameter(ours, giver.name)
     elif ours not in available:
       other = ours.removeprefix(embedder.QUERY_PREFIX)
+      if ours == embedder.LOG_SCORE_SCALE:
+        other = None  # Starts from config.model.score_scale.
     if other is not None and f'{giver.name}/{other}' not in at_random:
       names[ours] = other
   extra = [
       n
       for n in available.keys() - set(names.values())
-      if f'{giver.name}/{n}' not in at_random
-      and (same or components_lib.bert_parameter(n, giver.name) == n)
+      if giver.whole or components_lib.bert_parameter(n, giver.name) == n
   ]
   return _Offer(
       giver.source, giver.step, giver.name, available, names, extra
@@ -412,6 +421,7 @@ def _log_origin(
   if any(o.startswith(prefix) and o != n for o, n in offer.names.items()):
     text += '; its query tower is initialised from the document tower'
   missing = component.abstract.keys() - offer.names.keys()
+  missing -= {embedder.LOG_SCORE_SCALE}  # Has an initial value of its own.
   if not missing:
     log.info('%s.', text)
     return

@@ -24,6 +24,7 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.trainer import initial
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
@@ -78,12 +79,14 @@ def open_job(
       that is too small, a mesh that does not fit; processes that differ in any
       of these.
     FileNotFoundError: no corpus, or no workdir to start from.
+    ImportError: a package that config.log_to needs is not installed.
   """
   workdir = pathlib.Path(workdir).absolute()
   if getattr(config, 'init_from', ''):
     config_lib.validate(config)  # The stage's checks need the sizes.
   else:
     stages.validate(config)
+  metrics_lib.loggers(config)  # Their packages are installed.
   stage_class = stages.load(config)
   corpus = corpus_lib.Corpus.open(config.corpus, '--config.corpus')
   saved = _saved_config(workdir)
@@ -171,7 +174,7 @@ def removes_failed_start(
     yield
   except BaseException:
     if not (workdir / 'config.json').exists():
-      made = {checkpoint.CHECKPOINTS, 'metrics.jsonl', 'profile', 'tensorboard'}
+      made = {checkpoint.CHECKPOINTS, 'profile', *metrics_lib.FILES}
       for name in made - before:
         shutil.rmtree(workdir / name, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -241,7 +244,7 @@ def start_or_resume(
 def warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
   """Logs how many passages are longer than the job reads."""
   if config.objective != 'mlm' or not config.mlm.without_passages:
-    cuts.warn_of_passages(corpus, config.lengths.document)
+    cuts.warn_of_passages(corpus, config)
 
 
 def _check_same_processes(

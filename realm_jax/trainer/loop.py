@@ -185,7 +185,11 @@ class _Loop:
       )
       stack.callback(self._refresher.close)
       self._retriever = retrieval.Retriever(
-          job.components['embedder'], job.mesh, self._refresher, self._rows
+          job.components['embedder'],
+          job.mesh,
+          self._refresher,
+          self._rows,
+          job.stage.template,
       )
     self._gates = gates_lib.Gates.of(job)
     self._gate_figures: dict[str, float] = {}  # Not logged yet.
@@ -196,10 +200,14 @@ class _Loop:
         required=config.refresh.policy != 'eager',
     )
     stack.callback(self._snapshots.close)
-    self._writer = metrics_lib.MetricsWriter(
-        job.workdir, self._step, config.tensorboard
+    self._writer = stack.enter_context(
+        metrics_lib.MetricsWriter(
+            job.workdir,
+            self._step,
+            metrics_lib.loggers(config),
+            {**config_lib.flat(config), **job.lineage},
+        )
     )
-    stack.callback(self._writer.close)
     self._profile = profile_lib.StepProfile(job.workdir, profile)
     stack.callback(self._profile.close)
     self._step_flop = flops.model_flop(config, job.stage.passes())
@@ -242,6 +250,7 @@ class _Loop:
         stop = True
       if stop:
         self._save(step)
+        self._checkpoints.wait()  # A logger may take long to close.
         raise Interrupted(f'Stopped by SIGTERM; step {step} is saved.')
       if step > first and step % config.checkpoint.interval == 0:
         self._save(step)

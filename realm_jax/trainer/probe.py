@@ -29,11 +29,10 @@ class Probe:
   """
 
   def __init__(self, job: job_lib.Job):
-    config, corpus, mesh = job.config, job.corpus, job.mesh
-    self._query_ids_BQ, self._exclude_BR2, self.k = job.stage.probe_queries(
-        _QUERIES
-    )
-    self._corpus, self._length = corpus, config.lengths.document
+    corpus, mesh = job.corpus, job.mesh
+    ids_BQ, self._exclude_BR2, self.k = job.stage.probe_queries(_QUERIES)
+    self._query_ids_BQ = job.stage.template.queries(ids_BQ)
+    self._passages, self._template = corpus.passages, job.stage.template
     self._embedder = embedding.Embedder(job.components['embedder'], mesh)
     self._mesh = mesh
 
@@ -80,10 +79,9 @@ class Probe:
     for start in range(0, len(rows), size):
       numbers = np.full((size, 1), inputs.NULL_DOCUMENT, np.int64)
       numbers[: len(rows) - start, 0] = rows[start : start + size]
-      ids_BLS, types_BLS = inputs.assemble_documents(
-          self._corpus.passages, numbers, self._length, self._corpus.tokenizer
+      arrays = mesh_lib.put_whole(
+          self._mesh, *self._template.documents(self._passages, numbers)
       )
-      arrays = mesh_lib.put_whole(self._mesh, ids_BLS, types_BLS)
       emb_BLE = self._embedder.documents(params, *arrays)
       parts.append(distributed.fetch(emb_BLE)[:, 0])
     return np.concatenate(parts)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from realm_jax.corpus import inputs
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
@@ -25,6 +26,7 @@ class Retriever:
       mesh: jax.sharding.Mesh,
       refresher: refresh_lib.Refresher,
       rows: np.ndarray,
+      template: inputs.Template,
   ):
     """Compiles nothing yet.
 
@@ -33,17 +35,20 @@ class Retriever:
       mesh: of the job.
       refresher: has the index in use.
       rows: this process' rows of a batch.
+      template: of the job.
     """
     self.params: components_lib.Params = {}  # Current parameters.
     self._mesh, self._refresher, self._rows = mesh, refresher, rows
     self._embedder = embedding.Embedder(embedder, mesh)
+    self._template = template
 
   def search(
       self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
   ) -> tuple[np.ndarray, np.ndarray]:
     # Embeddings of the whole batch, of which each process gave its rows.
+    query_ids = self._on_devices(self._template.queries(query_ids_BQ))
     query_emb_BE = distributed.fetch(
-        self._embedder.queries(self.params, self._on_devices(query_ids_BQ))
+        self._embedder.queries(self.params, query_ids)
     )
     own_emb_BE = query_emb_BE[self._rows]
     search = self._refresher.search

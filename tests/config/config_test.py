@@ -53,6 +53,7 @@ def test_the_defaults_are_valid_except_for_the_corpus():
         ({'optimizer__b1': 1.5}, r'must be between 0 and 1'),
         ({'optimizer__clip_norm': 0.0}, r'clip_norm=0\.0: must be more than 0'),
         ({'lengths__masks': 95}, r'more than a query of 96 wordpieces'),
+        ({'log_to': 'jsonl,wnadb'}, r"'wnadb' is none of jsonl, tensorboard"),
         ({'stesp': 3}, r'config\.stesp: .*; did you mean config\.steps\?'),
         ({'refresh__intervall': 3}, r'did you mean config\.refresh\.interval'),
         ({'refresh': 'sync'}, r"refresh='sync': must be of type RefreshConfig"),
@@ -127,7 +128,8 @@ def test_resolve_sets_derived_defaults_only():
 def test_the_digest_covers_fields_that_determine_the_result():
   base = config_lib.digest(_config())
   for same in ({'log_interval': 3}, {'checkpoint__keep': 9}, {'mesh__data': 4},
-               {'corpus': 'moved'}, {'refresh__timeout': 1.0}):
+               {'corpus': 'moved'}, {'refresh__timeout': 1.0},
+               {'log_to': 'wandb'}):
     assert config_lib.digest(_config(**same)) == base
   for other in ({'seed': 1}, {'steps': 3}, {'refresh__lag': 3},
                 {'model__preset': 'tiny'}, {'trivial': 'none'}):

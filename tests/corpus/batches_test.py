@@ -12,6 +12,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.trainer import examples as examples_lib
+from realm_jax.trainer import stages
 from realm_jax.trainer.stages import ict
 from realm_jax.trainer.stages import mlm
 from realm_jax.trainer.stages import realm
@@ -374,7 +375,8 @@ def test_training_never_tokenises(corpus, monkeypatch):
     config = _config(corpus, objective)
     batch = _take(corpus, config, 1)[0]
     if objective == 'realm':
+      template = stages.load(config)(config, corpus).template
       realm.with_candidates(
-          batch.inputs, np.zeros((16, 3), int), corpus, config.lengths
+          batch.inputs, np.zeros((16, 3), int), corpus, template
       )
   assert pathlib.Path(corpus.directory).exists()

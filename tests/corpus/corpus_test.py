@@ -18,6 +18,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.prepare import languages
 from realm_jax.prepare import prepare
 from realm_jax.prepare import records as records_lib
+from realm_jax.prepare import tf_example
 from realm_jax.prepare import tfds_files
 from realm_jax.prepare import writer
 
@@ -431,12 +432,12 @@ def test_records_are_encoded_as_tfds_does():
     expected = serializer.get_tf_example(
         features.encode_example(values)
     ).SerializeToString(deterministic=True)
-    found = tfds_files.example(
-        tfds_files.number_field('passage', [values['passage']])
-        + tfds_files.number_field('span_limits', values['span_limits'])
-        + tfds_files.number_field('span_starts', values['span_starts'])
-        + tfds_files.text_field('text', values['text'])
-        + tfds_files.text_field('title', values['title'])
+    found = tf_example.example(
+        tf_example.number_field('passage', [values['passage']])
+        + tf_example.number_field('span_limits', values['span_limits'])
+        + tf_example.number_field('span_starts', values['span_starts'])
+        + tf_example.text_field('text', values['text'])
+        + tf_example.text_field('title', values['title'])
     )
     assert found == expected
 

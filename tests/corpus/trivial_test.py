@@ -320,6 +320,9 @@ def test_an_older_corpus_is_read_with_a_warning(tmp_path, caplog):
   def same(sentences):
     return [sentence.spans for sentence in sentences]
 
+  # An index of BM25 is no part of the corpus and is not copied.
+  (new.directory / 'bm25-0').mkdir()
+  (new.directory / 'bm25-0' / 'about.json').write_text('{}')
   # With other spans the sentences are the same, and so are their candidates.
   for i, corpus in enumerate((old, new)):
     replace_spans.replace_spans(
@@ -331,6 +334,8 @@ def test_an_older_corpus_is_read_with_a_warning(tmp_path, caplog):
           vars(again.trivial(split)), vars(new.trivial(split))
       )
   assert again.manifest['counts'] == new.manifest['counts']
+  assert not (again.directory / 'bm25-0').exists()
+  assert again.manifest['files'].keys() == new.manifest['files'].keys()
 
 
 def test_documents_that_come_and_go(tmp_path):

@@ -15,6 +15,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
+from realm_jax.evaluation import masked as masked_lib
 from realm_jax.evaluation import runs
 from realm_jax.index import generation
 from realm_jax.inference import trained as trained_lib
@@ -201,40 +202,40 @@ def test_question_metrics_equal_those_by_hand(
       )
 
 
-def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
+def test_masked_metrics_equal_those_by_hand(
+    workdir, config, corpus, saved, monkeypatch
+):
+  monkeypatch.setattr(
+      masked_lib,
+      '_random_rows',
+      lambda live, exclude, k, rng: np.tile(live[:k], (len(exclude), 1)),
+  )
   (result,) = evaluate.evaluate(workdir, [], limit=20)
   assert 'questions' not in result
   masked = result['masked']
   assert masked['sentences'] == 20
   params, parts = saved[30], stages.components_of(config)
   emb_NE = all_embeddings(config, params, corpus)
-  sums: dict[str, float] = {}
-  # Other batches than those under test.
-  odd = dataclasses.replace(config, batch_size=5)
-  for batch in realm.evaluation_batches(corpus, odd, 'validation', 20):
-    query_emb = apply(
-        parts['embedder'], params, 'embed_query', batch.inputs.query_ids_BQ
-    )
-    scores = query_emb @ emb_NE.T
-    retrieved = np.argsort(-scores, axis=1, kind='stable')[:, :3]
-    null_emb = apply(
-        parts['embedder'],
-        params,
-        'embed_document',
-        *inputs.assemble_documents(
-            corpus.passages, np.array([-1]), 8, corpus.tokenizer
-        ),
-    )
+  null_emb = apply(
+      parts['embedder'],
+      params,
+      'embed_document',
+      *inputs.assemble_documents(
+          corpus.passages, np.array([-1]), 8, corpus.tokenizer
+      ),
+  )
+
+  template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
+
+  def read(batch, query_emb, rows):
     score_BK = np.concatenate(
         [
             query_emb @ null_emb.T,
-            np.take_along_axis(scores, retrieved, 1),
+            np.take_along_axis(query_emb @ emb_NE.T, rows, 1),
         ],
         1,
     )
-    full = realm.with_candidates(
-        batch.inputs, retrieved, corpus, config.lengths
-    )
+    full = realm.with_candidates(batch.inputs, rows, corpus, template)
     b, k, t = full.joint_ids_BKT.shape
     logits = apply(
         parts['reader'],
@@ -245,22 +246,33 @@ def test_masked_metrics_equal_those_by_hand(workdir, config, corpus, saved):
         np.repeat(batch.inputs.positions_BM, k, axis=0),
     )
     p_BKMV = np.asarray(jax.nn.softmax(logits)).reshape(b, k, *logits.shape[1:])
-    p_BK = np.asarray(jax.nn.softmax(score_BK))
-    marginal_BMV = np.einsum('BK,BKMV->BMV', p_BK, p_BKMV)
-    index = np.broadcast_to(
-        batch.inputs.targets_BM[:, None, :, None], (*p_BKMV.shape[:3], 1)
+    return score_BK, np.asarray(jax.nn.softmax(score_BK)), p_BKMV
+
+  sums: dict[str, float] = {}
+  odd = dataclasses.replace(config, batch_size=5)  # Other batches.
+  for batch in realm.evaluation_batches(corpus, odd, 'validation', 20):
+    targets_BM, mask_BM = batch.inputs.targets_BM, batch.inputs.mask_BM
+    query_emb = apply(
+        parts['embedder'], params, 'embed_query', batch.inputs.query_ids_BQ
     )
-    logp_BKM = np.log(np.take_along_axis(p_BKMV, index, 3)[..., 0])
-    mask_BM = batch.inputs.mask_BM
-    right = (marginal_BMV.argmax(-1) == batch.inputs.targets_BM) | ~mask_BM
-    without = (p_BKMV[:, 0].argmax(-1) == batch.inputs.targets_BM) | ~mask_BM
-    _, aux = objectives.marginal_mlm(score_BK, logp_BKM, mask_BM)
+    order = np.argsort(-(query_emb @ emb_NE.T), axis=1, kind='stable')
+    score_BK, p_BK, p_BKMV = read(batch, query_emb, order[:, :3])
+    null_BK = np.eye(1, 4).repeat(len(order), 0)
+    _, *random = read(batch, query_emb, np.tile(np.arange(3), (len(order), 1)))
+
+    def right(p_BK, p_BKMV, targets_BM=targets_BM, mask_BM=mask_BM):
+      p_BMV = np.einsum('BK,BKMV->BMV', p_BK, p_BKMV)
+      return ((p_BMV.argmax(-1) == targets_BM) | ~mask_BM).all(1).sum()
+
+    p_BKM1 = np.take_along_axis(p_BKMV, targets_BM[:, None, :, None], 3)
+    _, aux = objectives.marginal_mlm(score_BK, np.log(p_BKM1[..., 0]), mask_BM)
     logged = objectives.retrieval_metrics(aux, mask_BM.any(-1))
     for name, value in (
-        ('accuracy_with_retrieval', right.all(1).sum()),
-        ('accuracy_without_retrieval', without.all(1).sum()),
-        ('retrieval_utility', b * logged['retrieval_utility']),
-        ('null_share', b * logged['null_share']),
+        ('accuracy_with_retrieval', right(p_BK, p_BKMV)),
+        ('accuracy_with_random_passages', right(*random)),
+        ('accuracy_without_retrieval', right(null_BK, p_BKMV)),
+        ('retrieval_utility', len(order) * logged['retrieval_utility']),
+        ('null_share', len(order) * logged['null_share']),
     ):
       sums[name] = sums.get(name, 0.0) + float(value)
   for name, value in sums.items():
@@ -486,6 +498,3 @@ def test_a_corpus_of_another_tokenizer_is_refused(workdir, tmp_path, corpus):
   )
   with pytest.raises(ValueError, match='corpus_fingerprint'):
     evaluate.evaluate(workdir, limit=5)
-
-
-# inspect

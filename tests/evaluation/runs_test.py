@@ -171,6 +171,11 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
   figures = runs.compare(ours, theirs)
   assert figures['recall_at_1']['clusters'] == 1
   assert '2 questions in 1 clusters' in runs.as_text(figures)
+  # A single cluster has no interval, and JSON no nan.
+  assert '| recall at 1 | 0.500 | 0.000 | +0.500 | 1.0000 |' in (
+      runs.as_text(figures)
+  )
+  json.dumps(figures, allow_nan=False)
   # An older file has no clusters, but the gold passages.
   records = runs.read_questions(ours)
   for record in records:

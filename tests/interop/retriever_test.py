@@ -12,6 +12,7 @@ from realm_jax.api import retriever as retriever_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
+from realm_jax.index import bm25
 from realm_jax.interop import export
 from realm_jax.interop import export_huggingface
 from realm_jax.interop import weights
@@ -46,6 +47,31 @@ def test_the_retriever_of_an_open_qa_checkpoint(workdirs, retriever):
   np.testing.assert_allclose(
       retriever.embed_passages(blocks), table, atol=2e-5 * np.abs(table).max()
   )
+
+
+def test_a_hybrid_search_joins_the_rankings_of_both(workdirs, retriever):
+  pytest.importorskip('bm25s')
+  questions = ['who is the cat of', 'qqq']
+  size = len(retriever.corpus.passages)
+  assert size < bm25.DEPTH  # So all passages are joined.
+  rows_BK = retriever.search(questions, size).rows
+  by_words_BK, _ = bm25.Bm25.open(retriever.corpus).search(questions, size)
+  hits = retriever.search(questions, 3, hybrid=True)
+  assert hits.scores.dtype == np.float32 and hits.scores.shape == (2, 3)
+  for i, rows in enumerate(hits.rows.tolist()):
+    rankings = [x[i].tolist() for x in (rows_BK, by_words_BK)]
+    scores = {
+        row: sum(1 / (61 + r.index(row)) for r in rankings if row in r)
+        for row in range(size)
+    }
+    best = sorted(scores.values(), reverse=True)[:3]
+    np.testing.assert_allclose(hits.scores[i], best, rtol=1e-6)
+    np.testing.assert_allclose([scores[row] for row in rows], best)
+  # No word of it is known, so the retriever decides.
+  assert hits.rows[1].tolist() == rows_BK[1, :3].tolist()
+  other = retriever_lib.Retriever.load(_FIXTURES / 'open_qa')
+  with pytest.raises(ValueError, match='without a corpus'):
+    other.search(questions, 3, hybrid=True)
 
 
 def test_an_open_qa_checkpoint_answers_at_once(workdirs, retriever):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.corpus import inputs
 from realm_jax.models import components
 from realm_jax.models import dropout
 from realm_jax.models import objectives
@@ -22,6 +23,7 @@ CONFIG = config_lib.resolve(
         )
     )
 ).model
+NULL = inputs.Null((1, 2, 2), inputs.NULL_TYPES)
 
 
 def _ids(*shape, seed=0):
@@ -165,14 +167,13 @@ def test_candidate_scores_embed_documents_without_dropout():
   component = components.make('embedder', CONFIG)
   embedder = component.module(component.init(0))
   docs, types = _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32)
-  null = (1, 2, 2)
-  score = realm.candidate_scores(embedder, _ids(2, 6), docs, types, null)
+  score = realm.candidate_scores(embedder, _ids(2, 6), docs, types, NULL)
   query = embedder.embed_query(_ids(2, 6))
   doc = embedder.embed_document(
       docs.reshape(6, 8), types.reshape(6, 8)
   ).reshape(2, 3, 8)
   null_emb = embedder.embed_document(
-      np.array([null]), np.array([[0, 0, 1]])
+      np.array([NULL.ids]), np.array([NULL.types])
   )
   np.testing.assert_allclose(score[:, 0], query @ null_emb[0], rtol=1e-4)
   np.testing.assert_allclose(
@@ -185,7 +186,7 @@ def test_without_a_null_document_the_others_have_all_probability():
   params = embedder.init(0)
   bound = embedder.module(params)
   arguments = (_ids(2, 6), _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32))
-  full = realm.candidate_scores(bound, *arguments, (1, 2, 2))
+  full = realm.candidate_scores(bound, *arguments, NULL)
   without = realm.candidate_scores(bound, *arguments, None)
   np.testing.assert_array_equal(without[:, 1:], full[:, 1:])
   mask = np.ones((2, 2), bool)
@@ -272,7 +273,7 @@ def test_scores_are_products_in_float32():
 
   def scores(params, query, document):
     return realm.candidate_scores(
-        embedder.module(params), query, document, document, (2, 3, 3)
+        embedder.module(params), query, document, document, NULL
     )
 
   traced = jax.make_jaxpr(scores)(embedder.abstract, ids(2, 6), ids(2, 5, 9))

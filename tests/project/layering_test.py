@@ -49,6 +49,7 @@ _IMPORTED_AS = {
     'absl_py': 'absl',
     'backports_zstd': 'backports',
     'faiss_cpu': 'faiss',
+    'mlflow_skinny': 'mlflow',
     'orbax_checkpoint': 'orbax',
     'pyfarmhash': 'farmhash',
     'pyyaml': 'yaml',

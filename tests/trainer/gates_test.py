@@ -112,10 +112,10 @@ def test_retrieval_is_measured_on_the_index_in_use(
   found = gates.measure(params, 0, refresher)
   embedder = job.components['embedder'].module(params['embedder'])
   query_emb_BE = np.asarray(embedder.embed_query(gates._at_home.query_ids_BQ))
-  null = inputs.null_document(lives.tokenizer)
   null_E = np.asarray(
       embedder.embed_document(
-          np.array([null]), np.array([inputs.null_types(null)])
+          np.array([inputs.null_document(lives.tokenizer)]),
+          np.array([inputs.NULL_TYPES]),
       )
   )[0]
   recall, in_candidates, null_share = [], [], []
@@ -238,7 +238,7 @@ def test_candidates_that_hold_the_answer_are_counted(lives, tmp_path):
   gates = gates_lib.Gates(job)
   rows_BJ = np.random.default_rng(0).integers(0, 32, (32, 2))
   batch = realm.with_candidates(
-      gates._at_home, rows_BJ, lives, job.config.lengths
+      gates._at_home, rows_BJ, lives, job.stage.template
   )
   found = job.stage.figures(batch)['answer_in_candidates']
   expected = [

@@ -20,11 +20,11 @@ def test_scores_come_from_current_parameters_not_from_the_index(world):
   config = config_lib.resolve(make_config(world, 'realm'))
   config.model.vocab_size = corpus.tokenizer.vocab_size
   components = stages.components_of(config)
+  stage = stages.load(config)(config, corpus)
   batch = realm.with_candidates(
       next(helpers.batches(corpus, config)).inputs,
-      np.arange(16).reshape(8, 2), corpus, config.lengths,
+      np.arange(16).reshape(8, 2), corpus, stage.template,
   )
-  stage = stages.load(config)(config, corpus)
   loss = jax.jit(helpers.loss_function(stage, components))
   reader = components['reader'].init(0)
   shares = [

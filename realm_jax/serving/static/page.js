@@ -15,7 +15,6 @@ const TABS = {
     hint: 'Passages by inner product of their embedding with the query.',
   },
 };
-const SVG = 'http://www.w3.org/2000/svg';
 const get = (id) => document.getElementById(id);
 let about = null;
 let tab = 'ask';
@@ -221,55 +220,9 @@ async function submit(text) {
   }
 }
 
-// Inline SVG of the curves of one panel.
-function plot(panel) {
-  const [width, height, left, bottom, top] = [360, 200, 54, 24, 10];
-  const points = panel.curves.flatMap((curve) => curve.points);
-  const steps = points.map((p) => p[0]);
-  const values = points.map((p) => p[1]);
-  const last = Math.max(...steps, 1);
-  let [low, high] = [Math.min(0, ...values), Math.max(...values)];
-  if (high <= low || (low === 0 && high > 0.5 && high < 1)) high = low + 1;
-  const x = (step) => left + (width - left - 12) * step / last;
-  const y = (value) =>
-    height - bottom - (height - bottom - top) * (value - low) / (high - low);
-  const draw = (name, attributes, text = '') => {
-    const element = document.createElementNS(SVG, name);
-    for (const [k, v] of Object.entries(attributes)) element.setAttribute(k, v);
-    element.textContent = text;
-    return element;
-  };
-  const said = panel.curves.map((curve) => {
-    const [step, value] = curve.points[curve.points.length - 1];
-    return `${curve.label} ${value.toPrecision(3)} at step ${step}`.trim();
-  });
-  const svg = draw('svg', {viewBox: `0 0 ${width} ${height}`, role: 'img',
-    'aria-label': `${panel.title}: ${said.join(', ')}`});
-  for (let i = 0; i <= 4; i++) {
-    const value = low + (high - low) * i / 4;
-    svg.append(
-        draw('line', {class: 'grid', x1: left, x2: width - 12, y1: y(value),
-          y2: y(value)}),
-        draw('text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'},
-            String(Number(value.toPrecision(3)))));
-  }
-  svg.append(draw('text', {x: left, y: height - 6}, '0'),
-      draw('text', {x: width - 12, y: height - 6, 'text-anchor': 'end'},
-          `step ${last}`));
-  panel.curves.forEach((curve, i) => {
-    const style = `c${i % 6}`;
-    const path = curve.points.map(([s, v]) => `${x(s)},${y(v)}`).join(' ');
-    svg.append(draw('polyline', {class: 'curve ' + style, points: path}));
-    if (curve.points.length < 8) {
-      for (const [s, v] of curve.points) {
-        svg.append(draw('circle', {class: style, cx: x(s), cy: y(v), r: 3}));
-      }
-    }
-  });
-  const names = panel.curves.filter((curve) => curve.label).map((curve, i) =>
-    make('li', {class: `c${i % 6}`}, curve.label));
-  return make('section', {class: 'panel'}, make('h2', {}, panel.title), svg,
-      names.length ? make('ul', {class: 'legend'}, ...names) : null);
+// The server draws the panels: SVG with escaped texts, parsed without effect.
+function drawn(panel) {
+  return new DOMParser().parseFromString(panel.html, 'text/html').body.firstChild;
 }
 
 async function training() {
@@ -278,7 +231,7 @@ async function training() {
     const found = await call('training');
     if (mine !== latest) return;
     get('results').replaceChildren(found.panels.length ?
-        make('div', {class: 'panels'}, ...found.panels.map(plot)) :
+        make('div', {class: 'panels'}, ...found.panels.map(drawn)) :
         make('p', {class: 'missing'}, 'The workdir has no metrics.jsonl yet;' +
             ' `realm-jax train` writes it, and `realm-jax evaluate` adds' +
             ' recall.'));

@@ -8,6 +8,7 @@ costs. `config.objective` names one of `STAGES` or a class of one's own, as
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import typing
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import inputs
 from realm_jax.corpus import masking
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
@@ -96,6 +98,13 @@ class Stage:
     if self._corpus is None:
       raise ValueError('This stage was opened without a corpus.')
     return self._corpus
+
+  @functools.cached_property
+  def template(self) -> inputs.Template:
+    """The form of the retriever's queries and documents."""
+    return inputs.Template.of(
+        self.config.model, self.config.lengths, self.corpus.tokenizer
+    )
 
   @classmethod
   def problems(cls, config: config_lib.Config) -> Problems:

@@ -57,7 +57,8 @@ class ClozeSentences(examples.Sentences):
     # the sentence must lie in what is read of the passage, title first.
     table, passages = corpus.passages, np.asarray(self.table.passages)
     whole = table.offsets[passages + 1] - table.offsets[passages]
-    room = config.lengths.document - 3 - table.title_lengths[passages]
+    titles = table.title_lengths[passages]
+    room = config.lengths.document - self.template.overhead(titles) - titles
     self.rows = np.flatnonzero(
         (self.table.lengths < whole) & (self.ends() <= room)
     )
@@ -74,20 +75,22 @@ class ClozeSentences(examples.Sentences):
     return _Cloze(np.asarray(row), np.asarray(removed))
 
   def assemble(self, samples: _Cloze) -> examples.Examples:
-    rows_B, table, lengths = samples.row_B, self.table, self.config.lengths
-    passages, tokenizer = self.corpus.passages, self.corpus.tokenizer
+    rows_B, table, passages = samples.row_B, self.table, self.corpus.passages
     passage_B = np.asarray(table.passages[rows_B])
     query_ids_BQ, _ = inputs.assemble_queries(
-        table, rows_B, lengths.query, tokenizer
+        table, rows_B, self.template.text_length, self.corpus.tokenizer
     )
     body_B = passages.offsets[passage_B] + passages.title_lengths[passage_B]
     start_B = table.starts[rows_B] - body_B
     limit_B = start_B + np.where(samples.removed_B, table.lengths[rows_B], 0)
-    ids_BS, types_BS = inputs.assemble_documents(
-        passages, passage_B, lengths.document, tokenizer, (start_B, limit_B)
+    ids_BS, types_BS = self.template.documents(
+        passages, passage_B, cut=(start_B, limit_B)
     )
     batch: Any = Batch(
-        query_ids_BQ, ids_BS, types_BS, passage_B.astype(np.int32)
+        self.template.queries(query_ids_BQ),
+        ids_BS,
+        types_BS,
+        passage_B.astype(np.int32),
     )
     return examples.Examples(rows_B, batch)
 
@@ -103,10 +106,10 @@ class QuestionPairs:
   def __init__(
       self,
       corpus: corpus_lib.Corpus,
-      config: config_lib.Config,
+      template: inputs.Template,
       questions: question_table_lib.QuestionTable,
   ):
-    self._corpus, self._config, self._table = corpus, config, questions
+    self._corpus, self._template, self._table = corpus, template, questions
     gold = passage_answers.find_gold(corpus, questions.questions)
     self._gold_rows = gold.rows
     self._rows = np.flatnonzero([len(rows) > 0 for rows in self._gold_rows])
@@ -134,14 +137,11 @@ class QuestionPairs:
     return _Pair(np.asarray(row), np.asarray(rng.choice(self._gold_rows[row])))
 
   def assemble(self, samples: _Pair) -> examples.Examples:
-    ids_BS, types_BS = inputs.assemble_documents(
-        self._corpus.passages,
-        samples.passage_B,
-        self._config.lengths.document,
-        self._corpus.tokenizer,
+    ids_BS, types_BS = self._template.documents(
+        self._corpus.passages, samples.passage_B
     )
     batch: Any = Batch(
-        self._table.query_ids_NQ[samples.row_B],
+        self._template.queries(self._table.query_ids_NQ[samples.row_B]),
         ids_BS,
         types_BS,
         samples.passage_B.astype(np.int32),
@@ -162,7 +162,7 @@ class Ict(stages.Stage):
     self._questions: question_table_lib.QuestionTable | None = None
     if corpus is not None and config.ict.questions:
       self._questions = question_table_lib.QuestionTable.read(
-          config.ict.questions, config.lengths.query, corpus.tokenizer
+          config.ict.questions, self.template.text_length, corpus.tokenizer
       )
       self.lineage['questions_digest'] = self._questions.digest
 
@@ -170,7 +170,7 @@ class Ict(stages.Stage):
   def _source(self) -> ClozeSentences | QuestionPairs:
     if self._questions is None:
       return ClozeSentences(self.corpus, self.config, 'knowledge')
-    return QuestionPairs(self.corpus, self.config, self._questions)
+    return QuestionPairs(self.corpus, self.template, self._questions)
 
   @classmethod
   def longest_input(cls, config: config_lib.Config) -> int:

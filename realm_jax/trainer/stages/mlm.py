@@ -58,9 +58,8 @@ class OwnPassage(examples.MaskedSentences):
 
   def room(self, rows: Any) -> Any:
     """Returns how many wordpieces of a body each sentence leaves room for."""
-    lengths = self.config.lengths
-    query = np.minimum(self.table.lengths[rows] + 2, lengths.query)
-    return lengths.joint - 1 - query
+    query = np.minimum(self.table.lengths[rows] + 2, self.template.text_length)
+    return self.config.lengths.joint - 1 - query
 
   def sample(self, row: int, rng: np.random.Generator) -> _Sample:
     masked = super().sample(row, rng)

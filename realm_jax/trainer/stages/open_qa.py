@@ -99,7 +99,7 @@ class OpenQa(stages.Stage):
       )
     self._questions = question_table_lib.QuestionTable.read(
         config.open_qa.questions,
-        config.lengths.query,
+        self.template.text_length,
         corpus.tokenizer,
         answered=True,
     )
@@ -169,12 +169,7 @@ class OpenQa(stages.Stage):
     if not best:
       return rows_BN, doc_emb_BNE
     rows_BL = rows_BN[:, :best]
-    ids_BLS, types_BLS = inputs.assemble_documents(
-        self.corpus.passages,
-        rows_BL,
-        self.config.lengths.document,
-        self.corpus.tokenizer,
-    )
+    ids_BLS, types_BLS = self.template.documents(self.corpus.passages, rows_BL)
     emb_BLE = embed_documents(ids_BLS, types_BLS)
     score_BL = np.einsum('BE,BLE->BL', query_emb_BE, emb_BLE)
     order_BL = np.argsort(-score_BL, axis=1, kind='stable')
@@ -216,11 +211,9 @@ class OpenQa(stages.Stage):
       correct_BKP[b, k, self._numbers(spans, *body_BK2[b, k])] = True
     documents: tuple[Any, ...] = ()
     if config.open_qa.documents == 'trained':
-      documents = inputs.assemble_documents(
-          passages, rows_BK, config.lengths.document, tokenizer
-      )
+      documents = self.template.documents(passages, rows_BK)
     arrays: tuple[Any, ...] = (
-        queries.query_ids_BQ,
+        self.template.queries(queries.query_ids_BQ),
         doc_emb_BNE.astype(np.float32),
         has_answer_BN,
         joint_ids_BKT,

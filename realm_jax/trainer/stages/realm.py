@@ -36,7 +36,7 @@ from realm_jax.trainer import stages
 # -inf, 0 times it is no nan.
 _NEVER = -1e9
 # The null document of a stage without a corpus, whose step is only traced.
-_ANY_NULL = (2, 3, 3)
+_ANY_NULL = inputs.Null((2, 3, 3), inputs.NULL_TYPES)
 
 
 class Queries(NamedTuple):
@@ -112,9 +112,9 @@ class Realm(stages.Stage):
       self, config: config_lib.Config, corpus: corpus_lib.Corpus | None = None
   ):
     super().__init__(config, corpus)
-    self._null_ids: tuple[int, ...] = _ANY_NULL
+    self._null = _ANY_NULL
     if corpus is not None:
-      self._null_ids = inputs.null_document(corpus.tokenizer)
+      self._null = self.template.null
       _check_corpus_size(config, corpus)
 
   @functools.cached_property
@@ -131,7 +131,7 @@ class Realm(stages.Stage):
   def retrieve(self, queries: Queries, retriever: stages.Retriever) -> Batch:
     k = self.config.num_candidates - 1
     rows_BJ, _ = retriever.search(queries.query_ids_BQ, k, queries.exclude_BR2)
-    return with_candidates(queries, rows_BJ, self.corpus, self.config.lengths)
+    return with_candidates(queries, rows_BJ, self.corpus, self.template)
 
   def figures(self, batch: Batch) -> dict[str, np.ndarray]:
     """Returns whether a retrieved body holds the masked wordpieces in a row."""
@@ -172,7 +172,7 @@ class Realm(stages.Stage):
         batch.query_ids_BQ,
         batch.doc_ids_BJS,
         batch.doc_types_BJS,
-        self._null_ids if self.config.null_document else None,
+        self._null if self.config.null_document else None,
         None if noise is None else noise.fold(0),
     )
     token_logp_BKM = read_targets(
@@ -210,7 +210,7 @@ class Realm(stages.Stage):
     return [
         flops.embed(c, c.batch_size, c.lengths.query, dropout=True),
         flops.embed(c, rows, c.lengths.document),
-        flops.embed(c, 1, len(self._null_ids)),
+        flops.embed(c, 1, len(self._null.ids)),
         flops.fill(c, c.batch_size * c.num_candidates),
     ]
 
@@ -255,23 +255,23 @@ def with_candidates(
     queries: Queries,
     retrieved_BJ: np.ndarray,
     corpus: corpus_lib.Corpus,
-    lengths: config_lib.LengthsConfig,
+    template: inputs.Template,
 ) -> Batch:
   """Returns the batch of masked sentences with the documents retrieved."""
   null_B1 = np.full((len(retrieved_BJ), 1), inputs.NULL_DOCUMENT, np.int64)
-  doc_ids_BJS, doc_types_BJS = inputs.assemble_documents(
-      corpus.passages, retrieved_BJ, lengths.document, corpus.tokenizer
+  doc_ids_BJS, doc_types_BJS = template.documents(
+      corpus.passages, retrieved_BJ
   )
   joint_ids_BKT, joint_types_BKT = inputs.assemble_joint(
       corpus.passages,
       np.concatenate([null_B1, retrieved_BJ], axis=1),
       queries.query_ids_BQ,
       queries.query_lengths_B,
-      lengths.joint,
+      template.query_length + template.document_length,
       corpus.tokenizer,
   )
   arrays: Any = (
-      queries.query_ids_BQ,
+      template.queries(queries.query_ids_BQ),
       doc_ids_BJS,
       doc_types_BJS,
       joint_ids_BKT,
@@ -288,7 +288,7 @@ def candidate_scores(
     query_ids_BQ: jax.Array,
     doc_ids_BJS: jax.Array,
     doc_types_BJS: jax.Array,
-    null_ids: tuple[int, ...] | None,
+    null: inputs.Null | None,
     noise: dropout.Noise | None = None,
 ) -> jax.Array:
   """Scores the null document and the retrieved ones.
@@ -298,9 +298,9 @@ def candidate_scores(
     query_ids_BQ: `[CLS] x [SEP]`.
     doc_ids_BJS: `[CLS] title [SEP] body [SEP]` of the retrieved documents.
     doc_types_BJS: their segments.
-    null_ids: the null document, `[CLS] [SEP] [SEP]`. It is the same for all
-      queries and is embedded once. None: it keeps its place, with a score that
-      makes its probability 0.
+    null: the null document, `[CLS] [SEP] [SEP]`. It is the same for all queries
+      and is embedded once. None: it keeps its place, with a score that makes
+      its probability 0.
     noise: for dropout in the query tower; documents are embedded without.
 
   Returns:
@@ -312,11 +312,10 @@ def candidate_scores(
       doc_ids_BJS.reshape(b * j, s), doc_types_BJS.reshape(b * j, s)
   )
   real_BJ = embedder_lib.score(query_emb_BE, doc_emb.reshape(b, j, -1))
-  if null_ids is None:
+  if null is None:
     return jnp.pad(real_BJ, ((0, 0), (1, 0)), constant_values=_NEVER)
   null_emb_1E = embedder.embed_document(
-      jnp.asarray(np.array([null_ids], np.int32)),
-      jnp.asarray(np.array([inputs.null_types(null_ids)], np.int32)),
+      *(jnp.asarray(np.array([part], np.int32)) for part in null)
   )
   null_B1 = jnp.einsum('BE,XE->BX', query_emb_BE, null_emb_1E)
   return jnp.concatenate([null_B1, real_BJ], axis=1)

@@ -1,0 +1,118 @@
+"""HTML without scripts: elements with escaped texts, and curves as SVG."""
+
+from collections.abc import Sequence
+import html
+import math
+from typing import Any
+
+from realm_jax.evaluation import report
+
+_MAX_POINTS = 300  # Of a curve.
+_COLORS = 7  # Of curves, in page.css.
+
+
+class Html(str):
+  """Text that is HTML; `element` escapes all other text."""
+
+
+def element(name: str, *children: Any, **attributes: Any) -> Html:
+  """Returns an element; `class_` and `aria_label` stand for such attributes.
+
+  Children that are `Html` stay as they are, None is left out, and everything
+  else is escaped.
+  """
+  written = ''.join(
+      f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+      for key, value in attributes.items()
+  )
+  inner = ''.join(
+      child if isinstance(child, Html) else html.escape(str(child))
+      for child in children
+      if child is not None
+  )
+  return Html(f'<{name}{written}>{inner}</{name}>')
+
+
+def panel(
+    title: str,
+    curves: report.Curves,
+    heading: str = 'h3',
+    order: Sequence[str] = (),
+) -> Html:
+  """Draws the curves of a panel as SVG; page.css has the colours.
+
+  Args:
+    title: of the panel.
+    curves: by name; a single curve may have an empty one.
+    heading: name of the element of the title.
+    order: names whose places decide the colours, the same in all panels.
+  """
+  order = list(dict.fromkeys([*order, *curves]))
+  curves = {name: thinned(points) for name, points in curves.items()}
+  curves = {name: points for name, points in curves.items() if points}
+  width, height, left, right, bottom, top = 360, 200, 54, 12, 24, 10
+  every = [point for points in curves.values() for point in points] or [(1, 0)]
+  last = max(1, *(step for step, _ in every), 1)
+  low = min(0.0, *(value for _, value in every), 0.0)
+  high = max(value for _, value in every)
+  if high <= low or (low == 0 and 0.5 < high < 1):
+    high = low + 1  # Shares are seen between 0 and 1.
+
+  def x(step: float) -> str:
+    return f'{left + (width - left - right) * step / last:.1f}'
+
+  def y(value: float) -> str:
+    part = (value - low) / (high - low)
+    return f'{height - bottom - (height - bottom - top) * part:.1f}'
+
+  drawn = []
+  for quarter in range(5):
+    value = low + (high - low) * quarter / 4
+    drawn += [
+        element(
+            'line', class_='grid', x1=left, x2=width - right, y1=y(value),
+            y2=y(value),
+        ),
+        element(
+            'text', short(value), x=left - 6, y=y(value), text_anchor='end',
+            dominant_baseline='central',
+        ),
+    ]
+  drawn += [
+      element('text', '0', x=left, y=height - 6),
+      element('text', f'step {last}', x=width - right, y=height - 6,
+              text_anchor='end'),
+  ]
+  names, said = [], []
+  for name, points in curves.items():
+    color = f'c{order.index(name) % _COLORS}'
+    path = ' '.join(f'{x(step)},{y(value)}' for step, value in points)
+    drawn.append(element('polyline', class_=f'curve {color}', points=path))
+    if len(points) < 8:
+      drawn += [
+          element('circle', class_=color, cx=x(step), cy=y(value), r=3)
+          for step, value in points
+      ]
+    step, value = points[-1]
+    said.append(f'{name} {short(value)} at step {step}'.strip())
+    if name:
+      names.append(element('li', name, class_=color))
+  svg = element(
+      'svg', *drawn, viewBox=f'0 0 {width} {height}', role='img',
+      aria_label=f'{title}: {", ".join(said)}',
+  )
+  legend = element('ul', *names, class_='legend') if names else None
+  head = element(heading, title)
+  return element('section', head, svg, legend, class_='panel')
+
+
+def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+  """Returns at most `_MAX_POINTS` finite points, with the last one."""
+  finite = [point for point in points if math.isfinite(point[1])]
+  step = -(-len(finite) // _MAX_POINTS) or 1
+  return finite[::-1][::step][::-1]
+
+
+def short(value: float) -> str:
+  """Returns a number with three digits, or without decimals."""
+  return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3g}'

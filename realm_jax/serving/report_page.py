@@ -1,0 +1,479 @@
+"""`realm-jax report`: one page of a run, or of several side by side.
+
+The page holds all that it shows; it has no script and no address of elsewhere.
+It is made from the files of the workdirs. A model is loaded only to fill in a
+sentence.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import datetime
+import html
+import importlib.resources
+import os
+import pathlib
+import statistics
+import string
+from typing import Any
+
+import realm_jax
+from realm_jax import config as config_lib
+from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.evaluation import doctor
+from realm_jax.evaluation import inspect as inspect_lib
+from realm_jax.evaluation import report
+from realm_jax.evaluation import runs as runs_lib
+from realm_jax.runtime import checkpoint
+from realm_jax.runtime import files
+from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.serving import curves as curves_lib
+
+element = curves_lib.element
+Html = curves_lib.Html
+
+_EXAMPLES = 6  # Questions.
+_LETTERS = 300  # Of a passage of an example.
+_WIDE = 28  # Letters of a cell, from which on its lines may break.
+# Metrics of the index: heading, the metric, and how its values become one.
+_STALENESS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
+    ('age of the index in steps, mean', 'refresh/age_steps', statistics.mean),
+    ('age of the index in steps, largest', 'refresh/age_steps', max),
+    ('generations adopted', 'refresh/adopted', max),
+    ('seconds the trainer waited for the builder', 'refresh/wait_seconds', max),
+    ('seconds the trainer stood still', 'refresh/stall_seconds', max),
+    ('failures of the builder', 'refresh/builder_failures', max),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A workdir, and what its files say.
+
+  name: of its folder, or its path where two have one name.
+  lines: of metrics.jsonl.
+  results: of all evaluations, by step.
+  """
+
+  name: str
+  workdir: pathlib.Path
+  config: config_lib.Config
+  lines: list[dict[str, Any]]
+  results: list[report.Result]
+
+  def values(self, metric: str) -> list[float]:
+    found = (line.get(metric) for line in self.lines)
+    return [x for x in found if isinstance(x, (int, float))]
+
+
+def write(
+    workdirs: Sequence[str],
+    output: pathlib.Path | str,
+    sentence: str | None = None,
+    corpus: str | None = None,
+) -> pathlib.Path:
+  """Writes the page of one or more workdirs.
+
+  Args:
+    workdirs: of any objective.
+    output: the file.
+    sentence: with [MASK], to be filled in by each run that can.
+    corpus: where the corpus of all of them is now; None: where it was.
+
+  Returns:
+    The path of the file.
+
+  Raises:
+    FileNotFoundError: a folder is no workdir.
+    ValueError: no workdir, a damaged file, a sentence without [MASK].
+  """
+  output = pathlib.Path(output)
+  if output.is_dir():
+    raise ValueError(f'--output={output} is a folder; give the name of a file.')
+  if sentence is not None and inspect_lib.MASK not in sentence:
+    raise ValueError(f'--inspect={sentence!r} has no {inspect_lib.MASK}.')
+  runs = _open(workdirs)
+  sections = {
+      'Runs': [_side_by_side('Runs', {run.name: _about(run) for run in runs})],
+      'Diagnosis': [part for run in runs for part in _diagnosis(run)],
+      'Configuration': _configuration(runs),
+      'Curves': _curves(runs),
+      'Evaluation': _evaluation(runs),
+      'Staleness of the index': [_staleness(runs)],
+      'Where the time went': [_time(runs)],
+      'Questions': _questions(runs, corpus),
+  }
+  if sentence is not None:
+    sections['A sentence filled in'] = [
+        element('p', element('strong', sentence)),
+        *(part for run in runs for part in _inspected(run, sentence, corpus)),
+    ]
+  static = importlib.resources.files('realm_jax.serving') / 'static'
+  page = string.Template((static / 'report.html').read_text('utf-8'))
+  now = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M')
+  links, parts = [], []
+  for number, (name, children) in enumerate(sections.items()):
+    links.append(element('a', name, href=f'#part{number}'))
+    head = element('h2', name)
+    parts.append(element('section', head, *children, id=f'part{number}'))
+  text = page.substitute(
+      title=html.escape('Report of ' + ', '.join(run.name for run in runs)),
+      style=(static / 'page.css').read_text('utf-8'),
+      links='\n'.join(links),
+      body='\n'.join(parts),
+      foot=html.escape(f'realm_jax {realm_jax.__version__}, {now} UTC'),
+  )
+  with files.atomic_file(output) as file:
+    file.write(text)
+  return output
+
+
+def _open(workdirs: Sequence[str]) -> list[_Run]:
+  paths = list(dict.fromkeys(os.path.normpath(path) for path in workdirs))
+  if not paths:
+    raise ValueError('--workdir names no workdir.')
+  names = [pathlib.Path(path).resolve().name for path in paths]
+  return [
+      _Run(
+          path if names.count(name) > 1 else name,
+          pathlib.Path(path),
+          config_lib.read(path),
+          metrics_lib.read_metrics(path),
+          report.load_all(path),
+      )
+      for path, name in zip(paths, names, strict=True)
+  ]
+
+
+def _about(run: _Run) -> dict[str, Any]:
+  """Returns the facts of a run, by name."""
+  config = run.config
+  steps = checkpoint.steps_in(run.workdir / checkpoint.CHECKPOINTS)
+  saved = checkpoint.saved_about(run.workdir, steps[-1]) if steps else {}
+  logged = run.lines[-1]['step'] if run.lines else 0
+  rates = run.values('time/examples_per_second')
+  seconds = sum(_parts_of_time(run).values())
+  return {
+      'workdir': run.workdir,
+      'objective': config.objective,
+      'steps done': f'{max([logged, *steps]):,} of {config.steps:,}',
+      'started from': config.init_from.replace(',', ', ') or 'random',
+      'corpus': config.corpus,
+      'corpus fingerprint': saved.get('corpus_fingerprint', '')[:16],
+      'batch size': config.batch_size,
+      'minutes': f'{seconds / 60:,.1f}' if seconds else None,
+      'examples per second': (
+          curves_lib.short(statistics.median(rates)) if rates else None
+      ),
+      'index generation': saved.get('index_generation'),
+      'evaluated steps': len(run.results),
+  }
+
+
+def _diagnosis(run: _Run) -> list[Html]:
+  try:
+    found = doctor.examine(run.workdir).findings
+  except ValueError as error:
+    return [_note(str(error))]
+  if not found:
+    return [element('p', element('strong', run.name), ': healthy.')]
+  return [_note(f'{run.name}: {x.diagnosis}: {x.text}') for x in found]
+
+
+def _configuration(runs: list[_Run]) -> list[Html]:
+  """Fields in which the runs differ, and those unlike the defaults."""
+  columns = {
+      run.name: config_lib.flat(config_lib.resolve(run.config)) for run in runs
+  }
+  defaults = config_lib.flat(config_lib.resolve(config_lib.Config()))
+  first, *others = columns.values()
+  differing = [
+      name
+      for name in dict.fromkeys(name for c in columns.values() for name in c)
+      if any(other.get(name) != first.get(name) for other in others)
+  ]
+  unlike = [
+      name
+      for name, value in first.items()
+      if name not in differing and value != defaults.get(name)
+  ]
+  common = _side_by_side(
+      'Fields unlike the default', {'value': first, 'default': defaults}, unlike
+  )
+  if not others:
+    return [element('p', 'Fields that differ from the defaults.'), common]
+  parts = [element('p', 'The configs are the same.')]
+  if differing:
+    parts = [_side_by_side('Fields that differ', columns, differing)]
+  about = 'Fields that the runs share and that differ from the defaults'
+  return [*parts, element('details', element('summary', about), common)]
+
+
+def _curves(runs: list[_Run]) -> list[Html]:
+  panels: report.Panels = {}
+  for run in runs:
+    recall = report.recall_panels(run.results)
+    if any(title.startswith('gold') for title in recall):
+      recall = {k: v for k, v in recall.items() if not k.startswith('answer')}
+    for title, curves in recall.items():
+      if len(runs) == 1:
+        panels[title] = curves
+        continue
+      # One curve of a run: the others are in the tables.
+      label = 'recall@5' if 'recall@5' in curves else next(iter(curves))
+      panels.setdefault(f'{title}: {label}', {})[run.name] = curves[label]
+  # Single points are in the tables.
+  panels = {
+      title: curves
+      for title, curves in panels.items()
+      if any(len(points) > 1 for points in curves.values())
+  }
+  for run in runs:
+    for title, curves in report.training_panels(run.lines).items():
+      name = run.name if len(runs) > 1 else ''
+      panels.setdefault(title, {})[name] = curves['']
+  order = [run.name for run in runs] if len(runs) > 1 else []
+  drawn = [
+      curves_lib.panel(title, curves, order=order)
+      for title, curves in panels.items()
+  ]
+  what = 'no metrics: `realm-jax train` writes metrics.jsonl'
+  return [
+      *(_note(f'{run.name}: {what}.') for run in runs if not run.lines),
+      element('div', *drawn, class_='panels'),
+  ]
+
+
+def _evaluation(runs: list[_Run]) -> list[Html]:
+  """The newest results of all runs, then all results of each."""
+  found: dict[str, list[list[Any]]] = {}
+  parts, details = [], []
+  for run in runs:
+    if not run.results:
+      what = 'no evaluation: `realm-jax evaluate` makes one'
+      parts.append(_note(f'{run.name}: {what}.'))
+    for title, text in report.tables(run.results[-1:]).items():
+      heads, *rows = _cells(text)
+      table = found.setdefault(title, [['run', *heads]])
+      table += [[run.name, *row] for row in rows]
+    if len(run.results) > 1:
+      for title, text in report.tables(run.results).items():
+        short = title.partition(' (')[0]
+        about = element('summary', f'{run.name}, all evaluated steps: {short}')
+        every = _table(title, *_cells(text))
+        details.append(element('details', about, every))
+  for title, (heads, *rows) in found.items():
+    parts += [element('h3', title), _table(title, heads, *rows)]
+  for run in runs:
+    for note in report.notes(run.results[-1:]):
+      parts.append(_note(f'{run.name}: {note}', 'quiet'))
+  return [*parts, *details]
+
+
+def _staleness(runs: list[_Run]) -> Html:
+  columns: dict[str, dict[str, Any]] = {}
+  for run in runs:
+    if run.values('refresh/age_steps'):
+      refresh = run.config.refresh
+      columns[run.name] = {
+          'policy': refresh.policy,
+          'interval, lag': f'{refresh.interval}, {refresh.lag}',
+      }
+      for heading, metric, measure in _STALENESS:
+        if values := run.values(metric):
+          columns[run.name][heading] = curves_lib.short(measure(values))
+  if not columns:
+    return element('p', 'No run has used an index.')
+  return _side_by_side('Staleness', columns)
+
+
+def _parts_of_time(run: _Run) -> dict[str, float]:
+  """Returns the seconds of each part of the loop, longest first."""
+  names = {
+      name
+      for line in run.lines
+      for name in line
+      if name.startswith('time/') and name.endswith('_seconds')
+  }
+  seconds = {name[5:-8]: sum(run.values(name)) for name in sorted(names)}
+  return dict(sorted(seconds.items(), key=lambda part: -part[1]))
+
+
+def _time(runs: list[_Run]) -> Html:
+  columns: dict[str, dict[str, Any]] = {}
+  for run in runs:
+    parts = _parts_of_time(run)
+    whole = sum(parts.values()) or 1.0
+    columns[run.name] = {
+        name: _with_bar(f'{seconds:,.1f} s, {seconds / whole:.0%}',
+                        seconds / whole)
+        for name, seconds in parts.items()
+    }
+  if not any(columns.values()):
+    return element('p', 'No run has logged its time.')
+  return _side_by_side('Time', columns)
+
+
+def _questions(runs: list[_Run], corpus: str | None) -> list[Html]:
+  """Some questions, which the first run gets right or not, in every run."""
+  found, texts = {}, {}
+  for run in runs:
+    step = run.results[-1]['step'] if run.results else None
+    path = run.workdir / report.FOLDER / f'{step}{report.QUESTIONS}'
+    if path.is_file():
+      records = runs_lib.read_questions(path)
+      found[run.name] = {record['question']: record for record in records}
+      texts[run.name] = _passages(corpus or run.config.corpus)
+  if not found:
+    what = 'No run has answered questions: `realm-jax evaluate --questions=...`'
+    return [_note(what + ' keeps what was retrieved.')]
+  name, first = next(iter(found.items()))
+  common = set(first).intersection(*found.values()) or first
+  asked = [record for question, record in first.items() if question in common]
+  right = [record for record in asked if _is_right(record)]
+  wrong = [record for record in asked if not _is_right(record)]
+  chosen = _spread(right, max(_EXAMPLES // 2, _EXAMPLES - len(wrong)))
+  chosen += _spread(wrong, _EXAMPLES - len(chosen))
+  about = f'{len(chosen)} of {len(asked):,} questions, first those that {name}'
+  parts = [element('p', f'{about} gets right.')]
+  heads = ['run', 'rank of the gold passage', 'rank of an answer', 'answer']
+  for record in chosen:
+    question = record['question']
+    answers = ' | '.join(map(str, record.get('answers', ())))
+    rows = [
+        _result(name, records[question], texts[name])
+        for name, records in found.items()
+        if question in records
+    ]
+    parts.append(
+        element(
+            'article',
+            element('h3', question),
+            element('p', f'Answers: {answers}', class_='quiet'),
+            _table(question, [*heads, 'best passage'], *rows),
+            class_='card',
+        )
+    )
+  return parts
+
+
+def _is_right(record: Mapping[str, Any]) -> bool:
+  rank = record['gold_rank'] or record['answer_rank']
+  return bool(record.get('exact_match', rank == 1))
+
+
+def _spread(records: list[Any], count: int) -> list[Any]:
+  return records[:: max(len(records) // max(count, 1), 1)][:count]
+
+
+def _passages(corpus: str) -> Callable[[str], str]:
+  """Returns a function from the id of a passage to its title and text."""
+  try:
+    opened = corpus_lib.Corpus.open(corpus)
+  except (OSError, ValueError):  # It has moved: the ids are left.
+    return lambda name: name
+
+  def text(name: str) -> str:
+    (row,) = opened.passage_rows_by_id([name]).tolist()
+    if row < 0:
+      return name
+    record = opened.passage_text(row)
+    whole = ': '.join(filter(None, (record['title'], record['text'])))
+    return whole if len(whole) <= _LETTERS else whole[:_LETTERS] + ' ...'
+
+  return text
+
+
+def _result(
+    name: str, record: Mapping[str, Any], text: Callable[[str], str]
+) -> list[Any]:
+  said = ''
+  if 'prediction' in record:
+    said = f'{record["prediction"]} (p={record["probability"]:.2f})'
+  best = [text(one['id']) for one in record.get('retrieved', ())[:1]]
+  ranks = [record['gold_rank'] or '', record['answer_rank'] or '']
+  return [name, *ranks, said, *(best or [''])]
+
+
+def _inspected(run: _Run, sentence: str, corpus: str | None) -> list[Html]:
+  """What `realm-jax inspect` shows, if the run has a reader and an index."""
+  try:
+    found = inspect_lib.inspect(run.workdir, sentence, corpus=corpus)
+  except (OSError, ValueError) as error:
+    return [_note(f'{run.name}: {error}', 'quiet')]
+  rows = [
+      [
+          _with_bar(line['probability'], float(line['probability']))
+          if line['probability'] else 'all',
+          ': '.join(filter(None, (line['title'], line['text']))),
+          line['prediction'],
+          line['likelihood'],
+      ]
+      for line in inspect_lib.lines(found)
+  ]
+  head = element('h3', run.name)
+  heads = ['p(z|x)', 'passage', 'prediction', 'p(y|z,x)']
+  table = _table(f'{sentence} by {run.name}', heads, *rows)
+  return [element('article', head, table, class_='card')]
+
+
+def _note(text: str, kind: str = 'missing') -> Html:
+  """Returns a paragraph; commands stand between backticks."""
+  parts = [
+      element('code', part) if number % 2 else part
+      for number, part in enumerate(text.split('`'))
+  ]
+  return element('p', *parts, class_=kind)
+
+
+def _with_bar(text: str, share: float) -> Html:
+  fill = element('span', class_='fill', style=f'width:{100 * share:.1f}%')
+  bar = element('span', fill, class_='track', aria_hidden='true')
+  return element('span', text, bar)
+
+
+def _side_by_side(
+    title: str,
+    columns: Mapping[str, Mapping[str, Any]],
+    names: Iterable[str] | None = None,
+) -> Html:
+  """Returns a table with a row for each name, by default all of them."""
+  if names is None:
+    names = dict.fromkeys(name for c in columns.values() for name in c)
+  rows = [[name, *(c.get(name) for c in columns.values())] for name in names]
+  return _table(title, ['', *columns], *rows)
+
+
+def _table(title: str, heads: list[str], *rows: list[Any]) -> Html:
+  """Returns a table that scrolls; columns without any value are left out."""
+  kept = [
+      column
+      for column in range(len(heads))
+      if not column or any(row[column] not in (None, '') for row in rows)
+  ]
+  head = element('tr', *(element('th', heads[i], scope='col') for i in kept))
+  lines = [
+      element(
+          'tr',
+          element('th', row[0], scope='row'),
+          *(_cell(row[i], heads[i]) for i in kept[1:]),
+      )
+      for row in rows
+  ]
+  table = element('table', element('thead', head), element('tbody', *lines))
+  # The keyboard reaches the region and scrolls it.
+  return element(
+      'div', table, class_='scroll', role='region', tabindex=0, aria_label=title
+  )
+
+
+def _cell(value: Any, head: str) -> Html:
+  """The head is shown where a phone has no room for columns."""
+  kind = 'long' if len(str(value)) > _WIDE and type(value) is not Html else ''
+  return element('td', value, class_=kind, data_label=head)
+
+
+def _cells(markdown: str) -> list[list[str]]:
+  """Returns the heading and the rows of a table of `report.tables`."""
+  lines = [line.strip('|').split('|') for line in markdown.splitlines()]
+  heads, _, *rows = [[cell.strip() for cell in line] for line in lines]
+  return [heads, *rows]
