@@ -78,9 +78,11 @@ class Template:
       if tokenizer.encode(f'{text}a') != [
           *found[what], *tokenizer.encode('a')
       ]:
+        # In byte-level BPE, a blank belongs to the word behind it.
+        mend = 'leave out' if text.endswith(' ') else 'end it with'
         raise ValueError(
             f'config.model.{what}_prefix={text!r} runs into the text after it:'
-            ' end it with a space.'
+            f' {mend} a space.'
         )
     separator: list[int] = []
     if model.titles == 'text':

@@ -1,6 +1,9 @@
 """The retriever's inputs: prefixes, and titles in their three forms."""
 
 import dataclasses
+import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -8,12 +11,14 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
+from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.evaluation import inspect
 from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import stages
 from realm_jax.trainer.stages import realm
 
 _PREFIX = 'query of a test '
+_ENCODERS = pathlib.Path(__file__).parents[1] / 'fixtures' / 'encoders'
 
 
 class _Special:
@@ -138,6 +143,32 @@ def test_a_prefix_that_leaves_no_room_is_refused(corpus):
   lengths.query = 40
   with pytest.raises(ValueError, match='end it with a space'):
     inputs.Template.of(model, lengths, corpus.tokenizer)
+
+
+@pytest.mark.parametrize('encoder, good, bad, mend', [
+    ('roberta', 'query:', 'query: ', 'leave out a space'),
+    ('xlm-roberta', 'query: ', 'query:', 'end it with a space'),
+])  # fmt: skip
+def test_a_prefix_ends_where_a_word_of_the_tokenizer_ends(
+    tmp_path, encoder, good, bad, mend
+):
+  for name in ('config.json', 'tokenizer_config.json'):
+    shutil.copy(_ENCODERS / encoder / name, tmp_path)
+  rules = json.loads((_ENCODERS / encoder / 'tokenizer.json').read_text())
+  if encoder == 'roberta':  # As all published ones have.
+    rules['model']['vocab']['\u0120a'] = len(rules['model']['vocab'])
+    rules['model']['merges'].append(['\u0120', 'a'])
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(rules))
+  tokenizer = tokenizer_lib.Tokenizer.from_source(str(tmp_path))
+  lengths = config_lib.LengthsConfig(query=30, document=30)
+  model = config_lib.ModelConfig(query_prefix=good)
+  template = inputs.Template.of(model, lengths, tokenizer)
+  assert [*template.query_prefix, *tokenizer.encode('a')] == (
+      tokenizer.encode(f'{good}a')
+  )
+  model.query_prefix = bad
+  with pytest.raises(ValueError, match=mend):
+    inputs.Template.of(model, lengths, tokenizer)
 
 
 def test_the_retriever_sees_the_prefix_and_the_reader_does_not(corpus):

@@ -87,6 +87,37 @@ def test_forward_and_gradients(expected, name):
   assert len(theirs) == len(gradients)
 
 
+@pytest.mark.parametrize('name, pooling', [
+    ('roberta', 'mean'), ('xlm-roberta', 'lasttoken'), ('modernbert', 'cls'),
+])  # fmt: skip
+def test_a_folder_of_sentence_transformers(expected, tmp_path, name, pooling):
+  folder = tmp_path / name
+  shutil.copytree(_FIXTURES / name, folder)
+  modules = [('', 'Transformer'), ('1_Pooling', 'Pooling'), ('2', 'Normalize')]
+  (folder / 'modules.json').write_text(json.dumps([
+      {'path': path, 'type': f'sentence_transformers.models.{kind}'}
+      for path, kind in modules
+  ]))
+  (folder / '1_Pooling').mkdir()
+  (folder / '1_Pooling/config.json').write_text(
+      json.dumps({'pooling_mode': pooling})
+  )
+  loaded = importing.open_source(folder).load(['embedder'])
+  assert not loaded.fresh
+  embedder = components.make('embedder', loaded.config)
+  embedder = embedder.module(loaded.params['embedder'])
+  ids, hidden = expected[f'{name}/ids'], expected[f'{name}/hidden']
+  real = ids != loaded.config.pad_id
+  assert not real.all()
+  state = {
+      'mean': (hidden * real[..., None]).sum(1) / real.sum(1, keepdims=True),
+      'lasttoken': hidden[range(len(ids)), real.sum(1) - 1],
+      'cls': hidden[:, 0],
+  }[pooling]
+  state /= np.linalg.norm(state, axis=1, keepdims=True)
+  _close(embedder.embed_query(ids), state, _FORWARD, pooling)
+
+
 @pytest.mark.parametrize('name', _NAMES)
 def test_export_has_the_tensors_and_the_config(name):
   loaded = _loaded(name)
