@@ -20,7 +20,7 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 Tokenizer = tokenizer_lib.Tokenizer
 
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
-NULL_TYPES = (0, 0, 1)  # The segments of BERT's null document.
+NULL_TYPES = (0, 0, 1)  # The segments of `[CLS] [SEP] [SEP]`.
 
 
 class Null(NamedTuple):
@@ -187,11 +187,6 @@ def assemble_documents(
   return Template(tokenizer, length, length).documents(
       passages, rows, length, cut
   )
-
-
-def null_document(tokenizer: Tokenizer) -> tuple[int, ...]:
-  """Returns the ids of the null document, `[CLS] [SEP] [SEP]`."""
-  return Template(tokenizer, 0, 0).null.ids
 
 
 def query(
