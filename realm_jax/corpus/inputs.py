@@ -21,7 +21,7 @@ NUM_SPECIALS = corpus_lib.NUM_SPECIALS
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
 
 
-NULL_TYPES = (0, 0, 1)  # The segments of `null_document`.
+NULL_TYPES = (0, 0, 1)  # The segments of the null document.
 
 
 class Null(NamedTuple):
@@ -180,11 +180,6 @@ def assemble_documents(
   return Template(tokenizer, length, length).documents(
       passages, rows, length, cut
   )
-
-
-def null_document(tokenizer: Tokenizer) -> tuple[int, ...]:
-  """Returns the ids of the null document, `[CLS] [SEP] [SEP]`."""
-  return Template(tokenizer, 0, 0).null.ids
 
 
 def query(
