@@ -20,6 +20,7 @@ def _result(step, recall=0.25, masked=True):
     result['masked'] = {
         'sentences': 12,
         'accuracy_with_retrieval': 0.75,
+        'accuracy_with_random_passages': 0.25,
         'accuracy_without_retrieval': 0.02,
         'retrieval_utility': 3.25,
         'null_share': 0.01,
@@ -63,9 +64,10 @@ def test_table():
   assert retrieval[2][:5] == ['0', 'all', '8', '25.0', '50.0']
   assert retrieval[5][:5] == ['50', 'held_out', '8', '87.5', '50.0']
   assert retrieval[2][5] == ''  # recall@20 was not measured.
-  masked = [row for row in rows if len(row) == 7]
-  assert masked[0][4] == 'same reader, null document alone'
-  assert masked[2] == ['50', '12', '', '0.750', '0.020', '3.250', '0.010']
+  masked = [row for row in rows if len(row) == 8]
+  assert masked[0][5] == 'same reader, null document alone'
+  assert masked[2][:2] == ['50', '12']
+  assert masked[2][3:] == ['0.750', '0.250', '0.020', '3.250', '0.010']
   assert len(masked) == 3
   assert report.table([]) == ''
 
@@ -84,7 +86,7 @@ def test_the_table_says_what_was_resampled_and_what_was_excluded():
   text = report.table([result])
   assert '95 % interval, resampled by cluster: the article of the gold' in text
   assert '| 50 | all | 8 | 3 | 50.0 (25.0 to 75.0) |' in text
-  assert '| 50 | 12 | 4 | 0.750 (0.500 to 1.000) | 0.020 |' in text
+  assert '| 50 | 12 | 4 | 0.750 (0.500 to 1.000) | 0.250 | 0.020 |' in text
   assert 'trained with' not in text
   result['masked']['trivial_in_training'] = 'none'
   assert (
