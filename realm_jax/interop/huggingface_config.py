@@ -85,8 +85,9 @@ def model_config(values: Mapping[str, Any]) -> config_lib.ModelConfig:
   problems = [f'{field}: {why}' for field, why in encoder.problems(config)]
   if problems:
     raise ValueError(f'config.json cannot be read: {"; ".join(problems)}.')
-  pad_id = values.get('pad_token_id', 0 if encoder.segments else 1)
-  config.pad_id = pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
+  if config.encoder != 'bert':  # REALM's have 1, and the padding is at 0.
+    pad_id = values.get('pad_token_id', 1)
+    config.pad_id = pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
   config.max_positions -= encoder.unused_positions(config)
   if config.width % config.num_heads:
     raise ValueError(
