@@ -33,9 +33,9 @@ from realm_jax import config as config_lib
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.index import topk
-from realm_jax.models import attention
 from realm_jax.models import components as components_lib
 from realm_jax.models import flops
+from realm_jax.models import fused_attention
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 
@@ -276,7 +276,7 @@ class _Step(training.Training):
     return {
         'layers': model.num_layers,
         'batch': self.config.batch_size,
-        'attention': attention.choose(model),
+        'attention': fused_attention.choose(model),
         'trace_seconds': self._trace_seconds,
     }
 
@@ -594,7 +594,7 @@ def embed(context: _Context) -> None:
         case,
         rows,
         harness.median_seconds(run, size.rounds, 4),
-        attention=attention.choose(model),
+        attention=fused_attention.choose(model),
         first_seconds=first,
     )
   # The pipeline of the index builder, without a corpus.

@@ -52,7 +52,7 @@ import training
 
 from realm_jax import config as config_lib
 from realm_jax.index import topk
-from realm_jax.models import attention
+from realm_jax.models import fused_attention
 from realm_jax.planner import plan
 from realm_jax.runtime import mesh as mesh_lib
 
@@ -223,7 +223,7 @@ def main() -> None:
         described = {
             'layers': layers,
             'batch': config.batch_size,
-            'attention': attention.choose(config.model, device),
+            'attention': fused_attention.choose(config.model, device),
         }
         runs.append(
             (described, lambda config=config: plan.trace_step(config, mesh))

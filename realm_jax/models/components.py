@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 import copy
 import dataclasses
 import math
-import re
 import types
 from typing import Any
 import zlib
@@ -17,16 +16,14 @@ from flax import nnx
 import jax
 
 from realm_jax import config as config_lib
-from realm_jax.models import attention
 from realm_jax.models import embedder
+from realm_jax.models import fused_attention
 from realm_jax.models import reader
 from realm_jax.models import span_reader
 from realm_jax.models import tagger
 
 Params = dict[str, Any]  # One component's: dotted name -> array.
 
-# A parameter of an encoder; an embedder has one in each tower.
-_IN_BERT = re.compile(r'((query_)?encoder\.)?(?P<name>bert\..+)')
 _MODULES = {
     'embedder': embedder.Embedder,
     'reader': reader.Reader,
@@ -96,7 +93,7 @@ def make(
   """
   config = copy.copy(config)
   config_lib.encoders.complete(config)
-  config.attention = attention.choose(config, device)
+  config.attention = fused_attention.choose(config, device)
   abstract = nnx.eval_shape(
       lambda: _MODULES[name](config, rngs=nnx.Rngs(jax.random.key(0)))
   )
@@ -111,17 +108,6 @@ def make_all(
 ) -> dict[str, Component]:
   """Returns components by name; see `make`."""
   return {name: make(name, config, device) for name in names}
-
-
-def bert_parameter(name: str, owner: str) -> str | None:
-  """Returns what the component `owner` calls a parameter of another's BERT.
-
-  None if `name` is not a parameter of a BERT.
-  """
-  match = _IN_BERT.fullmatch(name)
-  if match is None:
-    return None
-  return ('encoder.' if owner == 'embedder' else '') + match['name']
 
 
 def _flatten(state: nnx.State) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ _OF_COMPONENT = {
     'span_reader': ('span_width', 'span_norm_eps'),
     'tagger': ('entity_types', 'capitals'),
 }
+# A parameter of an encoder; an embedder has one in each tower.
+_IN_BERT = re.compile(r'((query_)?encoder\.)?(?P<name>bert\..+)')
 # Fields that parameters do not fix: a flag of the command line is kept.
 _FREE = (
     'normalize', 'query_prefix', 'document_prefix', 'titles', 'title_separator'
@@ -359,7 +362,7 @@ def _offer(component: components_lib.Component, giver: _Giver) -> _Offer:
   for ours in component.abstract:
     other: str | None = ours
     if not same:
-      other = components_lib.bert_parameter(ours, giver.name)
+      other = _bert_parameter(ours, giver.name)
     elif ours not in available:
       other = ours.removeprefix(embedder.QUERY_PREFIX)
       if ours == embedder.LOG_SCORE_SCALE:
@@ -369,11 +372,22 @@ def _offer(component: components_lib.Component, giver: _Giver) -> _Offer:
   extra = [
       n
       for n in available.keys() - set(names.values())
-      if giver.whole or components_lib.bert_parameter(n, giver.name) == n
+      if giver.whole or _bert_parameter(n, giver.name) == n
   ]
   return _Offer(
       giver.source, giver.step, giver.name, available, names, extra
   )
+
+
+def _bert_parameter(name: str, owner: str) -> str | None:
+  """Returns what the component `owner` calls a parameter of another's BERT.
+
+  None if `name` is not a parameter of a BERT.
+  """
+  match = _IN_BERT.fullmatch(name)
+  if match is None:
+    return None
+  return ('encoder.' if owner == 'embedder' else '') + match['name']
 
 
 def _check(offer: _Offer, component: components_lib.Component) -> None:

@@ -18,8 +18,8 @@ import optax
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import cuts
-from realm_jax.models import attention
 from realm_jax.models import components as components_lib
+from realm_jax.models import fused_attention
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
@@ -121,7 +121,7 @@ def open_job(
   warn_of_cuts(config, corpus)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   mesh_lib.check(config, mesh)
-  attention.check(config.model, mesh.devices.flat[0])
+  fused_attention.check(config.model, mesh.devices.flat[0])
   components = stages.components_of(config)
   return Job(workdir, config, corpus, mesh, stage, components, lineage)
 

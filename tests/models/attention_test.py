@@ -17,6 +17,7 @@ from realm_jax import config as config_lib
 from realm_jax.models import attention
 from realm_jax.models import components
 from realm_jax.models import dropout
+from realm_jax.models import fused_attention
 
 _MODEL = config_lib.ModelConfig(
     width=128, num_heads=2, compute_dtype='bfloat16', attention='auto'
@@ -201,7 +202,7 @@ def test_undefined_padding_reaches_no_loss_and_no_gradient(monkeypatch):
 )
 def test_choice(platform, values, kernel):
   config = dataclasses.replace(_MODEL, **values)
-  assert attention.choose(config, _device(platform)) == kernel
+  assert fused_attention.choose(config, _device(platform)) == kernel
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_choice(platform, values, kernel):
 def test_a_kernel_that_cannot_run_is_refused(platform, values, message):
   config = dataclasses.replace(_MODEL, **values)
   with pytest.raises(ValueError, match=message):
-    attention.check(config, _device(platform))
+    fused_attention.check(config, _device(platform))
 
 
 def test_some_positions_or_dropout_use_xla():
