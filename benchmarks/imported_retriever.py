@@ -32,7 +32,7 @@ import harness
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import inputs
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import embedding
 from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import export
@@ -56,7 +56,7 @@ class _Ours:
 
   def passages(self, pairs: list[tuple[str, str]]) -> np.ndarray:
     trained = self._trained
-    table = inputs.passage_table(pairs, trained.tokenizer)
+    table = corpus_lib.encode_passages(pairs, trained.tokenizer)
     embedder = embedding.PassageEmbedder(
         trained.components['embedder'],
         table,

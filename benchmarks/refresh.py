@@ -94,15 +94,15 @@ def _padded(
       )
   )
 
+  template = inputs.Template(corpus.tokenizer, _LONGEST, _LONGEST)
+
   def run(rows: np.ndarray) -> np.ndarray:
     found, running = [], []
     for start in range(0, len(rows), size):
       some = np.full(size, inputs.NULL_DOCUMENT, np.int64)
       mine = rows[start : start + size]
       some[: len(mine)] = mine
-      arrays = inputs.assemble_documents(
-          corpus.passages, some, _LONGEST, corpus.tokenizer
-      )
+      arrays = template.documents(corpus.passages, some)
       running.append(embed(params, *arrays))
       if len(running) > 1:
         found.append(np.asarray(running.pop(0)))
@@ -125,10 +125,9 @@ def _open_torch(
       **convert.tensors_of('embedder', config.model, {'embedder': params}),
   )
   passages = {}
+  template = inputs.Template(corpus.tokenizer, _LONGEST, _LONGEST)
   for number, rows in enumerate(rounds):
-    ids_BS, types_BS = inputs.assemble_documents(
-        corpus.passages, rows, _LONGEST, corpus.tokenizer
-    )
+    ids_BS, types_BS = template.documents(corpus.passages, rows)
     real = ids_BS != corpus.tokenizer.pad_id
     passages |= {
         f'{number}/tokens': ids_BS[real],

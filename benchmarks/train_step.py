@@ -138,7 +138,7 @@ class _Side:
           batch.query_ids_BQ,
           batch.doc_ids_BJS,
           batch.doc_types_BJS,
-          inputs.Null(_NULL, inputs.NULL_TYPES),
+          inputs.Null(_NULL, (0, 0, 1)),
           dropout.noise(jax.random.key(0), config.batch_size),
       ).sum()
 

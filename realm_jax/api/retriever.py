@@ -185,7 +185,7 @@ class Retriever:
       raise ValueError('Each passage must be a pair (title, body).')
     for texts in zip(*given, strict=True):
       _checked(texts)
-    table = inputs.passage_table(passages, self.tokenizer)
+    table = corpus_lib.encode_passages(passages, self.tokenizer)
     if 'passages' not in self._said and cuts.warn(
         'passages',
         self._template.lengths(table),

@@ -102,6 +102,22 @@ class PassageTable:
     return int(self.articles.max()) + 1
 
 
+def encode_passages(
+    passages: Sequence[tuple[str, str]], tokenizer: tokenizer_lib.Tokenizer
+) -> PassageTable:
+  """Returns the table of pairs of title and body."""
+  titles = tokenizer.encode_batch([title for title, _ in passages])
+  bodies = tokenizer.encode_batch([body for _, body in passages])
+  pieces = [t + b for t, b in zip(titles, bodies, strict=True)]
+  return PassageTable(
+      tokens=np.array([piece for row in pieces for piece in row], np.uint32),
+      offsets=np.cumsum([0, *map(len, pieces)]),
+      title_lengths=np.array([len(title) for title in titles], np.int32),
+      articles=np.arange(len(pieces), dtype=np.int32),
+      num_specials=tokenizer.num_specials,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class SentenceTable:
   """Sentences with their salient spans.

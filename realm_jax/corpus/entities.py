@@ -11,7 +11,6 @@ import itertools
 
 import numpy as np
 
-from realm_jax.corpus import inputs
 from realm_jax.corpus import tagged_columns
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
@@ -126,7 +125,8 @@ class TaggedTable:
       return array_NL
 
     ids_NL = table('ids', tokenizer.pad_id, np.int32)
-    inputs.add_specials(ids_NL, sizes_N, tokenizer)
+    ids_NL[:, 0] = tokenizer.cls_id
+    ids_NL[np.arange(len(ids_NL)), sizes_N + 1] = tokenizer.sep_id
     return cls(
         ids_NL,
         table('capitals', 0, np.int32),

@@ -1,8 +1,8 @@
 """Model inputs: wordpieces with [CLS] and [SEP], in numpy.
 
-Only this module writes special ids and the prefixes of a retriever. The special
-ids and their number are the tokenizer's: RoBERTa has two [SEP] between two
-texts, `<s> title </s></s> body </s>`. Batches are assembled as a whole from the
+The special ids and their number are the tokenizer's: RoBERTa has two [SEP]
+between two texts, `<s> title </s></s> body </s>`. Only this module knows that,
+and the prefixes of a retriever. Batches are assembled as a whole from the
 tables of a corpus.
 """
 
@@ -20,7 +20,6 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 Tokenizer = tokenizer_lib.Tokenizer
 
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
-NULL_TYPES = (0, 0, 1)  # The segments of `[CLS] [SEP] [SEP]`.
 
 
 class Null(NamedTuple):
@@ -176,32 +175,11 @@ class Template:
     return (passages.lengths + more_N).astype(np.int32)
 
 
-def assemble_documents(
-    passages: corpus_lib.PassageTable,
-    rows: np.ndarray,
-    length: int,
-    tokenizer: Tokenizer,
-    cut: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `[CLS] title [SEP] body [SEP]`; see `Template.documents`."""
-  return Template(tokenizer, length, length).documents(
-      passages, rows, length, cut
-  )
-
-
 def query(
     pieces: Sequence[int], length: int, tokenizer: Tokenizer
 ) -> list[int]:
   """Returns `[CLS] x [SEP]` of wordpieces, cut to `length`."""
   return [tokenizer.cls_id, *pieces[: length - 2], tokenizer.sep_id]
-
-
-def add_specials(
-    ids_NL: np.ndarray, sizes_N: np.ndarray, tokenizer: Tokenizer
-) -> None:
-  """Puts [CLS] before and [SEP] after the wordpieces, which start at 1."""
-  ids_NL[:, 0] = tokenizer.cls_id
-  ids_NL[np.arange(len(ids_NL)), sizes_N + 1] = tokenizer.sep_id
 
 
 def encode_queries(
@@ -213,22 +191,6 @@ def encode_queries(
     cut = query(pieces, length, tokenizer)
     row[: len(cut)] = cut
   return ids
-
-
-def passage_table(
-    passages: Sequence[tuple[str, str]], tokenizer: Tokenizer
-) -> corpus_lib.PassageTable:
-  """Returns the table of pairs of title and body."""
-  titles = tokenizer.encode_batch([title for title, _ in passages])
-  bodies = tokenizer.encode_batch([body for _, body in passages])
-  pieces = [t + b for t, b in zip(titles, bodies, strict=True)]
-  return corpus_lib.PassageTable(
-      tokens=np.array([piece for row in pieces for piece in row], np.uint32),
-      offsets=np.cumsum([0, *map(len, pieces)]),
-      title_lengths=np.array([len(title) for title in titles], np.int32),
-      articles=np.arange(len(pieces), dtype=np.int32),
-      num_specials=tokenizer.num_specials,
-  )
 
 
 def assemble_queries(
@@ -300,27 +262,6 @@ def assemble_joint(
       shape=rows.shape,
       pad_id=tokenizer.pad_id,
   )
-
-
-def body_bounds(
-    passages: corpus_lib.PassageTable,
-    rows: np.ndarray,
-    query_lengths: np.ndarray,
-    length: int,
-    tokenizer: Tokenizer,
-    titles: bool = False,
-) -> np.ndarray:
-  """Returns the half-open range of the body in `assemble_joint`.
-
-  The arguments are those of `assemble_joint`; the result is int32 [B, K, 2].
-  """
-  title, body = _title_and_body(passages, rows.reshape(-1), None)
-  starts = np.repeat(query_lengths, rows.shape[1]).astype(np.int64)
-  starts += len(tokenizer.between) - 1
-  if titles:
-    starts = starts + np.minimum(title.lengths, length - 2 - starts) + 1
-  limits = np.minimum(starts + body.lengths, length - 1)
-  return np.stack([starts, limits], -1).astype(np.int32).reshape(*rows.shape, 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -232,7 +232,7 @@ class OpenQA:
         corpus.passages, rows_BK, query_ids_BQ, query_lengths_B, length,
         corpus.tokenizer, titles,
     )
-    body_BK2 = inputs.body_bounds(
+    body_BK2 = passage_answers_lib.body_bounds(
         corpus.passages, rows_BK, query_lengths_B, length, corpus.tokenizer,
         titles,
     )

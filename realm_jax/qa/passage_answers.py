@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.qa import answers
 from realm_jax.qa import questions as questions_lib
 
@@ -106,6 +107,30 @@ def find_gold(
     found.grades.append(np.array([grades[row] for row in sorted(grades)], int))
     found.unknown.append(unknown)
   return found
+
+
+def body_bounds(
+    passages: corpus_lib.PassageTable,
+    rows_BK: np.ndarray,
+    query_lengths_B: np.ndarray,
+    length: int,
+    tokenizer: tokenizer_lib.Tokenizer,
+    titles: bool = False,
+) -> np.ndarray:
+  """Returns the half-open range of the body in `inputs.assemble_joint`.
+
+  The arguments are those of `assemble_joint`; the result is int32 [B, K, 2].
+  """
+  offsets, title_BK = passages.offsets, passages.title_lengths[rows_BK]
+  body_BK = offsets[rows_BK + 1] - offsets[rows_BK] - title_BK
+  start_B1 = query_lengths_B[:, None].astype(np.int64)
+  start_BK = np.repeat(
+      start_B1 + len(tokenizer.between) - 1, rows_BK.shape[1], axis=1
+  )
+  if titles:
+    start_BK += np.minimum(title_BK, length - 2 - start_BK) + 1
+  limit_BK = np.minimum(start_BK + body_BK, length - 1)
+  return np.stack([start_BK, limit_BK], axis=-1).astype(np.int32)
 
 
 class PassageAnswers:

@@ -73,11 +73,12 @@ def check_some(corpus, component):
 
   def check(emb_NE, params, length):
     lengths = np.minimum(corpus.passages.lengths, length)
+    template = inputs.Template(corpus.tokenizer, length, length)
     assert emb_NE.shape == (len(lengths), 16)
     order = np.argsort(lengths)
     for row in order[[0, len(order) // 3, len(order) // 2, -1]]:
-      ids, types = inputs.assemble_documents(
-          corpus.passages, np.array([row]), lengths[row], corpus.tokenizer
+      ids, types = template.documents(
+          corpus.passages, np.array([row]), lengths[row]
       )
       assert (ids != 0).all()
       np.testing.assert_allclose(

@@ -50,10 +50,13 @@ class _Special:
   between, num_specials = [2], 3
 
 
+def _documents(length, rows, cut=None):
+  template = inputs.Template(_Special, length, length)
+  return template.documents(_toy(), np.array(rows), cut=cut)
+
+
 def test_documents_by_hand():
-  ids, types = inputs.assemble_documents(
-      _toy(), np.array([[0, 1, -1]]), 10, _Special
-  )
+  ids, types = _documents(10, [[0, 1, -1]])
   np.testing.assert_array_equal(
       ids,
       [[
@@ -73,17 +76,14 @@ def test_documents_by_hand():
 
 
 def test_a_document_too_long_loses_body_and_keeps_its_end():
-  ids, _ = inputs.assemble_documents(_toy(), np.array([0]), 7, _Special)
+  ids, _ = _documents(7, [0])
   np.testing.assert_array_equal(ids, [[1, 10, 11, 2, 20, 21, 2]])
-  ids, _ = inputs.assemble_documents(_toy(), np.array([0]), 4, _Special)
+  ids, _ = _documents(4, [0])
   np.testing.assert_array_equal(ids, [[1, 10, 2, 2]])
 
 
 def test_a_cut_leaves_out_a_piece_of_the_body():
-  ids, _ = inputs.assemble_documents(
-      _toy(), np.array([0, 0]), 8, _Special,
-      cut=(np.array([1, 0]), np.array([2, 0])),
-  )
+  ids, _ = _documents(8, [0, 0], (np.array([1, 0]), np.array([2, 0])))
   np.testing.assert_array_equal(
       ids, [[1, 10, 11, 2, 20, 22, 2, 0], [1, 10, 11, 2, 20, 21, 22, 2]]
   )

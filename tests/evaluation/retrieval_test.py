@@ -116,9 +116,8 @@ def all_embeddings(config, params, corpus):
   """Without buckets, batches or the code under test."""
   component = stages.components_of(config)['embedder']
   rows = np.arange(len(corpus.passages))
-  ids, types = inputs.assemble_documents(
-      corpus.passages, rows, config.lengths.document, corpus.tokenizer
-  )
+  template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
+  ids, types = template.documents(corpus.passages, rows)
   return apply(component, params, 'embed_document', ids, types)
 
 
@@ -216,16 +215,13 @@ def test_masked_metrics_equal_those_by_hand(
   assert masked['sentences'] == 20
   params, parts = saved[30], stages.components_of(config)
   emb_NE = all_embeddings(config, params, corpus)
+  template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
   null_emb = apply(
       parts['embedder'],
       params,
       'embed_document',
-      *inputs.assemble_documents(
-          corpus.passages, np.array([-1]), 8, corpus.tokenizer
-      ),
+      *template.documents(corpus.passages, np.array([-1])),
   )
-
-  template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
 
   def read(batch, query_emb, rows):
     score_BK = np.concatenate(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.interop import convert
 from realm_jax.interop import encoder_names
@@ -146,15 +147,16 @@ def test_inputs_are_those_of_transformers(expected, name):
   tokenizer = importing.open_source(_FIXTURES / name).tokenizer
   texts = expected[f'{name}/texts'].tolist()
   for i, text in enumerate(texts[:3]):
-    table = inputs.passage_table([(text, text[:20])], tokenizer)
-    ids, _ = inputs.assemble_documents(
-        table, np.zeros(1, np.int64), int(table.lengths[0]) + 2, tokenizer
+    table = corpus_lib.encode_passages([(text, text[:20])], tokenizer)
+    length = int(table.lengths[0]) + 2
+    ids, _ = inputs.Template(tokenizer, length, length).documents(
+        table, np.zeros(1, np.int64)
     )
     want = expected[f'{name}/text_{i}'].tolist()
     assert ids[0].tolist() == [*want, tokenizer.pad_id, tokenizer.pad_id]
     query = inputs.encode_queries([text], len(want), tokenizer)
     joint, _ = inputs.assemble_joint(
-        inputs.passage_table([('', text[:20])], tokenizer),
+        corpus_lib.encode_passages([('', text[:20])], tokenizer),
         np.zeros((1, 1), np.int64),
         query,
         (query != tokenizer.pad_id).sum(axis=1),

@@ -131,7 +131,8 @@ def test_the_retriever_embeds_as_training_does(workdirs):
       np.array(titles, np.int32),
       np.arange(4, dtype=np.int32),
   )
-  ids, types = inputs.assemble_documents(table, np.arange(4), 12, tokenizer)
+  template = inputs.Template(tokenizer, 8, 12)
+  ids, types = template.documents(table, np.arange(4))
   want = component.module(params).embed_document(ids, types)
   np.testing.assert_allclose(
       found.embed_passages(pairs), want, rtol=1e-4, atol=1e-5

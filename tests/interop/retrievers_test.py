@@ -11,7 +11,7 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.api import retriever as retriever_lib
-from realm_jax.corpus import inputs
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.interop import export
 from realm_jax.interop import export_huggingface
@@ -66,7 +66,7 @@ def test_embeddings_are_those_of_pytorch(workdirs, expected, name):
   template = model.trained.template
   component = model.trained.components['embedder']
   pairs = list(zip(_TITLES, _TEXTS, strict=True))
-  table = inputs.passage_table(pairs, model.trained.tokenizer)
+  table = corpus_lib.encode_passages(pairs, model.trained.tokenizer)
   documents = template.documents(table, np.arange(len(pairs)))
 
   @jax.jit

@@ -23,7 +23,7 @@ CONFIG = config_lib.resolve(
         )
     )
 ).model
-NULL = inputs.Null((1, 2, 2), inputs.NULL_TYPES)
+NULL = inputs.Null((1, 2, 2), (0, 0, 1))
 
 
 def _ids(*shape, seed=0):

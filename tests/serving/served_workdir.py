@@ -79,10 +79,8 @@ def publish(workdir, corpus, config, step, params):
   """Writes snapshot and generation of a step; returns the embeddings."""
   embedder = params['embedder']
   component = components_lib.make('embedder', config.model)
-  arrays = inputs.assemble_documents(
-      corpus.passages, np.arange(len(corpus.passages)),
-      config.lengths.document, corpus.tokenizer,
-  )
+  template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
+  arrays = template.documents(corpus.passages, np.arange(len(corpus.passages)))
   run = jax.jit(lambda p, *xs: component.module(p).embed_document(*xs))
   embeddings = np.asarray(run(embedder, *arrays))
   lineage = generation.Lineage(

@@ -376,9 +376,8 @@ def test_questions_with_their_passages_warm_the_retriever_up(world, tmp_path):
   rows = corpus.passage_rows_by_id(
       [table.questions[row].passage_id for row in batch.row_B]
   )
-  ids, _ = inputs.assemble_documents(
-      corpus.passages, rows, config.lengths.document, corpus.tokenizer
-  )
+  template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
+  ids, _ = template.documents(corpus.passages, rows)
   np.testing.assert_array_equal(batch.inputs.doc_ids_BS, ids)
   assert training_test.run(config, tmp_path)['step'] == training_test._STEPS
   foreign = dataclasses.replace(

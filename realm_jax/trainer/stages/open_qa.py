@@ -197,7 +197,7 @@ class OpenQa(stages.Stage):
         tokenizer,
         title,
     )
-    body_BK2 = inputs.body_bounds(
+    body_BK2 = passage_answers_lib.body_bounds(
         passages, rows_BK, lengths_B, length, tokenizer, title
     )
     asked = [self._questions.questions[row] for row in queries.row_B]
