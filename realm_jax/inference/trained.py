@@ -333,7 +333,7 @@ class Trained:
       self, params: Params, passages: Sequence[tuple[str, str]]
   ) -> np.ndarray:
     """Embeds pairs of title and body: float32 numpy, [B, E]."""
-    table = inputs.passage_table(passages, self.tokenizer)
+    table = corpus_lib.encode_passages(passages, self.tokenizer)
     arrays = self.template.documents(table, np.arange(len(table)))
     parts, largest = [], _QUERY_BATCHES[-1]
     for start in range(0, len(passages), largest):
@@ -406,12 +406,13 @@ class Trained:
         )
       else:  # The null document is the only candidate.
         score_BK = jnp.zeros(batch.joint_ids_BKT.shape[:2])
-      logits_BKMV = realm.read(
-          models.reader,
-          batch.joint_ids_BKT,
-          batch.joint_types_BKT,
-          batch.positions_BM,
+      b, k, t = batch.joint_ids_BKT.shape
+      logits = models.reader.mlm_logits(
+          batch.joint_ids_BKT.reshape(b * k, t),
+          batch.joint_types_BKT.reshape(b * k, t),
+          jnp.repeat(batch.positions_BM, k, axis=0),
       )
+      logits_BKMV = logits.reshape(b, k, *logits.shape[1:])
       logp_BK = jax.nn.log_softmax(score_BK)
       logp_BKMV = jax.nn.log_softmax(logits_BKMV)
       targets_BKM1 = jnp.broadcast_to(

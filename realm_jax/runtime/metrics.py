@@ -3,8 +3,7 @@
 All metrics share one flat namespace: `train/loss`, `refresh/age_steps`, ...
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Mapping, Sequence
 import functools
 import importlib
 import json
@@ -15,8 +14,6 @@ import queue
 import threading
 import time
 from typing import Any, Protocol, TextIO
-
-import jax
 
 from realm_jax import config as config_lib
 from realm_jax.runtime import distributed
@@ -359,72 +356,6 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
       break
     lines.append(line)
   return lines
-
-
-class Means:
-  """Means over the steps since the last `take`.
-
-  Values of single steps are noisy. During `mlm`, consecutive batches even come
-  from different streams.
-  """
-
-  def __init__(self, saved: dict[str, Any] | None = None):
-    """Starts, or resumes from the result of `saved`."""
-    saved = saved or {'steps': 0, 'sums': {}}
-    self._steps: int = saved['steps']
-    self._sums: dict[str, float] = dict(saved['sums'])
-
-  def add(self, values: dict[str, float]) -> None:
-    """Adds the values of one step."""
-    self._steps += 1
-    for name, value in values.items():
-      self._sums[name] = self._sums.get(name, 0.0) + value
-
-  def take(self) -> dict[str, float]:
-    """Returns the means and starts again."""
-    means = {name: value / self._steps for name, value in self._sums.items()}
-    self._steps, self._sums = 0, {}
-    return means
-
-  def saved(self) -> dict[str, Any]:
-    """Returns the state for a checkpoint (JSON)."""
-    return {'steps': self._steps, 'sums': dict(self._sums)}
-
-
-class Clock:
-  """Splits the wall time of a loop into named parts, which profiles show.
-
-  The rest is 'other'. A part inside another one interrupts it, so the parts add
-  up to the whole time.
-  """
-
-  def __init__(self) -> None:
-    self._seconds: dict[str, float] = {}
-    self._part, self._since = 'other', time.perf_counter()
-
-  @contextlib.contextmanager
-  def measure(self, part: str) -> Iterator[None]:
-    """Counts the time inside to a part."""
-    outer = self._part
-    self._switch_to(part)
-    try:
-      with jax.profiler.TraceAnnotation(part):
-        yield
-    finally:
-      self._switch_to(outer)
-
-  def take(self) -> dict[str, float]:
-    """Returns the seconds of each part since the last call."""
-    self._switch_to(self._part)
-    seconds, self._seconds = self._seconds, {}
-    return seconds
-
-  def _switch_to(self, part: str) -> None:
-    now = time.perf_counter()
-    self._seconds[self._part] = (
-        self._seconds.get(self._part, 0.0) + now - self._since
-    )
-    self._part, self._since = part, now
 
 
 def _plain(value: Any) -> float | int | str:

@@ -75,6 +75,30 @@ def stop_signals(parent_pid: int | None = None) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def note_sigterm() -> Iterator[list[int]]:
+  """Yields a list that is no longer empty once SIGTERM has come.
+
+  A second one ends the process at once.
+  """
+  came: list[int] = []
+
+  def note(number: int, frame: Any) -> None:
+    del frame
+    came.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+  try:
+    before = signal.signal(signal.SIGTERM, note)
+  except ValueError:  # Not the main thread: whoever owns it handles signals.
+    yield came
+    return
+  try:
+    yield came
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def _watch_parent(parent_pid: int) -> None:
   while os.getppid() == parent_pid:
     time.sleep(0.5)

@@ -435,9 +435,13 @@ def _right_and_logp(component: components_lib.Component) -> Any:
       targets_BM: jax.Array,
       mask_BM: jax.Array,
   ) -> jax.Array:
-    logits_BKMV = realm.read(
-        component.module(params), ids_BKT, types_BKT, positions_BM
+    b, k, t = ids_BKT.shape
+    logits = component.module(params).mlm_logits(
+        ids_BKT.reshape(b * k, t),
+        types_BKT.reshape(b * k, t),
+        jnp.repeat(positions_BM, k, axis=0),
     )
+    logits_BKMV = logits.reshape(b, k, *logits.shape[1:])
     targets_BKM = jnp.broadcast_to(
         targets_BM[:, None], logits_BKMV.shape[:3]
     )

@@ -4,26 +4,20 @@ The order inside a step is fixed: adopt an index generation and snapshot the
 retriever, save, draw the batch, retrieve, step, log the previous step.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 import concurrent.futures
 import contextlib
-import logging
 import pathlib
-import signal
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-import tqdm
 
 from realm_jax import config as config_lib
-from realm_jax.models import flops
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
 from realm_jax.runtime import profile as profile_lib
 from realm_jax.runtime import snapshots as snapshots_lib
@@ -33,11 +27,9 @@ from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import probe as probe_lib
 from realm_jax.trainer import refresh as refresh_lib
-from realm_jax.trainer import retrieval
 from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
-
-log = logging.getLogger(__name__)
+from realm_jax.trainer import step_log
 
 SUMMARY = 'summary.json'
 
@@ -115,16 +107,6 @@ class _Stopping(Exception):
   """SIGTERM was received while waiting for an index generation."""
 
 
-class _Pending(NamedTuple):
-  """Results of a step, to be logged when the device has finished it."""
-
-  step: int  # Number of updates with this step.
-  rows: np.ndarray  # Rows of the sentence or question table.
-  metrics: stages.Metrics
-  staleness: dict[str, float]  # Metrics of the index that was searched.
-  figures: dict[str, np.ndarray]  # Metrics of each row, from the host.
-
-
 class _Loop:
   """The state of a running job."""
 
@@ -161,7 +143,7 @@ class _Loop:
               self.state, job.stage.abstract_batch()
           ).compile()
       )
-    self._sigterm = stack.enter_context(_on_sigterm())
+    self._sigterm = stack.enter_context(process.note_sigterm())
     self._any_sigterm = distributed.LateAny(job.mesh)
 
     def interrupt() -> None:
@@ -184,7 +166,7 @@ class _Loop:
           interrupt=interrupt,
       )
       stack.callback(self._refresher.close)
-      self._retriever = retrieval.Retriever(
+      self._retriever = stages.Retriever(
           job.components['embedder'],
           job.mesh,
           self._refresher,
@@ -192,7 +174,6 @@ class _Loop:
           job.stage.template,
       )
     self._gates = gates_lib.Gates.of(job)
-    self._gate_figures: dict[str, float] = {}  # Not logged yet.
     self._snapshots = snapshots_lib.Snapshots(
         job.workdir,
         config.refresh.keep,
@@ -200,33 +181,12 @@ class _Loop:
         required=config.refresh.policy != 'eager',
     )
     stack.callback(self._snapshots.close)
-    self._writer = stack.enter_context(
-        metrics_lib.MetricsWriter(
-            job.workdir,
-            self._step,
-            metrics_lib.loggers(config),
-            {**config_lib.flat(config), **job.lineage},
-        )
+    self._log = step_log.StepLog(
+        job, self._checkpoints, self._step, about.get('metrics'), stack
     )
+    self._clock = self._log.clock
     self._profile = profile_lib.StepProfile(job.workdir, profile)
     stack.callback(self._profile.close)
-    self._step_flop = flops.model_flop(config, job.stage.passes())
-    self._clock = metrics_lib.Clock()
-    self._means = metrics_lib.Means(about.get('metrics'))
-    self._bar = stack.enter_context(
-        tqdm.tqdm(
-            total=config.steps,
-            initial=self._step,
-            desc=config.objective,
-            unit='step',
-            # Lines of the log replace the bar where there is no terminal.
-            disable=None if distributed.is_main() else True,
-            mininterval=0.5,
-        )
-    )
-    self._pending: _Pending | None = None
-    self._logged = (self._step, time.perf_counter())
-    self._shown = time.perf_counter()
 
   @property
   def generation(self) -> int | None:
@@ -271,16 +231,17 @@ class _Loop:
         self.state, metrics = self._train_step.result()(self.state, arrays)
         # The host has time while the devices compute.
         figures = {**examples.figures, **stage.figures(batch)}
-        self._log_pending()  # The previous step is finished by now.
+        self._log.flush()  # The previous step is finished by now.
       staleness = self._refresher.metrics(step) if self._refresher else {}
-      self._pending = _Pending(
-          step + 1, examples.row_B, metrics, staleness, figures
+      self._log.add(
+          step_log.Results(
+              step + 1, examples.row_B, metrics, staleness, figures
+          )
       )
       self._step += 1
-      self._bar.update()
       if self._gates is not None and self._gates.due(self._step):
         self._measure_gates(self._step)
-    self._log_pending()
+    self._log.flush()
     self._profile.close()
     if self._refresher is not None and config.refresh.policy != 'none':
       self._take_snapshot(self._step)  # For a final, fresh generation.
@@ -290,8 +251,8 @@ class _Loop:
     if self._gates is None:
       return
     with self._clock.measure('gates'):
-      self._gate_figures = self._gates.measure(
-          self.state.params, step, self._refresher
+      self._log.add_once(
+          self._gates.measure(self.state.params, step, self._refresher)
       )
 
   def _refresh(self, step: int) -> None:
@@ -313,7 +274,7 @@ class _Loop:
 
   def _save(self, step: int) -> None:
     with self._clock.measure('checkpoint'):
-      self._log_pending()  # Raises if the loss is not finite.
+      self._log.flush()  # Raises if the loss is not finite.
       if step == self._saved:
         return  # The job resumed here, and nothing has changed.
       # The snapshots before a checkpoint must be on disk first.
@@ -334,88 +295,6 @@ class _Loop:
               'index_pending': (
                   self._refresher.pending if self._refresher else None
               ),
-              'metrics': self._means.saved(),
+              'metrics': self._log.means.saved(),
           },
       )
-
-  def _log_pending(self) -> None:
-    """Fetches and checks the metrics of the last step, and records means."""
-    if self._pending is None:
-      return
-    pending, self._pending = self._pending, None
-    step = pending.step
-    values = {
-        f'train/{name}': float(value)
-        for name, value in jax.device_get(pending.metrics).items()
-    }
-    loss = values['train/loss']
-    if not np.isfinite(loss) or not np.isfinite(values['train/grad_norm']):
-      self._writer.write(step, {'train/loss': str(loss)})
-      self._checkpoints.wait()  # For the one that may still be on its way.
-      raise FloatingPointError(
-          f'The loss of step {step} is {loss}, its gradient norm'
-          f' {values["train/grad_norm"]}. Rows of the batch:'
-          f' {pending.rows.tolist()}. The last checkpoint, from before it,'
-          f' is kept: step {self._checkpoints.latest}.'
-      )
-    for name, value_B in pending.figures.items():
-      values[f'train/{name}'] = float(value_B.mean())
-    self._means.add(values)
-    if step % self._job.config.log_interval:
-      return
-    values = self._means.take()
-    now = time.perf_counter()
-    since_step, since_time = self._logged
-    rate = (step - since_step) / (now - since_time)
-    self._logged = (step, now)
-    values['time/examples_per_second'] = rate * self._job.config.batch_size
-    flop_rate = rate * self._step_flop
-    values['time/model_tflops'] = flop_rate / 1e12
-    if self._job.config.peak_tflops:
-      peak = self._job.config.peak_tflops * 1e12 * self._job.mesh.size
-      values['time/mfu'] = flop_rate / peak
-    for part, seconds in self._clock.take().items():
-      values[f'time/{part}_seconds'] = seconds
-    values.update(pending.staleness | self._gate_figures)
-    self._gate_figures = {}
-    self._writer.write(step, values)
-    shown = {
-        'loss': f'{values["train/loss"]:.3f}',
-        'examples/s': f'{values["time/examples_per_second"]:.0f}',
-    }
-    if self._refresher is not None:
-      shown['staleness'] = f'{values["refresh/age_steps"]:.0f}'
-    name = self._job.stage.headline
-    if f'train/{name}' in values:
-      shown[name] = f'{values[f"train/{name}"]:.2f}'
-    self._bar.set_postfix(shown, refresh=False)
-    if not distributed.is_main():
-      return
-    if self._bar.disable and now - self._shown > 10:
-      self._shown = now
-      text = ' '.join(f'{name}={value}' for name, value in shown.items())
-      log.info('step %d/%d %s', step, self._job.config.steps, text)
-
-
-@contextlib.contextmanager
-def _on_sigterm() -> Iterator[list[int]]:
-  """Yields a list that is no longer empty once SIGTERM has come.
-
-  A second one ends the process at once.
-  """
-  came: list[int] = []
-
-  def note(number: int, frame: Any) -> None:
-    del frame
-    came.append(number)
-    signal.signal(number, signal.SIG_DFL)
-
-  try:
-    before = signal.signal(signal.SIGTERM, note)
-  except ValueError:  # Not the main thread: whoever owns it handles signals.
-    yield came
-    return
-  try:
-    yield came
-  finally:
-    signal.signal(signal.SIGTERM, before)

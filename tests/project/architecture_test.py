@@ -27,7 +27,6 @@ from realm_jax.runtime import snapshots
 from realm_jax.trainer import examples
 from realm_jax.trainer import loop
 from realm_jax.trainer import optimizer
-from realm_jax.trainer import retrieval
 from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
 
@@ -89,7 +88,7 @@ def of_a_step(world, config):
 
   def run():
     stage = stages.load(config)(config, corpus)
-    retriever = retrieval.Retriever(
+    retriever = stages.Retriever(
         components['embedder'],
         mesh,
         Index(),

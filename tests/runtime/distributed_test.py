@@ -25,6 +25,7 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import process as process_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loop
 from realm_jax.trainer import stages
@@ -316,7 +317,7 @@ def test_one_process_needs_nobody():
 
 
 def test_a_second_sigterm_ends_the_process():
-  with loop._on_sigterm() as came:
+  with process_lib.note_sigterm() as came:
     os.kill(os.getpid(), signal.SIGTERM)
     assert came == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -12,6 +12,7 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.runtime import metrics
+from realm_jax.trainer import step_log
 
 
 def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path):
@@ -31,12 +32,12 @@ def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path):
 
 
 def test_means_are_over_the_steps_since_they_were_taken():
-  means = metrics.Means()
+  means = step_log.Means()
   for value in (1.0, 2.0, 6.0):
     means.add({'loss': value, 'twice': 2 * value})
   assert means.take() == {'loss': 3.0, 'twice': 6.0}
   means.add({'loss': 0.1})
-  resumed = metrics.Means(json.loads(json.dumps(means.saved())))
+  resumed = step_log.Means(json.loads(json.dumps(means.saved())))
   for each in (means, resumed):
     each.add({'loss': 0.2})
   assert means.take() == resumed.take() == {'loss': (0.1 + 0.2) / 2}

@@ -13,12 +13,13 @@ from realm_jax.runtime import metrics
 from realm_jax.runtime import profile
 from realm_jax.trainer import loop
 from realm_jax.trainer import stages
+from realm_jax.trainer import step_log
 
 
 def test_parts_add_up_to_the_time_that_passed(monkeypatch):
   now = 5.0
   monkeypatch.setattr(time, 'perf_counter', lambda: now)
-  clock = metrics.Clock()
+  clock = step_log.Clock()
   with clock.measure('compute'):
     now += 2
     with clock.measure('checkpoint'):

@@ -82,11 +82,10 @@ def test_the_reader_is_measured_on_passages_with_the_answer(lives, tmp_path):
         job.config.lengths.joint, lives.tokenizer,
     )
     logits_KMV = np.asarray(
-        realm.read(
-            job.components['reader'].module(params['reader']),
-            ids_1KT, types_1KT, queries.positions_BM[i : i + 1],
+        job.components['reader'].module(params['reader']).mlm_logits(
+            ids_1KT[0], types_1KT[0], queries.positions_BM[[i, i]]
         )
-    )[0]
+    )
     logp_KMV = np.asarray(jax.nn.log_softmax(logits_KMV))
     places = np.arange(len(answers[i]))
     null, shown = logp_KMV[:, places, answers[i]].sum(axis=1)

@@ -19,11 +19,15 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.corpus import masking
+from realm_jax.index import embedding
+from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.models import encoders
 from realm_jax.models import flops
+from realm_jax.runtime import distributed
 from realm_jax.runtime import extension
+from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import examples
 
 STAGES = {
@@ -39,21 +43,77 @@ Problems = Iterator[tuple[str, str]]
 T = TypeVar('T')
 
 
-class Retriever(Protocol):
-  """Search with the current parameters, in the index in use."""
+class Index(Protocol):
+  """An index generation: a search, and the table that it searches."""
+
+  @property
+  def search(self) -> search_lib.Search: ...
+
+  @property
+  def embeddings(self) -> Any: ...
+
+
+class Retriever:
+  """Embeds with the current parameters, searches in the index in use.
+
+  All processes of a job search together, each for its rows of a batch.
+  """
+
+  def __init__(
+      self,
+      embedder: components_lib.Component,
+      mesh: jax.sharding.Mesh,
+      index: Index,
+      rows: np.ndarray,
+      template: inputs.Template,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      embedder: of the job.
+      mesh: of the job.
+      index: the one in use, which may change from step to step.
+      rows: this process' rows of a batch.
+      template: of the job.
+    """
+    self.params: components_lib.Params = {}  # Current parameters.
+    self._mesh, self._index, self._rows = mesh, index, rows
+    self._embedder = embedding.Embedder(embedder, mesh)
+    self._template = template
 
   def search(
       self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the passage rows [B, k], best first, and query_emb_BE."""
+    # Embeddings of the whole batch, of which each process gave its rows.
+    query_ids = self._on_devices(self._template.queries(query_ids_BQ))
+    query_emb_BE = distributed.fetch(
+        self._embedder.queries(self.params, query_ids)
+    )
+    own_emb_BE = query_emb_BE[self._rows]
+    search = self._index.search
+    if not search.collective or jax.process_count() == 1:
+      return search.search(own_emb_BE, k, exclude_BR2), own_emb_BE
+    # The table lies on the devices of all processes, which search together.
+    if exclude_BR2 is not None:
+      exclude_BR2 = distributed.fetch(self._on_devices(exclude_BR2))
+    rows_BK = search.search(query_emb_BE, k, exclude_BR2)[self._rows]
+    return rows_BK, own_emb_BE
 
   def embeddings(self, rows_BN: np.ndarray) -> np.ndarray:
     """Returns the embeddings of passages in the index, float32 [B, N, E]."""
+    return search_lib.gather(self._index.embeddings, rows_BN)
 
   def embed_documents(
       self, ids_BLS: np.ndarray, types_BLS: np.ndarray
   ) -> np.ndarray:
     """Returns embeddings with the current parameters, float32 [B, L, E]."""
+    ids, types = self._on_devices(ids_BLS), self._on_devices(types_BLS)
+    emb_BLE = self._embedder.documents(self.params, ids, types)
+    return distributed.fetch(emb_BLE)[self._rows]
+
+  def _on_devices(self, array: np.ndarray) -> Any:
+    return mesh_lib.to_devices(self._mesh, array)
 
 
 class Stage:

@@ -11,7 +11,6 @@ computed with the current parameters, and gradients flow to both networks.
 
 from collections.abc import Iterator
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +35,7 @@ from realm_jax.trainer import stages
 # -inf, 0 times it is no nan.
 _NEVER = -1e9
 # The null document of a stage without a corpus, whose step is only traced.
-_ANY_NULL = inputs.Null((2, 3, 3), inputs.NULL_TYPES)
+_ANY_NULL = inputs.Null((2, 3, 3), (0, 0, 1))
 
 
 class Queries(NamedTuple):
@@ -83,7 +82,8 @@ class MaskedQueries(examples.MaskedSentences):
           f'The corpus {corpus.directory} leaves none of the'
           f' {len(self.rows)} sentences of the split {split!r}'
           f' num_candidates - 1 = {needed} passages that do not hold its text'
-          f' (config.trivial={config.trivial!r}), but {left.max()} at most.'
+          f' (config.trivial={config.trivial!r}), but {left.max()} at most. Use'
+          ' a larger corpus or fewer candidates.'
       )
     self.rows = self.rows[left >= needed]
     self._exclusion.use(self.rows)
@@ -115,12 +115,8 @@ class Realm(stages.Stage):
     self._null = _ANY_NULL
     if corpus is not None:
       self._null = self.template.null
-      _check_corpus_size(config, corpus)
-
-  @functools.cached_property
-  def _source(self) -> MaskedQueries:
-    split = examples.sentences_of(self.corpus, self.config)
-    return MaskedQueries(self.corpus, self.config, split)
+      split = examples.sentences_of(corpus, config)
+      self._source = MaskedQueries(corpus, config, split)
 
   def sources(self) -> dict[str, tuple[examples.Source, float]]:
     return {'masked': (self._source, 1.0)}
@@ -144,19 +140,15 @@ class Realm(stages.Stage):
 
   def probe_queries(self, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Takes masked sentences, of `validation` if it has any with a span."""
-    splits = ['validation', self._source.split]
-    if 'validation' not in self.corpus.sentences:
-      splits = splits[1:]
     config = dataclasses.replace(self.config, batch_size=count)
-    for split in splits:
-      try:
-        batch = next(evaluation_batches(self.corpus, config, split, count))
-      except ValueError:
-        if split == splits[-1]:
-          raise
-        continue
-      queries = batch.inputs
-      break
+
+    def batch_of(split: str) -> examples.Examples:
+      return next(evaluation_batches(self.corpus, config, split, count))
+
+    try:
+      queries = batch_of('validation').inputs
+    except ValueError:  # No such split, or no span in it.
+      queries = batch_of(self._source.split).inputs
     k = self.config.num_candidates - 1
     return queries.query_ids_BQ, queries.exclude_BR2, k
 
@@ -218,19 +210,14 @@ class Realm(stages.Stage):
     c, lengths = self.config, self.config.lengths
     b, k = c.batch_size, c.num_candidates
 
-    def ids(*shape: int) -> Any:
-      return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+      return jax.ShapeDtypeStruct(shape, dtype)
 
-    return Batch(
-        query_ids_BQ=ids(b, lengths.query),
-        doc_ids_BJS=ids(b, k - 1, lengths.document),
-        doc_types_BJS=ids(b, k - 1, lengths.document),
-        joint_ids_BKT=ids(b, k, lengths.joint),
-        joint_types_BKT=ids(b, k, lengths.joint),
-        positions_BM=ids(b, lengths.masks),
-        targets_BM=ids(b, lengths.masks),
-        mask_BM=jax.ShapeDtypeStruct((b, lengths.masks), jnp.bool_),  # type: ignore[arg-type]
-    )
+    query, masks = array(b, lengths.query), array(b, lengths.masks)
+    documents = (array(b, k - 1, lengths.document),) * 2
+    joint = (array(b, k, lengths.joint),) * 2
+    used = array(b, lengths.masks, dtype=jnp.bool_)
+    return Batch(query, *documents, *joint, masks, masks, used)
 
 
 def evaluation_batches(
@@ -321,22 +308,6 @@ def candidate_scores(
   return jnp.concatenate([null_B1, real_BJ], axis=1)
 
 
-def read(
-    reader: reader_lib.Reader,
-    joint_ids_BKT: jax.Array,
-    joint_types_BKT: jax.Array,
-    positions_BM: jax.Array,
-) -> jax.Array:
-  """Returns the logits of each mask given each candidate, logits_BKMV."""
-  b, k, t = joint_ids_BKT.shape
-  logits = reader.mlm_logits(
-      joint_ids_BKT.reshape(b * k, t),
-      joint_types_BKT.reshape(b * k, t),
-      jnp.repeat(positions_BM, k, axis=0),
-  )
-  return logits.reshape(b, k, *logits.shape[1:])
-
-
 def read_targets(
     reader: reader_lib.Reader,
     joint_ids_BKT: jax.Array,
@@ -357,21 +328,3 @@ def read_targets(
       None if noise is None else noise.repeat(k),
   )
   return token_logp.reshape(b, k, -1)
-
-
-def _check_corpus_size(
-    config: config_lib.Config, corpus: corpus_lib.Corpus
-) -> None:
-  excluded, candidates = 0, 'passages'
-  if config.trivial == 'passage':
-    excluded, candidates = 1, 'passages other than that of a sentence'
-  elif config.trivial == 'article':
-    excluded = int(np.bincount(corpus.passages.articles).max())
-    candidates = 'passages outside the largest article'
-  count, needed = len(corpus.passages) - excluded, config.num_candidates - 1
-  if count < needed:
-    raise ValueError(
-        f'The corpus {corpus.directory} has {count} {candidates};'
-        f' config.num_candidates={config.num_candidates} (null document'
-        f' included) needs {needed}. Use a larger corpus or fewer candidates.'
-    )
