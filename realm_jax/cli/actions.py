@@ -85,7 +85,7 @@ def plan(
     **setting: Any,
 ) -> None:
   from realm_jax.planner import plan as plan_lib
-  from realm_jax.trainer import stages
+  from realm_jax.trainer import job
 
   if chip == 'list':
     for name, one in plan_lib.CHIPS.items():
@@ -107,7 +107,7 @@ def plan(
   if memory_gb is not None:
     device = dataclasses.replace(device, memory_gb=memory_gb)
   corpus = config.corpus or '(none)'  # A plan does not need one.
-  stages.validate(dataclasses.replace(config, corpus=corpus))
+  job.validate(dataclasses.replace(config, corpus=corpus))
   config, passages, mean_wordpieces, corpus_bytes = plan_lib.of_corpus(
       config, passages, mean_wordpieces
   )

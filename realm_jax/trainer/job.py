@@ -18,10 +18,13 @@ import optax
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import cuts
+from realm_jax.corpus import masking
 from realm_jax.models import components as components_lib
+from realm_jax.models import encoders
 from realm_jax.models import fused_attention
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
+from realm_jax.runtime import extension
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
@@ -57,6 +60,37 @@ class Job:
     )
 
 
+def validate(config: config_lib.Config) -> None:
+  """Checks a config with the checks of its stage.
+
+  Raises:
+    ValueError: names every wrong field, and what would be right.
+  """
+  config_lib.validate(config, lambda: _problems(config))
+
+
+def _problems(config: config_lib.Config) -> stages.Problems:
+  stage = stages.load(config)
+  extension.load('config.masking', config.masking, masking.MASKS)
+  yield from encoders.load(config.model).problems(config.model)
+  longest = stage.longest_input(config)
+  if longest > config.model.max_positions:
+    yield (
+        'model.max_positions',
+        f'is less than the longest input, {longest} wordpieces',
+    )
+  names = stage.components
+  for name in config.optimizer.frozen:
+    if name not in names:
+      yield (
+          'optimizer.frozen',
+          f'the objective {config.objective!r} has the components {names}',
+      )
+  if not set(names) - set(config.optimizer.frozen):
+    yield 'optimizer.frozen', 'leaves nothing to learn'
+  yield from stage.problems(config)
+
+
 def open_job(
     config: config_lib.Config,
     workdir: pathlib.Path | str,
@@ -85,7 +119,7 @@ def open_job(
   if getattr(config, 'init_from', ''):
     config_lib.validate(config)  # The stage's checks need the sizes.
   else:
-    stages.validate(config)
+    validate(config)
   metrics_lib.loggers(config)  # Their packages are installed.
   stage_class = stages.load(config)
   corpus = corpus_lib.Corpus.open(config.corpus, '--config.corpus')
@@ -95,7 +129,7 @@ def open_job(
       config = initial.follow(config, stage_class, corpus.tokenizer, explicit)
     else:
       config = initial.follow_saved(config, stage_class, saved, explicit)
-    stages.validate(config)
+    validate(config)
   default_warmup = config.optimizer.warmup_steps < 0
   config = config_lib.resolve(config)
   vocab_size = corpus.tokenizer.vocab_size

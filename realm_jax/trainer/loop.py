@@ -52,7 +52,7 @@ def train(
   that leaves nothing in the workdir.
 
   Args:
-    config: config of the job; see `stages.validate`.
+    config: config of the job; see `job.validate`.
     workdir: folder of the job; see the README, Layout.
     health: called at every step and while waiting for the index builder;
       returns the number of its failures, raises if training cannot continue.

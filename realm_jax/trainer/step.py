@@ -18,12 +18,12 @@ from realm_jax import config as config_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.trainer import accumulation
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
 
 Components = dict[str, components_lib.Component]
 LossAndMetrics = tuple[jax.Array, stages.Metrics]
-_Rows = tuple[Any, dropout.Noise]  # Rows of a batch, and their noise.
 
 
 @jax.tree_util.register_dataclass
@@ -204,7 +204,7 @@ def make_gradients(
           name: value * metrics_share for name, value in metrics.items()
       }
 
-    def gradients_of(rows: _Rows) -> tuple[LossAndMetrics, Any]:
+    def gradients_of(rows: accumulation.Rows) -> tuple[LossAndMetrics, Any]:
       return jax.value_and_grad(
           lambda params: loss_of(outputs_of(params, *rows), rows[0]),
           has_aux=True,
@@ -214,11 +214,11 @@ def make_gradients(
     if accumulate == 1:
       value, grads = gradients_of(rows)
     elif stage.in_batch:
-      value, grads = _with_gradient_cache(
+      value, grads = accumulation.with_gradient_cache(
           outputs_of, loss_of, params, rows, accumulate
       )
     else:
-      value, grads = _part_by_part(gradients_of, _split(rows, accumulate))
+      value, grads = accumulation.part_by_part(gradients_of, rows, accumulate)
     return (
         jax.lax.psum(value, mesh_lib.DATA),
         {
@@ -236,67 +236,3 @@ def make_gradients(
       axis_names={mesh_lib.DATA},
       check_vma=False,  # The attention kernels lack the annotation.
   )
-
-
-def _part_by_part(
-    gradients_of: Callable, parts: _Rows
-) -> tuple[LossAndMetrics, Any]:
-  """Sums loss and gradients of parts, where each row has a loss of its own."""
-
-  def add(sums: Any, part: _Rows) -> tuple[Any, None]:
-    return jax.tree.map(jnp.add, sums, gradients_of(part)), None
-
-  first = jax.tree.map(lambda x: x[0], parts)
-  shapes = jax.eval_shape(gradients_of, first)
-  return jax.lax.scan(add, _zeros(shapes), parts)[0]
-
-
-def _with_gradient_cache(
-    outputs_of: Callable,
-    loss_of: Callable,
-    params: Any,
-    rows: _Rows,
-    accumulate: int,
-) -> tuple[LossAndMetrics, Any]:
-  """Gradients of a loss that compares all rows (Gao et al. 2021, section 3.2).
-
-  First pass: the outputs of all rows, without keeping activations. Second pass:
-  each part again, backward from the gradients of its outputs.
-  """
-  parts = _split(rows, accumulate)
-  outputs = jax.lax.map(lambda part: outputs_of(params, *part), parts)
-  value, grad_outputs = jax.value_and_grad(
-      lambda outputs: loss_of(jax.tree.map(_join, outputs), rows[0]),
-      has_aux=True,
-  )(outputs)
-
-  def add(sums: Any, part: tuple[_Rows, Any]) -> tuple[Any, None]:
-    inputs, grad_outputs = part
-    # The noise is that of the first pass, hence the outputs are, too.
-    _, backward = jax.vjp(lambda p: outputs_of(p, *inputs), params)
-    return jax.tree.map(jnp.add, sums, backward(grad_outputs)[0]), None
-
-  sums, _ = jax.lax.scan(add, _zeros(params), (parts, grad_outputs))
-  return value, sums
-
-
-def _split(rows: _Rows, accumulate: int) -> _Rows:
-  """Adds a leading axis of parts; part i is rows i, i + accumulate, ..."""
-  batch, noise = rows
-
-  def split(x: jax.Array) -> jax.Array:
-    x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
-    return x.swapaxes(0, 1)
-
-  keys = jnp.broadcast_to(noise.key, (accumulate,))
-  return jax.tree.map(split, batch), dropout.Noise(keys, split(noise.row_B))
-
-
-def _join(x: jax.Array) -> jax.Array:
-  """Inverse of `split`."""
-  x = x.swapaxes(0, 1)
-  return x.reshape(-1, *x.shape[2:])
-
-
-def _zeros(shapes: Any) -> Any:
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from realm_jax import config as config_lib
+from realm_jax.trainer import job
 from realm_jax.trainer import stages
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def test_the_defaults_are_valid_except_for_the_corpus():
 )
 def test_a_wrong_field_is_named(values, message):
   with pytest.raises(ValueError, match=message):
-    stages.validate(_config(**values))
+    job.validate(_config(**values))
 
 
 def test_an_object_of_another_type_is_refused():
@@ -156,7 +157,7 @@ def test_every_experiment_is_a_valid_config(path):
     config = module.get_config(stage)
     config.corpus = config.open_qa.questions = 'somewhere'
     config.tagger.files = 'somewhere'
-    stages.validate(config)
+    job.validate(config)
     assert stage not in stages.STAGES or config.objective == stage
   with pytest.raises(ValueError, match='nonsense'):
     module.get_config('nonsense')

@@ -10,7 +10,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import masking
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.runtime import extension
-from realm_jax.trainer import stages
+from realm_jax.trainer import job
 
 _SENTENCE = masking.Sentence(
     ids=np.arange(10, 22),
@@ -108,7 +108,7 @@ def test_other_positions_are_refused(positions):
 def test_wrong_names_are_found_before_any_work(world, field, name, message):
   config = config_lib.Config(corpus=str(world), **{field: name})
   with pytest.raises(ValueError, match=message):
-    stages.validate(config)
+    job.validate(config)
 
 
 def test_a_wrong_mask_is_named_in_training(world, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.corpus import exclusion
 from realm_jax.corpus import ngrams
-from realm_jax.trainer import stages
+from realm_jax.trainer import job
 
 
 def _config(corpus, objective, **values):
@@ -171,4 +171,4 @@ def test_wrong_views_are_refused(views, message):
   config = config_lib.Config(objective='mlm', corpus='somewhere')
   config.mlm.views = views
   with pytest.raises(ValueError, match=rf'config\.mlm\.views=.*{message}'):
-    stages.validate(config)
+    job.validate(config)

@@ -10,7 +10,7 @@ from realm_jax.models import components
 from realm_jax.models import encoders
 from realm_jax.models import flops
 from realm_jax.models import modernbert
-from realm_jax.trainer import stages
+from realm_jax.trainer import job
 
 
 def _config(encoder, **changes):
@@ -100,7 +100,7 @@ def test_flop_of_modernbert():
 def test_settings_that_are_refused(encoder, options, message):
   config = _config(encoder, encoder_options=options)
   with pytest.raises(ValueError, match=message):
-    stages.validate(config)
+    job.validate(config)
 
 
 def test_a_tagger_needs_segments_for_capitals():
@@ -108,9 +108,9 @@ def test_a_tagger_needs_segments_for_capitals():
   config.objective, config.tagger.files = 'tagger', 'file'
   config.tagger.length = 16
   with pytest.raises(ValueError, match="needs two segments; .*'roberta' has"):
-    stages.validate(config)
+    job.validate(config)
   config.model.capitals = False
-  stages.validate(config)
+  job.validate(config)
 
 
 def test_a_path_names_an_encoder_like_the_table():

@@ -18,12 +18,10 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
-from realm_jax.corpus import masking
 from realm_jax.index import embedding
 from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
-from realm_jax.models import encoders
 from realm_jax.models import flops
 from realm_jax.runtime import distributed
 from realm_jax.runtime import extension
@@ -289,35 +287,3 @@ def components_of(
   """Returns the components that a config's stage trains; see `make`."""
   names = load(config).components
   return components_lib.make_all(names, config.model, device)
-
-
-def validate(config: config_lib.Config) -> type[Stage]:
-  """Checks a config with the checks of its stage, which is returned.
-
-  Raises:
-    ValueError: names every wrong field, and what would be right.
-  """
-  config_lib.validate(config, lambda: _problems(config))
-  return load(config)
-
-
-def _problems(config: config_lib.Config) -> Problems:
-  stage = load(config)
-  extension.load('config.masking', config.masking, masking.MASKS)
-  yield from encoders.load(config.model).problems(config.model)
-  longest = stage.longest_input(config)
-  if longest > config.model.max_positions:
-    yield (
-        'model.max_positions',
-        f'is less than the longest input, {longest} wordpieces',
-    )
-  names = stage.components
-  for name in config.optimizer.frozen:
-    if name not in names:
-      yield (
-          'optimizer.frozen',
-          f'the objective {config.objective!r} has the components {names}',
-      )
-  if not set(names) - set(config.optimizer.frozen):
-    yield 'optimizer.frozen', 'leaves nothing to learn'
-  yield from stage.problems(config)
