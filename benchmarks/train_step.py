@@ -135,9 +135,7 @@ class _Side:
     def embed(params: Any, batch: Any) -> jax.Array:
       return realm.candidate_scores(
           components_lib.bind(job.components, params).embedder,
-          batch.query_ids_BQ,
-          batch.doc_ids_BJS,
-          batch.doc_types_BJS,
+          batch,
           inputs.Null(_NULL, (0, 0, 1)),
           dropout.noise(jax.random.key(0), config.batch_size),
       ).sum()
@@ -145,10 +143,7 @@ class _Side:
     def read(params: Any, batch: Any) -> jax.Array:
       return realm.read_targets(
           components_lib.bind(job.components, params).reader,
-          batch.joint_ids_BKT,
-          batch.joint_types_BKT,
-          batch.positions_BM,
-          batch.targets_BM,
+          batch,
           dropout.noise(jax.random.key(0), config.batch_size),
       ).mean()
 

@@ -399,9 +399,7 @@ class Trained:
       if searches:
         score_BK = realm.candidate_scores(
             models.embedder,
-            batch.query_ids_BQ,
-            batch.doc_ids_BJS,
-            batch.doc_types_BJS,
+            batch,
             null if self.config.null_document else None,
         )
       else:  # The null document is the only candidate.

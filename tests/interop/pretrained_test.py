@@ -91,13 +91,15 @@ def test_pretraining_forward_loss_and_gradients(expected, activation):
     ).reshape(want['doc_emb'].shape)
     scores = embedder_lib.score(query_emb, doc_emb)
     joint = (*scores.shape, -1)
-    token_logp = realm.read_targets(
-        reads.module(reader_params),
+    batch = realm.Batch(
+        *[None] * 3,
         _int32(want['joint_ids']).reshape(joint),
         _int32(want['joint_types']).reshape(joint),
         _int32(want['positions']),
         _int32(want['targets']),
+        None,
     )
+    token_logp = realm.read_targets(reads.module(reader_params), batch)
     loss, _ = objectives.marginal_mlm(
         scores, token_logp, jnp.asarray(want['counts']), 'token'
     )

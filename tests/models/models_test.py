@@ -163,11 +163,19 @@ def test_dropout_needs_a_key_and_follows_it():
   np.testing.assert_array_equal(embed(None), embed(None))
 
 
+def _batch(query_ids_BQ, doc_ids_BJS, doc_types_BJS):
+  """Returns a batch without what is read."""
+  return realm.Batch(
+      query_ids_BQ, doc_ids_BJS, doc_types_BJS, *[None] * 5
+  )
+
+
 def test_candidate_scores_embed_documents_without_dropout():
   component = components.make('embedder', CONFIG)
   embedder = component.module(component.init(0))
   docs, types = _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32)
-  score = realm.candidate_scores(embedder, _ids(2, 6), docs, types, NULL)
+  batch = _batch(_ids(2, 6), docs, types)
+  score = realm.candidate_scores(embedder, batch, NULL)
   query = embedder.embed_query(_ids(2, 6))
   doc = embedder.embed_document(
       docs.reshape(6, 8), types.reshape(6, 8)
@@ -186,8 +194,8 @@ def test_without_a_null_document_the_others_have_all_probability():
   params = embedder.init(0)
   bound = embedder.module(params)
   arguments = (_ids(2, 6), _ids(2, 3, 8), np.zeros((2, 3, 8), np.int32))
-  full = realm.candidate_scores(bound, *arguments, NULL)
-  without = realm.candidate_scores(bound, *arguments, None)
+  full = realm.candidate_scores(bound, _batch(*arguments), NULL)
+  without = realm.candidate_scores(bound, _batch(*arguments), None)
   np.testing.assert_array_equal(without[:, 1:], full[:, 1:])
   mask = np.ones((2, 2), bool)
   logp = -np.arange(16, dtype=np.float32).reshape(2, 4, 2)
@@ -273,7 +281,7 @@ def test_scores_are_products_in_float32():
 
   def scores(params, query, document):
     return realm.candidate_scores(
-        embedder.module(params), query, document, document, NULL
+        embedder.module(params), _batch(query, document, document), NULL
     )
 
   traced = jax.make_jaxpr(scores)(embedder.abstract, ids(2, 6), ids(2, 5, 9))

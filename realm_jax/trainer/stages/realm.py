@@ -159,23 +159,12 @@ class Realm(stages.Stage):
       noise: dropout.Noise | None,
   ) -> tuple[jax.Array, jax.Array]:
     """Returns score_BK, f(x, z), and token_logp_BKM, log p(y_j | z, x)."""
-    score_BK = candidate_scores(
-        models.embedder,
-        batch.query_ids_BQ,
-        batch.doc_ids_BJS,
-        batch.doc_types_BJS,
-        self._null if self.config.null_document else None,
-        None if noise is None else noise.fold(0),
+    null = self._null if self.config.null_document else None
+    noises = (None, None) if noise is None else (noise.fold(0), noise.fold(1))
+    return (
+        candidate_scores(models.embedder, batch, null, noises[0]),
+        read_targets(models.reader, batch, noises[1]),
     )
-    token_logp_BKM = read_targets(
-        models.reader,
-        batch.joint_ids_BKT,
-        batch.joint_types_BKT,
-        batch.positions_BM,
-        batch.targets_BM,
-        None if noise is None else noise.fold(1),
-    )
-    return score_BK, token_logp_BKM
 
   def loss(
       self,
@@ -272,9 +261,7 @@ def with_candidates(
 
 def candidate_scores(
     embedder: embedder_lib.Embedder,
-    query_ids_BQ: jax.Array,
-    doc_ids_BJS: jax.Array,
-    doc_types_BJS: jax.Array,
+    batch: Batch,
     null: inputs.Null | None,
     noise: dropout.Noise | None = None,
 ) -> jax.Array:
@@ -282,9 +269,7 @@ def candidate_scores(
 
   Args:
     embedder: with its parameters.
-    query_ids_BQ: `[CLS] x [SEP]`.
-    doc_ids_BJS: `[CLS] title [SEP] body [SEP]` of the retrieved documents.
-    doc_types_BJS: their segments.
+    batch: queries and documents.
     null: the null document, `[CLS] [SEP] [SEP]`. It is the same for all queries
       and is embedded once. None: it keeps its place, with a score that makes
       its probability 0.
@@ -293,10 +278,10 @@ def candidate_scores(
   Returns:
     score_BK, float32; candidate 0 is the null document.
   """
-  b, j, s = doc_ids_BJS.shape
-  query_emb_BE = embedder.embed_query(query_ids_BQ, noise)
+  b, j, s = batch.doc_ids_BJS.shape
+  query_emb_BE = embedder.embed_query(batch.query_ids_BQ, noise)
   doc_emb = embedder.embed_document(  # (B*J) E
-      doc_ids_BJS.reshape(b * j, s), doc_types_BJS.reshape(b * j, s)
+      batch.doc_ids_BJS.reshape(b * j, s), batch.doc_types_BJS.reshape(b * j, s)
   )
   real_BJ = embedder_lib.score(query_emb_BE, doc_emb.reshape(b, j, -1))
   if null is None:
@@ -310,21 +295,18 @@ def candidate_scores(
 
 def read_targets(
     reader: reader_lib.Reader,
-    joint_ids_BKT: jax.Array,
-    joint_types_BKT: jax.Array,
-    positions_BM: jax.Array,
-    targets_BM: jax.Array,
+    batch: Batch,
     noise: dropout.Noise | None = None,
 ) -> jax.Array:
   """Returns log p(y_j | z_k, x) of the masked wordpieces, token_logp_BKM."""
-  b, k, t = joint_ids_BKT.shape
+  b, k, t = batch.joint_ids_BKT.shape
   token_logp = reader.token_logp(
-      joint_ids_BKT.reshape(b * k, t),
-      joint_types_BKT.reshape(b * k, t),
+      batch.joint_ids_BKT.reshape(b * k, t),
+      batch.joint_types_BKT.reshape(b * k, t),
       # The sentence comes first, so its masks are at the same positions in
       # front of every candidate.
-      jnp.repeat(positions_BM, k, axis=0),
-      jnp.repeat(targets_BM, k, axis=0),
+      jnp.repeat(batch.positions_BM, k, axis=0),
+      jnp.repeat(batch.targets_BM, k, axis=0),
       None if noise is None else noise.repeat(k),
   )
   return token_logp.reshape(b, k, -1)
