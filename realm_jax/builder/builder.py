@@ -198,9 +198,8 @@ class _Job:
       corpus = corpus_lib.Corpus.open(config.corpus)
     if distributed.is_main():
       cuts.warn_of_passages(corpus, config)
-    config.model.vocab_size = (
-        config.model.vocab_size or corpus.tokenizer.vocab_size
-    )
+    if not config.model.vocab_size:
+      corpus.tokenizer.complete(config.model)
     # All devices of this process, whatever mesh the trainer has.
     devices = np.array(jax.local_devices()).reshape(-1, 1)
     mesh = jax.sharding.Mesh(devices, (mesh_lib.DATA, mesh_lib.MODEL))

@@ -126,9 +126,8 @@ class Documents:
     if manifest is _UNCHANGED:
       names = {**manifest['parts'][0], 'fingerprint': base.fingerprint}
       manifest = {**manifest, 'origin': base.fingerprint, 'parts': [names]}
-    config.model.vocab_size = (
-        config.model.vocab_size or base.tokenizer.vocab_size
-    )
+    if not config.model.vocab_size:
+      base.tokenizer.complete(config.model)
     removed = _read_removed(folder, manifest['removed'])
     return cls(workdir, config, tuple(parts), removed, manifest)
 

@@ -12,14 +12,10 @@ import pathlib
 import typing
 from typing import Any, Literal
 
-# Layers, width and heads of the published small BERTs (Turc et al. 2019) and of
-# BERT-base. The MLP is four times as wide as the encoder.
-PRESETS = {
-    'tiny': (2, 128, 2),
-    'mini': (4, 256, 4),
-    'small': (4, 512, 8),
-    'base': (12, 768, 12),
-}
+from realm_jax.config import encoders
+from realm_jax.config.encoders import ENCODERS as ENCODERS
+from realm_jax.config.encoders import PRESETS as PRESETS
+
 # Search backends and their classes; see index/search.py.
 BACKENDS = {
     'exact': 'realm_jax.index.search:ExactSearch',
@@ -32,17 +28,24 @@ _FOREIGN = {'architectures', 'model_type', 'hidden_size'}
 
 @dataclasses.dataclass
 class ModelConfig:
-  """Architecture of the networks; each has a BERT of its own."""
+  """Architecture of the networks; each has an encoder of its own."""
 
+  # bert, roberta (XLM-R, too), modernbert (config/encoders.py), or your own
+  # class as package.module:Name (docs/extending.md).
+  encoder: str = 'bert'
+  # Settings of the encoder: those of ModernBERT, or of your own.
+  encoder_options: dict[str, Any] = dataclasses.field(default_factory=dict)
   preset: Literal['tiny', 'mini', 'small', 'base'] = 'base'
   num_layers: int = 0  # 0: the preset's.
   width: int = 0  # 0: the preset's.
   num_heads: int = 0  # 0: the preset's.
-  mlp_width: int = 0  # 0: four times the width.
+  mlp_width: int = 0  # 0: four times the width; of ModernBERT, 1.5 times.
   vocab_size: int = 0  # 0: the tokenizer's.
+  pad_id: int = 0  # Set from the tokenizer.
   max_positions: int = 512
-  activation: Literal['gelu', 'gelu_new'] = 'gelu_new'  # erf or tanh form.
-  layer_norm_eps: float = 1e-12
+  # erf form, tanh form, or that of the encoder.
+  activation: Literal['auto', 'gelu', 'gelu_new'] = 'auto'
+  layer_norm_eps: float = -1.0  # <0: the encoder's.
   dropout: float = 0.1
   # Dropout of attention weights; <0: as `dropout`. Fused kernels need 0.
   attention_dropout: float = -1.0
@@ -336,15 +339,9 @@ class Config:
 def resolve(config: Config) -> Config:
   """Returns a copy in which derived defaults, such as `width=0`, are set."""
   config = copy.deepcopy(config)
-  model = config.model
-  if model.preset in PRESETS:
-    layers, width, heads = PRESETS[model.preset]
-    model.num_layers = model.num_layers or layers
-    model.width = model.width or width
-    model.num_heads = model.num_heads or heads
-    model.mlp_width = model.mlp_width or 4 * model.width
-  if model.projection == 'none':
-    model.embedding_width = model.width
+  encoders.complete(config.model)
+  if config.model.projection == 'none':
+    config.model.embedding_width = config.model.width
   if config.optimizer.retriever_learning_rate < 0:
     config.optimizer.retriever_learning_rate = config.optimizer.learning_rate
   if config.optimizer.warmup_steps < 0:

@@ -57,9 +57,13 @@ def identity(config: config_lib.Config) -> dict[str, Any]:
     del values[name]
   for name in ('attention', 'remat'):
     del values['model'][name]
-  for section in (values, values['mips']):
-    if not section['options']:  # Configs of older versions lack them.
-      del section['options']
+  for section, field in (
+      (values, 'options'),
+      (values['mips'], 'options'),
+      (values['model'], 'encoder_options'),
+  ):
+    if not section[field]:  # Configs of older versions lack them.
+      del section[field]
   default = config_lib.ModelConfig()
   for name in HEAD_FIELDS:
     if values['model'][name] == getattr(default, name):

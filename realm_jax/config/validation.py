@@ -12,7 +12,7 @@ from realm_jax import config as config_lib
 # 0 means none, a derived default, or no limit.
 _NOT_NEGATIVE = (
     'model.num_layers model.width model.num_heads model.mlp_width'
-    ' model.vocab_size model.layer_norm_eps model.init_stddev'
+    ' model.vocab_size model.pad_id model.init_stddev'
     ' model.projection_norm_eps model.span_norm_eps optimizer.learning_rate'
     ' optimizer.retriever_delay optimizer.final_fraction optimizer.eps'
     ' optimizer.weight_decay'

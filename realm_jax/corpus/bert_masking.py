@@ -25,7 +25,7 @@ def bert_whole_words(
   A word of more wordpieces than are left is passed over.
   """
   assert sentence.tokenizer is not None
-  begins = sentence.tokenizer.starts_word[sentence.ids].copy()
+  begins = sentence.tokenizer.starts_word(sentence.ids).copy()
   begins[0] = True  # The sentence may begin inside a word.
   starts = np.flatnonzero(begins)
   sizes = np.diff(starts, append=len(begins))
@@ -49,8 +49,9 @@ def _replaced(
 ) -> masking.Replaced:
   assert sentence.tokenizer is not None
   drawn = rng.random(len(positions))
-  # Not [PAD], id 0, which attention leaves out.
+  # Not [PAD], which attention leaves out.
   random = rng.integers(1, sentence.tokenizer.vocab_size, len(positions))
+  random = np.where(random <= sentence.tokenizer.pad_id, random - 1, random)
   kept = sentence.ids[positions].astype(np.int64)
   ids = np.where(drawn < _MASKED + _RANDOM, random, kept)
   ids[drawn < _MASKED] = sentence.tokenizer.mask_id

@@ -23,7 +23,7 @@ from realm_jax.runtime import files
 # an article.
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
-NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP].
+NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP]; RoBERTa has two [SEP].
 _HASH_BLOCK = 2**20  # Hashes of ids that are searched at a time.
 
 # Wordpieces of one file, or of a corpus and the documents added to it.
@@ -38,12 +38,14 @@ class PassageTable:
   offsets: int64 [N + 1]: start and end of each passage in `tokens`.
   title_lengths: int32 [N]: number of wordpieces of the title.
   articles: int32 [N]: number of the article.
+  num_specials: special wordpieces of a passage.
   """
 
   tokens: Tokens
   offsets: np.ndarray
   title_lengths: np.ndarray
   articles: np.ndarray
+  num_specials: int = NUM_SPECIALS
 
   def __len__(self) -> int:
     return len(self.title_lengths)
@@ -51,7 +53,7 @@ class PassageTable:
   @functools.cached_property
   def lengths(self) -> np.ndarray:
     """int32 [N]: wordpieces of title and body, with [CLS] and two [SEP]."""
-    return (np.diff(self.offsets) + NUM_SPECIALS).astype(np.int32)
+    return (np.diff(self.offsets) + self.num_specials).astype(np.int32)
 
   def title_and_body(self, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the wordpieces of the title and of the body."""
@@ -160,6 +162,7 @@ class Corpus:
         directory / 'tables',
         manifest['splits'],
         lambda path: np.memmap(path, dtype, mode='r'),
+        manifest['tokenizer'].get('num_specials', NUM_SPECIALS),
     )
 
   @classmethod
@@ -321,6 +324,7 @@ def open_tables(
     tables: pathlib.Path,
     splits: Mapping[str, Mapping[str, Any]],
     open_tokens: Callable[[pathlib.Path], Tokens],
+    num_specials: int = NUM_SPECIALS,
 ) -> tuple[PassageTable, dict[str, SentenceTable]]:
   """Opens the tables of passages, and of the sentences of each split.
 
@@ -328,6 +332,7 @@ def open_tables(
     tables: the folder.
     splits: of the manifest; `tokens` names the file of wordpieces.
     open_tokens: opens a file of wordpieces.
+    num_specials: special wordpieces of a passage.
   """
   open_once = functools.cache(open_tokens)
   load = functools.partial(_load, tables)
@@ -336,6 +341,7 @@ def open_tables(
       load('passage_offsets'),
       load('title_lengths'),
       load('articles'),
+      num_specials,
   )
   sentences = {
       name: SentenceTable(

@@ -225,8 +225,12 @@ class _EncodedWords(dict):
     self._tokenizer = tokenizer
 
   def __missing__(self, text: str) -> tuple[np.ndarray, ...]:
-    ((ids, starts, _),) = self._tokenizer.encode_arrays([text])
-    begins = self._tokenizer.starts_word[ids]
+    # As within a text, where most words follow a blank, and marks do not.
+    wordpiece = self._tokenizer.is_wordpiece
+    blank = '' if wordpiece or not text[:1].isalnum() else ' '
+    ((ids, starts, _),) = self._tokenizer.encode_arrays([blank + text])
+    starts = np.maximum(starts - len(blank), 0)
+    begins = self._tokenizer.starts_word(ids)
     begins[:1] = True
     self[text] = ids, capitals(text, starts, begins), begins
     return self[text]

@@ -1,7 +1,9 @@
 """Model inputs: wordpieces with [CLS] and [SEP], in numpy.
 
-Only this module writes special ids and the prefixes of a retriever. Batches are
-assembled as a whole from the tables of a corpus.
+Only this module writes special ids and the prefixes of a retriever. The special
+ids and their number are the tokenizer's: RoBERTa has two [SEP] between two
+texts, `<s> title </s></s> body </s>`. Batches are assembled as a whole from the
+tables of a corpus.
 """
 
 from collections.abc import Sequence
@@ -17,11 +19,8 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 
 Tokenizer = tokenizer_lib.Tokenizer
 
-NUM_SPECIALS = corpus_lib.NUM_SPECIALS
 NULL_DOCUMENT = -1  # Its row number: empty title, empty body.
-
-
-NULL_TYPES = (0, 0, 1)  # The segments of the null document.
+NULL_TYPES = (0, 0, 1)  # The segments of `[CLS] [SEP] [SEP]`.
 
 
 class Null(NamedTuple):
@@ -70,7 +69,7 @@ class Template:
       if not text:
         continue
       count = len(found[what])
-      if count + NUM_SPECIALS >= length:
+      if count + tokenizer.num_specials >= length:
         raise ValueError(
             f'config.model.{what}_prefix={text!r} has {count} wordpieces, and'
             f' config.lengths.{what}={length} leaves no room for a text after'
@@ -79,9 +78,11 @@ class Template:
       if tokenizer.encode(f'{text}a') != [
           *found[what], *tokenizer.encode('a')
       ]:
+        # In byte-level BPE, a blank belongs to the word behind it.
+        mend = 'leave out' if text.endswith(' ') else 'end it with'
         raise ValueError(
             f'config.model.{what}_prefix={text!r} runs into the text after it:'
-            ' end it with a space.'
+            f' {mend} a space.'
         )
     separator: list[int] = []
     if model.titles == 'text':
@@ -137,22 +138,28 @@ class Template:
     start: list[_Pieces | int] = [cls_id]
     if self.document_prefix:
       start.append(_repeated(self.document_prefix, np.ones(rows.size, bool)))
-    middle: list[_Pieces | int] = [sep_id]
+    middle: list[_Pieces | int] = [*self.tokenizer.between]
     if self.titles == 'text':
       present_N = title.lengths > 0
       middle = [_repeated(self.separator, present_N)] if self.separator else []
     parts = [*start, title, *middle, body, sep_id]
-    segment = len(start) + 2 if self.titles == 'segments' else len(parts)
-    return _join(parts, length or self.document_length, segment, rows.shape)
+    segment = len(parts)  # No part has type 1.
+    if self.titles == 'segments':
+      segment = len(start) + 1 + len(middle)
+    return _join(
+        parts,
+        length or self.document_length,
+        first_segment=segment,
+        shape=rows.shape,
+        pad_id=self.tokenizer.pad_id,
+    )
 
   @functools.cached_property
   def null(self) -> Null:
     """The null document, `[CLS] [SEP] [SEP]` without a prefix."""
     specials = (self.tokenizer.cls_id, *self.document_prefix)
-    if self.titles == 'text':
-      ids = (*specials, self.tokenizer.sep_id)
-    else:
-      ids = (*specials, self.tokenizer.sep_id, self.tokenizer.sep_id)
+    between = () if self.titles == 'text' else self.tokenizer.between
+    ids = (*specials, *between, self.tokenizer.sep_id)
     last = int(self.titles == 'segments')
     return Null(ids, (0,) * (len(ids) - 1) + (last,))
 
@@ -165,7 +172,7 @@ class Template:
 
   def lengths(self, passages: corpus_lib.PassageTable) -> np.ndarray:
     """Returns the wordpieces of all passages as documents, int32 [N]."""
-    more_N = self.overhead(passages.title_lengths) - NUM_SPECIALS
+    more_N = self.overhead(passages.title_lengths) - passages.num_specials
     return (passages.lengths + more_N).astype(np.int32)
 
 
@@ -220,6 +227,7 @@ def passage_table(
       offsets=np.cumsum([0, *map(len, pieces)]),
       title_lengths=np.array([len(title) for title in titles], np.int32),
       articles=np.arange(len(pieces), dtype=np.int32),
+      num_specials=tokenizer.num_specials,
   )
 
 
@@ -246,6 +254,7 @@ def assemble_queries(
       length,
       first_segment=3,
       shape=rows.shape,
+      pad_id=tokenizer.pad_id,
   )
   return ids, np.minimum(pieces.lengths + 2, length).astype(np.int32)
 
@@ -281,12 +290,15 @@ def assemble_joint(
       np.repeat(query_lengths, rows.shape[1]),
   )
   title, body = _title_and_body(passages, rows.reshape(-1), None)
+  # The query brings the first [SEP] between the two texts.
+  first: list[_Pieces | int] = [queries, *tokenizer.between[1:]]
   before: list[_Pieces | int] = [title, tokenizer.sep_id] if titles else []
   return _join(
-      [queries, *before, body, tokenizer.sep_id],
+      [*first, *before, body, tokenizer.sep_id],
       length,
-      first_segment=1,
+      first_segment=len(first),
       shape=rows.shape,
+      pad_id=tokenizer.pad_id,
   )
 
 
@@ -295,6 +307,7 @@ def body_bounds(
     rows: np.ndarray,
     query_lengths: np.ndarray,
     length: int,
+    tokenizer: Tokenizer,
     titles: bool = False,
 ) -> np.ndarray:
   """Returns the half-open range of the body in `assemble_joint`.
@@ -303,6 +316,7 @@ def body_bounds(
   """
   title, body = _title_and_body(passages, rows.reshape(-1), None)
   starts = np.repeat(query_lengths, rows.shape[1]).astype(np.int64)
+  starts += len(tokenizer.between) - 1
   if titles:
     starts = starts + np.minimum(title.lengths, length - 2 - starts) + 1
   limits = np.minimum(starts + body.lengths, length - 1)
@@ -353,6 +367,7 @@ def _join(
     length: int,
     first_segment: int,
     shape: tuple[int, ...],
+    pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Concatenates ranges of wordpieces and single ids in each row.
 
@@ -361,7 +376,7 @@ def _join(
   """
   num_rows = next(len(p.lengths) for p in parts if isinstance(p, _Pieces))
   column = np.arange(length)[None]
-  ids = np.zeros((num_rows, length), np.int32)
+  ids = np.full((num_rows, length), pad_id, np.int32)
   types = np.zeros((num_rows, length), np.int32)
   filled = np.zeros(num_rows, np.int64)
   for i, part in enumerate(parts):

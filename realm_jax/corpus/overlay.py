@@ -116,6 +116,7 @@ def _joined(
       np.concatenate([np.zeros(1, np.int64), *offsets]),
       np.concatenate([table.title_lengths for table in tables]),
       np.concatenate(numbers).astype(np.int32),
+      tables[0].num_specials,
   )
 
 

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _ADDED, _MODEL = 'added_tokens.json', 'config.json'
 # Files of a tokenizer. config.json can name the class of a vocab.txt.
 FILES = (VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP)
+_KINDS = ('WordPiece', 'BPE', 'Unigram')
 _MAX_IDS = 1 << 24  # A larger id leaves a gap that no vocabulary has.
 
 # Fields of the wrong type, which transformers reports without their names.
@@ -163,8 +164,9 @@ class _Source:
       found[VOCAB] = path
     if VOCAB not in found and RULES not in found:
       raise FileNotFoundError(
-          f'{name} has neither vocab.txt nor tokenizer.json; a WordPiece'
-          ' tokenizer, as of BERT, has one of them.'
+          f'{name} has neither vocab.txt nor tokenizer.json. save_pretrained of'
+          ' transformers makes a tokenizer.json of other files, such as'
+          ' vocab.json or sentencepiece.bpe.model.'
       )
     values = {}
     for file, place in found.items():
@@ -297,7 +299,8 @@ class _Source:
     has an embedding.
     """
     model = json.loads(backend.to_str())['model']
-    known = {*model['vocab'], *self.values.get(_ADDED, ())}
+    vocab = tokenizer_rules.model_ids(model)
+    known = {*vocab, *self.values.get(_ADDED, ())}
     for token in (
         *self.get(RULES, 'added_tokens', ()),
         *self.get(SETTINGS, 'added_tokens_decoder', {}).values(),
@@ -306,18 +309,30 @@ class _Source:
     specials = {
         role: str(names.get(role) or usual) for role, usual in SPECIALS.items()
     }
-    specials['unk'] = model['unk_token']
+    is_wordpiece = model['type'] == 'WordPiece'
+    if is_wordpiece:  # The model itself gives [UNK].
+      specials['unk'] = model['unk_token']
+    for role in ('mask',) if is_wordpiece else ('mask', 'unk'):
+      if specials[role] not in known:
+        del specials[role]
+    if 'mask' not in specials:
+      log.warning(
+          'Tokenizer %s has no mask token (%s): a corpus for search, `ict` and'
+          ' `open_qa`; the objectives `mlm` and `realm` need one. If it has one'
+          ' under another name, name it in a %s next to it, as in'
+          ' {"mask_token": "<mask>"}.',
+          self.name, names.get('mask') or SPECIALS['mask'], SETTINGS,
+      )  # fmt: skip
     missing = [
         f'{token} ({role}_token)'
         for role, token in specials.items()
-        # The model itself gives [UNK].
-        if token not in (model['vocab'] if role == 'unk' else known)
+        if token not in (vocab if is_wordpiece and role == 'unk' else known)
     ]
     if missing:
       raise ValueError(
           f'{self.name}: the vocabulary of {len(known)} wordpieces lacks'
           f' {", ".join(missing)}. If it has them under other names, name these'
-          f' in a {SETTINGS} next to it, as in {{"mask_token": "<mask>"}}.'
+          f' in a {SETTINGS} next to it, as in {{"pad_token": "<pad>"}}.'
       )
     if len({*specials.values()}) < len(specials):
       raise ValueError(
@@ -328,19 +343,13 @@ class _Source:
 
   def check(self, rules: tokenizer_rules.Rules) -> None:
     """Raises a ValueError if the ids cannot be used here."""
-    ids, pad = rules.ids, rules.specials['pad']
-    if ids[pad] != 0:
-      raise ValueError(
-          f'{self.name}: the vocabulary has {pad} at id {ids[pad]}; it must be'
-          ' at 0, the first line, as in BERT.'
-      )
+    ids = rules.ids
     if len({*ids.values()}) < len(ids):
       raise ValueError(
           f'{self.name}: {len(ids)} wordpieces have {len({*ids.values()})} ids;'
           ' each must have its own.'
       )
-    known = rules.fields['model']['vocab']
-    if self.path.is_file() and not {*self.lines} <= {*known}:
+    if self.path.is_file() and not {*self.lines} <= ids.keys():
       raise ValueError(
           f'{self.path} is not the vocabulary of the {RULES} next to it. Give'
           ' the path of that file, or move one of them to another folder.'
@@ -401,10 +410,9 @@ def _check_model(where: str, model: dict[str, Any]) -> None:
 
 
 def _check_kind(where: str, kind: Any) -> None:
-  if kind != 'WordPiece':
+  if kind not in _KINDS:
     raise ValueError(
-        f'{where} is a {kind} tokenizer; only WordPiece, as in BERT, is'
-        ' supported.'
+        f'{where} is a {kind} tokenizer; supported are {", ".join(_KINDS)}.'
     )
 
 

@@ -1,11 +1,12 @@
-"""WordPiece with the conventions of BERT, and offsets in UTF-8 bytes.
+"""Text to wordpieces with their offsets in UTF-8 bytes, and back.
 
 The `tokenizers` library does the work. This module adds checks of the
 vocabulary, a digest, reproducible training, byte offsets, and a cache of words.
-`pretrained_tokenizer` reads the tokenizers of other programs.
+`pretrained_tokenizer` reads the tokenizers of other programs, WordPiece, BPE or
+Unigram; "wordpieces" are the pieces of any.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import functools
 import hashlib
@@ -21,9 +22,12 @@ from tokenizers import models
 from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 
+from realm_jax import config as config_lib
+from realm_jax.corpus import pieces as pieces_lib
 from realm_jax.corpus import pretrained_tokenizer
 from realm_jax.corpus import tokenizer_rules
 from realm_jax.corpus import vocabulary
+from realm_jax.corpus.pieces import byte_positions as byte_positions
 from realm_jax.runtime import files
 
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
@@ -46,10 +50,17 @@ Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Tokenizer:
-  """A WordPiece vocabulary and the rules that cut text into its wordpieces.
+  """A vocabulary and the rules that cut text into its wordpieces.
 
   The rules are BERT's if `rules` is None. Text never gives special tokens: a
   literal '[SEP]' in a corpus is three wordpieces.
+
+  Attributes:
+    pad_id, cls_id, sep_id: of the special wordpieces.
+    unk_id, mask_id: -1 if there is none.
+    between: the special wordpieces between two texts.
+    is_wordpiece: whether a part of a text that is cut between words has the
+      wordpieces that it has within the text.
   """
 
   def __init__(self, vocab: Sequence[str], lowercase: bool = True):
@@ -98,17 +109,30 @@ class Tokenizer:
       specials: dict[str, str],
       rules: tokenizer_rules.Rules | None = None,
   ) -> None:
-    """Sets all attributes; the only place that knows it is WordPiece."""
+    """Sets all attributes; the only place that knows the kind of model."""
     self.vocab, self.lowercase = vocab, lowercase
     self.vocab_size = len(vocab)
     self._tokenizer, self._specials, self.rules = backend, specials, rules
     ids = {piece: i for i, piece in enumerate(vocab)}
     self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-        ids[piece] for piece in specials.values()
+        ids[specials[role]] if role in specials else -1
+        for role in tokenizer_rules.SPECIALS
     )
-    self._prefix = backend.model.continuing_subword_prefix
-    self._decoder = decoders.WordPiece(self._prefix)
+    self.between = [self.sep_id] * (1 if rules is None else rules.separators)
+    self.is_wordpiece = rules is None or rules.is_wordpiece
+    self._prefix: str | None = None
+    self._decoder: decoders.Decoder
+    if self.is_wordpiece:
+      self._prefix = backend.model.continuing_subword_prefix
+      self._decoder = decoders.WordPiece(self._prefix)
+    elif rules is not None:
+      self._decoder = rules.text_decoder()
     self.divides_at_spaces = rules is None or rules.divide_at_spaces
+
+  @property
+  def num_specials(self) -> int:
+    """Number of special wordpieces in `[CLS] title [SEP] body [SEP]`."""
+    return 2 + len(self.between)
 
   @classmethod
   def from_rules(cls, rules: tokenizer_rules.Rules) -> 'Tokenizer':
@@ -211,6 +235,11 @@ class Tokenizer:
     """
     return cls(vocabulary.learn(texts, vocab_size, lowercase), lowercase)
 
+  def complete(self, model: config_lib.ModelConfig) -> None:
+    """Sets what the tokenizer decides."""
+    model.vocab_size = model.vocab_size or self.vocab_size
+    model.pad_id = self.pad_id
+
   @functools.cached_property
   def digest(self) -> str:
     """SHA-256 of the wordpieces in order, of `lowercase`, and of other rules.
@@ -243,8 +272,13 @@ class Tokenizer:
     """
     if not masks:
       return self._tokenizer.encode(text).ids
+    if self.mask_id < 0:
+      raise ValueError('The tokenizer has no mask token.')
     text = text.replace(self._specials['mask'], '[MASK]')
-    ids = self.encode_batch(text.split('[MASK]'))
+    parts = text.split('[MASK]')
+    if not self.is_wordpiece:  # The blank before a mask is part of it.
+      parts = [*(part.rstrip() for part in parts[:-1]), parts[-1]]
+    ids = self.encode_batch(parts)
     for part in ids[1:]:
       part.insert(0, self.mask_id)
     return [i for part in ids for i in part]
@@ -273,24 +307,43 @@ class Tokenizer:
   ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns (uint32 ids, int64 [n, 2] ranges of characters) of each text."""
     found = []
-    for encoding in self._tokenizer.encode_batch(list(texts)):
+    encodings = self._tokenizer.encode_batch(
+        list(texts), add_special_tokens=False
+    )
+    for text, encoding in zip(texts, encodings, strict=True):
       ranges = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+      if not self.is_wordpiece:
+        ranges = pieces_lib.without_blanks(text, ranges)
       found.append((np.array(encoding.ids, np.uint32), ranges))
     return found
 
   @functools.cached_property
-  def starts_word(self) -> np.ndarray:
-    """bool [vocab_size]: False for wordpieces inside a word."""
+  def piece_texts(self) -> list[str]:
+    """The text of each wordpiece; of WordPiece, as the vocabulary has it."""
+    if self.is_wordpiece:
+      return self.vocab
+    special = {*self._specials.values()}
+    return pieces_lib.texts(
+        self._decoder, ['' if p in special else p for p in self.vocab]
+    )
+
+  @functools.cached_property
+  def starts_word(self) -> Callable[[np.ndarray], np.ndarray]:
+    """Tells which wordpieces of a text begin a word: ids [L] to bool [L]."""
+    if not self.is_wordpiece:
+      return pieces_lib.WordStarts(self.piece_texts)
     prefix = self._prefix
-    return np.array(
+    begins = np.array(
         [not (prefix and piece.startswith(prefix)) for piece in self.vocab]
     )
+    return lambda ids: begins[ids]
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns readable text, without [PAD], [CLS] and [SEP]."""
     dropped = {self.pad_id, self.cls_id, self.sep_id}
     pieces = [self.vocab[i] for i in ids if i not in dropped]
-    return self._decoder.decode(pieces)
+    text = self._decoder.decode(pieces)
+    return text if self.is_wordpiece else text.strip()
 
   def save(
       self, directory: str | os.PathLike[str], settings: bool = False
@@ -425,15 +478,3 @@ def _of_bert(vocab: Iterable[str], lowercase: bool) -> tokenizers.Tokenizer:
   backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
   backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   return backend
-
-
-def byte_positions(text: str) -> np.ndarray:
-  """Returns the position in UTF-8 bytes of each character and of the end."""
-  if text.isascii():
-    return np.arange(len(text) + 1)
-  code_points = np.frombuffer(text.encode('utf-32-le'), np.uint32)
-  sizes = 1 + sum(
-      (code_points >= limit).astype(np.int64)
-      for limit in (0x80, 0x800, 0x10000)
-  )
-  return np.concatenate([[0], np.cumsum(sizes)])

@@ -1,7 +1,7 @@
 """The rules by which a tokenizer that is not BERT's cuts text; their files.
 
-They are kept as tokenizer.json has them, so that any normalizer, pre-tokenizer
-and added tokens of the `tokenizers` library can be used.
+They are kept as tokenizer.json has them, so that any normalizer, pre-tokenizer,
+model and added tokens of the `tokenizers` library can be used.
 """
 
 import dataclasses
@@ -26,6 +26,9 @@ SPECIALS = {
 # The fields of tokenizer.json that decide about the ids of a text.
 _FIELDS = ('normalizer', 'pre_tokenizer', 'model', 'added_tokens')
 _OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
+# Before a special piece that the model itself might find in a text. A character
+# that no text has.
+_HIDDEN = '\U0010ffff'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +36,16 @@ class Rules:
   """The rules that give a text its ids.
 
   fields: `_FIELDS` of a tokenizer.json.
-  specials: the wordpiece of each role of `SPECIALS`.
+  specials: the wordpiece of each role of `SPECIALS`; `unk` and `mask` may be
+    missing.
+  decoder: of a tokenizer.json; None: WordPiece's.
+  separators: number of `sep` between two texts.
   """
 
   fields: dict[str, Any]
   specials: dict[str, str]
+  decoder: dict[str, Any] | None = None
+  separators: int = 1
 
   @classmethod
   def of(
@@ -50,13 +58,15 @@ class Rules:
     """
     whole = json.loads(backend.to_str())
     fields = {name: whole[name] for name in _FIELDS}
-    names, vocab = set(specials.values()), fields['model']['vocab']
+    names, vocab = set(specials.values()), set(model_ids(fields['model']))
     fields['added_tokens'] = [
         {**token, 'special': token['content'] in names}
         for token in fields['added_tokens']
         if token['content'] not in names or token['content'] not in vocab
     ]
-    rules = cls(fields, specials)
+    is_wordpiece = fields['model']['type'] == 'WordPiece'
+    decoder = None if is_wordpiece else whole['decoder']
+    rules = cls(fields, specials, decoder, _separators(backend))
     for one in rules.normalizers:
       # Null means: as `lowercase` says.
       if one.get('strip_accents', '') == one.get('lowercase'):
@@ -84,10 +94,15 @@ class Rules:
     )
 
   @property
+  def is_wordpiece(self) -> bool:
+    return self.fields['model']['type'] == 'WordPiece'
+
+  @property
   def divide_at_spaces(self) -> bool:
     """Whether no rule looks beyond a space or ASCII punctuation, as BERT's."""
     return (
-        [one['type'] for one in self.normalizers] == ['BertNormalizer']
+        self.is_wordpiece
+        and [one['type'] for one in self.normalizers] == ['BertNormalizer']
         and self.fields['pre_tokenizer'] == {'type': 'BertPreTokenizer'}
         and all(token['special'] for token in self.fields['added_tokens'])
     )
@@ -95,7 +110,7 @@ class Rules:
   @property
   def ids(self) -> dict[str, int]:
     """The id of each wordpiece and added token."""
-    ids = dict(self.fields['model']['vocab'])
+    ids = model_ids(self.fields['model'])
     for token in self.fields['added_tokens']:
       ids.setdefault(token['content'], token['id'])
     return ids
@@ -116,11 +131,31 @@ class Rules:
 
   def backend(self) -> tokenizers.Tokenizer:
     """Makes the Rust tokenizer."""
+    whole = self._whole()
+    model, hidden = whole['model'], set(self.specials.values())
+
+    def renamed(piece: str) -> str:
+      return _HIDDEN + piece if piece in hidden else piece
+
+    if model['type'] == 'Unigram':
+      scored = [[renamed(piece), score] for piece, score in model['vocab']]
+      whole['model'] = {**model, 'vocab': scored}
+    elif model.get('ignore_merges'):
+      ids = {renamed(piece): i for piece, i in model['vocab'].items()}
+      whole['model'] = {**model, 'vocab': ids}
     backend = tokenizers.Tokenizer.from_str(
-        json.dumps(self._whole(), ensure_ascii=False)
+        json.dumps(whole, ensure_ascii=False)
     )
     backend.encode_special_tokens = True  # As text.
     return backend
+
+  def text_decoder(self) -> decoders.Decoder:
+    """Makes the decoder of a tokenizer that is not WordPiece."""
+    whole = {**self._whole(), 'decoder': self.decoder}
+    loaded = tokenizers.Tokenizer.from_str(
+        json.dumps(whole, ensure_ascii=False)
+    )
+    return loaded.decoder or decoders.Fuse()
 
   def _whole(self) -> dict[str, Any]:
     others = 'truncation', 'padding', 'post_processor', 'decoder'
@@ -129,10 +164,12 @@ class Rules:
   def summary(self) -> str:
     """Returns all but the wordpieces, for a digest."""
     model = self.fields['model']
-    model = {**model, 'vocab': len(model['vocab'])}
-    return json.dumps(
-        [{**self.fields, 'model': model}, self.specials], sort_keys=True
-    )
+    if isinstance(model['vocab'], dict):  # Otherwise it has scores.
+      model = {**model, 'vocab': len(model['vocab'])}
+    parts: list[Any] = [{**self.fields, 'model': model}, self.specials]
+    if self.separators != 1:
+      parts.append(self.separators)
+    return json.dumps(parts, sort_keys=True)
 
   def save(self, directory: pathlib.Path) -> None:
     """Writes the files that `saved` and transformers read, but vocab.txt."""
@@ -141,14 +178,16 @@ class Rules:
     other = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
     other.post_processor = processors.TemplateProcessing(
         single=[cls, '$A', sep],
-        pair=[cls, '$A', sep, '$B:1', f'{sep}:1'],
+        pair=[cls, '$A', *[sep] * self.separators, '$B:1', f'{sep}:1'],
         special_tokens=[(cls, ids[cls]), (sep, ids[sep])],
     )
-    other.decoder = decoders.WordPiece(
-        self.fields['model']['continuing_subword_prefix']
-    )
+    if self.is_wordpiece:
+      other.decoder = decoders.WordPiece(
+          self.fields['model']['continuing_subword_prefix']
+      )
     made = json.loads(other.to_str())
-    whole |= {name: made[name] for name in ('post_processor', 'decoder')}
+    whole['post_processor'] = made['post_processor']
+    whole['decoder'] = self.decoder or made['decoder']
     (directory / RULES).write_text(
         json.dumps(whole, ensure_ascii=False), 'utf-8'
     )
@@ -164,10 +203,35 @@ class Rules:
     """Reads what `save` wrote; its text decides, so that digests stay."""
     whole = files.read_json(directory / RULES)
     names = files.read_json(directory / SPECIALS_MAP)
+    fields = {name: whole[name] for name in _FIELDS}
+    is_wordpiece = fields['model']['type'] == 'WordPiece'
+    pair = whole['post_processor']['pair']
     return cls(
-        {name: whole[name] for name in _FIELDS},
-        {name: names[f'{name}_token'] for name in SPECIALS},
+        fields,
+        {
+            name: names[f'{name}_token']
+            for name in SPECIALS
+            if f'{name}_token' in names
+        },
+        None if is_wordpiece else whole['decoder'],
+        sum('SpecialToken' in one for one in pair) - 2,
     )
+
+
+def model_ids(model: dict[str, Any]) -> dict[str, int]:
+  """Returns the ids of a model's pieces; Unigram has a list with scores."""
+  vocab = model['vocab']
+  if isinstance(vocab, dict):
+    return dict(vocab)
+  return {piece: i for i, (piece, _) in enumerate(vocab)}
+
+
+def _separators(backend: tokenizers.Tokenizer) -> int:
+  """Returns the number of special pieces between two texts, at least 1."""
+  parts = backend.encode('a', 'a').sequence_ids
+  if 0 not in parts or 1 not in parts:
+    return 1
+  return max(1, parts.index(1) - (len(parts) - parts[::-1].index(0)))
 
 
 def do_lower_case(directory: pathlib.Path) -> bool:

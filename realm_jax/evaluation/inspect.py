@@ -174,7 +174,7 @@ class Inspector:
     most = max(map(len, positions))
     width = -(-most // lengths.masks) * lengths.masks
     size = len(texts)
-    ids_BQ = np.zeros((size, length), np.int32)
+    ids_BQ = np.full((size, length), tokenizer.pad_id, np.int32)
     positions_BM = np.zeros((size, width), np.int32)
     for b, (pieces, found) in enumerate(sentences):
       ids_BQ[b, : len(pieces) + 2] = inputs.query(

@@ -233,7 +233,8 @@ class OpenQA:
         corpus.tokenizer, titles,
     )
     body_BK2 = inputs.body_bounds(
-        corpus.passages, rows_BK, query_lengths_B, length, titles
+        corpus.passages, rows_BK, query_lengths_B, length, corpus.tokenizer,
+        titles,
     )
     arrays = (
         trained.embed_queries(self.params, query_ids_BQ),

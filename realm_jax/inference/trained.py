@@ -132,9 +132,8 @@ class Trained:
     names = checkpoint.components_in(workdir)
     moved = None if corpus is None else pathlib.Path(corpus)
     trained = cls(workdir, config, {}, moved, another)
-    config.model.vocab_size = (
-        config.model.vocab_size or trained.tokenizer.vocab_size
-    )
+    if not config.model.vocab_size:
+      trained.tokenizer.complete(config.model)
     trained.components.update(components_lib.make_all(names, config.model))
     return trained
 

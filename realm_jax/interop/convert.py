@@ -15,6 +15,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import entities
+from realm_jax.interop import encoder_names
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import sentence_transformers as st
@@ -73,25 +74,25 @@ def components_in(
 
   Args:
     tensors: by name.
-    values: its config.json, which tells whether a classifier is a tagger's.
+    values: its config.json: the encoder, and whether it is a tagger.
     body: see `huggingface_names.kind_of`.
     head: of a retriever that is not REALM's.
 
   Raises:
     ValueError: it is neither BERT nor REALM.
   """
-  names = huggingface_names.modern_names(tensors)
+  values = values or {}
+  encoder = huggingface_config.encoder_of(values)
+  names = huggingface_names.modern_names(tensors, encoder)
   kind, prefix = huggingface_names.kind_of(names, body)
   if head is not None and kind != 'bert':
     raise ValueError(
         f'The checkpoint is a {huggingface_names.KINDS[kind]}, whose retriever'
         f' has its own pooling, not {head.fields["pooling"]!r}.'
     )
-  tagger = (
-      kind == 'bert'
-      and huggingface_names.tagging_head(names, prefix) is not None
-      and huggingface_config.tags(values or {}) is not None
-  )
+  classifier = huggingface_names.tagging_head(names, prefix, encoder)
+  is_tagger = huggingface_config.tags(values) is not None
+  tagger = kind == 'bert' and classifier is not None and is_tagger
   return {
       'bert': ['embedder', 'reader'] + ['tagger'] * tagger,
       'embedder': ['embedder'],
@@ -132,10 +133,8 @@ def load(
   config = huggingface_config.model_config(values)
   if head is not None:
     head.apply(config)
-  named = {
-      modern: tensors[name]
-      for modern, name in huggingface_names.modern_names(tensors).items()
-  }
+  modern = huggingface_names.modern_names(tensors, config.encoder)
+  named = {name: tensors[theirs] for name, theirs in modern.items()}
   kind, prefix = huggingface_names.kind_of(named, body)
   if kind == 'scorer' and _differ(named):
     config.towers = 'separate'
@@ -353,14 +352,15 @@ def _check(
           + _BLOCK_EMB
       )
   if problems:
-    problems = list(dict.fromkeys(problems))  # BERT's entries appear twice.
+    found = dict.fromkeys(problems)  # BERT's entries appear twice.
+    problems = [encoder_names.spelled(p, config.encoder) for p in found]
     more = len(problems) - _MAX_LISTED
     mend = 'Give config.json and weights of one model.'
     if any(map(_ADAPTER.search, named)):
       mend = 'Merge the adapter into the weights (peft: merge_and_unload).'
     raise ValueError(
         'The checkpoint does not fit its config.json as a'
-        f' {huggingface_names.KINDS[kind]}:\n  '
+        f' {huggingface_names.class_of(kind, config)}:\n  '
         + '\n  '.join(problems[:_MAX_LISTED])
         + (f'\n  and {more} more' if more > 0 else '')
         + f'\n{mend}'
@@ -458,7 +458,7 @@ def tensors_of(
     found[name] = tensor
   for name, target in layout.copies.items():
     found[name] = found[target]
-  return found
+  return encoder_names.foreign(found, config.encoder)
 
 
 def foreign_tensor(

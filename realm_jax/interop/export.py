@@ -183,6 +183,11 @@ def _sentence_transformers(
         f' {", ".join(model.params)}.'
     )
   config = model.trained.config
+  if config.model.encoder != 'bert':
+    raise ValueError(
+        f'{model.trained.workdir} has the encoder {config.model.encoder!r}; as'
+        ' sentence-transformers only BERT can be exported.'
+    )
   separate = config.model.towers != 'shared'
   names = ('query', 'document') if separate else ('',)
   params = model.params['embedder']

@@ -249,6 +249,8 @@ def _default_kinds(model: Model) -> list[str]:
       'span_reader': 'reader',
       'tagger': 'tagger',
   }
+  if config.model.encoder != 'bert':  # REALM's classes are BERTs.
+    by_component = {'reader': 'bert', 'tagger': 'tagger'}
   return [k for name, k in by_component.items() if name in model.params]
 
 
@@ -277,6 +279,13 @@ def export(
           f'{kind!r} is no class; there are'
           f' {", ".join(huggingface_names.KINDS)}.'
       )
+    huggingface_names.class_of(kind, model.trained.config.model)
+  if not kinds:
+    raise ValueError(
+        f'{model.trained.workdir} has a retriever or span reader alone; for'
+        f' the encoder {model.trained.config.model.encoder!r}, transformers has'
+        ' no class of them.'
+    )
   folders = []
   with model.folder(output) as temporary:
     for kind in kinds:
@@ -307,7 +316,8 @@ def _write(
     values['capitals'] = config.model.capitals
   tensors: dict[str, np.ndarray | weights.Chunked]
   if kind == 'bert' and source is not None:
-    values['architectures'] = source.config.get('architectures', ['BertModel'])
+    body = values['architectures'][0].replace('ForMaskedLM', 'Model')
+    values['architectures'] = source.config.get('architectures', [body])
     tensors = {
         name: convert.foreign_tensor(ours, model.params)
         for name, ours in source.tensors.items()
@@ -352,10 +362,10 @@ def _write(
   model.write_tokenizer(folder, 'RealmTokenizer' if realm else 'BertTokenizer')
   model.write_card(
       folder,
-      huggingface_names.KINDS[kind],
+      huggingface_names.class_of(kind, config.model),
       'transformers',
       _SUMMARIES[kind],
-      _usage(kind, subfolder),
+      _usage(kind, subfolder, config.model),
   )
 
 
@@ -384,8 +394,10 @@ def _blocks(
     yield text.encode('utf-8')
 
 
-def _usage(kind: str, subfolder: str) -> str:
-  name = huggingface_names.KINDS[kind]
+def _usage(
+    kind: str, subfolder: str, config: config_lib.ModelConfig
+) -> str:
+  name = huggingface_names.class_of(kind, config)
   inside = f", subfolder='{subfolder}'" if subfolder else ''
   version = '4.40.2, the last that has REALM'
   if kind in huggingface_names.BERT_KINDS:

@@ -1,15 +1,18 @@
 """Tensor names of published checkpoints and the parameters they map to.
 
 Covers the body of any BERT with the heads that a component has, and the five
-REALM classes of transformers 4.40.2.
+REALM classes of transformers 4.40.2. `encoder_names` has what differs in other
+encoders.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 
 from realm_jax import config as config_lib
+from realm_jax.interop import encoder_names
 
-# Kinds of checkpoint and their classes in transformers.
+# Kinds of checkpoint and their classes in transformers; `class_of` has those of
+# other encoders.
 KINDS = {
     'bert': 'BertForMaskedLM',
     'embedder': 'RealmEmbedder',
@@ -51,20 +54,6 @@ TABLES = (
 )
 BUFFERS = ('embeddings.position_ids', 'embeddings.token_type_ids')
 
-# BERT's tensors: the name in transformers and the name of the parameter.
-_EMBEDDINGS = {'word': 'word', 'position': 'position', 'token_type': 'type'}
-_LAYER = {
-    'attention.self.query': 'query',
-    'attention.self.key': 'key',
-    'attention.self.value': 'value',
-    'attention.output.dense': 'attention_output',
-    'attention.output.LayerNorm': 'attention_norm',
-    'intermediate.dense': 'mlp_in',
-    'output.dense': 'mlp_out',
-    'output.LayerNorm': 'mlp_norm',
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """A tensor of a checkpoint and the parameter that it becomes."""
@@ -88,38 +77,44 @@ class Layout:
   unused: dict[str, tuple[int, ...]]
 
 
-def _module(theirs: str, ours: str) -> list[Entry]:
-  """Returns the two tensors of a linear layer or of a LayerNorm."""
-  norm = theirs.endswith(('LayerNorm', 'layer_normalization', '/norm'))
-  return [
-      Entry(f'{theirs}.weight', f'{ours}.{"scale" if norm else "kernel"}',
-            not norm),
-      Entry(f'{theirs}.bias', f'{ours}.bias'),
-  ]
+def _module(theirs: str, ours: str, bias: bool = True) -> list[Entry]:
+  """Returns the tensors of a linear layer or of a LayerNorm."""
+  norm = theirs.lower().endswith(('norm', 'normalization'))
+  kernel = Entry(
+      f'{theirs}.weight', f'{ours}.{"scale" if norm else "kernel"}', not norm
+  )
+  return [kernel] + [Entry(f'{theirs}.bias', f'{ours}.bias')] * bias
 
 
-def _body(theirs: str, ours: str, num_layers: int) -> list[Entry]:
+def _body(
+    theirs: str, ours: str, config: config_lib.ModelConfig
+) -> list[Entry]:
+  names = encoder_names.NAMES[config.encoder]
   entries = [
-      Entry(
-          f'{theirs}embeddings.{name}_embeddings.weight',
-          f'{ours}.{own}_embed.embedding',
-      )
-      for name, own in _EMBEDDINGS.items()
+      Entry(f'{theirs}embeddings.{name}.weight', f'{ours}.{own}.embedding')
+      for name, own in names.embeddings.items()
   ]
-  entries += _module(f'{theirs}embeddings.LayerNorm', f'{ours}.embed_norm')
-  for i in range(num_layers):
-    for name, own in _LAYER.items():
-      entries += _module(
-          f'{theirs}encoder.layer.{i}.{name}', f'{ours}.layers.{i}.{own}'
-      )
+  modules = {f'{theirs}embeddings.LayerNorm': f'{ours}.embed_norm'}
+  for i in range(config.num_layers):
+    for name, own in names.modules.items():
+      if i or name not in names.first_layer_lacks:
+        layer = f'{theirs}encoder.layer.{i}.{name}'
+        modules[layer] = f'{ours}.layers.{i}.{own}'
+  for name, own in names.final.items():
+    modules[f'{theirs}{name}'] = f'{ours}.{own}'
+  for name, own in modules.items():
+    entries += _module(name, own, names.bias)
   return entries
 
 
-def _mlm_head(theirs: str, ours: str) -> list[Entry]:
+def _mlm_head(
+    theirs: str, ours: str, config: config_lib.ModelConfig
+) -> list[Entry]:
+  bias = encoder_names.NAMES[config.encoder].bias
   return [
       Entry(f'{theirs}bias', f'{ours}output_bias'),
-      *_module(f'{theirs}transform.dense', f'{ours}transform'),
-      *_module(f'{theirs}transform.LayerNorm', f'{ours}transform_norm'),
+      *_module(f'{theirs}transform.dense', f'{ours}transform', bias),
+      *_module(f'{theirs}transform.LayerNorm', f'{ours}transform_norm', bias),
   ]
 
 
@@ -127,7 +122,7 @@ def _mlm_shapes(
     prefix: str, config: config_lib.ModelConfig
 ) -> dict[str, tuple[int, ...]]:
   v, d = config.vocab_size, config.width
-  return {entry.theirs: (d,) for entry in _mlm_head(prefix, '')} | {
+  return {entry.theirs: (d,) for entry in _mlm_head(prefix, '', config)} | {
       f'{prefix}bias': (v,),
       f'{prefix}transform.dense.weight': (d, d),
       f'{prefix}decoder.weight': (v, d),
@@ -154,7 +149,7 @@ def _embedder(
   ours = 'embedder/'
   return Layout(
       [
-          *_body(f'{prefix}realm.', f'{ours}{encoder}.bert', config.num_layers),
+          *_body(f'{prefix}realm.', f'{ours}{encoder}.bert', config),
           *_module(f'{prefix}realm.pooler.dense', f'{ours}{encoder}.pooler'),
           *_module(f'{prefix}cls.dense', f'{ours}{projection}.dense'),
           *_module(f'{prefix}cls.LayerNorm', f'{ours}{projection}.norm'),
@@ -181,8 +176,8 @@ def _scorer(config: config_lib.ModelConfig) -> Layout:
 def _encoder(config: config_lib.ModelConfig) -> Layout:
   return Layout(
       [
-          *_body('realm.', 'reader/bert', config.num_layers),
-          *_mlm_head(_HEAD, 'reader/'),
+          *_body('realm.', 'reader/bert', config),
+          *_mlm_head(_HEAD, 'reader/', config),
       ],
       {
           f'{_HEAD}decoder.weight': f'realm.{WORD_EMBED}',
@@ -196,7 +191,7 @@ def _reader(prefix: str, config: config_lib.ModelConfig) -> Layout:
   head, ours = f'{prefix}qa_outputs.', 'span_reader/'
   return Layout(
       [
-          *_body(f'{prefix}realm.', f'{ours}bert', config.num_layers),
+          *_body(f'{prefix}realm.', f'{ours}bert', config),
           *_module(f'{head}dense_intermediate', f'{ours}intermediate'),
           *_module(f'{head}dense_output', f'{ours}output'),
           *_module(f'{head}layer_normalization', f'{ours}norm'),
@@ -239,7 +234,7 @@ def bert_layout(
   entries = [
       entry
       for ours in owners
-      for entry in _body(prefix, ours, config.num_layers)
+      for entry in _body(prefix, ours, config)
   ]
   pooler = _module(f'{prefix}pooler.dense', 'embedder/encoder.pooler')
   if modules is not None:
@@ -251,8 +246,12 @@ def bert_layout(
   if tagger:
     entries += _module(f'{outer}classifier', 'tagger/output')
   head = f'{outer}{_HEAD}'
-  if any(name.startswith(head) for name in names):
-    entries += _mlm_head(head, 'reader/')
+  # A classifier of ModernBERT has modules of the same names.
+  bias = encoder_names.NAMES[config.encoder].bias
+  if f'{head}bias' in names or bias and any(
+      name.startswith(head) for name in names
+  ):
+    entries += _mlm_head(head, 'reader/', config)
   copies = {
       f'{head}decoder.weight': f'{prefix}{WORD_EMBED}',
       f'{head}decoder.bias': f'{head}bias',
@@ -266,8 +265,12 @@ def _outer(prefix: str) -> str:
   return ''.join(f'{part}.' for part in parts[:-1])
 
 
-def tagging_head(names: Iterable[str], prefix: str) -> str | None:
-  """Returns the name of the weight of a classifier, if there is one."""
+def tagging_head(
+    names: Iterable[str], prefix: str, encoder: str = 'bert'
+) -> str | None:
+  """Returns the name of the weight of a tagger's classifier, if any."""
+  if encoder_names.NAMES[encoder].tagger is None:
+    return None
   name = f'{_outer(prefix)}classifier.weight'
   return name if name in set(names) else None
 
@@ -313,7 +316,7 @@ def _masked_lm(config: config_lib.ModelConfig) -> Layout:
 def _tagger(config: config_lib.ModelConfig) -> Layout:
   return Layout(
       [
-          *_body('bert.', 'tagger/bert', config.num_layers),
+          *_body('bert.', 'tagger/bert', config),
           *_module('classifier', 'tagger/output'),
       ],
       {},
@@ -395,11 +398,14 @@ def _other_architecture(prefix: str) -> bool:
   return not others.isdisjoint(prefix.split('.'))
 
 
-def modern_names(names: Iterable[str]) -> dict[str, str]:
+def modern_names(
+    names: Iterable[str], encoder: str = 'bert'
+) -> dict[str, str]:
   """Returns the names of tensors in a file by their names in transformers.
 
   Names are without the parts of wrappers; the LayerNorms of checkpoints from
-  before 2019 have `gamma` and `beta`.
+  before 2019 have `gamma` and `beta`. Those of other encoders than BERT are
+  `encoder_names.as_bert`.
 
   Raises:
     ValueError: two tensors have the same name.
@@ -410,6 +416,7 @@ def modern_names(names: Iterable[str]) -> dict[str, str]:
     for old, new in (('gamma', 'weight'), ('beta', 'bias')):
       if modern.endswith(f'LayerNorm.{old}'):
         modern = modern.removesuffix(old) + new
+    modern = encoder_names.as_bert(modern, encoder)
     other = found.setdefault(modern, name)
     if other != name:
       raise ValueError(
@@ -429,6 +436,26 @@ def modern_names(names: Iterable[str]) -> dict[str, str]:
   return found
 
 
+def class_of(kind: str, config: config_lib.ModelConfig) -> str:
+  """Returns the class of a kind, for the encoder of a config.
+
+  Raises:
+    ValueError: the encoder has no such class.
+  """
+  names = encoder_names.NAMES.get(config.encoder)
+  found: str | None = None
+  if names is not None:
+    found = {'bert': names.masked_lm, 'tagger': names.tagger}.get(kind)
+    if 'realm' in names.model_types:
+      found = KINDS[kind]
+  if found is None:
+    raise ValueError(
+        f'transformers has no {kind!r} ({KINDS[kind]}) with the encoder'
+        f' {config.encoder!r}.'
+    )
+  return found
+
+
 def layout_of(kind: str, config: config_lib.ModelConfig) -> Layout:
   """Returns the tensors of a class; 'bert' is the reader."""
   return _LAYOUTS[kind](config)
@@ -438,6 +465,6 @@ def tower(config: config_lib.ModelConfig, encoder: str) -> list[Entry]:
   """Returns one tower of an embedder as a BertModel, with its pooler."""
   ours = f'embedder/{encoder}'
   return [
-      *_body('', f'{ours}.bert', config.num_layers),
+      *_body('', f'{ours}.bert', config),
       *_module('pooler.dense', f'{ours}.pooler'),
   ]

@@ -94,6 +94,7 @@ class Source:
           body=self.body,
           head=self.head,
       )
+      huggingface_config.set_pad_id(loaded.config, self.tokenizer.pad_id)
     for field, value in self.given.items():
       setattr(loaded.config, field, value)
     if loaded.rows_cut:

@@ -111,20 +111,23 @@ def attend(
     return fused(query_BMHC, key_BLHC, value_BLHC, length_B)
   else:
     keep_BHML = None
-  return _attend(query_BMHC, key_BLHC, value_BLHC, mask_BL, keep_BHML, rate)
+  mask_B1L = mask_BL[:, None]
+  return attend_where(
+      query_BMHC, key_BLHC, value_BLHC, mask_B1L, keep_BHML, rate
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(
+def attend_where(
     query_BMHC: jax.Array,
     key_BLHC: jax.Array,
     value_BLHC: jax.Array,
-    mask_BL: jax.Array,
+    mask_BML: jax.Array,
     keep_BHML: jax.Array | None,
     rate: float,
 ) -> jax.Array:
-  """`attend` by matmuls and a softmax in float32."""
-  arrays = (query_BMHC, key_BLHC, value_BLHC, mask_BL, keep_BHML)
+  """`attend` by matmuls and a softmax in float32; M of the mask may be 1."""
+  arrays = (query_BMHC, key_BLHC, value_BLHC, mask_BML, keep_BHML)
   return _attend_forward(*arrays, rate)[0]
 
 
@@ -132,14 +135,14 @@ def _attend_forward(
     query_BMHC: jax.Array,
     key_BLHC: jax.Array,
     value_BLHC: jax.Array,
-    mask_BL: jax.Array,
+    mask_BML: jax.Array,
     keep_BHML: jax.Array | None,
     rate: float,
 ) -> tuple[jax.Array, Any]:
   logits_BHML = _einsum('BMHC,BLHC->BHML', query_BMHC, key_BLHC)
   logits_BHML = logits_BHML * query_BMHC.shape[-1] ** -0.5
   lowest = jnp.finfo(jnp.float32).min
-  logits_BHML = jnp.where(mask_BL[:, None, None, :], logits_BHML, lowest)
+  logits_BHML = jnp.where(mask_BML[:, None], logits_BHML, lowest)
   probs_BHML = jax.nn.softmax(logits_BHML).astype(query_BMHC.dtype)
   mixed_BMHC = jnp.einsum(
       'BHML,BLHC->BMHC', _drop(probs_BHML, keep_BHML, rate), value_BLHC
@@ -174,7 +177,7 @@ def _attend_backward(
   )
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend_where.defvjp(_attend_forward, _attend_backward)
 
 
 def _einsum(shapes: str, a: jax.Array, b: jax.Array) -> jax.Array:

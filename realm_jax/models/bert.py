@@ -1,11 +1,12 @@
-"""BERT (Devlin et al. 2019) with post-LayerNorm, as NNX modules.
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019), as NNX modules.
 
 Dropout is on if `noise` is given. Activations are flat, `(B*L) D`, around every
 matmul: free on accelerators, 1.5 times as fast on CPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import functools
+from typing import ClassVar
 
 from flax import nnx
 import jax
@@ -14,12 +15,11 @@ import jax.numpy as jnp
 from realm_jax import config as config_lib
 from realm_jax.models import attention
 from realm_jax.models import dropout
-
-PAD_ID = 0  # Never attended. The tokenizer refuses another id for [PAD].
+from realm_jax.models import encoders
 
 # Activations of a layer that are kept for the backward pass: all, the results
 # of the matmuls with weights, or the layer's input.
-_REMAT: dict[str, Callable[[Callable], Callable]] = {
+REMAT: dict[str, Callable[[Callable], Callable]] = {
     'none': lambda layer: layer,
     'dots': functools.partial(
         jax.checkpoint,
@@ -34,57 +34,19 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   return functools.partial(jax.nn.gelu, approximate=name == 'gelu_new')
 
 
-def linear(
-    config: config_lib.ModelConfig,
-    inputs: int,
-    outputs: int,
-    rngs: nnx.Rngs,
-    result: str | None = None,
-) -> nnx.Linear:
-  """Returns a dense layer with BERT's initialisation.
-
-  It computes in compute_dtype; `result` is the dtype of its output, if another.
-  """
-  return nnx.Linear(
-      inputs,
-      outputs,
-      kernel_init=nnx.initializers.truncated_normal(config.init_stddev),
-      dtype=jnp.dtype(config.compute_dtype),
-      preferred_element_type=result,
-      rngs=rngs,
-  )
-
-
-def layer_norm(
-    config: config_lib.ModelConfig,
-    width: int,
-    rngs: nnx.Rngs,
-    scale_init: float = 1.0,
-) -> nnx.LayerNorm:
-  """Returns a LayerNorm in float32, with two-pass variance as in BERT."""
-  return nnx.LayerNorm(
-      width,
-      epsilon=config.layer_norm_eps,
-      use_fast_variance=False,
-      scale_init=nnx.initializers.constant(scale_init),
-      dtype=jnp.float32,
-      rngs=rngs,
-  )
-
-
 class Layer(nnx.Module):
   """Self-attention and MLP, each followed by a residual LayerNorm."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     d = config.width
-    self.query = linear(config, d, d, rngs)
-    self.key = linear(config, d, d, rngs)
-    self.value = linear(config, d, d, rngs)
-    self.attention_output = linear(config, d, d, rngs)
-    self.attention_norm = layer_norm(config, d, rngs)
-    self.mlp_in = linear(config, d, config.mlp_width, rngs)
-    self.mlp_out = linear(config, config.mlp_width, d, rngs)
-    self.mlp_norm = layer_norm(config, d, rngs)
+    self.query = encoders.linear(config, d, d, rngs)
+    self.key = encoders.linear(config, d, d, rngs)
+    self.value = encoders.linear(config, d, d, rngs)
+    self.attention_output = encoders.linear(config, d, d, rngs)
+    self.attention_norm = encoders.layer_norm(config, d, rngs)
+    self.mlp_in = encoders.linear(config, d, config.mlp_width, rngs)
+    self.mlp_out = encoders.linear(config, config.mlp_width, d, rngs)
+    self.mlp_norm = encoders.layer_norm(config, d, rngs)
     self.num_heads = config.num_heads
     self.rate = config.dropout
     self.attention_rate = config_lib.attention_rate(config)
@@ -145,28 +107,28 @@ class Layer(nnx.Module):
     return output.reshape(b, m, d)
 
 
-class Bert(nnx.Module):
+class Bert(encoders.Encoder):
   """Embeddings and layers, without a head."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    def embed(rows: int) -> nnx.Embed:
-      return nnx.Embed(
-          rows,
-          config.width,
-          embedding_init=nnx.initializers.truncated_normal(config.init_stddev),
-          rngs=rngs,
-      )
-
-    self.word_embed = embed(config.vocab_size)
-    self.position_embed = embed(config.max_positions)
-    self.type_embed = embed(2)
-    self.embed_norm = layer_norm(config, config.width, rngs)
+    self.first_position = self.unused_positions(config)
+    self.word_embed = encoders.embed(config, config.vocab_size, rngs)
+    self.position_embed = encoders.embed(
+        config, self.first_position + config.max_positions, rngs
+    )
+    self.type_embed = encoders.embed(config, 2 if self.segments else 1, rngs)
+    self.embed_norm = encoders.layer_norm(config, config.width, rngs)
     self.layers = nnx.List(
         [Layer(config, rngs=rngs) for _ in range(config.num_layers)]
     )
+    self.pad_id = config.pad_id
     self.rate = config.dropout
     self.remat = config.remat
     self.dtype = config.compute_dtype
+
+  def stack(self) -> Sequence[Layer]:
+    """Returns the layers in the order of their application."""
+    return list(self.layers)
 
   def __call__(
       self,
@@ -175,30 +137,22 @@ class Bert(nnx.Module):
       positions_BM: jax.Array | None = None,
       noise: dropout.Noise | None = None,
   ) -> jax.Array:
-    """Encodes wordpieces; [PAD] is not attended.
-
-    Args:
-      ids_BL: wordpiece ids, int32.
-      types_BL: segments, 0 or 1.
-      positions_BM: positions of the output; None for all. The last layer is
-        computed only there, which saves most of it: the embedder needs [CLS],
-        the reader its masks.
-      noise: for dropout; None for none.
-
-    Returns:
-      Hidden states, BLD, or BMD with `positions_BM`, in compute_dtype.
-    """
+    """See `Encoder`."""
+    start, limit = self.first_position, self.first_position + ids_BL.shape[1]
+    if not self.segments:
+      types_BL = jnp.zeros_like(types_BL)
     hidden_BLD = (
         self.word_embed(ids_BL)
-        + self.position_embed.embedding[...][None, : ids_BL.shape[1]]
+        + self.position_embed.embedding[...][None, start:limit]
         + self.type_embed(types_BL)
     )
     hidden_BLD = self.embed_norm(hidden_BLD).astype(self.dtype)
     hidden_BLD = dropout.dropout(hidden_BLD, self.rate, noise, 0)
-    mask_BL = ids_BL != PAD_ID
-    last = len(self.layers) - 1
-    for i, layer in enumerate(self.layers):
-      hidden_BLD = _REMAT[self.remat](Layer.__call__)(
+    mask_BL = ids_BL != self.pad_id
+    layers = self.stack()
+    last = len(layers) - 1
+    for i, layer in enumerate(layers):
+      hidden_BLD = REMAT[self.remat](Layer.__call__)(
           layer,
           hidden_BLD,
           mask_BL,
@@ -206,3 +160,16 @@ class Bert(nnx.Module):
           None if noise is None else noise.fold(i + 1),
       )
     return hidden_BLD
+
+
+class Roberta(Bert):
+  """RoBERTa and XLM-R: BERT with other positions and one segment.
+
+  Positions are numbered from the id of the padding on, which has the first.
+  """
+
+  segments: ClassVar[bool] = False
+
+  @classmethod
+  def unused_positions(cls, config: config_lib.ModelConfig) -> int:
+    return config.pad_id + 1

@@ -5,6 +5,7 @@ Optimizer, checkpoints, digests and importers see a component's parameters as
 """
 
 from collections.abc import Iterable, Mapping
+import copy
 import dataclasses
 import math
 import re
@@ -24,7 +25,7 @@ from realm_jax.models import tagger
 
 Params = dict[str, Any]  # One component's: dotted name -> array.
 
-# A parameter of a BERT; an embedder has a BERT in each tower.
+# A parameter of an encoder; an embedder has one in each tower.
 _IN_BERT = re.compile(r'((query_)?encoder\.)?(?P<name>bert\..+)')
 _MODULES = {
     'embedder': embedder.Embedder,
@@ -89,13 +90,13 @@ def make(
 
   Args:
     name: 'embedder', 'reader', 'span_reader' or 'tagger'.
-    config: resolved.
+    config: a default in it (`config.resolve`) is that of its encoder.
     device: of the kind to compute on, which decides the attention kernel; None
       for JAX's default device.
   """
-  config = dataclasses.replace(
-      config, attention=attention.choose(config, device)
-  )
+  config = copy.copy(config)
+  config_lib.encoders.complete(config)
+  config.attention = attention.choose(config, device)
   abstract = nnx.eval_shape(
       lambda: _MODULES[name](config, rngs=nnx.Rngs(jax.random.key(0)))
   )

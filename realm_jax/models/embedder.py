@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from realm_jax import config as config_lib
-from realm_jax.models import bert
 from realm_jax.models import dropout
+from realm_jax.models import encoders
 
 # Prefix of the names of parameters that only queries pass through.
 QUERY_PREFIX = 'query_'
@@ -26,12 +26,12 @@ class Projection(nnx.Module):
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     width = config.embedding_width
-    self.dense = bert.linear(config, config.width, width, rngs)
+    self.dense = encoders.linear(config, config.width, width, rngs)
     self.has_norm = config.projection == 'layer_norm'
     if self.has_norm:
       eps = config.projection_norm_eps or config.layer_norm_eps
       config = dataclasses.replace(config, layer_norm_eps=eps)
-      self.norm = bert.layer_norm(
+      self.norm = encoders.layer_norm(
           config, width, rngs, config.embedding_scale_init
       )
 
@@ -44,10 +44,10 @@ class PooledBert(nnx.Module):
   """A BERT, and one vector of its last hidden states."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    self.bert = bert.Bert(config, rngs=rngs)
-    self.pooling = config.pooling
+    self.bert = encoders.make(config, rngs=rngs)
+    self.pooling, self.pad_id = config.pooling, config.pad_id
     if config.pooling == 'cls_tanh':
-      self.pooler = bert.linear(config, config.width, config.width, rngs)
+      self.pooler = encoders.linear(config, config.width, config.width, rngs)
 
   def __call__(
       self,
@@ -55,7 +55,7 @@ class PooledBert(nnx.Module):
       types_BL: jax.Array,
       noise: dropout.Noise | None = None,
   ) -> jax.Array:
-    real_BL = ids_BL != bert.PAD_ID
+    real_BL = ids_BL != self.pad_id
     if self.pooling == 'mean':
       hidden_BLD = self.bert(ids_BL, types_BL, None, noise)
       hidden_BLD = hidden_BLD.astype(jnp.float32)

@@ -9,11 +9,12 @@ import dataclasses
 from typing import Any
 
 from realm_jax import config as config_lib
+from realm_jax.models import encoders
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-  """A BERT over `rows` inputs of `length` wordpieces, with its head."""
+  """An encoder over `rows` inputs of `length` wordpieces, with its head."""
 
   component: str
   rows: int
@@ -58,20 +59,22 @@ def fill(config: config_lib.Config, rows: int) -> Pass:
 def pass_flop(
     model: config_lib.ModelConfig, rows: int, length: float, outputs: float
 ) -> float:
-  """Returns the FLOP of a BERT's forward pass without a head.
+  """Returns the FLOP of an encoder's forward pass without a head.
 
   The last layer computes keys and values at all positions, and the rest at
   `outputs` positions of each row.
   """
   d, f = model.width, model.mlp_width
-
-  def layer(at: float) -> float:
+  encoder, total = encoders.load(model), 0.0
+  depth = encoder.depth(model)
+  for layer in range(depth):
+    last = layer == depth - 1
+    at = min(outputs, length) if last else length
     keys_and_values = 2 * length * 2 * d * d
-    query_output_and_mlp = 2 * at * (2 * d * d + 2 * d * f)
-    attention = 2 * 2 * at * length * d
-    return float(rows * (keys_and_values + query_output_and_mlp + attention))
-
-  return (model.num_layers - 1) * layer(length) + layer(min(outputs, length))
+    query_output_and_mlp = 2 * at * (2 * d * d + encoder.mlp_kernels * d * f)
+    attention = 2 * 2 * at * encoder.attended(model, layer, length) * d
+    total += rows * (keys_and_values + query_output_and_mlp + attention)
+  return total
 
 
 def head_flop(model: config_lib.ModelConfig, positions: int) -> float:
@@ -124,8 +127,12 @@ def hardware_flop(
     if model.remat == 'full':
       again += pass_flop(model, p.rows, p.length, p.outputs)
     elif model.remat == 'dots':  # Attention, in all layers but the last.
-      products = 4.0 * p.rows * p.length**2 * model.width
-      again += (model.num_layers - 1) * products
+      encoder = encoders.load(model)
+      attended = sum(
+          encoder.attended(model, layer, p.length)
+          for layer in range(encoder.depth(model) - 1)
+      )
+      again += 4.0 * p.rows * p.length * attended * model.width
   return model_flop(config, passes) + again
 
 

@@ -1,7 +1,7 @@
 """The knowledge-augmented encoder (Guu et al. 2020, section 3.2).
 
-BERT over sentence and document, with an MLM head. The vocabulary projection
-runs at the masked positions only.
+An encoder over sentence and document, with an MLM head. The vocabulary
+projection runs at the masked positions only.
 """
 
 from flax import nnx
@@ -11,15 +11,21 @@ import jax.numpy as jnp
 from realm_jax import config as config_lib
 from realm_jax.models import bert
 from realm_jax.models import dropout
+from realm_jax.models import encoders
 
 
 class Reader(nnx.Module):
   """Predicts the masked wordpieces of `[CLS] x [SEP] body [SEP]`."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    self.bert = bert.Bert(config, rngs=rngs)
-    self.transform = bert.linear(config, config.width, config.width, rngs)
-    self.transform_norm = bert.layer_norm(config, config.width, rngs)
+    self.bert = encoders.make(config, rngs=rngs)
+    bias = self.bert.head_bias
+    self.transform = encoders.linear(
+        config, config.width, config.width, rngs, bias=bias
+    )
+    self.transform_norm = encoders.layer_norm(
+        config, config.width, rngs, bias=bias
+    )
     self.output_bias = nnx.Param(jnp.zeros(config.vocab_size))
     self.activation = config.activation
     self.dtype = config.compute_dtype

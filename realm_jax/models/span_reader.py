@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.models import bert
 from realm_jax.models import dropout
+from realm_jax.models import encoders
 
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -29,9 +29,9 @@ class SpanReader(nnx.Module):
   """Scores each span by an MLP over its first and last wordpiece."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    self.bert = bert.Bert(config, rngs=rngs)
+    self.bert = encoders.make(config, rngs=rngs)
     # Projections of start and end in one matmul; the MLP sees their sum.
-    self.intermediate = bert.linear(
+    self.intermediate = encoders.linear(
         config, config.width, 2 * config.span_width, rngs
     )
     self.norm = nnx.LayerNorm(
@@ -42,7 +42,7 @@ class SpanReader(nnx.Module):
         dtype=jnp.float32,
         rngs=rngs,
     )
-    self.output = bert.linear(config, config.span_width, 1, rngs, 'float32')
+    self.output = encoders.linear(config, config.span_width, 1, rngs, 'float32')
     self.max_width = config.max_span_width
 
   def span_logits(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.models import bert
 from realm_jax.models import dropout
+from realm_jax.models import encoders
 
 _NEVER = -1e9  # Added to the score of a forbidden transition.
 
@@ -20,9 +20,9 @@ class Tagger(nnx.Module):
   """Scores the labels of each wordpiece of `[CLS] sentence [SEP]`."""
 
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
-    self.bert = bert.Bert(config, rngs=rngs)
+    self.bert = encoders.make(config, rngs=rngs)
     num_labels = 1 + 2 * len(config.entity_types)
-    self.output = bert.linear(
+    self.output = encoders.linear(
         config, config.width, num_labels, rngs, 'float32'
     )
     self.capitals = config.capitals

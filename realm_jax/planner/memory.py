@@ -1,6 +1,7 @@
 """Estimates of the memory of a training step and of a forward pass."""
 
 from realm_jax import config as config_lib
+from realm_jax.models import encoders
 from realm_jax.models import flops
 
 STATE_BYTES = 12  # Per parameter in a checkpoint: float32, Adam's two moments.
@@ -48,7 +49,8 @@ def step_memory(
       [x / data / parts for x in _layer_bytes(config.model, p, model, fused)]
       for p in passes
   ]
-  saved = sum((config.model.num_layers - 1) * remat for _, remat in layers)
+  depth = encoders.load(config.model).depth(config.model)
+  saved = sum((depth - 1) * remat for _, remat in layers)
   if config.model.remat != 'none':  # Plus one layer during recomputation.
     saved += max(whole for whole, _ in layers)
   ends = sum(4 * _ENDS * p.rows * p.length for p in passes)

@@ -99,7 +99,8 @@ def of_corpus(
   size = None
   if config.corpus:
     corpus = corpus_lib.Corpus.open(config.corpus)
-    config.model.vocab_size = corpus.tokenizer.vocab_size
+    config.model.vocab_size = 0
+    corpus.tokenizer.complete(config.model)
     template = inputs.Template.of(
         config.model, config.lengths, corpus.tokenizer
     )

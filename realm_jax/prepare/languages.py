@@ -11,17 +11,12 @@ from collections.abc import Iterator
 import functools
 import logging
 import re
-from typing import NamedTuple
 import unicodedata
-
-import numpy as np
 
 # Punkt in a maintained pure-Python package that contains its model. NLTK's
 # model is a download; pysbd is 20 times slower and unmaintained.
 import nupunkt
 import regex
-
-from realm_jax.corpus import tokenizer as tokenizer_lib
 
 log = logging.getLogger(__name__)
 
@@ -292,107 +287,6 @@ def is_other_script(text: str, num_bytes: int) -> bool:
     return False
   counts = _letters_by_script(text)
   return 2 * counts['Latin'] <= counts.total() > 0
-
-
-class Range(NamedTuple):
-  """Half-open ranges of the same part of a text."""
-
-  start: int  # Wordpieces.
-  limit: int
-  byte_start: int
-  byte_limit: int
-
-
-class Text:
-  """A record's text with its wordpieces and sentences.
-
-  Attributes:
-    language: of the text, see `detect`.
-    other_script: whether it is mostly in another script than Latin.
-    ids: uint32 wordpieces.
-    starts_list, limits_list: their ranges of UTF-8 bytes.
-    sentences: their ranges, without gaps between wordpieces.
-    passages: for each passage, last wordpiece + 1, number in the chunk, and
-      offset from wordpieces of the text to those of the chunk.
-  """
-
-  def __init__(
-      self,
-      text: str,
-      ids: np.ndarray,
-      starts: np.ndarray,
-      limits: np.ndarray,
-      language: str,
-  ):
-    self._data = text.encode('utf-8')
-    self.language = language
-    self.other_script = is_other_script(text, len(self._data))
-    self.ids = ids
-    self.starts_list, self.limits_list = starts.tolist(), limits.tolist()
-    self.passages: list[tuple[int, int, int]] = []
-    to_byte = tokenizer_lib.byte_positions(text)
-    characters = split_sentences(text, language, self.other_script)
-    found = to_byte[np.array(characters or [(0, len(text))])]
-    # A sentence extends to the start of the next one.
-    cuts = np.searchsorted(starts, found[1:, 0], 'left')
-    self.sentences = [
-        Range(a, b, byte_start, byte_limit)
-        for a, b, (byte_start, byte_limit) in zip(
-            [0, *cuts.tolist()],
-            [*cuts.tolist(), len(ids)],
-            found.tolist(),
-            strict=True,
-        )
-        if a < b
-    ]
-
-  def slice(self, start: int, limit: int) -> str:
-    """Returns the text between two bytes, without surrounding spaces."""
-    return self._data[start:limit].decode('utf-8', 'ignore').strip()
-
-  def shorten(
-      self, longest: int, begins_word: np.ndarray, ends_clause: np.ndarray
-  ) -> int:
-    """Cuts sentences of more wordpieces, and returns how many were cut.
-
-    Some scripts have few marks for the end of a sentence, or none.
-    """
-    pieces = [
-        self.cut(sentence, longest, begins_word, ends_clause)
-        for sentence in self.sentences
-    ]
-    self.sentences = [piece for parts in pieces for piece in parts]
-    return sum(len(parts) > 1 for parts in pieces)
-
-  def cut(
-      self,
-      sentence: Range,
-      longest: int,
-      begins_word: np.ndarray,
-      ends_clause: np.ndarray | None = None,
-  ) -> list[Range]:
-    """Cuts a sentence between words; inside a word if it exceeds a piece.
-
-    Args:
-      sentence: of the text.
-      longest: wordpieces of a piece.
-      begins_word: bool [vocab_size].
-      ends_clause: bool [vocab_size]; if one of these is in the second half of a
-        piece, the cut is behind it.
-    """
-    start, limit, byte_start, byte_limit = sentence
-    pieces = []
-    while limit - start > longest:
-      ids = self.ids[start : start + longest + 1]
-      cuts = np.flatnonzero(begins_word[ids[1:]]) + 1
-      if ends_clause is not None:
-        clauses = np.flatnonzero(ends_clause[ids[:-1]]) + 1
-        clauses = clauses[2 * clauses > longest]
-        cuts = clauses if len(clauses) else cuts
-      cut = start + (int(cuts[-1]) if len(cuts) else longest)
-      pieces.append(Range(start, cut, byte_start, self.starts_list[cut]))
-      start, byte_start = cut, self.starts_list[cut]
-    return [*pieces, Range(start, limit, byte_start, byte_limit)]
 
 
 def split_sentences(

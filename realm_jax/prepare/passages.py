@@ -23,9 +23,12 @@ from realm_jax.prepare import filters
 from realm_jax.prepare import languages
 from realm_jax.prepare import records
 from realm_jax.prepare import salient_spans as salient_spans_lib
+from realm_jax.prepare import texts
 from realm_jax.prepare import tf_example
 
 _CHECKSUM_BYTES = 16
+# Wordpieces that a passage may have more as a text of its own.
+_MORE_PIECES = 2
 # BERT drops these line ends as control characters and joins the words around
 # them. The replacements have as many bytes.
 _LINE_ENDS = '\v\f\x1c\x1d\x1e\x85'
@@ -148,7 +151,10 @@ class Packer:
     self._tokenizer = tokenizer
     self._encode = tokenizer_lib.CachedTokenizer(tokenizer)
     self._settings = settings
-    self._ends_clause = np.isin(tokenizer.vocab, [*languages.CLAUSE_MARKS])
+    self._ends_clause = np.isin(
+        [text.strip() for text in tokenizer.piece_texts],
+        [*languages.CLAUSE_MARKS],
+    )
 
   def __call__(self, task: Task) -> Chunk:
     builder = _Builder()
@@ -177,9 +183,9 @@ class Packer:
       language = self._settings.language
       if language == languages.MIXED:
         language = languages.detect(record.text)
-      text = languages.Text(record.text, ids, starts, limits, language)
+      text = texts.Text(record.text, ids, starts, limits, language)
       # A longer title would leave less than half of the passage to the text.
-      room = self._settings.max_wordpieces - corpus.NUM_SPECIALS
+      room = self._settings.max_wordpieces - self._tokenizer.num_specials
       shown = title[: room // 2]
       budget = room - len(shown)
       if text.other_script:
@@ -215,10 +221,14 @@ class Packer:
       record: records.Record,
       article: int,
       title: np.ndarray,
-      text: languages.Text,
+      text: texts.Text,
       budget: int,
   ) -> None:
+    if not self._tokenizer.is_wordpiece:
+      budget -= _MORE_PIECES
     ranges = self._pack(text, budget, builder.counts)
+    if not self._tokenizer.is_wordpiece:
+      ranges = text.encode_again(ranges, self._encode)
     for i, (start, limit, byte_start, byte_limit) in enumerate(ranges):
       number = builder.add_passage(
           record.id if len(ranges) == 1 else f'{record.id}#{i}',
@@ -231,10 +241,10 @@ class Packer:
       text.passages.append((limit, number, builder.position - limit))
 
   def _pack(
-      self, text: languages.Text, budget: int, counts: collections.Counter[str]
-  ) -> list[languages.Range]:
+      self, text: texts.Text, budget: int, counts: collections.Counter[str]
+  ) -> list[texts.Range]:
     """Returns the ranges of the passages."""
-    packed: list[languages.Range] = []
+    packed: list[texts.Range] = []
     for sentence in text.sentences:
       units = [sentence]
       if sentence.limit - sentence.start > budget:
@@ -243,7 +253,7 @@ class Packer:
       for unit in units:
         if packed and unit.limit - packed[-1].start <= budget:
           start, _, byte_start, _ = packed.pop()
-          unit = languages.Range(start, unit.limit, byte_start, unit.byte_limit)
+          unit = texts.Range(start, unit.limit, byte_start, unit.byte_limit)
         packed.append(unit)
     return packed
 
@@ -251,7 +261,7 @@ class Packer:
       self,
       builder: '_Builder',
       record: records.Record,
-      text: languages.Text,
+      text: texts.Text,
       aside: int,
       passages: bool,
   ) -> None:
@@ -262,6 +272,8 @@ class Packer:
       names = salient_spans_lib.document_names(record.text)
     num_outside = len(record.spans or ()) if method == 'records' else 0
     for sentence in text.sentences:
+      if not self._tokenizer.is_wordpiece:
+        sentence = text.without_last_blanks(sentence)
       start, limit, byte_start, byte_limit = sentence
       counts['sentences'] += 1
       passage, base = -1, 0
@@ -279,7 +291,9 @@ class Packer:
       if method == 'rules':
         found = salient_spans_lib.find_spans(content, names)
       elif method == 'random':
-        found = self._random_spans(record, text, sentence)
+        found = text.random_spans(
+            record.id, sentence, self._tokenizer.starts_word
+        )
       elif method == 'records':
         found = [
             (a - byte_start, b - byte_start)
@@ -305,7 +319,7 @@ class Packer:
     counts['spans_outside_sentences'] += num_outside
 
   def _span_method(
-      self, record: records.Record, text: languages.Text
+      self, record: records.Record, text: texts.Text
   ) -> str:
     """Returns 'rules', 'random', 'records' or 'none'."""
     method = self._settings.spans
@@ -315,51 +329,30 @@ class Packer:
       return 'rules' if text.language == 'en' else 'records'
     return method
 
-  def _random_spans(
-      self,
-      record: records.Record,
-      text: languages.Text,
-      sentence: languages.Range,
-  ) -> list[tuple[int, int]]:
-    start, limit, base, _ = sentence
-    spans = salient_spans_lib.random_spans(
-        [
-            text.slice(*ends)
-            for ends in zip(
-                text.starts_list[start:limit],
-                text.limits_list[start:limit],
-                strict=True,
-            )
-        ],
-        self._tokenizer.starts_word[text.ids[start:limit]],
-        f'{record.id} {start}',  # The same for any division into tasks.
-    )
-    return [
-        (
-            text.starts_list[start + first] - base,
-            text.limits_list[start + last - 1] - base,
-        )
-        for first, last in spans
-    ]
-
   def _in_wordpieces(
       self,
       spans: Sequence[tuple[int, int]],
-      text: languages.Text,
-      sentence: languages.Range,
+      text: texts.Text,
+      sentence: texts.Range,
       counts: collections.Counter[str],
   ) -> dict[tuple[int, int], tuple[int, int]]:
     """Maps the wordpiece ranges of usable spans to their byte ranges."""
     start, limit, byte_start, _ = sentence
     ranges: dict[tuple[int, int], tuple[int, int]] = {}
+    # Other pieces than WordPiece's may hold more than a word.
+    whole = self._tokenizer.is_wordpiece
     for a, b in spans:
-      first = bisect.bisect_left(text.starts_list, a + byte_start, start, limit)
-      last = bisect.bisect_right(text.limits_list, b + byte_start, start, limit)
+      first, last = text.pieces_of(
+          a + byte_start, b + byte_start, sentence, whole
+      )
       if first >= last:
         counts['spans_without_wordpieces'] += 1
       elif limit - start - (last - first) < self._settings.min_context:
         counts['spans_without_context'] += 1
       else:
+        if not whole:
+          a = min(a, text.starts_list[first] - byte_start)
+          b = max(b, text.limits_list[last - 1] - byte_start)
         ranges.setdefault((first - start, last - start), (a, b))
     return ranges
 

@@ -17,7 +17,7 @@ import tqdm
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.prepare import languages
+from realm_jax.prepare import texts as texts_lib
 from realm_jax.prepare import tf_example
 from realm_jax.prepare import workers as workers_lib
 from realm_jax.prepare import writer as writer_lib
@@ -28,7 +28,7 @@ _BLOCK = 2**14  # Sentences that are read and tagged at a time.
 # the table. A larger one shows that another version made the corpus.
 _MAX_DIFFERENT = 0.1
 
-Span = languages.Range  # A range of a sentence.
+Span = texts_lib.Range  # A range of a sentence.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +153,16 @@ def read(
     rows = np.arange(first, min(first + _BLOCK, len(table)))
     records = source.__getitems__(rows.tolist())
     texts = [record['text'].decode() for record in records]
-    sentences = []
+    sentences, encoded = [], encode(texts)
+    if not tokenizer.is_wordpiece:  # Most follow a blank.
+      after_blank = encode([f' {text}' for text in texts])
+      for i, (ids, starts, limits) in enumerate(after_blank):
+        if np.array_equal(ids, table.ids(int(rows[i]))):
+          encoded[i] = ids, np.maximum(starts - 1, 0), limits - 1
     for row, record, text, (ids, starts, limits) in zip(
-        rows.tolist(), records, texts, encode(texts), strict=True
+        rows.tolist(), records, texts, encoded, strict=True
     ):
-      begins = tokenizer.starts_word[ids]
+      begins = tokenizer.starts_word(ids)
       begins[:1] = True
       spans = [
           Span(start, limit, int(byte_start), int(byte_limit))

@@ -236,13 +236,16 @@ class CorpusWriter:
         'passages': self._passages.close(),
         'sentences': self._sentences.close(),
     }
+    tokenizer = {
+        'digest': self._tokenizer.digest,
+        'lowercase': self._tokenizer.lowercase,
+        'vocab_size': self._tokenizer.vocab_size,
+    }
+    if self._tokenizer.num_specials != corpus_lib.NUM_SPECIALS:
+      tokenizer['num_specials'] = self._tokenizer.num_specials
     return write_manifest(
         self._directory,
-        {
-            'digest': self._tokenizer.digest,
-            'lowercase': self._tokenizer.lowercase,
-            'vocab_size': self._tokenizer.vocab_size,
-        },
+        tokenizer,
         digests,
         {
             'counts': {

@@ -193,6 +193,11 @@ class MaskedSentences(Sentences):
     self._mask = extension.load(
         'config.masking', config.masking, masking.MASKS
     )
+    if corpus.tokenizer.mask_id < 0:
+      raise ValueError(
+          f'The tokenizer of {corpus.directory} has no mask token, as'
+          f' {config.objective} needs; the corpus serves `ict` and `open_qa`.'
+      )
     # A span is used only if every wordpiece of it can be predicted: nothing is
     # masked without being a target.
     spans = np.asarray(self.table.spans)

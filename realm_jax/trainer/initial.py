@@ -8,6 +8,7 @@ from the same component of another job, or from the BERT of another component.
 from collections.abc import Collection, Iterator, Mapping
 import copy
 import dataclasses
+import json
 import logging
 import pathlib
 from typing import Any
@@ -35,7 +36,8 @@ _TRAINED_BY = {'embedder': 'ict', 'reader': 'mlm', 'span_reader': 'mlm'}
 # the rest of a component.
 _OF_BERT = (
     'num_layers', 'width', 'num_heads', 'mlp_width', 'vocab_size',
-    'max_positions', 'activation', 'layer_norm_eps',
+    'max_positions', 'activation', 'layer_norm_eps', 'encoder',
+    'encoder_options',
 )
 _OF_COMPONENT = {
     'embedder': ('embedding_width', 'towers', *config_lib.HEAD_FIELDS),
@@ -110,15 +112,17 @@ def follow(
     sizes = ('num_layers', 'width', 'num_heads', 'mlp_width')
     unset = [name for name in sizes if not getattr(config.model, name)]
     explicit.update(f'model.{name}' for name in unset)
-  values: dict[str, dict[Any, str]] = {}  # Field -> value -> source.
+  # Field -> value -> source; a dictionary counts as its JSON.
+  values: dict[str, dict[Any, str]] = {}
   givers = _givers(given, stage.components)
   for name, giver in givers.items():
     model = config_lib.resolve(config_lib.read(giver.source)).model
     more = _OF_COMPONENT.get(name, ()) if giver.whole else ()
     for field in (*_OF_BERT, *more):
-      values.setdefault(field, {}).setdefault(
-          getattr(model, field), giver.source
-      )
+      value = getattr(model, field)
+      if isinstance(value, dict):
+        value = json.dumps(value, sort_keys=True)
+      values.setdefault(field, {}).setdefault(value, giver.source)
     if 'model.preset' not in explicit:
       config.model.preset = model.preset
   problems, changes = [], []
@@ -129,6 +133,8 @@ def follow(
       continue
     ((theirs, source),) = found.items()
     ours = getattr(given.model, field)
+    if isinstance(ours, dict):
+      theirs = json.loads(theirs)
     if field == 'towers' and _TOWERS.index(ours) > _TOWERS.index(theirs):
       continue
     if field == 'score_scale' or field == 'learn_score_scale' and ours:

@@ -104,7 +104,7 @@ def open_job(
         f'config.model.vocab_size={config.model.vocab_size}, but the tokenizer'
         f' of {config.corpus} has {vocab_size} wordpieces; 0 takes it over.'
     )
-  config.model.vocab_size = vocab_size
+  corpus.tokenizer.complete(config.model)
   # Absolute: the index builder and `evaluate` may run in another folder.
   config.corpus = str(corpus.directory.absolute())
   stage_class.complete(config)

@@ -47,6 +47,7 @@ def _toy():
 
 class _Special:
   cls_id, sep_id, mask_id, pad_id = 1, 2, 3, 0
+  between, num_specials = [2], 3
 
 
 def test_documents_by_hand():

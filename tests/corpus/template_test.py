@@ -1,6 +1,9 @@
 """The retriever's inputs: prefixes, and titles in their three forms."""
 
 import dataclasses
+import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -8,25 +11,34 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
+from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.evaluation import inspect
 from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import stages
 from realm_jax.trainer.stages import realm
 
 _PREFIX = 'query of a test '
+_ENCODERS = pathlib.Path(__file__).parents[1] / 'fixtures' / 'encoders'
 
 
 class _Special:
   cls_id, sep_id, mask_id, pad_id = 1, 2, 3, 0
+  between, num_specials = [2], 3
 
 
-def _toy():
+class _Roberta:
+  cls_id, sep_id, mask_id, pad_id = 0, 2, 3, 1
+  between, num_specials = [2, 2], 4
+
+
+def _toy(num_specials=3):
   """Two passages: title [10 11] body [20 21 22], and body [30] alone."""
   return corpus_lib.PassageTable(
       tokens=np.array([10, 11, 20, 21, 22, 30], np.uint16),
       offsets=np.array([0, 5, 6]),
       title_lengths=np.array([2, 0], np.int32),
       articles=np.array([0, 1], np.int32),
+      num_specials=num_specials,
   )
 
 
@@ -58,6 +70,31 @@ def test_documents_with_a_prefix_by_hand(titles, expected, segments):
   np.testing.assert_array_equal(
       template.overhead(title) + title + [3, 1], sizes
   )
+
+
+@pytest.mark.parametrize('titles, expected, segments', [
+    ('segments', [[0, 8, 10, 11, 2, 2, 20, 21, 22, 2],
+                  [0, 8, 2, 2, 30, 2], [0, 8, 2, 2, 2]], [6, 4, 4]),
+    ('text', [[0, 8, 10, 11, 7, 20, 21, 22, 2],
+              [0, 8, 30, 2], [0, 8, 2]], None),
+])  # fmt: skip
+def test_documents_have_the_separators_and_padding_of_the_tokenizer(
+    titles, expected, segments
+):
+  template = inputs.Template(_Roberta, 9, 12, (4,), (8,), titles, (7,))
+  toy = _toy(_Roberta.num_specials)
+  ids, types = template.documents(toy, np.array([0, 1, -1]))
+  want = np.full((3, 12), _Roberta.pad_id)
+  want_types = np.zeros((3, 12), int)
+  for row, pieces in enumerate(expected):
+    want[row, : len(pieces)] = pieces
+    if segments:
+      want_types[row, segments[row] : len(pieces)] = 1
+  np.testing.assert_array_equal(ids, want)
+  np.testing.assert_array_equal(types, want_types)
+  assert template.null.ids == tuple(expected[2])
+  assert template.null.types == tuple(types[2, : len(expected[2])])
+  assert template.lengths(toy).tolist() == [len(x) for x in expected[:2]]
 
 
 def test_the_title_and_the_prefix_have_priority_over_the_body():
@@ -106,6 +143,32 @@ def test_a_prefix_that_leaves_no_room_is_refused(corpus):
   lengths.query = 40
   with pytest.raises(ValueError, match='end it with a space'):
     inputs.Template.of(model, lengths, corpus.tokenizer)
+
+
+@pytest.mark.parametrize('encoder, good, bad, mend', [
+    ('roberta', 'query:', 'query: ', 'leave out a space'),
+    ('xlm-roberta', 'query: ', 'query:', 'end it with a space'),
+])  # fmt: skip
+def test_a_prefix_ends_where_a_word_of_the_tokenizer_ends(
+    tmp_path, encoder, good, bad, mend
+):
+  for name in ('config.json', 'tokenizer_config.json'):
+    shutil.copy(_ENCODERS / encoder / name, tmp_path)
+  rules = json.loads((_ENCODERS / encoder / 'tokenizer.json').read_text())
+  if encoder == 'roberta':  # As all published ones have.
+    rules['model']['vocab']['\u0120a'] = len(rules['model']['vocab'])
+    rules['model']['merges'].append(['\u0120', 'a'])
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(rules))
+  tokenizer = tokenizer_lib.Tokenizer.from_source(str(tmp_path))
+  lengths = config_lib.LengthsConfig(query=30, document=30)
+  model = config_lib.ModelConfig(query_prefix=good)
+  template = inputs.Template.of(model, lengths, tokenizer)
+  assert [*template.query_prefix, *tokenizer.encode('a')] == (
+      tokenizer.encode(f'{good}a')
+  )
+  model.query_prefix = bad
+  with pytest.raises(ValueError, match=mend):
+    inputs.Template.of(model, lengths, tokenizer)
 
 
 def test_the_retriever_sees_the_prefix_and_the_reader_does_not(corpus):

@@ -154,9 +154,9 @@ def test_source_may_be_a_fast_tokenizer(tmp_path):
 def test_source_of_another_kind_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match='neither vocab.txt nor'):
     tokenizer_lib.Tokenizer.from_source(str(tmp_path))
-  model = {'model': {'type': 'BPE', 'vocab': {'a': 0}}}
+  model = {'model': {'type': 'WordLevel', 'vocab': {'a': 0}}}
   (tmp_path / 'tokenizer.json').write_text(json.dumps(model))
-  with pytest.raises(ValueError, match='BPE tokenizer; only WordPiece'):
+  with pytest.raises(ValueError, match='WordLevel tokenizer; supported are'):
     tokenizer_lib.Tokenizer.from_source(str(tmp_path))
   with pytest.raises(FileNotFoundError, match='There is no vocabulary file'):
     tokenizer_lib.Tokenizer.from_source(str(tmp_path / 'missing' / 'deep'))

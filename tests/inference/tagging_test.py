@@ -151,7 +151,7 @@ def test_labels_become_tags_again(tokenizer, length):
 def test_running_text_is_tagged_as_its_words(tokenizer, length):
   text = 'Ann lives in Zoë , New York xyz'
   ((ids, starts, _),) = tokenizer.encode_arrays([text])
-  begins = tokenizer.starts_word[ids]
+  begins = tokenizer.starts_word(ids)
   table = entities.TaggedTable.of_wordpieces(
       [entities.Wordpieces.of_text(text, ids, starts, begins)],
       length,

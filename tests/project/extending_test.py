@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.runtime import metrics
 
@@ -83,3 +84,12 @@ def test_a_source(executed):
   corpus = corpus_lib.Corpus.open(folder / 'poems')
   assert len(corpus.passages) == 40
   assert corpus.passage_text(7)['title'] == 'Poem 7'
+
+
+def test_an_encoder(executed):
+  folder, _ = executed
+  config = config_lib.read(folder / 'repeated')
+  assert config.model.encoder == 'my_encoder:Repeated'
+  assert config.model.encoder_options == {'times': 2}
+  lines = metrics.read_metrics(folder / 'repeated')
+  assert len(lines) == 2

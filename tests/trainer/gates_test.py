@@ -114,8 +114,7 @@ def test_retrieval_is_measured_on_the_index_in_use(
   query_emb_BE = np.asarray(embedder.embed_query(gates._at_home.query_ids_BQ))
   null_E = np.asarray(
       embedder.embed_document(
-          np.array([inputs.Template(lives.tokenizer, 0, 0).null.ids]),
-          np.array([inputs.NULL_TYPES]),
+          *(np.array([part]) for part in job.stage.template.null)
       )
   )[0]
   recall, in_candidates, null_share = [], [], []

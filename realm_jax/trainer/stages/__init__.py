@@ -21,6 +21,7 @@ from realm_jax.corpus import inputs
 from realm_jax.corpus import masking
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
+from realm_jax.models import encoders
 from realm_jax.models import flops
 from realm_jax.runtime import extension
 from realm_jax.trainer import examples
@@ -243,6 +244,7 @@ def validate(config: config_lib.Config) -> type[Stage]:
 def _problems(config: config_lib.Config) -> Problems:
   stage = load(config)
   extension.load('config.masking', config.masking, masking.MASKS)
+  yield from encoders.load(config.model).problems(config.model)
   longest = stage.longest_input(config)
   if longest > config.model.max_positions:
     yield (

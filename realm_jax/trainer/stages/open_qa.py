@@ -197,7 +197,9 @@ class OpenQa(stages.Stage):
         tokenizer,
         title,
     )
-    body_BK2 = inputs.body_bounds(passages, rows_BK, lengths_B, length, title)
+    body_BK2 = inputs.body_bounds(
+        passages, rows_BK, lengths_B, length, tokenizer, title
+    )
     asked = [self._questions.questions[row] for row in queries.row_B]
     has_answer_BN = np.stack([
         self._answers.has_answer(question, rows_N)

@@ -11,6 +11,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import entities
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
+from realm_jax.models import encoders
 from realm_jax.models import flops
 from realm_jax.models import tagger
 from realm_jax.trainer import examples
@@ -78,6 +79,13 @@ class Tagger(stages.Stage):
       yield 'tagger.files', 'give the files of tagged sentences to train on'
     if config.tagger.length < 4:
       yield 'tagger.length', 'must be at least 4'
+    segments = encoders.load(config.model).segments
+    if config.model.capitals and not segments:
+      yield (
+          'model.capitals',
+          f'needs two segments; the encoder {config.model.encoder!r} has one,'
+          ' so set config.model.capitals=False',
+      )
 
   @classmethod
   def complete(cls, config: config_lib.Config) -> None:

@@ -1,0 +1,279 @@
+"""Tensor names and config.json of the encoders: one entry for each.
+
+The rest of `interop` knows the names of BERT alone. A checkpoint of another
+encoder is read under these names, as far as the modules are the same.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from realm_jax import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """How transformers names an encoder.
+
+  masked_lm: its class with a masked-LM head.
+  tagger: its class that labels wordpieces; None: it has more layers than ours.
+  model_types: of config.json, the first one for an export.
+  renamed: parts of its tensor names, and of those of BERT; in this order.
+  embeddings: tables of the embeddings, and their parameters.
+  modules: of a layer, and their parameters.
+  first_layer_lacks: modules that the first layer does not have.
+  final: modules after the layers, and their parameters.
+  bias: whether dense layers and LayerNorms have a bias.
+  sizes: field of ModelConfig, key in config.json, its default there.
+  activation: key of the activation.
+  attention_dropout: key of the dropout of attention weights.
+  only: keys for which one value can be read: the default, and that value.
+  """
+
+  masked_lm: str
+  tagger: str | None
+  model_types: tuple[str, ...]
+  renamed: Mapping[str, str]
+  embeddings: Mapping[str, str]
+  modules: Mapping[str, str]
+  first_layer_lacks: tuple[str, ...]
+  final: Mapping[str, str]
+  bias: bool
+  sizes: tuple[tuple[str, str, Any], ...]
+  activation: str
+  attention_dropout: str
+  only: Mapping[str, tuple[Any, Any]]
+
+
+_SIZES = {
+    'num_layers': ('num_hidden_layers', 12),
+    'width': ('hidden_size', 768),
+    'num_heads': ('num_attention_heads', 12),
+    'mlp_width': ('intermediate_size', 3072),
+    'vocab_size': ('vocab_size', 30522),
+    'max_positions': ('max_position_embeddings', 512),
+    'layer_norm_eps': ('layer_norm_eps', 1e-12),
+    'dropout': ('hidden_dropout_prob', 0.1),
+    'init_stddev': ('initializer_range', 0.02),
+}
+# Of REALM's classes.
+_REALM_SIZES = {
+    'embedding_width': ('retriever_proj_size', 128),
+    'span_width': ('span_hidden_size', 256),
+    'max_span_width': ('max_span_width', 10),
+    'span_norm_eps': ('reader_layer_norm_eps', 1e-3),
+}
+REALM_KEYS = tuple(key for key, _ in _REALM_SIZES.values())
+_MODULES = {
+    'attention.self.query': 'query',
+    'attention.self.key': 'key',
+    'attention.self.value': 'value',
+    'attention.output.dense': 'attention_output',
+    'attention.output.LayerNorm': 'attention_norm',
+    'intermediate.dense': 'mlp_in',
+    'output.dense': 'mlp_out',
+    'output.LayerNorm': 'mlp_norm',
+}
+_NO_DECODER = dict.fromkeys(
+    ('is_decoder', 'add_cross_attention'), (False, False)
+)
+
+
+def _sizes(**changes: tuple[str, Any]) -> tuple[tuple[str, str, Any], ...]:
+  return tuple((k, *v) for k, v in {**_SIZES, **changes}.items())
+
+
+_BERT = Names(
+    masked_lm='BertForMaskedLM',
+    tagger='BertForTokenClassification',
+    model_types=('bert', 'dpr', 'realm'),
+    renamed={},
+    embeddings={
+        name: f'{own}_embed'
+        for name, own in (
+            ('word_embeddings', 'word'),
+            ('position_embeddings', 'position'),
+            ('token_type_embeddings', 'type'),
+        )
+    },
+    modules=_MODULES,
+    first_layer_lacks=(),
+    final={},
+    bias=True,
+    sizes=_sizes(**_REALM_SIZES),
+    activation='hidden_act',
+    attention_dropout='attention_probs_dropout_prob',
+    only={
+        'position_embedding_type': ('absolute', 'absolute'),
+        'type_vocab_size': (2, 2),
+        **_NO_DECODER,
+    },
+)
+_HEAD = 'cls.predictions.'
+NAMES = {
+    'bert': _BERT,
+    'roberta': dataclasses.replace(
+        _BERT,
+        masked_lm='RobertaForMaskedLM',
+        tagger='RobertaForTokenClassification',
+        model_types=('roberta', 'xlm-roberta', 'camembert'),
+        renamed={
+            'roberta.': 'bert.',
+            'lm_head.dense.': f'{_HEAD}transform.dense.',
+            'lm_head.layer_norm.': f'{_HEAD}transform.LayerNorm.',
+            'lm_head.': _HEAD,
+        },
+        sizes=_sizes(),
+        only={
+            'position_embedding_type': ('absolute', 'absolute'),
+            'type_vocab_size': (2, 1),
+            **_NO_DECODER,
+        },
+    ),
+    'modernbert': Names(
+        masked_lm='ModernBertForMaskedLM',
+        tagger=None,
+        model_types=('modernbert',),
+        renamed={
+            'model.': 'bert.',
+            'head.dense.': f'{_HEAD}transform.dense.',
+            'head.norm.': f'{_HEAD}transform.LayerNorm.',
+            'decoder.': f'{_HEAD}decoder.',
+            'embeddings.tok_embeddings.': 'embeddings.word_embeddings.',
+            'embeddings.norm.': 'embeddings.LayerNorm.',
+            'layers.': 'encoder.layer.',
+            'final_norm.': 'encoder.final_norm.',
+        },
+        embeddings={'word_embeddings': 'word_embed'},
+        modules={
+            'attn_norm': 'attention_norm',
+            'attn.Wqkv': 'qkv',
+            'attn.Wo': 'attention_output',
+            'mlp_norm': 'mlp_norm',
+            'mlp.Wi': 'mlp_in',
+            'mlp.Wo': 'mlp_out',
+        },
+        first_layer_lacks=('attn_norm',),
+        final={'encoder.final_norm': 'final_norm'},
+        bias=False,
+        sizes=_sizes(
+            num_layers=('num_hidden_layers', 22),
+            mlp_width=('intermediate_size', 1152),
+            vocab_size=('vocab_size', 50368),
+            max_positions=('max_position_embeddings', 8192),
+            layer_norm_eps=('norm_eps', 1e-5),
+            dropout=('mlp_dropout', 0.0),
+        ),
+        activation='hidden_activation',
+        attention_dropout='attention_dropout',
+        only={
+            'norm_bias': (False, False),
+            'attention_bias': (False, False),
+            'mlp_bias': (False, False),
+            'classifier_bias': (False, False),
+            'decoder_bias': (True, True),
+            'tie_word_embeddings': (True, True),
+        },
+    ),
+}
+MODEL_TYPES = {
+    model_type: encoder
+    for encoder, names in NAMES.items()
+    for model_type in names.model_types
+}
+_THETAS = {
+    'full_attention': ('global_theta', 'global_rope_theta', 160_000.0),
+    'sliding_attention': ('local_theta', 'local_rope_theta', 10_000.0),
+}
+
+
+def as_bert(name: str, encoder: str) -> str:
+  """Returns the name of a tensor as BERT has it, with its prefix."""
+  for theirs, ours in NAMES[encoder].renamed.items():
+    if ours == 'bert.' or ours.startswith(_HEAD):
+      if name.startswith(theirs):
+        name = ours + name.removeprefix(theirs)
+    else:
+      name = _replace(name, theirs, ours)
+  return name
+
+
+def spelled(text: str, encoder: str) -> str:
+  """Returns a text in which names of `as_bert` are those of the encoder."""
+  names = NAMES[encoder].renamed
+  for theirs in sorted(names, key=lambda name: -len(names[name])):
+    ours = names[theirs]
+    text = _replace(text, ours, theirs)
+  return text
+
+
+def foreign(tensors: Mapping[str, Any], encoder: str) -> dict[str, Any]:
+  """Returns tensors by the names of the encoder.
+
+  ModernBERT has the bias of the head as that of the decoder only.
+  """
+  found = {spelled(name, encoder): x for name, x in tensors.items()}
+  if encoder != 'bert':
+    found = {n: x for n, x in found.items() if not n.startswith(_HEAD)}
+  return found
+
+
+def _replace(text: str, old: str, new: str) -> str:
+  """Replaces the first `old` that is a whole part of a dotted name."""
+  before, found, after = text.partition(old)
+  if not found or (before and (before[-1].isalnum() or before[-1] == '_')):
+    return text
+  return f'{before}{new}{after}'
+
+
+def options(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the settings of ModernBERT in a config.json.
+
+  Raises:
+    ValueError: a value is of no known form.
+  """
+  layers = values.get('layer_types')
+  interval = values.get('global_attn_every_n_layers', 3)
+  if layers is not None:
+    kinds = [one == 'full_attention' for one in layers]
+    interval = kinds.index(True, 1) if any(kinds[1:]) else max(1, len(kinds))
+    if kinds != [i % interval == 0 for i in range(len(kinds))]:
+      raise ValueError(
+          f'config.json has layer_types={layers!r}; only global layers at equal'
+          ' distances, from the first on, can be read.'
+      )
+  found = {
+      'global_interval': interval,
+      'window': values.get('local_attention', 128),
+  }
+  ropes = values.get('rope_parameters') or {}
+  for kind, (ours, theirs, default) in _THETAS.items():
+    rope = ropes.get(kind) or {}
+    if rope.get('rope_type', 'default') != 'default' or (
+        values.get('rope_scaling') is not None
+    ):
+      raise ValueError(
+          f'config.json has rope_parameters={ropes!r} and rope_scaling='
+          f'{values.get("rope_scaling")!r}; only the default type can be read.'
+      )
+    found[ours] = rope.get('rope_theta', values.get(theirs, default))
+  return found
+
+
+def foreign_options(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """Inverse of `options`, in the form of every version of transformers."""
+  given = config.encoder_options
+  every = given.get('global_interval', 3)
+  kinds = ['sliding_attention', 'full_attention']
+  found: dict[str, Any] = {
+      'global_attn_every_n_layers': every,
+      'layer_types': [kinds[i % every == 0] for i in range(config.num_layers)],
+      'local_attention': given.get('window', 128),
+      'rope_parameters': {},
+  }
+  for kind, (ours, theirs, default) in _THETAS.items():
+    found[theirs] = theta = float(given.get(ours, default))
+    found['rope_parameters'][kind] = {
+        'rope_type': 'default', 'rope_theta': theta
+    }
+  return found
