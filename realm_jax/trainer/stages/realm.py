@@ -80,10 +80,12 @@ class MaskedQueries(examples.MaskedSentences):
     if not (left >= needed).any():
       raise ValueError(
           f'The corpus {corpus.directory} leaves none of the'
-          f' {len(self.rows)} sentences of the split {split!r}'
-          f' num_candidates - 1 = {needed} passages that do not hold its text'
-          f' (config.trivial={config.trivial!r}), but {left.max()} at most. Use'
-          ' a larger corpus or fewer candidates.'
+          f' {len(self.rows)} sentences of the split {split!r} the {needed}'
+          ' passages that do not hold its text'
+          f' (config.trivial={config.trivial!r}), which'
+          f' config.num_candidates={config.num_candidates} (null document'
+          f' included) needs, but {left.max()} at most. Use a larger corpus or'
+          ' fewer candidates.'
       )
     self.rows = self.rows[left >= needed]
     self._exclusion.use(self.rows)
