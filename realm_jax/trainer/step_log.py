@@ -128,7 +128,7 @@ class StepLog:
     if step % self._config.log_interval:
       return
     values = self.means.take() | self._times(step)
-    values.update(results.staleness | self._once)
+    values |= {**results.staleness, **self._once}
     self._once = {}
     self._writer.write(step, values)
     self._show(step, values)
