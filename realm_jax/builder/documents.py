@@ -32,6 +32,7 @@ from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import sources as sources_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
+from realm_jax.runtime import lines
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process
 
@@ -104,9 +105,7 @@ def add(
     documents.newest()  # Fails before any work.
     path = documents.folder / f'corpus-{documents.version + 1}'
     base = documents.parts[0].corpus
-    prepare.prepare_more(
-        base, source, path, workers=workers, progress=progress
-    )
+    prepare.prepare_more(base, source, path, workers=workers, progress=progress)
     made = documents.part(path)
     cuts.warn_of_passages(made.corpus, documents.config)
     _check_ids(documents, gone, made.corpus, ids)
@@ -125,13 +124,8 @@ def delete(
 ) -> Change:
   """Removes documents: all passages of each id.
 
-  Args:
-    workdir: of a job that has an index.
-    source: a table with an id, such as JSON Lines, or a text with an id a line.
-    ignore_missing: skip ids that do not exist.
-    corpus: as of `add`.
-
-  Raises: as `add`; ValueError also if no document would remain.
+  `source` is a table with an id, such as JSON Lines, or a text with an id a
+  line. The rest is as of `add`.
   """
   with _locked(workdir, corpus) as documents:
     ids = records_lib.read_ids(pathlib.Path(source))
@@ -150,12 +144,7 @@ def compact(
 
   The corpus becomes the first part of the documents. Its generation is of the
   newest parameters in the workdir; saved embeddings of these are copied.
-
-  Args:
-    workdir: of a job that has an index.
-    output: folder for the corpus; None: documents/corpus-V of the workdir.
-    progress: whether to show progress bars.
-    corpus: as of `add`.
+  `output` is the folder of the corpus; None: documents/corpus-V of the workdir.
 
   Returns:
     The change; None if the documents are one plain, current corpus already.
@@ -251,9 +240,7 @@ def _rows_of(
   found, adds = documents.corpus.record_rows(ids), command == 'add'
   wrong = [i for i, r in zip(ids, found, strict=True) if bool(len(r)) == adds]
   if wrong and (adds or not ignore_missing):
-    shown = ', '.join(map(repr, wrong[:_MAX_LISTED]))
-    if len(wrong) > _MAX_LISTED:
-      shown += f' and {len(wrong) - _MAX_LISTED} more'
+    shown = lines.listed([*map(repr, wrong)], _MAX_LISTED)
     subject = f'document {shown} is'
     if len(wrong) > 1:
       subject = f'documents {shown} are'

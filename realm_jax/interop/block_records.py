@@ -139,9 +139,7 @@ def byte_records_writer(
       written += 1
     file.write(b'etb.' if written else b'tb.')
   if written != number:
-    raise ValueError(
-        f'{path}: got {written} records, expected {number}.'
-    )
+    raise ValueError(f'{path}: got {written} records, expected {number}.')
 
 
 def prepare_corpus(
@@ -225,14 +223,7 @@ def publish(
   The embeddings come from the embedder before fine-tuning, which trains the
   query tower only. The job treats them as made by the imported parameters.
   """
-  lineage = generation.Lineage(
-      step=0,
-      params_digest=digest,
-      tokenizer_digest=corpus.tokenizer.digest,
-      corpus_fingerprint=corpus.fingerprint,
-      num_rows=table.shape[0],
-      width=table.shape[1],
-  )
+  lineage = generation.Lineage.of(corpus, table.shape[1], 0, digest)
   row_bytes = table.shape[1] * table.dtype.itemsize
   directory = workdir / generation.DIRECTORY
   with generation.Writer(directory, lineage, config.mips.dtype) as writer:

@@ -6,6 +6,7 @@ encoder is read under these names, as far as the modules are the same.
 
 from collections.abc import Mapping
 import dataclasses
+import re
 from typing import Any
 
 from realm_jax import config as config_lib
@@ -18,31 +19,31 @@ class Names:
   masked_lm: its class with a masked-LM head.
   tagger: its class that labels wordpieces; None: it has more layers than ours.
   model_types: of config.json, the first one for an export.
-  renamed: parts of its tensor names, and of those of BERT; in this order.
   embeddings: tables of the embeddings, and their parameters.
   modules: of a layer, and their parameters.
-  first_layer_lacks: modules that the first layer does not have.
-  final: modules after the layers, and their parameters.
-  bias: whether dense layers and LayerNorms have a bias.
   sizes: field of ModelConfig, key in config.json, its default there.
   activation: key of the activation.
   attention_dropout: key of the dropout of attention weights.
   only: keys for which one value can be read: the default, and that value.
+  renamed: parts of its tensor names, and of those of BERT; in this order.
+  first_layer_lacks: modules that the first layer does not have.
+  final: modules after the layers, and their parameters.
+  bias: whether dense layers and LayerNorms have a bias.
   """
 
   masked_lm: str
   tagger: str | None
   model_types: tuple[str, ...]
-  renamed: Mapping[str, str]
   embeddings: Mapping[str, str]
   modules: Mapping[str, str]
-  first_layer_lacks: tuple[str, ...]
-  final: Mapping[str, str]
-  bias: bool
   sizes: tuple[tuple[str, str, Any], ...]
   activation: str
   attention_dropout: str
   only: Mapping[str, tuple[Any, Any]]
+  renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  first_layer_lacks: tuple[str, ...] = ()
+  final: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  bias: bool = True
 
 
 _SIZES = {
@@ -74,9 +75,11 @@ _MODULES = {
     'output.dense': 'mlp_out',
     'output.LayerNorm': 'mlp_norm',
 }
-_NO_DECODER = dict.fromkeys(
-    ('is_decoder', 'add_cross_attention'), (False, False)
-)
+_ONLY = {
+    'position_embedding_type': ('absolute', 'absolute'),
+    'is_decoder': (False, False),
+    'add_cross_attention': (False, False),
+}
 
 
 def _sizes(**changes: tuple[str, Any]) -> tuple[tuple[str, str, Any], ...]:
@@ -87,27 +90,16 @@ _BERT = Names(
     masked_lm='BertForMaskedLM',
     tagger='BertForTokenClassification',
     model_types=('bert', 'dpr', 'realm'),
-    renamed={},
     embeddings={
-        name: f'{own}_embed'
-        for name, own in (
-            ('word_embeddings', 'word'),
-            ('position_embeddings', 'position'),
-            ('token_type_embeddings', 'type'),
-        )
+        'word_embeddings': 'word_embed',
+        'position_embeddings': 'position_embed',
+        'token_type_embeddings': 'type_embed',
     },
     modules=_MODULES,
-    first_layer_lacks=(),
-    final={},
-    bias=True,
     sizes=_sizes(**_REALM_SIZES),
     activation='hidden_act',
     attention_dropout='attention_probs_dropout_prob',
-    only={
-        'position_embedding_type': ('absolute', 'absolute'),
-        'type_vocab_size': (2, 2),
-        **_NO_DECODER,
-    },
+    only={**_ONLY, 'type_vocab_size': (2, 2)},
 )
 _HEAD = 'cls.predictions.'
 NAMES = {
@@ -124,11 +116,7 @@ NAMES = {
             'lm_head.': _HEAD,
         },
         sizes=_sizes(),
-        only={
-            'position_embedding_type': ('absolute', 'absolute'),
-            'type_vocab_size': (2, 1),
-            **_NO_DECODER,
-        },
+        only={**_ONLY, 'type_vocab_size': (2, 1)},
     ),
     'modernbert': Names(
         masked_lm='ModernBertForMaskedLM',
@@ -190,19 +178,17 @@ _THETAS = {
 def as_bert(name: str, encoder: str) -> str:
   """Returns the name of a tensor as BERT has it, with its prefix."""
   for theirs, ours in NAMES[encoder].renamed.items():
-    if ours == 'bert.' or ours.startswith(_HEAD):
-      if name.startswith(theirs):
-        name = ours + name.removeprefix(theirs)
-    else:
+    if not (ours == 'bert.' or ours.startswith(_HEAD)):
       name = _replace(name, theirs, ours)
+    elif name.startswith(theirs):
+      name = ours + name.removeprefix(theirs)
   return name
 
 
 def spelled(text: str, encoder: str) -> str:
   """Returns a text in which names of `as_bert` are those of the encoder."""
-  names = NAMES[encoder].renamed
-  for theirs in sorted(names, key=lambda name: -len(names[name])):
-    ours = names[theirs]
+  names = NAMES[encoder].renamed.items()
+  for theirs, ours in sorted(names, key=lambda pair: -len(pair[1])):
     text = _replace(text, ours, theirs)
   return text
 
@@ -220,10 +206,7 @@ def foreign(tensors: Mapping[str, Any], encoder: str) -> dict[str, Any]:
 
 def _replace(text: str, old: str, new: str) -> str:
   """Replaces the first `old` that is a whole part of a dotted name."""
-  before, found, after = text.partition(old)
-  if not found or (before and (before[-1].isalnum() or before[-1] == '_')):
-    return text
-  return f'{before}{new}{after}'
+  return re.sub(rf'(?<!\w){re.escape(old)}', new, text, count=1)
 
 
 def options(values: Mapping[str, Any]) -> dict[str, Any]:

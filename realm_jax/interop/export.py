@@ -24,6 +24,7 @@ from realm_jax.interop import sentence_transformers as st
 from realm_jax.interop import sources
 from realm_jax.interop import weights
 from realm_jax.models import components
+from realm_jax.runtime import files
 
 Path = export_huggingface.Path
 
@@ -32,13 +33,6 @@ _ROWS = 2**16
 
 # Beginnings of the names of tensors that the BertModel of a folder can have.
 _LOADABLE = ('embeddings.', 'encoder.', 'pooler.', 'bert.', 'cls.')
-# The encoders of DPR by the prefix of their tensors. In a file with both, each
-# is a tower.
-QUESTION = ('question_encoder.', 'question_model.')
-CONTEXT = ('ctx_encoder.', 'ctx_model.')
-_DPR_PROJECTION = 'encode_proj'
-# Classes that are a BERT with a pooling.
-_ARCHITECTURES = {'Contriever': 'mean'}
 _LARGE_SCALE = 2.0**12
 _USAGE = """
 ```python
@@ -129,7 +123,7 @@ def _index(
   cuts.warn_of_passages(trained.corpus, trained.config)
   index = trained.published(model.params, model.step)
   table, live = index.table, index.live_rows
-  with model.folder(output) as folder:
+  with files.atomic_folder(output, overwrite=True) as folder:
     rows = np.lib.format.open_memmap(
         folder / 'embeddings.npy',
         'w+',
@@ -169,7 +163,7 @@ def _index(
         'documents': trained.documents.about(),
         'faiss': 'index.faiss' if flat is not None else None,
     }
-    _json(folder / 'index.json', about)
+    files.write_json(folder / 'index.json', about)
   return [output]
 
 
@@ -191,7 +185,7 @@ def _sentence_transformers(
   separate = config.model.towers != 'shared'
   names = ('query', 'document') if separate else ('',)
   params = model.params['embedder']
-  with model.folder(output) as temporary:
+  with files.atomic_folder(output, overwrite=True) as temporary:
     for name in names:
       folder = temporary / name
       folder.mkdir(exist_ok=True)
@@ -251,13 +245,8 @@ def _write_tower(
 ) -> None:
   """Writes one tower: encoder, modules and their settings, no tokenizer.
 
-  Args:
-    folder: exists.
-    config: resolved.
-    params: of the embedder.
-    tower: 'query' or 'document' of two; '': the only one.
-    source: the checkpoint that the parameters are equal to, whose types and
-      unused tensors are written; None: there is none.
+  `tower` is 'query' or 'document' of two, or '' for the only one. If the
+  parameters are those of a `source`, its types and unused tensors are written.
   """
   model = config.model
   own = 'query_' if tower == 'query' else ''
@@ -271,7 +260,7 @@ def _write_tower(
 
   pooling = 'cls' if model.pooling == 'cls_tanh' else model.pooling
   flags = [*st.FLAGS][:4] + [*st.FLAGS][5:] * (pooling == 'last')
-  _json(
+  files.write_json(
       folder / '1_Pooling' / 'config.json',
       {
           'word_embedding_dimension': model.width,
@@ -291,7 +280,7 @@ def _write_tower(
     arrays[f'{projection}.dense'] = (add('Dense'), st.IDENTITY, scale)
   for name, (place, activation, scale) in arrays.items():
     kernel = np.asarray(params[f'{name}.kernel']) * np.float32(scale)
-    _json(
+    files.write_json(
         place / 'config.json',
         {
             'in_features': kernel.shape[0],
@@ -301,20 +290,26 @@ def _write_tower(
         },
     )
     bias = np.asarray(params[f'{name}.bias']) * np.float32(scale)
-    tensors = {'linear.weight': np.ascontiguousarray(kernel.T),
-               'linear.bias': bias}
-    _weights(place, _in_types(tensors, f'{name}.kernel', source))
+    tensors = {
+        'linear.weight': np.ascontiguousarray(kernel.T),
+        'linear.bias': bias,
+    }
+    weights.write_folder(place, _in_types(tensors, f'{name}.kernel', source))
   if model.projection == 'layer_norm':
     place = add('LayerNorm')
-    _json(place / 'config.json', {'dimension': model.embedding_width})
+    files.write_json(
+        place / 'config.json', {'dimension': model.embedding_width}
+    )
     norm = {
         f'norm.{theirs}': np.asarray(params[f'{projection}.norm.{ours}'])
         for theirs, ours in (('weight', 'scale'), ('bias', 'bias'))
     }
-    _weights(place, _in_types(norm, f'{projection}.norm.scale', source))
+    weights.write_folder(
+        place, _in_types(norm, f'{projection}.norm.scale', source)
+    )
   if model.normalize:
     add('Normalize').mkdir(exist_ok=True)
-  _json(
+  files.write_json(
       folder / st.MODULES,
       [
           {'idx': i, 'name': str(i), 'path': path,
@@ -324,7 +319,7 @@ def _write_tower(
   )
   lengths = config.lengths
   length = lengths.query if tower == 'query' else lengths.document
-  _json(
+  files.write_json(
       folder / st.LENGTHS,
       {'max_seq_length': min(length, model.max_positions),
        'do_lower_case': False},
@@ -336,7 +331,7 @@ def _write_tower(
       )
       if text and tower in ('', name)
   }
-  _json(
+  files.write_json(
       folder / st.SETTINGS,
       {
           'similarity_fn_name': 'cosine' if model.normalize else 'dot',
@@ -379,14 +374,12 @@ def _write_encoder(
     if ours.endswith('.kernel'):
       array = np.ascontiguousarray(array.T)
     tensors |= _in_types({theirs_name: array}, ours, source)
-  _json(folder / 'config.json', values)
-  _weights(folder, tensors | dict(unused))
+  files.write_json(folder / 'config.json', values)
+  weights.write_folder(folder, tensors | dict(unused))
 
 
 def _in_types(
-    tensors: dict[str, np.ndarray],
-    ours: str,
-    source: sources.Imported | None,
+    tensors: dict[str, np.ndarray], ours: str, source: sources.Imported | None
 ) -> dict[str, np.ndarray]:
   """Returns tensors in the type that the parameter `ours` was imported in."""
   if source is None or not source.dtypes:
@@ -395,14 +388,3 @@ def _in_types(
   name = next((n for n, o in source.tensors.items() if o == ours), '')
   dtype = np.dtype(source.dtypes.get(name, 'float32'))
   return {key: value.astype(dtype) for key, value in tensors.items()}
-
-
-def _weights(folder: pathlib.Path, tensors: Mapping[str, Any]) -> None:
-  weights.write_safetensors(
-      folder / 'model.safetensors', tensors, {'format': 'pt'}
-  )
-
-
-def _json(path: pathlib.Path, values: Any) -> None:
-  path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(values, indent=2) + '\n', 'utf-8')

@@ -118,12 +118,9 @@ def foreign_config(
     config: config_lib.ModelConfig,
     base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Returns the contents of config.json for a model.
+  """Returns the contents of config.json for a model, one of `KINDS`.
 
-  Args:
-    kind: one of `huggingface_names.KINDS`.
-    config: resolved.
-    base: further keys, such as those of the imported checkpoint.
+  `base` has further keys, such as those of the imported checkpoint.
   """
   names = encoder_names.NAMES[config.encoder]
   is_realm = kind not in huggingface_names.BERT_KINDS

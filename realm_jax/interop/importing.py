@@ -106,8 +106,8 @@ def run(
     opened, table = None, None
     blanks: list[int] | None = None
     for source, one in zip(sources, loaded, strict=True):
-      path = pathlib.Path(blocks) if blocks else source.blocks
       if one.block_emb is not None and 'embedder' in one.params:
+        path = pathlib.Path(blocks) if blocks else source.blocks
         blanks = block_records.prepare_corpus(
             path, one.block_emb, source.name, temporary, workers
         )
@@ -144,9 +144,7 @@ def run(
     if table is not None and opened is not None:
       block_records.publish(temporary, config, table, opened, digest)
     for source, one in zip(sources, loaded, strict=True):
-      sources_lib.write_imported(
-          temporary, source, one, blanks or []
-      )
+      sources_lib.write_imported(temporary, source, one, blanks or [])
     files.write_json(temporary / 'config.json', config_lib.to_dict(config))
   return {
       'workdir': str(workdir),
@@ -180,7 +178,7 @@ def _choose(
       chosen.append(['embedder'])
       continue
     if wanted is None:
-      wanted = source.usual_components
+      wanted = ['embedder'] if source.head else {*known} - {'tagger'}
     taken = [name for name in known if name in wanted]
     if not taken:
       raise ValueError(
@@ -209,10 +207,7 @@ def _towers(
 ) -> list[sources_lib.Source]:
   """Marks the towers of a retriever whose encoders are two.
 
-  Args:
-    sources: opened.
-    has_query: whether the last one is the query tower.
-    body: of the command line.
+  `has_query`: whether the last source is the query tower.
 
   Raises:
     ValueError: it is not clear which source has the document tower.
@@ -285,15 +280,11 @@ def _join_towers(
   towers = dict(document.params['embedder'])
   towers |= {renamed(n): x for n, x in query.params['embedder'].items()}
   config = dataclasses.replace(
-      document.config,
-      towers='separate',
-      query_prefix=query.config.query_prefix,
+      document.config, towers='separate', query_prefix=query.config.query_prefix
   )
   joined = list(loaded)
   joined[at] = dataclasses.replace(
-      document,
-      config=config,
-      params=document.params | {'embedder': towers},
+      document, config=config, params=document.params | {'embedder': towers}
   )
   joined[other] = dataclasses.replace(
       query,

@@ -362,9 +362,7 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
 
 
 def _tensors(
-    table: Any,
-    path: pathlib.Path,
-    places: Mapping[str, tuple[int, int | None]],
+    table: Any, path: pathlib.Path, places: Mapping[str, tuple[int, int | None]]
 ) -> dict[str, FileTensor]:
   """Returns the tensors; `places` has each storage's offset and checksum."""
   tensors = {}
@@ -442,10 +440,15 @@ def _open_legacy(file: IO[bytes], path: pathlib.Path) -> dict[str, FileTensor]:
   return _tensors(table, path, places)
 
 
+def write_folder(
+    folder: pathlib.Path, tensors: Mapping[str, np.ndarray | Chunked]
+) -> None:
+  """Writes the weights of a folder that other libraries load."""
+  write_safetensors(folder / WEIGHT_FILES[0], tensors)
+
+
 def write_safetensors(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray | Chunked],
-    metadata: dict[str, str] | None = None,
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray | Chunked]
 ) -> None:
   """Writes a safetensors file, one tensor after the other.
 
@@ -453,7 +456,8 @@ def write_safetensors(
   in memory. The file appears under its name when it is complete.
   """
   names = {dtype: name for name, dtype in _DTYPES.items()}
-  header: dict[str, Any] = {'__metadata__': metadata} if metadata else {}
+  # transformers refuses a file without this entry.
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   offset = 0
   for name, tensor in tensors.items():
     start = offset

@@ -20,6 +20,7 @@ import jax
 
 from realm_jax import config as config_lib
 from realm_jax.runtime import distributed
+from realm_jax.runtime import extension
 from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
@@ -50,13 +51,8 @@ class MetricsWriter:
   ):
     """Opens the loggers of a job that starts or resumes at `step`.
 
-    Lines of later steps, from a killed run, are dropped.
-
-    Args:
-      workdir: of the job.
-      step: number of updates done.
-      log_to: as returned by `loggers`.
-      about: what a logger shows of the job, such as its config.
+    Lines of later steps, from a killed run, are dropped. `log_to` is a result
+    of `loggers`, which show `about` of the job, such as its config.
 
     Raises:
       RuntimeError: a logger cannot be used at the start of a job. When a job
@@ -116,13 +112,8 @@ def loggers(config: config_lib.Config) -> list[str]:
     names.append('tensorboard')
   names = [name for name in dict.fromkeys(names) if name in _LOGGERS]
   for name in names:
-    try:
+    with extension.needed_by(f'config.log_to={name}', name):
       importlib.import_module(_LOGGERS[name].package)
-    except ImportError as error:
-      raise ImportError(
-          f'config.log_to={name} needs a package that is not installed'
-          f" ({error.name}): pip install 'realm_jax[{name}]'"
-      ) from error
   return names
 
 
