@@ -295,7 +295,7 @@ class _Job:
         },
         main=distributed.is_main(),
     )
-    missing = _together(writer.begin)[0]
+    missing = _in_all_processes(writer.begin)[0]
     todo = sum(len(writer.rows(shard)) for shard in missing)
     if todo < rows:
       log.info(
@@ -308,13 +308,13 @@ class _Job:
         self.heartbeat, step, rows - todo, rows, jax.process_count()
     ) as progress:
       numbers = missing[jax.process_index() :: jax.process_count()]
-      complete = _together(
+      complete = _in_all_processes(
           lambda: self._embed(writer, numbers, params, digest, progress)
       )
     seconds = time.perf_counter() - embedding_started
     path = None
     if all(complete):
-      path = _together(lambda: self._finish(writer, digest))[0]
+      path = _in_all_processes(lambda: self._finish(writer, digest))[0]
     if path is None:
       log.info('The snapshot of step %d was taken back; not published.', step)
       writer.discard()
@@ -425,7 +425,7 @@ def _shard_rows(num_rows: int, mesh: jax.sharding.Mesh) -> int:
   return rows
 
 
-def _together(work: Callable[[], T]) -> list[T]:
+def _in_all_processes(work: Callable[[], T]) -> list[T]:
   """Returns the (small, JSON) results of `work` in all processes.
 
   A full disk in one is an error in all.

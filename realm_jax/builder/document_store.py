@@ -426,7 +426,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: it is damaged or of a newer format.
   """
-  mend = f'Restore it, or remove {folder} and add its documents again.'
+  mend = f'Remove {folder} and add its documents again.'
   try:
     return files.read_manifest(folder / MANIFEST, FORMAT_VERSION, mend)
   except FileNotFoundError:

@@ -101,15 +101,15 @@ def add(
     ids = [record.id for record in source.check()]
     source.report()
     command = 'update' if replace else 'add'
-    gone, missing = _rows_of(documents, ids, command, ignore_missing)
+    old_rows, missing = _rows_of(documents, ids, command, ignore_missing)
     documents.newest()  # Fails before any work.
     path = documents.folder / f'corpus-{documents.version + 1}'
     base = documents.parts[0].corpus
     prepare.prepare_more(base, source, path, workers=workers, progress=progress)
     made = documents.part(path)
     cuts.warn_of_passages(made.corpus, documents.config)
-    _check_ids(documents, gone, made.corpus, ids)
-    return _commit(documents, command, gone, made, missing, progress)
+    _check_ids(documents, old_rows, made.corpus, ids)
+    return _commit(documents, command, old_rows, made, missing, progress)
 
 
 update = functools.partial(add, replace=True)
@@ -129,8 +129,8 @@ def delete(
   """
   with _locked(workdir, corpus) as documents:
     ids = records_lib.read_ids(pathlib.Path(source))
-    gone, missing = _rows_of(documents, ids, 'delete', ignore_missing)
-    return _commit(documents, 'delete', gone, None, missing, progress=True)
+    old_rows, missing = _rows_of(documents, ids, 'delete', ignore_missing)
+    return _commit(documents, 'delete', old_rows, None, missing, progress=True)
 
 
 def compact(
@@ -253,7 +253,7 @@ def _rows_of(
 
 def _check_ids(
     documents: document_store.Documents,
-    gone: np.ndarray,
+    old_rows: np.ndarray,
     made: corpus_lib.Corpus,
     ids: list[str],
 ) -> None:
@@ -266,7 +266,7 @@ def _check_ids(
   ]
   found = documents.corpus.record_rows(names)
   for name, rows in zip(names, found, strict=True):
-    if not np.isin(rows, gone).all():
+    if not np.isin(rows, old_rows).all():
       raise ValueError(
           'A document that is longer than one passage becomes ID#0, ID#1 and '
           f'so on, and another document already has the id {name!r}. Give the '
@@ -277,13 +277,13 @@ def _check_ids(
 def _commit(
     documents: document_store.Documents,
     command: str,
-    gone: np.ndarray,
+    old_rows: np.ndarray,
     made: document_store.Part | None,
     missing: int,
     progress: bool,
 ) -> Change:
   """Saves the embeddings that are missing, then commits the next version."""
-  removed = np.union1d(documents.removed, gone)
+  removed = np.union1d(documents.removed, old_rows)
   parts, names = [*documents.parts], documents.manifest['parts']
   if made is not None:
     parts.append(made)

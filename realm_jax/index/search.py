@@ -9,7 +9,7 @@ import abc
 from collections.abc import Iterator
 import concurrent.futures
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ _STREAMED_ROWS = 2**18  # Rows of a streamed table on the devices at once.
 _SCORED_ROWS = 2**12  # Rows scored at once: 2 MiB at width 128 fit the cache.
 
 Rows = concatenated.Rows
-Array = np.ndarray | jax.Array
+Array: TypeAlias = np.ndarray | jax.Array
 
 
 class RowBytes(NamedTuple):

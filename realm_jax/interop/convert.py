@@ -14,7 +14,6 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import entities
-from realm_jax.interop import encoder_names
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import sentence_transformers as st
@@ -37,7 +36,7 @@ Tensor = np.ndarray | weights.FileTensor
 class Loaded:
   """A converted checkpoint.
 
-  kind: one of `huggingface_names.KINDS`, or RETRIEVER.
+  kind: one of `huggingface_config.KINDS`, or RETRIEVER.
   config: sizes of the model; its `towers` are those of the checkpoint.
   params: of each component, float32 numpy arrays.
   sources: names in the file to 'component/name' of the parameter.
@@ -81,7 +80,7 @@ def components_in(
   kind, prefix = huggingface_names.kind_of(names, body)
   if head is not None and kind != 'bert':
     raise ValueError(
-        f'The checkpoint is a {huggingface_names.KINDS[kind]}, whose retriever'
+        f'The checkpoint is a {huggingface_config.KINDS[kind]}, whose retriever'
         f' has its own pooling, not {head.fields["pooling"]!r}.'
     )
   classifier = huggingface_names.tagging_head(names, prefix, encoder)
@@ -185,7 +184,7 @@ def load(
   original = {n: t.name if kind == 'bert' else n for n, t in named.items()}
   kind = 'tagger' if names == ['tagger'] else kind
   return Loaded(
-      kind=kind if head is None else huggingface_names.RETRIEVER,
+      kind=kind if head is None else huggingface_config.RETRIEVER,
       config=config,
       params=params,
       sources={original[name]: ours for name, ours in sources.items()},
@@ -345,14 +344,14 @@ def _check(
       )
   if problems:
     found = dict.fromkeys(problems)  # BERT's entries appear twice.
-    problems = [encoder_names.spelled(p, config.encoder) for p in found]
+    problems = [huggingface_config.from_bert(p, config.encoder) for p in found]
     shown = lines.listed(problems, _MAX_LISTED, '\n  ')
     mend = 'Give config.json and weights of one model.'
     if any(map(_ADAPTER.search, named)):
       mend = 'Merge the adapter into the weights (peft: merge_and_unload).'
     raise ValueError(
         'The checkpoint does not fit its config.json as a'
-        f' {huggingface_names.class_of(kind, config)}:\n  {shown}\n{mend}'
+        f' {huggingface_config.class_of(kind, config)}:\n  {shown}\n{mend}'
     )
 
 
@@ -403,7 +402,7 @@ def tensors_of(
   """Returns all tensors of a class of transformers, by name.
 
   Args:
-    kind: one of `huggingface_names.KINDS`; 'bert' is the reader.
+    kind: one of `huggingface_config.KINDS`; 'bert' is the reader.
     config: resolved.
     params: of the components that the class consists of.
     unused: values of tensors that the class never uses. Without a value, the
@@ -424,7 +423,7 @@ def tensors_of(
         "classes of transformers only 'scorer' has a tower for queries."
     )
   found: dict[str, Tensor] = {
-      entry.theirs: foreign_tensor(entry.ours, params)
+      entry.theirs: torch_tensor(entry.ours, params)
       for entry in layout.entries
   }
   given = unused or {}
@@ -438,10 +437,10 @@ def tensors_of(
     found[name] = tensor
   for name, target in layout.copies.items():
     found[name] = found[target]
-  return encoder_names.foreign(found, config.encoder)
+  return huggingface_config.tensors_from_bert(found, config.encoder)
 
 
-def foreign_tensor(
+def torch_tensor(
     ours: str, params: Mapping[str, components.Params]
 ) -> np.ndarray:
   """Returns the parameter 'component/name' in the layout of PyTorch.

@@ -21,7 +21,6 @@ from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import block_records
 from realm_jax.interop import convert
 from realm_jax.interop import huggingface_config
-from realm_jax.interop import huggingface_names
 from realm_jax.interop import sources
 from realm_jax.interop import weights
 from realm_jax.runtime import checkpoint
@@ -225,7 +224,7 @@ def _default_kinds(model: Model) -> list[str]:
   # An open-QA model can be imported without its documents, or in part.
   whole = bool(config.corpus) and 'span_reader' in model.params
   kinds = [one.kind for one in model.imported]
-  if huggingface_names.RETRIEVER in kinds:
+  if huggingface_config.RETRIEVER in kinds:
     kinds = []  # No class of transformers has its head.
   if kinds and ('openqa' not in kinds or whole):
     return kinds
@@ -245,7 +244,7 @@ def export(
 ) -> list[pathlib.Path]:
   """Writes `output` for the first kind, `output`/KIND for each further one.
 
-  `kinds` are of `huggingface_names.KINDS`; None: as imported, or else the
+  `kinds` are of `huggingface_config.KINDS`; None: as imported, or else the
   retriever, then the reader. Returns the folders.
 
   Raises:
@@ -254,12 +253,12 @@ def export(
   """
   kinds = _default_kinds(model) if kinds is None else list(kinds)
   for kind in kinds:
-    if kind not in huggingface_names.KINDS:
+    if kind not in huggingface_config.KINDS:
       raise ValueError(
           f'{kind!r} is no class; there are'
-          f' {", ".join(huggingface_names.KINDS)}.'
+          f' {", ".join(huggingface_config.KINDS)}.'
       )
-    huggingface_names.class_of(kind, model.trained.config.model)
+    huggingface_config.class_of(kind, model.trained.config.model)
   if not kinds:
     raise ValueError(
         f'{model.trained.workdir} has a retriever or span reader alone; for'
@@ -284,10 +283,10 @@ def _write(
   config = model.trained.config
   if kind in ('embedder', 'scorer', 'openqa'):
     _check_head(config.model)
-  values = huggingface_config.foreign_config(
+  values = huggingface_config.config_json(
       kind, config.model, source.config if source else None
   )
-  if kind not in huggingface_names.BERT_KINDS:
+  if kind not in huggingface_config.BERT_KINDS:
     values.setdefault('num_candidates', config.num_candidates)
   if kind == 'tagger':
     tags = entities.labels(config.model.entity_types)
@@ -299,7 +298,7 @@ def _write(
     body = values['architectures'][0].replace('ForMaskedLM', 'Model')
     values['architectures'] = source.config.get('architectures', [body])
     tensors = {
-        name: convert.foreign_tensor(ours, model.params)
+        name: convert.torch_tensor(ours, model.params)
         for name, ours in source.tensors.items()
     }
     tensors |= {name: tensors[of] for name, of in source.copies.items()}
@@ -332,11 +331,11 @@ def _write(
             for row in live.tolist()
         ),
     )
-  realm = kind not in huggingface_names.BERT_KINDS
+  realm = kind not in huggingface_config.BERT_KINDS
   model.write_tokenizer(folder, 'RealmTokenizer' if realm else 'BertTokenizer')
   model.write_card(
       folder,
-      huggingface_names.class_of(kind, config.model),
+      huggingface_config.class_of(kind, config.model),
       'transformers',
       _SUMMARIES[kind],
       _usage(kind, subfolder, config.model),
@@ -361,10 +360,10 @@ def _check_head(model: config_lib.ModelConfig) -> None:
 
 
 def _usage(kind: str, subfolder: str, config: config_lib.ModelConfig) -> str:
-  name = huggingface_names.class_of(kind, config)
+  name = huggingface_config.class_of(kind, config)
   inside = f", subfolder='{subfolder}'" if subfolder else ''
   version = '4.40.2, the last that has REALM'
-  if kind in huggingface_names.BERT_KINDS:
+  if kind in huggingface_config.BERT_KINDS:
     version = 'any version'
   lines = [f'from transformers import AutoTokenizer, {name}', '']
   if kind == 'openqa':

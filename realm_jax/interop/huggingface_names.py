@@ -1,30 +1,16 @@
 """Tensor names of published checkpoints and the parameters they map to.
 
 Covers the body of any BERT with the heads that a component has, and the five
-REALM classes of transformers 4.40.2. `encoder_names` has what differs in other
-encoders.
+REALM classes of transformers 4.40.2. `huggingface_config` has what differs in
+other encoders.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 
 from realm_jax import config as config_lib
-from realm_jax.interop import encoder_names
+from realm_jax.interop import huggingface_config
 
-# Kinds of checkpoint and their classes in transformers; `class_of` has those of
-# other encoders.
-KINDS = {
-    'bert': 'BertForMaskedLM',
-    'embedder': 'RealmEmbedder',
-    'scorer': 'RealmScorer',
-    'encoder': 'RealmKnowledgeAugEncoder',
-    'reader': 'RealmReader',
-    'openqa': 'RealmForOpenQA',
-    'tagger': 'BertForTokenClassification',
-}
-BERT_KINDS = ('bert', 'tagger')  # In every version of transformers.
-# An import with the head of a retriever, which is not REALM's (`Head`).
-RETRIEVER = 'retriever'
 WORD_EMBED = 'embeddings.word_embeddings.weight'
 _HEAD = 'cls.predictions.'  # The masked-LM head.
 # Parts of names that belong to no model: DataParallel, torch.compile, FSDP and
@@ -47,6 +33,7 @@ TABLES = (
     WORD_EMBED, f'{_HEAD}bias', f'{_HEAD}decoder.weight', f'{_HEAD}decoder.bias'
 )
 BUFFERS = ('embeddings.position_ids', 'embeddings.token_type_ids')
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -83,7 +70,7 @@ def _module(theirs: str, ours: str, bias: bool = True) -> list[Entry]:
 def _body(
     theirs: str, ours: str, config: config_lib.ModelConfig
 ) -> list[Entry]:
-  names = encoder_names.NAMES[config.encoder]
+  names = huggingface_config.NAMES[config.encoder]
   entries = [
       Entry(f'{theirs}embeddings.{name}.weight', f'{ours}.{own}.embedding')
       for name, own in names.embeddings.items()
@@ -104,7 +91,7 @@ def _body(
 def _mlm_head(
     theirs: str, ours: str, config: config_lib.ModelConfig
 ) -> list[Entry]:
-  bias = encoder_names.NAMES[config.encoder].bias
+  bias = huggingface_config.NAMES[config.encoder].bias
   return [
       Entry(f'{theirs}bias', f'{ours}output_bias'),
       *_module(f'{theirs}transform.dense', f'{ours}transform', bias),
@@ -233,7 +220,7 @@ def bert_layout(
     entries += _module(f'{outer}classifier', 'tagger/output')
   head = f'{outer}{_HEAD}'
   # A classifier of ModernBERT has modules of the same names.
-  bias = encoder_names.NAMES[config.encoder].bias
+  bias = huggingface_config.NAMES[config.encoder].bias
   if f'{head}bias' in names or bias and any(
       name.startswith(head) for name in names
   ):
@@ -251,7 +238,7 @@ def tagging_head(
     names: Iterable[str], prefix: str, encoder: str = 'bert'
 ) -> str | None:
   """Returns the name of the weight of a tagger's classifier, if any."""
-  if encoder_names.NAMES[encoder].tagger is None:
+  if huggingface_config.NAMES[encoder].tagger is None:
     return None
   name = f'{_outer(prefix)}classifier.weight'
   return name if name in set(names) else None
@@ -371,7 +358,7 @@ def modern_names(names: Iterable[str], encoder: str = 'bert') -> dict[str, str]:
 
   Names are without the parts of wrappers; the LayerNorms of checkpoints from
   before 2019 have `gamma` and `beta`. Those of other encoders than BERT are
-  `encoder_names.as_bert`.
+  `huggingface_config.as_bert`.
 
   Raises:
     ValueError: two tensors have the same name.
@@ -382,7 +369,7 @@ def modern_names(names: Iterable[str], encoder: str = 'bert') -> dict[str, str]:
     for old, new in (('gamma', 'weight'), ('beta', 'bias')):
       if modern.endswith(f'LayerNorm.{old}'):
         modern = modern.removesuffix(old) + new
-    modern = encoder_names.as_bert(modern, encoder)
+    modern = huggingface_config.as_bert(modern, encoder)
     other = found.setdefault(modern, name)
     if other != name:
       raise ValueError(
@@ -399,26 +386,6 @@ def modern_names(names: Iterable[str], encoder: str = 'bert') -> dict[str, str]:
     for body in (f'{outer}bert.', outer):
       if f'{body}{WORD_EMBED}'.replace('word', 'position') in found:
         found.setdefault(f'{body}{WORD_EMBED}', found[name])
-  return found
-
-
-def class_of(kind: str, config: config_lib.ModelConfig) -> str:
-  """Returns the class of a kind, for the encoder of a config.
-
-  Raises:
-    ValueError: the encoder has no such class.
-  """
-  names = encoder_names.NAMES.get(config.encoder)
-  found: str | None = None
-  if config.encoder == 'bert':
-    found = KINDS[kind]
-  elif names is not None:
-    found = {'bert': names.masked_lm, 'tagger': names.tagger}.get(kind)
-  if found is None:
-    raise ValueError(
-        f'transformers has no {kind!r} ({KINDS[kind]}) with the encoder'
-        f' {config.encoder!r}.'
-    )
   return found
 
 

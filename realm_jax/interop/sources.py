@@ -16,7 +16,6 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.interop import block_records
 from realm_jax.interop import convert
 from realm_jax.interop import huggingface_config
-from realm_jax.interop import huggingface_names
 from realm_jax.interop import sentence_transformers as st
 from realm_jax.interop import weights
 from realm_jax.runtime import files
@@ -244,7 +243,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
     break
   with weights.located(config):
     architecture = files.read_json(config).get('architectures') or []
-  if blocks and huggingface_names.KINDS['openqa'] in architecture:
+  if blocks and huggingface_config.KINDS['openqa'] in architecture:
     get(block_records.FILE)
   return config.parent
 
@@ -253,7 +252,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
 class Imported:
   """The record of an imported checkpoint in its workdir, for an exact export.
 
-  kind: one of `huggingface_names.KINDS`, or RETRIEVER.
+  kind: one of `huggingface_config.KINDS`, or RETRIEVER.
   name: of the source.
   config: its config.json.
   tensors: names in the checkpoint to 'component/name' of the parameters.

@@ -185,7 +185,7 @@ def read_manifest(path: Path, format_version: int, mend: str) -> dict[str, Any]:
   Args:
     path: of the file.
     format_version: the newest that is known.
-    mend: what to do about a damaged manifest, for the message.
+    mend: what to do about a manifest that cannot be read, for the message.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -195,18 +195,18 @@ def read_manifest(path: Path, format_version: int, mend: str) -> dict[str, Any]:
   text = pathlib.Path(path).read_text(encoding='utf-8', errors='replace')
   try:
     manifest = json.loads(text)
-    version, said = manifest['format_version'], manifest['manifest_sha256']
+    version, recorded = manifest['format_version'], manifest['manifest_sha256']
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise Damaged(f'{path} is damaged. {mend}') from error
+    raise Damaged(f'{path} is damaged: not readable. {mend}') from error
   if isinstance(version, int) and version > format_version:
     raise ValueError(
         f'{path} has format {version}, from a newer realm_jax; this one reads'
-        f' format {format_version}. Install the newer version.'
+        f' format {format_version}. Install the newer version. Or: {mend}'
     )
   found = manifest_digest(manifest)
-  if found != said:
+  if found != recorded:
     raise Damaged(
-        f'{path} is damaged: its SHA-256 is {found}, it says {said}. {mend}'
+        f'{path} is damaged: its SHA-256 is {found}, it says {recorded}. {mend}'
     )
   return manifest
 
