@@ -60,8 +60,8 @@ _OPCODES = frozenset(
     ' APPENDS EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET'
     ' LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID STOP'.split()
 )
-_PUTS = ('BINPUT', 'LONG_BINPUT', 'MEMOIZE')
-_GETS = ('BINGET', 'LONG_BINGET')
+PUTS = ('BINPUT', 'LONG_BINPUT', 'MEMOIZE')
+GETS = ('BINGET', 'LONG_BINGET')
 _TUPLES = ('TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3')
 _MAX_TUPLES = 50_000  # The hash of a tuple 200,000 deep overflows the C stack.
 
@@ -345,14 +345,14 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
     name, key = opcode.name, argument or 0
     if name not in _OPCODES:
       raise ValueError(f'the pickle instruction {name} is not allowed')
-    if name in _PUTS:
+    if name in PUTS:
       if key > count:  # The unpickler would allocate all entries up to it.
         raise ValueError('the memo of the pickle has gaps')
       memo[len(memo) if name == 'MEMOIZE' else key] = previous
     elif name not in ('PROTO', 'FRAME'):
       previous = name
     tuples += name in _TUPLES
-    reused = name in _GETS and memo.get(key) in _TUPLES
+    reused = name in GETS and memo.get(key) in _TUPLES
     if reused or tuples > _MAX_TUPLES:
       raise ValueError('the pickle has too many tuples')
   size = file.tell() - start

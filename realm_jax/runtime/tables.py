@@ -192,7 +192,7 @@ def open_table(
   """
   format = format or recognise(path)
   if format == 'parquet':
-    table = Table(path, format, _parquet_columns(path))
+    table = Table(path, format, tuple(_open_parquet(path).schema_arrow.names))
   elif format in ('csv', 'tsv', 'tsv-plain'):
     return _open_separated(path, format, fields, shapes)
   elif format in FORMATS:
@@ -269,10 +269,6 @@ def _open_parquet(path: pathlib.Path) -> Any:
     raise ValueError(
         f'{path}: a damaged Parquet file ({lines_lib.first_line(error)}).'
     ) from None
-
-
-def _parquet_columns(path: pathlib.Path) -> tuple[str, ...]:
-  return tuple(_open_parquet(path).schema_arrow.names)
 
 
 def parquet_description(path: pathlib.Path) -> Any:
