@@ -279,8 +279,9 @@ def _growth(sizes: list[int], seed: int) -> Figures:
   queries = vectors.queries(min(sizes))
   searches = {n: search_lib.make_search(_CONFIG, table[:n]) for n in sizes}
   figures = {
-      f'growth_recall_{n}': search_lib.recall(
-          search, search_lib.StreamedSearch(table[:n]), queries, K
+      f'growth_recall_{n}': search_lib.overlap(
+          search.search(queries, K),
+          search_lib.StreamedSearch(table[:n]).search(queries, K),
       )
       for n, search in searches.items()
   }

@@ -139,7 +139,7 @@ def _open_torch(
   versions = child.ask(
       'open',
       threads=len(os.sched_getaffinity(0)),
-      config=huggingface_config.foreign_config('embedder', config.model, None),
+      config=huggingface_config.config_json('embedder', config.model, None),
       weights=str(folder / 'weights.npz'),
       passages=str(folder / 'passages.npz'),
       longest=_LONGEST,

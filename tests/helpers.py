@@ -5,12 +5,23 @@ import json
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import generation
 from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.models import span_reader
 from realm_jax.prepare import prepare
 from realm_jax.trainer import examples
 from realm_jax.trainer import stages
+
+
+def publish(directory, lineage, embeddings_NE, config):
+  """Writes a generation of embeddings that are in memory; returns its path."""
+  size = generation.ROWS_PER_SHARD
+  with generation.Writer(directory, lineage, config.dtype) as writer:
+    for start in range(0, len(embeddings_NE), size):
+      writer.add(embeddings_NE[start : start + size])
+    writer.add_backend(config)
+    return writer.publish()
 
 
 def batches(corpus, config, **options):

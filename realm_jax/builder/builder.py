@@ -122,8 +122,7 @@ def follow(
   timeout = process.GRACE_SECONDS + 5 if parent_pid else 0.0
   try:
     with (
-        process.stop_signals(parent_pid),
-        _locked(workdir, timeout) as heartbeat,
+        process.stop_signals(parent_pid), _locked(workdir, timeout) as heartbeat
     ):
       if distributed.is_main():
         _wait_for_start(workdir, heartbeat, start_timeout)
@@ -266,7 +265,7 @@ class _Job:
       log.warning('%s is of an earlier run; it is built again.', path)
     except FileNotFoundError:
       pass  # No generation yet, or the snapshot was just deleted.
-    except generation.Damaged as error:
+    except files.Damaged as error:
       log.warning('%s', error)
     return True
 
@@ -285,13 +284,8 @@ class _Job:
     rows = len(self.corpus.passages)
     writer = generation.Writer(
         self.directory,
-        generation.Lineage(
-            step=step,
-            params_digest=digest,
-            tokenizer_digest=self.corpus.tokenizer.digest,
-            corpus_fingerprint=self.corpus.fingerprint,
-            num_rows=rows,
-            width=self.config.model.embedding_width,
+        generation.Lineage.of(
+            self.corpus, self.config.model.embedding_width, step, digest
         ),
         self.config.mips.dtype,
         shard_rows=_shard_rows(rows, self.mesh),
@@ -301,7 +295,7 @@ class _Job:
         },
         main=distributed.is_main(),
     )
-    missing = _together(writer.begin)[0]
+    missing = _in_all_processes(writer.begin)[0]
     todo = sum(len(writer.rows(shard)) for shard in missing)
     if todo < rows:
       log.info(
@@ -314,13 +308,13 @@ class _Job:
         self.heartbeat, step, rows - todo, rows, jax.process_count()
     ) as progress:
       numbers = missing[jax.process_index() :: jax.process_count()]
-      complete = _together(
+      complete = _in_all_processes(
           lambda: self._embed(writer, numbers, params, digest, progress)
       )
     seconds = time.perf_counter() - embedding_started
     path = None
     if all(complete):
-      path = _together(lambda: self._finish(writer, digest))[0]
+      path = _in_all_processes(lambda: self._finish(writer, digest))[0]
     if path is None:
       log.info('The snapshot of step %d was taken back; not published.', step)
       writer.discard()
@@ -410,7 +404,7 @@ class _Job:
     # before the newest, which the trainer uses until it adopts the newest.
     wanted = {newest, *steps[-max(keep, 2) :]}
     try:
-      wanted |= checkpoint.referenced_generations(self.workdir)
+      wanted |= {*checkpoint.references(self.workdir)}
       wanted |= generation.in_use(self.directory)
     except ValueError as error:  # Damaged: the references are not known.
       log.warning('No old generation is deleted: %s', error)
@@ -431,7 +425,7 @@ def _shard_rows(num_rows: int, mesh: jax.sharding.Mesh) -> int:
   return rows
 
 
-def _together(work: Callable[[], T]) -> list[T]:
+def _in_all_processes(work: Callable[[], T]) -> list[T]:
   """Returns the (small, JSON) results of `work` in all processes.
 
   A full disk in one is an error in all.

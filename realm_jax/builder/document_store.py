@@ -21,7 +21,6 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.builder import merged_search
 from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
@@ -88,8 +87,7 @@ class Documents:
       workdir: of a job.
       config: of the job, resolved.
       corpus: where the corpus of the training is now; None: where it was.
-      another: whether `corpus` may be another one, which then replaces all
-        documents.
+      another: whether `corpus` may replace all documents by others.
 
     Raises:
       FileNotFoundError: a corpus or the file of removed rows is missing.
@@ -209,9 +207,7 @@ class Documents:
     Where the latter are of other parameters or damaged, they are computed in
     memory: embeddings of different parameters are never searched together.
 
-    Args:
-      step: of the generation of the first part.
-      params: returns its parameters; None: `load_params`.
+    `params` returns the parameters of the step; None: `load_params`.
 
     Raises:
       FileNotFoundError: there is no such generation.
@@ -259,7 +255,7 @@ class Documents:
     """Whether a part has embeddings made like those with a manifest."""
     try:
       found = generation_lib.read_manifest(part.index / str(like['step']))
-    except (FileNotFoundError, generation_lib.Damaged):
+    except (FileNotFoundError, files.Damaged):
       return False
     return all(found[name] == like[name] for name in ('params_digest', 'dtype'))
 
@@ -270,14 +266,8 @@ class Documents:
       params_digest: str | None = None,
   ) -> generation_lib.Lineage:
     """Returns the lineage of a generation of a part; None: any."""
-    return generation_lib.Lineage(
-        step=step,
-        params_digest=params_digest,
-        tokenizer_digest=part.corpus.tokenizer.digest,
-        corpus_fingerprint=part.corpus.fingerprint,
-        num_rows=len(part.corpus.passages),
-        width=self.config.model.embedding_width,
-    )
+    width = self.config.model.embedding_width
+    return generation_lib.Lineage.of(part.corpus, width, step, params_digest)
 
   def embedder(self, part: Part) -> embedding.PassageEmbedder:
     return embedding.PassageEmbedder(
@@ -343,9 +333,7 @@ class Index:
     return np.delete(np.arange(self.table.shape[0]), self.removed)
 
   def make_search(
-      self,
-      config: config_lib.MipsConfig,
-      mesh: jax.sharding.Mesh | None = None,
+      self, config: config_lib.MipsConfig, mesh: jax.sharding.Mesh | None = None
   ) -> search.Search:
     """Returns the backend of `config` over the rows that are not removed.
 
@@ -363,7 +351,7 @@ class Index:
     rest = search.ExactSearch(
         self.table[rows:total], removed=removed[split:] - rows
     )
-    return merged_search.MergedSearch((first, rest), self.table, removed)
+    return search.MergedSearch((first, rest), self.table, removed)
 
 
 def open_corpus(
@@ -438,24 +426,11 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: it is damaged or of a newer format.
   """
-  path = folder / MANIFEST
-  if not path.is_file():
+  mend = f'Remove {folder} and add its documents again.'
+  try:
+    return files.read_manifest(folder / MANIFEST, FORMAT_VERSION, mend)
+  except FileNotFoundError:
     return _UNCHANGED
-  manifest = files.read_json(path)
-  if not isinstance(manifest, dict):
-    raise ValueError(f'{path} is damaged: it is not an object.')
-  version = manifest.get('format_version')
-  if isinstance(version, int) and version > FORMAT_VERSION:
-    raise ValueError(
-        f'{path} has format {version}, from a newer realm_jax; this one reads '
-        f'format {FORMAT_VERSION}. Install the newer version.'
-    )
-  found, said = files.manifest_digest(manifest), manifest.get('manifest_sha256')
-  if found != said:
-    raise ValueError(
-        f'{path} is damaged: its SHA-256 is {found}, it says {said}.'
-    )
-  return manifest
 
 
 def _read_removed(

@@ -32,6 +32,7 @@ from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import sources as sources_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
+from realm_jax.runtime import lines
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process
 
@@ -100,17 +101,15 @@ def add(
     ids = [record.id for record in source.check()]
     source.report()
     command = 'update' if replace else 'add'
-    gone, missing = _rows_of(documents, ids, command, ignore_missing)
+    old_rows, missing = _rows_of(documents, ids, command, ignore_missing)
     documents.newest()  # Fails before any work.
     path = documents.folder / f'corpus-{documents.version + 1}'
     base = documents.parts[0].corpus
-    prepare.prepare_more(
-        base, source, path, workers=workers, progress=progress
-    )
+    prepare.prepare_more(base, source, path, workers=workers, progress=progress)
     made = documents.part(path)
     cuts.warn_of_passages(made.corpus, documents.config)
-    _check_ids(documents, gone, made.corpus, ids)
-    return _commit(documents, command, gone, made, missing, progress)
+    _check_ids(documents, old_rows, made.corpus, ids)
+    return _commit(documents, command, old_rows, made, missing, progress)
 
 
 update = functools.partial(add, replace=True)
@@ -125,18 +124,13 @@ def delete(
 ) -> Change:
   """Removes documents: all passages of each id.
 
-  Args:
-    workdir: of a job that has an index.
-    source: a table with an id, such as JSON Lines, or a text with an id a line.
-    ignore_missing: skip ids that do not exist.
-    corpus: as of `add`.
-
-  Raises: as `add`; ValueError also if no document would remain.
+  `source` is a table with an id, such as JSON Lines, or a text with an id a
+  line. The rest is as of `add`.
   """
   with _locked(workdir, corpus) as documents:
     ids = records_lib.read_ids(pathlib.Path(source))
-    gone, missing = _rows_of(documents, ids, 'delete', ignore_missing)
-    return _commit(documents, 'delete', gone, None, missing, progress=True)
+    old_rows, missing = _rows_of(documents, ids, 'delete', ignore_missing)
+    return _commit(documents, 'delete', old_rows, None, missing, progress=True)
 
 
 def compact(
@@ -150,12 +144,7 @@ def compact(
 
   The corpus becomes the first part of the documents. Its generation is of the
   newest parameters in the workdir; saved embeddings of these are copied.
-
-  Args:
-    workdir: of a job that has an index.
-    output: folder for the corpus; None: documents/corpus-V of the workdir.
-    progress: whether to show progress bars.
-    corpus: as of `add`.
+  `output` is the folder of the corpus; None: documents/corpus-V of the workdir.
 
   Returns:
     The change; None if the documents are one plain, current corpus already.
@@ -251,9 +240,7 @@ def _rows_of(
   found, adds = documents.corpus.record_rows(ids), command == 'add'
   wrong = [i for i, r in zip(ids, found, strict=True) if bool(len(r)) == adds]
   if wrong and (adds or not ignore_missing):
-    shown = ', '.join(map(repr, wrong[:_MAX_LISTED]))
-    if len(wrong) > _MAX_LISTED:
-      shown += f' and {len(wrong) - _MAX_LISTED} more'
+    shown = lines.listed([*map(repr, wrong)], _MAX_LISTED)
     subject = f'document {shown} is'
     if len(wrong) > 1:
       subject = f'documents {shown} are'
@@ -266,7 +253,7 @@ def _rows_of(
 
 def _check_ids(
     documents: document_store.Documents,
-    gone: np.ndarray,
+    old_rows: np.ndarray,
     made: corpus_lib.Corpus,
     ids: list[str],
 ) -> None:
@@ -279,7 +266,7 @@ def _check_ids(
   ]
   found = documents.corpus.record_rows(names)
   for name, rows in zip(names, found, strict=True):
-    if not np.isin(rows, gone).all():
+    if not np.isin(rows, old_rows).all():
       raise ValueError(
           'A document that is longer than one passage becomes ID#0, ID#1 and '
           f'so on, and another document already has the id {name!r}. Give the '
@@ -290,13 +277,13 @@ def _check_ids(
 def _commit(
     documents: document_store.Documents,
     command: str,
-    gone: np.ndarray,
+    old_rows: np.ndarray,
     made: document_store.Part | None,
     missing: int,
     progress: bool,
 ) -> Change:
   """Saves the embeddings that are missing, then commits the next version."""
-  removed = np.union1d(documents.removed, gone)
+  removed = np.union1d(documents.removed, old_rows)
   parts, names = [*documents.parts], documents.manifest['parts']
   if made is not None:
     parts.append(made)

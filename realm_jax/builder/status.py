@@ -70,7 +70,7 @@ def verify(
     opened = document_store.open_corpus(workdir, config, corpus)
   except (ValueError, OSError) as error:
     problems.append(str(error))
-  references = _references(workdir)
+  references = checkpoint.references(workdir)
   for number in steps:
     if step in (None, number):
       yield _verify(workdir, config, number, opened, references.get(number, {}))
@@ -102,14 +102,10 @@ def _verify(
   digest = None  # Snapshots are deleted before their generations.
   with contextlib.suppress(FileNotFoundError):
     digest = snapshots_lib.digest_of(workdir, step)
-  expected = generation.Lineage(
-      step=step,
-      params_digest=digest,
-      tokenizer_digest=corpus.tokenizer.digest if corpus else None,
-      corpus_fingerprint=corpus.fingerprint if corpus else None,
-      num_rows=len(corpus.passages) if corpus else None,
-      width=config.model.embedding_width,
-  )
+  width = config.model.embedding_width
+  expected = generation.Lineage(step, digest, width=width)
+  if corpus is not None:
+    expected = generation.Lineage.of(corpus, width, step, digest)
   problems = [
       *generation.problems(path, manifest),
       *generation.lineage_of(manifest).differences(expected),
@@ -170,7 +166,8 @@ def info(workdir: Path) -> dict[str, Any]:
   workdir = pathlib.Path(workdir)
   config_lib.read(workdir)
   directory, now = workdir / generation.DIRECTORY, time.time()
-  references, in_use = _references(workdir), generation.in_use(directory)
+  references = checkpoint.references(workdir)
+  in_use = generation.in_use(directory)
   generations = []
   for step in checkpoint.steps_in(directory):
     path = directory / str(step)
@@ -284,18 +281,6 @@ def _builder(heartbeat: dict[str, Any] | None) -> str:
       f'Index builder, process {heartbeat["pid"]} on {heartbeat["host"]}: '
       f'{state}, {_duration(age)} ago.{gone}'
   )
-
-
-def _references(workdir: pathlib.Path) -> dict[int, dict[int, dict[str, Any]]]:
-  """Returns metadata of the checkpoints that refer to each generation."""
-  found: dict[int, dict[int, dict[str, Any]]] = {}
-  for saved in checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS):
-    # The trainer may delete a checkpoint meanwhile.
-    with contextlib.suppress(FileNotFoundError):
-      record = checkpoint.saved_about(workdir, saved)
-      if record.get('index_generation') is not None:
-        found.setdefault(int(record['index_generation']), {})[saved] = record
-  return found
 
 
 def _checkpoints(steps: Any) -> str:

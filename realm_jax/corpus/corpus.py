@@ -62,10 +62,7 @@ class PassageTable:
     return self.tokens[start:middle], self.tokens[middle:limit]
 
   def article_rows(self, passages: np.ndarray) -> np.ndarray:
-    """Returns the rows that the articles of passages cover.
-
-    Args:
-      passages: rows, any shape; -1 for no passage.
+    """Returns the rows that the articles of passages cover; -1: no passage.
 
     Returns:
       int64 [..., R, 2]: half-open ranges of rows, padded with [0, 0). R is the
@@ -182,14 +179,8 @@ class Corpus:
     )
 
   @classmethod
-  def open(
-      cls, directory: str | os.PathLike[str], flag: str = ''
-  ) -> 'Corpus':
-    """Opens the folder that `prepare` wrote.
-
-    Args:
-      directory: the folder.
-      flag: the flag that names it, for the message if there is no such folder.
+  def open(cls, directory: str | os.PathLike[str], flag: str = '') -> 'Corpus':
+    """Opens the folder that `prepare` wrote; messages name its `flag`.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -344,11 +335,7 @@ def open_tables(
 ) -> tuple[PassageTable, dict[str, SentenceTable]]:
   """Opens the tables of passages, and of the sentences of each split.
 
-  Args:
-    tables: the folder.
-    splits: of the manifest; `tokens` names the file of wordpieces.
-    open_tokens: opens a file of wordpieces.
-    num_specials: special wordpieces of a passage.
+  `splits` are those of the manifest; `tokens` names their file of wordpieces.
   """
   open_once = functools.cache(open_tokens)
   load = functools.partial(_load, tables)

@@ -13,19 +13,14 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 log = logging.getLogger(__name__)
 
 
-def warn(
-    what: str, lengths_N: np.ndarray, length: int, field: str
-) -> bool:
-  """Logs how many inputs are longer than the model reads, if any.
+def warn(what: str, lengths_N: np.ndarray, length: int, field: str) -> bool:
+  """Logs how many inputs are longer than the model reads; returns if any are.
 
   Args:
     what: the inputs in words, such as 'passages'.
     lengths_N: wordpieces of each, special ones included.
     length: wordpieces that the model reads.
     field: where that number comes from.
-
-  Returns:
-    Whether there are any.
   """
   lengths_N = np.asarray(lengths_N)
   longer = int((lengths_N > length).sum())

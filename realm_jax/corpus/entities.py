@@ -156,11 +156,7 @@ class Wordpieces:
 
   @classmethod
   def of_text(
-      cls,
-      text: str,
-      ids: np.ndarray,
-      starts: np.ndarray,
-      begins: np.ndarray,
+      cls, text: str, ids: np.ndarray, starts: np.ndarray, begins: np.ndarray
   ) -> 'Wordpieces':
     """Makes unlabelled wordpieces of plain text, whose words are tokens."""
     return cls(
@@ -177,10 +173,8 @@ def entities_of_words(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns the entities of labels, of any type.
 
-  Args:
-    table: the sentences.
-    labels_NL: as `models.tagger.decode` gives them: an I- continues the word
-      before.
+  `labels_NL` are those of `models.tagger.decode`: an I- continues the word
+  before.
 
   Returns:
     For each entity, in order: its sentence, first word, and last word + 1.
@@ -203,11 +197,8 @@ def tags_of_words(
 ) -> list[list[str]]:
   """Returns the tags (IOB2) of the tokens of each sentence.
 
-  Args:
-    table: the sentences.
-    labels_NL: a token has the label of its first wordpiece.
-    types: entity types of the labels.
-    counts: number of tokens of each sentence. Tokens without wordpieces are O.
+  A token has the label of its first wordpiece, or O without one. `counts` are
+  the numbers of tokens.
   """
   tag = labels(types)
   found = [['O'] * count for count in counts]
@@ -268,13 +259,9 @@ def _wordpieces(
 
 
 def _rows(words: np.ndarray, room: int) -> Iterator[tuple[int, int]]:
-  """Yields the ranges of a sentence for each row.
+  """Yields the ranges of a sentence for each row of `room` wordpieces.
 
   A sentence is cut before tokens; a token longer than a row loses its end.
-
-  Args:
-    words: see `Wordpieces`.
-    room: wordpieces of a row.
   """
   if len(words) <= room:  # The usual case.
     if len(words):
@@ -295,15 +282,10 @@ def _rows(words: np.ndarray, room: int) -> Iterator[tuple[int, int]]:
     yield start, len(words)
 
 
-def capitals(
-    text: str, starts: np.ndarray, begins: np.ndarray
-) -> np.ndarray:
+def capitals(text: str, starts: np.ndarray, begins: np.ndarray) -> np.ndarray:
   """Returns bool: whether the word of each wordpiece begins with a capital.
 
-  Args:
-    text: the encoded text.
-    starts: the UTF-8 byte at which each wordpiece begins.
-    begins: whether it begins a word.
+  A wordpiece begins at the UTF-8 byte in `starts`, and a word if in `begins`.
   """
   characters = starts
   if not text.isascii():

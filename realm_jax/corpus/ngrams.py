@@ -51,12 +51,9 @@ def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def held(ids_BKT: Any, wanted_BM: Any, sizes_B: Any) -> np.ndarray:
-  """Returns whether rows have a sequence of their own in a row, bool [B, K].
+  """Returns which of K rows hold a whole sequence of their own, bool [B, K].
 
-  Args:
-    ids_BKT: K rows for each sequence.
-    wanted_BM: the sequences, padded.
-    sizes_B: their lengths; no row has an empty one.
+  `sizes_B` are the lengths of the sequences; no row holds an empty one.
   """
   b, k, at = np.nonzero(ids_BKT == wanted_BM[:, :1, None])
   last = ids_BKT.shape[2] - 1

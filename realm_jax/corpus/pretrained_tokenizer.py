@@ -168,12 +168,11 @@ class _Source:
           ' transformers makes a tokenizer.json of other files, such as'
           ' vocab.json or sentencepiece.bpe.model.'
       )
-    values = {}
-    for file, place in found.items():
-      if file != VOCAB:
-        values[file] = files.read_json(place)
-        if not isinstance(values[file], dict):
-          raise ValueError(f'{place} is not a JSON object.')
+    values = {
+        file: files.read_object(place)
+        for file, place in found.items()
+        if file != VOCAB
+    }
     model = values.get(RULES, {}).get('model')
     if isinstance(model, dict):
       _check_model(str(found[RULES]), model)

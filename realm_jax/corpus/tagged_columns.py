@@ -18,9 +18,7 @@ log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r'[\d.,:-]*\d[\d.,:-]*')
 # Types of CoNLL 2000, which its later tasks have in a column before the names.
-_CHUNKS = frozenset(
-    'NP VP PP ADVP ADJP SBAR PRT CONJP INTJ LST UCP'.split()
-)
+_CHUNKS = frozenset('NP VP PP ADVP ADJP SBAR PRT CONJP INTJ LST UCP'.split())
 _HOW = (
     'name it: --tag_column=NAME_OR_NUMBER (training:'
     ' --config.tagger.tag_column)'

@@ -129,9 +129,7 @@ def _of_records(
         )
     tokens = lists.get(token_field)
     if tokens is None or not all(isinstance(word, str) for word in tokens):
-      raise ValueError(
-          f'{place}: "{token_field}" must be a list of strings.'
-      )
+      raise ValueError(f'{place}: "{token_field}" must be a list of strings.')
     places.append([place])
     for name, column in columns.items():
       column.append(lists.get(name, []))

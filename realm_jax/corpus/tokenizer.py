@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import re
+import string
 from typing import Any
 
 import numpy as np
@@ -23,23 +24,18 @@ from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import pieces as pieces_lib
 from realm_jax.corpus import pretrained_tokenizer
 from realm_jax.corpus import tokenizer_rules
 from realm_jax.corpus import vocabulary
-from realm_jax.corpus.pieces import byte_positions as byte_positions
+from realm_jax.corpus.tokenizer_rules import byte_positions as byte_positions
 from realm_jax.runtime import files
 
 _MAX_WORD_CHARACTERS = 100  # As in BERT, a longer word is [UNK].
 
 # Wordpieces never cross these characters.
 _SPACES = ' \t\n\r'
-_MARKS = ''.join(
-    chr(c) for c in range(33, 127) if not chr(c).isalnum()
-)  # BERT's ASCII punctuation, which includes '$' and '^'.
-_WORD = re.compile(
-    rf'[^{_SPACES}{re.escape(_MARKS)}]+|[{re.escape(_MARKS)}]'
-)
+_MARKS = string.punctuation  # As in BERT, with '$' and '^'.
+_WORD = re.compile(rf'[^{_SPACES}{re.escape(_MARKS)}]+|[{re.escape(_MARKS)}]')
 _SPACE_CLASS, _WORD_CLASS, _MARK_CLASS = range(3)
 # Bound for the cache. The English Wikipedia has about a million distinct words,
 # most of which occur once; this holds a quarter of them.
@@ -198,9 +194,8 @@ class Tokenizer:
   ) -> 'Tokenizer':
     """Reads what `save` wrote, without transformers.
 
-    Args:
-      directory: of the files.
-      lowercase: for a vocab.txt alone; None: as its tokenizer_config.json says.
+    `lowercase` is for a vocab.txt alone; None: as its tokenizer_config.json
+    says.
 
     Raises:
       FileNotFoundError, ValueError: a file is missing, or damaged.
@@ -222,17 +217,7 @@ class Tokenizer:
   def train(
       cls, texts: Iterable[str], vocab_size: int, lowercase: bool = True
   ) -> 'Tokenizer':
-    """Trains a vocabulary; the same texts always give the same one.
-
-    Args:
-      texts: the corpus, which is iterated over twice.
-      vocab_size: upper bound, special tokens included; a small corpus gives
-        fewer wordpieces.
-      lowercase: as in the constructor.
-
-    Raises:
-      ValueError: there is no text, or its characters alone exceed the size.
-    """
+    """Trains a vocabulary; see `vocabulary.learn`."""
     return cls(vocabulary.learn(texts, vocab_size, lowercase), lowercase)
 
   def complete(self, model: config_lib.ModelConfig) -> None:
@@ -265,10 +250,8 @@ class Tokenizer:
   def encode(self, text: str, masks: bool = False) -> list[int]:
     """Returns the wordpieces of a text, without [CLS] and [SEP].
 
-    Args:
-      text: any text.
-      masks: whether a literal '[MASK]' is the special token; its name in the
-        vocabulary is, too.
+    With `masks`, a literal '[MASK]' is the special token, as is its name in the
+    vocabulary.
     """
     if not masks:
       return self._tokenizer.encode(text).ids
@@ -313,7 +296,7 @@ class Tokenizer:
     for text, encoding in zip(texts, encodings, strict=True):
       ranges = np.array(encoding.offsets, np.int64).reshape(-1, 2)
       if not self.is_wordpiece:
-        ranges = pieces_lib.without_blanks(text, ranges)
+        ranges = tokenizer_rules.without_blanks(text, ranges)
       found.append((np.array(encoding.ids, np.uint32), ranges))
     return found
 
@@ -323,7 +306,7 @@ class Tokenizer:
     if self.is_wordpiece:
       return self.vocab
     special = {*self._specials.values()}
-    return pieces_lib.texts(
+    return tokenizer_rules.texts(
         self._decoder, ['' if p in special else p for p in self.vocab]
     )
 
@@ -331,7 +314,7 @@ class Tokenizer:
   def starts_word(self) -> Callable[[np.ndarray], np.ndarray]:
     """Tells which wordpieces of a text begin a word: ids [L] to bool [L]."""
     if not self.is_wordpiece:
-      return pieces_lib.WordStarts(self.piece_texts)
+      return tokenizer_rules.WordStarts(self.piece_texts)
     prefix = self._prefix
     begins = np.array(
         [not (prefix and piece.startswith(prefix)) for piece in self.vocab]
@@ -350,12 +333,8 @@ class Tokenizer:
   ) -> pathlib.Path:
     """Writes DIRECTORY/vocab.txt (LF), and what else `from_saved` needs.
 
-    transformers reads the folder, too.
-
-    Args:
-      directory: of the files.
-      settings: whether to write tokenizer_config.json if vocab.txt and
-        `lowercase` say all.
+    transformers reads the folder, too. With `settings`, a tokenizer_config.json
+    is written even if vocab.txt and `lowercase` say all.
     """
     directory = pathlib.Path(directory)
     path = directory / tokenizer_rules.VOCAB

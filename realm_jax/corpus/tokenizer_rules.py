@@ -1,14 +1,22 @@
-"""The rules by which a tokenizer that is not BERT's cuts text; their files.
+"""Tokenizers that are not BERT's: their rules, files, texts, and word starts.
 
-They are kept as tokenizer.json has them, so that any normalizer, pre-tokenizer,
-model and added tokens of the `tokenizers` library can be used.
+Rules are kept as tokenizer.json has them, so that any normalizer,
+pre-tokenizer, model and added tokens of the `tokenizers` library can be used.
+
+WordPiece marks the pieces inside a word. Byte-level BPE and Unigram mark those
+after a blank, so that a word after punctuation or at the beginning of a text is
+known from its neighbour only.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
+import unicodedata
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders
 from tokenizers import models
@@ -29,6 +37,14 @@ _OWN = {'saved_by': 'realm_jax'}  # In the tokenizer_config.json of `save`.
 # Before a special piece that the model itself might find in a text. A character
 # that no text has.
 _HIDDEN = '\U0010ffff'
+# Scripts without blanks between words: Thai to Myanmar, Khmer, kana, Chinese.
+_WITHOUT_BLANKS = re.compile(
+    '[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf'
+    '\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]'
+)
+_PROBE = 'a'  # A piece of any vocabulary: decoders drop the first blank.
+_LAST_SPACE = 0x3000  # The largest code of a blank.
+_IS_SPACE = np.array([chr(code).isspace() for code in range(_LAST_SPACE + 2)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +252,7 @@ def _separators(backend: tokenizers.Tokenizer) -> int:
 
 def do_lower_case(directory: pathlib.Path) -> bool:
   """Returns what tokenizer_config.json says about a vocab.txt."""
-  path = directory / SETTINGS
-  values = files.read_json(path) if path.is_file() else {}
+  values = files.read_object(directory / SETTINGS, optional=True)
   return bool(values.get('do_lower_case', True))
 
 
@@ -257,3 +272,75 @@ def saved_lowercase(path: pathlib.Path) -> bool | None:
     if isinstance(values, dict) and 'lowercase' in values:
       return bool(values['lowercase'])
   return None
+
+
+def texts(decoder: decoders.Decoder, vocab: Sequence[str]) -> list[str]:
+  """Returns the text of each piece inside a text, with its blanks."""
+  start = len(decoder.decode([_PROBE]))
+  return [decoder.decode([_PROBE, piece])[start:] for piece in vocab]
+
+
+class WordStarts:
+  """Tells which pieces of a text begin a word.
+
+  A word begins after a blank, and as in BERT at each mark and behind it. A
+  piece of a script without blanks is a word.
+  """
+
+  def __init__(self, piece_texts: Sequence[str]):
+    self._begins = np.array([_begins(text) for text in piece_texts], bool)
+    # A blank belongs to the word behind it, as a piece of its own, too.
+    self._ends = np.array(
+        [_is_mark(t[-1:]) and not t[-1:].isspace() for t in piece_texts], bool
+    )
+
+  def __call__(self, ids: np.ndarray) -> np.ndarray:
+    """Returns bool [L] for the pieces of a part of a text."""
+    found = self._begins[ids]
+    found[1:] |= self._ends[ids[:-1]]
+    return found
+
+
+def _begins(text: str) -> bool:
+  first = text[:1]
+  return (
+      first.isspace()
+      or _is_mark(first)
+      or bool(_WITHOUT_BLANKS.match(first))
+  )
+
+
+def _is_mark(character: str) -> bool:
+  """Whether it is no part of a word; an incomplete UTF-8 character is one."""
+  if not character or character == '\ufffd':
+    return False
+  return unicodedata.category(character)[0] not in 'LMN'
+
+
+def without_blanks(text: str, ranges_L2: np.ndarray) -> np.ndarray:
+  """Returns ranges of characters without the blanks at their beginning.
+
+  A piece of blanks alone keeps its range.
+  """
+  codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+  space = _IS_SPACE[np.minimum(codes, _LAST_SPACE + 1)]
+  if not space.any():
+    return ranges_L2
+  size = len(codes)
+  place = np.append(np.where(space, size, np.arange(size)), size)
+  following = np.minimum.accumulate(place[::-1])[::-1]
+  start, limit = ranges_L2.T
+  found = following[start]
+  return np.stack([np.where(found < limit, found, start), limit], axis=1)
+
+
+def byte_positions(text: str) -> np.ndarray:
+  """Returns the position in UTF-8 bytes of each character and of the end."""
+  if text.isascii():
+    return np.arange(len(text) + 1)
+  code_points = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+  sizes = 1 + sum(
+      (code_points >= limit).astype(np.int64)
+      for limit in (0x80, 0x800, 0x10000)
+  )
+  return np.concatenate([[0], np.cumsum(sizes)])

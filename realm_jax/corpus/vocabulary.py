@@ -24,14 +24,13 @@ _MIN_ALPHABET = 1000
 _COVERED = 0.9999
 
 
-def learn(
-    texts: Iterable[str], vocab_size: int, lowercase: bool
-) -> list[str]:
+def learn(texts: Iterable[str], vocab_size: int, lowercase: bool) -> list[str]:
   """Returns the wordpieces; the same texts always give the same ones.
 
   Args:
     texts: the corpus, which is iterated over twice.
-    vocab_size: upper bound, special tokens included.
+    vocab_size: upper bound, special tokens included; a small corpus gives
+      fewer wordpieces.
     lowercase: whether to lower-case text and remove accents.
 
   Raises:

@@ -21,15 +21,12 @@ import tqdm
 
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
+from realm_jax.runtime import extension
 from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
 
 _K1, _B = 0.9, 0.4
-INSTALL = (
-    'BM25 needs a package that is not installed: '
-    "pip install 'realm_jax[bm25]'"
-)
 DEPTH = 100  # Passages of each ranking that a hybrid search joins.
 _RANK = 60  # Constant of Cormack et al. 2009.
 _FOLDER = 'bm25-'  # In the folder of a corpus; a digest follows.
@@ -82,9 +79,7 @@ class Bm25:
     and the settings, and mapped to memory. Documents that were added or removed
     are indexed in memory, as is a corpus whose folder cannot be written.
 
-    Args:
-      corpus: the passages.
-      most: maximum number of passages to build an index of; None: any.
+    `most` is the maximum number of passages to build an index of.
 
     Raises:
       ImportError: bm25s is not installed; names the command to install it.
@@ -161,9 +156,7 @@ class Bm25:
     return True
 
   @classmethod
-  def _read(
-      cls, folder: pathlib.Path, about: dict[str, Any]
-  ) -> 'Bm25 | None':
+  def _read(cls, folder: pathlib.Path, about: dict[str, Any]) -> 'Bm25 | None':
     """Maps a kept index; None if there is none or it is damaged."""
     if not folder.is_dir():
       return None
@@ -206,9 +199,7 @@ class Bm25:
         found.append(run)
     return found
 
-  def search(
-      self, texts: list[str], k: int
-  ) -> tuple[np.ndarray, np.ndarray]:
+  def search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k passages of the highest score for each text.
 
     Returns:
@@ -250,9 +241,7 @@ class Cache:
       return self._opened[1]
 
 
-def fuse(
-    *rankings: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def fuse(*rankings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
   """Joins rankings by reciprocal rank fusion (Cormack et al. 2009).
 
   The score of a document is the sum of 1 / (60 + rank) over the rankings that
@@ -287,10 +276,8 @@ def fuse(
 
 
 def _library() -> Any:
-  try:
+  with extension.needed_by('BM25', 'bm25'):
     import bm25s
-  except ImportError as error:
-    raise ImportError(INSTALL) from error
   # It logs each call at the level DEBUG, which it sets itself.
   logging.getLogger('bm25s').setLevel(logging.WARNING)
   return bm25s

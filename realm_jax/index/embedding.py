@@ -4,6 +4,7 @@ Embeddings are float32; no dropout is applied.
 """
 
 from collections.abc import Callable, Iterator
+import functools
 
 import jax
 import numpy as np
@@ -36,9 +37,7 @@ class Embedder:
   mesh gets the whole result.
   """
 
-  def __init__(
-      self, component: components.Component, mesh: jax.sharding.Mesh
-  ):
+  def __init__(self, component: components.Component, mesh: jax.sharding.Mesh):
     def documents(
         params: components.Params, ids_BLS: jax.Array, types_BLS: jax.Array
     ) -> jax.Array:
@@ -124,9 +123,7 @@ class RowEncoder:
       self._batch_rows.append(-(-needed // -(-needed // most)) * multiple)
     self._replicated = mesh_lib.replicated(mesh)
     self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-    self._encode = row_by_row(
-        encode, mesh, mesh.axis_names, self._over_rows
-    )
+    self._encode = row_by_row(encode, mesh, mesh.axis_names, self._over_rows)
 
   def __call__(
       self,
@@ -137,12 +134,9 @@ class RowEncoder:
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields indices into `rows` and their results, in no fixed order.
 
-    Args:
-      params: parameters of the model.
-      rows: row numbers.
-      assemble: assemble(row numbers, width) returns the arrays of these rows,
-        padded to the width; -1 stands for a row of padding.
-      lengths_N: wordpieces of each row, if not those of the plan.
+    assemble(row numbers, width) returns the arrays of these rows, padded to the
+    width; -1 stands for a row of padding. `lengths_N` are the wordpieces of
+    each row, if not those of the plan.
     """
     lengths_N = self._lengths if lengths_N is None else lengths_N
     params = jax.device_put(params, self._replicated)
@@ -209,11 +203,7 @@ class PassageEmbedder:
       return component.module(params).embed_document(ids_BS, types_BS)
 
     self._encoder = RowEncoder(
-        embed,
-        self._template.lengths(passages),
-        max_length,
-        mesh,
-        batch_tokens,
+        embed, self._template.lengths(passages), max_length, mesh, batch_tokens
     )
 
   def __call__(
@@ -224,17 +214,17 @@ class PassageEmbedder:
   ) -> np.ndarray:
     """Returns the embeddings of passages, float32 [rows, E].
 
-    Args:
-      params: parameters of the embedder.
-      rows: passage numbers; None: all passages.
-      progress: called with the number of passages of each finished batch.
+    `rows` are passage numbers; None: all. `progress` is called with the number
+    of passages of each finished batch.
 
     Raises:
       ValueError: `rows` is empty.
     """
     rows = np.arange(len(self._passages)) if rows is None else np.asarray(rows)
     emb_NE: np.ndarray | None = None
-    for members, part_NE in self._encoder(params, rows, self._assemble):
+    # -1 is the null document.
+    assemble = functools.partial(self._template.documents, self._passages)
+    for members, part_NE in self._encoder(params, rows, assemble):
       if emb_NE is None:
         emb_NE = np.zeros((len(rows), part_NE.shape[1]), np.float32)
       emb_NE[members] = part_NE
@@ -243,12 +233,6 @@ class PassageEmbedder:
     if emb_NE is None:
       raise ValueError('There are no passages to embed.')
     return emb_NE
-
-  def _assemble(
-      self, numbers: np.ndarray, width: int
-  ) -> tuple[np.ndarray, np.ndarray]:
-    # -1 is the null document.
-    return self._template.documents(self._passages, numbers, width)
 
 
 def _widths(lengths: np.ndarray, max_length: int, compiling: int) -> list[int]:

@@ -6,7 +6,6 @@ renamed, so a generation that is listed under its step is complete.
 
 from collections.abc import Iterator
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -19,6 +18,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import search as search_lib
 from realm_jax.index import shards
 from realm_jax.runtime import files as files_lib
@@ -35,20 +35,30 @@ _RECALL_QUERIES, _RECALL_K = 256, 8
 Path = pathlib.Path | str
 
 
-class Damaged(ValueError):
-  """Bytes on disk differ from those that were written."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Lineage:
   """The inputs of a generation. In an expectation, None matches all."""
 
-  step: int | None  # Step of the snapshot.
-  params_digest: str | None  # Digest of the embedder's parameters.
-  tokenizer_digest: str | None
-  corpus_fingerprint: str | None
-  num_rows: int | None
-  width: int | None  # E.
+  step: int | None = None  # Step of the snapshot.
+  params_digest: str | None = None  # Digest of the embedder's parameters.
+  tokenizer_digest: str | None = None
+  corpus_fingerprint: str | None = None
+  num_rows: int | None = None
+  width: int | None = None  # E.
+
+  @classmethod
+  def of(
+      cls,
+      corpus: corpus_lib.Corpus,
+      width: int,
+      step: int | None = None,
+      params_digest: str | None = None,
+  ) -> 'Lineage':
+    """Returns the lineage of an index of a whole corpus."""
+    return cls(
+        step, params_digest, corpus.tokenizer.digest, corpus.fingerprint,
+        len(corpus.passages), width,
+    )
 
   def differences(self, expected: 'Lineage') -> list[str]:
     """Lists the fields that differ from an expectation, with both values."""
@@ -89,9 +99,7 @@ class Generation:
         for name in ('backend', *backend.saved_settings)
     ):
       saved = None
-    return search_lib.make_search(
-        config, self.embeddings, mesh, saved, removed
-    )
+    return search_lib.make_search(config, self.embeddings, mesh, saved, removed)
 
 
 class Writer:
@@ -200,9 +208,7 @@ class Writer:
     self._folder.write(shard, embeddings_NE)
 
   def add_backend(
-      self,
-      config: config_lib.MipsConfig,
-      mesh: jax.sharding.Mesh | None = None,
+      self, config: config_lib.MipsConfig, mesh: jax.sharding.Mesh | None = None
   ) -> None:
     """Builds and saves the search over all rows, and measures its recall.
 
@@ -273,31 +279,14 @@ class Writer:
       shutil.rmtree(self._folder.path, ignore_errors=True)
 
 
-def publish(
-    directory: Path,
-    lineage: Lineage,
-    embeddings_NE: np.ndarray,
-    config: config_lib.MipsConfig,
-    mesh: jax.sharding.Mesh | None = None,
-) -> pathlib.Path:
-  """Writes embeddings that are in memory as `directory`/<step>."""
-  with Writer(directory, lineage, config.dtype) as writer:
-    for start in range(0, len(embeddings_NE), ROWS_PER_SHARD):
-      writer.add(embeddings_NE[start : start + ROWS_PER_SHARD])
-    writer.add_backend(config, mesh)
-    return writer.publish()
-
-
 def load(path: Path, expected: Lineage | None = None) -> Generation:
   """Opens a generation; every byte is read and checked.
 
-  Args:
-    path: `index/<step>` of a workdir.
-    expected: the lineage that the running job needs.
+  `expected` is the lineage that the running job needs.
 
   Raises:
     FileNotFoundError: the generation does not exist.
-    Damaged: a file is missing or differs from what was written.
+    files.Damaged: a file is missing or differs from what was written.
     ValueError: the generation has a newer format or another lineage; the
       message names both sides.
   """
@@ -312,8 +301,8 @@ def load(path: Path, expected: Lineage | None = None) -> Generation:
           + '\n  '.join(differences)
       )
   for problem in problems(path, manifest):
-    raise Damaged(
-        f'The index generation {path} is damaged: {problem}. ' + _remedy(path)
+    raise files_lib.Damaged(
+        f'The index generation {path} is damaged: {problem}. {_remedy(path)}'
     )
   return Generation(path, lineage, manifest, _table(path, manifest))
 
@@ -325,9 +314,7 @@ def lineage_of(manifest: dict[str, Any]) -> Lineage:
   )
 
 
-def problems(
-    path: pathlib.Path, manifest: dict[str, Any]
-) -> Iterator[str]:
+def problems(path: pathlib.Path, manifest: dict[str, Any]) -> Iterator[str]:
   """Yields the differences between a generation's files and its manifest."""
   found = [*shards.problems(path, manifest['files'])]
   yield from found
@@ -341,44 +328,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: the generation does not exist.
-    Damaged: the manifest differs from what was written.
-    ValueError: the generation has a newer format.
+    files.Damaged, ValueError: see `files.read_manifest`.
   """
   path = pathlib.Path(path)
   try:
-    text = (path / MANIFEST).read_text(encoding='utf-8', errors='replace')
+    return files_lib.read_manifest(
+        path / MANIFEST, FORMAT_VERSION, _remedy(path)
+    )
   except FileNotFoundError as error:
     raise FileNotFoundError(
-        f'There is no index generation {path}. ' + _remedy(path)
+        f'There is no index generation {path}. {_remedy(path)}'
     ) from error
-  try:
-    manifest = json.loads(text)
-    version, digest = manifest['format_version'], manifest['manifest_sha256']
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise Damaged(f'{path}/{MANIFEST} is damaged. ' + _remedy(path)) from error
-  if isinstance(version, int) and version > FORMAT_VERSION:
-    raise ValueError(
-        f'{path} has index format {version}, from a newer realm_jax; this one '
-        f'reads format {FORMAT_VERSION}. Install the newer version, or build '
-        'the index again.'
-    )
-  found = files_lib.manifest_digest(manifest)
-  if found != digest:
-    raise Damaged(
-        f'{path}/{MANIFEST} is damaged: its SHA-256 is {found}, it says '
-        f'{digest}. ' + _remedy(path)
-    )
-  return manifest
 
 
 def remove_leftovers(directory: Path, resume: int | None = None) -> list[str]:
   """Deletes the unfinished files of killed builders; returns their names.
 
-  Only the holder of the builder's lock may call this.
-
-  Args:
-    directory: `index` of a workdir.
-    resume: step of an unfinished build to keep, so that it can be resumed.
+  Only the holder of the builder's lock may call this. An unfinished build of
+  the step `resume` is kept.
   """
   directory = pathlib.Path(directory)
   names = [
@@ -420,7 +387,8 @@ def _measure(
   queries = table[rows].astype(np.float32)
   k = min(_RECALL_K, len(table))
   exact = search_lib.StreamedSearch(table, mesh)
-  value = search_lib.recall(search, exact, queries, k)
+  found_BK, exact_BK = search.search(queries, k), exact.search(queries, k)
+  value = search_lib.overlap(found_BK, exact_BK)
   return {'value': value, 'k': k, 'queries': count}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.index import search as search_lib
+from realm_jax.index.search import Array
 
 # Tables of fewer rows are compared row by row: a tree would not be faster.
 BRUTE_FORCE = 20_000
@@ -79,12 +80,6 @@ class ScannSearch(search_lib.Search):
       removed: np.ndarray | None = None,
   ):
     """Builds the index, or loads what `save` wrote to `directory`.
-
-    Args:
-      embeddings_NE: the table; it stays in use.
-      config: the settings.
-      directory: a saved index of the same rows, removed ones included.
-      removed: sorted int64 rows that are never returned.
 
     Raises:
       FileNotFoundError: `directory` has no ScaNN index.
@@ -149,10 +144,7 @@ class ScannSearch(search_lib.Search):
     return search_lib.RowBytes(host=size, saved=size)
 
   def search(
-      self,
-      query_emb_BE: np.ndarray | jax.Array,
-      k: int,
-      exclude_BR2: np.ndarray | None = None,
+      self, query_emb_BE: Array, k: int, exclude_BR2: np.ndarray | None = None
   ) -> np.ndarray:
     exclude_BR2, allowed_B = self.check(query_emb_BE, k, exclude_BR2)
     query_emb_BE = np.asarray(jax.device_get(query_emb_BE), np.float32)
@@ -236,9 +228,7 @@ def _build(embeddings_NE: search_lib.Rows, leaves: int) -> Any:
   # Evenly spaced rows, row 0 first: see below.
   sample = _SAMPLE_PER_LEAF * leaves
   rows = range(0, count, max(count // sample, 1))[:sample]
-  builder = scann.builder(
-      _finite(embeddings_NE, rows), 10, 'dot_product'
-  ).tree(
+  builder = scann.builder(_finite(embeddings_NE, rows), 10, 'dot_product').tree(
       num_leaves=leaves,
       num_leaves_to_search=1,  # Each search sets its own number.
       training_sample_size=len(rows),
@@ -306,9 +296,7 @@ def _writing() -> Iterator[None]:
     raise OSError(errno.ENOSPC, str(error)) from error
 
 
-def _finite(
-    embeddings_NE: search_lib.Rows, rows: range
-) -> np.ndarray:
+def _finite(embeddings_NE: search_lib.Rows, rows: range) -> np.ndarray:
   """Reads rows as float32; a ValueError names one that is not finite."""
   found = rows if rows.step > 1 else slice(rows.start, rows.stop)
   part_NE = np.ascontiguousarray(embeddings_NE[found], np.float32)

@@ -9,7 +9,7 @@ import abc
 from collections.abc import Iterator
 import concurrent.futures
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ _STREAMED_ROWS = 2**18  # Rows of a streamed table on the devices at once.
 _SCORED_ROWS = 2**12  # Rows scored at once: 2 MiB at width 128 fit the cache.
 
 Rows = concatenated.Rows
+Array: TypeAlias = np.ndarray | jax.Array
 
 
 class RowBytes(NamedTuple):
@@ -121,10 +122,7 @@ class Search(abc.ABC):
 
   @abc.abstractmethod
   def search(
-      self,
-      query_emb_BE: np.ndarray | jax.Array,
-      k: int,
-      exclude_BR2: np.ndarray | None = None,
+      self, query_emb_BE: Array, k: int, exclude_BR2: np.ndarray | None = None
   ) -> np.ndarray:
     """Returns int32 [B, k]: distinct rows that are not excluded, best first.
 
@@ -140,10 +138,7 @@ class Search(abc.ABC):
     """
 
   def check(
-      self,
-      query_emb_BE: np.ndarray | jax.Array,
-      k: int,
-      exclude_BR2: np.ndarray | None,
+      self, query_emb_BE: Array, k: int, exclude_BR2: np.ndarray | None
   ) -> tuple[np.ndarray, np.ndarray]:
     """Checks the arguments of `search`.
 
@@ -198,13 +193,7 @@ class ExactSearch(Search):
       dtype: str = 'float32',
       removed: np.ndarray | None = None,
   ):
-    """Puts the table on the devices.
-
-    Args:
-      embeddings_NE: read slice by slice.
-      mesh: rows are split over all its axes; None: the first device.
-      dtype: type of the table on the devices; scores are float32.
-      removed: sorted int64 rows that are never returned.
+    """Puts the table on the devices, in `dtype`; see `build`.
 
     Raises:
       ValueError: the table is empty, not a matrix, or not finite.
@@ -246,10 +235,7 @@ class ExactSearch(Search):
     )
 
   def search(
-      self,
-      query_emb_BE: np.ndarray | jax.Array,
-      k: int,
-      exclude_BR2: np.ndarray | None = None,
+      self, query_emb_BE: Array, k: int, exclude_BR2: np.ndarray | None = None
   ) -> np.ndarray:
     exclude_BR2, _ = self.check(query_emb_BE, k, exclude_BR2)
 
@@ -287,10 +273,7 @@ class StreamedSearch(ExactSearch):
     pass
 
   def search(
-      self,
-      query_emb_BE: np.ndarray | jax.Array,
-      k: int,
-      exclude_BR2: np.ndarray | None = None,
+      self, query_emb_BE: Array, k: int, exclude_BR2: np.ndarray | None = None
   ) -> np.ndarray:
     exclude_BR2, _ = self.check(query_emb_BE, k, exclude_BR2)
     found = [
@@ -313,6 +296,51 @@ class StreamedSearch(ExactSearch):
         part = thread.submit(self._place, start, rows, check=False)
         yield ready
       yield part.result()
+
+
+class MergedSearch(Search):
+  """A saved index and the rows added behind it, searched as one table."""
+
+  def __init__(
+      self, searches: tuple[Search, Search], table_NE: Rows, removed: np.ndarray
+  ):
+    """Joins searches of the first and of the other rows of a table."""
+    super().__init__(table_NE, removed)
+    self._searches = searches
+
+  def search(
+      self, query_emb_BE: Array, k: int, exclude_BR2: np.ndarray | None = None
+  ) -> np.ndarray:
+    query_emb_BE = np.asarray(jax.device_get(query_emb_BE), np.float32)
+    exclude_BR2, _ = self.check(query_emb_BE, k, exclude_BR2)
+    border = self._searches[0].num_documents
+    ranges = (0, border), (border, self.num_documents)
+    wanted = []
+    for first, limit in ranges:
+      inside = np.clip(exclude_BR2, first, limit)
+      allowed_B = num_allowed(inside, self._removed, first, limit)
+      wanted.append(np.minimum(allowed_B, k))
+    wanted_B2 = np.stack(wanted, axis=1)
+    rows_BK = np.zeros((len(query_emb_BE), k), np.int32)
+    # Usually one group: few queries exclude nearly all of a table.
+    for counts in np.unique(wanted_B2, axis=0):
+      mine = np.flatnonzero((wanted_B2 == counts).all(axis=1))
+      rows_BN = np.concatenate(
+          [
+              search.search(query_emb_BE[mine], n, exclude_BR2[mine] - first)
+              + first
+              for search, n, (first, _) in zip(
+                  self._searches, counts.tolist(), ranges, strict=True
+              )
+              if n
+          ],
+          axis=1,
+      ).astype(np.int32)
+      allowed_BN = np.ones(rows_BN.shape, bool)
+      rows_BK[mine] = rank(
+          self._table_NE, query_emb_BE[mine], rows_BN, allowed_BN, k
+      )
+    return rows_BK
 
 
 def backend(config: config_lib.MipsConfig) -> type[Search]:
@@ -339,14 +367,9 @@ def make_search(
     saved: pathlib.Path | None = None,
     removed: np.ndarray | None = None,
 ) -> Search:
-  """Returns the backend that the config names over a table of embeddings.
+  """Returns the backend that the config names; see `Search.build`.
 
-  Args:
-    config: the backend and its settings.
-    embeddings_NE: an array, or the table of a generation.
-    mesh: devices for the table; None: the first device.
-    saved: folder of a saved index of the same rows; None: build the index.
-    removed: sorted int64 rows that are never returned.
+  `saved` is the folder of a saved index of the same rows; None: build one.
 
   Raises:
     ValueError: the table or a setting is wrong; see also `backend`.
@@ -355,16 +378,6 @@ def make_search(
   if saved is None:
     return made.build(embeddings_NE, config, mesh, removed)
   return made.load(saved, embeddings_NE, config, mesh, removed)
-
-
-def recall(
-    search: Search,
-    exact: Search,
-    query_emb_BE: np.ndarray | jax.Array,
-    k: int,
-) -> float:
-  """Returns the mean share of the exact top k that `search` finds, 0 to 1."""
-  return overlap(search.search(query_emb_BE, k), exact.search(query_emb_BE, k))
 
 
 def gather(embeddings_NE: Rows, rows_BK: np.ndarray) -> np.ndarray:
@@ -402,12 +415,7 @@ def rank(
 ) -> np.ndarray:
   """Returns the best of each query's candidates by inner product.
 
-  Args:
-    embeddings_NE: the table.
-    query_emb_BE: float32.
-    found_BN: candidate rows.
-    allowed_BN: the candidates that count; the others may be any number.
-    k: number of rows for each query.
+  `found_BN` are row numbers, of which only those in `allowed_BN` count.
 
   Returns:
     int32 [B, k], best first; undefined beyond the allowed candidates.
@@ -434,10 +442,7 @@ def num_allowed(
 ) -> np.ndarray:
   """Returns the number of rows of a range that each query may have, int [B].
 
-  Args:
-    exclude_BR2: ranges excluded for each query, clipped to [first, limit).
-    removed: sorted rows that no query may have.
-    first, limit: the range of rows.
+  `exclude_BR2` are clipped to [first, limit); `removed` is sorted.
   """
 
   def live(start: np.ndarray, limit: np.ndarray) -> np.ndarray:

@@ -59,9 +59,7 @@ class ShardFolder:
     """Creates the folder, or resumes one that was made from the same.
 
     Incomplete shards, and a folder made from something else, are deleted.
-
-    Args:
-      made_from: what the shards depend on (JSON).
+    `made_from` (JSON) is all that the shards depend on.
 
     Returns:
       The time of the first `begin`, in seconds of the epoch.

@@ -223,11 +223,9 @@ class Trained:
         self.workdir, checkpoint.newest_step(self.workdir)
     )
     lineage = generation_lib.Lineage(
-        step=None,
         params_digest=params_digest,
         tokenizer_digest=saved['tokenizer_digest'],
         corpus_fingerprint=saved['corpus_fingerprint'],
-        num_rows=None,
         width=self.config.model.embedding_width,
     )
     found = document_store.find(

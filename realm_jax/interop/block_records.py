@@ -35,8 +35,6 @@ _WORDS = frozenset(
     ' dtype O8 |'.split()
 )
 _LIST_OPCODES = ('MARK', 'APPEND', 'APPENDS', 'FRAME')
-_PUTS = ('BINPUT', 'LONG_BINPUT', 'MEMOIZE')
-_GETS = ('BINGET', 'LONG_BINGET')
 _MAX_GAP = 1000  # Between the numbers of consecutive memo entries.
 _ABSENT = 2**64 - 1
 _BATCH = 1000  # Items per APPENDS, as in Python's own pickler.
@@ -84,14 +82,14 @@ def _records(path: pathlib.Path, start: int, number: int) -> Iterator[bytes]:
     file.seek(start)
     operations: Iterator[Any] = pickletools.genops(file)
     for opcode, argument, place in operations:
-      if opcode.name in _PUTS:
+      if opcode.name in weights.PUTS:
         key = len(memo) if argument is None else argument
         if key > len(memo) + _MAX_GAP:
           raise ValueError('the memo of the pickle has gaps')
         memo.extend([_ABSENT] * (key + 1 - len(memo)))
         memo[key] = last
         continue
-      if opcode.name in _GETS:
+      if opcode.name in weights.GETS:
         place = memo[argument] if argument < len(memo) else _ABSENT
         if place == _ABSENT:
           raise ValueError(f'memo entry {argument} is not set')
@@ -139,9 +137,7 @@ def byte_records_writer(
       written += 1
     file.write(b'etb.' if written else b'tb.')
   if written != number:
-    raise ValueError(
-        f'{path}: got {written} records, expected {number}.'
-    )
+    raise ValueError(f'{path}: got {written} records, expected {number}.')
 
 
 def prepare_corpus(
@@ -225,14 +221,7 @@ def publish(
   The embeddings come from the embedder before fine-tuning, which trains the
   query tower only. The job treats them as made by the imported parameters.
   """
-  lineage = generation.Lineage(
-      step=0,
-      params_digest=digest,
-      tokenizer_digest=corpus.tokenizer.digest,
-      corpus_fingerprint=corpus.fingerprint,
-      num_rows=table.shape[0],
-      width=table.shape[1],
-  )
+  lineage = generation.Lineage.of(corpus, table.shape[1], 0, digest)
   row_bytes = table.shape[1] * table.dtype.itemsize
   directory = workdir / generation.DIRECTORY
   with generation.Writer(directory, lineage, config.mips.dtype) as writer:

@@ -5,7 +5,6 @@ is dropped with a reason. An unknown tensor of the network itself, and a missing
 one, is an error. `huggingface_names` has the names.
 """
 
-import collections
 from collections.abc import Iterable, Mapping
 import dataclasses
 import re
@@ -15,12 +14,12 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import entities
-from realm_jax.interop import encoder_names
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
 from realm_jax.interop import sentence_transformers as st
 from realm_jax.interop import weights
 from realm_jax.models import components
+from realm_jax.runtime import lines
 
 _BLOCK_EMB = 'block_emb'
 _MAX_LISTED = 20
@@ -37,7 +36,7 @@ Tensor = np.ndarray | weights.FileTensor
 class Loaded:
   """A converted checkpoint.
 
-  kind: one of `huggingface_names.KINDS`, or RETRIEVER.
+  kind: one of `huggingface_config.KINDS`, or RETRIEVER.
   config: sizes of the model; its `towers` are those of the checkpoint.
   params: of each component, float32 numpy arrays.
   sources: names in the file to 'component/name' of the parameter.
@@ -70,13 +69,7 @@ def components_in(
     body: str | None = None,
     head: st.Head | None = None,
 ) -> list[str]:
-  """Returns the names of the components that a checkpoint has.
-
-  Args:
-    tensors: by name.
-    values: its config.json: the encoder, and whether it is a tagger.
-    body: see `huggingface_names.kind_of`.
-    head: of a retriever that is not REALM's.
+  """Returns the names of the components that a checkpoint has; as `load`.
 
   Raises:
     ValueError: it is neither BERT nor REALM.
@@ -87,7 +80,7 @@ def components_in(
   kind, prefix = huggingface_names.kind_of(names, body)
   if head is not None and kind != 'bert':
     raise ValueError(
-        f'The checkpoint is a {huggingface_names.KINDS[kind]}, whose retriever'
+        f'The checkpoint is a {huggingface_config.KINDS[kind]}, whose retriever'
         f' has its own pooling, not {head.fields["pooling"]!r}.'
     )
   classifier = huggingface_names.tagging_head(names, prefix, encoder)
@@ -150,10 +143,10 @@ def load(
     config.entity_types = tuple(huggingface_config.types(tags))
     config.capitals = values.get('capitals') is True
   _set_rows(config, named, vocab_size)
-  dropped = {}
   if kind == 'bert':
+    modules = head.modules if head else None
     layout = huggingface_names.bert_layout(
-        *(config, named, prefix, bool(tags)), head.modules if head else None
+        config, named, prefix, bool(tags), modules
     )
     pooling = head.fields['pooling'] if head is not None else None
     dropped = huggingface_names.dropped(layout, named, prefix, pooling)
@@ -161,7 +154,7 @@ def load(
     if classifier is not None and 'tagger' in known:
       dropped[classifier] += ' of tokens, which --components=tagger takes'
   else:
-    layout = huggingface_names.layout_of(kind, config)
+    layout = huggingface_names.LAYOUTS[kind](config)
     dropped = {
         name: 'no component computes with it'
         for name in named
@@ -175,8 +168,7 @@ def load(
   if rows_cut:
     config.vocab_size -= rows_cut
     parts = {name: components.make(name, config) for name in known}
-  read = _Reader(layout, named, config.vocab_size, rows_cut)
-  params, sources = read.params(names)
+  params, sources = _params(layout, named, config.vocab_size, names)
   if tags:
     order = [tags.index(tag) for tag in entities.labels(config.entity_types)]
     for name in ('output.kernel', 'output.bias'):
@@ -192,7 +184,7 @@ def load(
   original = {n: t.name if kind == 'bert' else n for n, t in named.items()}
   kind = 'tagger' if names == ['tagger'] else kind
   return Loaded(
-      kind=kind if head is None else huggingface_names.RETRIEVER,
+      kind=kind if head is None else huggingface_config.RETRIEVER,
       config=config,
       params=params,
       sources={original[name]: ours for name, ours in sources.items()},
@@ -207,7 +199,7 @@ def load(
           if named[name].dtype != np.float32
       },
       unused={
-          original[name]: read.cut(name)
+          original[name]: _without_padding(named[name], name, config.vocab_size)
           for name in dropped
           if not name.endswith(huggingface_names.BUFFERS)
       },
@@ -252,8 +244,7 @@ def _set_rows(
 
 
 def _other_copies(
-    layout: huggingface_names.Layout,
-    named: Mapping[str, weights.FileTensor],
+    layout: huggingface_names.Layout, named: Mapping[str, weights.FileTensor]
 ) -> dict[str, str]:
   """Returns the tensors that should equal another one and do not.
 
@@ -353,65 +344,53 @@ def _check(
       )
   if problems:
     found = dict.fromkeys(problems)  # BERT's entries appear twice.
-    problems = [encoder_names.spelled(p, config.encoder) for p in found]
-    more = len(problems) - _MAX_LISTED
+    problems = [huggingface_config.from_bert(p, config.encoder) for p in found]
+    shown = lines.listed(problems, _MAX_LISTED, '\n  ')
     mend = 'Give config.json and weights of one model.'
     if any(map(_ADAPTER.search, named)):
       mend = 'Merge the adapter into the weights (peft: merge_and_unload).'
     raise ValueError(
         'The checkpoint does not fit its config.json as a'
-        f' {huggingface_names.class_of(kind, config)}:\n  '
-        + '\n  '.join(problems[:_MAX_LISTED])
-        + (f'\n  and {more} more' if more > 0 else '')
-        + f'\n{mend}'
+        f' {huggingface_config.class_of(kind, config)}:\n  {shown}\n{mend}'
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-  """Reads tensors without the rows that pad an embedding.
+def _without_padding(
+    tensor: weights.FileTensor, name: str, rows: int
+) -> Tensor:
+  """Returns a tensor, still in its file if it has no row of padding.
 
-  layout: entries to read.
-  named: tensors by their names in the layout.
-  rows, rows_cut: rows of the embedding that are kept, and others.
+  `name` is that in its layout; a table has a row for each of `rows` wordpieces.
   """
+  is_table = name.endswith(huggingface_names.TABLES)
+  if not is_table or not tensor.shape or tensor.shape[0] <= rows:
+    return tensor
+  return tensor.read()[:rows]
 
-  layout: huggingface_names.Layout
-  named: Mapping[str, weights.FileTensor]
-  rows: int
-  rows_cut: int
 
-  def cut(self, name: str) -> Tensor:
-    """Returns a tensor, still in its file if no row of it is cut."""
-    tensor = self.named[name]
-    is_table = name.endswith(huggingface_names.TABLES)
-    if not self.rows_cut or not is_table or not tensor.shape:
-      return tensor
-    return tensor.read()[: self.rows]
-
-  def params(
-      self, wanted: Iterable[str]
-  ) -> tuple[dict[str, components.Params], dict[str, str]]:
-    """Returns the parameters, and the name of one for each tensor."""
-    params: dict[str, components.Params] = {name: {} for name in wanted}
-    entries = [e for e in self.layout.entries if e.ours.split('/')[0] in params]
-    uses = collections.Counter(e.theirs for e in entries)
-    sources: dict[str, str] = {}
-    shared: dict[str, np.ndarray] = {}
-    for entry in entries:
-      component, _, name = entry.ours.partition('/')
-      array = shared.get(entry.theirs)
-      if array is None:
-        tensor = self.cut(entry.theirs)
-        array = tensor if isinstance(tensor, np.ndarray) else tensor.read()
-        if entry.transposed:
-          array = np.ascontiguousarray(array.T)
-        array = array.astype(np.float32, copy=False)
-        if uses[entry.theirs] > 1:  # The components of a BERT share the array.
-          shared[entry.theirs] = array
-        sources[entry.theirs] = entry.ours
-      params[component][name] = array
-    return params, sources
+def _params(
+    layout: huggingface_names.Layout,
+    named: Mapping[str, weights.FileTensor],
+    rows: int,
+    wanted: Iterable[str],
+) -> tuple[dict[str, components.Params], dict[str, str]]:
+  """Returns the parameters, and the name of one for each tensor."""
+  params: dict[str, components.Params] = {name: {} for name in wanted}
+  sources: dict[str, str] = {}
+  arrays: dict[str, np.ndarray] = {}  # Components of a BERT share them.
+  for entry in layout.entries:
+    component, _, name = entry.ours.partition('/')
+    if component not in params:
+      continue
+    if entry.theirs not in arrays:
+      tensor = _without_padding(named[entry.theirs], entry.theirs, rows)
+      array = tensor if isinstance(tensor, np.ndarray) else tensor.read()
+      if entry.transposed:
+        array = np.ascontiguousarray(array.T)
+      arrays[entry.theirs] = array.astype(np.float32, copy=False)
+      sources[entry.theirs] = entry.ours
+    params[component][name] = arrays[entry.theirs]
+  return params, sources
 
 
 def tensors_of(
@@ -423,7 +402,7 @@ def tensors_of(
   """Returns all tensors of a class of transformers, by name.
 
   Args:
-    kind: one of `huggingface_names.KINDS`; 'bert' is the reader.
+    kind: one of `huggingface_config.KINDS`; 'bert' is the reader.
     config: resolved.
     params: of the components that the class consists of.
     unused: values of tensors that the class never uses. Without a value, the
@@ -436,7 +415,7 @@ def tensors_of(
   Raises:
     ValueError: a component is missing, or the class cannot hold the towers.
   """
-  layout = huggingface_names.layout_of(kind, config)
+  layout = huggingface_names.LAYOUTS[kind](config)
   needs_tower = any(e.ours.startswith('embedder/') for e in layout.entries)
   if needs_tower and kind != 'scorer' and config.towers != 'shared':
     raise ValueError(
@@ -444,7 +423,7 @@ def tensors_of(
         "classes of transformers only 'scorer' has a tower for queries."
     )
   found: dict[str, Tensor] = {
-      entry.theirs: foreign_tensor(entry.ours, params)
+      entry.theirs: torch_tensor(entry.ours, params)
       for entry in layout.entries
   }
   given = unused or {}
@@ -458,10 +437,10 @@ def tensors_of(
     found[name] = tensor
   for name, target in layout.copies.items():
     found[name] = found[target]
-  return encoder_names.foreign(found, config.encoder)
+  return huggingface_config.tensors_from_bert(found, config.encoder)
 
 
-def foreign_tensor(
+def torch_tensor(
     ours: str, params: Mapping[str, components.Params]
 ) -> np.ndarray:
   """Returns the parameter 'component/name' in the layout of PyTorch.

@@ -24,6 +24,7 @@ from realm_jax.interop import sentence_transformers as st
 from realm_jax.interop import sources
 from realm_jax.interop import weights
 from realm_jax.models import components
+from realm_jax.runtime import files
 
 Path = export_huggingface.Path
 
@@ -32,14 +33,9 @@ _ROWS = 2**16
 
 # Beginnings of the names of tensors that the BertModel of a folder can have.
 _LOADABLE = ('embeddings.', 'encoder.', 'pooler.', 'bert.', 'cls.')
-# The encoders of DPR by the prefix of their tensors. In a file with both, each
-# is a tower.
-QUESTION = ('question_encoder.', 'question_model.')
-CONTEXT = ('ctx_encoder.', 'ctx_model.')
-_DPR_PROJECTION = 'encode_proj'
-# Classes that are a BERT with a pooling.
-_ARCHITECTURES = {'Contriever': 'mean'}
 _LARGE_SCALE = 2.0**12
+# Class, settings and tensors of a module.
+_Module = tuple[str, dict[str, Any], dict[str, np.ndarray]]
 _USAGE = """
 ```python
 import sentence_transformers
@@ -87,7 +83,7 @@ def run(
     output: folder to write; it appears, complete, at the very end.
     step: of a checkpoint or of a snapshot of the retriever; None: the newest
       checkpoint.
-    classes: for 'huggingface': of `huggingface_names.KINDS`, the first in
+    classes: for 'huggingface': of `huggingface_config.KINDS`, the first in
       `output` itself, each further one in a folder of its name.
     dtype: for 'index': 'float32' or 'float16'.
     corpus: where the corpus is now; None: where it was in training.
@@ -129,7 +125,7 @@ def _index(
   cuts.warn_of_passages(trained.corpus, trained.config)
   index = trained.published(model.params, model.step)
   table, live = index.table, index.live_rows
-  with model.folder(output) as folder:
+  with files.atomic_folder(output, overwrite=True) as folder:
     rows = np.lib.format.open_memmap(
         folder / 'embeddings.npy',
         'w+',
@@ -169,7 +165,7 @@ def _index(
         'documents': trained.documents.about(),
         'faiss': 'index.faiss' if flat is not None else None,
     }
-    _json(folder / 'index.json', about)
+    files.write_json(folder / 'index.json', about)
   return [output]
 
 
@@ -191,7 +187,7 @@ def _sentence_transformers(
   separate = config.model.towers != 'shared'
   names = ('query', 'document') if separate else ('',)
   params = model.params['embedder']
-  with model.folder(output) as temporary:
+  with files.atomic_folder(output, overwrite=True) as temporary:
     for name in names:
       folder = temporary / name
       folder.mkdir(exist_ok=True)
@@ -214,7 +210,7 @@ def _source(
   encoder = 'query_encoder' if tower == 'query' else 'encoder'
   for one in model.imported:
     ours = f'embedder/{encoder}.bert.embed_norm.scale'
-    retriever = one.kind == huggingface_names.RETRIEVER
+    retriever = one.kind == huggingface_config.RETRIEVER
     if retriever and ours in one.tensors.values():
       return one
   return None
@@ -251,92 +247,39 @@ def _write_tower(
 ) -> None:
   """Writes one tower: encoder, modules and their settings, no tokenizer.
 
-  Args:
-    folder: exists.
-    config: resolved.
-    params: of the embedder.
-    tower: 'query' or 'document' of two; '': the only one.
-    source: the checkpoint that the parameters are equal to, whose types and
-      unused tensors are written; None: there is none.
+  `tower` is 'query' or 'document' of two, or '' for the only one. If the
+  parameters are those of a `source`, its types and unused tensors are written.
   """
   model = config.model
   own = 'query_' if tower == 'query' else ''
   encoder = 'query_encoder' if own and model.towers == 'separate' else 'encoder'
-  projection = f'{own}projection'
-  modules = [('', 'Transformer'), ('1_Pooling', 'Pooling')]
-
-  def add(kind: str) -> pathlib.Path:
-    modules.append((f'{len(modules)}_{kind}', kind))
-    return folder / modules[-1][0]
-
-  pooling = 'cls' if model.pooling == 'cls_tanh' else model.pooling
-  flags = [*st.FLAGS][:4] + [*st.FLAGS][5:] * (pooling == 'last')
-  _json(
-      folder / '1_Pooling' / 'config.json',
-      {
-          'word_embedding_dimension': model.width,
-          **{f: st.POOLINGS.get(st.FLAGS[f]) == pooling for f in flags},
-      },
-  )
-  arrays: dict[str, tuple[pathlib.Path, str, float]] = {}
-  if model.pooling == 'cls_tanh':
-    arrays[f'{encoder}.pooler'] = (add('Dense'), st.TANH, 1.0)
-  if model.projection != 'none':
-    scale = 1.0
-    if model.projection == 'layer_norm':
-      # Except for epsilon, LayerNorm does not depend on the scale of its input.
-      # A power of two, exact in floating point, turns their epsilon into ours.
-      eps = model.projection_norm_eps or model.layer_norm_eps
-      scale = 2.0 ** round(math.log2(st.EPS / eps) / 2) if eps else _LARGE_SCALE
-    arrays[f'{projection}.dense'] = (add('Dense'), st.IDENTITY, scale)
-  for name, (place, activation, scale) in arrays.items():
-    kernel = np.asarray(params[f'{name}.kernel']) * np.float32(scale)
-    _json(
-        place / 'config.json',
-        {
-            'in_features': kernel.shape[0],
-            'out_features': kernel.shape[1],
-            'bias': True,
-            'activation_function': st.TORCH + activation,
-        },
-    )
-    bias = np.asarray(params[f'{name}.bias']) * np.float32(scale)
-    tensors = {'linear.weight': np.ascontiguousarray(kernel.T),
-               'linear.bias': bias}
-    _weights(place, _in_types(tensors, f'{name}.kernel', source))
-  if model.projection == 'layer_norm':
-    place = add('LayerNorm')
-    _json(place / 'config.json', {'dimension': model.embedding_width})
-    norm = {
-        f'norm.{theirs}': np.asarray(params[f'{projection}.norm.{ours}'])
-        for theirs, ours in (('weight', 'scale'), ('bias', 'bias'))
-    }
-    _weights(place, _in_types(norm, f'{projection}.norm.scale', source))
-  if model.normalize:
-    add('Normalize').mkdir(exist_ok=True)
-  _json(
-      folder / st.MODULES,
-      [
-          {'idx': i, 'name': str(i), 'path': path,
-           'type': f'{st.PACKAGE}.models.{kind}'}
-          for i, (path, kind) in enumerate(modules)
-      ],
-  )
+  modules: list[_Module] = [
+      ('Transformer', {}, {}),
+      *_modules(model, params, encoder, f'{own}projection', source),
+  ]
+  listed = []
+  for i, (kind, settings, tensors) in enumerate(modules):
+    path = f'{i}_{kind}' if i else ''  # The encoder has no folder of its own.
+    class_name = f'{st.PACKAGE}.models.{kind}'
+    listed.append({'idx': i, 'name': str(i), 'path': path, 'type': class_name})
+    (folder / path).mkdir(exist_ok=True)
+    if settings:
+      files.write_json(folder / path / 'config.json', settings)
+    if tensors:
+      weights.write_folder(folder / path, tensors)
+  files.write_json(folder / st.MODULES, listed)
   lengths = config.lengths
   length = lengths.query if tower == 'query' else lengths.document
-  _json(
-      folder / st.LENGTHS,
-      {'max_seq_length': min(length, model.max_positions),
-       'do_lower_case': False},
+  length = min(length, model.max_positions)
+  files.write_json(
+      folder / st.LENGTHS, {'max_seq_length': length, 'do_lower_case': False}
   )
   prompts = {
-      name: text
-      for name, text in (
-          ('query', model.query_prefix), ('document', model.document_prefix)
-      )
-      if text and tower in ('', name)
+      name: getattr(model, f'{name}_prefix')
+      for name in ('query', 'document')
+      if getattr(model, f'{name}_prefix') and tower in ('', name)
   }
-  _json(
+  files.write_json(
       folder / st.SETTINGS,
       {
           'similarity_fn_name': 'cosine' if model.normalize else 'dot',
@@ -347,6 +290,56 @@ def _write_tower(
   _write_encoder(folder, config, params, encoder, source)
 
 
+def _modules(
+    model: config_lib.ModelConfig,
+    params: components.Params,
+    encoder: str,
+    projection: str,
+    source: sources.Imported | None,
+) -> list[_Module]:
+  """Returns the modules behind the encoder of a tower."""
+  pooling = 'cls' if model.pooling == 'cls_tanh' else model.pooling
+  flags = [*st.FLAGS][:4] + [*st.FLAGS][5:] * (pooling == 'last')
+  settings: dict[str, Any] = {'word_embedding_dimension': model.width}
+  settings |= {f: st.POOLINGS.get(st.FLAGS[f]) == pooling for f in flags}
+  found: list[_Module] = [('Pooling', settings, {})]
+
+  def add_dense(name: str, activation: str, scale: float = 1.0) -> None:
+    kernel = np.asarray(params[f'{name}.kernel']) * np.float32(scale)
+    bias = np.asarray(params[f'{name}.bias']) * np.float32(scale)
+    settings = {
+        'in_features': kernel.shape[0],
+        'out_features': kernel.shape[1],
+        'bias': True,
+        'activation_function': st.TORCH + activation,
+    }
+    tensors = {
+        'linear.weight': np.ascontiguousarray(kernel.T), 'linear.bias': bias
+    }
+    tensors = _in_types(tensors, f'{name}.kernel', source)
+    found.append(('Dense', settings, tensors))
+
+  if model.pooling == 'cls_tanh':
+    add_dense(f'{encoder}.pooler', st.TANH)
+  if model.projection == 'linear':
+    add_dense(f'{projection}.dense', st.IDENTITY)
+  elif model.projection == 'layer_norm':
+    # Except for epsilon, LayerNorm does not depend on the scale of its input. A
+    # power of two, exact in floating point, turns their epsilon into ours.
+    eps = model.projection_norm_eps or model.layer_norm_eps
+    scale = 2.0 ** round(math.log2(st.EPS / eps) / 2) if eps else _LARGE_SCALE
+    add_dense(f'{projection}.dense', st.IDENTITY, scale)
+    norm = {
+        'norm.weight': np.asarray(params[f'{projection}.norm.scale']),
+        'norm.bias': np.asarray(params[f'{projection}.norm.bias']),
+    }
+    norm = _in_types(norm, f'{projection}.norm.scale', source)
+    found.append(('LayerNorm', {'dimension': model.embedding_width}, norm))
+  if model.normalize:
+    found.append(('Normalize', {}, {}))
+  return found
+
+
 def _write_encoder(
     folder: pathlib.Path,
     config: config_lib.Config,
@@ -355,7 +348,7 @@ def _write_encoder(
     source: sources.Imported | None,
 ) -> None:
   """Writes config.json and the tensors of the encoder."""
-  values = huggingface_config.foreign_config(
+  values = huggingface_config.config_json(
       'bert', config.model, source.config if source else None
   )
   values['architectures'] = ['BertModel']
@@ -379,14 +372,12 @@ def _write_encoder(
     if ours.endswith('.kernel'):
       array = np.ascontiguousarray(array.T)
     tensors |= _in_types({theirs_name: array}, ours, source)
-  _json(folder / 'config.json', values)
-  _weights(folder, tensors | dict(unused))
+  files.write_json(folder / 'config.json', values)
+  weights.write_folder(folder, tensors | dict(unused))
 
 
 def _in_types(
-    tensors: dict[str, np.ndarray],
-    ours: str,
-    source: sources.Imported | None,
+    tensors: dict[str, np.ndarray], ours: str, source: sources.Imported | None
 ) -> dict[str, np.ndarray]:
   """Returns tensors in the type that the parameter `ours` was imported in."""
   if source is None or not source.dtypes:
@@ -395,14 +386,3 @@ def _in_types(
   name = next((n for n, o in source.tensors.items() if o == ours), '')
   dtype = np.dtype(source.dtypes.get(name, 'float32'))
   return {key: value.astype(dtype) for key, value in tensors.items()}
-
-
-def _weights(folder: pathlib.Path, tensors: Mapping[str, Any]) -> None:
-  weights.write_safetensors(
-      folder / 'model.safetensors', tensors, {'format': 'pt'}
-  )
-
-
-def _json(path: pathlib.Path, values: Any) -> None:
-  path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(values, indent=2) + '\n', 'utf-8')

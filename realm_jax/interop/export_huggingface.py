@@ -6,9 +6,7 @@ import that was not trained is exported exactly as it was.
 """
 
 from collections.abc import Iterator, Sequence
-import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -18,13 +16,11 @@ import numpy as np
 import realm_jax
 from realm_jax import config as config_lib
 from realm_jax.corpus import concatenated
-from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import entities
 from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import block_records
 from realm_jax.interop import convert
 from realm_jax.interop import huggingface_config
-from realm_jax.interop import huggingface_names
 from realm_jax.interop import sources
 from realm_jax.interop import weights
 from realm_jax.runtime import checkpoint
@@ -119,15 +115,7 @@ class Model:
     imported = sources.read_imported(workdir) if step == 0 else []
     return cls(trained, step, params, about, imported)
 
-  def folder(
-      self, output: pathlib.Path
-  ) -> contextlib.AbstractContextManager[pathlib.Path]:
-    """Gives a temporary folder that replaces an empty or absent `output`."""
-    return files.atomic_folder(output, overwrite=True)
-
-  def write_tokenizer(
-      self, folder: pathlib.Path, tokenizer_class: str
-  ) -> None:
+  def write_tokenizer(self, folder: pathlib.Path, tokenizer_class: str) -> None:
     """Writes the files of a WordPiece tokenizer of transformers."""
     tokenizer = self.trained.tokenizer
     tokenizer.save(folder)
@@ -149,11 +137,8 @@ class Model:
         'tokenizer_class': tokenizer_class,
         **specials,
     }
-    for name, values in (
-        ('tokenizer_config.json', settings),
-        ('special_tokens_map.json', specials),
-    ):
-      (folder / name).write_text(json.dumps(values, indent=2) + '\n', 'utf-8')
+    files.write_json(folder / 'tokenizer_config.json', settings)
+    files.write_json(folder / 'special_tokens_map.json', specials)
 
   def write_card(
       self,
@@ -208,7 +193,7 @@ class Model:
       elif isinstance(value, float):
         found[prefix] = f'{value:.4g}'
 
-    visit('', files.read_json(path) if path.is_file() else {})
+    visit('', files.read_object(path, optional=True))
     return found
 
 
@@ -239,7 +224,7 @@ def _default_kinds(model: Model) -> list[str]:
   # An open-QA model can be imported without its documents, or in part.
   whole = bool(config.corpus) and 'span_reader' in model.params
   kinds = [one.kind for one in model.imported]
-  if huggingface_names.RETRIEVER in kinds:
+  if huggingface_config.RETRIEVER in kinds:
     kinds = []  # No class of transformers has its head.
   if kinds and ('openqa' not in kinds or whole):
     return kinds
@@ -259,14 +244,8 @@ def export(
 ) -> list[pathlib.Path]:
   """Writes `output` for the first kind, `output`/KIND for each further one.
 
-  Args:
-    model: to export.
-    output: folder to write; it appears, complete, at the very end.
-    kinds: of `huggingface_names.KINDS`; None: as imported, or else the
-      retriever, then the reader.
-
-  Returns:
-    The folders.
+  `kinds` are of `huggingface_config.KINDS`; None: as imported, or else the
+  retriever, then the reader. Returns the folders.
 
   Raises:
     FileNotFoundError: 'openqa' is wanted and there is no index.
@@ -274,12 +253,12 @@ def export(
   """
   kinds = _default_kinds(model) if kinds is None else list(kinds)
   for kind in kinds:
-    if kind not in huggingface_names.KINDS:
+    if kind not in huggingface_config.KINDS:
       raise ValueError(
           f'{kind!r} is no class; there are'
-          f' {", ".join(huggingface_names.KINDS)}.'
+          f' {", ".join(huggingface_config.KINDS)}.'
       )
-    huggingface_names.class_of(kind, model.trained.config.model)
+    huggingface_config.class_of(kind, model.trained.config.model)
   if not kinds:
     raise ValueError(
         f'{model.trained.workdir} has a retriever or span reader alone; for'
@@ -287,7 +266,7 @@ def export(
         ' no class of them.'
     )
   folders = []
-  with model.folder(output) as temporary:
+  with files.atomic_folder(output, overwrite=True) as temporary:
     for kind in kinds:
       name = '' if kind == kinds[0] else kind
       folder = temporary / name
@@ -304,10 +283,10 @@ def _write(
   config = model.trained.config
   if kind in ('embedder', 'scorer', 'openqa'):
     _check_head(config.model)
-  values = huggingface_config.foreign_config(
+  values = huggingface_config.config_json(
       kind, config.model, source.config if source else None
   )
-  if kind not in huggingface_names.BERT_KINDS:
+  if kind not in huggingface_config.BERT_KINDS:
     values.setdefault('num_candidates', config.num_candidates)
   if kind == 'tagger':
     tags = entities.labels(config.model.entity_types)
@@ -319,24 +298,20 @@ def _write(
     body = values['architectures'][0].replace('ForMaskedLM', 'Model')
     values['architectures'] = source.config.get('architectures', [body])
     tensors = {
-        name: convert.foreign_tensor(ours, model.params)
+        name: convert.torch_tensor(ours, model.params)
         for name, ours in source.tensors.items()
     }
     tensors |= {name: tensors[of] for name, of in source.copies.items()}
   else:
-    tensors = dict(
-        convert.tensors_of(
-            kind, config.model, model.params, source.unused if source else None
-        )
-    )
+    unused = source.unused if source else {}
+    tensors = {**convert.tensors_of(kind, config.model, model.params, unused)}
   if source is not None:
     tensors |= source.unused
   if kind == 'openqa':
     index = model.trained.published(model.params, model.step)
     live = index.live_rows
-    rows = _Rows(index.table, live)
-    values['num_block_records'] = rows.shape[0]
-    tensors = {'block_emb': rows, **tensors}
+    values['num_block_records'] = len(live)
+    tensors = {'block_emb': _Rows(index.table, live), **tensors}
   if source is not None and source.dtypes:
     # A conversion from half precision to float32 and back is exact.
     for name, dtype in source.dtypes.items():
@@ -344,25 +319,23 @@ def _write(
       if isinstance(tensor, np.ndarray):
         tensors[name] = tensor.astype(np.dtype(dtype))
     values['torch_dtype'] = source.config.get('torch_dtype', 'float16')
-  (folder / 'config.json').write_text(
-      json.dumps(values, indent=2, sort_keys=True) + '\n', 'utf-8'
-  )
-  # transformers refuses a file without this entry.
-  weights.write_safetensors(
-      folder / 'model.safetensors', tensors, {'format': 'pt'}
-  )
+  files.write_json(folder / 'config.json', values)
+  weights.write_folder(folder, tensors)
   if kind == 'openqa':
-    blanks = set(source.blanks if source else [])
+    corpus, blanks = model.trained.corpus, set(source.blanks if source else [])
     block_records.byte_records_writer(
         folder / block_records.FILE,
-        values['num_block_records'],
-        _blocks(model.trained.corpus, live, blanks),
+        len(live),
+        (
+            b'' if row in blanks else corpus.passage_text(row)['text'].encode()
+            for row in live.tolist()
+        ),
     )
-  realm = kind not in huggingface_names.BERT_KINDS
+  realm = kind not in huggingface_config.BERT_KINDS
   model.write_tokenizer(folder, 'RealmTokenizer' if realm else 'BertTokenizer')
   model.write_card(
       folder,
-      huggingface_names.class_of(kind, config.model),
+      huggingface_config.class_of(kind, config.model),
       'transformers',
       _SUMMARIES[kind],
       _usage(kind, subfolder, config.model),
@@ -386,21 +359,11 @@ def _check_head(model: config_lib.ModelConfig) -> None:
     )
 
 
-def _blocks(
-    corpus: corpus_lib.Corpus, rows: np.ndarray, blanks: set[int]
-) -> Iterator[bytes]:
-  for row in rows.tolist():
-    text = '' if row in blanks else corpus.passage_text(row)['text']
-    yield text.encode('utf-8')
-
-
-def _usage(
-    kind: str, subfolder: str, config: config_lib.ModelConfig
-) -> str:
-  name = huggingface_names.class_of(kind, config)
+def _usage(kind: str, subfolder: str, config: config_lib.ModelConfig) -> str:
+  name = huggingface_config.class_of(kind, config)
   inside = f", subfolder='{subfolder}'" if subfolder else ''
   version = '4.40.2, the last that has REALM'
-  if kind in huggingface_names.BERT_KINDS:
+  if kind in huggingface_config.BERT_KINDS:
     version = 'any version'
   lines = [f'from transformers import AutoTokenizer, {name}', '']
   if kind == 'openqa':

@@ -1,39 +1,22 @@
 """Tensor names of published checkpoints and the parameters they map to.
 
 Covers the body of any BERT with the heads that a component has, and the five
-REALM classes of transformers 4.40.2. `encoder_names` has what differs in other
-encoders.
+REALM classes of transformers 4.40.2. `huggingface_config` has what differs in
+other encoders.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 
 from realm_jax import config as config_lib
-from realm_jax.interop import encoder_names
+from realm_jax.interop import huggingface_config
 
-# Kinds of checkpoint and their classes in transformers; `class_of` has those of
-# other encoders.
-KINDS = {
-    'bert': 'BertForMaskedLM',
-    'embedder': 'RealmEmbedder',
-    'scorer': 'RealmScorer',
-    'encoder': 'RealmKnowledgeAugEncoder',
-    'reader': 'RealmReader',
-    'openqa': 'RealmForOpenQA',
-    'tagger': 'BertForTokenClassification',
-}
-BERT_KINDS = ('bert', 'tagger')  # In every version of transformers.
-# An import with the head of a retriever, which is not REALM's (`Head`).
-RETRIEVER = 'retriever'
 WORD_EMBED = 'embeddings.word_embeddings.weight'
 _HEAD = 'cls.predictions.'  # The masked-LM head.
 # Parts of names that belong to no model: DataParallel, torch.compile, FSDP and
 # activation checkpointing.
 _WRAPPERS = frozenset((
-    'module',
-    '_orig_mod',
-    '_fsdp_wrapped_module',
-    '_checkpoint_wrapped_module',
+    'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'
 ))
 # Parts of the names of tensors that become no parameter, and what these are.
 _WITHOUT_USE = {
@@ -47,12 +30,10 @@ _WITHOUT_USE = {
 }
 # Ends of the names whose tensors have a row for each wordpiece.
 TABLES = (
-    WORD_EMBED,
-    f'{_HEAD}bias',
-    f'{_HEAD}decoder.weight',
-    f'{_HEAD}decoder.bias',
+    WORD_EMBED, f'{_HEAD}bias', f'{_HEAD}decoder.weight', f'{_HEAD}decoder.bias'
 )
 BUFFERS = ('embeddings.position_ids', 'embeddings.token_type_ids')
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -73,8 +54,8 @@ class Layout:
   """
 
   entries: list[Entry]
-  copies: dict[str, str]
-  unused: dict[str, tuple[int, ...]]
+  copies: dict[str, str] = dataclasses.field(default_factory=dict)
+  unused: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def _module(theirs: str, ours: str, bias: bool = True) -> list[Entry]:
@@ -89,7 +70,7 @@ def _module(theirs: str, ours: str, bias: bool = True) -> list[Entry]:
 def _body(
     theirs: str, ours: str, config: config_lib.ModelConfig
 ) -> list[Entry]:
-  names = encoder_names.NAMES[config.encoder]
+  names = huggingface_config.NAMES[config.encoder]
   entries = [
       Entry(f'{theirs}embeddings.{name}.weight', f'{ours}.{own}.embedding')
       for name, own in names.embeddings.items()
@@ -110,7 +91,7 @@ def _body(
 def _mlm_head(
     theirs: str, ours: str, config: config_lib.ModelConfig
 ) -> list[Entry]:
-  bias = encoder_names.NAMES[config.encoder].bias
+  bias = huggingface_config.NAMES[config.encoder].bias
   return [
       Entry(f'{theirs}bias', f'{ours}output_bias'),
       *_module(f'{theirs}transform.dense', f'{ours}transform', bias),
@@ -154,8 +135,7 @@ def _embedder(
           *_module(f'{prefix}cls.dense', f'{ours}{projection}.dense'),
           *_module(f'{prefix}cls.LayerNorm', f'{ours}{projection}.norm'),
       ],
-      {},
-      _mlm_shapes(f'{prefix}{_HEAD}', config),
+      unused=_mlm_shapes(f'{prefix}{_HEAD}', config),
   )
 
 
@@ -164,27 +144,34 @@ def _scorer(config: config_lib.ModelConfig) -> Layout:
   query = 'query_embedder.'
   if config.towers == 'shared':
     names = [e.theirs for e in doc.entries] + [*doc.unused]
-    copies = {
-        query + name.removeprefix('embedder.'): name for name in names
-    }
+    copies = {query + name.removeprefix('embedder.'): name for name in names}
     return Layout(doc.entries, copies, doc.unused)
   encoder = 'query_encoder' if config.towers == 'separate' else 'encoder'
   other = _embedder(query, config, encoder, 'query_projection')
-  return Layout(doc.entries + other.entries, {}, doc.unused | other.unused)
+  return _joined(doc, other)
 
 
-def _encoder(config: config_lib.ModelConfig) -> Layout:
+def _joined(one: Layout, other: Layout) -> Layout:
+  """Returns the layout of a class that consists of two others."""
+  return Layout(one.entries + other.entries, unused=one.unused | other.unused)
+
+
+def _masked_lm(config: config_lib.ModelConfig, prefix: str) -> Layout:
   return Layout(
       [
-          *_body('realm.', 'reader/bert', config),
+          *_body(prefix, 'reader/bert', config),
           *_mlm_head(_HEAD, 'reader/', config),
       ],
-      {
-          f'{_HEAD}decoder.weight': f'realm.{WORD_EMBED}',
-          f'{_HEAD}decoder.bias': f'{_HEAD}bias',
-      },
-      _pooler_shapes('realm.', config),
+      _tied(_HEAD, prefix),
   )
+
+
+def _tied(head: str, prefix: str) -> dict[str, str]:
+  """Returns the copies in a masked-LM head of tensors of a BERT's body."""
+  return {
+      f'{head}decoder.weight': f'{prefix}{WORD_EMBED}',
+      f'{head}decoder.bias': f'{head}bias',
+  }
 
 
 def _reader(prefix: str, config: config_lib.ModelConfig) -> Layout:
@@ -196,16 +183,8 @@ def _reader(prefix: str, config: config_lib.ModelConfig) -> Layout:
           *_module(f'{head}dense_output', f'{ours}output'),
           *_module(f'{head}layer_normalization', f'{ours}norm'),
       ],
-      {},
-      _pooler_shapes(f'{prefix}realm.', config)
+      unused=_pooler_shapes(f'{prefix}realm.', config)
       | _mlm_shapes(f'{prefix}{_HEAD}', config),
-  )
-
-
-def _open_qa(config: config_lib.ModelConfig) -> Layout:
-  embedder, reader = _embedder('embedder.', config), _reader('reader.', config)
-  return Layout(
-      embedder.entries + reader.entries, {}, embedder.unused | reader.unused
   )
 
 
@@ -228,14 +207,8 @@ def bert_layout(
     modules: of a retriever's head, to the embedder's; None: BERT's pooler.
   """
   names = set(names)
-  owners = ['reader/bert', 'embedder/encoder.bert']
-  if tagger:
-    owners.append('tagger/bert')
-  entries = [
-      entry
-      for ours in owners
-      for entry in _body(prefix, ours, config)
-  ]
+  owners = ['reader/bert', 'embedder/encoder.bert'] + ['tagger/bert'] * tagger
+  entries = [e for ours in owners for e in _body(prefix, ours, config)]
   pooler = _module(f'{prefix}pooler.dense', 'embedder/encoder.pooler')
   if modules is not None:
     for theirs, ours in modules.items():
@@ -247,16 +220,12 @@ def bert_layout(
     entries += _module(f'{outer}classifier', 'tagger/output')
   head = f'{outer}{_HEAD}'
   # A classifier of ModernBERT has modules of the same names.
-  bias = encoder_names.NAMES[config.encoder].bias
+  bias = huggingface_config.NAMES[config.encoder].bias
   if f'{head}bias' in names or bias and any(
       name.startswith(head) for name in names
   ):
     entries += _mlm_head(head, 'reader/', config)
-  copies = {
-      f'{head}decoder.weight': f'{prefix}{WORD_EMBED}',
-      f'{head}decoder.bias': f'{head}bias',
-  }
-  return Layout(entries, copies, {})
+  return Layout(entries, _tied(head, prefix))
 
 
 def _outer(prefix: str) -> str:
@@ -269,7 +238,7 @@ def tagging_head(
     names: Iterable[str], prefix: str, encoder: str = 'bert'
 ) -> str | None:
   """Returns the name of the weight of a tagger's classifier, if any."""
-  if encoder_names.NAMES[encoder].tagger is None:
+  if huggingface_config.NAMES[encoder].tagger is None:
     return None
   name = f'{_outer(prefix)}classifier.weight'
   return name if name in set(names) else None
@@ -295,43 +264,29 @@ def dropped(
     inside = name.startswith(body) or '/' in name  # '/': of a head's module.
     if name in used or inside and not name.endswith(BUFFERS):
       continue
-    reason = 'a head, or another network'
-    for part, what in _WITHOUT_USE.items():
-      if part in name:
-        reason = what
-        if pooling is not None and part == 'pooler.':
-          reason = f'a pooler, and the pooling of the retriever is {pooling!r}'
-        break
-    found[name] = reason
+    part = next((part for part in _WITHOUT_USE if part in name), '')
+    found[name] = _WITHOUT_USE.get(part, 'a head, or another network')
+    if pooling is not None and part == 'pooler.':
+      found[name] = f'a pooler, and the pooling of the retriever is {pooling!r}'
   return found
 
 
-def _masked_lm(config: config_lib.ModelConfig) -> Layout:
-  """Returns the reader as a class of every version of transformers."""
-  layout = bert_layout(config, [f'{_HEAD}bias'], 'bert.')
-  entries = [e for e in layout.entries if e.ours.startswith('reader/')]
-  return Layout(entries, layout.copies, {})
-
-
-def _tagger(config: config_lib.ModelConfig) -> Layout:
-  return Layout(
-      [
-          *_body('bert.', 'tagger/bert', config),
-          *_module('classifier', 'tagger/output'),
-      ],
-      {},
-      {},
-  )
-
-
-_LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], Layout]] = {
-    'bert': _masked_lm,
+# The tensors of each class, given the sizes of the model.
+LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], Layout]] = {
+    'bert': lambda config: _masked_lm(config, 'bert.'),
     'embedder': lambda config: _embedder('', config),
     'scorer': _scorer,
-    'encoder': _encoder,
+    'encoder': lambda config: dataclasses.replace(
+        _masked_lm(config, 'realm.'), unused=_pooler_shapes('realm.', config)
+    ),
     'reader': lambda config: _reader('', config),
-    'openqa': _open_qa,
-    'tagger': _tagger,
+    'openqa': lambda config: _joined(
+        _embedder('embedder.', config), _reader('reader.', config)
+    ),
+    'tagger': lambda config: Layout([
+        *_body('bert.', 'tagger/bert', config),
+        *_module('classifier', 'tagger/output'),
+    ]),
 }
 
 
@@ -398,14 +353,12 @@ def _other_architecture(prefix: str) -> bool:
   return not others.isdisjoint(prefix.split('.'))
 
 
-def modern_names(
-    names: Iterable[str], encoder: str = 'bert'
-) -> dict[str, str]:
+def modern_names(names: Iterable[str], encoder: str = 'bert') -> dict[str, str]:
   """Returns the names of tensors in a file by their names in transformers.
 
   Names are without the parts of wrappers; the LayerNorms of checkpoints from
   before 2019 have `gamma` and `beta`. Those of other encoders than BERT are
-  `encoder_names.as_bert`.
+  `huggingface_config.as_bert`.
 
   Raises:
     ValueError: two tensors have the same name.
@@ -416,7 +369,7 @@ def modern_names(
     for old, new in (('gamma', 'weight'), ('beta', 'bias')):
       if modern.endswith(f'LayerNorm.{old}'):
         modern = modern.removesuffix(old) + new
-    modern = encoder_names.as_bert(modern, encoder)
+    modern = huggingface_config.as_bert(modern, encoder)
     other = found.setdefault(modern, name)
     if other != name:
       raise ValueError(
@@ -434,31 +387,6 @@ def modern_names(
       if f'{body}{WORD_EMBED}'.replace('word', 'position') in found:
         found.setdefault(f'{body}{WORD_EMBED}', found[name])
   return found
-
-
-def class_of(kind: str, config: config_lib.ModelConfig) -> str:
-  """Returns the class of a kind, for the encoder of a config.
-
-  Raises:
-    ValueError: the encoder has no such class.
-  """
-  names = encoder_names.NAMES.get(config.encoder)
-  found: str | None = None
-  if names is not None:
-    found = {'bert': names.masked_lm, 'tagger': names.tagger}.get(kind)
-    if 'realm' in names.model_types:
-      found = KINDS[kind]
-  if found is None:
-    raise ValueError(
-        f'transformers has no {kind!r} ({KINDS[kind]}) with the encoder'
-        f' {config.encoder!r}.'
-    )
-  return found
-
-
-def layout_of(kind: str, config: config_lib.ModelConfig) -> Layout:
-  """Returns the tensors of a class; 'bert' is the reader."""
-  return _LAYOUTS[kind](config)
 
 
 def tower(config: config_lib.ModelConfig, encoder: str) -> list[Entry]:

@@ -106,8 +106,8 @@ def run(
     opened, table = None, None
     blanks: list[int] | None = None
     for source, one in zip(sources, loaded, strict=True):
-      path = pathlib.Path(blocks) if blocks else source.blocks
       if one.block_emb is not None and 'embedder' in one.params:
+        path = pathlib.Path(blocks) if blocks else source.blocks
         blanks = block_records.prepare_corpus(
             path, one.block_emb, source.name, temporary, workers
         )
@@ -144,9 +144,7 @@ def run(
     if table is not None and opened is not None:
       block_records.publish(temporary, config, table, opened, digest)
     for source, one in zip(sources, loaded, strict=True):
-      sources_lib.write_imported(
-          temporary, source, one, blanks or []
-      )
+      sources_lib.write_imported(temporary, source, one, blanks or [])
     files.write_json(temporary / 'config.json', config_lib.to_dict(config))
   return {
       'workdir': str(workdir),
@@ -180,7 +178,7 @@ def _choose(
       chosen.append(['embedder'])
       continue
     if wanted is None:
-      wanted = source.usual_components
+      wanted = ('embedder',) if source.head else tuple({*known} - {'tagger'})
     taken = [name for name in known if name in wanted]
     if not taken:
       raise ValueError(
@@ -209,10 +207,7 @@ def _towers(
 ) -> list[sources_lib.Source]:
   """Marks the towers of a retriever whose encoders are two.
 
-  Args:
-    sources: opened.
-    has_query: whether the last one is the query tower.
-    body: of the command line.
+  `has_query`: whether the last source is the query tower.
 
   Raises:
     ValueError: it is not clear which source has the document tower.
@@ -263,19 +258,12 @@ def _join_towers(
   document, query = loaded[at], loaded[other]
   if 'embedder' not in document.params:
     raise ValueError('Two towers make an embedder: --components must have it.')
-  of_each = ('query_prefix', 'document_prefix', 'titles', 'title_separator')
-  problems = [
-      f'config.model.{name}: {getattr(document.config, name)!r} and'
-      f' {getattr(query.config, name)!r}'
-      for name in (*config_lib.HEAD_FIELDS, 'embedding_width')
-      if name not in of_each
-      and getattr(document.config, name) != getattr(query.config, name)
-  ]
-  if problems:
+  of_each = {'query_prefix', 'document_prefix', 'titles', 'title_separator'}
+  names = {'embedding_width', *config_lib.HEAD_FIELDS} - of_each
+  if problems := _differences(document.config, query.config, names):
     raise ValueError(
         f'{sources[at].name} and {sources[other].name} are the document and the'
-        ' query tower of one retriever, but differ:\n  '
-        + '\n  '.join(problems)
+        f' query tower of one retriever, but differ:{problems}'
     )
 
   def renamed(name: str) -> str:
@@ -285,15 +273,11 @@ def _join_towers(
   towers = dict(document.params['embedder'])
   towers |= {renamed(n): x for n, x in query.params['embedder'].items()}
   config = dataclasses.replace(
-      document.config,
-      towers='separate',
-      query_prefix=query.config.query_prefix,
+      document.config, towers='separate', query_prefix=query.config.query_prefix
   )
   joined = list(loaded)
   joined[at] = dataclasses.replace(
-      document,
-      config=config,
-      params=document.params | {'embedder': towers},
+      document, config=config, params=document.params | {'embedder': towers}
   )
   joined[other] = dataclasses.replace(
       query,
@@ -321,22 +305,29 @@ def _one_tokenizer(
 def _check_same_model(
     sources: Sequence[sources_lib.Source], loaded: Sequence[convert.Loaded]
 ) -> None:
-  first = dataclasses.asdict(loaded[0].config)
+  names = {field.name for field in dataclasses.fields(loaded[0].config)}
+  names.remove('towers')
   # The head is that of the retriever, wherever the other components come from.
-  free: set[str] = {'towers'}
   if any(source.head for source in sources):
-    free |= {'embedding_width', *config_lib.HEAD_FIELDS}
+    names -= {'embedding_width', *config_lib.HEAD_FIELDS}
   for source, one in zip(sources[1:], loaded[1:], strict=True):
-    problems = [
-        f'{name}: {first[name]!r} and {value!r}'
-        for name, value in dataclasses.asdict(one.config).items()
-        if name not in free and value != first[name]
-    ]
-    if problems:
+    if problems := _differences(loaded[0].config, one.config, names):
       raise ValueError(
           f'{sources[0].name} and {source.name} are of different sizes; one job'
-          ' has one model:\n  ' + '\n  '.join(problems)
+          f' has one model:{problems}'
       )
+
+
+def _differences(
+    one: config_lib.ModelConfig, other: config_lib.ModelConfig, names: set[str]
+) -> str:
+  """Returns the fields in which two models differ, a line for each."""
+  values = [(name, getattr(one, name), getattr(other, name)) for name in names]
+  return ''.join(
+      f'\n  config.model.{name}: {a!r} and {b!r}'
+      for name, a, b in sorted(values, key=lambda value: value[0])
+      if a != b
+  )
 
 
 def _config(

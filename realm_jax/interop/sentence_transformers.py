@@ -109,9 +109,7 @@ def named_head(
 ) -> Head | None:
   """Returns the head of a BERT without `modules.json`, or None.
 
-  Args:
-    values: its config.json.
-    given: fields of ModelConfig of the command line.
+  `given` are fields of ModelConfig of the command line.
   """
   listed = values.get('architectures')
   first = listed[0] if isinstance(listed, list) and listed else ''
@@ -148,11 +146,7 @@ def dpr_head(
 def read(
     folder: pathlib.Path, given: Mapping[str, Any]
 ) -> tuple[pathlib.Path, Head, dict[str, weights.FileTensor]]:
-  """Reads the modules of a folder.
-
-  Args:
-    folder: with modules.json.
-    given: fields of ModelConfig of the command line.
+  """Reads the modules of a folder with modules.json.
 
   Returns:
     The folder of the encoder; the head; the tensors of the other modules, whose
@@ -196,7 +190,8 @@ def read(
   if 'pooling' not in fields:
     raise ValueError(f'{folder / MODULES} has no Pooling.')
   head = Head(fields, modules, _max_length(encoder)).with_fields(given)
-  if _saved(folder).get('similarity_fn_name') == 'cosine' and not (
+  saved = files.read_object(folder / SETTINGS, optional=True)
+  if saved.get('similarity_fn_name') == 'cosine' and not (
       head.fields.get('normalize')
   ):
     log.info(
@@ -241,10 +236,7 @@ def _settings(place: pathlib.Path, kind: str) -> dict[str, Any]:
     return {}
   if not path.is_file():
     raise FileNotFoundError(f'There is no file {path}, which {MODULES} needs.')
-  values = files.read_json(path)
-  if not isinstance(values, dict):
-    raise ValueError(f'{path} is not a JSON object.')
-  return values
+  return files.read_object(path)
 
 
 def _pooling(place: pathlib.Path, settings: Mapping[str, Any]) -> str:
@@ -316,16 +308,10 @@ def _fields(
   return {'projection': 'linear', 'embedding_width': width}
 
 
-def _saved(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the settings of the whole folder; they may be absent."""
-  path = folder / SETTINGS
-  values = files.read_json(path) if path.is_file() else {}
-  return values if isinstance(values, dict) else {}
-
-
 def _prefixes(folder: pathlib.Path) -> dict[str, str]:
   """Returns the prompts of queries and documents as prefixes."""
-  path, values = folder / SETTINGS, _saved(folder)
+  path = folder / SETTINGS
+  values = files.read_object(path, optional=True)
   prompts = values.get('prompts')
   if not isinstance(prompts, dict):
     return {}
@@ -352,12 +338,10 @@ def _prefixes(folder: pathlib.Path) -> dict[str, str]:
 def _max_length(encoder: pathlib.Path) -> int | None:
   # From version 6 on, the tokenizer says it.
   for name, key in (
-      (LENGTHS, 'max_seq_length'),
-      ('tokenizer_config.json', 'model_max_length'),
+      (LENGTHS, 'max_seq_length'), ('tokenizer_config.json', 'model_max_length')
   ):
     path = encoder / name
-    values = files.read_json(path) if path.is_file() else {}
-    length = values.get(key) if isinstance(values, dict) else None
+    length = files.read_object(path, optional=True).get(key)
     if length is not None:
       break
   else:

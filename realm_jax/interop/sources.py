@@ -16,11 +16,11 @@ from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.interop import block_records
 from realm_jax.interop import convert
 from realm_jax.interop import huggingface_config
-from realm_jax.interop import huggingface_names
 from realm_jax.interop import sentence_transformers as st
 from realm_jax.interop import weights
 from realm_jax.runtime import files
 from realm_jax.runtime import hub
+from realm_jax.runtime import lines
 
 DIRECTORY = 'imported'  # In a workdir; holds one folder for each source.
 _UNUSED = 'unused.safetensors'
@@ -70,13 +70,6 @@ class Source:
           self.tensors, self.config, self.body, self.head
       )
 
-  @property
-  def usual_components(self) -> list[str]:
-    """Those that an import takes if it is not told."""
-    if self.head is not None:
-      return ['embedder']
-    return [name for name in self.components if name != 'tagger']
-
   def load(
       self, wanted: Sequence[str] | None = None, seed: int = 0
   ) -> convert.Loaded:
@@ -104,9 +97,7 @@ class Source:
           *(self.name, loaded.rows_cut, size + loaded.rows_cut, size),
       )
     for reason, names in by_reason(loaded.dropped).items():
-      shown = ', '.join(names[:_MAX_SHOWN])
-      more = f' and {len(names) - _MAX_SHOWN} more'
-      shown += more if len(names) > _MAX_SHOWN else ''
+      shown = lines.listed(names, _MAX_SHOWN)
       log.info('%s: dropped: %s (%s).', self.name, shown, reason)
     return loaded
 
@@ -207,17 +198,15 @@ def open_source(
     raise FileNotFoundError(
         f'{folder} has no config.json: it is no checkpoint of transformers.'
     )
-  config = files.read_json(path)
-  if not isinstance(config, dict):
-    raise ValueError(f'{path} is not a JSON object.')
+  config = files.read_object(path)
   with located(str(folder)):
     # Another architecture is refused first.
     huggingface_config.model_config(config)
     head = head or st.named_head(config, given)
   tensors = weights.open_folder(place) | more
   source = Source(
-      *(str(name), folder, config, tensors, vocab or str(folder), body),
-      *(head, given),
+      str(name), folder, config, tensors, vocab or str(folder), body, head,
+      given,
   )
   dpr = st.dpr_prefixes(tensors, st.QUESTION + st.CONTEXT)
   if body is None and head is not None and len(dpr) == 1:
@@ -254,7 +243,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
     break
   with weights.located(config):
     architecture = files.read_json(config).get('architectures') or []
-  if blocks and huggingface_names.KINDS['openqa'] in architecture:
+  if blocks and huggingface_config.KINDS['openqa'] in architecture:
     get(block_records.FILE)
   return config.parent
 
@@ -263,7 +252,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
 class Imported:
   """The record of an imported checkpoint in its workdir, for an exact export.
 
-  kind: one of `huggingface_names.KINDS`, or RETRIEVER.
+  kind: one of `huggingface_config.KINDS`, or RETRIEVER.
   name: of the source.
   config: its config.json.
   tensors: names in the checkpoint to 'component/name' of the parameters.

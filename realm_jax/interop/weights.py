@@ -60,8 +60,8 @@ _OPCODES = frozenset(
     ' APPENDS EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET'
     ' LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID STOP'.split()
 )
-_PUTS = ('BINPUT', 'LONG_BINPUT', 'MEMOIZE')
-_GETS = ('BINGET', 'LONG_BINGET')
+PUTS = ('BINPUT', 'LONG_BINPUT', 'MEMOIZE')
+GETS = ('BINGET', 'LONG_BINGET')
 _TUPLES = ('TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3')
 _MAX_TUPLES = 50_000  # The hash of a tuple 200,000 deep overflows the C stack.
 
@@ -345,14 +345,14 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
     name, key = opcode.name, argument or 0
     if name not in _OPCODES:
       raise ValueError(f'the pickle instruction {name} is not allowed')
-    if name in _PUTS:
+    if name in PUTS:
       if key > count:  # The unpickler would allocate all entries up to it.
         raise ValueError('the memo of the pickle has gaps')
       memo[len(memo) if name == 'MEMOIZE' else key] = previous
     elif name not in ('PROTO', 'FRAME'):
       previous = name
     tuples += name in _TUPLES
-    reused = name in _GETS and memo.get(key) in _TUPLES
+    reused = name in GETS and memo.get(key) in _TUPLES
     if reused or tuples > _MAX_TUPLES:
       raise ValueError('the pickle has too many tuples')
   size = file.tell() - start
@@ -362,9 +362,7 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
 
 
 def _tensors(
-    table: Any,
-    path: pathlib.Path,
-    places: Mapping[str, tuple[int, int | None]],
+    table: Any, path: pathlib.Path, places: Mapping[str, tuple[int, int | None]]
 ) -> dict[str, FileTensor]:
   """Returns the tensors; `places` has each storage's offset and checksum."""
   tensors = {}
@@ -442,10 +440,15 @@ def _open_legacy(file: IO[bytes], path: pathlib.Path) -> dict[str, FileTensor]:
   return _tensors(table, path, places)
 
 
+def write_folder(
+    folder: pathlib.Path, tensors: Mapping[str, np.ndarray | Chunked]
+) -> None:
+  """Writes the weights of a folder that other libraries load."""
+  write_safetensors(folder / WEIGHT_FILES[0], tensors)
+
+
 def write_safetensors(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray | Chunked],
-    metadata: dict[str, str] | None = None,
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray | Chunked]
 ) -> None:
   """Writes a safetensors file, one tensor after the other.
 
@@ -453,7 +456,8 @@ def write_safetensors(
   in memory. The file appears under its name when it is complete.
   """
   names = {dtype: name for name, dtype in _DTYPES.items()}
-  header: dict[str, Any] = {'__metadata__': metadata} if metadata else {}
+  # transformers refuses a file without this entry.
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   offset = 0
   for name, tensor in tensors.items():
     start = offset

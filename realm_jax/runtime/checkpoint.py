@@ -5,6 +5,7 @@ checkpoint. The processes of a job write a checkpoint together, to a folder that
 all of them see; each process reads for itself.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -18,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
+from realm_jax.runtime import lines
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +35,7 @@ def params_digest(params: Any) -> str:
   It does not depend on the sharding. If arrays are spread over the devices of
   several processes, all of these must call.
   """
-  leaves = {
-      '/'.join(str(getattr(key, 'key', key)) for key in path): leaf
-      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
+  leaves = _leaves(params)
   hasher = hashlib.sha256()
   for name in sorted(leaves):
     array = distributed.fetch(leaves[name])
@@ -80,9 +79,7 @@ class Checkpoints:
     steps = steps_in(self._directory)
     return steps[-1] if steps else None
 
-  def save(
-      self, step: int, params: Any, train_state: Any, about: Any
-  ) -> None:
+  def save(self, step: int, params: Any, train_state: Any, about: Any) -> None:
     """Saves in the background; `about` is small and JSON.
 
     A failure to save the checkpoint before, for example on a full disk, is only
@@ -146,11 +143,7 @@ def save_params(
 ) -> None:
   """Saves a checkpoint of parameters alone, which cannot be resumed.
 
-  Args:
-    workdir: workdir of a training job or an import.
-    step: step of the parameters.
-    params: {component: {name: array}}.
-    about: small and JSON.
+  `params` are {component: {name: array}}; `about` is small and JSON.
   """
   path = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
   with uncompressed_context():
@@ -160,13 +153,13 @@ def save_params(
 def load_params(
     workdir: Path, abstract: dict[str, Any], step: int | None = None
 ) -> tuple[dict[str, Any], int]:
-  """Loads the parameters of a checkpoint.
+  """Loads the parameters of a checkpoint, by default the newest.
 
   Args:
     workdir: workdir of a training job.
     abstract: {component: {name: ShapeDtypeStruct}}, for some or all components
       of the checkpoint.
-    step: step of the checkpoint; None: the newest.
+    step: step of the checkpoint.
 
   Returns:
     The parameters and their step.
@@ -235,17 +228,19 @@ def abstract_in(
   }
 
 
-def referenced_generations(workdir: Path) -> set[int]:
-  """Returns the index generations in use at the checkpoints."""
+def references(workdir: Path) -> dict[int, dict[int, dict[str, Any]]]:
+  """Returns the metadata of the checkpoints that use each index generation.
+
+  Raises:
+    ValueError: the metadata of a checkpoint is damaged.
+  """
   directory = pathlib.Path(workdir) / CHECKPOINTS
-  found = set()
+  found: dict[int, dict[int, dict[str, Any]]] = {}
   for step in steps_in(directory):
-    try:
+    with contextlib.suppress(FileNotFoundError):  # The trainer deletes some.
       about = custom_metadata(directory / str(step))
-    except FileNotFoundError:  # The trainer just deleted it.
-      continue
-    if about.get('index_generation') is not None:
-      found.add(int(about['index_generation']))
+      if about.get('index_generation') is not None:
+        found.setdefault(int(about['index_generation']), {})[step] = about
   return found
 
 
@@ -297,10 +292,11 @@ def _damaged(path: pathlib.Path, lacks: str) -> ValueError:
   )
 
 
-def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
+def _leaves(tree: Any) -> dict[str, Any]:
+  """Returns the arrays of a tree by their names."""
   return {
-      '/'.join(str(getattr(key, 'key', key)) for key in keys): tuple(leaf.shape)
-      for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      '/'.join(str(getattr(key, 'key', key)) for key in path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
@@ -319,7 +315,8 @@ def check_leaves(found: Any, expected: Any, where: Path) -> None:
     ValueError: names the arrays that are missing or of another shape, and
       `where` they were found.
   """
-  found, expected = _leaves(found), _leaves(expected)
+  found = {name: tuple(leaf.shape) for name, leaf in _leaves(found).items()}
+  expected = {name: tuple(x.shape) for name, x in _leaves(expected).items()}
   problems = []
   for name in sorted(found.keys() | expected.keys()):
     if name not in found:
@@ -329,6 +326,5 @@ def check_leaves(found: Any, expected: Any, where: Path) -> None:
     elif found[name] != expected[name]:
       problems.append(f'{name}: {found[name]}, expected {expected[name]}')
   if problems:
-    shown = '\n  '.join(problems[:8])
-    more = f'\n  and {len(problems) - 8} more' if len(problems) > 8 else ''
-    raise ValueError(f'{where} holds another model:\n  {shown}{more}')
+    shown = lines.listed(problems, 8, '\n  ')
+    raise ValueError(f'{where} holds another model:\n  {shown}')

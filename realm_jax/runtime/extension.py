@@ -1,11 +1,28 @@
-"""Objects that a setting names: built-in ones by a short name, others by path.
+"""Objects that a setting names, and packages that only some users install.
 
 Built-in names stand for a path, too, so both kinds are loaded alike. No JAX.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import importlib
 from typing import Any
+
+
+@contextlib.contextmanager
+def needed_by(what: str, extra: str) -> Iterator[None]:
+  """Around the import of an optional package: an error names the command.
+
+  Raises:
+    ImportError: the package of this extra of realm_jax is not installed.
+  """
+  try:
+    yield
+  except ImportError as error:
+    raise ImportError(
+        f'{what} needs a package that is not installed ({error.name}): '
+        f"pip install 'realm_jax[{extra}]'"
+    ) from error
 
 
 def is_path(name: str) -> bool:

@@ -163,10 +163,8 @@ def choose(
 
 def listed(names: Sequence[Any]) -> str:
   """Returns the names for a message."""
-  shown = ', '.join(f'{name!s:.{_LONGEST_NAME}}' for name in names[:_SHOWN])
-  if len(names) > _SHOWN:
-    shown += f' and {len(names) - _SHOWN} more'
-  return shown or 'none'
+  shown = [f'{name!s:.{_LONGEST_NAME}}' for name in names]
+  return lines_lib.listed(shown, _SHOWN) or 'none'
 
 
 def normal(name: Any) -> str:

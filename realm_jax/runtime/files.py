@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all; locks; checksums.
+"""Files and folders that appear complete or not at all; checksums.
 
 No JAX: workers of the input pipeline import this module. Temporary names begin
 with a dot, so that no reader takes them for results.
@@ -13,8 +13,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
-import time
 from typing import IO, Any
 import uuid
 
@@ -22,62 +20,8 @@ Path = pathlib.Path | str
 TEMPORARY = '.tmp-'  # First letters of a folder that is being deleted.
 
 
-class Locked(RuntimeError):
-  """Another process holds the lock; `holder` names it."""
-
-  def __init__(self, path: pathlib.Path, holder: str):
-    super().__init__(f'{path} is locked by {holder}.')
-    self.holder = holder
-
-
-@contextlib.contextmanager
-def lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
-  """Holds an exclusive lock on a file; the system frees it with the process.
-
-  Args:
-    path: the lock file, which is created and stays; its holder may remove it.
-    timeout: seconds to wait for the lock.
-
-  Raises:
-    Locked: another process holds it.
-    OSError: the file system has no locks.
-  """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  deadline = time.monotonic() + timeout
-  with contextlib.ExitStack() as stack:
-    file = stack.enter_context(open(path, 'a+', encoding='utf-8'))
-    while True:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(file, path):
-          break
-        # The holder before removed the file; another process may lock a new
-        # one.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(open(path, 'a+', encoding='utf-8'))
-      except BlockingIOError:
-        if time.monotonic() >= deadline:
-          file.seek(0)
-          holder = file.read().strip() or 'another process'
-          raise Locked(path, holder) from None
-        time.sleep(0.1)
-    file.seek(0)
-    file.truncate()
-    file.write(f'process {os.getpid()} on {socket.gethostname()}')
-    file.flush()
-    try:
-      yield
-    finally:
-      file.truncate(0)
-
-
-def _is_at(file: IO[str], path: pathlib.Path) -> bool:
-  """Returns whether an open file still has its path."""
-  try:
-    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-  except FileNotFoundError:
-    return False
+class Damaged(ValueError):
+  """Bytes on disk differ from those that were written."""
 
 
 @contextlib.contextmanager
@@ -114,6 +58,20 @@ def read_json(path: Path) -> Any:
     return json.loads(pathlib.Path(path).read_bytes())
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is not readable as JSON: {error}') from error
+
+
+def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
+  """Reads a JSON object; {} if `optional` and there is no such file.
+
+  Raises:
+    ValueError: the file is not JSON, or not an object.
+  """
+  if optional and not pathlib.Path(path).is_file():
+    return {}
+  value = read_json(path)
+  if not isinstance(value, dict):
+    raise ValueError(f'{path} is not a JSON object.')
+  return value
 
 
 def read_lines(path: Path) -> list[str]:
@@ -219,6 +177,38 @@ def sha256(path: Path) -> str:
   """Returns the SHA-256 of a file as hexadecimal digits."""
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def read_manifest(path: Path, format_version: int, mend: str) -> dict[str, Any]:
+  """Reads a manifest and compares it with its checksum.
+
+  Args:
+    path: of the file.
+    format_version: the newest that is known.
+    mend: what to do about a manifest that cannot be read, for the message.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    Damaged: the manifest differs from what was written.
+    ValueError: its format is newer.
+  """
+  text = pathlib.Path(path).read_text(encoding='utf-8', errors='replace')
+  try:
+    manifest = json.loads(text)
+    version, recorded = manifest['format_version'], manifest['manifest_sha256']
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise Damaged(f'{path} is damaged: not readable. {mend}') from error
+  if isinstance(version, int) and version > format_version:
+    raise ValueError(
+        f'{path} has format {version}, from a newer realm_jax; this one reads'
+        f' format {format_version}. Install the newer version. Or: {mend}'
+    )
+  found = manifest_digest(manifest)
+  if found != recorded:
+    raise Damaged(
+        f'{path} is damaged: its SHA-256 is {found}, it says {recorded}. {mend}'
+    )
+  return manifest
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

@@ -59,13 +59,8 @@ class Heartbeat:
   ) -> None:
     """Writes the file, at most once a second unless `at_once`.
 
-    Args:
-      state: what the builder does, in a few words.
-      step: step of the snapshot in work.
-      done: number of passages embedded.
-      total: number of passages.
-      rate: passages/s.
-      at_once: write it in any case.
+    `state` says in a few words what the builder does; `done` of `total`
+    passages are embedded, at a rate in passages/s.
     """
     with self._lock:
       self._values = {
@@ -123,12 +118,7 @@ class Progress:
   ):
     """Begins with `done` of `total` passages.
 
-    Args:
-      heartbeat: the heartbeat of the builder.
-      step: step of the snapshot.
-      done: number of passages embedded before.
-      total: number of passages.
-      processes: number of processes that embed at the same rate.
+    `processes` is the number of those that embed at the same rate.
     """
     self._heartbeat, self._step, self._processes = heartbeat, step, processes
     self._total = total

@@ -6,6 +6,7 @@ The libraries are imported late: the imports are slow, and few users need them.
 import pathlib
 from typing import Any
 
+from realm_jax.runtime import extension
 from realm_jax.runtime import lines
 
 
@@ -43,13 +44,8 @@ def dataset(name: str) -> Any:
     ImportError: the package `datasets` is not installed.
     ValueError: it has no such configuration or split.
   """
-  try:
+  with extension.needed_by(f'{name}: reading it', 'hf'):
     import datasets
-  except ImportError as error:
-    raise ImportError(
-        f'{name}: reading it needs the package datasets; run `pip install '
-        "'realm_jax[hf]'`."
-    ) from error
   parts = name.removeprefix('hf:').split(':')
   if not parts[0] or len(parts) > 3:
     raise ValueError(f'{name!r} is not of the form hf:NAME[:CONFIG[:SPLIT]].')
@@ -74,13 +70,8 @@ def ir_dataset(name: str) -> Any:
     FileNotFoundError: the dataset does not exist.
     ImportError: the package ir_datasets is not installed.
   """
-  try:
+  with extension.needed_by(f'{name}: reading it', 'ir'):
     import ir_datasets
-  except ImportError as error:
-    raise ImportError(
-        f'{name}: reading it needs the package ir_datasets; run `pip install '
-        "'realm_jax[ir]'`."
-    ) from error
   try:
     return ir_datasets.load(name.removeprefix('ir:'))
   except KeyError:

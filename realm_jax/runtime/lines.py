@@ -4,7 +4,7 @@ Every error names the file and the line.
 """
 
 import bz2
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import gzip
 import json
 import lzma
@@ -23,14 +23,8 @@ ENDINGS = {
     '.bz2': b'BZh',
     '.zst': b'\x28\xb5\x2f\xfd',
 }
-# Errors of damaged compressed files; bz2 has none of its own, but an OSError.
-DAMAGED = (
-    EOFError,
-    gzip.BadGzipFile,
-    lzma.LZMAError,
-    zlib.error,
-    zstd.ZstdError,
-)
+# Errors of damaged compressed files; bz2 and gzip have an OSError.
+DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error, zstd.ZstdError)
 
 _JSON_PART = 1 << 16  # Bytes of a JSON file that are read at a time.
 _DECODER = json.JSONDecoder()
@@ -56,11 +50,7 @@ def lines(path: pathlib.Path) -> Iterator[bytes]:
         count += 1
         yield line
   except DAMAGED as error:
-    raise _damaged(path, count, error) from None
-  except OSError as error:
-    if error.errno is None:  # bz2 has no error of its own.
-      raise _damaged(path, count, error) from None
-    raise
+    raise _damage(path, count, error) from None
 
 
 def head(path: pathlib.Path, size: int) -> bytes:
@@ -77,13 +67,9 @@ def head(path: pathlib.Path, size: int) -> bytes:
       while part := file.readline(size - len(data)):
         data += part
   except DAMAGED as error:
-    if not data:
-      raise _damaged(path, 0, error) from None
-  except OSError as error:
-    if error.errno is not None:
-      raise
-    if not data:
-      raise _damaged(path, 0, error) from None
+    damage = _damage(path, 0, error)
+    if not data or damage is error:
+      raise damage from None
   return data.removeprefix(b'\xef\xbb\xbf')
 
 
@@ -113,6 +99,14 @@ def first_line(error: BaseException) -> str:
   """Returns the first line of another library's error, without colours."""
   lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).strip().splitlines()
   return lines[0] if lines else type(error).__name__
+
+
+def listed(items: Sequence[str], most: int, separator: str = ', ') -> str:
+  """Returns at most `most` items for a message, and the number of the rest."""
+  shown = separator.join(items[:most])
+  if len(items) > most:
+    shown += f'{separator.lstrip(",")}and {len(items) - most} more'
+  return shown
 
 
 def comma_separated(text: str | None) -> list[str]:
@@ -282,7 +276,13 @@ def decoded(data: bytes, what: str = 'the line') -> str:
     ) from None
 
 
-def _damaged(path: pathlib.Path, count: int, error: Exception) -> ValueError:
+def _damage(path: pathlib.Path, count: int, error: Exception) -> Exception:
+  """Returns what to raise for an error after some lines of a file.
+
+  An error of the system has a number, and stays as it is.
+  """
+  if isinstance(error, OSError) and error.errno is not None:
+    return error
   return ValueError(
       f'{path}: the compressed file is damaged or cut off after line {count}'
       f' ({error}).'

@@ -100,9 +100,7 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
   return parts.reshape(-1)
 
 
-def to_devices(
-    mesh: jax.sharding.Mesh, batch: Any
-) -> Any:
+def to_devices(mesh: jax.sharding.Mesh, batch: Any) -> Any:
   """Puts this process' rows of a batch, `local_rows`, on its devices.
 
   The result is the whole batch in its order. If `model` spans processes,
@@ -149,12 +147,9 @@ def rule_for(
   A dimension that its axis does not divide stays whole, such as BERT's
   vocabulary of 30,522 on four devices. Heads and MLP must divide, see `check`.
 
-  Args:
-    name: name of a parameter; '' for another array.
-    shape: its shape.
-    mesh: the mesh.
-    zero: whether to divide matrices over `data`, too, along their longest
-      dimension that is still whole and that `data` divides.
+  `name` is that of a parameter, '' for another array. With `zero`, matrices are
+  also divided over `data`, along their longest dimension that is still whole
+  and that `data` divides.
   """
   spec = next((p for r, p in RULES if re.search(rf'(^|\.){r}$', name)), jax.P())
   axes = [
@@ -175,16 +170,11 @@ def rule_for(
   return jax.P(*axes)
 
 
-def shardings(
-    tree: Any, mesh: jax.sharding.Mesh, zero: bool = False
-) -> Any:
-  """Returns the NamedSharding of each array in a tree.
+def shardings(tree: Any, mesh: jax.sharding.Mesh, zero: bool = False) -> Any:
+  """Returns the NamedSharding of each array or shape in a tree.
 
-  Args:
-    tree: tree of arrays or shapes; the last dictionary key of an array is the
-      name of its parameter.
-    mesh: the mesh.
-    zero: `config.mesh.zero`.
+  The last dictionary key of an array is the name of its parameter. `zero` is
+  `config.mesh.zero`.
   """
 
   def of(path: Any, leaf: Any) -> jax.NamedSharding:
@@ -232,11 +222,7 @@ def _over_model(run: Callable[..., jax.Array], spec: jax.P) -> Callable:
     return run
   parts = jax.P(*(axis if axis == MODEL else None for axis in spec))
   return jax.shard_map(
-      run,
-      in_specs=parts,
-      out_specs=parts,
-      axis_names={MODEL},
-      check_vma=False,
+      run, in_specs=parts, out_specs=parts, axis_names={MODEL}, check_vma=False
   )
 
 

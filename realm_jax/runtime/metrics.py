@@ -3,6 +3,7 @@
 All metrics share one flat namespace: `train/loss`, `refresh/age_steps`, ...
 """
 
+import abc
 from collections.abc import Mapping, Sequence
 import functools
 import importlib
@@ -13,10 +14,11 @@ import pathlib
 import queue
 import threading
 import time
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from realm_jax import config as config_lib
 from realm_jax.runtime import distributed
+from realm_jax.runtime import extension
 from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
@@ -47,13 +49,8 @@ class MetricsWriter:
   ):
     """Opens the loggers of a job that starts or resumes at `step`.
 
-    Lines of later steps, from a killed run, are dropped.
-
-    Args:
-      workdir: of the job.
-      step: number of updates done.
-      log_to: as returned by `loggers`.
-      about: what a logger shows of the job, such as its config.
+    Lines of later steps, from a killed run, are dropped. `log_to` is a result
+    of `loggers`, which show `about` of the job, such as its config.
 
     Raises:
       RuntimeError: a logger cannot be used at the start of a job. When a job
@@ -113,40 +110,39 @@ def loggers(config: config_lib.Config) -> list[str]:
     names.append('tensorboard')
   names = [name for name in dict.fromkeys(names) if name in _LOGGERS]
   for name in names:
-    try:
+    with extension.needed_by(f'config.log_to={name}', name):
       importlib.import_module(_LOGGERS[name].package)
-    except ImportError as error:
-      raise ImportError(
-          f'config.log_to={name} needs a package that is not installed'
-          f" ({error.name}): pip install 'realm_jax[{name}]'"
-      ) from error
   return names
 
 
-class _Logger(Protocol):
+class _Logger(abc.ABC):
   """A place for metrics; every method may raise any error.
 
   package: the module that must be importable.
   continues: whether a later start gets the name of the run, and sends only the
     lines that are new.
-  run: its name.
+  run: its name; None: a new run.
   """
 
   package: str
   continues: bool = True
-  run: str | None = None
 
   def __init__(
       self, workdir: pathlib.Path, step: int, run: str | None,
       about: Mapping[str, Any],
   ):
-    ...
+    self.workdir, self.step, self.run, self.about = workdir, step, run, about
+    self.open()
 
-  def write(self, step: int, values: Values) -> None:
-    ...
+  @abc.abstractmethod
+  def open(self) -> None:
+    """Continues the run, or begins one and sets its name."""
 
-  def close(self, failed: bool) -> None:
-    ...
+  @abc.abstractmethod
+  def write(self, step: int, values: Values) -> None: ...
+
+  @abc.abstractmethod
+  def close(self, failed: bool) -> None: ...
 
 
 class _TensorBoard(_Logger):
@@ -155,17 +151,14 @@ class _TensorBoard(_Logger):
   package = 'tensorboardX'
   continues = False  # Later steps of an earlier start are void.
 
-  def __init__(
-      self, workdir: pathlib.Path, step: int, run: str | None,
-      about: Mapping[str, Any],
-  ):
+  def open(self) -> None:
     import tensorboardX
 
     self._board = tensorboardX.SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=step + 1
+        str(self.workdir / 'tensorboard'), purge_step=self.step + 1
     )
-    lines = [f'    {name}: {value}' for name, value in about.items()]
-    self._board.add_text('job', '\n'.join(lines), step)
+    lines = [f'    {name}: {value}' for name, value in self.about.items()]
+    self._board.add_text('job', '\n'.join(lines), self.step)
 
   def write(self, step: int, values: Values) -> None:
     for name, value in values.items():
@@ -180,19 +173,16 @@ class _Wandb(_Logger):
 
   package = 'wandb'
 
-  def __init__(
-      self, workdir: pathlib.Path, step: int, run: str | None,
-      about: Mapping[str, Any],
-  ):
+  def open(self) -> None:
     import wandb
 
     self._run = wandb.init(
         project=os.environ.get('WANDB_PROJECT', _NAME),
-        name=os.environ.get('WANDB_NAME', workdir.name),
-        dir=str(workdir),
-        id=run,
-        resume='allow' if run else None,
-        config=dict(about),
+        name=os.environ.get('WANDB_NAME', self.workdir.name),
+        dir=str(self.workdir),
+        id=self.run,
+        resume='allow' if self.run else None,
+        config=dict(self.about),
     )
     self.run = self._run.id
 
@@ -208,10 +198,7 @@ class _Mlflow(_Logger):
 
   package = 'mlflow'
 
-  def __init__(
-      self, workdir: pathlib.Path, step: int, run: str | None,
-      about: Mapping[str, Any],
-  ):
+  def open(self) -> None:
     import mlflow
 
     self._entities = mlflow.entities
@@ -219,25 +206,24 @@ class _Mlflow(_Logger):
     if not where:
       # A folder needs no package for databases; MLflow 3 asks for this consent.
       os.environ.setdefault('MLFLOW_ALLOW_FILE_STORE', 'true')
-      where = (workdir / 'mlruns').absolute().as_uri()
+      where = (self.workdir / 'mlruns').absolute().as_uri()
     self._client = mlflow.MlflowClient(where)
-    if run is not None:
-      self._client.update_run(run, status='RUNNING')
-    else:
-      name = os.environ.get('MLFLOW_EXPERIMENT_NAME', _NAME)
-      found = self._client.get_experiment_by_name(name)
-      experiment = (
-          found.experiment_id if found else self._client.create_experiment(name)
-      )
-      made = self._client.create_run(experiment, run_name=workdir.name)
-      run = made.info.run_id
-      params = [
-          mlflow.entities.Param(name, str(value)[:500])
-          for name, value in about.items()
-      ]
-      for start in range(0, len(params), 100):  # The limit of a request.
-        self._client.log_batch(run, params=params[start : start + 100])
-    self.run = run
+    if self.run is not None:
+      self._client.update_run(self.run, status='RUNNING')
+      return
+    name = os.environ.get('MLFLOW_EXPERIMENT_NAME', _NAME)
+    found = self._client.get_experiment_by_name(name)
+    experiment = (
+        found.experiment_id if found else self._client.create_experiment(name)
+    )
+    made = self._client.create_run(experiment, run_name=self.workdir.name)
+    self.run = made.info.run_id
+    params = [
+        mlflow.entities.Param(name, str(value)[:500])
+        for name, value in self.about.items()
+    ]
+    for start in range(0, len(params), 100):  # The limit of a request.
+      self._client.log_batch(self.run, params=params[start : start + 100])
 
   def write(self, step: int, values: Values) -> None:
     now = int(time.time() * 1000)

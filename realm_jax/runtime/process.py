@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 import contextlib
+import fcntl
 import logging
 import os
 import pathlib
 import signal
+import socket
 import threading
 import time
-from typing import Any
-
-from realm_jax.runtime import files
+from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,12 @@ def lock(
   path = directory / f'.{what.split()[-1]}.lock'
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(files.lock(path, timeout))
-    except files.Locked as error:
+      file = stack.enter_context(_locked(path, timeout))
+      stack.callback(file.truncate, 0)
+    except BlockingIOError as error:
+      holder = error.args[0] or 'another process'
       raise RuntimeError(
-          f'Another {what} is at work on {directory}: {error.holder}.'
+          f'Another {what} is at work on {directory}: {holder}.'
       ) from None
     except OSError as error:  # Some shared file systems have no locks.
       log.warning(
@@ -49,6 +51,37 @@ def lock(
           path, error, what, directory,
       )
     yield
+
+
+def _locked(path: pathlib.Path, timeout: float) -> IO[str]:
+  """Returns a file with an exclusive lock, which ends when it is closed.
+
+  Raises:
+    BlockingIOError: another process holds it, whose name is the argument.
+    OSError: the file system has no locks.
+  """
+  deadline = time.monotonic() + timeout
+  while True:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      # The holder before may have removed the file; another process may lock a
+      # new one.
+      if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        break
+    except FileNotFoundError:
+      pass
+    except BlockingIOError:
+      if time.monotonic() >= deadline:
+        file.seek(0)
+        raise BlockingIOError(file.read().strip()) from None
+      time.sleep(0.1)
+    file.close()
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {socket.gethostname()}')
+  file.flush()
+  return file
 
 
 @contextlib.contextmanager

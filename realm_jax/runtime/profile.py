@@ -58,9 +58,7 @@ class StepProfile:
       self.close()
     elif not self._running and first <= step <= last:
       jax.block_until_ready(pending)
-      jax.profiler.start_trace(
-          str(self._directory), create_perfetto_trace=True
-      )
+      jax.profiler.start_trace(str(self._directory), create_perfetto_trace=True)
       self._running = True
 
   def close(self) -> None:

@@ -62,9 +62,8 @@ class Snapshots:
 
     Args:
       step: step of the parameters.
-      params: parameters of the embedder, which the next step may donate.
-      in_use: snapshots after this step are kept: their generations may still be
-        adopted.
+      params: of the embedder; the next step may donate them.
+      in_use: later snapshots are kept, as their generations may be adopted.
       saving: a checkpoint that may not be on disk yet.
     """
     self.wait()

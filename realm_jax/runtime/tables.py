@@ -16,6 +16,7 @@ import re
 import sys
 from typing import Any
 
+from realm_jax.runtime import extension
 from realm_jax.runtime import fields as fields_lib
 from realm_jax.runtime import lines as lines_lib
 
@@ -106,8 +107,7 @@ class Table:
   ) -> Iterator[tuple[str, Content]]:
     """Yields the same as iteration, but JSON Lines as bytes.
 
-    Args:
-      columns: those of a Parquet file to read; None: all.
+    `columns` are those of a Parquet file to read; None: all.
 
     Raises:
       ValueError: the file is damaged, so that its rest cannot be read.
@@ -143,9 +143,7 @@ class Table:
 def recognise(path: pathlib.Path, head: bytes | None = None) -> str:
   """Returns the format of a file, a key of `FORMATS`; '' if it is no table.
 
-  Args:
-    path: of the file, plain or compressed.
-    head: its first bytes, without compression; None: read from the file.
+  `head` has its first bytes, without compression.
 
   Raises:
     ValueError: the file holds something else, such as an archive.
@@ -194,7 +192,7 @@ def open_table(
   """
   format = format or recognise(path)
   if format == 'parquet':
-    table = Table(path, format, _parquet_columns(path))
+    table = Table(path, format, tuple(_open_parquet(path).schema_arrow.names))
   elif format in ('csv', 'tsv', 'tsv-plain'):
     return _open_separated(path, format, fields, shapes)
   elif format in FORMATS:
@@ -252,14 +250,9 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Content]]:
 
 
 def _import_parquet(path: pathlib.Path) -> tuple[Any, Any]:
-  try:
+  with extension.needed_by(f'{path}: reading Parquet', 'hf'):
     import pyarrow
     from pyarrow import parquet
-  except ImportError as error:
-    raise ImportError(
-        f'{path}: reading Parquet needs the package pyarrow; run `pip install '
-        "'realm_jax[hf]'`."
-    ) from error
   return pyarrow, parquet
 
 
@@ -276,10 +269,6 @@ def _open_parquet(path: pathlib.Path) -> Any:
     raise ValueError(
         f'{path}: a damaged Parquet file ({lines_lib.first_line(error)}).'
     ) from None
-
-
-def _parquet_columns(path: pathlib.Path) -> tuple[str, ...]:
-  return tuple(_open_parquet(path).schema_arrow.names)
 
 
 def parquet_description(path: pathlib.Path) -> Any:
@@ -324,9 +313,7 @@ def _open_separated(
   best: tuple[tuple[Any, ...], str, bool, list[Row]] | None = None
   for delimiter in '\t' if format != 'csv' else ',;\t':
     choices: tuple[bool, ...] = (False,)
-    if format == 'csv' or (
-        format == 'tsv' and _uses_quotes(data, delimiter)
-    ):
+    if format == 'csv' or (format == 'tsv' and _uses_quotes(data, delimiter)):
       choices = (True,)  # A misplaced quote is an error.
     elif format != 'tsv-plain':
       choices = (True, False)

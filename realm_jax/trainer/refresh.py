@@ -118,14 +118,7 @@ class Refresher:
     self._config, self._probe = config.refresh, probe
     self._health, self._interrupt = health, interrupt
     search_lib.backend(config.mips)  # An unknown one fails before the work.
-    expected = generation_lib.Lineage(
-        step=None,
-        params_digest=None,
-        tokenizer_digest=corpus.tokenizer.digest,
-        corpus_fingerprint=corpus.fingerprint,
-        num_rows=len(corpus.passages),
-        width=config.model.embedding_width,
-    )
+    expected = generation_lib.Lineage.of(corpus, config.model.embedding_width)
     self._loader = loader.Loader(
         self._workdir,
         expected,
@@ -424,7 +417,7 @@ class Refresher:
           time.sleep(wait.pause())
       except (TimeoutError, FileNotFoundError):
         pass  # Still loading, or being replaced.
-      except generation_lib.Damaged as error:
+      except files.Damaged as error:
         if distributed.is_main():  # The other processes wait for its decision.
           if damaged:
             raise
@@ -466,7 +459,7 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
     if not stale and number in kept:
       try:
         found = generation_lib.read_manifest(path)['params_digest']
-      except (generation_lib.Damaged, FileNotFoundError):
+      except (files.Damaged, FileNotFoundError):
         continue  # Loading it reports the error.
       stale = found != snapshots_lib.digest_of(workdir, number)
     if stale:

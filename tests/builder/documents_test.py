@@ -1,13 +1,13 @@
 """Documents added, replaced and removed equal a newly prepared corpus."""
 
 import documents_workdir as job
+import helpers
 import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.builder import document_store
 from realm_jax.builder import documents
-from realm_jax.builder import merged_search
 from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
@@ -295,7 +295,7 @@ def published(tmp_path_factory, table, scann_config):
   folder = tmp_path_factory.mktemp('generation')
   lineage = generation.Lineage(1, 'p', 't', 'c', 3000, 16)
   return generation.load(
-      generation.publish(folder, lineage, table[:3000], scann_config)
+      helpers.publish(folder, lineage, table[:3000], scann_config)
   )
 
 
@@ -320,7 +320,7 @@ def test_scann_is_kept_and_added_rows_are_searched_exactly(
       removed,
   )
   search = index.make_search(scann_config)
-  assert isinstance(search, merged_search.MergedSearch)
+  assert isinstance(search, search_lib.MergedSearch)
   assert built == [published.path / 'scann']
   exact = search_lib.ExactSearch(table, removed=removed)
   queries = table[rng.choice(3040, 200)] + rng.normal(size=(200, 16)) / 5
@@ -350,7 +350,7 @@ def test_merged_searches_equal_one(table):
   for removed in ([], [0, 1, 2, 3, 4], [3, 20, 21, 22], list(range(20, 25))):
     removed = np.array(removed, np.int64)
     split = np.searchsorted(removed, 20)
-    search = merged_search.MergedSearch(
+    search = search_lib.MergedSearch(
         (
             search_lib.ExactSearch(table[:20], removed=removed[:split]),
             search_lib.ExactSearch(table[20:25], removed=removed[split:] - 20),

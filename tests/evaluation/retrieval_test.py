@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,7 +133,7 @@ def publish(workdir, config, corpus, params, step, embeddings=None):
       num_rows=len(corpus.passages),
       width=config.model.embedding_width,
   )
-  generation.publish(workdir / 'index', lineage, embeddings, config.mips)
+  helpers.publish(workdir / 'index', lineage, embeddings, config.mips)
 
 
 def test_question_metrics_equal_those_by_hand(

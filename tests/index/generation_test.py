@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ def small_shards(monkeypatch):
 
 
 def _publish(directory, table, **config):
-  return generation.publish(
+  return helpers.publish(
       directory, _LINEAGE, table, config_lib.MipsConfig(**config)
   )
 
@@ -151,7 +152,7 @@ def _flip(path, at):
 def test_one_flipped_bit_in_a_shard(tmp_path, table, small_shards, at):
   path = _publish(tmp_path, table)
   _flip(path / 'shard-00002.npy', at)
-  with pytest.raises(generation.Damaged, match='shard-00002.npy has sha256'):
+  with pytest.raises(files.Damaged, match='shard-00002.npy has sha256'):
     generation.load(path)
 
 
@@ -165,14 +166,14 @@ def test_any_flipped_bit_of_the_manifest(tmp_path, table):
     try:
       # White space may become other white space: then nothing has changed.
       assert generation.read_manifest(path) == accepted
-    except generation.Damaged as error:
+    except files.Damaged as error:
       assert str(path) in str(error)
     except ValueError as error:
       assert 'newer realm_jax' in str(error)
     (path / 'manifest.json').write_bytes(whole)
   for cut in (0, 1, size // 2, size - 2):
     (path / 'manifest.json').write_bytes(whole[:cut])
-    with pytest.raises(generation.Damaged):
+    with pytest.raises(files.Damaged):
       generation.load(path)
 
 
@@ -181,7 +182,7 @@ def test_truncated_missing_and_foreign_files(tmp_path, table, small_shards):
   shard = path / 'shard-00001.npy'
   whole = shard.read_bytes()
   shard.write_bytes(whole[:-1])
-  with pytest.raises(generation.Damaged) as error:
+  with pytest.raises(files.Damaged) as error:
     generation.load(path)
   assert f'bytes {len(whole) - 1}' in str(error.value)
   assert str(len(whole)) in str(error.value)
@@ -189,7 +190,7 @@ def test_truncated_missing_and_foreign_files(tmp_path, table, small_shards):
       error.value
   )
   shard.unlink()
-  with pytest.raises(generation.Damaged, match='shard-00001.npy is not there'):
+  with pytest.raises(files.Damaged, match='shard-00001.npy is not there'):
     generation.load(path)
   with pytest.raises(FileNotFoundError, match='no index generation'):
     generation.load(tmp_path / '40')
@@ -203,7 +204,7 @@ def test_a_newer_format_is_named_as_such(tmp_path, table):
   (path / 'manifest.json').write_text(json.dumps(manifest))
   with pytest.raises(ValueError, match='newer realm_jax.*format 1') as error:
     generation.load(path)
-  assert not isinstance(error.value, generation.Damaged)
+  assert not isinstance(error.value, files.Damaged)
 
 
 def test_nothing_is_published_without_all_rows(tmp_path, table):
@@ -238,7 +239,9 @@ def test_a_generation_may_be_moved(tmp_path, table):
   exact = search_lib.ExactSearch(
       table, jax.sharding.Mesh(jax.devices()[:2], 'data')
   )
-  assert search_lib.recall(search, exact, table[:20], 4) == 1
+  np.testing.assert_array_equal(
+      search.search(table[:20], 4), exact.search(table[:20], 4)
+  )
 
 
 def test_leftovers_and_marks(tmp_path, table):

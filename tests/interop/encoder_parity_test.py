@@ -16,7 +16,6 @@ import pytest
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.interop import convert
-from realm_jax.interop import encoder_names
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import importing
 from realm_jax.interop import weights
@@ -127,11 +126,11 @@ def test_export_has_the_tensors_and_the_config(name):
   for key, tensor in original.items():
     np.testing.assert_array_equal(found[key], tensor.read(), key)
   values = json.loads((_FIXTURES / name / 'config.json').read_text())
-  again = huggingface_config.foreign_config('bert', loaded.config)
+  again = huggingface_config.config_json('bert', loaded.config)
   if name == 'xlm-roberta':
     # A trained model exports as RoBERTa, an import as what it was.
     assert again['model_type'] == 'roberta'
-    again = huggingface_config.foreign_config('bert', loaded.config, values)
+    again = huggingface_config.config_json('bert', loaded.config, values)
     again['architectures'] = values['architectures']
   del again['torch_dtype']
   assert again.items() <= (values | {'global_attn_every_n_layers': 3} | {
@@ -196,6 +195,6 @@ def test_names_are_spelled_as_they_were_read():
   for name in _NAMES:
     encoder = _loaded(name).config.encoder
     for key in weights.open_folder(_FIXTURES / name):
-      assert encoder_names.spelled(
-          encoder_names.as_bert(key, encoder), encoder
+      assert huggingface_config.from_bert(
+          huggingface_config.as_bert(key, encoder), encoder
       ) == key

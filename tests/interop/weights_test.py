@@ -121,7 +121,7 @@ def test_other_types(tmp_path):
 def test_what_is_written_the_safetensors_library_reads(tmp_path, path):
   tensors = weights.open_file(path)
   out = tmp_path / 'model.safetensors'
-  weights.write_safetensors(out, tensors, {'format': 'pt'})
+  weights.write_safetensors(out, tensors)
   theirs = safetensors.numpy.load_file(out)
   assert set(theirs) == set(tensors)
   for name, tensor in weights.open_file(out).items():

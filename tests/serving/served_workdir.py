@@ -1,5 +1,6 @@
 """A small corpus, and a workdir with every component, which the tests serve."""
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,5 +92,5 @@ def publish(workdir, corpus, config, step, params):
       num_rows=len(corpus.passages),
       width=config.model.embedding_width,
   )
-  generation.publish(workdir / 'index', lineage, embeddings, config.mips)
+  helpers.publish(workdir / 'index', lineage, embeddings, config.mips)
   return embeddings

@@ -9,7 +9,6 @@ import time
 import pytest
 import refresh_test
 
-from realm_jax.index import generation
 from realm_jax.runtime import files
 from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.trainer import loader
@@ -38,7 +37,7 @@ def test_a_damaged_generation_is_built_again_once(tmp_path):
   refresh_test._flip(path / 'shard-00000.npy')
   thread = threading.Thread(target=_rebuild_damaged, args=(tmp_path, path))
   thread.start()
-  with pytest.raises(generation.Damaged, match='its manifest says'):
+  with pytest.raises(files.Damaged, match='its manifest says'):
     refresh_test._step(refresher, 0)
   thread.join()
 

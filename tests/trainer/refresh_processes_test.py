@@ -8,7 +8,7 @@ import pytest
 import refresh_test
 
 from realm_jax import config as config_lib
-from realm_jax.index import generation
+from realm_jax.runtime import files
 from realm_jax.trainer import refresh
 
 
@@ -67,7 +67,7 @@ def test_all_processes_adopt_the_same_at_the_same_step(
         time.sleep(0.2)
         if made.lineage.step == 12 and not damaged.is_set():
           damaged.set()
-          raise generation.Damaged('it was seen so by one process')
+          raise files.Damaged('it was seen so by one process')
       return made.make_search(config_lib.MipsConfig(), None)
 
     refresher = refresh_test._refresher(

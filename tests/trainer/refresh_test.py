@@ -8,6 +8,7 @@ import time
 import types
 import weakref
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def _publish(workdir, step, **lineage):
       width=_WIDTH,
   )
   made_from = dataclasses.replace(made_from, **lineage)
-  return generation.publish(
+  return helpers.publish(
       workdir / 'index', made_from, _embeddings(step), config_lib.MipsConfig()
   )
 

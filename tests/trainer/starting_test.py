@@ -10,7 +10,6 @@ import training_test
 
 from realm_jax import config as config_lib
 from realm_jax.prepare import prepare
-from realm_jax.runtime import files
 from realm_jax.runtime import process
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import loop
@@ -247,10 +246,13 @@ def test_two_trainers_are_refused(world, tmp_path, monkeypatch):
 
 def test_a_lock_whose_file_was_removed_keeps_others_away(tmp_path):
   """A start that fails removes the lock file that others may wait for."""
-  path = tmp_path / 'lock'
-  with files.lock(path):
-    path.unlink()
-    with files.lock(path), pytest.raises(files.Locked), files.lock(path):
+  with process.lock(tmp_path, 'test'):
+    (tmp_path / '.test.lock').unlink()
+    with (
+        process.lock(tmp_path, 'test'),
+        pytest.raises(RuntimeError, match=f'{tmp_path}: process '),
+        process.lock(tmp_path, 'test'),
+    ):
       pass
 
 
