@@ -117,9 +117,7 @@ def _web_questions(record: Record) -> Iterator[tuple[str, Record]]:
       for quoted, bare in _DESCRIPTION.findall(record.get('targetValue') or '')
   ]
   question = record.get('qText', record.get('utterance'))
-  yield '', {
-      'id': record.get('qId'), 'question': question, 'answers': answers
-  }
+  yield '', {'id': record.get('qId'), 'question': question, 'answers': answers}
 
 
 def _trivia_qa(record: Record) -> Iterator[tuple[str, Record]]:
