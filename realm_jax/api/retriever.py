@@ -61,7 +61,7 @@ class Retriever:
     self._open_corpus = open_corpus
     self._template = inputs.Template.of(component.config, lengths, tokenizer)
     self._embedder = embedding.Embedder(component, mesh_lib.one_device())
-    self._said: set[str] = set()  # Kinds of texts reported as cut.
+    self._reported: set[str] = set()  # Kinds of texts reported as cut.
 
   @classmethod
   def load(
@@ -162,10 +162,10 @@ class Retriever:
   def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds `[CLS] text [SEP]`: float32 [B, E]."""
     ids_BQ = self._template.encode(_checked(texts))
-    if 'queries' not in self._said and cuts.warn_of_queries(
+    if 'queries' not in self._reported and cuts.warn_of_queries(
         texts, ids_BQ, self.tokenizer, 'queries', 'query_length'
     ):
-      self._said.add('queries')
+      self._reported.add('queries')
     return self._embed(
         lambda ids_BQ: self._embedder.queries(self._params, ids_BQ),
         self._template.queries(ids_BQ),
@@ -183,13 +183,13 @@ class Retriever:
     for texts in zip(*given, strict=True):
       _checked(texts)
     table = inputs.passage_table(passages, self.tokenizer)
-    if 'passages' not in self._said and cuts.warn(
+    if 'passages' not in self._reported and cuts.warn(
         'passages',
         self._template.lengths(table),
         self.lengths.document,
         'passage_length',
     ):
-      self._said.add('passages')
+      self._reported.add('passages')
     arrays = self._template.documents(table, np.arange(len(table)))
 
     def embed(ids_BS: np.ndarray, types_BS: np.ndarray) -> jax.Array:

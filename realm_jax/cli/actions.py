@@ -95,12 +95,14 @@ def plan(
     raise app.UsageError('--config is missing.')
   if chip not in plan_lib.CHIPS:
     raise ValueError(
-        f'--chip={chip}: there are {", ".join(plan_lib.CHIPS)}; for another,'
-        ' take one like it with --peak_tflops and --memory_gb.'
+        f'--chip={chip}: must be one of {", ".join(plan_lib.CHIPS)}; for'
+        ' another chip, add --peak_tflops and --memory_gb to a similar one.'
     )
   given = {'tflops': peak_tflops, 'memory_gb': memory_gb}
-  given = {name: value for name, value in given.items() if value is not None}
-  device = dataclasses.replace(plan_lib.CHIPS[chip], **given)
+  device = dataclasses.replace(
+      plan_lib.CHIPS[chip],
+      **{name: value for name, value in given.items() if value is not None},
+  )
   corpus = config.corpus or '(none)'  # A plan does not need one.
   stages.validate(dataclasses.replace(config, corpus=corpus))
   config, passages, mean_wordpieces, corpus_bytes = plan_lib.of_corpus(

@@ -340,7 +340,7 @@ def _evaluate_step(
       found['retriever'] = dataclasses.replace(
           run, figures=figures, answers=answers
       )
-    measured = {
+    measured: dict[str, dict[str, Any]] = {
         name: {'questions': _question_metrics(trained, run, asked)}
         for name, run in found.items()
     }

@@ -53,9 +53,9 @@ def measure(
   }
   if search is not None:
     metrics |= {'trivial': config.trivial, 'trivial_in_training': trivial}
-  values = {name: np.concatenate(parts) for name, parts in totals.items()}
-  accuracies = [name for name in values if name.startswith('accuracy')]
-  return metrics | metrics_lib.means(values, cluster_B, accuracies)
+  figures = {name: np.concatenate(parts) for name, parts in totals.items()}
+  accuracies = [name for name in figures if name.startswith('accuracy')]
+  return metrics | metrics_lib.means(figures, cluster_B, accuracies)
 
 
 def sentence_clusters(
@@ -107,7 +107,7 @@ def _read_batch(
     logp_BK = np.where(mask_BM[:, None], read['target_logp_BKM'], 0).sum(-1)
     utility_BJ = logp_BK[:, 1:] - logp_BK[:, :1]
     real_B = np.maximum(p_BK[:, 1:].sum(1), 1e-9)
-    # Tells what retrieval adds from what any passage, or its length, adds.
+    # Separates the effect of retrieval from that of any passage, or its length.
     live, exclude_BR2 = trained.corpus.live_rows, queries.exclude_BR2
     random = read_with(_random_rows(live, exclude_BR2, num_candidates - 1, rng))
     metrics |= {

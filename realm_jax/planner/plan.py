@@ -115,7 +115,8 @@ def of_corpus(
       mean_wordpieces = float(lengths.mean())
   if passages is None:
     raise ValueError(
-        'How large is the corpus? Give --config.corpus=FOLDER, or --passages=N.'
+        'The size of the corpus is unknown: give --config.corpus=FOLDER, or'
+        ' --passages=N.'
     )
   if mean_wordpieces is None:
     mean_wordpieces = float(config.lengths.document)

@@ -166,7 +166,7 @@ def beir(
     return queries[0], splits[0] if splits else None
   if 'test' not in names:
     raise ValueError(
-        f'{folder} has qrels of {", ".join(names)}. Say which:'
+        f'{folder} has qrels of {", ".join(names)}. Choose one:'
         f' --qrels={splits[0]}.'
     )
   chosen = splits[names.index('test')]

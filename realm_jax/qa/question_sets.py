@@ -268,7 +268,8 @@ class _Records:
         if field not in self.names
         and not (field == 'match' and self.format.match)
     ]
-    paths = {**self.format.fields, **self.given}
+    of_format = fields_lib.parse(self.format.fields, formats.NAMES)
+    paths = {**of_format, **self.given}
     for field in [field for field in wanted if '.' in paths.get(field, '')]:
       wanted.remove(field)
       path = paths[field]

@@ -142,7 +142,7 @@ def panel(
       element('text', f'step {last}', x=width - right, y=height - 6,
               text_anchor='end'),
   ]
-  names, said = [], []
+  names, labels = [], []
   for name, points in curves.items():
     color = f'c{order.index(name) % _COLORS}'
     path = ' '.join(f'{x(step)},{y(value)}' for step, value in points)
@@ -153,12 +153,12 @@ def panel(
           for step, value in points
       ]
     step, value = points[-1]
-    said.append(f'{name} {short(value)} at step {step}'.strip())
+    labels.append(f'{name} {short(value)} at step {step}'.strip())
     if name:
       names.append(element('li', name, class_=color))
   svg = element(
       'svg', *drawn, viewBox=f'0 0 {width} {height}', role='img',
-      aria_label=f'{title}: {", ".join(said)}',
+      aria_label=f'{title}: {", ".join(labels)}',
   )
   legend = element('ul', *names, class_='legend') if names else None
   head = element(heading, title)

@@ -255,7 +255,7 @@ def _curves(runs: list[_Run]) -> list[Html]:
 
 def _evaluation(runs: list[_Run]) -> list[Html]:
   """The newest results of all runs, then all results of each."""
-  found: dict[str, list[list[Any]]] = {}
+  found: dict[str, list[Sequence[Any]]] = {}
   parts, details = [], []
   for run in runs:
     if not run.results:
@@ -393,13 +393,13 @@ def _passages(corpus: str) -> Callable[[str], str]:
 def _result(
     name: str, record: Mapping[str, Any], text: Callable[[str], str]
 ) -> list[Any]:
-  said = best = ''
+  answer = best = ''
   if 'prediction' in record:
-    said = f'{record["prediction"]} (p={record["probability"]:.2f})'
+    answer = f'{record["prediction"]} (p={record["probability"]:.2f})'
   if record['retrieved']:
     best = text(record['retrieved'][0]['id'])
   ranks = [record['gold_rank'] or '', record['answer_rank'] or '']
-  return [name, *ranks, said, best]
+  return [name, *ranks, answer, best]
 
 
 def _inspected(run: _Run, sentence: str, corpus: str | None) -> list[Html]:

@@ -103,7 +103,7 @@ def test_reads_the_questions_of_a_world(tmp_path):
         ),
         (
             '{"question": "q", "answers": ["a"], "passage_id": 1.5}',
-            '"passage_id" is 1.5',
+            r'"passage_id" is \[1.5\]',
         ),
         (
             '{"question": "q", "answers": ["a"], "held_out": "no"}',
