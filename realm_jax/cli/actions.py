@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json as json_lib
 import logging
+import os
 import pathlib
 import shlex
 import sys
@@ -131,6 +132,7 @@ def train(
     config: 'Config',
     workdir: str,
     profile: str | None,
+    deterministic: bool,
     with_index_builder: bool,
     **processes: Any,
 ) -> None:
@@ -140,6 +142,10 @@ def train(
   from realm_jax.trainer import loop
   from realm_jax.trainer import stages
 
+  config.deterministic |= deterministic
+  if config.deterministic:  # XLA reads it once; the index builder inherits it.
+    flag = '--xla_gpu_deterministic_ops=true'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
   steps = profile_lib.parse_steps(profile) if profile else None
   explicit = flags.overridden('config')
   summary = None
