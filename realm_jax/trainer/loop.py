@@ -169,6 +169,7 @@ class _Loop:
       if distributed.any(bool(self._sigterm)):
         raise _Stopping
 
+    self._clock = metrics_lib.Clock()
     self._refresher: refresh_lib.Refresher | None = None
     if job.stage.searches:
       self._refresher = refresh_lib.Refresher(
@@ -190,6 +191,7 @@ class _Loop:
           self._refresher,
           self._rows,
           job.stage.template,
+          self._clock,
       )
     self._gates = gates_lib.Gates.of(job)
     self._gate_figures: dict[str, float] = {}  # Not logged yet.
@@ -211,7 +213,6 @@ class _Loop:
     self._profile = profile_lib.StepProfile(job.workdir, profile)
     stack.callback(self._profile.close)
     self._step_flop = flops.model_flop(config, job.stage.passes())
-    self._clock = metrics_lib.Clock()
     self._means = metrics_lib.Means(about.get('metrics'))
     self._bar = stack.enter_context(
         tqdm.tqdm(
@@ -260,9 +261,6 @@ class _Loop:
         examples = next(self._data)
       batch = examples.inputs
       if self._refresher is not None:
-        with self._clock.measure('compute'):
-          # Queries are embedded with the parameters of the previous step.
-          jax.block_until_ready(self.state.params)
         with self._clock.measure('retrieve'):
           self._retriever.params = self.state.params['embedder']
           batch = stage.retrieve(batch, self._retriever)

@@ -11,6 +11,7 @@ from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.trainer import refresh as refresh_lib
 
 
@@ -27,6 +28,7 @@ class Retriever:
       refresher: refresh_lib.Refresher,
       rows: np.ndarray,
       template: inputs.Template,
+      clock: metrics_lib.Clock | None = None,
   ):
     """Compiles nothing yet.
 
@@ -36,29 +38,33 @@ class Retriever:
       refresher: has the index in use.
       rows: this process' rows of a batch.
       template: of the job.
+      clock: counts the wait for the step before as computation.
     """
     self.params: components_lib.Params = {}  # Current parameters.
     self._mesh, self._refresher, self._rows = mesh, refresher, rows
     self._embedder = embedding.Embedder(embedder, mesh)
-    self._template = template
+    self._template, self._clock = template, clock or metrics_lib.Clock()
 
   def search(
       self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
   ) -> tuple[np.ndarray, np.ndarray]:
-    # Embeddings of the whole batch, of which each process gave its rows.
+    # Embeddings of the whole batch, of which each process gave its rows. They
+    # begin on the devices as soon as the step before has ended there.
     query_ids = self._on_devices(self._template.queries(query_ids_BQ))
-    query_emb_BE = distributed.fetch(
-        self._embedder.queries(self.params, query_ids)
-    )
-    own_emb_BE = query_emb_BE[self._rows]
+    query_emb = self._embedder.queries(self.params, query_ids)
+    with self._clock.measure('compute'):
+      jax.block_until_ready(self.params)
     search = self._refresher.search
-    if not search.collective or jax.process_count() == 1:
+    if not search.collective:
+      own_emb_BE = distributed.fetch(query_emb)[self._rows]
       return search.search(own_emb_BE, k, exclude_BR2), own_emb_BE
     # The table lies on the devices of all processes, which search together.
-    if exclude_BR2 is not None:
-      exclude_BR2 = distributed.fetch(self._on_devices(exclude_BR2))
-    rows_BK = search.search(query_emb_BE, k, exclude_BR2)[self._rows]
-    return rows_BK, own_emb_BE
+    if jax.process_count() > 1:
+      query_emb = distributed.fetch(query_emb)
+      if exclude_BR2 is not None:
+        exclude_BR2 = distributed.fetch(self._on_devices(exclude_BR2))
+    rows_BK = search.search(query_emb, k, exclude_BR2)[self._rows]
+    return rows_BK, distributed.fetch(query_emb)[self._rows]
 
   def embeddings(self, rows_BN: np.ndarray) -> np.ndarray:
     return search_lib.gather(self._refresher.embeddings, rows_BN)
