@@ -108,9 +108,6 @@ class _Batches:
         samples[place] = sample
     return self._assemble(jax.tree.map(lambda *x: np.asarray(x), *samples))
 
-  def __repr__(self) -> str:
-    return f'batches({len(self._rows)} of {self._size})'
-
 
 class _Visits:
   """The endless visits of the examples of a source.
