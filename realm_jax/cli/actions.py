@@ -8,6 +8,7 @@ program, so that no command waits for the libraries of another.
 import contextlib
 import dataclasses
 import json as json_lib
+import os
 import pathlib
 import shlex
 import sys
@@ -128,6 +129,7 @@ def train(
     config: 'Config',
     workdir: str,
     profile: str | None,
+    deterministic: bool,
     with_index_builder: bool,
     **processes: Any,
 ) -> None:
@@ -137,6 +139,10 @@ def train(
   from realm_jax.trainer import loop
   from realm_jax.trainer import stages
 
+  config.deterministic |= deterministic
+  if config.deterministic:  # XLA reads it once; the index builder inherits it.
+    flag = '--xla_gpu_deterministic_ops=true'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
   steps = profile_lib.parse_steps(profile) if profile else None
   explicit = flags.overridden('config')
   summary = None

@@ -186,6 +186,8 @@ COMMANDS = {
         *_PROCESSES,
         Flag('profile', str,
              'Steps to trace, for example 10-15, to WORKDIR/profile.'),
+        Flag('deterministic', bool, 'On a GPU, only kernels that give the same'
+             ' bits each time. They are slower.', False),
         Flag('with_index_builder', bool, 'Start and supervise the index'
              ' builder, on one machine. Otherwise run `realm-jax index'
              ' --follow` as a second job.', False),

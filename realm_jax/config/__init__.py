@@ -318,6 +318,9 @@ class Config:
   tensorboard: bool = False  # The same as in log_to.
   # Peak TFLOP/s of one device, for the metric time/mfu; 0: unknown.
   peak_tflops: float = 0.0
+  # Kernels of a GPU that give the same bits each time; slower. Set it with
+  # `train --deterministic`, before XLA starts.
+  deterministic: bool = False
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   lengths: LengthsConfig = dataclasses.field(default_factory=LengthsConfig)
   mlm: MlmConfig = dataclasses.field(default_factory=MlmConfig)

@@ -52,7 +52,7 @@ def identity(config: config_lib.Config) -> dict[str, Any]:
   values = config_lib.to_dict(config_lib.resolve(config))
   for name in (
       'corpus init_from log_interval log_to tensorboard peak_tflops mesh'
-      ' accumulate checkpoint gates'
+      ' accumulate checkpoint gates deterministic'
   ).split():
     del values[name]
   for name in ('attention', 'remat'):

@@ -9,12 +9,13 @@ tables of a corpus.
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import ngrams
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
 Tokenizer = tokenizer_lib.Tokenizer
@@ -316,31 +317,30 @@ def _join(
   `first_segment` on have type 1.
   """
   num_rows = next(len(p.lengths) for p in parts if isinstance(p, _Pieces))
-  column = np.arange(length)[None]
-  ids = np.full((num_rows, length), pad_id, np.int32)
-  types = np.zeros((num_rows, length), np.int32)
-  filled = np.zeros(num_rows, np.int64)
+  ids = np.full(num_rows * length, pad_id, np.int32)
+  end_N = np.arange(num_rows) * length  # Where the next part begins in `ids`.
+  limit_N = segment_N = end_N + length
   for i, part in enumerate(parts):
+    if i == first_segment:
+      segment_N = end_N
     if isinstance(part, int):
-      size = np.ones(num_rows, np.int64)
-    else:
-      singles = sum(isinstance(later, int) for later in parts[i + 1 :])
-      size = np.minimum(part.lengths, length - singles - filled)
-    inside = column - filled[:, None]
-    here = (inside >= 0) & (inside < size[:, None])
-    if isinstance(part, int):
-      values: Any = part
-    else:
-      if part.gap_starts is not None and part.gap_sizes is not None:
-        after = inside >= part.gap_starts[:, None]
-        inside = inside + np.where(after, part.gap_sizes[:, None], 0)
-      flat = np.where(here, part.starts[:, None] + inside, 0)
-      values = part.tokens[flat]
-    ids = np.where(here, values, ids)
-    if i >= first_segment:
-      types = np.where(here, 1, types)
-    filled = filled + size
-  return (
-      ids.astype(np.int32).reshape(*shape, length),
-      types.astype(np.int32).reshape(*shape, length),
+      ids[end_N] = part
+      end_N = end_N + 1
+      continue
+    singles = sum(isinstance(later, int) for later in parts[i + 1 :])
+    size_N = np.minimum(part.lengths, limit_N - singles - end_N)
+    within = ngrams.aranges(size_N)
+    at = np.repeat(end_N, size_N) + within
+    if part.gap_starts is not None and part.gap_sizes is not None:
+      after = within >= np.repeat(part.gap_starts, size_N)
+      within += np.where(after, np.repeat(part.gap_sizes, size_N), 0)
+    ids[at] = part.tokens[np.repeat(part.starts, size_N) + within]
+    end_N = end_N + size_N
+  column = np.arange(length, dtype=np.int32)
+  first, last = (
+      (x - limit_N + length).astype(np.int32)[:, None]
+      for x in (segment_N, end_N)
   )
+  types = ((column >= first) & (column < last)).astype(np.int32)
+  shape = (*shape, length)
+  return ids.reshape(shape), types.reshape(shape)

@@ -120,7 +120,9 @@ def search(
   )
 
 
-@functools.partial(jax.jit, static_argnames=('mesh', 'k', 'recall_target'))
+@functools.partial(
+    jax.jit, static_argnames=('mesh', 'k', 'recall_target', 'split')
+)
 def top_rows(
     table_NE: jax.Array,
     query_emb_BE: jax.Array,
@@ -131,6 +133,7 @@ def top_rows(
     mesh: jax.sharding.Mesh,
     k: int,
     recall_target: float | None = None,
+    split: bool | None = None,
 ) -> Ranked:
   """Returns the best scores and rows, float32 and int32 [B, k].
 
@@ -144,10 +147,16 @@ def top_rows(
     mesh: mesh of the table.
     k: at most the number of rows of the part.
     recall_target: for `lax.approx_max_k`; None: exact.
+    split: whether rows in bfloat16 are selected by three products in bfloat16,
+      for tensor cores, and ranked in float32; None: unless on CPU.
 
   Rows beyond those that a query may have get the score -inf.
   """
   axes = mesh.axis_names
+  if split is None:
+    split = mesh.devices.flat[0].platform != 'cpu'
+  split = split and table_NE.dtype == jnp.bfloat16
+  in_one = recall_target is None and not split  # Selected by the final scores.
 
   def local(
       table_NE: jax.Array,
@@ -161,8 +170,7 @@ def top_rows(
     chunk = max(_MAX_SCORES // max(size, 1) // ALIGN, 1) * ALIGN
     chunk = min(chunk, _MAX_CHUNK, rows_here)
     first_row = rows_2[0] + jax.lax.axis_index(axes) * rows_here
-    keep = k if recall_target is None else 2 * k + 8
-    keep = min(keep, chunk)
+    keep = min(k if in_one else 2 * k + 8, chunk)
 
     def visit(i: jax.Array, best: Ranked) -> Ranked:
       # The last chunk overlaps the one before; the repeated rows are hidden.
@@ -176,15 +184,23 @@ def top_rows(
       hidden_BN |= (here_N < i * chunk) | (row_N >= rows_2[1])
       if removed_N is not None:
         hidden_BN |= jax.lax.dynamic_slice_in_dim(removed_N, start, chunk)
-      if recall_target is None:
+      if in_one:
         score_BN = _score('BE,NE->BN', query_emb_BE, part_NE, 'highest')
         score_BN = jnp.where(hidden_BN, -jnp.inf, score_BN)
         top_BK, at_BK = _top(score_BN, keep)
       else:
-        fast_BN = _score('BE,NE->BN', query_emb_BE, part_NE, 'default')
+        fast_BN = (
+            _split_score(query_emb_BE, part_NE)
+            if recall_target is None
+            else _score('BE,NE->BN', query_emb_BE, part_NE, 'default')
+        )
         fast_BN = jnp.where(hidden_BN, -jnp.inf, fast_BN)
-        fast_BK, at_BK = jax.lax.approx_max_k(
-            fast_BN, keep, recall_target=recall_target
+        fast_BK, at_BK = (
+            _top(fast_BN, keep)
+            if recall_target is None
+            else jax.lax.approx_max_k(
+                fast_BN, keep, recall_target=recall_target
+            )
         )
         exact_BK = _score(
             'BE,BKE->BK', query_emb_BE, part_NE[at_BK], 'highest'
@@ -224,6 +240,27 @@ def _score(
   )
   lowest = jnp.finfo(jnp.float32).min
   return jnp.where(score >= lowest, score, lowest)
+
+
+def _split_score(query_emb_BE: jax.Array, rows_NE: jax.Array) -> jax.Array:
+  """As `_score`, to float32's rounding, of rows in bfloat16.
+
+  A float32 is the sum of three bfloat16, and a float32 holds the product of two
+  bfloat16 exactly.
+  """
+  rest_BE, score_BN = query_emb_BE.astype(jnp.float32), jnp.float32(0)
+  for _ in range(3):
+    # XLA may leave out a conversion to bfloat16 and back, but not this.
+    part_BE = jax.lax.reduce_precision(rest_BE, 8, 7)
+    rest_BE -= part_BE
+    score_BN += jnp.einsum(
+        'BE,NE->BN',
+        part_BE.astype(jnp.bfloat16),
+        rows_NE,
+        preferred_element_type=jnp.float32,
+    )
+  lowest = jnp.finfo(jnp.float32).min
+  return jnp.where(score_BN >= lowest, score_BN, lowest)
 
 
 def _top(score_BN: jax.Array, k: int) -> Ranked:

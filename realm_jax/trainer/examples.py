@@ -6,10 +6,12 @@ by the number of its step.
 """
 
 from collections.abc import Callable, Iterator
+import sys
 from typing import Any, NamedTuple, Protocol
 import zlib
 
 import grain
+import jax
 import numpy as np
 
 from realm_jax import config as config_lib
@@ -20,10 +22,10 @@ from realm_jax.runtime import extension
 
 
 class Source(Protocol):
-  """A random access source of Grain, from which an epoch is drawn.
+  """Examples from which an epoch is drawn, by index.
 
   `sample` makes the random choices of one visit; it returns a tuple of arrays
-  or numbers, which Grain stacks to a batch.
+  or numbers, which are stacked to a batch.
   """
 
   def __len__(self) -> int: ...
@@ -73,32 +75,91 @@ def training_batches(
   Raises:
     ValueError: the corpus has nothing to learn from.
   """
-  config = stage.config
-
-  def stream(name: str, source: Source) -> grain.MapDataset:
-    return (
-        grain.MapDataset.source(source)
-        .seed(zlib.crc32(f'{name} {config.seed}'.encode()))
-        .shuffle()
-        .repeat()
-        .random_map(source.sample)
-    )
-
-  sources = stage.sources()
-  sampled = grain.MapDataset.mix(
-      [stream(name, source) for name, (source, _) in sources.items()],
-      [weight for _, weight in sources.values()],
-  )
-  size = config.batch_size
-  if rows is not None:
-    sampled = grain.MapDataset.source(_Rows(sampled, size, rows))
-    size = len(rows)
-  batches = sampled.batch(size, drop_remainder=True).map(stage.assemble)
+  batches = grain.MapDataset.source(_Batches(stage, rows))
   return iter(
       batches[start:].to_iter_dataset(
           grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
       )
   )
+
+
+class _Batches:
+  """The batches of a stage, by number."""
+
+  def __init__(self, stage: Stage, rows: np.ndarray | None):
+    sources, config = stage.sources(), stage.config
+    self._assemble, self._size = stage.assemble, config.batch_size
+    self._rows = np.arange(self._size) if rows is None else rows
+    self._shares = [share for _, share in sources.values()]
+    self._visits = [
+        _Visits(source, zlib.crc32(f'{name} {config.seed}'.encode()))
+        for name, (source, _) in sources.items()
+    ]
+
+  def __len__(self) -> int:
+    return sys.maxsize // self._size
+
+  def __getitem__(self, number: int) -> Examples:
+    position_B = number * self._size + self._rows
+    samples: list[Any] = [None] * len(position_B)
+    parts = _divide(position_B, self._shares)
+    for visits, (place_N, visit_N) in zip(self._visits, parts, strict=True):
+      for place, sample in zip(place_N, visits.samples(visit_N), strict=True):
+        samples[place] = sample
+    return self._assemble(jax.tree.map(lambda *x: np.asarray(x), *samples))
+
+
+class _Visits:
+  """The endless visits of the examples of a source.
+
+  The order of each epoch and the random choices are those of `shuffle` and
+  `random_map` of Grain, whose datasets take longer for each example than all
+  else that it needs.
+  """
+
+  def __init__(self, source: Source, seed: int):
+    self._source = source
+    self._order, self._choices = (
+        int(np.random.SeedSequence([seed, depth]).generate_state(1)[0])
+        for depth in (1, 3)  # Places of the two in the dataset of Grain.
+    )
+
+  def samples(self, visit_N: np.ndarray) -> Iterator[Any]:
+    """Yields the samples of some visits, which are numbered from 0."""
+    rng = np.random.Generator(np.random.Philox(self._choices))
+    state: Any = rng.bit_generator.state
+    size = len(self._source)
+    for visit in visit_N.tolist():
+      epoch, place = divmod(visit, size)
+      index = grain.experimental.index_shuffle(
+          place,
+          max_index=size - 1,
+          seed=(self._order + epoch) % 2**32,
+          rounds=4,
+      )
+      state['state']['counter'][3] = visit
+      rng.bit_generator.state = state
+      yield self._source.sample(self._source[index], rng)
+
+
+def _divide(
+    position_N: np.ndarray, shares: list[float]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields the places of each source among positions, and its visits there.
+
+  The sources alternate as in `mix` of Grain.
+  """
+  weights = [int(share * (100 / min(shares))) for share in shares]
+  left = sum(weights)
+  # How many of the positions before each one, and up to it, are not divided.
+  before_N, after_N = position_N, position_N + 1
+  for weight in weights:
+    rest = left - weight
+    others_N, others_after_N = before_N * rest // left, after_N * rest // left
+    visit_N = before_N - others_N
+    place_N = np.flatnonzero(after_N - others_after_N > visit_N)
+    yield place_N, visit_N[place_N]
+    left, before_N, after_N = rest, others_N, others_after_N
 
 
 def one_pass(
@@ -177,7 +238,7 @@ class Masked(NamedTuple):
     shown_BM: ids that are read in their places, mostly [MASK].
   """
 
-  row_B: np.ndarray
+  row_B: Any
   positions_BM: np.ndarray
   mask_BM: np.ndarray
   shown_BM: np.ndarray
@@ -206,6 +267,10 @@ class MaskedSentences(Sentences):
     )
     before = np.concatenate([[0], np.cumsum(fits)])
     self._spans = spans[fits]
+    self._column_M = np.arange(config.lengths.masks)
+    self._hidden_M = np.full(
+        config.lengths.masks, corpus.tokenizer.mask_id, np.int64
+    )
     self._span_offsets = before[np.asarray(self.table.span_offsets)]
     self.rows = np.flatnonzero(np.diff(self._span_offsets))
     self.require_rows('')
@@ -233,29 +298,42 @@ class MaskedSentences(Sentences):
     )
 
   def sample(self, row: int, rng: np.random.Generator) -> Any:
+    first, limit = self._span_offsets[row : row + 2].tolist()
+    span = self._spans[first + rng.integers(limit - first)].tolist()
+    if self._mask is masking.salient:
+      used_M = self._column_M < span[1] - span[0]
+      positions_M = np.where(used_M, self._column_M + (span[0] + 1), 0)
+      return Masked(row, positions_M, used_M, self._hidden_M)
+    return self._masked(row, self._spans[first:limit], span, rng)
+
+  def _masked(
+      self,
+      row: int,
+      spans_S2: np.ndarray,
+      span: tuple[int, int],
+      rng: np.random.Generator,
+  ) -> Masked:
+    """Hides what a mask other than `salient` chooses in one sentence."""
     table, config = self.table, self.config
-    spans = self._spans[self._span_offsets[row] : self._span_offsets[row + 1]]
-    start, limit = rng.choice(spans)
     length = min(int(table.lengths[row]), self.template.text_length - 2)
     first = int(table.starts[row])
     sentence = masking.Sentence(
         ids=table.tokens[first : first + length],
-        spans_S2=spans,
-        span=(start, limit),
+        spans_S2=spans_S2,
+        span=span,
         max_masks=config.lengths.masks,
         options=config.options,
         tokenizer=self.corpus.tokenizer,
     )
     chosen = self._mask(sentence, rng)
     masking.check(chosen, sentence, config.masking)
-    positions_M = np.zeros(config.lengths.masks, np.int64)
-    shown_M = np.full(len(positions_M), self.corpus.tokenizer.mask_id, np.int64)
+    shown_M = self._hidden_M.copy()
     if isinstance(chosen, masking.Replaced):
       shown_M[: len(chosen.ids)] = chosen.ids
       chosen = chosen.positions
+    positions_M = np.zeros_like(shown_M)
     positions_M[: len(chosen)] = chosen + 1  # After [CLS].
-    mask_M = np.arange(len(positions_M)) < len(chosen)
-    return Masked(np.asarray(row), positions_M, mask_M, shown_M)
+    return Masked(row, positions_M, self._column_M < len(chosen), shown_M)
 
   def queries(
       self, masked: Masked
@@ -279,22 +357,3 @@ class MaskedSentences(Sentences):
     np.put_along_axis(ids_BQ, masked.positions_BM, shown_BM, axis=1)
     targets_BM = np.where(masked.mask_BM, hidden_BM, 0).astype(np.int32)
     return ids_BQ, lengths_B, targets_BM
-
-
-class _Rows:
-  """Some rows of each batch of a stream that is cut into batches."""
-
-  def __init__(
-      self, examples: grain.MapDataset, batch_size: int, rows: np.ndarray
-  ):
-    self._examples, self._batch_size, self._rows = examples, batch_size, rows
-
-  def __len__(self) -> int:
-    return len(self._examples) // self._batch_size * len(self._rows)
-
-  def __getitem__(self, index: int) -> Any:
-    batch, place = divmod(index, len(self._rows))
-    return self._examples[batch * self._batch_size + int(self._rows[place])]
-
-  def __repr__(self) -> str:
-    return f'rows({len(self._rows)} of {self._batch_size})'

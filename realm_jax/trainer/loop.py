@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from realm_jax import config as config_lib
+from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
@@ -172,6 +173,7 @@ class _Loop:
           self._refresher,
           self._rows,
           job.stage.template,
+          self._wait,
       )
     self._gates = gates_lib.Gates.of(job)
     self._snapshots = snapshots_lib.Snapshots(
@@ -192,6 +194,10 @@ class _Loop:
   def generation(self) -> int | None:
     """The index generation in use; None without an index."""
     return self._refresher.generation_step if self._refresher else None
+
+  def _wait(self, params: components_lib.Params) -> None:
+    with self._clock.measure('compute'):
+      jax.block_until_ready(params)
 
   def _count_trace(self) -> None:
     self.compilations += 1
@@ -220,9 +226,6 @@ class _Loop:
         examples = next(self._data)
       batch = examples.inputs
       if self._refresher is not None:
-        with self._clock.measure('compute'):
-          # Queries are embedded with the parameters of the previous step.
-          jax.block_until_ready(self.state.params)
         with self._clock.measure('retrieve'):
           self._retriever.params = self.state.params['embedder']
           batch = stage.retrieve(batch, self._retriever)

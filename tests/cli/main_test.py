@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from realm_jax import config as config_lib
 from realm_jax.cli import commands
+from realm_jax.trainer import loop
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _STAGE = f'{_ROOT}/experiments/quickstart.py'
@@ -96,6 +98,27 @@ def test_an_action_takes_the_flags_of_its_command(name):
   names = [flag.name for flag in command.flags]
   assert len(set(names)) == len(names)
   inspect.signature(command.action).bind(**dict.fromkeys(names))
+
+
+def test_deterministic_sets_the_flag_of_xla_and_the_config(monkeypatch):
+  flag, seen = '--xla_gpu_deterministic_ops=true', []
+
+  def train(config, *_, **__):
+    seen.append((config.deterministic, os.environ['XLA_FLAGS'].split()))
+    return {}
+
+  monkeypatch.setattr(loop, 'train', train)
+  command = commands.COMMANDS['train']
+  options = {x.name: x.default for x in command.flags}
+  for given in (False, True):
+    monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=x')
+    config = config_lib.Config(objective='ict')
+    command.action(
+        **{**options, 'config': config, 'workdir': 'w', 'deterministic': given}
+    )
+  assert seen == [
+      (False, ['--xla_dump_to=x']), (True, ['--xla_dump_to=x', flag])
+  ]
 
 
 def test_help_lists_commands_and_flags():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import pathlib
+import zlib
 
+import grain
 import helpers
 import jax
 import numpy as np
@@ -147,6 +149,51 @@ def test_streams_repeat_however_they_are_divided(corpus, objective):
     for batch, part in zip(whole, parts, strict=True):
       wanted = jax.tree.map(lambda x, rows=rows: x[rows], batch)
       jax.tree.map(np.testing.assert_array_equal, part, wanted)
+
+
+class _Numbers:
+  """Samples that show a row and the next draws of its generator."""
+
+  def __init__(self, first, size):
+    self._first, self._size = first, size
+
+  def __len__(self):
+    return self._size
+
+  def __getitem__(self, index):
+    return self._first + index
+
+  def sample(self, row, rng):
+    return row, rng.integers(7), rng.random(), rng.integers(7)
+
+
+@pytest.mark.parametrize('rows', [None, np.array([1, 4, 5])])
+def test_samples_are_those_of_grain(rows):
+  sources = {'a': (_Numbers(0, 9), 0.7), 'b': (_Numbers(100, 5), 0.3)}
+
+  class Stage:
+    config = config_lib.Config(seed=3, batch_size=6)
+
+    def sources(self):
+      return sources
+
+    def assemble(self, samples):
+      return samples
+
+  parts = [
+      grain.MapDataset.source(source)
+      .seed(zlib.crc32(f'{name} 3'.encode()))
+      .shuffle()
+      .repeat()
+      .random_map(source.sample)
+      for name, (source, _) in sources.items()
+  ]
+  mixed = grain.MapDataset.mix(parts, [0.7, 0.3]).batch(6)
+  batches = examples_lib.training_batches(Stage(), 2, rows)
+  for number in range(2, 6):
+    got, wanted = next(batches), mixed[number]
+    for a, b in zip(got, wanted, strict=True):
+      np.testing.assert_array_equal(a, b if rows is None else b[rows])
 
 
 @pytest.mark.parametrize('objective', ['mlm', 'ict', 'realm'])

@@ -143,6 +143,30 @@ def test_real_numbers_float32_and_bfloat16():
     np.testing.assert_array_equal(half.search(queries, 10), expected)
 
 
+def test_products_in_bfloat16_rank_as_those_in_float32():
+  rng = np.random.default_rng(3)
+  table = rng.normal(size=(2000, 64)).astype(jnp.bfloat16)
+  queries = rng.normal(size=(9, 64)).astype(np.float32)
+  exact = queries.astype(np.float64) @ table.astype(np.float64).T
+  score = jax.jit(topk._split_score)(queries, table)
+  np.testing.assert_allclose(score, exact, rtol=0, atol=2e-5)
+  rounded = queries.astype(jnp.bfloat16).astype(np.float64)
+  assert abs(rounded @ table.astype(np.float64).T - exact).max() > 2e-2
+  mesh = _mesh(4, 2)
+  search = search_lib.ExactSearch(table, mesh, 'bfloat16')
+  exclude = np.tile(np.array([[[7, 900]]], np.int32), (9, 1, 1))
+  plain, split = (
+      topk.top_rows(
+          search._part.table_NE, queries, exclude, None,
+          np.array(search._part.rows, np.int32),
+          mesh=mesh, k=10, split=split,
+      )
+      for split in (False, True)
+  )
+  np.testing.assert_array_equal(plain[1], split[1])
+  np.testing.assert_allclose(plain[0], split[0], rtol=1e-6)
+
+
 def test_one_compilation_for_each_batch_size_and_k():
   rng = np.random.default_rng(2)
   queries = _integers(rng, 13, 8)

@@ -6,7 +6,7 @@ costs. `config.objective` names one of `STAGES` or a class of one's own, as
 `package.module:Class`; docs/extending.md has an example.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import typing
@@ -64,6 +64,7 @@ class Retriever:
       index: Index,
       rows: np.ndarray,
       template: inputs.Template,
+      wait: Callable[[components_lib.Params], Any] = jax.block_until_ready,
   ):
     """Compiles nothing yet.
 
@@ -73,30 +74,33 @@ class Retriever:
       index: the one in use, which may change from step to step.
       rows: this process' rows of a batch.
       template: of the job.
+      wait: blocks until the step before has made the parameters.
     """
     self.params: components_lib.Params = {}  # Current parameters.
     self._mesh, self._index, self._rows = mesh, index, rows
     self._embedder = embedding.Embedder(embedder, mesh)
-    self._template = template
+    self._template, self._wait = template, wait
 
   def search(
       self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the passage rows [B, k], best first, and query_emb_BE."""
-    # Embeddings of the whole batch, of which each process gave its rows.
+    # Embeddings of the whole batch, of which each process gave its rows. They
+    # begin on the devices as soon as the step before has ended there.
     query_ids = self._on_devices(self._template.queries(query_ids_BQ))
-    query_emb_BE = distributed.fetch(
-        self._embedder.queries(self.params, query_ids)
-    )
-    own_emb_BE = query_emb_BE[self._rows]
+    query_emb = self._embedder.queries(self.params, query_ids)
+    self._wait(self.params)
     search = self._index.search
-    if not search.collective or jax.process_count() == 1:
+    if not search.collective:
+      own_emb_BE = distributed.fetch(query_emb)[self._rows]
       return search.search(own_emb_BE, k, exclude_BR2), own_emb_BE
     # The table lies on the devices of all processes, which search together.
-    if exclude_BR2 is not None:
-      exclude_BR2 = distributed.fetch(self._on_devices(exclude_BR2))
-    rows_BK = search.search(query_emb_BE, k, exclude_BR2)[self._rows]
-    return rows_BK, own_emb_BE
+    if jax.process_count() > 1:
+      query_emb = distributed.fetch(query_emb)
+      if exclude_BR2 is not None:
+        exclude_BR2 = distributed.fetch(self._on_devices(exclude_BR2))
+    rows_BK = search.search(query_emb, k, exclude_BR2)[self._rows]
+    return rows_BK, distributed.fetch(query_emb)[self._rows]
 
   def embeddings(self, rows_BN: np.ndarray) -> np.ndarray:
     """Returns the embeddings of passages in the index, float32 [B, N, E]."""

@@ -42,8 +42,8 @@ class Batch:
 
 
 class _Cloze(NamedTuple):
-  row_B: np.ndarray
-  removed_B: np.ndarray  # Whether the sentence is cut out of its passage.
+  row_B: Any
+  removed_B: Any  # Whether the sentence is cut out of its passage.
 
 
 class ClozeSentences(examples.Sentences):
@@ -71,8 +71,7 @@ class ClozeSentences(examples.Sentences):
       )
 
   def sample(self, row: int, rng: np.random.Generator) -> _Cloze:
-    removed = rng.random() < self.config.ict.remove_rate
-    return _Cloze(np.asarray(row), np.asarray(removed))
+    return _Cloze(row, rng.random() < self.config.ict.remove_rate)
 
   def assemble(self, samples: _Cloze) -> examples.Examples:
     rows_B, table, passages = samples.row_B, self.table, self.corpus.passages

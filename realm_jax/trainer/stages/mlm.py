@@ -41,9 +41,9 @@ VIEWS = ('own', 'answer', 'article', 'random', 'null')
 
 class _Sample(NamedTuple):
   masked: examples.Masked
-  passage_B: np.ndarray  # The passage that is shown.
-  own_B: np.ndarray  # Whether it is that of the sentence.
-  fallback_B: np.ndarray  # Whether it stands in for one that does not exist.
+  passage_B: Any  # The passage that is shown.
+  own_B: Any  # Whether it is that of the sentence.
+  fallback_B: Any  # Whether it stands in for one that does not exist.
 
 
 class OwnPassage(examples.MaskedSentences):
@@ -63,8 +63,7 @@ class OwnPassage(examples.MaskedSentences):
 
   def sample(self, row: int, rng: np.random.Generator) -> _Sample:
     masked = super().sample(row, rng)
-    passage = np.asarray(self.table.passages[row], np.int64)
-    return _Sample(masked, passage, np.asarray(True), np.asarray(False))
+    return _Sample(masked, int(self.table.passages[row]), True, False)
 
 
 class OtherPassage(examples.MaskedSentences):
@@ -79,9 +78,7 @@ class OtherPassage(examples.MaskedSentences):
     passage = inputs.NULL_DOCUMENT
     if rng.random() >= self.config.mlm.null_rate:
       passage = int(rng.integers(len(self.corpus.passages)))
-    return _Sample(
-        masked, np.asarray(passage), np.asarray(False), np.asarray(False)
-    )
+    return _Sample(masked, passage, False, False)
 
 
 class Views(OwnPassage):
@@ -110,15 +107,15 @@ class Views(OwnPassage):
       passage = inputs.NULL_DOCUMENT
       if view == 'random':
         passage = int(rng.integers(len(self.corpus.passages)))
-      return sample._replace(passage_B=np.asarray(passage))
+      return sample._replace(passage_B=passage)
     answer = _answer(self.table, sample.masked)
     found = self._articles.find(
         row, answer, int(self.room(row)), holding=view == 'answer'
     )
     if not found:
-      return sample._replace(fallback_B=np.asarray(True))
+      return sample._replace(fallback_B=True)
     passage = found[rng.integers(len(found))]
-    return sample._replace(passage_B=np.asarray(passage))
+    return sample._replace(passage_B=passage)
 
 
 def _answer(
