@@ -1,7 +1,6 @@
 """Set-up of all tests: eight CPU devices, absl flags; a small world to use.
 
-What was compiled is kept in .cache, for the next test and the next run: most
-of the time of these tests is XLA's.
+What was compiled is kept in .cache, for the next test and the next run.
 
 The environment variables are inherited by the processes that tests start;
 those see one device unless they ask for more.
@@ -19,6 +18,11 @@ os.environ.setdefault(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+# Most of the time of these tests is the compiler's. Without optimizations, and
+# with XLA's older emitter of loops, it needs a sixth; these models are too small
+# to run slower.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 # Threads of XLA's pool. With fewer than there are devices, collectives that
