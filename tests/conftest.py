@@ -18,11 +18,15 @@ os.environ.setdefault(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
-# Most of the time of these tests is the compiler's. Without optimizations, and
-# with XLA's older emitter of loops, it needs a sixth; these models are too small
-# to run slower.
+# Most of the time of these tests is the compiler's. Without optimizations, with
+# XLA's older emitter of loops and few pieces of code, it needs an eighth; these
+# models are too small to run slower.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')
+os.environ.setdefault(
+    'XLA_FLAGS',
+    '--xla_cpu_use_fusion_emitters=false'
+    ' --xla_cpu_parallel_codegen_split_count=2',
+)
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 # Threads of XLA's pool. With fewer than there are devices, collectives that
