@@ -59,3 +59,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   directory = tmp_path_factory.mktemp('world') / 'corpus'
   prepare.prepare(['world:3:20'], str(directory), workers=1, progress=False)
   return directory
+
+
+# The files that take longest, longest first, so that no worker is left with one
+# of them at the end.
+_LONGEST = (
+    'trainer/training_test.py',
+    'trainer/open_qa_training_test.py',
+    'runtime/sharding_test.py',
+    'runtime/distributed_test.py',
+    'cli/main_test.py',
+    'project/launch_test.py',
+    'project/chaos_test.py',
+    'project/extending_test.py',
+    'trainer/starting_test.py',
+    'trainer/refresh_test.py',
+    'builder/documents_commands_test.py',
+    'builder/builder_test.py',
+    'interop/retrievers_test.py',
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  order = {_TESTS / name: rank for rank, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: order.get(item.path, len(order)))

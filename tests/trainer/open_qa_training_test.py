@@ -53,6 +53,7 @@ def realm(world, tmp_path_factory):
   """A workdir to begin with."""
   workdir = tmp_path_factory.mktemp('realm')
   initial_test.make_source(workdir, world, 0, 'embedder', 'reader')
+  corpus_lib.Corpus.open(world).tokenizer.save(workdir, settings=True)
   return workdir
 
 

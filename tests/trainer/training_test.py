@@ -280,15 +280,24 @@ def test_sigterm_saves_and_says_so(world, tmp_path, undisturbed):
   assert summary['params_sha256'] == expected['params_sha256']
 
 
+_LITTLE_KEPT = {'steps': 20, 'refresh__lag': 4, 'refresh__keep': 1}
+
+
+@pytest.fixture(scope='module')
+def little_kept(world, tmp_path_factory):
+  """Summary of a job that is never disturbed."""
+  config = make_config(world, 'realm', **_LITTLE_KEPT)
+  return run(config, tmp_path_factory.mktemp('little_kept'))
+
+
 @pytest.mark.parametrize('saved, killed', [(10, 17), (11, 17)])
-def test_old_checkpoints_can_be_resumed_from(world, tmp_path, saved, killed):
+def test_old_checkpoints_can_be_resumed_from(
+    little_kept, world, tmp_path, saved, killed
+):
   """Also where little is kept: that of step 10 waits for snapshot 8 at 12."""
-  values = {
-      'steps': 20, 'refresh__lag': 4, 'refresh__keep': 1,
-      'checkpoint__interval': saved,
-  }
-  config = make_config(world, 'realm', **values)
-  expected = run(config, tmp_path / 'undisturbed')
+  config = make_config(
+      world, 'realm', checkpoint__interval=saved, **_LITTLE_KEPT
+  )
   original = loop._Loop._refresh
 
   def stop(self, step):
@@ -302,7 +311,7 @@ def test_old_checkpoints_can_be_resumed_from(world, tmp_path, saved, killed):
       run(config, tmp_path / 'killed')
   assert checkpoint.steps_in(tmp_path / 'killed' / 'checkpoints') == [saved]
   summary = run(config, tmp_path / 'killed')
-  assert summary['params_sha256'] == expected['params_sha256']
+  assert summary['params_sha256'] == little_kept['params_sha256']
 
 
 def test_a_second_trainer_names_the_first(world, tmp_path, monkeypatch):
