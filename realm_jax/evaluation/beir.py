@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # Name of each figure, and the measure of ir-measures.
 FIGURES = {'ndcg_at_10': 'nDCG@10', 'recall_at_100': 'R@100', 'map': 'AP'}
-_DEPTH = 1000  # Of the runs, as BEIR evaluates.
+_DEPTH = 1000  # Documents in a run, as BEIR evaluates.
 _RECALL = 100  # Documents that every run has, if the corpus does.
 _COMPARED = 64  # Documents whose text is compared with the corpus.
 _PACKAGES = ('bm25s', 'ir_measures')

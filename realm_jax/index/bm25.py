@@ -33,7 +33,7 @@ INSTALL = (
 DEPTH = 100  # Passages of each ranking that a hybrid search joins.
 _RANK = 60  # Constant of Cormack et al. 2009.
 _FOLDER = 'bm25-'  # In the folder of a corpus; a digest follows.
-_DIGITS = 16  # Of the digest.
+_DIGITS = 16  # Hexadecimal digits of the digest in the name.
 _ABOUT = 'about.json'
 # An index depends on these and on the texts; a change builds it again.
 _SETTINGS = {

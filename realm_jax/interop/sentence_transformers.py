@@ -43,7 +43,8 @@ EPS = 1e-5
 _LEAST_LENGTH = 4
 FILES = (MODULES, LENGTHS, SETTINGS)
 _CLASSES = ('Transformer', 'Pooling', 'Dense', 'LayerNorm', 'Normalize')
-# What a module may follow. A Dense is a pooler, with tanh, or a projection.
+# The modules that each may follow. A Dense with tanh is a pooler, one without
+# is a projection.
 _AFTER = {
     'Transformer': ('',),
     'Pooling': ('Transformer',),

@@ -24,7 +24,7 @@ from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
 
-# What the writer makes in a workdir.
+# Files that the writer makes in a workdir.
 FILES = (
     'metrics.jsonl', 'tensorboard', 'wandb', 'wandb.json', 'mlruns',
     'mlflow.json',
@@ -276,7 +276,7 @@ class _Sender:
       about: Mapping[str, Any],
   ):
     self._name, self._path = name, workdir / f'{name}.json'
-    self._failed = False  # Of the job, not of the logger.
+    self._failed = False  # The job failed; the logger did not.
     self._logger: _Logger | None = None
     self._lines: queue.SimpleQueue[tuple[int, Values] | None] = (
         queue.SimpleQueue()

@@ -7,8 +7,8 @@ from typing import Any
 
 from realm_jax.evaluation import report
 
-_MAX_POINTS = 300  # Of a curve.
-_COLORS = 7  # Of curves, in page.css.
+_MAX_POINTS = 300  # Points that a curve keeps.
+_COLORS = 7  # Colours of curves in page.css.
 
 
 class Html(str):

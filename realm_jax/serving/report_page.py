@@ -32,7 +32,7 @@ element = curves_lib.element
 Html = curves_lib.Html
 
 _EXAMPLES = 6  # Questions.
-_LETTERS = 300  # Of a passage of an example.
+_LETTERS = 300  # Characters shown of an example's passage.
 _WIDE = 28  # Letters of a cell, from which on its lines may break.
 # Metrics of the index: heading, the metric, and how its values become one.
 _STALENESS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (

@@ -423,7 +423,7 @@ def test_the_old_generation_is_freed(tmp_path, monkeypatch, request):
   # The shape of the padded table on the device; no other array has it.
   shape = (topk.ALIGN, _WIDTH)
   gc.collect()  # Arrays of earlier tests.
-  gc.freeze()  # What is left, so that the collections below are fast.
+  gc.freeze()  # The collections below then skip the objects that exist now.
   request.addfinalizer(gc.unfreeze)
   before = _live(shape)
   probe = refresher._probe
