@@ -1,7 +1,6 @@
 """Set-up of all tests: eight CPU devices, absl flags; a small world to use.
 
-What was compiled is kept in .cache, for the next test and the next run: most
-of the time of these tests is XLA's.
+What was compiled is kept in .cache, for the next test and the next run.
 
 The environment variables are inherited by the processes that tests start;
 those see one device unless they ask for more.
@@ -19,6 +18,15 @@ os.environ.setdefault(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+# Most of the time of these tests is the compiler's. Without optimizations, with
+# XLA's older emitter of loops and few pieces of code, it needs an eighth; these
+# models are too small to run slower.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+os.environ.setdefault(
+    'XLA_FLAGS',
+    '--xla_cpu_use_fusion_emitters=false'
+    ' --xla_cpu_parallel_codegen_split_count=2',
+)
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 # Threads of XLA's pool. With fewer than there are devices, collectives that
@@ -51,3 +59,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   directory = tmp_path_factory.mktemp('world') / 'corpus'
   prepare.prepare(['world:3:20'], str(directory), workers=1, progress=False)
   return directory
+
+
+# The files that take longest, longest first, so that no worker is left with one
+# of them at the end.
+_LONGEST = (
+    'trainer/training_test.py',
+    'trainer/open_qa_training_test.py',
+    'runtime/sharding_test.py',
+    'runtime/distributed_test.py',
+    'cli/main_test.py',
+    'project/launch_test.py',
+    'project/chaos_test.py',
+    'project/extending_test.py',
+    'trainer/starting_test.py',
+    'trainer/refresh_test.py',
+    'builder/documents_commands_test.py',
+    'builder/builder_test.py',
+    'interop/retrievers_test.py',
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  order = {_TESTS / name: rank for rank, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: order.get(item.path, len(order)))

@@ -69,6 +69,24 @@ def write_records(path, items):
   return str(path)
 
 
+class Specials:
+  """Ids of the special wordpieces of `toy_passages`."""
+
+  cls_id, sep_id, mask_id, pad_id = 1, 2, 3, 0
+  between, num_specials = [2], 3
+
+
+def toy_passages(num_specials=Specials.num_specials):
+  """Two passages: title [10 11] body [20 21 22], and body [30] alone."""
+  return corpus_lib.PassageTable(
+      tokens=np.array([10, 11, 20, 21, 22, 30], np.uint16),
+      offsets=np.array([0, 5, 6]),
+      title_lengths=np.array([2, 0], np.int32),
+      articles=np.array([0, 1], np.int32),
+      num_specials=num_specials,
+  )
+
+
 _NAMES = (
     'Anna Karlin', 'Boris Petrov', 'Clara Wieck', 'David Hume', 'Edith Stein',
     'Franz Kafka', 'Greta Garbo', 'Henry Ford',

@@ -19,6 +19,8 @@ from realm_jax.trainer.stages import ict
 from realm_jax.trainer.stages import mlm
 from realm_jax.trainer.stages import realm
 
+_toy, _Special = helpers.toy_passages, helpers.Specials
+
 
 @pytest.fixture(scope='module')
 def corpus(world):
@@ -35,21 +37,6 @@ def _config(corpus, objective, **values):
 def _take(corpus, config, count, **parts):
   stream = helpers.batches(corpus, config, **parts)
   return [next(stream) for _ in range(count)]
-
-
-def _toy():
-  """Two passages: title [10 11] body [20 21 22], and body [30] alone."""
-  return corpus_lib.PassageTable(
-      tokens=np.array([10, 11, 20, 21, 22, 30], np.uint16),
-      offsets=np.array([0, 5, 6]),
-      title_lengths=np.array([2, 0], np.int32),
-      articles=np.array([0, 1], np.int32),
-  )
-
-
-class _Special:
-  cls_id, sep_id, mask_id, pad_id = 1, 2, 3, 0
-  between, num_specials = [2], 3
 
 
 def _documents(length, rows, cut=None):

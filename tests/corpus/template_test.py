@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import helpers
 import numpy as np
 import pytest
 
@@ -17,29 +18,14 @@ from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import stages
 from realm_jax.trainer.stages import realm
 
+_toy, _Special = helpers.toy_passages, helpers.Specials
 _PREFIX = 'query of a test '
 _ENCODERS = pathlib.Path(__file__).parents[1] / 'fixtures' / 'encoders'
-
-
-class _Special:
-  cls_id, sep_id, mask_id, pad_id = 1, 2, 3, 0
-  between, num_specials = [2], 3
 
 
 class _Roberta:
   cls_id, sep_id, mask_id, pad_id = 0, 2, 3, 1
   between, num_specials = [2, 2], 4
-
-
-def _toy(num_specials=3):
-  """Two passages: title [10 11] body [20 21 22], and body [30] alone."""
-  return corpus_lib.PassageTable(
-      tokens=np.array([10, 11, 20, 21, 22, 30], np.uint16),
-      offsets=np.array([0, 5, 6]),
-      title_lengths=np.array([2, 0], np.int32),
-      articles=np.array([0, 1], np.int32),
-      num_specials=num_specials,
-  )
 
 
 @pytest.mark.parametrize('titles, expected, segments', [

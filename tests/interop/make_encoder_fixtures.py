@@ -15,6 +15,7 @@ that length and no gradients.
 import argparse
 import pathlib
 
+import fixture_models
 import numpy as np
 import tokenizers
 from tokenizers import decoders
@@ -131,14 +132,7 @@ def _model(name: str, pad_id: int, length: int) -> torch.nn.Module:
         type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=pad_id,
     )
     model = getattr(transformers, f'{kind}ForMaskedLM')(config)
-  generator = torch.Generator().manual_seed(len(name))
-  with torch.no_grad():
-    for key, p in sorted(model.named_parameters()):
-      noise = torch.randn(p.shape, generator=generator)
-      noise *= 0.3 if p.dim() == 1 else 1.5 / p.shape[-1] ** 0.5
-      is_norm = 'norm' in key.lower() and key.endswith('weight')
-      p.copy_(1 + noise if is_norm else noise)
-  return model.eval()
+  return fixture_models.randomize(model, seed=len(name))
 
 
 def _results(

@@ -19,19 +19,14 @@ the script also writes `minilm.npz`: hidden states of a trained BERT.
 import argparse
 import json
 import pathlib
-import string
 
+import fixture_models
 import numpy as np
 from safetensors import torch as safetensors_torch
 import torch
 import transformers
 
-_VOCAB = [
-    *['[PAD]', '[unused0]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'],
-    *string.ascii_lowercase,
-    *[f'##{c}' for c in string.ascii_lowercase],
-    *['the', 'of', 'is', 'who', 'red', 'cat'],
-]
+_VOCAB = [*fixture_models.VOCAB]
 _CLS, _SEP, _MASK = 3, 4, 5
 _SIZES = dict(
     vocab_size=len(_VOCAB),
@@ -64,15 +59,7 @@ _ACTIVATIONS = ('gelu_new', 'gelu')
 
 
 def _randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for name, p in sorted(model.named_parameters()):
-      noise = torch.randn(p.shape, generator=generator)
-      # Large: sums over the width are of the order of 1.5 at any width.
-      noise *= 0.3 if p.dim() == 1 else 1.5 / _SIZES['hidden_size'] ** 0.5
-      is_norm = 'LayerNorm' in name or 'layer_normalization' in name
-      p.copy_(1 + noise if is_norm and name.endswith('weight') else noise)
-  return model.eval()
+  return fixture_models.randomize(model, seed, _SIZES['hidden_size'])
 
 
 def _config(activation: str) -> transformers.RealmConfig:

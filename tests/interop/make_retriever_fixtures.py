@@ -14,8 +14,8 @@ a wrong activation, pooling or epsilon shows.
 import json
 import pathlib
 import shutil
-import string
 
+import fixture_models
 import numpy as np
 import sentence_transformers
 from sentence_transformers.base import modules as base
@@ -23,12 +23,7 @@ from sentence_transformers.sentence_transformer import modules
 import torch
 import transformers
 
-_VOCAB = [
-    *['[PAD]', '[unused0]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'],
-    *string.ascii_lowercase,
-    *[f'##{c}' for c in string.ascii_lowercase],
-    *['the', 'of', 'is', 'who', 'red', 'cat', ':'],
-]
+_VOCAB = [*fixture_models.VOCAB, ':']
 _SIZES = dict(
     vocab_size=len(_VOCAB),
     hidden_size=16,
@@ -41,17 +36,6 @@ _SIZES = dict(
 TEXTS = ['who is the cat of bo', '', 'the red cat ' * 20, 'a of c']
 TITLES = ['cat', 'red of', '', 'a']
 _FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures' / 'retrievers'
-
-
-def _randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for name, p in sorted(model.named_parameters()):
-      noise = torch.randn(p.shape, generator=generator)
-      noise *= 0.3 if p.dim() == 1 else 1.5 / _SIZES['hidden_size'] ** 0.5
-      is_norm = 'norm' in name.lower() and name.endswith('weight')
-      p.copy_(1 + noise if is_norm else noise)
-  return model.eval()
 
 
 def _tokenizer(folder: pathlib.Path) -> None:
@@ -105,7 +89,7 @@ def _sentence_transformer(name: str, seed: int, results: dict) -> None:
   model = sentence_transformers.SentenceTransformer(
       modules=made, device='cpu', prompts=prompts
   )
-  _randomize(model, seed)
+  fixture_models.randomize(model, seed, _SIZES['hidden_size'])
   shutil.rmtree(_FOLDER / name, ignore_errors=True)
   model.save(str(_FOLDER / name), create_model_card=False)
   (_FOLDER / name / 'tokenizer.json').unlink()
@@ -135,7 +119,9 @@ def _dpr(projection: int, results: dict) -> None:
   )):
     folder = _FOLDER / f'dpr{projection}_{part}'
     shutil.rmtree(folder, ignore_errors=True)
-    model = _randomize(cls(config), seed)
+    model = fixture_models.randomize(
+        cls(config), seed, _SIZES['hidden_size']
+    )
     model.save_pretrained(folder)
     _tokenizer(folder)
     tokenizer = transformers.BertTokenizerFast(

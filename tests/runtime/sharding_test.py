@@ -22,8 +22,6 @@ from realm_jax.trainer import stages
 from realm_jax.trainer import step as step_lib
 
 _ROWS, _VOCAB, _NULL = 16, 96, (2, 3, 3)
-# Most of the time of these tests is the compiler's.
-_QUICKLY = {'xla_backend_optimization_level': 0}
 
 
 def _config(objective):
@@ -121,7 +119,6 @@ def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
           accumulate,
       ),
       out_shardings=(mesh_lib.replicated(mesh), placed),
-      compiler_options=_QUICKLY,
   )
   (loss, metrics), grads = run(
       jax.device_put(params, placed),
@@ -251,7 +248,7 @@ def test_the_gradient_cache_needs_the_memory_of_one_part():
         _batch(config),
     )
     state = step_lib.abstract_state(components, tx)
-    compiled = step.lower(state, batch).compile(_QUICKLY)
+    compiled = step.lower(state, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   # Computed at once, the batch needs eight times as much. The cache adds the

@@ -31,8 +31,8 @@ def make_source(workdir, world, number, *names, towers='shared', **values):
           model__entity_types=('PER',), **values,
       )
   )
-  tokenizer = corpus_lib.Corpus.open(world).tokenizer
-  config.model.vocab_size = tokenizer.vocab_size
+  corpus = corpus_lib.Corpus.open(world)
+  config.model.vocab_size = corpus.tokenizer.vocab_size
   params = {}
   for name in names:
     fresh = components_lib.make(name, config.model).init(number)
@@ -40,7 +40,10 @@ def make_source(workdir, world, number, *names, towers='shared', **values):
         key: np.asarray(value) + number + (0.5 if 'query_' in key else 0)
         for key, value in fresh.items()
     }
-  about = {'tokenizer_digest': tokenizer.digest}
+  about = {
+      'tokenizer_digest': corpus.tokenizer.digest,
+      'corpus_fingerprint': corpus.fingerprint,
+  }
   checkpoint.save_params(workdir, number, params, about)
   files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   return params

@@ -5,6 +5,7 @@ import functools
 import json
 
 import helpers
+import initial_test
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,12 +52,8 @@ def make_config(world, **values):
 def realm(world, tmp_path_factory):
   """A workdir to begin with."""
   workdir = tmp_path_factory.mktemp('realm')
-  training_test.run(
-      training_test.make_config(
-          world, 'realm', refresh__policy='none', steps=2
-      ),
-      workdir,
-  )
+  initial_test.make_source(workdir, world, 0, 'embedder', 'reader')
+  corpus_lib.Corpus.open(world).tokenizer.save(workdir, settings=True)
   return workdir
 
 
@@ -68,15 +65,8 @@ def trained(world, realm, tmp_path_factory):
 
 
 def test_the_reader_begins_with_that_of_masks(world, realm, tmp_path):
-  config = make_config(
-      world, init_from=str(realm), steps=1, optimizer__learning_rate=0.0
-  )
-  training_test.run(config, tmp_path)
-  model = config_of(tmp_path).model
-  ours, _ = checkpoint.load_params(
-      tmp_path,
-      {'span_reader': components_lib.make('span_reader', model).abstract},
-  )
+  ours, _ = initial_test.begin(tmp_path / 'job', world, 'open_qa', [realm])
+  model = config_of(tmp_path / 'job').model
   theirs, _ = checkpoint.load_params(
       realm, {'reader': components_lib.make('reader', model).abstract}
   )

@@ -196,10 +196,10 @@ def test_a_start_that_fails_leaves_nothing(
   if exists:
     assert _names(workdir) == ['notes.txt']
   config = training_test.make_config(
-      world, 'mlm', steps=1, model__width=16, model__num_heads=1
+      world, 'mlm', steps=1, lengths__document=32
   )
   training_test.run(config, workdir)
-  assert config_lib.read(workdir).model.width == 16
+  assert config_lib.read(workdir).lengths.document == 32
 
 
 def test_a_failed_resumption_changes_nothing(world, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 
 import helpers
 import jax
@@ -20,6 +21,7 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.builder import builder
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import search as search_lib
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
@@ -29,7 +31,6 @@ from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loop
 from realm_jax.trainer import stages
 from realm_jax.trainer.stages import ict
-from realm_jax.trainer.stages import realm
 
 _STEPS = 12
 
@@ -279,15 +280,24 @@ def test_sigterm_saves_and_says_so(world, tmp_path, undisturbed):
   assert summary['params_sha256'] == expected['params_sha256']
 
 
+_LITTLE_KEPT = {'steps': 20, 'refresh__lag': 4, 'refresh__keep': 1}
+
+
+@pytest.fixture(scope='module')
+def little_kept(world, tmp_path_factory):
+  """Summary of a job that is never disturbed."""
+  config = make_config(world, 'realm', **_LITTLE_KEPT)
+  return run(config, tmp_path_factory.mktemp('little_kept'))
+
+
 @pytest.mark.parametrize('saved, killed', [(10, 17), (11, 17)])
-def test_old_checkpoints_can_be_resumed_from(world, tmp_path, saved, killed):
+def test_old_checkpoints_can_be_resumed_from(
+    little_kept, world, tmp_path, saved, killed
+):
   """Also where little is kept: that of step 10 waits for snapshot 8 at 12."""
-  values = {
-      'steps': 20, 'refresh__lag': 4, 'refresh__keep': 1,
-      'checkpoint__interval': saved,
-  }
-  config = make_config(world, 'realm', **values)
-  expected = run(config, tmp_path / 'undisturbed')
+  config = make_config(
+      world, 'realm', checkpoint__interval=saved, **_LITTLE_KEPT
+  )
   original = loop._Loop._refresh
 
   def stop(self, step):
@@ -301,7 +311,7 @@ def test_old_checkpoints_can_be_resumed_from(world, tmp_path, saved, killed):
       run(config, tmp_path / 'killed')
   assert checkpoint.steps_in(tmp_path / 'killed' / 'checkpoints') == [saved]
   summary = run(config, tmp_path / 'killed')
-  assert summary['params_sha256'] == expected['params_sha256']
+  assert summary['params_sha256'] == little_kept['params_sha256']
 
 
 def test_a_second_trainer_names_the_first(world, tmp_path, monkeypatch):
@@ -432,36 +442,43 @@ def test_a_corpus_smaller_than_k_is_refused(world, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_trivial_candidate_is_never_read(world, tmp_path):
+def test_a_trivial_candidate_is_never_read(world):
   """Under `passage` the own passage is not among the candidates; else it is."""
+  corpus = corpus_lib.Corpus.open(world)
+  passages = corpus.sentences['knowledge'].passages
+  rng = np.random.default_rng(0)
 
   def own_share(trivial):
-    config = make_config(
-        world, 'realm', sentences='knowledge', trivial=trivial, steps=3,
-        num_candidates=20, refresh__policy='none',
+    config = config_lib.resolve(
+        make_config(
+            world, 'realm', sentences='knowledge', trivial=trivial,
+            num_candidates=20,
+        )
     )
-    found, owners = [], {}
-    corpus = corpus_lib.Corpus.open(world)
-    passages = corpus.sentences['knowledge'].passages
-    stream = helpers.batches(corpus, config_lib.resolve(config))
+    stage = stages.load(config)(config, corpus)
+    emb_NE = rng.normal(size=(len(corpus.passages), 16)).astype(np.float32)
+    index = search_lib.make_search(config.mips, emb_NE)
+    found = []
+
+    def search(query_ids_BQ, k, exclude_BR2):
+      query_emb_BE = rng.normal(size=(len(query_ids_BQ), 16))
+      rows_BK = index.search(query_emb_BE.astype(np.float32), k, exclude_BR2)
+      found.append(rows_BK)
+      return rows_BK, query_emb_BE
+
+    shares = []
+    stream = helpers.batches(corpus, config)
     for batch in (next(stream) for _ in range(3)):
       own = passages[batch.row_B]
-      owners[batch.inputs.query_ids_BQ.tobytes()] = own
-    original = realm.with_candidates
-
-    def spy(queries, retrieved, corpus, lengths):
-      own = owners[queries.query_ids_BQ.tobytes()]
-      found.append((retrieved == own[:, None]).any(1).mean())
+      stage.retrieve(batch.inputs, types.SimpleNamespace(search=search))
+      retrieved = found[-1]
+      assert retrieved.shape == (8, 19)
+      shares.append((retrieved == own[:, None]).any(1).mean())
       if trivial == 'article':
         (lo, hi), = corpus.passages.article_rows(own).T.swapaxes(0, 1)
         inside = (retrieved >= lo[:, None]) & (retrieved < hi[:, None])
         assert not inside.any()
-      return original(queries, retrieved, corpus, lengths)
-
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(realm, 'with_candidates', spy)
-      run(config, tmp_path / trivial)
-    return np.mean(found)
+    return np.mean(shares)
 
   assert own_share('passage') == 0
   assert own_share('article') == 0
