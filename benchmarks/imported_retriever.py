@@ -18,18 +18,19 @@ what an earlier run found stays in the record:
            that of the library
   bm25     the same of BM25 (package bm25s, as in squad_open)
 
-`recall` keeps the embeddings of every 2,048 paragraphs in a folder beside
---output, so that a run which was interrupted continues.
+The embeddings of `speed` and `recall` are kept in a folder beside --output, so
+that a run which was interrupted continues.
 
 A paragraph is `title text` for all of them.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
 import json
 import pathlib
 import statistics
 import tempfile
+import time
 from typing import Any
 
 import bm25s
@@ -47,7 +48,7 @@ from realm_jax.runtime import mesh as mesh_lib
 
 _TORCH = pathlib.Path(__file__).with_name('imported_retriever_torch.py')
 _STAGES = ('cosines', 'speed', 'bm25', 'recall')
-_COSINES, _ROUND, _PART = 1000, 512, 2048
+_COSINES, _PART = 1000, 512
 _DEPTHS = (1, 5, 20)
 
 
@@ -67,13 +68,13 @@ class _Ours:
     self._pairs = pairs
 
   def passages(self, rows: range) -> np.ndarray:
-    return self._embedder(self._params['embedder'], rows)
-
-  def tokenised_and_embedded(self, rows: range) -> np.ndarray:
     # The table has their wordpieces; what making them takes is counted.
+    start = time.perf_counter()
     pairs = [self._pairs[row] for row in rows]
     inputs.passage_table(pairs, self._trained.tokenizer)
-    return self.passages(rows)
+    emb_NE = self._embedder(self._params['embedder'], rows)
+    self.seconds = time.perf_counter() - start
+    return emb_NE
 
   def queries(self, texts: list[str]) -> np.ndarray:
     ids = self._trained.template.encode(texts)
@@ -136,6 +137,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     theirs = _Theirs(
         arguments.torch_python, arguments.model, folder, texts
     )
+    parts = _Parts(arguments.output.with_suffix(''), len(texts))
     figures |= harness.about('jax') | {
         'torch_versions': theirs.versions,
         'passages': len(texts),
@@ -146,7 +148,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = range(min(_COSINES, len(texts)))
         query = theirs.queries(questions[:100])
         want = query @ theirs.passages(rows).T
-        found = ours.queries(questions[:100]) @ ours.passages(rows).T
+        ours_too = ours.queries(questions[:100]) @ ours.passages(rows).T
         (again,) = export.run(
             folder / 'workdir', 'sentence-transformers', folder / 'out'
         )
@@ -155,18 +157,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         exported = exported @ other.passages(rows).T
         figures |= {
             'cosines': int(want.size),
-            'cosine_difference': float(np.abs(found - want).max()),
+            'cosine_difference': float(np.abs(ours_too - want).max()),
             'exported_cosine_difference': float(np.abs(exported - want).max()),
         }
       elif stage == 'speed':
-        figures |= _speed(ours, theirs, len(texts), arguments.rounds, figures)
+        seconds = figures.get('seconds', [])
+        for found in _speed(ours, theirs, parts, arguments.rounds, seconds):
+          files.write_json(arguments.output, figures | found)
+          figures |= found
       elif stage == 'bm25':
         figures |= _bm25(texts, questions, gold)
       elif stage == 'recall':
-        models = {'ours': ours, 'sentence_transformers': theirs}
-        for name, model in models.items():
-          place = arguments.output.with_suffix('') / name
-          emb_NE = _in_parts(model, len(texts), place)
+        for name, model in (('ours', ours), ('sentence_transformers', theirs)):
+          emb_NE = np.concatenate([parts.get(model, i) for i in parts.numbers])
           score_BN = model.queries(questions) @ emb_NE.T
           order_BN = np.argsort(-score_BN, axis=1, kind='stable')
           figures |= _recall(name, order_BN[:, : _DEPTHS[-1]], gold)
@@ -177,48 +180,53 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
   return figures
 
 
-def _in_parts(
-    model: _Ours | _Theirs, count: int, folder: pathlib.Path
-) -> np.ndarray:
-  """Embeds all passages; parts that an earlier run embedded are read."""
-  folder.mkdir(parents=True, exist_ok=True)
-  parts = []
-  for start in range(0, count, _PART):
-    path = folder / f'{start}.npy'
+class _Parts:
+  """Embeddings of 512 passages each, in files."""
+
+  def __init__(self, folder: pathlib.Path, passages: int):
+    self._folder, self._passages = folder, passages
+    self.numbers = range(-(-passages // _PART))
+
+  def path(self, model: _Ours | _Theirs, number: int) -> pathlib.Path:
+    return self._folder / type(model).__name__.strip('_') / f'{number}.npy'
+
+  def get(self, model: _Ours | _Theirs, number: int) -> np.ndarray:
+    path = self.path(model, number)
     if not path.exists():
-      rows = range(start, min(start + _PART, count))
+      start = number * _PART
+      rows = range(start, min(start + _PART, self._passages))
       with files.atomic_file(path, 'wb') as file:
         np.save(file, model.passages(rows))
-    parts.append(np.load(path))
-  return np.concatenate(parts)
+    return np.load(path)
 
 
 def _speed(
     ours: _Ours,
     theirs: _Theirs,
-    passages: int,
+    parts: _Parts,
     rounds: int,
-    before: dict[str, Any],
-) -> dict[str, Any]:
-  """Embeds the same paragraphs in turns, in addition to earlier runs."""
-  count = min(_ROUND, passages)
-  ours.passages(range(count))  # Compiles.
-  theirs.passages(range(1))
-  seconds: list[tuple[float, float]] = before.get('seconds', [])
-  for _ in range(rounds):
-    # Neighbours are of the same articles: other ones in each turn.
-    start = (len(seconds) + 1) * count % (passages - count + 1)
-    rows = range(start, start + count)
-    first, _ = harness.timed(ours.tokenised_and_embedded, rows)
-    theirs.passages(rows)
-    seconds.append((round(first, 2), round(theirs.seconds, 2)))
-  both = [statistics.median(x) for x in zip(*seconds, strict=True)]
-  return {
-      'ours_passages_per_second': round(count / both[0], 2),
-      'sentence_transformers_passages_per_second': round(count / both[1], 2),
-      'speed_ratio': round(statistics.median(b / a for a, b in seconds), 3),
-      'seconds': seconds,
-  }
+    seconds: list[tuple[float, float]],
+) -> Iterator[dict[str, Any]]:
+  """Embeds the same paragraphs in turns, after earlier rounds; the figures."""
+  models = (ours, theirs)
+  left = [
+      number
+      for number in parts.numbers[:-1]
+      if not any(parts.path(model, number).exists() for model in models)
+  ]
+  for turn, number in enumerate(left[: rounds + 1]):
+    for model in models:
+      parts.get(model, number)
+    if not turn:
+      continue  # It compiles.
+    seconds.append((round(ours.seconds, 2), round(theirs.seconds, 2)))
+    both = [statistics.median(x) for x in zip(*seconds, strict=True)]
+    yield {
+        'ours_passages_per_second': round(_PART / both[0], 2),
+        'sentence_transformers_passages_per_second': round(_PART / both[1], 2),
+        'speed_ratio': round(statistics.median(b / a for a, b in seconds), 3),
+        'seconds': seconds,
+    }
 
 
 def _bm25(
