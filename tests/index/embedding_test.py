@@ -54,6 +54,17 @@ def test_widths_are_few_and_pay_for_themselves():
   assert widths(even, 300)[-1] == 288
 
 
+def test_only_a_large_encoder_has_more_widths(mesh):
+  lengths = np.arange(8, 129).repeat(1_000)
+
+  def widths(flop):
+    encode = lambda params, *arrays: arrays[0]  # noqa: E731
+    return embedding.RowEncoder(encode, lengths, 128, mesh, flop=flop)._widths
+
+  assert widths(1e6) == widths(0)
+  assert len(widths(1e8)) > 1.5 * len(widths(0))
+
+
 def test_batches_are_static_and_mostly_full(corpus, mesh):
   encoder = embedding.RowEncoder(
       lambda params, *arrays: arrays[0],

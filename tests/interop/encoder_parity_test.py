@@ -1,10 +1,12 @@
 """RoBERTa, XLM-R and ModernBERT against PyTorch's, with equal weights.
 
-make_encoder_fixtures.py made the fixtures; PyTorch is not needed.
+make_encoder_fixtures.py made the fixtures; PyTorch is not needed. With
+REALM_JAX_ENCODERS=FOLDER, the fixtures are those of another run of it.
 """
 
 import functools
 import json
+import os
 import pathlib
 import shutil
 
@@ -21,8 +23,15 @@ from realm_jax.interop import importing
 from realm_jax.interop import weights
 from realm_jax.models import components
 
-_FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures' / 'encoders'
-_NAMES = ('roberta', 'xlm-roberta', 'modernbert')
+_FIXTURES = pathlib.Path(
+    os.environ.get('REALM_JAX_ENCODERS')
+    or pathlib.Path(__file__).parents[1] / 'fixtures' / 'encoders'
+)
+_NAMES = [
+    name
+    for name in ('roberta', 'xlm-roberta', 'modernbert')
+    if (_FIXTURES / name).is_dir()
+]
 
 # Relative to the largest value.
 _FORWARD, _GRADIENT = 2e-5, 1e-4
@@ -40,8 +49,10 @@ def _loaded(name):
 
 
 def _close(ours, theirs, tolerance, what):
+  largest = np.abs(theirs).max()
   difference = np.abs(np.asarray(ours) - theirs).max()
-  assert difference <= tolerance * np.abs(theirs).max(), (what, difference)
+  print(f'{what}: {difference / largest:.1e} of the largest value')
+  assert difference <= tolerance * largest, (what, difference)
 
 
 @pytest.mark.parametrize('name', _NAMES)
@@ -73,7 +84,7 @@ def test_forward_and_gradients(expected, name):
       jax.value_and_grad(loss_of, has_aux=True)
   )(loaded.params['reader'])
   mask = (ids != loaded.config.pad_id)[..., None]
-  assert mask.sum() < mask.size
+  assert mask.sum() < mask.size or len(ids) == 1
   _close(hidden * mask, want['hidden'], _FORWARD, 'hidden')
   _close(logits, want['logits'], _FORWARD, 'logits')
   _close(loss, want['loss'], _FORWARD, 'loss')

@@ -1,0 +1,99 @@
+"""The chain of experiments/adapt.py, from a tiny retriever of random weights."""
+
+import importlib.util
+import pathlib
+
+import helpers
+import numpy as np
+import pytest
+import training_test
+
+from realm_jax.api import retriever as retriever_lib
+from realm_jax.evaluation import evaluate
+from realm_jax.interop import export
+from realm_jax.interop import importing
+from realm_jax.runtime import metrics
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_SOURCE = _ROOT / 'tests/fixtures/retrievers/mean_normalize_prompts'
+_NAMES = ('Bo', 'Al', 'Cy', 'Di', 'Ed', 'Jo', 'Lu', 'My')
+
+
+@pytest.fixture(scope='module')
+def adapt():
+  path = _ROOT / 'experiments' / 'adapt.py'
+  spec = importlib.util.spec_from_file_location('adapt', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope='module')
+def adapted(adapt, tmp_path_factory):
+  """The folder with the workdirs of all stages, a few steps each."""
+  folder = tmp_path_factory.mktemp('adapt')
+  importing.run(
+      [str(_SOURCE)], folder / 'start', components=['embedder', 'reader']
+  )
+  texts = (
+      f'A cat of {a} is red. The cat is of {b}. Who is the {a} of {b}?'
+      for a, b in zip(_NAMES, _NAMES[1:] + _NAMES[:1], strict=True)
+  )
+  items = [
+      {'id': f'{i}', 'title': 'cat', 'text': text}
+      for i, text in enumerate(texts)
+  ]
+  helpers.prepare_corpus(
+      helpers.write_records(folder / 'texts.jsonl', items),
+      folder / 'corpus',
+      vocab=str(folder / 'start'), vocab_size=None, max_wordpieces=14,
+  )
+  for stage, parents in (('mlm', ['start']), ('realm', ['start', 'mlm'])):
+    config = adapt.get_config(stage)
+    config.corpus = str(folder / 'corpus')
+    config.init_from = ','.join(str(folder / parent) for parent in parents)
+    # The model has 32 positions.
+    config.lengths.query, config.lengths.document = 15, 17
+    config.steps, config.batch_size, config.log_interval = 3, 4, 1
+    config.refresh.interval = config.refresh.lag = 1
+    config.optimizer.warmup_steps, config.gates.interval = 1, 0
+    training_test.run(config, folder / stage)
+  return folder
+
+
+def test_the_retriever_learns_and_the_reader_stays(adapted):
+  lines = metrics.read_metrics(adapted / 'realm')
+  assert [line['refresh/generation'] for line in lines] == [0.0, 0.0, 1.0]
+  models = {
+      step: retriever_lib.Retriever.load(adapted / step)
+      for step in ('start', 'realm')
+  }
+  query = {k: m.embed_queries(['who is Bo']) for k, m in models.items()}
+  # The scale of the scores is that of the job, 20 times the cosine.
+  cosine = (query['start'] @ query['realm'].T / 20).item()
+  assert 0.9 < cosine < 1 - 1e-7
+
+
+def test_it_is_compared_with_its_start_and_bm25(adapted):
+  pytest.importorskip('bm25s')
+  questions = helpers.write_records(
+      adapted / 'questions.jsonl',
+      [{'question': 'who is Bo', 'answers': ['Al'], 'passage_id': '0'}],
+  )
+  results = evaluate.evaluate(
+      adapted / 'realm', questions, '0,3', bm25=True, limit=4
+  )
+  assert [result['step'] for result in results] == [0, 3]
+  assert 'bm25' in results[-1]['baselines']
+
+
+def test_the_export_gives_the_same_embeddings(adapted):
+  (folder,) = export.run(
+      adapted / 'realm', 'sentence-transformers', adapted / 'model'
+  )
+  ours = retriever_lib.Retriever.load(adapted / 'realm')
+  theirs = retriever_lib.Retriever.load(folder)
+  pairs = [('cat', 'who is the cat of Bo')]
+  np.testing.assert_allclose(
+      theirs.embed_passages(pairs), ours.embed_passages(pairs), atol=1e-6
+  )
