@@ -188,7 +188,7 @@ class _Block:
     first = np.flatnonzero(np.diff(hashes, prepend=~hashes[:1]))
     self._hashes = hashes[first]
     self._first = np.append(first, len(hashes))
-    # A table by their first bits rules out most n-grams of the passages quickly.
+    # A table by first bits rules out most n-grams of the passages quickly.
     self._tables = {}
     sizes = np.minimum(self._lengths[self._numbers[first]], _NGRAM)
     for size in np.unique(sizes).tolist():
