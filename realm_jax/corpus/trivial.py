@@ -23,6 +23,8 @@ of it may have none.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent import futures
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +42,7 @@ _MOST_SHARING = 16
 _BLOCK = 2**16  # Least size of a block; a sentence takes about 500 bytes.
 _MAX_BLOCKS = 8
 _AT_ONCE = 2**16  # Wordpieces that are hashed at a time.
+_BATCH = 4  # Times as many wait for each thread.
 
 
 def find(
@@ -77,8 +80,15 @@ _Piece = tuple[int, int, int]  # Number of a table, start, limit.
 def find_in_blocks(
     passages: corpus_lib.PassageTable,
     tables: Sequence[corpus_lib.SentenceTable],
+    threads: int = 1,
 ) -> Iterator[tuple[int, corpus_lib.Ranges]]:
-  """Yields the number of a table and the ranges of its next sentences."""
+  """Yields the number of a table and the ranges of its next sentences.
+
+  Args:
+    passages: the passages to search.
+    tables: the sentences.
+    threads: that search at the same time; numpy runs outside of Python's lock.
+  """
   size = max(_BLOCK, -(-sum(map(len, tables)) // _MAX_BLOCKS))
   pieces: list[_Piece] = []
   room = size
@@ -90,18 +100,19 @@ def find_in_blocks(
       room -= limit - start
       start = limit
       if not room:
-        yield from _found(passages, tables, pieces)
+        yield from _found(passages, tables, pieces, threads)
         pieces, room = [], size
   if pieces:
-    yield from _found(passages, tables, pieces)
+    yield from _found(passages, tables, pieces, threads)
 
 
 def _found(
     passages: corpus_lib.PassageTable,
     tables: Sequence[corpus_lib.SentenceTable],
     pieces: Sequence[_Piece],
+    threads: int,
 ) -> Iterator[tuple[int, corpus_lib.Ranges]]:
-  found = _Block(tables, pieces).ranges(passages)
+  found = _Block(tables, pieces).ranges(passages, threads)
   first = 0
   for number, start, limit in pieces:
     offsets = found.offsets[first : first + limit - start + 1]
@@ -177,15 +188,14 @@ class _Block:
     first = np.flatnonzero(np.diff(hashes, prepend=~hashes[:1]))
     self._hashes = hashes[first]
     self._first = np.append(first, len(hashes))
-    # A bit map rules out most n-grams of the passages quickly.
-    self._bits = {}
+    # A table by first bits rules out most n-grams of the passages quickly.
+    self._tables = {}
     sizes = np.minimum(self._lengths[self._numbers[first]], _NGRAM)
     for size in np.unique(sizes).tolist():
       these = self._hashes[sizes == size]
-      bits = np.zeros(_power_of_two(4 * len(these)), np.uint8)
-      cells = these % np.uint64(8 * len(bits))
-      np.bitwise_or.at(bits, cells >> np.uint64(3), _bit(cells))
-      self._bits[size] = bits
+      table = np.zeros(_power_of_two(16 * len(these)), bool)
+      table[_cells(these, table)] = True
+      self._tables[size] = table
 
   def _chosen(
       self, sentences: np.ndarray, rare: bool = False
@@ -237,16 +247,22 @@ class _Block:
         hashes[these] = runs[at[these]]
       yield np.repeat(some, counts), hashes, places.astype(np.int32)
 
-  def ranges(self, passages: corpus_lib.PassageTable) -> corpus_lib.Ranges:
+  def ranges(
+      self, passages: corpus_lib.PassageTable, threads: int
+  ) -> corpus_lib.Ranges:
     """Searches all passages for the sentences."""
     count = np.zeros(len(self._lengths), np.int64)
     count[self._no_anchor] = MOST + 2
     numbers, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for bodies in _bodies(passages):
-      for number, row in self._held(bodies, count):
-        count += np.bincount(number, minlength=len(count))
-        numbers.append(number)
-        rows.append(row)
+    todo = _bodies(passages)
+    with futures.ThreadPoolExecutor(threads) as pool:
+      while some := list(itertools.islice(todo, _BATCH * threads)):
+        for number, row in itertools.chain.from_iterable(
+            pool.map(lambda bodies: list(self._held(bodies, count)), some)
+        ):
+          count[:] += np.bincount(number, minlength=len(count))
+          numbers.append(number)
+          rows.append(row)
     return self._joined(
         np.concatenate(numbers), np.concatenate(rows), count, len(passages)
     )
@@ -255,8 +271,8 @@ class _Block:
       self, bodies: '_Bodies', count: np.ndarray
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields sentences and rows of the given passages that contain them."""
-    runs = ngrams.runs(bodies.ids, list(self._bits))
-    found = list(map(self._hits, runs, self._bits.values()))
+    runs = ngrams.runs(bodies.ids, list(self._tables))
+    found = list(map(self._hits, runs, self._tables.values()))
     if not found:  # No sentence has an anchor.
       return
     at, anchors = (np.concatenate(f) for f in zip(*found, strict=True))
@@ -289,11 +305,10 @@ class _Block:
         )
 
   def _hits(
-      self, hashes: np.ndarray, bits: np.ndarray
+      self, hashes: np.ndarray, table: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the positions of n-grams that are anchors, and the anchors."""
-    cells = hashes & np.uint64(8 * len(bits) - 1)
-    at = np.flatnonzero(bits[cells >> np.uint64(3)] & _bit(cells))
+    at = np.flatnonzero(table[_cells(hashes, table)])
     wanted = hashes[at]
     order = np.argsort(wanted)  # Makes searchsorted faster.
     at, wanted = at[order], wanted[order]
@@ -434,9 +449,10 @@ def _least(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
   return at[np.diff(groups[at], prepend=-1) != 0]
 
 
-def _bit(cells: np.ndarray) -> np.ndarray:
-  """Returns the bit of each cell in its byte."""
-  return np.uint8(1) << (cells & np.uint64(7)).astype(np.uint8)
+def _cells(hashes: np.ndarray, table: np.ndarray) -> np.ndarray:
+  """Returns the place of each hash in a table, by its first bits."""
+  unused = 65 - len(table).bit_length()
+  return (hashes >> np.uint64(unused)).view(np.int64)
 
 
 def _power_of_two(number: int) -> int:

@@ -164,7 +164,8 @@ def detect(text: str) -> str:
   words = collections.Counter(regex.findall(r"[\w']+", text.lower()))
   found: collections.Counter[str] = collections.Counter()
   for word, count in words.items():
-    found.update(dict.fromkeys(_LANGUAGES_OF.get(word, ()), count))
+    for language in _LANGUAGES_OF.get(word, ()):
+      found[language] += count
   best = max(_FUNCTION_WORDS, key=lambda language: found[language])
   if found[best] < max(2, _MIN_SHARE * words.total()):
     return UNKNOWN

@@ -82,7 +82,14 @@ class Task:
   @property
   def digest(self) -> str:
     """Hash of the whole task, 32 hexadecimal digits."""
-    return hashlib.blake2b(self.to_bytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    rest = self.articles, self.validation, self.passages
+    digest.update(repr(rest).encode())
+    for record in self.records:
+      text = record.text.encode()
+      others = dataclasses.astuple(dataclasses.replace(record, text=''))
+      digest.update(f'{others!r} {len(text)} '.encode() + text)
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass
@@ -271,6 +278,7 @@ class Packer:
     if method == 'rules':
       names = salient_spans_lib.document_names(record.text)
     num_outside = len(record.spans or ()) if method == 'records' else 0
+    title = tf_example.text_field('title', record.title)
     for sentence in text.sentences:
       if not self._tokenizer.is_wordpiece:
         sentence = text.without_last_blanks(sentence)
@@ -278,7 +286,7 @@ class Packer:
       counts['sentences'] += 1
       passage, base = -1, 0
       if passages:
-        at = bisect.bisect_left(text.passages, limit, key=lambda p: p[0])
+        at = bisect.bisect_left(text.passages, (limit,))
         _, passage, base = text.passages[at]
         if start + base < builder.starts[passage]:  # The sentence is split.
           counts['sentences_split'] += 1
@@ -309,7 +317,7 @@ class Packer:
         base = builder.add_tokens(text.ids[start:limit]) - start
       builder.add_sentence(
           content,
-          record.title,
+          title,
           aside,
           start + base,
           limit - start,
@@ -407,7 +415,7 @@ class _Builder:
   def add_sentence(
       self,
       sentence: str,
-      title: str,
+      title: bytes,  # An encoded field.
       aside: int,
       start: int,
       length: int,
@@ -421,7 +429,7 @@ class _Builder:
         tf_example.number_field('span_limits', [b for _, b in spans.values()])
         + tf_example.number_field('span_starts', [a for a, _ in spans.values()])
         + tf_example.text_field('text', sentence)
-        + tf_example.text_field('title', title)
+        + title
     )
 
   def chunk(self) -> Chunk:

@@ -304,7 +304,9 @@ def _write(
       workers_lib.chunk_files(output, made_with) as chunk_path,
   ):
     tokenizer.save(directory)
-    writer = writer_lib.CorpusWriter(directory, tokenizer, len(inputs) > 1)
+    writer = writer_lib.CorpusWriter(
+        directory, tokenizer, len(inputs) > 1, options.num_workers
+    )
     pipeline = pipeline_lib.Pipeline(
         tokenizer,
         packing,

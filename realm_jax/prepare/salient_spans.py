@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 import itertools
 import random
 import re
-import sys
 
 from realm_jax.prepare import languages
 
@@ -33,9 +32,14 @@ def _character_class(wanted: list[int]) -> str:
 
 
 # `re` has no \p{Lu}. All letters in use are in the Basic Multilingual Plane.
-_UPPER = _character_class(
-    [c for c in range(min(sys.maxunicode, 0xFFFF)) if chr(c).isupper()]
+_CAPITALS = [c for c in range(0xFFFF) if chr(c).isupper()]
+# The class of all capitals is large, and slow to compile at each of its places
+# in a pattern. So one of them replaces those that are not ASCII.
+_OTHER_CAPITAL = re.compile(
+    _character_class([c for c in _CAPITALS if c > 127 and chr(c).isalnum()])
 )
+_CAPITAL = 'À'
+_UPPER = f'[A-Z{_CAPITAL}Ⓐ-Ⓩ]'  # No \w matches a circled letter.
 
 # Words that are capitalised only because they begin a sentence or a quotation.
 # They are removed from the front of a name: 'The Beatles' -> 'Beatles'.
@@ -139,17 +143,13 @@ _ANY = (
 _FIRST = rf'[\d$€£¥{_UPPER[1:]}'
 
 
-def _ascii(pattern: str) -> re.Pattern[str]:
-  """Compiles a pattern for ASCII text, with small sets of characters."""
-  return re.compile(pattern.replace(_UPPER[1:-1], 'A-Z'), re.ASCII)
-
-
-_SPAN, _SPAN_ASCII = re.compile(_ANY), _ascii(_ANY)
-_START, _START_ASCII = re.compile(_FIRST), _ascii(_FIRST)
-_SINGLE_WORD, _SINGLE_WORD_ASCII = re.compile(_CORE), _ascii(_CORE)
+_SPAN, _START = re.compile(_ANY), re.compile(_FIRST)
+_SINGLE_WORD = re.compile(_CORE)
 _LEADING_WORD = re.compile(rf'(?:{_CORE})(?: {_LINK}(?= ))? ')
 _FIRST_LETTER = re.compile(r'\w')
-_MID_SENTENCE = re.compile(rf' (?<=[\w,;] )({_UPPER}\w*)')
+_MID_SENTENCE = re.compile(
+    rf' (?<=[\w,;] )({_character_class(_CAPITALS)}\w*)'
+)
 _RUN = re.compile(r'\w+')
 
 
@@ -179,20 +179,18 @@ def find_spans(
     Half-open ranges of UTF-8 bytes, in order, not overlapping.
   """
   first = _FIRST_LETTER.search(sentence)
-  starts, pattern, word = _START, _SPAN, _SINGLE_WORD
-  if sentence.isascii():
-    starts, pattern, word = _START_ASCII, _SPAN_ASCII, _SINGLE_WORD_ASCII
+  text = _with_one_capital(sentence)
   spans = []
   position = 0
-  while begin := starts.search(sentence, position):
+  while begin := _START.search(text, position):
     start = begin.start()
-    match = pattern.match(sentence, start)
+    match = _SPAN.match(text, start)
     if match is None:
       position = start + 1
       continue
     position = match.end()
     if match.lastgroup == 'name':
-      rest = _skip_function_word(word, sentence, start, position)
+      rest = _skip_function_word(text, start, position)
       if rest > start:  # 'In May 1990': search again after the 'In'.
         position = rest
         continue
@@ -202,7 +200,7 @@ def find_spans(
           names is not None
           and first is not None
           and start == first.start()
-          and not _is_name(match.group(), names)
+          and not _is_name(sentence[start:position], names)
       ):
         continue
     spans.append((start, position))
@@ -256,15 +254,18 @@ def random_spans(
 
 def kind(span: str) -> str:
   """Returns the kind of a span's text: 'date', 'number' or 'name'."""
-  match = _SPAN.match(span)
+  match = _SPAN.match(_with_one_capital(span))
   return (match and match.lastgroup) or 'name'
 
 
-def _skip_function_word(
-    word: re.Pattern[str], sentence: str, start: int, limit: int
-) -> int:
+def _with_one_capital(text: str) -> str:
+  """Replaces capitals that are not ASCII by `_CAPITAL`; keeps the length."""
+  return text if text.isascii() else _OTHER_CAPITAL.sub(_CAPITAL, text)
+
+
+def _skip_function_word(sentence: str, start: int, limit: int) -> int:
   """Returns the position after a function word at the start of a name."""
-  first = word.match(sentence, start, limit)
+  first = _SINGLE_WORD.match(sentence, start, limit)
   if first is None or first.group().lower() not in _FUNCTION_WORDS:
     return start
   # 'Of the British': a linking word belongs to the word before it.
@@ -274,5 +275,5 @@ def _skip_function_word(
 
 def _is_name(text: str, names: Collection[str]) -> bool:
   """Returns whether the start of a sentence is a name, not just a word."""
-  word = _SINGLE_WORD.fullmatch(text)
+  word = _SINGLE_WORD.fullmatch(_with_one_capital(text))
   return word is None or text in names or not text[1:].islower()

@@ -1,7 +1,5 @@
 """Append-only files of a corpus: arrays, wordpieces, and TFDS records."""
 
-from collections.abc import Iterator
-import contextlib
 import hashlib
 import os
 import pathlib
@@ -163,8 +161,10 @@ class _Split:
           os.fspath(path), 'group_size:1,snappy'
       )
       self._lengths.append(0)
-    with _runtime_error_as_os_error():
+    try:
       self._writer.write(record)
+    except RuntimeError as error:
+      raise _os_error(error) from error
     self._lengths[-1] += 1
     self._bytes += len(record)
     self.digest.update(len(record).to_bytes(8, 'little') + record)
@@ -190,15 +190,13 @@ class _Split:
 
   def _close_shard(self) -> None:
     if self._writer is not None:
-      with _runtime_error_as_os_error():
+      try:
         self._writer.close()
+      except RuntimeError as error:
+        raise _os_error(error) from error
       self._writer = None
 
 
-@contextlib.contextmanager
-def _runtime_error_as_os_error() -> Iterator[None]:
+def _os_error(error: RuntimeError) -> OSError:
   """array_record raises RuntimeError for a full disk, and only for that."""
-  try:
-    yield
-  except RuntimeError as error:
-    raise OSError(f'A dataset could not be written: {error}') from error
+  return OSError(f'A dataset could not be written: {error}')

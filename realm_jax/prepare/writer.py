@@ -96,9 +96,10 @@ class CorpusWriter:
       directory: pathlib.Path,
       tokenizer: tokenizer_lib.Tokenizer,
       pretraining: bool,
+      threads: int = 1,
   ):
     self._directory, self._tokenizer = directory, tokenizer
-    self._pretraining = pretraining
+    self._pretraining, self._threads = pretraining, threads
     self._tables = directory / 'tables'
     self._tables.mkdir()
     self._dtype = np.dtype(
@@ -282,7 +283,9 @@ class CorpusWriter:
             [tfds_files.TokenReader(path, self._dtype)]
         ),
     )
-    counts = write_trivial_tables(self._tables, passages, sentences)
+    counts = write_trivial_tables(
+        self._tables, passages, sentences, self._threads
+    )
     for split, table in sentences.items():
       held = counts[f'{split}_sentences_in_other_passages']
       log.info(
@@ -338,6 +341,7 @@ def write_trivial_tables(
     tables: pathlib.Path,
     passages: corpus_lib.PassageTable,
     sentences: dict[str, corpus_lib.SentenceTable],
+    threads: int = 1,
 ) -> dict[str, int]:
   """Writes `SPLIT.trivial_offsets.npy` and `SPLIT.trivial.npy` for each split.
 
@@ -345,6 +349,7 @@ def write_trivial_tables(
     tables: the folder.
     passages: all passages of the corpus.
     sentences: the splits.
+    threads: that search.
 
   Returns:
     Two counts for each split: `SPLIT_sentences_in_other_passages`, and among
@@ -360,7 +365,7 @@ def write_trivial_tables(
     counts[f'{split}_sentences_in_too_many'] = 0
   splits = list(sentences)
   for number, found in trivial.find_in_blocks(
-      passages, list(sentences.values())
+      passages, list(sentences.values()), threads
   ):
     split, sizes = splits[number], np.diff(found.offsets)
     writers[split].append(sizes, found.rows)
