@@ -25,6 +25,10 @@ from realm_jax.qa import question_table as question_table_lib
 from realm_jax.trainer import examples
 from realm_jax.trainer import stages
 
+# Arrays of the size of the spans' hidden layer in a step: sums, relu, LayerNorm
+# and their gradients, as XLA reports for CPU.
+_SPAN_ARRAYS = 9.0
+
 
 class Queries(NamedTuple):
   """Questions, in numpy."""
@@ -312,10 +316,19 @@ class OpenQa(stages.Stage):
     c = self.config
     rows, length = c.batch_size * c.open_qa.read, c.lengths.joint
     starts_P, _ = span_reader.spans(length, c.model.max_span_width)
-    # The head is linear in the number of spans, and small next to the BERT.
+    # The MLP's hidden layer of each span, which is multiplied by a vector.
+    in_spans = rows * len(starts_P) * c.model.span_width
+    projected = rows * length * c.model.width * 2 * c.model.span_width
     passes = [
         flops.embed(c, c.batch_size, c.lengths.query, dropout=True),
-        flops.Pass('span_reader', rows, length, length, 0.0),
+        flops.Pass(
+            'span_reader',
+            rows,
+            length,
+            length,
+            2.0 * (projected + in_spans),
+            head_values=_SPAN_ARRAYS * in_spans,
+        ),
     ]
     if c.open_qa.documents == 'trained':
       passes.append(flops.embed(c, rows, c.lengths.document))
