@@ -16,6 +16,8 @@ steps, with the null document only.
 
 import argparse
 import json
+import multiprocessing
+import os
 import pathlib
 import shutil
 import subprocess
@@ -26,11 +28,20 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from realm_jax import config as config_lib
+from realm_jax import main as main_lib
 from realm_jax import recipes
 from realm_jax.evaluation import report as report_lib
 from realm_jax.runtime import metrics as metrics_lib
 
 STAGES = ('mlm', 'ict', 'realm', 'null_reader', 'open_qa')
+
+# What the commands import, which takes seconds.
+_IMPORTED = (
+    'realm_jax.prepare.prepare',
+    'realm_jax.trainer.supervise',
+    'realm_jax.evaluation.evaluate',
+    'realm_jax.serving.report_page',
+)
 
 
 def get_config(stage: str = 'realm') -> config_lib.Config:
@@ -49,18 +60,44 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
   return config
 
 
+class Commands:
+  """Runs commands of `realm-jax`, each in a process of its own.
+
+  The processes are forks of one that has imported all that they need, and share
+  what XLA compiles.
+  """
+
+  def __init__(self, compiled: pathlib.Path):
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(compiled.resolve()))
+    # macOS does not support a fork without exec.
+    method = 'forkserver' if sys.platform == 'linux' else 'spawn'
+    self._context: Any = multiprocessing.get_context(method)
+    self._context.set_forkserver_preload(list(_IMPORTED))
+
+  def __call__(self, *arguments: str) -> None:
+    """Runs a command; raises subprocess.CalledProcessError if it fails."""
+    shown = ' '.join(
+        f"'{word}'" if ' ' in word else word for word in arguments
+    )
+    print(f'\n$ realm-jax {shown}', flush=True)
+    process = self._context.Process(target=_command, args=(arguments,))
+    process.start()
+    process.join()
+    if process.exitcode:
+      raise subprocess.CalledProcessError(process.exitcode, shown)
+
+
+def _command(arguments: tuple[str, ...]) -> None:
+  sys.argv = ['realm-jax', *arguments]
+  main_lib.run()
+
+
 def run(workdir: pathlib.Path, seed: int, entities: int) -> dict[str, Any]:
   """Runs all stages as a user would, by the command line, and reports."""
   start = time.perf_counter()
   corpus = workdir / 'corpus'
   jobs = {stage: workdir / stage for stage in STAGES}
-
-  def realm_jax(*arguments: str) -> None:
-    shown = ' '.join(
-        f"'{word}'" if ' ' in word else word for word in arguments
-    )
-    print(f'\n$ realm-jax {shown}', flush=True)
-    subprocess.run([sys.executable, '-m', 'realm_jax', *arguments], check=True)
+  realm_jax = Commands(workdir / 'compiled')
 
   def train(stage: str, *more: str) -> None:
     realm_jax(

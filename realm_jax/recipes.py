@@ -81,6 +81,7 @@ def fine_tuning(
     config.open_qa.read, config.open_qa.title = 10, True
   config.steps = epochs * questions // config.batch_size
   config.lengths.query, config.lengths.document = 32, 288
+  config.open_qa.length_step, config.open_qa.skip_unreadable = 16, True
   config.refresh.policy = 'none'
   config.model.compute_dtype = 'bfloat16'
   config.mips.dtype = 'bfloat16'

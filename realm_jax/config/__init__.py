@@ -157,6 +157,12 @@ class OpenQaConfig:
   retrieved: int = 5000  # Passages in the retriever's loss.
   read: int = 5  # Best passages, which the reader reads.
   title: bool = False  # The reader sees a passage's title.
+  # The reader's inputs are padded to the next multiple of it that holds the
+  # longest of a batch; a step is compiled for each. 0: to lengths.joint.
+  length_step: int = 0
+  # The reader does not run for a batch, or with `accumulate` for a part of it,
+  # whose passages hold no answer: its loss and gradient are 0.
+  skip_unreadable: bool = False
   # Over all spans of all passages read (as released), or p(z|x) p(y|z,x).
   normalization: Literal['global', 'passage'] = 'global'
   # frozen: passage embeddings are those of the initial index, only the question

@@ -22,6 +22,8 @@ class Pass:
   outputs: int  # Positions of a row at which the last layer is computed.
   head_flop: float  # Forward, all rows together.
   dropout: bool = True
+  # Values in float32 that the head keeps for its gradient, all rows together.
+  head_values: float = 0.0
 
 
 def embed(
@@ -52,8 +54,15 @@ def _embedder_head(model: config_lib.ModelConfig) -> int:
 def fill(config: config_lib.Config, rows: int) -> Pass:
   """Returns the reader's pass over `rows` inputs with masks."""
   lengths = config.lengths
-  head = head_flop(config.model, rows * lengths.masks)
-  return Pass('reader', rows, lengths.joint, lengths.masks, head)
+  masks = rows * lengths.masks
+  return Pass(
+      'reader',
+      rows,
+      lengths.joint,
+      lengths.masks,
+      head_flop(config.model, masks),
+      head_values=float(masks * config.model.vocab_size),  # The logits.
+  )
 
 
 def pass_flop(

@@ -5,6 +5,8 @@ question [SEP] passage [SEP]`, answers are spans of the passage. The P spans are
 numbered by width, then by start.
 """
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -65,12 +67,57 @@ class SpanReader(nnx.Module):
     hidden_BTD = self.bert(ids_BT, types_BT, noise=noise)
     ends = self.intermediate(hidden_BTD.reshape(b * t, -1))  # (B*T) 2K
     start, end = jnp.split(ends.reshape(b, t, -1), 2, axis=-1)
-    starts_P, ends_P = spans(t, self.max_width)
-    hidden = jax.nn.relu(start[:, starts_P] + end[:, ends_P])
+    hidden = jax.nn.relu(_sums(start, end, self.max_width))
     scores = self.output(self.norm(hidden))[..., 0]
+    starts_P, ends_P = spans(t, self.max_width)
     mask_BT = passage_mask_BT.astype(bool)
     usable_BP = mask_BT[:, starts_P] & mask_BT[:, ends_P]
     return jnp.where(usable_BP, scores, _LOWEST)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sums(
+    start_BTK: jax.Array, end_BTK: jax.Array, max_width: int
+) -> jax.Array:
+  """Returns start + end of each of `spans`, BPK.
+
+  By slices, with sums of slices as gradient: on CPU, a gather and the
+  scatter that is its gradient take a third of the head's time. All sums are in
+  the order of the scatter, so that the result is the same bit by bit.
+  """
+  t = start_BTK.shape[1]
+  return jnp.concatenate(
+      [
+          start_BTK[:, : t - more] + end_BTK[:, more:]
+          for more in range(min(max_width, t))
+      ],
+      axis=1,
+  )
+
+
+def _sums_forward(
+    start_BTK: jax.Array, end_BTK: jax.Array, max_width: int
+) -> tuple[jax.Array, jax.Array]:
+  return _sums(start_BTK, end_BTK, max_width), jnp.zeros_like(start_BTK)
+
+
+def _sums_backward(
+    max_width: int, zeros_BTK: jax.Array, grad_BPK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  t = zeros_BTK.shape[1]
+  # A product fused into the sums would be rounded otherwise.
+  grad_BPK = jax.lax.optimization_barrier(grad_BPK)
+  grad_start_BTK = grad_end_BTK = zeros_BTK
+  first = 0
+  for more in range(min(max_width, t)):
+    part = grad_BPK[:, first : first + t - more]
+    grad_start_BTK += jnp.pad(part, ((0, 0), (0, more), (0, 0)))
+    grad_end_BTK += jnp.pad(part, ((0, 0), (more, 0), (0, 0)))
+    first += t - more
+  return grad_start_BTK, grad_end_BTK
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
 
 
 def inside(body_BK2: jax.Array, length: int) -> jax.Array:

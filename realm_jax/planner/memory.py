@@ -50,11 +50,18 @@ def step_memory(
       for p in passes
   ]
   depth = encoders.load(config.model).depth(config.model)
-  saved = sum((depth - 1) * remat for _, remat in layers)
+  # The last layer is computed for the outputs only.
+  saved = sum(
+      (depth - 1 + (p.outputs == p.length)) * remat
+      for p, (_, remat) in zip(passes, layers, strict=True)
+  )
   if config.model.remat != 'none':  # Plus one layer during recomputation.
     saved += max(whole for whole, _ in layers)
-  ends = sum(4 * _ENDS * p.rows * p.length for p in passes)
-  saved += ends * config.model.width / data / parts
+  width = config.model.width
+  ends = sum(
+      4 * (_ENDS * p.rows * p.length * width + p.head_values) for p in passes
+  )
+  saved += ends / data / parts
   return {
       # With ZeRO, the divided weights and the gathered copy.
       'weights': 4.0 * total * (1 + kept if config.mesh.zero else 1),

@@ -132,18 +132,18 @@ class _Loop:
     self._data = examples_lib.training_batches(
         job.stage, self._step, self._rows
     )
-    self.compilations = 0  # Compilations of the training step: 1.
-    train_step = step_lib.make_train_step(
+    # Compilations of the training step: one for each shape of a batch.
+    self.compilations = 0
+    self._jitted = step_lib.make_train_step(
         job.stage, job.components, tx, job.mesh, self._count_trace
     )
-    # XLA compiles while the index builder makes the first generation.
-    thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+    self._compiler = stack.enter_context(
+        concurrent.futures.ThreadPoolExecutor(1)
+    )
+    self._compiled: dict[Any, concurrent.futures.Future] = {}
     if self._step < config.steps:
-      self._train_step = thread.submit(
-          lambda: train_step.lower(
-              self.state, job.stage.abstract_batch()
-          ).compile()
-      )
+      # XLA compiles while the index builder makes the first generation.
+      self._train_step(job.stage.abstract_batch())
     self._sigterm = stack.enter_context(process.note_sigterm())
     self._any_sigterm = distributed.LateAny(job.mesh)
 
@@ -202,6 +202,15 @@ class _Loop:
   def _count_trace(self) -> None:
     self.compilations += 1
 
+  def _train_step(self, batch: Any) -> concurrent.futures.Future:
+    """Returns the step for the shapes of a batch, compiled once for each."""
+    shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+    if shapes not in self._compiled:
+      self._compiled[shapes] = self._compiler.submit(
+          lambda: self._jitted.lower(self.state, batch).compile()
+      )
+    return self._compiled[shapes]
+
   def run(self) -> None:
     config, stage = self._job.config, self._job.stage
     first = self._step
@@ -231,7 +240,8 @@ class _Loop:
           batch = stage.retrieve(batch, self._retriever)
       with self._clock.measure('compute'):
         arrays = mesh_lib.to_devices(self._job.mesh, batch)
-        self.state, metrics = self._train_step.result()(self.state, arrays)
+        train_step = self._train_step(arrays).result()
+        self.state, metrics = train_step(self.state, arrays)
         # The host has time while the devices compute.
         figures = {**examples.figures, **stage.figures(batch)}
         self._log.flush()  # The previous step is finished by now.

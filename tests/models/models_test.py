@@ -13,6 +13,7 @@ from realm_jax.corpus import inputs
 from realm_jax.models import components
 from realm_jax.models import dropout
 from realm_jax.models import objectives
+from realm_jax.models import span_reader
 from realm_jax.trainer.stages import realm
 
 CONFIG = config_lib.resolve(
@@ -294,3 +295,24 @@ def test_scores_are_products_in_float32():
       *[jax.eval_shape(lambda: jnp.zeros((2, 8)))] * 2
   )
   assert [x.dtype for x in _products(pairs.jaxpr)] == [jnp.float32]
+
+
+def test_sums_of_spans_are_those_of_a_gather_bit_by_bit():
+  start, end = np.random.default_rng(0).normal(size=(2, 3, 7, 5))
+  arrays = jnp.float32(start), jnp.float32(end)
+  starts_P, ends_P = span_reader.spans(7, 4)
+
+  def gathered(start_BTK, end_BTK):
+    return start_BTK[:, starts_P] + end_BTK[:, ends_P]
+
+  def sums(start_BTK, end_BTK):
+    return span_reader._sums(start_BTK, end_BTK, 4)
+
+  wanted, wanted_backward = jax.vjp(gathered, *arrays)
+  found, backward = jax.vjp(sums, *arrays)
+  np.testing.assert_array_equal(found, wanted)
+  grad_BPK = jnp.sin(jnp.arange(wanted.size)).reshape(wanted.shape)
+  for one, other in zip(
+      backward(grad_BPK), wanted_backward(grad_BPK), strict=True
+  ):
+    np.testing.assert_array_equal(one, other)

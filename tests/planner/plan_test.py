@@ -57,6 +57,8 @@ def _one_device():
         ('mlm', {'remat': 'full', 'dropout': 0.0}),
         ('ict', {'accumulate': 3}),
         ('realm', {'num_heads': 4}),
+        ('mlm', {'num_layers': 2, 'vocab_size': 30000}),
+        ('open_qa', {}),
     ],
 )
 def test_flop_and_memory_are_close_to_the_report_of_xla(objective, model):

@@ -1,4 +1,4 @@
-"""The chain of experiments/adapt.py, from a tiny retriever of random weights."""
+"""experiments/adapt.py, whole, from a tiny retriever of random weights."""
 
 import importlib.util
 import pathlib

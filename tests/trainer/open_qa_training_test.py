@@ -6,10 +6,7 @@ import json
 
 import helpers
 import initial_test
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import training_test
 
@@ -20,7 +17,6 @@ from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
 from realm_jax.evaluation import runs
 from realm_jax.models import components as components_lib
-from realm_jax.models import span_reader
 from realm_jax.prepare import prepare
 from realm_jax.qa import answers as answers_lib
 from realm_jax.qa import question_sets
@@ -30,11 +26,7 @@ from realm_jax.runtime import checkpoint
 from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import loop
-from realm_jax.trainer import optimizer
-from realm_jax.trainer import stages
-from realm_jax.trainer import step as step_lib
 from realm_jax.trainer.stages import ict
-from realm_jax.trainer.stages import open_qa
 
 
 def make_config(world, **values):
@@ -184,107 +176,6 @@ def test_long_questions_are_cut_and_said_so(world, caplog):
   assert table.query_lengths_N.tolist()[0] == 8
   assert table.query_ids_NQ[0, -1] == tokenizer.sep_id
   assert '1 of 2 questions is longer than the 8' in caplog.text
-
-
-def _inputs(world, **values):
-  config = make_config(world, **values)
-  corpus = corpus_lib.Corpus.open(world)
-  config.model.vocab_size = corpus.tokenizer.vocab_size
-  stage = open_qa.OpenQa(config_lib.resolve(config), corpus)
-  table = stage._questions
-  batch = next(examples_lib.training_batches(stage))
-  gold = corpus.passage_rows_by_id(
-      [table.questions[row].passage_id for row in batch.row_B]
-  )
-  others = np.arange(11)[None] + np.zeros((len(gold), 1), int)
-  rows_BN = np.concatenate([gold[:, None], others], axis=1)
-  doc_emb_BNE = np.random.default_rng(0).normal(size=(*rows_BN.shape, 16))
-  made = stage.with_passages(batch.inputs, rows_BN, doc_emb_BNE)
-  asked = [table.questions[row] for row in batch.row_B]
-  return stage, asked, rows_BN, made
-
-
-@pytest.mark.parametrize('titles', [False, True])
-def test_labels_are_spans_that_evaluate_as_right(world, titles):
-  stage, asked, rows_BN, batch = _inputs(world, open_qa__title=titles)
-  config, corpus = stage.config, stage.corpus
-  starts_P, ends_P = span_reader.spans(
-      config.lengths.joint, config.model.max_span_width
-  )
-  assert batch.has_answer_BN[:, 0].all()
-  seen = 0
-  for b, k, p in np.argwhere(batch.correct_BKP):
-    question = asked[b]
-    ids = batch.joint_ids_BKT[b, k, starts_P[p] : ends_P[p] + 1]
-    text = corpus.tokenizer.decode(ids.tolist())
-    # Wordpieces have lost accents and case.
-    wanted = [
-        corpus.tokenizer.decode(corpus.tokenizer.encode(answer))
-        for answer in question.answers
-    ]
-    assert answers_lib.exact_match(text, wanted), (text, wanted)
-    seen += 1
-  assert seen >= len(rows_BN)
-  # The body alone may be answered from.
-  inside_BKT = span_reader.inside(batch.body_BK2, config.lengths.joint)
-  for b, k in np.ndindex(batch.body_BK2.shape[:2]):
-    _, body = corpus.passages.title_and_body(int(rows_BN[b, k]))
-    ids = batch.joint_ids_BKT[b, k][np.asarray(inside_BKT[b, k])]
-    np.testing.assert_array_equal(ids, body[: len(ids)])
-    assert len(ids) == len(body)
-
-
-def test_nothing_retrieved_changes_nothing(world):
-  stage, _, _, batch = _inputs(world, optimizer__weight_decay=0.5)
-  config = stage.config
-  batch = dataclasses.replace(
-      batch,
-      has_answer_BN=np.zeros_like(batch.has_answer_BN),
-      correct_BKP=np.zeros_like(batch.correct_BKP),
-  )
-
-  def step(config):
-    from realm_jax.runtime import mesh as mesh_lib
-
-    components = stages.components_of(config)
-    tx = optimizer.make_optimizer(config, tuple(components))
-    mesh = jax.sharding.Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1),
-        (mesh_lib.DATA, mesh_lib.MODEL),
-    )
-    params = {name: c.init(0) for name, c in components.items()}
-    state = step_lib.TrainState(
-        step=jnp.int32(5),
-        params=params,
-        opt_state=tx.init(params),
-        rng=jax.random.key(0),
-    )
-    before = jax.device_get(params)
-    train_step = step_lib.make_train_step(
-        open_qa.OpenQa(config), components, tx, mesh
-    )
-    state, metrics = train_step(state, batch)
-    same = jax.tree.map(
-        lambda a, b: bool((a == b).all()), before, jax.device_get(state.params)
-    )
-
-    def is_schedule(x):
-      return isinstance(x, optax.ScaleByScheduleState)
-
-    schedules = [
-        int(x.count)
-        for x in jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
-        if is_schedule(x)
-    ]
-    assert schedules and set(schedules) == {1}  # Of the step, in any case.
-    return metrics, all(jax.tree.leaves(same))
-
-  metrics, unchanged = step(config_lib.resolve(config))
-  assert metrics['loss'] == 0 and metrics['retrieved'] == 0
-  assert unchanged
-  config.open_qa.update_unanswered = True
-  _, unchanged = step(config_lib.resolve(config))
-  assert not unchanged  # Weight decay went on.
 
 
 def test_an_answer_is_a_part_of_its_passage(trained, world):

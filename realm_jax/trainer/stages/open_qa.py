@@ -25,6 +25,10 @@ from realm_jax.qa import question_table as question_table_lib
 from realm_jax.trainer import examples
 from realm_jax.trainer import stages
 
+# Arrays of the size of the spans' hidden layer in a step: sums, relu, LayerNorm
+# and their gradients, as XLA reports for CPU.
+_SPAN_ARRAYS = 9.0
+
 
 class Queries(NamedTuple):
   """Questions, in numpy."""
@@ -84,12 +88,6 @@ class OpenQa(stages.Stage):
       self, config: config_lib.Config, corpus: corpus_lib.Corpus | None = None
   ):
     super().__init__(config, corpus)
-    # Where the spans of each width begin in the order of `span_reader.spans`.
-    starts_P, _ = span_reader.spans(
-        config.lengths.joint, config.model.max_span_width
-    )
-    self._num_spans = len(starts_P)
-    self._first_span = np.flatnonzero(starts_P == 0)
     if corpus is None:
       return
     if len(corpus.passages) < config.open_qa.read:
@@ -111,6 +109,8 @@ class OpenQa(stages.Stage):
     c = config.open_qa
     if not c.questions:
       yield 'open_qa.questions', 'give the file of the questions to train on'
+    if c.length_step < 0:
+      yield 'open_qa.length_step', 'must be 0 or more'
     for field, value in (('read', c.read), ('rerank', c.rerank)):
       if not 0 <= value <= c.retrieved:
         yield (
@@ -185,9 +185,10 @@ class OpenQa(stages.Stage):
   ) -> Batch:
     """Returns the batch of questions with passages, best first."""
     config, passages = self.config, self.corpus.passages
-    tokenizer, length = self.corpus.tokenizer, config.lengths.joint
+    tokenizer, title = self.corpus.tokenizer, config.open_qa.title
     rows_BK = rows_BN[:, : config.open_qa.read]
-    lengths_B, title = queries.query_lengths_B, config.open_qa.title
+    lengths_B = queries.query_lengths_B
+    length = self._length(rows_BK, lengths_B)
     joint_ids_BKT, joint_types_BKT = inputs.assemble_joint(
         passages,
         rows_BK,
@@ -205,10 +206,12 @@ class OpenQa(stages.Stage):
         self._answers.has_answer(question, rows_N)
         for question, rows_N in zip(asked, rows_BN, strict=True)
     ])
-    correct_BKP = np.zeros((*rows_BK.shape, self._num_spans), bool)
+    starts_P, _ = span_reader.spans(length, config.model.max_span_width)
+    first_W = np.flatnonzero(starts_P == 0)  # Number of each width's first.
+    correct_BKP = np.zeros((*rows_BK.shape, len(starts_P)), bool)
     for b, k in np.argwhere(has_answer_BN[:, : rows_BK.shape[1]]):
       spans = self._answers.spans(asked[b], int(rows_BK[b, k]))
-      correct_BKP[b, k, self._numbers(spans, *body_BK2[b, k])] = True
+      correct_BKP[b, k, _numbers(spans, *body_BK2[b, k], first_W)] = True
     documents: tuple[Any, ...] = ()
     if config.open_qa.documents == 'trained':
       documents = self.template.documents(passages, rows_BK)
@@ -223,15 +226,23 @@ class OpenQa(stages.Stage):
     )
     return Batch(*arrays, *documents)
 
-  def _numbers(
-      self, spans: list[tuple[int, int]], start: int, limit: int
-  ) -> list[int]:
-    """Returns the numbers, among P, of spans of a body at [start, limit)."""
-    return [
-        int(self._first_span[last - first]) + start + first
-        for first, last in spans
-        if last - first < len(self._first_span) and start + last < limit
-    ]
+  def _length(self, rows_BK: np.ndarray, lengths_B: np.ndarray) -> int:
+    """Returns T: the longest input of the batch, rounded up."""
+    config = self.config
+    longest, step = config.lengths.joint, config.open_qa.length_step
+    # The arrays of several processes must have one shape.
+    if not step or jax.process_count() > 1:
+      return longest
+    limits_BK = inputs.body_bounds(
+        self.corpus.passages,
+        rows_BK,
+        lengths_B,
+        longest,
+        self.corpus.tokenizer,
+        config.open_qa.title,
+    )[..., 1]
+    needed = int(limits_BK.max()) + 1  # The last [SEP].
+    return min(-(-needed // step) * step, longest)
 
   def probe_queries(self, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     query_ids_BQ = self._questions.query_ids_NQ[:count]
@@ -257,13 +268,25 @@ class OpenQa(stages.Stage):
       )
       fresh_BK = embedder_lib.score(query_emb_BE, emb.reshape(b, k, -1))
       score_BN = jnp.concatenate([fresh_BK, score_BN[:, k:]], axis=1)
-    logits = models.span_reader.span_logits(  # (B*K) P
-        batch.joint_ids_BKT.reshape(b * k, t),
-        batch.joint_types_BKT.reshape(b * k, t),
-        span_reader.inside(batch.body_BK2, t).reshape(b * k, t),
-        None if noise is None else noise.fold(1).repeat(k),
+
+    def read() -> jax.Array:
+      logits = models.span_reader.span_logits(  # (B*K) P
+          batch.joint_ids_BKT.reshape(b * k, t),
+          batch.joint_types_BKT.reshape(b * k, t),
+          span_reader.inside(batch.body_BK2, t).reshape(b * k, t),
+          None if noise is None else noise.fold(1).repeat(k),
+      )
+      return logits.reshape(b, k, -1)
+
+    if not self.config.open_qa.skip_unreadable:
+      return read(), score_BN
+    # Where no span is correct, the logits change neither loss nor metrics.
+    logits_BKP = jax.lax.cond(
+        batch.correct_BKP.any(),
+        read,
+        lambda: jnp.zeros(batch.correct_BKP.shape, jnp.float32),
     )
-    return logits.reshape(b, k, -1), score_BN
+    return logits_BKP, score_BN
 
   def loss(
       self,
@@ -292,10 +315,20 @@ class OpenQa(stages.Stage):
   def passes(self) -> list[flops.Pass]:
     c = self.config
     rows, length = c.batch_size * c.open_qa.read, c.lengths.joint
-    # The head is linear in the number of spans, and small next to the BERT.
+    starts_P, _ = span_reader.spans(length, c.model.max_span_width)
+    # The MLP's hidden layer of each span, which is multiplied by a vector.
+    in_spans = rows * len(starts_P) * c.model.span_width
+    projected = rows * length * c.model.width * 2 * c.model.span_width
     passes = [
         flops.embed(c, c.batch_size, c.lengths.query, dropout=True),
-        flops.Pass('span_reader', rows, length, length, 0.0),
+        flops.Pass(
+            'span_reader',
+            rows,
+            length,
+            length,
+            2.0 * (projected + in_spans),
+            head_values=_SPAN_ARRAYS * in_spans,
+        ),
     ]
     if c.open_qa.documents == 'trained':
       passes.append(flops.embed(c, rows, c.lengths.document))
@@ -304,6 +337,7 @@ class OpenQa(stages.Stage):
   def abstract_batch(self) -> Batch:
     c, lengths = self.config, self.config.lengths
     b, n, k = c.batch_size, c.open_qa.retrieved, c.open_qa.read
+    starts_P, _ = span_reader.spans(lengths.joint, c.model.max_span_width)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
       return jax.ShapeDtypeStruct(shape, dtype)
@@ -318,6 +352,17 @@ class OpenQa(stages.Stage):
         array(b, k, lengths.joint),
         array(b, k, lengths.joint),
         array(b, k, 2),
-        array(b, k, self._num_spans, dtype=jnp.bool_),
+        array(b, k, len(starts_P), dtype=jnp.bool_),
         *documents,
     )
+
+
+def _numbers(
+    spans: list[tuple[int, int]], start: int, limit: int, first_W: np.ndarray
+) -> list[int]:
+  """Returns the numbers, among P, of spans of a body at [start, limit)."""
+  return [
+      int(first_W[last - first]) + start + first
+      for first, last in spans
+      if last - first < len(first_W) and start + last < limit
+  ]
