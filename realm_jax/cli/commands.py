@@ -4,17 +4,8 @@ from collections.abc import Callable
 import dataclasses
 
 from realm_jax.cli import actions
-from realm_jax.cli.flags import CONFIG
-from realm_jax.cli.flags import CORPUS
-from realm_jax.cli.flags import FIELDS
-from realm_jax.cli.flags import FORMAT
-from realm_jax.cli.flags import OUTPUT
-from realm_jax.cli.flags import OVERWRITE
-from realm_jax.cli.flags import PROCESSES
 from realm_jax.cli.flags import REQUIRED
-from realm_jax.cli.flags import SKIP_BAD_RECORDS
-from realm_jax.cli.flags import WORKDIR
-from realm_jax.cli.flags import WORKERS
+from realm_jax.cli.flags import ConfigFlag
 from realm_jax.cli.flags import Flag
 
 
@@ -40,12 +31,56 @@ class Command:
     self.flags, self.positional = flags, positional
 
 
-_RECORDS = Flag(
-    'input', str,
-    'Records as `prepare` reads them, each with an id: files, folders, globs or'
-    ' data sets, comma-separated.', REQUIRED,
+_CONFIG = ConfigFlag(
+    'config', str, 'Experiment file, FILE.py or FILE.py:ARGUMENT; override its'
+    ' fields with --config.FIELD=VALUE.', REQUIRED,
 )
-
+_WORKDIR = Flag(
+    'workdir', str, 'Folder of the job: config, checkpoints, index, metrics.',
+    REQUIRED,
+)
+_CORPUS = Flag(
+    'corpus', str, 'Where the corpus of the workdir is now, if it has moved.'
+)
+_OUTPUT = Flag('output', str, 'Folder to write.', REQUIRED)
+_OVERWRITE = Flag('overwrite', bool, 'Replace the output folder.', False)
+_SKIP_BAD_RECORDS = Flag(
+    'skip_bad_records', bool, 'Count and list malformed lines, do not stop.',
+    False,
+)
+_FORMAT = Flag(
+    'format', str, 'Format of all files: jsonl, json, csv, tsv, tsv-plain,'
+    ' parquet, text, wikiextractor or mediawiki; default: recognised by their'
+    ' content.',
+)
+_FIELDS = Flag(
+    'fields', str, 'Names of fields or columns, such as id:_id,text:contents,'
+    ' or their numbers; default: the usual names.',
+)
+_WORKERS = Flag('workers', int, 'Processes; default: one for each core.')
+_JSON = Flag('json', bool, 'Print JSON.', False)
+# The processes of a job.
+_PROCESSES = (
+    Flag('coordinator', str,
+         'HOST:PORT of process 0, where a job has several, one on each host.'),
+    Flag('num_processes', int, 'How many the job has.'),
+    Flag('process_id', int, 'Which of them this is, from 0 on.'),
+    Flag('distributed', bool, 'Find out these three from SLURM, Kubernetes,'
+         ' Open MPI or the TPU slice.', False),
+    Flag('coordinator_timeout', float,
+         'Seconds to wait for the other processes.', 300.0),
+)
+# What `add` and `update` read.
+_RECORDS = (
+    _WORKDIR,
+    _CORPUS,
+    Flag('input', str, 'Records as `prepare` reads them, each with an id:'
+         ' files, folders, globs or data sets, comma-separated.', REQUIRED),
+    _FORMAT,
+    _FIELDS,
+    _SKIP_BAD_RECORDS,
+    _WORKERS,
+)
 # How a question set is read.
 _QUESTION_SET = (
     Flag('format', str, 'Format of the questions, such as dpr, squad,'
@@ -68,11 +103,11 @@ COMMANDS = {
              ' MediaWiki; .gz, .xz, .bz2, .zst too), folders, globs, tfds:NAME,'
              ' hf:NAME, ir:NAME, package.module:Name[:TEXT]; or'
              ' world:SEED[:ENTITIES].'),
-        FORMAT,
-        FIELDS,
+        _FORMAT,
+        _FIELDS,
         Flag('pretraining_source', str, 'A separate corpus to take the masked'
              ' sentences from; default: the source itself.'),
-        OUTPUT,
+        _OUTPUT,
         Flag('vocab', str, 'vocab.txt, tokenizer.json, tokenizer folder or hub'
              ' id; default: trained on the source.'),
         Flag('vocab_size', int, 'Wordpieces of a vocabulary trained here.',
@@ -93,15 +128,15 @@ COMMANDS = {
              ' examined.'),
         Flag('near_duplicates', float, 'Leave out records of this similarity to'
              ' an earlier one, such as 0.8.'),
-        WORKERS,
-        SKIP_BAD_RECORDS,
+        _WORKERS,
+        _SKIP_BAD_RECORDS,
         Flag('beam', str, 'Options of an Apache Beam pipeline to do the work,'
              " in one string: '' or '--runner=FlinkRunner"
              " --flink_master=host:8081'."),
         Flag('stats', bool, 'Describe the corpus: figures in stats.json, a plot'
              ' in stats.png; without --source, the existing corpus at'
              ' --output.', False),
-        OVERWRITE,
+        _OVERWRITE,
     ),
     'tag': Command(
         'Writes a corpus with the names of a tagger as salient spans.',
@@ -109,10 +144,10 @@ COMMANDS = {
         actions.tag,
         Flag('corpus', str, 'Folder that `prepare` wrote.', REQUIRED),
         Flag('tagger', str, 'Workdir of the objective `tagger`.', REQUIRED),
-        OUTPUT,
+        _OUTPUT,
         Flag('dates_and_numbers', bool,
              'Keep the dates and numbers that the rules found.', True),
-        OVERWRITE,
+        _OVERWRITE,
     ),
     'plan': Command(
         'Estimates memory, disk, FLOP, time and devices of a job.',
@@ -120,7 +155,7 @@ COMMANDS = {
         ' --config.model.vocab_size=30522 --chip=h100 --trainer_devices=64'
         ' --builder_devices=16',
         actions.plan,
-        dataclasses.replace(CONFIG, default=None),  # --chip=list needs none.
+        dataclasses.replace(_CONFIG, default=None),  # --chip=list needs none.
         Flag('passages', int, 'Size of the corpus; default: of config.corpus.'),
         Flag('mean_wordpieces', float, 'Mean length of a passage, with title'
              ' and specials; default: of config.corpus, or else the maximum,'
@@ -139,16 +174,16 @@ COMMANDS = {
         Flag('price', float, 'Price of a chip for an hour.', 0.0),
         Flag('compile', bool,
              'Compile the step here; show the memory that XLA needs.', False),
-        Flag('json', bool, 'Print JSON.', False),
+        _JSON,
     ),
     'train': Command(
         'Trains one objective: mlm, ict, realm, open_qa or tagger.',
         '--config=experiments/quickstart.py:ict --workdir=runs/ict'
         ' --config.corpus=corpus',
         actions.train,
-        CONFIG,
-        WORKDIR,
-        *PROCESSES,
+        _CONFIG,
+        _WORKDIR,
+        *_PROCESSES,
         Flag('profile', str,
              'Steps to trace, for example 10-15, to WORKDIR/profile.'),
         Flag('with_index_builder', bool, 'Start and supervise the index'
@@ -159,65 +194,50 @@ COMMANDS = {
         'Builds index generations for a running trainer.',
         '--workdir=runs/realm --follow',
         actions.index,
-        WORKDIR,
-        CORPUS,
-        *PROCESSES,
+        _WORKDIR,
+        _CORPUS,
+        *_PROCESSES,
         Flag('follow', bool, 'Build a generation from each new snapshot until'
              ' training is done. Otherwise build one and exit.', False),
-        Flag('step', int,
-             'Snapshot to build from; default: the newest.'),
+        Flag('step', int, 'Snapshot to build from; default: the newest.'),
         Flag('start_timeout', float, 'Seconds to wait for the trainer to write'
              ' its config and first snapshot.', 600.0),
-        Flag('parent_pid', int,
-             'Exit when this process ends; 0: never.', 0),
+        Flag('parent_pid', int, 'Exit when this process ends; 0: never.', 0),
     ),
     'index verify': Command(
         'Checks every byte of the index and its provenance.',
         '--workdir=runs/realm',
         actions.verify,
-        WORKDIR,
-        CORPUS,
-        Flag('step', int,
-             'Generation to check; default: all.'),
+        _WORKDIR,
+        _CORPUS,
+        Flag('step', int, 'Generation to check; default: all.'),
     ),
     'index info': Command(
         'Lists the generations, their users, and the state of the builder.',
         '--workdir=runs/realm --json',
         actions.info,
-        WORKDIR,
-        Flag('json', bool, 'Print JSON.', False),
+        _WORKDIR,
+        _JSON,
     ),
     'index add': Command(
         'Adds documents to a trained job.',
         '--workdir=runs/realm --input=more.jsonl',
         actions.add,
-        WORKDIR,
-        CORPUS,
-        _RECORDS,
-        FORMAT,
-        FIELDS,
-        SKIP_BAD_RECORDS,
-        WORKERS,
+        *_RECORDS,
     ),
     'index update': Command(
         'Replaces documents by their ids.',
         '--workdir=runs/realm --input=more.jsonl',
         actions.update,
-        WORKDIR,
-        CORPUS,
-        _RECORDS,
-        FORMAT,
-        FIELDS,
-        SKIP_BAD_RECORDS,
-        WORKERS,
+        *_RECORDS,
         Flag('ignore_missing', bool, 'Add documents with unknown ids.', False),
     ),
     'index delete': Command(
         'Removes documents by their ids.',
         '--workdir=runs/realm --input=ids.txt',
         actions.delete,
-        WORKDIR,
-        CORPUS,
+        _WORKDIR,
+        _CORPUS,
         Flag('input', str, 'Ids: a table with an id, such as JSON Lines, or any'
              ' other file, with an id on each line; .gz, .xz too.', REQUIRED),
         Flag('ignore_missing', bool, 'Ignore unknown ids.', False),
@@ -226,8 +246,8 @@ COMMANDS = {
         'Writes all additions and removals as one plain corpus.',
         '--workdir=runs/realm',
         actions.compact,
-        WORKDIR,
-        CORPUS,
+        _WORKDIR,
+        _CORPUS,
         Flag('output', str, 'Folder for the corpus; default: documents/corpus-N'
              ' in the workdir.'),
     ),
@@ -235,7 +255,7 @@ COMMANDS = {
         'Measures retrieval and reading: JSON, a table and a plot.',
         '--workdir=runs/realm --questions=dev.jsonl',
         actions.evaluate,
-        WORKDIR,
+        _WORKDIR,
         Flag('questions', str, 'JSON Lines of {question, answers, match,'
              ' passage_id}, or a question set as published (see `realm-jax'
              " questions --help`); default: the corpus' questions.jsonl if it"
@@ -278,8 +298,8 @@ COMMANDS = {
         'Says what is wrong with a run: exit status 1, or 0 if nothing is.',
         '--workdir=runs/realm',
         actions.doctor,
-        WORKDIR,
-        Flag('json', bool, 'Print JSON.', False),
+        _WORKDIR,
+        _JSON,
     ),
     'report': Command(
         'Writes one HTML page of a run, or of several side by side.',
@@ -289,14 +309,14 @@ COMMANDS = {
         Flag('output', str, 'File to write.', 'report.html'),
         Flag('inspect', str, 'A sentence with [MASK], for each model to fill'
              ' in; without it, no model is loaded.'),
-        CORPUS,
+        _CORPUS,
     ),
     'inspect': Command(
         'Shows the retrieved passages and predictions for one sentence.',
         '--workdir=runs/realm "The capital is [MASK]."',
         actions.inspect,
-        WORKDIR,
-        CORPUS,
+        _WORKDIR,
+        _CORPUS,
         Flag('k', int,
              'Candidates, null document included; default: as in training.'),
         Flag('html', str, 'Also write a page to this file.'),
@@ -308,7 +328,7 @@ COMMANDS = {
         actions.import_,
         Flag('source', str, 'Checkpoints of BERT or REALM: folders or Hugging'
              ' Face hub ids, comma-separated, for one job.', REQUIRED),
-        WORKDIR,
+        _WORKDIR,
         Flag('components', str, 'Some of embedder, reader, span_reader,'
              ' tagger; default: all but a tagger.'),
         Flag('body', str, 'Prefix of the tensors to take from a file with'
@@ -335,19 +355,18 @@ COMMANDS = {
         Flag('vocab', str, "Vocabulary; default: the checkpoint's."),
         Flag('blocks', str, 'block_records.npy of an open-QA checkpoint whose'
              ' folder has none.'),
-        Flag('workers', int,
-             'Processes for a corpus; default: one for each core.'),
+        _WORKERS,
         Flag('seed', int, 'For parameters that a checkpoint does not have.', 0),
     ),
     'export': Command(
         'Exports a model to transformers, sentence-transformers or FAISS.',
         '--workdir=runs/realm --format=huggingface --output=model',
         actions.export,
-        WORKDIR,
-        CORPUS,
+        _WORKDIR,
+        _CORPUS,
         Flag('format', ('huggingface', 'sentence-transformers', 'index'),
              'What to write.', REQUIRED),
-        OUTPUT,
+        _OUTPUT,
         Flag('step', int, 'Checkpoint, or snapshot of the retriever; default:'
              ' the newest checkpoint.'),
         Flag('classes', str, 'For huggingface: some of embedder, scorer,'
@@ -364,7 +383,7 @@ COMMANDS = {
              ' BEIR, tfds:NAME[/CONFIG][:SPLIT], hf:NAME[:CONFIG[:SPLIT]], or'
              ' ir:NAME of ir_datasets.',
              REQUIRED),
-        OUTPUT,
+        _OUTPUT,
         *_QUESTION_SET,
         Flag('split', bool, 'Divide a published training set into train and'
              ' dev as ORQA and REALM did.', False),
@@ -373,8 +392,8 @@ COMMANDS = {
         'Answers questions from the passages of a corpus.',
         '--workdir=runs/open_qa "who founded Delatuk?"',
         actions.ask,
-        WORKDIR,
-        CORPUS,
+        _WORKDIR,
+        _CORPUS,
         Flag('k', int, 'Passages to read; default: as in training.'),
         Flag('step', int, 'Checkpoint step; default: newest.'),
         Flag('json', bool, 'Print a JSON object for each question.', False),
@@ -384,8 +403,8 @@ COMMANDS = {
         'Serves a page and a JSON API to ask, fill in, search and embed.',
         '--workdir=runs/open_qa',
         actions.serve,
-        WORKDIR,
-        CORPUS,
+        _WORKDIR,
+        _CORPUS,
         Flag('host', str, 'Address to listen on; any but a loopback address'
              ' needs --token.', '127.0.0.1'),
         Flag('port', int, 'Port to listen on; 0: any free one.', 8000),

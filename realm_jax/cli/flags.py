@@ -1,4 +1,4 @@
-"""Flags of the command line, and the flags that several commands share."""
+"""Flags of the command line, and the messages of their errors."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -79,48 +79,6 @@ class ConfigFlag(Flag):
       flags.mark_flag_as_required(self.name)
 
 
-CONFIG = ConfigFlag(
-    'config', str,
-    'Experiment file, FILE.py or FILE.py:ARGUMENT; override its fields with'
-    ' --config.FIELD=VALUE.', REQUIRED,
-)
-WORKDIR = Flag(
-    'workdir', str, 'Folder of the job: config, checkpoints, index, metrics.',
-    REQUIRED,
-)
-CORPUS = Flag(
-    'corpus', str, 'Where the corpus of the workdir is now, if it has moved.'
-)
-OUTPUT = Flag('output', str, 'Folder to write.', REQUIRED)
-OVERWRITE = Flag('overwrite', bool, 'Replace the output folder.', False)
-SKIP_BAD_RECORDS = Flag(
-    'skip_bad_records', bool,
-    'Count and list malformed lines, do not stop.', False,
-)
-FORMAT = Flag(
-    'format', str,
-    'Format of all files: jsonl, json, csv, tsv, tsv-plain, parquet, text,'
-    ' wikiextractor or mediawiki; default: recognised by their content.',
-)
-FIELDS = Flag(
-    'fields', str,
-    'Names of fields or columns, such as id:_id,text:contents, or their'
-    ' numbers; default: the usual names.',
-)
-WORKERS = Flag('workers', int, 'Processes; default: one for each core.')
-# The processes of a job.
-PROCESSES = (
-    Flag('coordinator', str,
-         'HOST:PORT of process 0, where a job has several, one on each host.'),
-    Flag('num_processes', int, 'How many the job has.'),
-    Flag('process_id', int, 'Which of them this is, from 0 on.'),
-    Flag('distributed', bool, 'Find out these three from SLURM, Kubernetes,'
-         ' Open MPI or the TPU slice.', False),
-    Flag('coordinator_timeout', float,
-         'Seconds to wait for the other processes.', 300.0),
-)
-
-
 def overridden(name: str) -> frozenset[str]:
   """Returns the fields of a config flag that the command line sets."""
   if name not in flags.FLAGS:
@@ -133,9 +91,7 @@ def overridden(name: str) -> frozenset[str]:
 def explain(error: Exception, arguments: Sequence[str]) -> str:
   """Returns the message for an error of the flag libraries.
 
-  Args:
-    error: raised while the flags were parsed.
-    arguments: the command line after the name of the command.
+  `arguments` are the command line after the name of the command.
   """
   # The last line of an error in a config file, with traceback, is the cause.
   text = str(error.args[0] if error.args else error).strip()

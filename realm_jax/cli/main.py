@@ -86,7 +86,7 @@ def _call(name: str, argv: Sequence[str]) -> None:
       hint = ''
       if f'{name} {words[0]}' in COMMANDS:
         hint = f' Put it first: `realm-jax {name} {words[0]} --flag=...`.'
-      raise app.UsageError(f'It takes flags only; what is {words[0]!r}?{hint}')
+      raise app.UsageError(f'It takes flags only, not {words[0]!r}.{hint}')
     values = {flag.name: flags.FLAGS[flag.name].value for flag in command.flags}
     command.action(*words, **values)
   except app.UsageError as error:

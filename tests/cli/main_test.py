@@ -129,7 +129,7 @@ def test_help_lists_commands_and_flags():
          '/no/such.jsonl'),
         (['inspect', '--workdir=x'], 'Give one sentence with a [MASK]'),
         (['compare', 'a'], 'usage: realm-jax compare [--flag=value ...]'),
-        (['index', '--workdir=x', 'extra'], "what is 'extra'"),
+        (['index', '--workdir=x', 'extra'], "flags only, not 'extra'"),
         (['index', '--workdir=x', 'info'], 'Put it first: `realm-jax index'),
         (['index', 'verfiy', '--workdir=x'], 'Did you mean `index verify`?'),
         (['index', 'verify', '--follow'], "Unknown command line flag 'follow'"),
