@@ -365,12 +365,8 @@ def to_dict(config: Any) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: Any, cls: type = Config, path: str = 'config') -> Any:
   """Inverse of `to_dict`; raises ValueError on an unknown field."""
-  return _from_dict(Config, values, 'config')
-
-
-def _from_dict(cls: type, values: Any, path: str) -> Any:
   if not isinstance(values, dict):
     raise ValueError(f'{path} must be an object of fields, not {values!r}.')
   types = typing.get_type_hints(cls)
@@ -383,7 +379,7 @@ def _from_dict(cls: type, values: Any, path: str) -> Any:
   made = {}
   for name, value in values.items():
     if dataclasses.is_dataclass(types[name]):
-      value = _from_dict(types[name], value, f'{path}.{name}')
+      value = from_dict(value, types[name], f'{path}.{name}')
     elif typing.get_origin(types[name]) is tuple and isinstance(value, list):
       value = tuple(value)  # JSON has no tuples.
     made[name] = value

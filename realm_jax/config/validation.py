@@ -9,23 +9,26 @@ from typing import Any, Literal
 
 from realm_jax import config as config_lib
 
-# 0 means none, a derived default, or no limit.
-_NOT_NEGATIVE = (
-    'model.num_layers model.width model.num_heads model.mlp_width'
-    ' model.vocab_size model.pad_id model.init_stddev'
-    ' model.projection_norm_eps model.span_norm_eps optimizer.learning_rate'
-    ' optimizer.retriever_delay optimizer.final_fraction optimizer.eps'
-    ' optimizer.weight_decay'
-    ' refresh.timeout refresh.keep refresh.max_builder_failures checkpoint.keep'
-    ' mips.num_leaves mips.leaves_to_search mips.reorder peak_tflops'
-    ' gates.interval'
-).split()
-_AT_LEAST_ONE = (
-    'steps batch_size accumulate log_interval checkpoint.interval'
-    ' refresh.interval model.embedding_width model.span_width'
-    ' model.max_span_width lengths.masks open_qa.retrieved open_qa.read'
-    ' gates.sentences'
-).split()
+# The least value of each field; 0 means none, a derived default, or no limit.
+_LEAST = {
+    0: (
+        'model.num_layers model.width model.num_heads model.mlp_width'
+        ' model.vocab_size model.pad_id model.init_stddev'
+        ' model.projection_norm_eps model.span_norm_eps optimizer.learning_rate'
+        ' optimizer.retriever_delay optimizer.final_fraction optimizer.eps'
+        ' optimizer.weight_decay refresh.timeout refresh.keep'
+        ' refresh.max_builder_failures checkpoint.keep mips.num_leaves'
+        ' mips.leaves_to_search mips.reorder peak_tflops gates.interval'
+    ),
+    1: (
+        'steps batch_size accumulate log_interval checkpoint.interval'
+        ' refresh.interval model.embedding_width model.span_width'
+        ' model.max_span_width lengths.masks open_qa.retrieved open_qa.read'
+        ' gates.sentences'
+    ),
+    4: 'lengths.query',
+    8: 'lengths.document',
+}
 _SHARES = (
     'mlm.own_passage_rate mlm.null_rate ict.remove_rate model.dropout'
     ' refresh.overlap_bound optimizer.b1 optimizer.b2 mips.recall_target'
@@ -75,20 +78,15 @@ def _ranges(c: config_lib.Config) -> Problems:
         f'must be one of {tuple(config_lib.BACKENDS)} or have the form'
         ' package.module:Name'
     )
-  for field in _NOT_NEGATIVE:
-    if not _at(c, field) >= 0:
-      yield field, 'must not be negative'
-  for field in _AT_LEAST_ONE:
-    if not _at(c, field) >= 1:
-      yield field, 'must be at least 1'
+  for least, fields in _LEAST.items():
+    for field in fields.split():
+      if not _at(c, field) >= least:
+        why = f'must be at least {least}' if least else 'must not be negative'
+        yield field, why
   if c.num_candidates < 2:
     yield 'num_candidates', 'counts the null document, so it must be at least 2'
   if not 0 <= c.seed < 2**31:
     yield 'seed', 'must be between 0 and 2**31 - 1'
-  if c.lengths.query < 4:
-    yield 'lengths.query', 'must be at least 4'
-  if c.lengths.document < 8:
-    yield 'lengths.document', 'must be at least 8'
   if c.lengths.masks > c.lengths.query - 2:
     yield 'lengths.masks', (
         f'is more than a query of {c.lengths.query} wordpieces can have, with'

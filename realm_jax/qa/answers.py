@@ -13,6 +13,7 @@ passages, and the default of `evaluate`. `regex` searches a pattern.
 import collections
 from collections.abc import Iterator, Sequence
 import functools
+import itertools
 import re
 import string
 from typing import Any, Literal
@@ -190,7 +191,12 @@ def answer_spans(
   """
   _check(answers, match)
   if match == 'regex':
-    found = {s for answer in answers for s in _regex_spans(answer, text)}
+    found = {
+        hit.span()
+        for answer in answers
+        for hit in _regex_matches('finditer', answer, text)
+        if hit.group()
+    }
     origins: Sequence[int] = range(len(text) + 1)
   else:
     lowered, origins = lower_with_origins(text)
@@ -198,9 +204,8 @@ def answer_spans(
   characters = sorted((origins[start], origins[end]) for start, end in found)
   if text.isascii():
     return characters
-  sizes = [0]
-  for character in text:
-    sizes.append(sizes[-1] + len(character.encode('utf-8', 'surrogatepass')))
+  lengths = (len(c.encode('utf-8', 'surrogatepass')) for c in text)
+  sizes = [*itertools.accumulate(lengths, initial=0)]
   return [(sizes[start], sizes[limit]) for start, limit in characters]
 
 
@@ -303,38 +308,20 @@ def _compiled(pattern: str) -> Any:
     return None
 
 
-def _regex_spans(pattern: str, text: str) -> list[tuple[int, int]]:
-  """Returns the matches of a pattern in a text; none if it takes too long."""
-  compiled = _compiled(pattern)
-  if compiled is None:
-    return []
-  try:
-    return [
-        found.span()
-        for found in compiled.finditer(text, timeout=_REGEX_SECONDS)
-        if found.group()
-    ]
-  except TimeoutError:
-    _warn_of_timeout(pattern, text)
-    return []
-
-
 def _regex_matches(
-    how: Literal['match', 'search'], pattern: str, text: str
-) -> bool:
+    how: Literal['match', 'search', 'finditer'], pattern: str, text: str
+) -> list[Any]:
+  """Returns the matches of a pattern; none if it takes too long."""
   compiled = _compiled(pattern)
   if compiled is None:
-    return False
+    return []
   try:
-    return bool(getattr(compiled, how)(text, timeout=_REGEX_SECONDS))
+    found = getattr(compiled, how)(text, timeout=_REGEX_SECONDS)
+    return [*found] if how == 'finditer' else [found] if found else []
   except TimeoutError:
-    _warn_of_timeout(pattern, text)
-    return False
-
-
-def _warn_of_timeout(pattern: str, text: str) -> None:
-  warnings.warn(
-      f'The answer pattern {pattern!r} took longer than {_REGEX_SECONDS} s on a'
-      f' text of {len(text)} characters and does not match it.',
-      stacklevel=3,
-  )
+    warnings.warn(
+        f'The answer pattern {pattern!r} took longer than {_REGEX_SECONDS} s on'
+        f' a text of {len(text)} characters and does not match it.',
+        stacklevel=3,
+    )
+    return []

@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 _MAX_TEXTS = 2_000_000
 _MAX_RESULTS = 200_000_000
 _GOLD_TEXTS = 2**14  # Questions about one record are usually adjacent.
-
-
 _NAMED = 5  # Unknown ids in a message.
 
 
@@ -65,16 +63,12 @@ class Gold:
 def find_gold(
     corpus: corpus_lib.Corpus, questions: Sequence[questions_lib.Question]
 ) -> Gold:
-  """Finds the gold passages of questions.
+  """Finds the gold passages of questions, which name passages or records.
 
   Training (`ict.questions`) and evaluation both use this function. If `prepare`
   split a gold record into several passages, the gold passages are those that
   contain an answer, by the rule `squad` of `answers.has_answer`. If none does,
   all are gold: the answer may cross a boundary, or occur only in the title.
-
-  Args:
-    corpus: the passages.
-    questions: `passage_id` has ids of passages or of split records.
   """
   known = sorted({name for question in questions for name in question.gold})
   records = dict(zip(known, corpus.record_rows(known), strict=True))
@@ -90,12 +84,11 @@ def find_gold(
     for name, grade in question.gold.items():
       rows = records[name].tolist()
       if len(rows) > 1:
+        accepted, match = question.answers, question.match
         holding = [
             row
             for row in rows
-            if answers.has_answer(
-                text_of(row), question.answers, question.match
-            )
+            if answers.has_answer(text_of(row), accepted, match)
         ]
         rows = holding or rows
       for row in rows:
@@ -127,12 +120,7 @@ class PassageAnswers:
   def has_answer(
       self, question: questions_lib.Question, rows_N: np.ndarray
   ) -> np.ndarray:
-    """Returns bool [N]: whether the body of each passage contains an answer.
-
-    Args:
-      question: the question with its answers.
-      rows_N: passage rows.
-    """
+    """Returns bool [N]: whether the body of each passage contains an answer."""
     known, results = self._results.get(
         question, (np.zeros(0, np.int64), np.zeros(0, bool))
     )

@@ -126,21 +126,17 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
         raise ValueError(f'{place}: {error}') from None
 
   texts: Iterator[str] = (text for text in decoded() if text.strip())
-  first = next(texts, None)
-  if first is None:
-    return
+  first = next(texts, '')
   if '\t' in first:
     delimiter = '\t'
   elif tables.suffix(path) == '.csv':
     delimiter = ','
-  texts = itertools.chain([first], texts)
-  if delimiter is None:
-    yield from ((place, text.split()) for text in texts)
-    return
+  texts = itertools.chain([first], texts) if first else texts
   # BEIR, whose files have a header, quotes as csv does.
-  quoted = _is_header(first.rstrip('\r\n').split(delimiter))
-  if not quoted:
-    yield from ((place, t.rstrip('\r\n').split(delimiter)) for t in texts)
+  if not delimiter or not _is_header(first.rstrip('\r\n').split(delimiter)):
+    for text in texts:
+      text = text.rstrip('\r\n') if delimiter else text
+      yield place, text.split(delimiter)
     return
   try:
     yield from ((place, row) for row in csv.reader(texts, delimiter=delimiter))
@@ -153,9 +149,7 @@ def beir(
 ) -> tuple[pathlib.Path, pathlib.Path | None]:
   """Returns the files of queries and of qrels in a folder of BEIR.
 
-  Args:
-    folder: has queries.jsonl, and qrels/SPLIT.tsv for each split.
-    with_qrels: whether a file of qrels is chosen.
+  The folder has queries.jsonl, and qrels/SPLIT.tsv for each split.
 
   Raises:
     ValueError: there are no queries, or it is not clear which qrels are meant.
@@ -172,7 +166,7 @@ def beir(
     return queries[0], splits[0] if splits else None
   if 'test' not in names:
     raise ValueError(
-        f'{folder} has qrels of {", ".join(names)}. Say which:'
+        f'{folder} has qrels of {", ".join(names)}. Choose one:'
         f' --qrels={splits[0]}.'
     )
   chosen = splits[names.index('test')]

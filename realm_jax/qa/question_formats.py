@@ -41,24 +41,23 @@ class Format:
 
   about: its name in the log.
   marks: fields by which a record is recognised; `a|b`: one of them.
-  fields: path of each field; `output.answer` enters the lists on its way.
-    Empty: the usual names.
+  fields: path of each field, as in --fields; `output.answer` enters the lists
+    on its way. Empty: the usual names.
   convert: yields the questions of a record with their place in it, in the
     place of `fields`.
   match: of all its questions; None: as the records say.
   """
 
   about: str
-  marks: tuple[str, ...] = ()
-  fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  marks: str = ''
+  fields: str = ''
   convert: Callable[[Record], Iterator[tuple[str, Record]]] | None = None
   match: str | None = None
 
   def missing(self, record: Record) -> list[str]:
     """Returns the marks that a record lacks."""
-    return [
-        mark for mark in self.marks if not {*mark.split('|')} & record.keys()
-    ]
+    marks = self.marks.split()
+    return [mark for mark in marks if not {*mark.split('|')} & record.keys()]
 
 
 def _natural_questions(record: Record) -> Iterator[tuple[str, Record]]:
@@ -117,9 +116,7 @@ def _web_questions(record: Record) -> Iterator[tuple[str, Record]]:
       for quoted, bare in _DESCRIPTION.findall(record.get('targetValue') or '')
   ]
   question = record.get('qText', record.get('utterance'))
-  yield '', {
-      'id': record.get('qId'), 'question': question, 'answers': answers
-  }
+  yield '', {'id': record.get('qId'), 'question': question, 'answers': answers}
 
 
 def _trivia_qa(record: Record) -> Iterator[tuple[str, Record]]:
@@ -154,50 +151,35 @@ _ANY = Format('questions')
 FORMATS: dict[str, Format] = {
     'natural_questions': Format(
         'Natural Questions',
-        ('question_text', 'annotations', 'document_html|document_text'),
+        'question_text annotations document_html|document_text',
         convert=_natural_questions,
     ),
-    'squad': Format('SQuAD', ('paragraphs',), convert=_squad),
-    'trivia_qa': Format('TriviaQA', ('Question', 'Answer'), convert=_trivia_qa),
+    'squad': Format('SQuAD', 'paragraphs', convert=_squad),
+    'trivia_qa': Format('TriviaQA', 'Question Answer', convert=_trivia_qa),
     'web_questions': Format(
-        'WebQuestions', ('qText|utterance',), convert=_web_questions
+        'WebQuestions', 'qText|utterance', convert=_web_questions
     ),
     'dpr': Format(
         'DPR',
-        ('question', 'positive_ctxs'),
-        {'passage_id': 'positive_ctxs.passage_id|psg_id'},
+        'question positive_ctxs',
+        'passage_id:positive_ctxs.passage_id|psg_id',
     ),
     'tevatron': Format(
         'Tevatron, MIRACL or Mr. TyDi',
-        ('query', 'positive_passages'),
-        {
-            'id': 'query_id',
-            'question': 'query',
-            'passage_id': 'positive_passages.docid',
-        },
+        'query positive_passages',
+        'id:query_id,question:query,passage_id:positive_passages.docid',
     ),
     'kilt': Format(
         'KILT',
-        ('input', 'output'),
-        {
-            'question': 'input',
-            'answers': 'output.answer',
-            'passage_id': 'output.provenance.wikipedia_id',
-            'title': 'output.provenance.title',
-        },
+        'input output',
+        'question:input,answers:output.answer,title:output.provenance.title,'
+        'passage_id:output.provenance.wikipedia_id',
     ),
-    'popqa': Format(
-        'PopQA', ('possible_answers',), {'answers': 'possible_answers'}
-    ),
+    'popqa': Format('PopQA', 'possible_answers', 'answers:possible_answers'),
     'beir': Format(
         'queries of BEIR',
-        ('_id', 'text'),
-        {
-            'id': '_id',
-            'question': 'text',
-            'answers': 'metadata.answers',
-            'match': 'metadata.match',
-        },
+        '_id text',
+        'id:_id,question:text,answers:metadata.answers,match:metadata.match',
     ),
     'curated_trec': Format('CuratedTREC', match='regex'),
     'entity_questions': _ANY,
@@ -263,7 +245,7 @@ def columns(
     if len(columns) == 2:
       first = {}
     return {**first, **pair}, 'a question and an answer as text', None
-  why = 'what its columns are is not clear'
+  why = 'the meaning of the columns is not clear'
   if patterns:
     place, record = records[patterns[0]]
     why = (
@@ -273,7 +255,7 @@ def columns(
   names = ','.join(f'{field}:{column}' for field, column in pair.items())
   raise ValueError(
       f'{source}: {len(columns)} column(s) without names, and {why}. The first'
-      f' row is {[*records[0][1].values()]}. Say it: --fields={names} for'
+      f' row is {[*records[0][1].values()]}. Name them: --fields={names} for'
       ' questions with answers as text, --fields=id:1,question:2 for ids and'
       ' questions, --format=curated_trec for an id, the question and a regular'
       ' expression.'

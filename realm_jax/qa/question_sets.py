@@ -78,20 +78,28 @@ def read(
     about, rows = _from_hf(name, format, given)
   elif name.startswith('ir:'):
     about, rows, judged = _from_ir(name, qrels is None)
-  elif path.is_dir():
-    path, found = qrels_lib.beir(path, qrels is None)
-    qrels = found or qrels
-    about, rows = _open(path, format, given)
-  elif path.is_file():
-    about, rows = _open(path, format, given)
   else:
-    raise FileNotFoundError(f'no question file or folder at {name}')
+    if path.is_dir():
+      path, found = qrels_lib.beir(path, qrels is None)
+      qrels = found or qrels
+    elif not path.is_file():
+      raise FileNotFoundError(f'no question file or folder at {name}')
+    about, rows = _open(path, format, given)
   questions, judging = _checked(rows, name, about), ''
   if qrels is not None:
     judged = qrels_lib.read(qrels)
   if judged is not None:
     questions, judging = qrels_lib.join(questions, judged, name)
-  _log(name, f'{about}{judging}', questions)
+  answered = [question for question in questions if question.answers]
+  patterns = sum(question.match == 'regex' for question in answered)
+  form = f'{patterns} regular expressions' if patterns else 'text'
+  log.info(
+      'Questions of %s: %s%s. %d questions: %d with answers%s, %d with gold'
+      ' passages.',
+      name, about, judging, len(questions), len(answered),
+      f' ({form})' if answered else '',
+      sum(bool(question.gold) for question in questions),
+  )
   return questions
 
 
@@ -124,12 +132,9 @@ def convert(
   """Writes a question set in JSON Lines, which every command reads.
 
   Args:
-    source: as in `read`.
+    source, format, fields, qrels: as in `read`.
     output: folder for questions.jsonl, or for train.jsonl and dev.jsonl.
-    format: as in `read`.
     split: whether to apply `resplit`.
-    fields: as in `read`.
-    qrels: as in `read`.
 
   Returns:
     The number of questions of each file.
@@ -169,24 +174,6 @@ def _checked(
   if not questions:
     raise ValueError(f'{source} ({about}) holds no question with an answer.')
   return questions
-
-
-def _log(
-    source: str, about: str, questions: Sequence[questions_lib.Question]
-) -> None:
-  answered = [question for question in questions if question.answers]
-  patterns = sum(question.match == 'regex' for question in answered)
-  form = f'{patterns} regular expressions' if patterns else 'text'
-  log.info(
-      'Questions of %s: %s. %d questions: %d with answers%s, %d with gold'
-      ' passages.',
-      source,
-      about,
-      len(questions),
-      len(answered),
-      f' ({form})' if answered else '',
-      sum(bool(question.gold) for question in questions),
-  )
 
 
 def _open(
@@ -229,15 +216,22 @@ def _recognised(
   key = next((k for k in first[1] if str(k).lower() in _LISTS), None)
   if key is not None and 'question' not in map(fields_lib.normal, first[1]):
     rows = _nested(rows, key)
-    start = list(itertools.islice(rows, 1))
-    rows, sample = itertools.chain(start, rows), tuple(r for _, r in start)
-  if format in formats.FORMATS:
-    kind_of_set = formats.FORMATS[format]
-    _check_marks(kind_of_set, sample[0] if sample else {}, str(path))
-  else:
-    kind_of_set = formats.detect(sample[0] if sample else {})
-  if kind_of_set.convert is not None:
-    return f'{kind_of_set.about}, {kind}', _converted(rows, kind_of_set)
+    head = list(itertools.islice(rows, 1))
+    rows, sample = itertools.chain(head, rows), [r for _, r in head]
+  start = sample[0] if sample else {}
+  kind_of_set = formats.FORMATS.get(format) or formats.detect(start)
+  if missing := kind_of_set.missing(start):
+    raise ValueError(
+        f'{path}: not {kind_of_set.about}: no field'
+        f' {" or ".join(map(repr, missing[0].split("|")))} among'
+        f' {fields_lib.listed([*start])}.'
+    )
+  if (convert := kind_of_set.convert) is not None:
+    return f'{kind_of_set.about}, {kind}', (
+        (f'{place}{where}', question)
+        for place, record in rows
+        for where, question in convert(record)
+    )
   found = _Records(rows, kind, kind_of_set, given, path)
   found.learn(sample)
   if 'question' not in found.names:
@@ -249,6 +243,7 @@ def _recognised(
   return found, found
 
 
+@dataclasses.dataclass(eq=False)
 class _Records:
   """Records of a file, with the names of `questions.parse`.
 
@@ -256,18 +251,13 @@ class _Records:
   seen: all fields of the records.
   """
 
-  def __init__(
-      self,
-      rows: Rows,
-      kind: str,
-      found: formats.Format,
-      given: Mapping[str, str],
-      path: pathlib.Path | str,
-  ):
-    self._rows, self._kind, self._format = rows, kind, found
-    self._given, self._path = given, path
-    self.names: dict[str, str] = {}
-    self.seen: dict[str, None] = {}
+  rows: Rows
+  kind: str
+  format: formats.Format
+  given: Mapping[str, str]
+  path: pathlib.Path | str
+  names: dict[str, str] = dataclasses.field(default_factory=dict)
+  seen: dict[str, None] = dataclasses.field(default_factory=dict)
 
   def learn(self, records: Sequence[Record]) -> None:
     """Chooses the fields that are not chosen yet."""
@@ -276,9 +266,10 @@ class _Records:
         field
         for field in formats.NAMES
         if field not in self.names
-        and not (field == 'match' and self._format.match)
+        and not (field == 'match' and self.format.match)
     ]
-    paths = {**self._format.fields, **self._given}
+    of_format = fields_lib.parse(self.format.fields, formats.NAMES)
+    paths = {**of_format, **self.given}
     for field in [field for field in wanted if '.' in paths.get(field, '')]:
       wanted.remove(field)
       path = paths[field]
@@ -288,18 +279,18 @@ class _Records:
     given = {
         field: path
         for field, path in paths.items()
-        if field in wanted and (field in self._given or path in self.seen)
+        if field in wanted and (field in self.given or path in self.seen)
     }
     self.names |= fields_lib.choose(
-        wanted, records, given, str(self._path), usual=formats.NAMES
+        wanted, records, given, str(self.path), usual=formats.NAMES
     ).taken
 
   def __iter__(self) -> Iterator[tuple[str, Record]]:
-    for place, record in self._rows:
+    for place, record in self.rows:
       if not record.keys() <= self.seen.keys():
         self.learn([record])
       yield from formats.with_fields(
-          [(place, record)], self.names, self._format.match
+          [(place, record)], self.names, self.format.match
       )
 
   def __str__(self) -> str:
@@ -311,7 +302,7 @@ class _Records:
     chosen = fields_lib.Fields(
         self.names, tuple(name for name in self.seen if name not in tops)
     )
-    return f'{self._format.about}, {self._kind}; {chosen}'
+    return f'{self.format.about}, {self.kind}; {chosen}'
 
 
 def _table(
@@ -320,9 +311,7 @@ def _table(
   """Opens a file; a header is a row that names a question."""
   if format is None and tables.recognise(path) == 'csv':
     table = tables.open_table(path, 'csv', given)
-    tabs = [
-        any('\t' in str(v) for v in row.values()) for row in table.sample
-    ]
+    tabs = [any('\t' in str(v) for v in row.values()) for row in table.sample]
     # The files .qa.csv of DPR are divided by tabs; there are commas in them.
     if table.delimiter != '\t' and tabs and all(tabs):
       format = 'tsv'
@@ -362,26 +351,6 @@ def _nested(rows: Rows, key: str) -> Iterator[tuple[str, Record]]:
       if not isinstance(record, dict):
         raise ValueError(f'{where}: {str(record)[:80]!r} is not an object.')
       yield where, record
-
-
-def _check_marks(
-    found: formats.Format, record: Record, where: str
-) -> None:
-  if missing := found.missing(record):
-    raise ValueError(
-        f'{where}: not {found.about}: no field'
-        f' {" or ".join(map(repr, missing[0].split("|")))} among'
-        f' {fields_lib.listed([*record])}.'
-    )
-
-
-def _converted(
-    rows: Rows, found: formats.Format
-) -> Iterator[tuple[str, Record]]:
-  assert found.convert is not None
-  for place, record in rows:
-    for where, question in found.convert(record):
-      yield f'{place}{where}', question
 
 
 def _from_hf(

@@ -10,19 +10,9 @@ from collections.abc import Iterable
 import dataclasses
 import io
 import json
-import os
-import pathlib
 import re
 import tokenize
 from typing import Any, Literal
-
-from realm_jax.runtime import tables
-
-_EXPECTED = (
-    'a line holds {"question": text, "answers"?: [text, ...], "id"?: text, '
-    '"passage_id"?: text or [text, ...], "grades"?: [1, ...], '
-    '"match"?: "string" or "regex", "title"?: text, "held_out"?: true or false}'
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +47,6 @@ class Question:
     if ids is None or isinstance(ids, str):
       ids = () if ids is None else (ids,)
     return dict(zip(ids, self.grades or (1,) * len(ids), strict=True))
-
-
-def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-  """Reads a question file in JSON Lines, plain or compressed.
-
-  Raises:
-    FileNotFoundError: the file does not exist.
-    ValueError: a line is not a question (the message has the file, the line and
-      the expected fields), or the file is empty or damaged.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f'no question file at {path}')
-  questions = []
-  for place, record in tables.Table(path, 'jsonl'):
-    try:
-      if isinstance(record, ValueError):
-        raise record
-      questions.append(parse(record))
-    except ValueError as error:
-      raise ValueError(f'{place}: {error}; {_EXPECTED}') from error
-  if not questions:
-    raise ValueError(f'{path} holds no question; {_EXPECTED}')
-  return questions
 
 
 def parse(record: dict[str, Any]) -> Question:

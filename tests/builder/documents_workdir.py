@@ -12,7 +12,7 @@ from realm_jax.api import retriever
 from realm_jax.builder import builder
 from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.qa import questions as questions_lib
+from realm_jax.qa import question_sets
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import snapshots as snapshots_lib
@@ -101,7 +101,7 @@ def workdir(tmp_path, _original):
 
 @pytest.fixture(scope='module')
 def queries(world):
-  questions = questions_lib.read_questions(world / 'questions.jsonl')
+  questions = question_sets.read(world / 'questions.jsonl')
   return [q.question for q in questions[:20]] + ['who lit the lamp', 'zeppelin']
 
 

@@ -20,6 +20,7 @@ from realm_jax.evaluation import runs
 from realm_jax.index import generation
 from realm_jax.inference import trained as trained_lib
 from realm_jax.models import objectives
+from realm_jax.qa import question_sets
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
@@ -90,7 +91,7 @@ def saved(config):
 
 @pytest.fixture(scope='module')
 def questions(world):
-  return questions_lib.read_questions(world / 'questions.jsonl')
+  return question_sets.read(world / 'questions.jsonl')
 
 
 @pytest.fixture(scope='module')

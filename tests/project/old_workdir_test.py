@@ -10,7 +10,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import evaluate
 from realm_jax.interop import export
-from realm_jax.qa import questions as questions_lib
+from realm_jax.qa import question_sets
 from realm_jax.trainer import loop
 
 _FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
@@ -53,7 +53,7 @@ def test_training_resumes(old):
 def test_changed_documents_are_evaluated_as_before(old):
   expected = json.loads((old / 'expected.json').read_text())['questions']
   questions = old / 'corpus' / 'questions.jsonl'
-  asked = questions_lib.read_questions(questions)
+  asked = question_sets.read(questions)
   # Then, a gold passage that was deleted did not count.
   (found,) = evaluate.evaluate(old / 'documents', asked, unknown_gold='skip')
   assert found['passages'] == 91
