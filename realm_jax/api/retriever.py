@@ -49,21 +49,19 @@ class Retriever:
       params: components_lib.Params,
       tokenizer: tokenizer_lib.Tokenizer,
       lengths: config_lib.LengthsConfig,
-      open_search: Callable[[], tuple[search_lib.Search, search_lib.Rows]]
-      | None = None,
+      open_index: Callable[[], trained_lib.Index] | None = None,
       open_corpus: Callable[[], corpus_lib.Corpus] | None = None,
   ):
-    """Calls `open_search` at the first search."""
+    """Calls `open_index` at the first search."""
     self.tokenizer = tokenizer
     self.lengths = lengths
     self.width = component.config.embedding_width
     self._params = jax.device_put(params)
-    self._open_search = open_search
-    self._searched: tuple[search_lib.Search, search_lib.Rows] | None = None
+    self._open_index = open_index
     self._open_corpus = open_corpus
     self._template = inputs.Template.of(component.config, lengths, tokenizer)
     self._embedder = embedding.Embedder(component, mesh_lib.one_device())
-    self._said: set[str] = set()  # Kinds of texts reported as cut.
+    self._reported: set[str] = set()  # Kinds of texts reported as cut.
 
   @classmethod
   def load(
@@ -101,16 +99,17 @@ class Retriever:
     if 'embedder' not in params:
       raise ValueError(f'{path} has no retriever, only {", ".join(params)}.')
 
-    def open_search() -> tuple[search_lib.Search, search_lib.Rows]:
+    def open_index() -> trained_lib.Index:
       index = trained.published(params, step)
-      return index.make_search(trained.config.mips), index.table
+      search = index.make_search(trained.config.mips)
+      return trained_lib.Index(search, index.table, step)
 
     return cls(
         trained.components['embedder'],
         params['embedder'],
         trained.tokenizer,
         _lengths(trained.config, query_length, passage_length),
-        open_search,
+        open_index,
         (lambda: trained.corpus) if trained.config.corpus or corpus else None,
     )
 
@@ -130,10 +129,10 @@ class Retriever:
       )
     table = loaded.block_emb
 
-    def open_search() -> tuple[search_lib.Search, search_lib.Rows]:
+    def open_index() -> trained_lib.Index:
       assert table is not None
       rows = table.mapped()
-      return search_lib.ExactSearch(rows), rows
+      return trained_lib.Index(search_lib.ExactSearch(rows), rows, None)
 
     config = config_lib.resolve(config_lib.Config(model=loaded.config))
     source.set_lengths(config.lengths)
@@ -142,7 +141,7 @@ class Retriever:
         loaded.params['embedder'],
         source.tokenizer,
         _lengths(config, query_length, passage_length),
-        open_search if table is not None else None,
+        open_index if table is not None else None,
     )
 
   @property
@@ -163,18 +162,16 @@ class Retriever:
   def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds `[CLS] text [SEP]`: float32 [B, E]."""
     ids_BQ = self._template.encode(_checked(texts))
-    if 'queries' not in self._said and cuts.warn_of_queries(
+    if 'queries' not in self._reported and cuts.warn_of_queries(
         texts, ids_BQ, self.tokenizer, 'queries', 'query_length'
     ):
-      self._said.add('queries')
+      self._reported.add('queries')
     return self._embed(
         lambda ids_BQ: self._embedder.queries(self._params, ids_BQ),
         self._template.queries(ids_BQ),
     )
 
-  def embed_passages(
-      self, passages: Sequence[tuple[str, str]]
-  ) -> np.ndarray:
+  def embed_passages(self, passages: Sequence[tuple[str, str]]) -> np.ndarray:
     """Embeds `[CLS] title [SEP] body [SEP]`: float32 [B, E].
 
     Args:
@@ -186,13 +183,13 @@ class Retriever:
     for texts in zip(*given, strict=True):
       _checked(texts)
     table = inputs.passage_table(passages, self.tokenizer)
-    if 'passages' not in self._said and cuts.warn(
+    if 'passages' not in self._reported and cuts.warn(
         'passages',
         self._template.lengths(table),
         self.lengths.document,
         'passage_length',
     ):
-      self._said.add('passages')
+      self._reported.add('passages')
     arrays = self._template.documents(table, np.arange(len(table)))
 
     def embed(ids_BS: np.ndarray, types_BS: np.ndarray) -> jax.Array:
@@ -202,9 +199,7 @@ class Retriever:
 
     return self._embed(embed, *arrays)
 
-  def search(
-      self, texts: Sequence[str], k: int, hybrid: bool = False
-  ) -> Hits:
+  def search(self, texts: Sequence[str], k: int, hybrid: bool = False) -> Hits:
     """Finds the k passages of the highest inner product with each text.
 
     Args:
@@ -217,10 +212,10 @@ class Retriever:
     Raises:
       FileNotFoundError: the workdir has no index of these parameters.
       ImportError: `hybrid` needs the extra `[bm25]`.
-      ValueError: there is no index at all, or fewer than k passages; `hybrid`,
-        and there is no corpus.
+      ValueError: there is no index, or fewer than k passages; or no corpus for
+        `hybrid`.
     """
-    if self._open_search is None:
+    if self._open_index is None:
       raise ValueError(
           'This retriever was loaded without an index. Load a workdir in which'
           ' `realm-jax index` built one, or an open-QA checkpoint.'
@@ -228,18 +223,20 @@ class Retriever:
     depth = k
     if hybrid:  # Loaded first: it fails at once where the extra is missing.
       depth = max(k, min(bm25.DEPTH, len(self._bm25)))
-    if self._searched is None:
-      self._searched = self._open_search()
-    search, table = self._searched
+    index = self._index
     query_emb_BE = self.embed_queries(texts)
     if not len(query_emb_BE):
       return Hits(np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
-    rows_BK = np.asarray(search.search(query_emb_BE, depth)).astype(np.int64)
+    rows_BK, score_BK = index.ranked(query_emb_BE, depth)
     if hybrid:
       by_words_BK, _ = self._bm25.search(list(texts), depth)
       rows_BK, score_BK = bm25.fuse(rows_BK, by_words_BK, k=k)
-      return Hits(rows_BK, score_BK.astype(np.float32))
-    return Hits(rows_BK, search_lib.score(table, query_emb_BE, rows_BK))
+    return Hits(rows_BK.astype(np.int64), score_BK.astype(np.float32))
+
+  @functools.cached_property
+  def _index(self) -> trained_lib.Index:
+    assert self._open_index is not None
+    return self._open_index()
 
   @functools.cached_property
   def _bm25(self) -> bm25.Bm25:
@@ -256,9 +253,7 @@ class Retriever:
     ids_BL = arrays_BL[0]
     emb_BE = np.zeros((len(ids_BL), self.width), np.float32)
     sizes = (ids_BL != self.tokenizer.pad_id).sum(axis=1)
-    widths = np.minimum(
-        -(-sizes // _WIDTH_STEP) * _WIDTH_STEP, ids_BL.shape[1]
-    )
+    widths = np.minimum(-(-sizes // _WIDTH_STEP) * _WIDTH_STEP, ids_BL.shape[1])
     for width in np.unique(widths).tolist():
       members = np.flatnonzero(widths == width)
       most = max(1, _BATCH_TOKENS // width)

@@ -8,7 +8,6 @@ program, so that no command waits for the libraries of another.
 import contextlib
 import dataclasses
 import json as json_lib
-import logging
 import pathlib
 import shlex
 import sys
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
   from realm_jax.config import Config
 
 _TERMINATED = 143  # Exit code of a job that SIGTERM stopped: 128 + SIGTERM.
-
-log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -98,14 +95,14 @@ def plan(
     raise app.UsageError('--config is missing.')
   if chip not in plan_lib.CHIPS:
     raise ValueError(
-        f'--chip={chip}: there are {", ".join(plan_lib.CHIPS)}; for another,'
-        ' take one like it with --peak_tflops and --memory_gb.'
+        f'--chip={chip}: must be one of {", ".join(plan_lib.CHIPS)}; for'
+        ' another chip, add --peak_tflops and --memory_gb to a similar one.'
     )
-  device = plan_lib.CHIPS[chip]
-  if peak_tflops is not None:
-    device = dataclasses.replace(device, tflops=peak_tflops)
-  if memory_gb is not None:
-    device = dataclasses.replace(device, memory_gb=memory_gb)
+  given = {'tflops': peak_tflops, 'memory_gb': memory_gb}
+  device = dataclasses.replace(
+      plan_lib.CHIPS[chip],
+      **{name: value for name, value in given.items() if value is not None},
+  )
   corpus = config.corpus or '(none)'  # A plan does not need one.
   stages.validate(dataclasses.replace(config, corpus=corpus))
   config, passages, mean_wordpieces, corpus_bytes = plan_lib.of_corpus(
@@ -146,9 +143,7 @@ def train(
   with _processes(**processes):
     main = distributed.is_main()
     try:
-      supervised = (
-          with_index_builder and stages.load(config).searches
-      )
+      supervised = with_index_builder and stages.load(config).searches
       if supervised and main:
         from realm_jax.trainer import supervise
 
@@ -160,9 +155,7 @@ def train(
               explicit=explicit,
           )
       else:
-        summary = loop.train(
-            config, workdir, profile=steps, explicit=explicit
-        )
+        summary = loop.train(config, workdir, profile=steps, explicit=explicit)
     except loop.Interrupted as error:  # In all processes.
       print(error, file=sys.stderr)
   if summary is None:
@@ -324,7 +317,7 @@ def doctor(*, workdir: str, json: bool) -> None:
   from realm_jax.evaluation import doctor as doctor_lib
 
   report = doctor_lib.examine(workdir)
-  print(_indented(report.as_json()) if json else report.as_text())
+  print(_indented(dataclasses.asdict(report)) if json else report.as_text())
   if report.findings:
     sys.exit(1)
 
@@ -356,7 +349,9 @@ def inspect(
   found = inspect_lib.inspect(workdir, sentences[0], k, corpus)
   print(inspect_lib.as_text(found))
   if html:
-    pathlib.Path(html).write_text(inspect_lib.as_html(found), 'utf-8')
+    from realm_jax.serving import report_page
+
+    pathlib.Path(html).write_text(report_page.of_inspection(found), 'utf-8')
     print(f'Written to {html}.')
 
 

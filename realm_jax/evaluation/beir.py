@@ -183,7 +183,7 @@ class Folder:
         'documents': len(self.documents),
         'without_passage': self.without_passage,
         'figures': {
-            name: metrics.with_intervals(of_run, cluster_B)
+            name: metrics.means(of_run, cluster_B, [*FIGURES])
             for name, of_run in values.items()
         },
         'paired': {

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.evaluation import report
 from realm_jax.runtime import files
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ _BIN = 16  # Bin width of the histogram of lengths, in wordpieces.
 _MOST_SPANS = 10  # Last bin of spans per sentence; counts more spans, too.
 _LONGEST_NAME = 12  # Wordpieces; longer spans are not counted.
 _BLOCK = 1 << 20  # Spans counted at once.
+_LISTED = 30  # Most frequent spans of each kind.
 _MAX_NAMES = 2_000_000  # Different spans kept while counting.
 # The reasons for dropping records and sentences, named as in the manifest.
 _DROPPED = {
@@ -50,13 +52,11 @@ def describe(directory: pathlib.Path) -> dict[str, Any]:
   return figures
 
 
-def measure(corpus: corpus_lib.Corpus, most_frequent: int = 30) -> dict:
+def measure(corpus: corpus_lib.Corpus) -> dict:
   """Returns the figures of a corpus as plain JSON.
 
-  Args:
-    corpus: to describe.
-    most_frequent: number of most frequent spans to list. Their counts are exact
-      up to two million different spans; beyond, single spans are dropped.
+  The counts of the most frequent spans are exact up to two million different
+  spans; beyond, single spans are dropped.
   """
   counts = corpus.manifest['counts']
   lengths = np.asarray(corpus.passages.lengths)
@@ -78,24 +78,13 @@ def measure(corpus: corpus_lib.Corpus, most_frequent: int = 30) -> dict:
           name: _sentences(table) for name, table in corpus.sentences.items()
       },
       'dropped': _dropped(corpus.manifest),
-      'most_frequent': _most_frequent(corpus, most_frequent),
+      'most_frequent': _most_frequent(corpus),
   }
 
 
 def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
-  """Draws the figures of `measure` as a PNG.
-
-  Raises:
-    ImportError: matplotlib is not installed.
-  """
-  try:
-    from matplotlib import figure
-  except ImportError as error:
-    raise ImportError(
-        "The plot needs the package matplotlib; run `pip install 'realm_jax"
-        "[plot]'`."
-    ) from error
-  canvas = figure.Figure(figsize=(11, 8), layout='constrained')
+  """Draws the figures of `measure` as a PNG; see `report.new_figure`."""
+  canvas = report.new_figure(11, 8)
   lengths, spans, names, dropped = canvas.subplots(2, 2).flat
   bars = figures['passage_length']['histogram']
   lengths.bar(np.arange(len(bars)) * _BIN, bars, width=_BIN, align='edge')
@@ -122,15 +111,13 @@ def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
   rows = figures['most_frequent']['names'][:15][::-1]
   names.barh([row['span'] for row in rows], [row['count'] for row in rows])
   names.set(title='Most frequent names', xlabel='spans')
-  reasons = [
-      (f'{what}: {reason.removeprefix(what + "_").replace("_", " ")}', share)
+  shares = {
+      f'{what}: {reason.removeprefix(what + "_").replace("_", " ")}': share
       for what, found in figures['dropped'].items()
       for reason, share in found['shares'].items()
       if share
-  ][::-1]
-  dropped.barh(
-      [reason for reason, _ in reasons], [100 * share for _, share in reasons]
-  )
+  }
+  dropped.barh([*shares][::-1], [100 * x for x in shares.values()][::-1])
   dropped.set(title='Dropped, and why', xlabel='% of the records or sentences')
   canvas.savefig(path, dpi=110)
 
@@ -193,7 +180,7 @@ def _dropped(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _most_frequent(
-    corpus: corpus_lib.Corpus, count: int
+    corpus: corpus_lib.Corpus,
 ) -> dict[str, list[dict[str, Any]]]:
   """Returns the most frequent names, and dates and numbers."""
   counter: collections.Counter[bytes] = collections.Counter()
@@ -208,9 +195,9 @@ def _most_frequent(
     text = corpus.tokenizer.decode(np.frombuffer(key, np.uint32).tolist())
     digits = any(c.isdigit() for c in text)
     listed = found['dates_and_numbers' if digits else 'names']
-    if len(listed) < count:
+    if len(listed) < _LISTED:
       listed.append({'span': text, 'count': number})
-    if all(len(rows) == count for rows in found.values()):
+    if all(len(rows) == _LISTED for rows in found.values()):
       break
   return found
 

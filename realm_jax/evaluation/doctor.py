@@ -13,10 +13,16 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.builder import status
+from realm_jax.evaluation import report
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.trainer import gates
 
-# Lines of the log, the last ones, over which noisy figures are averaged.
+# Figures that are averaged over the last lines of the log.
+_NOISY = (
+    'train/loss', 'train/accuracy', 'train/null_share',
+    'train/retrieval_utility', 'train/answer_in_candidates',
+    'train/view_fallback',
+)
 _LINES = 10
 # Least share of the probe's results that a refresh leaves the same.
 _OVERLAP = 0.5
@@ -52,9 +58,6 @@ class Report:
   figures: dict[str, float]
   findings: list[Finding]
 
-  def as_json(self) -> dict[str, Any]:
-    return dataclasses.asdict(self)
-
   def as_text(self) -> str:
     lines = [
         f'{self.workdir}: {self.objective}, step {self.step:,} of'
@@ -83,19 +86,18 @@ def examine(workdir: pathlib.Path | str) -> Report:
         f' config.log_interval={config.log_interval} steps.'
     )
   figures = _figures(lines)
-  findings = [
-      *_diverged(lines),
-      *_gates(figures, config),
-      *_retriever(figures, config),
-      *_index(workdir, figures, config),
-  ]
   return Report(
       str(workdir),
       config.objective,
       int(lines[-1]['step']),
       config.steps,
       figures,
-      findings,
+      [
+          *_diverged(lines),
+          *_gates(figures, config),
+          *_retriever(figures, config),
+          *_index(workdir, figures, config),
+      ],
   )
 
 
@@ -103,18 +105,10 @@ def _figures(lines: list[dict[str, Any]]) -> dict[str, float]:
   """Returns the figures of a run that are looked at."""
 
   def values(name: str) -> list[float]:
-    found = (line.get(name) for line in lines)
-    return [x for x in found if isinstance(x, (int, float))]
+    return [value for _, value in report.points(lines, name)]
 
   figures = {}
-  for name in (
-      'train/loss',
-      'train/accuracy',
-      'train/null_share',
-      'train/retrieval_utility',
-      'train/answer_in_candidates',
-      'train/view_fallback',
-  ):
+  for name in _NOISY:
     if found := values(name):
       figures[name] = float(np.mean(found[-_LINES:]))
   names = {name for line in lines for name in line if name.startswith('gates/')}

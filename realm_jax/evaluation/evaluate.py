@@ -24,7 +24,6 @@ from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
 from realm_jax.index import bm25 as bm25_lib
-from realm_jax.index import search as search_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
 from realm_jax.qa import answers as answers_lib
@@ -36,8 +35,6 @@ from realm_jax.qa import questions as questions_lib
 log = logging.getLogger(__name__)
 
 _MAX_SENTENCES = 2000  # Masked sentences, without a limit of the user.
-_SEARCH_BATCH = 1024  # Questions in one search.
-_NDCG = 10  # Passages that count in nDCG.
 _COUNTED = {'miss': 'they count as not retrieved', 'skip': 'they are left out'}
 _QUESTIONS = 'questions.jsonl'  # In the folder of a generated corpus.
 
@@ -142,10 +139,8 @@ def evaluate(
   )[:limit]
   max_sentences = _MAX_SENTENCES if limit is None else limit
   can_ask = bool(questions) and 'embedder' in trained.components
-  can_mask = (
-      'reader' in trained.components
-      and 'validation' in trained.corpus.sentences
-  )
+  splits = trained.corpus.sentences
+  can_mask = 'reader' in trained.components and 'validation' in splits
   if (run_file or beir or bm25 or folder) and not can_ask:
     raise ValueError(
         'There are no questions, or no retriever, to write or measure a run of.'
@@ -156,7 +151,7 @@ def evaluate(
         f'Nothing can be measured in {workdir}: its components are'
         f' {sorted(trained.components)}, {len(questions)} questions were given,'
         f' and the splits of {trained.corpus.directory} are'
-        f' {sorted(trained.corpus.sentences)}. A retriever needs questions, a'
+        f' {sorted(splits)}. A retriever needs questions, a'
         ' reader the split `validation`.'
     )
   cuts.warn_of_passages(trained.corpus, trained.config)
@@ -216,7 +211,7 @@ class _Asked:
   unknown_gold: the gold passages that the corpus lacks, for the report.
   cluster_B: see `metrics.interval`.
   text_of: returns the body of a passage row, cached.
-  by_words: index of BM25, and what it finds; None: not measured.
+  bm25: the index, and what it finds; None: not measured.
   folder: of BEIR; None: not measured.
   """
 
@@ -227,7 +222,7 @@ class _Asked:
   unknown_gold: dict[str, Any] | None
   cluster_B: np.ndarray
   text_of: Callable[[int], str]
-  by_words: tuple[bm25_lib.Bm25, beir_lib.Ranking] | None = None
+  bm25: tuple[bm25_lib.Bm25, beir_lib.Ranking] | None = None
   folder: beir_lib.Folder | None = None
 
   @classmethod
@@ -278,7 +273,7 @@ class _Asked:
     index = bm25_lib.Bm25.open(trained.corpus)
     texts = [question.question for question in self.table.questions]
     found = index.search(texts, asked.depth(trained))
-    return dataclasses.replace(asked, by_words=(index, found))
+    return dataclasses.replace(asked, bm25=(index, found))
 
   def depth(self, trained: trained_lib.Trained) -> int:
     """Returns the number of passages to retrieve."""
@@ -330,42 +325,43 @@ def _evaluate_step(
     index = trained.index(params, step)
     result['index_generation'] = index.generation
   if asked is not None and index is not None:
-    ranking = _retrieve(trained, params, index, asked)
+    rankings = _rankings(trained, params, index, asked)
     depth = _depth(trained)
-    run = _ranked(ranking, asked, depth)
+    found = {
+        name: _ranked(ranking, asked, depth)
+        for name, ranking in rankings.items()
+    }
     if 'span_reader' in params:
+      run = found['retriever']
       model = answering.OpenQA(trained, step, params, index)
       figures, answers = metrics_lib.answer_figures(
           model, asked.table, run.doc_ids_BK, read
       )
-      run = dataclasses.replace(run, figures=figures, answers=answers)
-    result['questions'] = _question_metrics(trained, run, asked)
-    found['retriever'] = run
-    if asked.by_words is not None:
-      by_index, by_words = asked.by_words
-      hybrid = bm25_lib.fuse(
-          ranking[0][:, :depth], by_words[0][:, :depth], k=depth
+      found['retriever'] = dataclasses.replace(
+          run, figures=figures, answers=answers
       )
-      found['bm25'] = _ranked(by_words, asked, depth)
-      found['hybrid'] = _ranked(hybrid, asked, depth)
-      result['baselines'] = {
-          name: {'questions': _question_metrics(trained, found[name], asked)}
-          for name in ('bm25', 'hybrid')
-      }
-      result['baselines']['bm25'] |= {
-          **by_index.about(),
-          'without_result': int((by_words[0][:, 0] < 0).sum()),
+    measured: dict[str, dict[str, Any]] = {
+        name: {'questions': _question_metrics(trained, run, asked)}
+        for name, run in found.items()
+    }
+    result |= measured.pop('retriever')
+    if asked.bm25 is not None:
+      without_result = (rankings['bm25'][0][:, 0] < 0).sum()
+      measured['bm25'] |= {
+          **asked.bm25[0].about(),
+          'without_result': int(without_result),
           'joined': depth,
       }
-      if asked.folder is not None:
-        result['beir'] = asked.folder.measure(
-            {'retriever': ranking, 'bm25': by_words},
-            asked.cluster_B,
-            output / f'{step}.beir',
-        )
+      result['baselines'] = measured
+    if asked.folder is not None:
+      result['beir'] = asked.folder.measure(
+          rankings, asked.cluster_B, output / f'{step}.beir'
+      )
     counts = collections.Counter(
         rule
-        for rule, question in zip(asked.rules, run.questions, strict=True)
+        for rule, question in zip(
+            asked.rules, asked.table.questions, strict=True
+        )
         if question.answers
     )
     if counts:
@@ -384,25 +380,24 @@ def _depth(trained: trained_lib.Trained) -> int:
   return min(metrics_lib.CUTOFFS[-1], trained.corpus.num_live)
 
 
-def _retrieve(
+def _rankings(
     trained: trained_lib.Trained,
     params: trained_lib.Params,
     index: trained_lib.Index,
     asked: _Asked,
-) -> beir_lib.Ranking:
+) -> dict[str, beir_lib.Ranking]:
+  """Searches by the retriever; adds BM25 and the hybrid of both, if asked."""
   query_emb_BE = trained.embed_queries(params, asked.table.query_ids_NQ)
-  doc_ids, scores = [], []
-  for start in range(0, len(query_emb_BE), _SEARCH_BATCH):
-    some_BE = query_emb_BE[start : start + _SEARCH_BATCH]
-    rows_BK = index.search.search(some_BE, asked.depth(trained))
-    doc_ids.append(rows_BK)
-    scores.append(search_lib.score(index.table, some_BE, rows_BK))
-  return np.concatenate(doc_ids), np.concatenate(scores)
+  found = {'retriever': index.ranked(query_emb_BE, asked.depth(trained))}
+  if asked.bm25 is not None:
+    depth = _depth(trained)
+    found['bm25'] = asked.bm25[1]
+    both = [rows_BK[:, :depth] for rows_BK, _ in found.values()]
+    found['hybrid'] = bm25_lib.fuse(*both, k=depth)
+  return found
 
 
-def _ranked(
-    ranking: beir_lib.Ranking, asked: _Asked, depth: int
-) -> runs.Run:
+def _ranked(ranking: beir_lib.Ranking, asked: _Asked, depth: int) -> runs.Run:
   """Returns the ranks of gold passages and answers among the first `depth`."""
   doc_ids_BK, score_BK = (array_BK[:, :depth] for array_BK in ranking)
   questions = asked.table.questions
@@ -434,12 +429,12 @@ def _question_metrics(
       asked.gold.grades,
       [one.values() for one in asked.gold.unknown],
   )
-  held_out = np.array([
-      -1 if question.held_out is None else int(question.held_out)
-      for question in run.questions
-  ])
-  groups = {'all': np.ones(len(held_out), bool)}
-  groups |= {'held_out': held_out == 1, 'seen': held_out == 0}
+  held_out = np.array([question.held_out for question in run.questions])
+  groups = {
+      'all': np.ones(len(held_out), bool),
+      'held_out': np.equal(held_out, True),
+      'seen': np.equal(held_out, False),
+  }
   metrics: dict[str, Any] = {}
   for name, members in groups.items():
     if not members.any():
@@ -459,7 +454,7 @@ def _question_metrics(
       metrics[name]['gold'] = metrics_lib.ranking(
           run.gold_rank_B[with_gold], depth, num_live
       )
-      if depth >= min(_NDCG, num_live):
+      if depth >= min(metrics_lib.NDCG_CUTOFF, num_live):
         metrics[name]['gold']['ndcg_at_10'] = float(ndcg_B[with_gold].mean())
     if run.figures and members.any():
       found, wrong = run.answer_rank_B > 0, run.figures['exact_match'] == 0
@@ -473,5 +468,6 @@ def _question_metrics(
       metrics[name]['open_qa'] = metrics_lib.means(
           {what: values[members] for what, values in figures.items()},
           asked.cluster_B[members],
+          ('exact_match', 'f1'),
       )
   return metrics

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import html
 import io
 import math
 import pathlib
@@ -14,7 +13,6 @@ import rich.text
 
 from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
-from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.trainer.stages import realm
@@ -50,7 +48,7 @@ class Inspection:
   text: str
   workdir: str
   step: int  # Step of the checkpoint.
-  index_step: int  # Step of the snapshot of the index.
+  index_step: int | None  # Step of the snapshot of the index.
   documents: tuple[Document, ...]  # Best first, without the null document.
   null: Document
   marginal: Prediction  # sum_z p(y_j|z,x) p(z|x)
@@ -84,9 +82,9 @@ def inspect(
     )
   step = checkpoint.newest_step(trained.workdir)
   params = trained.load(step)
-  search, index_step = trained.published_search()
+  index = trained.newest_index()
   cuts.warn_of_passages(trained.corpus, trained.config)
-  (found,) = Inspector(trained, step, params, search, index_step)([text], k)
+  (found,) = Inspector(trained, step, params, index)([text], k)
   return found
 
 
@@ -96,14 +94,13 @@ class Inspector:
 
   trained: with an embedder and a reader.
   step, params: of a checkpoint.
-  search, index_step: of a generation, which may be older.
+  index: of a generation, which may be older.
   """
 
   trained: trained_lib.Trained
   step: int
   params: trained_lib.Params
-  search: search_lib.Search
-  index_step: int
+  index: trained_lib.Index
 
   def query(self, text: str) -> tuple[list[int], np.ndarray]:
     """Returns the wordpieces of a sentence and the positions of its masks.
@@ -142,7 +139,7 @@ class Inspector:
           f'k={size}: must be at least 2; the null document counts.'
       )
     query, positions = self._queries(texts)
-    retrieved_BJ = self.search.search(
+    retrieved_BJ = self.index.search.search(
         trained.embed_queries(self.params, query.query_ids_BQ), size - 1
     )
     read = trained.read(
@@ -177,9 +174,7 @@ class Inspector:
     ids_BQ = np.full((size, length), tokenizer.pad_id, np.int32)
     positions_BM = np.zeros((size, width), np.int32)
     for b, (pieces, found) in enumerate(sentences):
-      ids_BQ[b, : len(pieces) + 2] = inputs.query(
-          pieces, length, tokenizer
-      )
+      ids_BQ[b, : len(pieces) + 2] = inputs.query(pieces, length, tokenizer)
       positions_BM[b, : len(found)] = found
     counts_B1 = np.array([[len(found)] for found in positions])
     queries = realm.Queries(
@@ -219,9 +214,7 @@ class Inspector:
       documents.append(
           Document(
               row=row,
-              id=record['id'],
-              title=record['title'],
-              text=record['text'],
+              **record,
               probability=math.exp(float(read['logp_BK'][i])),
               score=float(read['score_BK'][i]),
               prediction=prediction(
@@ -234,141 +227,62 @@ class Inspector:
         text=text,
         workdir=str(self.trained.workdir),
         step=self.step,
-        index_step=self.index_step,
+        index_step=self.index.generation,
         # The index may be older than the parameters, and its order differ.
         documents=tuple(sorted(rest, key=lambda d: -d.score)),
         null=null,
-        marginal=prediction(
-            read['marginal_best_BM'], read['marginal_logp_BM']
-        ),
+        marginal=prediction(read['marginal_best_BM'], read['marginal_logp_BM']),
     )
 
 
-def as_text(found: Inspection, width: int = 100) -> str:
-  """Returns an inspection as a table of `width` columns."""
+def as_text(found: Inspection) -> str:
+  """Returns an inspection as a table of 100 columns."""
   table = rich.table.Table(show_lines=True, expand=True)
   table.add_column('p(z|x)', justify='right', no_wrap=True)
   table.add_column('passage', ratio=1)
   table.add_column('prediction', overflow='fold')
   table.add_column('p(y|z,x)', justify='right', no_wrap=True)
   for line in lines(found):
-    passage = '\n'.join(filter(None, (line['title'], line['text'])))
-    cells = (
-        line['probability'], passage, line['prediction'], line['likelihood']
-    )
     # Text prevents that a passage is read as markup.
-    table.add_row(*map(rich.text.Text, cells))
+    table.add_row(*map(rich.text.Text, [*line.values()][:4]))
   console = rich.console.Console(
-      width=width, file=io.StringIO(), record=True, color_system=None
+      width=100, file=io.StringIO(), record=True, color_system=None
   )
   console.print(rich.text.Text(found.text))
-  console.print(rich.text.Text(_about(found)))
+  console.print(rich.text.Text(about(found)))
   console.print(table)
   return console.export_text()
 
 
-def as_html(found: Inspection) -> str:
-  """Returns a self-contained HTML page without scripts."""
-  return _PAGE.format(
-      title=html.escape(found.text),
-      sentence=html.escape(found.text).replace(MASK, f'<mark>{MASK}</mark>'),
-      answer=html.escape(_joined(found.marginal)),
-      about=html.escape(_about(found)),
-      rows='\n'.join(_html_row(line) for line in lines(found)),
-  )
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; color: #222;
-  margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; font-weight: 600; }}
-mark {{ background: #ffe58a; padding: 0 .2em; border-radius: .2em; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ text-align: left; vertical-align: top; padding: .5rem .6rem;
-  border-bottom: 1px solid #ddd; }}
-td.number, th.number {{ text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }}
-.bar {{ height: .3rem; background: #4a7dbd; border-radius: .15rem; }}
-.about, .id, .null td {{ color: #666; }}
-.id {{ font-size: .85rem; }}
-.marginal td {{ font-weight: 600; border-top: 2px solid #222; }}
-</style>
-</head>
-<body>
-<h1>{sentence}</h1>
-<p>Filled in: <strong>{answer}</strong></p>
-<p class="about">{about}</p>
-<table>
-<thead><tr><th class="number">p(z|x)</th><th>passage</th><th>prediction</th>
-<th class="number">p(y|z,x)</th></tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</body>
-</html>
-"""
-
-
 def lines(found: Inspection) -> list[dict[str, str]]:
   """Returns the cells of each line of the text or HTML table."""
-  marginal = dataclasses.replace(
-      found.null,
-      title='Marginalised over all of the above',
-      prediction=found.marginal,
-  )
-  null = dataclasses.replace(
-      found.null, title='No passage (the null document)'
-  )
-  return [
+  null = dataclasses.replace(found.null, title='No passage (the null document)')
+  lines = [
       {
-          'kind': kind,
-          'probability': '' if kind == 'marginal' else f'{d.probability:.3f}',
-          'title': d.title,
-          'text': d.text,
-          'id': d.id,
-          'prediction': _joined(d.prediction),
-          'likelihood': f'{d.prediction.probability:.3f}',
+          'probability': f'{document.probability:.3f}',
+          'passage': '\n'.join(filter(None, (document.title, document.text))),
+          'prediction': ' | '.join(document.prediction.fillings),
+          'likelihood': f'{document.prediction.probability:.3f}',
+          'id': document.id,
       }
-      for kind, d in (
-          *(('document', d) for d in found.documents),
-          ('null', null),
-          ('marginal', marginal),
-      )
+      for document in (*found.documents, null)
   ]
+  marginal = {
+      'probability': '',
+      'passage': 'Marginalised over all of the above',
+      'prediction': ' | '.join(found.marginal.fillings),
+      'likelihood': f'{found.marginal.probability:.3f}',
+      'id': '',
+  }
+  return [*lines, marginal]
 
 
-def _html_row(line: dict[str, str]) -> str:
-  cells = {name: html.escape(value) for name, value in line.items()}
-  bar = ''
-  if line['probability']:
-    width = f'{float(line["probability"]):.1%}'
-    bar = f'<div class="bar" style="width: {width}"></div>'
-  return (
-      f'<tr class="{cells["kind"]}">'
-      f'<td class="number">{cells["probability"]}{bar}</td>'
-      f'<td><strong>{cells["title"]}</strong> <span class="id">{cells["id"]}'
-      f'</span><br>{cells["text"]}</td>'
-      f'<td>{cells["prediction"]}</td>'
-      f'<td class="number">{cells["likelihood"]}</td></tr>'
-  )
-
-
-def _about(found: Inspection) -> str:
+def about(found: Inspection) -> str:
+  """Returns the files that an inspection used."""
   return (
       f'{found.workdir}: checkpoint of step {found.step}, index of step'
       f' {found.index_step}'
   )
-
-
-def _joined(prediction: Prediction) -> str:
-  return ' | '.join(prediction.fillings)
 
 
 def _runs(positions_M: np.ndarray) -> list[np.ndarray]:

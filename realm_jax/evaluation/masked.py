@@ -32,9 +32,7 @@ def measure(
       objective='realm',
       masking='salient',
       trivial='passage' if trivial == 'none' else trivial,
-      batch_size=trained.reading_batch_size(
-          size, trained.config.lengths.masks
-      ),
+      batch_size=trained.reading_batch_size(size, trained.config.lengths.masks),
   )
   totals: dict[str, list[np.ndarray]] = {}
   rng = np.random.default_rng(0)
@@ -55,26 +53,17 @@ def measure(
   }
   if search is not None:
     metrics |= {'trivial': config.trivial, 'trivial_in_training': trivial}
-  for name, parts in totals.items():
-    values_B = np.concatenate(parts)
-    metrics[name] = float(values_B.mean())
-    if name.startswith('accuracy'):
-      metrics |= metrics_lib.named_interval(name, values_B, cluster_B)
-  return metrics
+  figures = {name: np.concatenate(parts) for name, parts in totals.items()}
+  accuracies = [name for name in figures if name.startswith('accuracy')]
+  return metrics | metrics_lib.means(figures, cluster_B, accuracies)
 
 
 def sentence_clusters(
     corpus: corpus_lib.Corpus, sentence_B: np.ndarray
 ) -> np.ndarray:
-  """Returns the clusters of `validation` sentences for intervals.
+  """Returns the article of each `validation` sentence, its cluster: int64 [B].
 
-  Args:
-    corpus: with the split `validation`.
-    sentence_B: rows of the sentences.
-
-  Returns:
-    int64 [B]: the sentence's article; for a sentence from no passage, a unique
-    negative number.
+  A sentence from no passage has a negative number of its own.
   """
   passage_B = corpus.sentences['validation'].passages[sentence_B]
   article_B = corpus.passages.articles[np.maximum(passage_B, 0)]
@@ -92,9 +81,7 @@ def _read_batch(
 ) -> dict[str, np.ndarray]:
   """Returns each metric for each sentence of the batch."""
   count = len(queries.mask_BM)
-  queries = jax.tree.map(
-      lambda x: trained_lib.pad_rows(x, batch_size), queries
-  )
+  queries = jax.tree.map(lambda x: trained_lib.pad_rows(x, batch_size), queries)
   retrieved_BJ = np.zeros((batch_size, 0), np.int64)
   if search is not None:
     retrieved_BJ = search.search(
@@ -105,12 +92,10 @@ def _read_batch(
   mask_BM, targets_BM = queries.mask_BM, queries.targets_BM
 
   def read_with(rows_BJ: np.ndarray) -> dict[str, np.ndarray]:
-    return trained.read(
-        params,
-        realm.with_candidates(
-            queries, rows_BJ, trained.corpus, trained.template
-        ),
+    batch = realm.with_candidates(
+        queries, rows_BJ, trained.corpus, trained.template
     )
+    return trained.read(params, batch)
 
   def right(best_BM: np.ndarray) -> np.ndarray:
     return ((best_BM == targets_BM) | ~mask_BM).all(axis=1).astype(float)
@@ -122,15 +107,9 @@ def _read_batch(
     logp_BK = np.where(mask_BM[:, None], read['target_logp_BKM'], 0).sum(-1)
     utility_BJ = logp_BK[:, 1:] - logp_BK[:, :1]
     real_B = np.maximum(p_BK[:, 1:].sum(1), 1e-9)
-    # Tells what retrieval adds from what any passage, or its length, adds.
-    random = read_with(
-        _random_rows(
-            trained.corpus.live_rows,
-            queries.exclude_BR2,
-            num_candidates - 1,
-            rng,
-        )
-    )
+    # Separates the effect of retrieval from that of any passage, or its length.
+    live, exclude_BR2 = trained.corpus.live_rows, queries.exclude_BR2
+    random = read_with(_random_rows(live, exclude_BR2, num_candidates - 1, rng))
     metrics |= {
         'accuracy_with_retrieval': right(read['marginal_best_BM']),
         'accuracy_with_random_passages': right(random['marginal_best_BM']),

@@ -19,6 +19,7 @@ from realm_jax.qa import questions as questions_lib
 
 # Depths of recall; the last one is the number of retrieved passages.
 CUTOFFS = (1, 5, 20, 50, 100)
+NDCG_CUTOFF = 10
 _RESAMPLES = 2_000
 _PERMUTATIONS = 10_000
 _CHUNK = 2**22  # Figures drawn in one array.
@@ -27,25 +28,16 @@ _CHUNK = 2**22  # Figures drawn in one array.
 def gold_ranks(
     doc_ids_BK: np.ndarray, gold_rows: Sequence[Sequence[int] | np.ndarray]
 ) -> np.ndarray:
-  """Ranks of the first gold passage.
+  """Returns int64 [B]: rank from 1 of the first gold passage, else 0.
 
   Args:
     doc_ids_BK: passage rows, best first; -1: none.
     gold_rows: for each query, the rows of its gold passages.
-
-  Returns:
-    int64 [B]: 1-based rank, 0 if no gold passage was retrieved.
-
-  Raises:
-    ValueError: the number of entries in `gold_rows` is not that of queries.
   """
-  _check_length(doc_ids_BK, len(gold_rows), 'lists of gold rows')
-  if not doc_ids_BK.shape[1]:
-    return np.zeros(len(doc_ids_BK), np.int64)
-  hits_BK = np.zeros(doc_ids_BK.shape, bool)
-  for hits, doc_ids, rows in zip(hits_BK, doc_ids_BK, gold_rows, strict=True):
-    hits[:] = np.isin(doc_ids, np.asarray(rows, np.int64))
-  return np.where(hits_BK.any(axis=1), hits_BK.argmax(axis=1) + 1, 0)
+  return _first_hits(
+      np.isin(doc_ids, rows)
+      for doc_ids, rows in zip(doc_ids_BK, gold_rows, strict=True)
+  )
 
 
 def answer_ranks(
@@ -54,60 +46,55 @@ def answer_ranks(
     matches: Sequence[answers_lib.Rule],
     text_of: Callable[[int], str],
 ) -> np.ndarray:
-  """Ranks of the first passage that contains an answer.
+  """Returns int64 [B]: rank from 1 of the first passage with an answer, else 0.
 
   Args:
     doc_ids_BK: passage rows, best first; -1: none.
     answers: the accepted answers of each query.
     matches: the rule of `answers.has_answer` for each query.
     text_of: returns the text of a passage row, without the title, as in DPR.
-
-  Returns:
-    int64 [B]: 1-based rank, 0 if no passage has an answer.
-
-  Raises:
-    ValueError: the number of lists of answers is not that of queries.
   """
-  _check_length(doc_ids_BK, len(answers), 'lists of answers')
-  ranks = np.zeros(len(doc_ids_BK), np.int64)
-  for i, (doc_ids, accepted, match) in enumerate(
-      zip(doc_ids_BK, answers, matches, strict=True)
-  ):
-    for rank, row in enumerate(doc_ids, start=1):
-      if row >= 0 and answers_lib.has_answer(
-          text_of(int(row)), accepted, match
-      ):
-        ranks[i] = rank
-        break
-  return ranks
+
+  def hits(
+      doc_ids: np.ndarray, accepted: Sequence[str], match: answers_lib.Rule
+  ) -> Iterable[bool]:
+    for row in doc_ids.tolist():
+      yield row >= 0 and answers_lib.has_answer(text_of(row), accepted, match)
+
+  return _first_hits(map(hits, doc_ids_BK, answers, matches))
+
+
+def _first_hits(hits: Iterable[Iterable[bool]]) -> np.ndarray:
+  """Returns the 1-based place of the first True of each row; 0: none."""
+  return np.array(
+      [next((i for i, hit in enumerate(row, 1) if hit), 0) for row in hits],
+      np.int64,
+  )
 
 
 def ndcg(
     doc_ids_BK: np.ndarray,
     gold_rows: Sequence[np.ndarray],
     grades: Sequence[np.ndarray],
-    unknown: Sequence[Iterable[int]] | None = None,
-    cutoff: int = 10,
+    unknown: Sequence[Iterable[int]],
 ) -> np.ndarray:
-  """Normalised discounted cumulative gain, as trec_eval's ndcg_cut.
+  """Normalised discounted cumulative gain, as trec_eval's ndcg_cut_10.
 
   Args:
     doc_ids_BK: passage rows, best first; -1: none.
     gold_rows: for each query, the rows of its gold passages, in order.
     grades: how relevant they are; the gain of a passage is its grade.
     unknown: grades of gold passages that cannot be retrieved.
-    cutoff: number of passages that count.
 
   Returns:
     float64 [B], 0 without a gold passage.
   """
-  discount_K = 1 / np.log2(np.arange(cutoff) + 2)
+  discount_K = 1 / np.log2(np.arange(NDCG_CUTOFF) + 2)
   figures = np.zeros(len(doc_ids_BK))
-  for i, (doc_ids, rows, grade) in enumerate(
-      zip(doc_ids_BK[:, :cutoff], gold_rows, grades, strict=True)
+  for i, (doc_ids, rows, grade, missing) in enumerate(
+      zip(doc_ids_BK[:, :NDCG_CUTOFF], gold_rows, grades, unknown, strict=True)
   ):
-    missing = [] if unknown is None else [*unknown[i]]
-    ideal = np.sort(np.concatenate([grade, missing]))[::-1][:cutoff]
+    ideal = np.sort([*grade, *missing])[::-1][:NDCG_CUTOFF]
     if not len(ideal):
       continue
     gain_of = dict(zip(rows.tolist(), grade.tolist(), strict=True))
@@ -119,10 +106,7 @@ def ndcg(
 
 
 def ranking(
-    ranks: np.ndarray,
-    depth: int,
-    num_documents: int,
-    cutoffs: Sequence[int] = CUTOFFS,
+    ranks: np.ndarray, depth: int, num_documents: int
 ) -> dict[str, float]:
   """Recall and mean reciprocal rank.
 
@@ -131,39 +115,19 @@ def ranking(
     depth: number of passages retrieved for each query.
     num_documents: size of the corpus. If all passages were retrieved, recall is
       known at every cutoff.
-    cutoffs: of recall; those beyond the known depth are left out.
 
   Returns:
-    `recall_at_C` for each cutoff C, and `mrr`, to which a passage that was not
-    retrieved adds 0 (so it is MRR@depth).
-
-  Raises:
-    ValueError: there are no ranks, or one exceeds `depth`.
+    `recall_at_C` for each known cutoff C, and `mrr`, to which a passage that
+    was not retrieved adds 0 (so it is MRR@depth).
   """
-  ranks = np.asarray(ranks)
-  if not ranks.size:
-    raise ValueError('There is no question to take the mean over.')
-  if ranks.min() < 0 or ranks.max() > depth:
-    raise ValueError(
-        f'Ranks must be between 0 and the depth {depth}; they are between'
-        f' {ranks.min()} and {ranks.max()}.'
-    )
   found = ranks > 0
   metrics = {
       f'recall_at_{cutoff}': float((found & (ranks <= cutoff)).mean())
-      for cutoff in cutoffs
+      for cutoff in CUTOFFS
       if cutoff <= depth or depth >= num_documents
   }
   reciprocal = np.where(found, 1.0 / np.maximum(ranks, 1), 0.0)
   return {**metrics, 'mrr': float(reciprocal.mean())}
-
-
-def _check_length(doc_ids_BK: np.ndarray, size: int, what: str) -> None:
-  if doc_ids_BK.ndim != 2 or len(doc_ids_BK) != size:
-    raise ValueError(
-        f'Retrieved rows of shape {doc_ids_BK.shape} against {size} {what}:'
-        f' must be [{size}, K].'
-    )
 
 
 def answer_figures(
@@ -229,13 +193,16 @@ def answer_figures(
 
 
 def means(
-    figures: dict[str, np.ndarray], cluster_B: np.ndarray | None = None
+    figures: Mapping[str, np.ndarray],
+    cluster_B: np.ndarray,
+    with_interval: Sequence[str],
 ) -> dict[str, Any]:
-  """Means of `answer_figures`; intervals of exact_match and f1.
+  """Returns NAME, the mean of each figure, and NAME_interval of some.
 
   Args:
     figures: [B] each; nan is left out.
-    cluster_B: see `interval`; of a single cluster there is no interval.
+    cluster_B: see `interval`.
+    with_interval: names of figures; a single cluster has no interval.
   """
   summary: dict[str, Any] = {}
   for name, values in figures.items():
@@ -243,24 +210,16 @@ def means(
     known_B = ~np.isnan(values_B)
     if known_B.any():
       summary[name] = float(values_B[known_B].mean())
-      if name in ('exact_match', 'f1'):
-        summary |= named_interval(
-            name,
-            values_B[known_B],
-            None if cluster_B is None else cluster_B[known_B],
-        )
+      if name in with_interval:
+        summary |= named_interval(name, values_B[known_B], cluster_B[known_B])
   return summary
 
 
 def clusters(keys: Iterable[Hashable | None]) -> np.ndarray:
-  """Numbers clusters by their keys.
+  """Returns the number of the cluster of each question, int64 [B].
 
-  Args:
-    keys: one per question; equal keys are one cluster, and None is a cluster
-      of its own.
-
-  Returns:
-    int64 [B]: the cluster of each question, from 0 in order of appearance.
+  Equal keys are one cluster, numbered in order of appearance; None is a cluster
+  of its own.
   """
   numbers: dict[Hashable, int] = {}
   return np.array(
@@ -273,30 +232,21 @@ def clusters(keys: Iterable[Hashable | None]) -> np.ndarray:
 
 
 def interval(
-    values_B: np.ndarray,
-    cluster_B: np.ndarray | None = None,
-    confidence: float = 0.95,
+    values_B: np.ndarray, cluster_B: np.ndarray | None = None
 ) -> tuple[float, float]:
-  """Cluster bootstrap interval of the mean.
+  """Cluster bootstrap interval of the mean, 95 %.
 
   Percentile method (Efron 1979); whole clusters are drawn with replacement
   (Davison & Hinkley 1997, section 3.8).
 
   Args:
-    values_B: one figure per question.
+    values_B: one figure per question, at least one.
     cluster_B: integers, equal for the questions of one cluster, such as
       `clusters` makes; None: each question is one.
-    confidence: of the interval.
 
   Returns:
     Lower and upper bound; nan for a single cluster, which has no spread.
-
-  Raises:
-    ValueError: there is no question, or not one cluster for each.
   """
-  values_B = np.asarray(values_B, np.float64)
-  if not values_B.size:
-    raise ValueError('There is no question to take the mean over.')
   sums, sizes = _totals(values_B, cluster_B)
   if sums.size == 1:
     return float('nan'), float('nan')
@@ -307,7 +257,7 @@ def interval(
       vectorized=True,
       n_resamples=_RESAMPLES,
       batch=max(_CHUNK // sums.size, 1),
-      confidence_level=confidence,
+      confidence_level=0.95,
       method='percentile',
       rng=np.random.default_rng(0),
   )
@@ -323,48 +273,22 @@ def named_interval(
   return {} if np.isnan(bounds[0]) else {f'{name}_interval': list(bounds)}
 
 
-def with_intervals(
-    figures: Mapping[str, np.ndarray], cluster_B: np.ndarray | None
-) -> dict[str, Any]:
-  """Returns NAME and NAME_interval, the mean and its 95 % interval."""
-  found: dict[str, Any] = {}
-  for name, values_B in figures.items():
-    found[name] = float(values_B.mean())
-    found |= named_interval(name, values_B, cluster_B)
-  return found
-
-
 def paired_test(
     ours_B: np.ndarray,
     theirs_B: np.ndarray,
     cluster_B: np.ndarray | None = None,
 ) -> dict[str, float]:
-  """Compares two runs on the same questions.
+  """Compares two runs, one figure per question, in the same order.
 
   The p-value is that of a randomisation test (Smucker et al. 2007): the share
-  of random exchanges of the two runs, cluster by cluster, that make a
-  difference at least as large.
-
-  Args:
-    ours_B: one figure per question.
-    theirs_B: of the same questions, in the same order.
-    cluster_B: see `interval`.
+  of random exchanges of the two runs, cluster by cluster (see `interval`), that
+  make a difference at least as large.
 
   Returns:
     difference (ours - theirs), its 95 % interval `low` and `high`, p_value,
     the number of questions that ours does `better` and `worse`, and the number
     of `questions` and `clusters`.
-
-  Raises:
-    ValueError: the runs are of different lengths, or empty, or there is not
-      one cluster for each question.
   """
-  ours_B, theirs_B = np.asarray(ours_B), np.asarray(theirs_B)
-  if ours_B.shape != theirs_B.shape:
-    raise ValueError(
-        f'{ours_B.size} questions in one run, {theirs_B.size} in the other:'
-        ' only runs over the same questions can be compared.'
-    )
   difference_B = ours_B.astype(np.float64) - theirs_B.astype(np.float64)
   low, high = interval(difference_B, cluster_B)
   sums, _ = _totals(difference_B, cluster_B)
@@ -396,11 +320,6 @@ def _totals(
   """Returns the sum of the figures and the size of each cluster."""
   if cluster_B is None:
     return values_B, np.ones_like(values_B)
-  if np.shape(cluster_B) != values_B.shape:
-    raise ValueError(
-        f'{np.size(cluster_B)} clusters for {values_B.size} questions: give one'
-        ' for each.'
-    )
   _, number_B = np.unique(cluster_B, return_inverse=True)
   return (
       np.bincount(number_B, values_B),

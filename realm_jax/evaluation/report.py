@@ -1,6 +1,6 @@
 """Files of `workdir`/evaluation: results as JSON, report.md and plots."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import json
 import logging
 import pathlib
@@ -20,42 +20,44 @@ UNIT = 'the article of the gold passage, else that passage, else the question'
 
 Result = dict[str, Any]  # Of `evaluate.evaluate`; plain JSON.
 
-# Columns of the tables: heading, and path of the figure in a result.
+# Columns of the tables: heading, and name of the figure.
 _DEPTHS = (1, 5, 20, 50, 100)
-_QUESTION_COLUMNS = (
-    *((f'recall@{k}', ('gold', f'recall_at_{k}')) for k in _DEPTHS),
-    ('MRR', ('gold', 'mrr')),
-    ('nDCG@10', ('gold', 'ndcg_at_10')),
-    *((f'answer@{k}', ('answer', f'recall_at_{k}')) for k in _DEPTHS),
-    ('answer MRR', ('answer', 'mrr')),
-)
-_MASKED_COLUMNS = (
-    ('sentences', 'sentences'),
-    ('clusters', 'clusters'),
-    ('accuracy with retrieval', 'accuracy_with_retrieval'),
-    ('with random passages', 'accuracy_with_random_passages'),
-    ('same reader, null document alone', 'accuracy_without_retrieval'),
-    ('retrieval utility', 'retrieval_utility'),
-    ('null-document share', 'null_share'),
-)
-_ANSWER_COLUMNS = (
-    ('exact match', 'exact_match'),
-    ('F1', 'f1'),
-    ('reader oracle', 'reader_oracle'),
-    ('no answer', 'no_answer'),
-    ('exact match from random passages', 'exact_match_random_passages'),
-    ('not retrieved', 'not_retrieved'),
-    ('not read', 'not_read'),
-    ('misread', 'misread'),
-)
-_BEIR_COLUMNS = (
-    ('nDCG@10', 'ndcg_at_10'),
-    ('recall@100', 'recall_at_100'),
-    ('MAP', 'map'),
-)
+_GOLD_COLUMNS = {
+    **{f'recall@{k}': f'recall_at_{k}' for k in _DEPTHS},
+    'MRR': 'mrr',
+    'nDCG@10': 'ndcg_at_10',
+}
+_STRING_COLUMNS = {
+    **{f'answer@{k}': f'recall_at_{k}' for k in _DEPTHS},
+    'answer MRR': 'mrr',
+}
+_MASKED_COLUMNS = {
+    'sentences': 'sentences',
+    'clusters': 'clusters',
+    'accuracy with retrieval': 'accuracy_with_retrieval',
+    'with random passages': 'accuracy_with_random_passages',
+    'same reader, null document alone': 'accuracy_without_retrieval',
+    'retrieval utility': 'retrieval_utility',
+    'null-document share': 'null_share',
+}
+_ANSWER_COLUMNS = {
+    'exact match': 'exact_match',
+    'F1': 'f1',
+    'reader oracle': 'reader_oracle',
+    'no answer': 'no_answer',
+    'exact match from random passages': 'exact_match_random_passages',
+    'not retrieved': 'not_retrieved',
+    'not read': 'not_read',
+    'misread': 'misread',
+}
+_BEIR_COLUMNS = {
+    'nDCG@10': 'ndcg_at_10',
+    'recall@100': 'recall_at_100',
+    'MAP': 'map',
+}
+_ENTITY_COLUMNS = {name: name for name in ('precision', 'recall', 'f1')}
 # Names of the runs of a step; the retriever alone has no name of its own.
 RUNS = {'retriever': 'retriever', 'bm25': 'BM25', 'hybrid': 'hybrid'}
-_ENTITY_FIGURES = ('precision', 'recall', 'f1')
 # Of `paired_row`.
 PAIRED_COLUMNS = (
     'figure', 'ours (95 % interval)', 'theirs', 'difference', 'p', 'better',
@@ -88,9 +90,8 @@ def load_all(workdir: pathlib.Path | str) -> list[Result]:
   """
   paths = (pathlib.Path(workdir) / FOLDER).glob('*.json')
   numbered = [path for path in paths if path.stem.isdigit()]
-  numbered.sort(key=lambda path: int(path.stem))
   results = []
-  for path in numbered:
+  for path in sorted(numbered, key=lambda path: int(path.stem)):
     results.append(files_lib.read_json(path))
     if not isinstance(results[-1], dict) or 'step' not in results[-1]:
       raise ValueError(
@@ -100,116 +101,98 @@ def load_all(workdir: pathlib.Path | str) -> list[Result]:
   return results
 
 
-def tables(results: list[Result]) -> dict[str, str]:
-  """Returns Markdown tables by title: questions, answers, entities, masks."""
+def tables(results: list[Result]) -> dict[str, list[Sequence[Any]]]:
+  """Returns tables by title: the heads, then the rows; none is without rows."""
   groups = [
       (result['step'], name, group)
       for result in results
       for name, group in _question_groups(result).items()
   ]
-  answered = [group for group in groups if 'open_qa' in group[2]]
-  masked = [r for r in results if r.get('masked')]
-  parts = {
-      'Passages retrieved for questions, in per cent\n': _markdown(
-          ['step', 'facts', 'questions', *(h for h, _ in _QUESTION_COLUMNS)],
-          [
-              [step, name, group['questions']]
-              + [
-                  _percent(group.get(a, {}).get(b))
-                  for _, (a, b) in _QUESTION_COLUMNS
+  found: dict[str, list[Sequence[Any]]] = {
+      'Passages retrieved for questions, in per cent': [
+          ['step', 'facts', 'questions', *_GOLD_COLUMNS, *_STRING_COLUMNS],
+          *(
+              [
+                  step,
+                  name,
+                  group['questions'],
+                  *_cells(group.get('gold', {}), _GOLD_COLUMNS),
+                  *_cells(group.get('answer', {}), _STRING_COLUMNS),
               ]
               for step, name, group in groups
-          ],
-      ),
-      '\nDocuments of BEIR retrieved for its queries, in per cent (95 %'
-      f' interval, resampled by cluster: {UNIT})\n': _markdown(
-          ['step', 'by', 'queries', *(head for head, _ in _BEIR_COLUMNS)],
-          [
+          ),
+      ],
+      'Documents of BEIR retrieved for its queries, in per cent (95 %'
+      f' interval, resampled by cluster: {UNIT})': [
+          ['step', 'by', 'queries', *_BEIR_COLUMNS],
+          *(
               [result['step'], RUNS[run], result['beir']['queries']]
-              + [
-                  _percent(figures[name])
-                  + _interval(figures.get(f'{name}_interval'))
-                  for _, name in _BEIR_COLUMNS
-              ]
+              + _cells(figures, _BEIR_COLUMNS)
               for result in results
               if 'beir' in result
               for run, figures in result['beir']['figures'].items()
-          ],
-      ),
-      '\nRetriever, BM25 and their hybrid (reciprocal rank fusion), with paired'
-      f' tests over the same clusters: {UNIT}\n': _markdown(
+          ),
+      ],
+      'Retriever, BM25 and their hybrid (reciprocal rank fusion), with paired'
+      f' tests over the same clusters: {UNIT}': [
           ['step', 'ours is', 'theirs is', *PAIRED_COLUMNS],
-          [
-              [
-                  result['step'],
-                  *(RUNS[run] for run in pair.split('_')),
-                  *paired_row(f'{figure}{of}', test),
-              ]
+          *(
+              [result['step'], *(RUNS[run] for run in pair.split('_'))]
+              + paired_row(f'{figure}{of}', test)
               for result in results
               for kind, of in (('baselines', ''), ('beir', ', BEIR'))
               for pair, tests in result.get(kind, {}).get('paired', {}).items()
               for figure, test in tests.items()
-          ],
-      ),
-      '\nQuestions answered, in per cent (95 % interval, resampled by'
-      f' cluster: {UNIT})\n': _markdown(
-          ['step', 'facts', 'questions', 'clusters']
-          + [head for head, _ in _ANSWER_COLUMNS],
-          [
+          ),
+      ],
+      'Questions answered, in per cent (95 % interval, resampled by cluster:'
+      f' {UNIT})': [
+          ['step', 'facts', 'questions', 'clusters', *_ANSWER_COLUMNS],
+          *(
               [step, name, group['questions'], group.get('clusters', '')]
-              + [
-                  _percent(group['open_qa'].get(figure))
-                  + _interval(group['open_qa'].get(f'{figure}_interval'))
-                  for _, figure in _ANSWER_COLUMNS
-              ]
-              for step, name, group in answered
-          ],
-      ),
-      '\nEntities found, in per cent\n': _markdown(
-          ['step', 'type', 'entities', *_ENTITY_FIGURES],
-          [
+              + _cells(group['open_qa'], _ANSWER_COLUMNS)
+              for step, name, group in groups
+              if 'open_qa' in group
+          ),
+      ],
+      'Entities found, in per cent': [
+          ['step', 'type', 'entities', *_ENTITY_COLUMNS],
+          *(
               [result['step'], name, score['count']]
-              + [_percent(score[figure]) for figure in _ENTITY_FIGURES]
+              + _cells(score, _ENTITY_COLUMNS)
               for result in results
               for name, score in result.get('entities', {}).items()
-          ],
-      ),
-      '\nMasked spans filled in (95 % interval, resampled by cluster: the'
-      " sentence's article where it is known, else the sentence)\n": _markdown(
-          ['step', *(head for head, _ in _MASKED_COLUMNS)],
-          [
+          ),
+      ],
+      'Masked spans filled in (95 % interval, resampled by cluster: the'
+      " sentence's article where it is known, else the sentence)": [
+          ['step', *_MASKED_COLUMNS],
+          *(
               [result['step']]
-              + [
-                  _number(result['masked'].get(name))
-                  + _interval(result['masked'].get(f'{name}_interval'), _number)
-                  for _, name in _MASKED_COLUMNS
-              ]
-              for result in masked
-          ],
-      ),
+              + _cells(result['masked'], _MASKED_COLUMNS, _number)
+              for result in results
+              if result.get('masked')
+          ),
+      ],
   }
-  return {title.strip(): text for title, text in parts.items() if text}
+  return {title: lines for title, lines in found.items() if len(lines) > 1}
 
 
 def table(results: list[Result]) -> str:
   """Returns `tables` and `notes` as one Markdown text."""
-  parts = [f'{title}\n\n{text}' for title, text in tables(results).items()]
+  found = tables(results).items()
+  parts = [f'{title}\n\n{markdown(*lines)}' for title, lines in found]
   text = '\n\n'.join([*parts, *notes(results)])
   return text + '\n' if text else ''
 
 
 def notes(results: list[Result]) -> list[str]:
   """Returns what the figures depend on, a paragraph each."""
-  found = [note.strip() for result in results for note in _notes(result)]
-  for result in results:
-    masked = result.get('masked') or {}
-    trained = masked.get('trivial_in_training')
-    if trained != masked.get('trivial'):
-      found.append(
-          f'Step {result["step"]}: measured with config.trivial='
-          f'{masked["trivial"]}, trained with {trained}.'
-      )
-  return found
+  return [
+      f'Step {result["step"]}{note}'
+      for result in results
+      for note in _notes(result)
+  ]
 
 
 def _question_groups(result: Result) -> dict[str, dict[str, Any]]:
@@ -224,27 +207,23 @@ def _question_groups(result: Result) -> dict[str, dict[str, Any]]:
 
 def paired_row(name: str, test: dict[str, Any]) -> list[str]:
   """Returns the columns of a result of `runs.paired`."""
-  ours, theirs = (
-      _number(test[side]) + _interval(test.get(f'{side}_interval'), _number)
-      for side in ('ours', 'theirs')
-  )
+  sides = {'ours': 'ours', 'theirs': 'theirs'}
   difference = f'{test["difference"]:+.3f}'
   if 'low' in test:
     difference += f' ({test["low"]:+.3f} to {test["high"]:+.3f})'
   return [
-      name.replace('_', ' '), ours, theirs, difference,
+      name.replace('_', ' '), *_cells(test, sides, _number), difference,
       f'{test["p_value"]:.4f}', f'{test["better"]:.0f}', f'{test["worse"]:.0f}',
   ]
 
 
-def _notes(result: Result) -> list[str]:
-  """Returns what the figures of questions depend on."""
-  notes = []
+def _notes(result: Result) -> Iterator[str]:
+  """Yields what the figures of a result depend on, after `Step N`."""
   if rules := result.get('answer_match'):
     names = ', '.join(f'`{rule}` ({n} questions)' for rule, n in rules.items())
-    notes.append(
-        f'\nStep {result["step"]}: a passage holds an answer by the rule'
-        f' {names}; docs/question_answering.md describes the rules.'
+    yield (
+        f': a passage holds an answer by the rule {names};'
+        ' docs/question_answering.md describes the rules.'
     )
   for name, group in result.get('questions', {}).items():
     total = group['questions']
@@ -257,21 +236,21 @@ def _notes(result: Result) -> list[str]:
         if kind in group and group.get(count, total) < total
     ]
     if known:
-      notes.append(
-          f'\nStep {result["step"]}, {name}: the figures of the {total}'
-          f' questions are over {", ".join(known)}.'
+      yield (
+          f', {name}: the figures of the {total} questions are over'
+          f' {", ".join(known)}.'
       )
   if by_words := result.get('baselines', {}).get('bm25'):
-    notes.append(
-        f'\nStep {result["step"]}: BM25 with k1={by_words["k1"]}, b='
-        f'{by_words["b"]} over {by_words["passages"]} passages; no word of'
+    yield (
+        f': BM25 with k1={by_words["k1"]}, b={by_words["b"]} over'
+        f' {by_words["passages"]} passages; no word of'
         f' {by_words["without_result"]} questions is in any passage, and'
         f' {by_words["without_words"]} passages have no word. The hybrid joins'
         f' the best {by_words["joined"]} passages of both.'
     )
   if beir := result.get('beir'):
-    notes.append(
-        f'\nStep {result["step"]}: BEIR has {beir["documents"]} documents and'
+    yield (
+        f': BEIR has {beir["documents"]} documents and'
         f' {beir["without_passage"]} without text, which are never retrieved;'
         f' {beir["without_relevant"]} of the {beir["queries"]} queries of'
         f' {beir["qrels"]} have no relevant document and count as 0.'
@@ -279,27 +258,43 @@ def _notes(result: Result) -> list[str]:
   if unknown := result.get('unknown_gold'):
     names = ', '.join(map(repr, unknown['first']))
     more = ', ...' if unknown['ids'] > len(unknown['first']) else ''
-    notes.append(
-        f'\nStep {result["step"]}: {unknown["ids"]} gold passages of'
-        f' {unknown["questions"]} questions are not in the corpus ({names}'
-        f'{more}); {unknown["counted"]}.'
+    yield (
+        f': {unknown["ids"]} gold passages of {unknown["questions"]} questions'
+        f' are not in the corpus ({names}{more}); {unknown["counted"]}.'
     )
-  return notes
+  masked = result.get('masked') or {}
+  trained = masked.get('trivial_in_training')
+  if trained != masked.get('trivial'):
+    yield (
+        f': measured with config.trivial={masked["trivial"]}, trained with'
+        f' {trained}.'
+    )
+
+
+def new_figure(width: float, height: float) -> Any:
+  """Returns an empty figure of a size in inches.
+
+  pyplot would keep the figure, and choose a window system.
+
+  Raises:
+    ImportError: matplotlib is not installed; names the command to install it.
+  """
+  try:
+    from matplotlib import figure
+  except ImportError as error:
+    raise ImportError(
+        'Plots need a package that is not installed: '
+        "pip install 'realm_jax[plot]'"
+    ) from error
+  return figure.Figure(figsize=(width, height), layout='constrained')
 
 
 def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
   """Draws recall.png, answers.png and training.png of the available figures.
 
   Raises:
-    ImportError: matplotlib is not installed; names the command to install it.
+    ImportError: see `new_figure`.
   """
-  try:
-    from matplotlib import figure as figure_lib
-  except ImportError as error:
-    raise ImportError(
-        'Plots need a package that is not installed: '
-        "pip install 'realm_jax[plot]'"
-    ) from error
   folder = pathlib.Path(workdir) / FOLDER
   folder.mkdir(parents=True, exist_ok=True)
   drawn = []
@@ -311,17 +306,10 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
     if not panels:
       continue
     # A panel of single points is drawn only if all panels are such.
-    panels = {
-        title: curves
-        for title, curves in panels.items()
-        if any(len(points) > 1 for points in curves.values())
-    } or panels
+    panels = without_single_points(panels) or panels
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    # pyplot would keep the figure and choose a window system.
-    figure = figure_lib.Figure(
-        figsize=(6 * columns, 3.6 * rows), layout='constrained'
-    )
+    figure = new_figure(6 * columns, 3.6 * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (title, curves) in zip(axes, panels.items(), strict=False):
       for label, points in curves.items():
@@ -334,25 +322,24 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
         axis.legend(fontsize=8)
     for axis in axes[len(panels) :]:
       axis.set_axis_off()
-    path = folder / name
-    figure.savefig(path, dpi=120)
-    drawn.append(path)
+    drawn.append(folder / name)
+    figure.savefig(drawn[-1], dpi=120)
   answers = folder / f'{results[-1]["step"]}{QUESTIONS}' if results else None
   if answers is not None and answers.is_file():
-    figure = figure_lib.Figure(figsize=(12, 3.6), layout='constrained')
-    if _draw_answers(figure, results[-1], answers):
+    lines = answers.read_text('utf-8').splitlines()
+    records = [json.loads(line) for line in lines]
+    if all('exact_match' in record for record in records):
+      figure = new_figure(12, 3.6)
+      _draw_answers(figure, results[-1], records)
       drawn.append(folder / 'answers.png')
       figure.savefig(drawn[-1], dpi=120)
   return drawn
 
 
-def _draw_answers(figure: Any, result: Result, path: pathlib.Path) -> bool:
-  """Draws recall, calibration and failures; False: nothing was read."""
-  records = [
-      json.loads(line) for line in path.read_text('utf-8').splitlines()
-  ]
-  if not all('exact_match' in record for record in records):
-    return False
+def _draw_answers(
+    figure: Any, result: Result, records: list[dict[str, Any]]
+) -> None:
+  """Draws recall, calibration and failures of the reader."""
   recall, calibration, failures = figure.subplots(1, 3)
   ranks = np.array([record['answer_rank'] for record in records])
   depths = np.arange(1, max(int(ranks.max()), 1) + 1)
@@ -378,15 +365,12 @@ def _draw_answers(figure: Any, result: Result, path: pathlib.Path) -> bool:
   )
   shares = result['questions']['all']['open_qa']
   names = ('exact_match', 'misread', 'not_read', 'not_retrieved')
-  failures.barh(
-      [name.replace('_', ' ') for name in names],
-      [shares[name] for name in names],
-  )
+  labels = [name.replace('_', ' ') for name in names]
+  failures.barh(labels, [shares[name] for name in names])
   failures.invert_yaxis()
   failures.set(title='where it fails: share of the questions', xlim=(0, 1))
   for axis in (recall, calibration, failures):
     axis.grid(alpha=0.3)
-  return True
 
 
 def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
@@ -406,9 +390,7 @@ def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
     plots = []
   pictures = ''.join(f'\n![{p.stem}]({p.name})\n' for p in plots)
   title = f'# Evaluation of {pathlib.Path(workdir).resolve().name}\n\n'
-  path.write_text(
-      title + table(load_all(workdir)) + pictures, encoding='utf-8'
-  )
+  path.write_text(title + table(load_all(workdir)) + pictures, encoding='utf-8')
   files = '\n'.join(str(p) for p in (path, *plots))
   return f'{table(results)}\nWritten:\n{files}'
 
@@ -440,24 +422,34 @@ def recall_panels(results: list[Result]) -> Panels:
   return panels
 
 
+def without_single_points(panels: Panels) -> Panels:
+  """Returns the panels with a curve of more than one point."""
+  return {
+      title: curves
+      for title, curves in panels.items()
+      if any(len(points) > 1 for points in curves.values())
+  }
+
+
 def training_panels(lines: list[dict[str, Any]]) -> Panels:
   """Returns a panel for each metric of `_PANELS` that the lines have."""
-  panels: Panels = {}
-  for title, name in _PANELS:
-    points = [
-        (line['step'], line[name])
-        for line in lines
-        # A loss that is not finite is a string in the file.
-        if isinstance(line.get(name), (int, float))
-    ]
-    if points:
-      panels[title] = {'': points}
-  return panels
+  found = {title: points(lines, name) for title, name in _PANELS}
+  return {title: {'': curve} for title, curve in found.items() if curve}
 
 
-def _markdown(heads: list[str], rows: list[list[Any]]) -> str:
-  """Returns a table, or an empty string without rows."""
-  lines = [heads, ['---'] * len(heads), *rows] if rows else []
+def points(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+  """Returns the steps and values of a metric."""
+  return [
+      (line['step'], line[name])
+      for line in lines
+      # A loss that is not finite is a string in the file.
+      if isinstance(line.get(name), (int, float))
+  ]
+
+
+def markdown(heads: Sequence[str], *rows: Sequence[Any]) -> str:
+  """Returns a table."""
+  lines = [heads, ['---'] * len(heads), *rows]
   return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 
@@ -465,14 +457,21 @@ def _percent(value: float | None) -> str:
   return '' if value is None else f'{100 * value:.1f}'
 
 
-def _interval(
-    bounds: list[float] | None,
-    written: Callable[[float | None], str] = _percent,
-) -> str:
-  return f' ({written(bounds[0])} to {written(bounds[1])})' if bounds else ''
-
-
 def _number(value: float | None) -> str:
   if value is None:
     return ''
   return str(value) if isinstance(value, int) else f'{value:.3f}'
+
+
+def _cells(
+    figures: Mapping[str, Any],
+    columns: Mapping[str, str],
+    written: Callable[[float | None], str] = _percent,
+) -> list[str]:
+  """Returns each figure, with its interval if it has one."""
+  cells = []
+  for name in columns.values():
+    cells.append(written(figures.get(name)))
+    if bounds := figures.get(f'{name}_interval'):
+      cells[-1] += f' ({written(bounds[0])} to {written(bounds[1])})'
+  return cells

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 Path = pathlib.Path | str
 _ESCAPE = re.compile('%[0-9A-Fa-f]{2}')
+_WRITTEN = 20  # Passages of a question that `write_questions` writes.
 # Figures of a question that `compare` tests.
 _FIGURES = ('reciprocal_rank', 'recall_at_1', 'recall_at_5', 'recall_at_20')
 
@@ -58,9 +59,6 @@ class Run:
   figures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   answers: Sequence[answering.Answer] = ()
   rules: Sequence[answers_lib.Rule] = ()
-
-  def __len__(self) -> int:
-    return len(self.questions)
 
 
 def query_names(questions: Sequence[questions_lib.Question]) -> list[str]:
@@ -100,40 +98,32 @@ def escaped(name: str) -> str:
   )
 
 
-def write_trec(
-    path: Path, run: Run, corpus: corpus_lib.Corpus, name: str = 'realm_jax'
-) -> None:
-  """Writes `query Q0 passage rank score name` lines.
-
-  Queries and passages are named by their ids, as one word (`escaped`); queries
-  without ids by their numbers from 1. The ranks order passages of equal scores.
-  """
+def write_trec(path: Path, run: Run, corpus: corpus_lib.Corpus) -> None:
+  """Writes a run with the ids of questions and passages."""
   names = _passage_names(corpus, run.doc_ids_BK)
-  queries = query_names(run.questions)
-  rows_BK, score_BK = run.doc_ids_BK.tolist(), run.score_BK.tolist()
-  write_ranking(
-      path,
-      {
-          query: {
-              names[row]: score
-              for row, score in zip(rows, scores, strict=True)
-              if row >= 0
-          }
-          for query, rows, scores in zip(
-              queries, rows_BK, score_BK, strict=True
-          )
-      },
-      name,
-  )
+  found = zip(run.doc_ids_BK.tolist(), run.score_BK.tolist(), strict=True)
+  ranking = {
+      query: {
+          names[row]: score
+          for row, score in zip(rows, scores, strict=True)
+          if row >= 0
+      }
+      for query, (rows, scores) in zip(
+          query_names(run.questions), found, strict=True
+      )
+  }
+  write_ranking(path, ranking, 'realm_jax', '.6f')
 
 
 def write_ranking(
     path: Path,
     ranking: Mapping[str, Mapping[str, float]],
     name: str,
-    digits: str = '.6f',
+    digits: str,
 ) -> None:
-  """Writes the lines of `write_trec`.
+  """Writes `query Q0 passage rank score name` lines, as trec_eval reads them.
+
+  Ids are written as one word (`escaped`). Ranks order passages of equal scores.
 
   Args:
     path: output.
@@ -180,9 +170,7 @@ def write_beir(
     for name, question in zip(names, questions, strict=True):
       metadata: dict[str, Any] = {}
       if question.answers:
-        metadata = {
-            'answers': list(question.answers), 'match': question.match
-        }
+        metadata = {'answers': list(question.answers), 'match': question.match}
       _line(file, _id=name, text=question.question, metadata=metadata)
   with files.atomic_file(folder / 'qrels' / 'test.tsv') as file:
     table = csv.writer(file, delimiter='\t', lineterminator='\n')
@@ -196,15 +184,13 @@ def write_beir(
         table.writerow((name, passage_id, grade))
 
 
-def write_questions(
-    path: Path, run: Run, corpus: corpus_lib.Corpus, depth: int = 20
-) -> None:
+def write_questions(path: Path, run: Run, corpus: corpus_lib.Corpus) -> None:
   """Writes one JSON line per question: ranks, and the best passages."""
-  names = _passage_names(corpus, run.doc_ids_BK[:, :depth])
+  names = _passage_names(corpus, run.doc_ids_BK[:, :_WRITTEN])
   with files.atomic_file(path) as file:
     for i, question in enumerate(run.questions):
-      rows = run.doc_ids_BK[i, :depth].tolist()
-      scores = run.score_BK[i, :depth].tolist()
+      rows = run.doc_ids_BK[i, :_WRITTEN].tolist()
+      scores = run.score_BK[i, :_WRITTEN].tolist()
       _line(
           file,
           id=question.id,
@@ -233,12 +219,8 @@ def write_step(
 ) -> dict[str, Any]:
   """Writes the questions of the runs of a step, and compares the runs.
 
-  Args:
-    folder: for STEP.questions.jsonl of the retriever, and STEP.NAME.questions
-      .jsonl of other runs.
-    step: of the parameters.
-    found: the runs by name.
-    corpus: of the runs.
+  The files are STEP.questions.jsonl for the retriever, and STEP.NAME.questions
+  .jsonl for other runs.
 
   Returns:
     What `compare` returns, by the names of `PAIRS`; empty without BM25, or
@@ -266,9 +248,10 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     FileNotFoundError: there is no such file.
     ValueError: a line is not of such a file; names it.
   """
+  wanted = 'question answers answer_rank gold_rank cluster retrieved'.split()
   records = []
   for where, record in lines.json_objects(pathlib.Path(path)):
-    for field in ('question', 'answer_rank', 'gold_rank'):
+    for field in wanted:
       if field not in record:
         raise ValueError(
             f'{where}: not a line of evaluation/STEP.questions.jsonl, as'
@@ -283,12 +266,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 def compare(ours: Path, theirs: Path) -> dict[str, dict[str, Any]]:
   """Compares two files of `write_questions` question by question.
 
-  The test resamples the clusters in `ours`: questions about one article. The
-  clusters of a file without them, of an older version, are the gold passages.
-
-  Args:
-    ours: the run that is expected to be better.
-    theirs: the run to compare with.
+  The test resamples the clusters in `ours`: questions about one article.
 
   Returns:
     For each figure what `paired` returns. Figures are by answer, over the
@@ -312,36 +290,32 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, Any]]:
           f' {other["question"]!r} in {theirs}: only runs over the same'
           ' questions, in the same order, can be compared.'
       )
-  rules = [{r.get('answer_match') for r in records} for records in (a, b)]
-  if rules[0] != rules[1]:
+  rules_a, rules_b = (
+      '/'.join(sorted({str(record.get('answer_match')) for record in records}))
+      for records in (a, b)
+  )
+  if rules_a != rules_b:
     log.warning(
         'Passages hold an answer by the rule %s in %s, and by %s in %s: the'
         ' difference may be one of the rules. Evaluate both with the same'
         ' --answer_match.',
-        *(
-            word
-            for path, found in zip((ours, theirs), rules, strict=True)
-            for word in ('/'.join(sorted(map(str, found))), path)
-        ),
+        rules_a, ours, rules_b, theirs,
     )
   # Figures are by answer; by gold passage, where no question has answers.
-  kept = [i for i, record in enumerate(a) if record.get('answers', True)]
+  kept = [i for i, record in enumerate(a) if record['answers']]
   by = 'answer_rank' if kept else 'gold_rank'
   if kept:
     a, b = [a[i] for i in kept], [b[i] for i in kept]
-  cluster_B = metrics.clusters(
-      record.get('cluster', _hashable(record.get('passage_id')))
-      for record in a
-  )
-  figures = {}
+  cluster_B = np.array([record['cluster'] for record in a])
   names: Sequence[str] = _FIGURES
-  if all('exact_match' in record for record in (*a, *b)) and kept:
+  if kept and all('exact_match' in record for record in (*a, *b)):
     names = ('exact_match', *names)
-  for name in names:
-    figures[name if kept else f'gold_{name}'] = paired(
-        _figure(name, a, by), _figure(name, b, by), cluster_B
-    )
-  return figures
+  return {
+      name if kept else f'gold_{name}': paired(
+          _figure(name, a, by), _figure(name, b, by), cluster_B
+      )
+      for name in names
+  }
 
 
 def paired(
@@ -361,26 +335,15 @@ def paired(
   }
 
 
-def _hashable(passage_id: Any) -> Any:
-  return tuple(passage_id) if isinstance(passage_id, list) else passage_id
-
-
 def as_text(figures: dict[str, dict[str, Any]]) -> str:
   """Returns the figures of `compare` as a Markdown table."""
-  rows = [
-      f'| {" | ".join(row)} |'
-      for row in (
-          report.PAIRED_COLUMNS,
-          ['---'] * len(report.PAIRED_COLUMNS),
-          *(report.paired_row(name, test) for name, test in figures.items()),
-      )
-  ]
+  rows = [report.paired_row(name, test) for name, test in figures.items()]
   counts = next(iter(figures.values()))
-  rows.append(
-      f'\n{counts["questions"]:.0f} questions in {counts["clusters"]:.0f}'
+  return (
+      f'{report.markdown(report.PAIRED_COLUMNS, *rows)}\n\n'
+      f'{counts["questions"]:.0f} questions in {counts["clusters"]:.0f}'
       f' clusters. Interval and p: resampled by {report.UNIT}.'
   )
-  return '\n'.join(rows)
 
 
 def _read(run: Run, i: int) -> dict[str, Any]:
@@ -391,9 +354,7 @@ def _read(run: Run, i: int) -> dict[str, Any]:
   return {
       'prediction': answer.text,
       'probability': round(answer.probability, 6),
-      'from': None
-      if answer.best is None
-      else answer.passages[answer.best].id,
+      'from': None if answer.best is None else answer.passages[answer.best].id,
       'exact_match': int(run.figures['exact_match'][i]),
       'reader_oracle': int(run.figures['reader_oracle'][i]),
   }

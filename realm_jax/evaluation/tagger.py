@@ -76,13 +76,9 @@ def score(
     gold: Sequence[Sequence[entities.Entity]],
     predicted: Sequence[Sequence[entities.Entity]],
 ) -> dict[str, Score]:
-  """Compares entities as seqeval does (Nakayama 2018).
+  """Compares the entities of sentences as seqeval does (Nakayama 2018).
 
   An entity is correct if its type, first and last word are.
-
-  Args:
-    gold: entities of each sentence.
-    predicted: of the same sentences.
 
   Returns:
     Scores by type; `micro` for all types together; `any` without regard to

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from realm_jax.corpus import cuts
 from realm_jax.corpus import inputs
@@ -28,7 +29,6 @@ from realm_jax.qa import questions
 from realm_jax.runtime import checkpoint
 
 _BATCH_WORDPIECES = 2**14  # In one batch of the reader.
-_SEARCH_BATCH = 256  # Questions in one search.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,7 @@ class OpenQA:
     if self.index_generation is None:
       return None
     folder = self.trained.workdir / generation_lib.DIRECTORY
-    manifest = generation_lib.read_manifest(
-        folder / str(self.index_generation)
-    )
+    manifest = generation_lib.read_manifest(folder / str(self.index_generation))
     return time.time() - manifest['created']
 
   def retrieve(self, query_ids_BQ: np.ndarray, k: int) -> np.ndarray:
@@ -160,12 +158,7 @@ class OpenQA:
       ValueError: the corpus has fewer than k passages.
     """
     query_emb_BE = self.trained.embed_queries(self.params, query_ids_BQ)
-    return np.concatenate([
-        self.index.search.search(
-            query_emb_BE[start : start + _SEARCH_BATCH], k
-        )
-        for start in range(0, len(query_emb_BE), _SEARCH_BATCH)
-    ])
+    return self.index.ranked(query_emb_BE, k)[0]
 
   def answer(
       self, question: str | Sequence[str], k: int | None = None
@@ -199,35 +192,25 @@ class OpenQA:
       self, table: question_table_lib.QuestionTable, rows_BK: np.ndarray
   ) -> list[Answer]:
     """Answers questions from given passages, best first."""
-    size = max(
-        _BATCH_WORDPIECES
-        // (rows_BK.shape[1] * self.trained.config.lengths.joint),
-        1,
-    )
+    each = rows_BK.shape[1] * self.trained.config.lengths.joint
+    size = min(max(_BATCH_WORDPIECES // each, 1), len(table))
     found = []
     for start in range(0, len(table), size):
-      some = slice(start, min(start + size, len(table)))
-      found += self._read(
-          [question.question for question in table.questions[some]],
-          table.query_ids_NQ[some],
-          table.query_lengths_N[some],
-          rows_BK[some],
-          size if len(table) > size else len(table),
-      )
+      found += self._read(table, rows_BK, slice(start, start + size), size)
     return found
 
   def _read(
       self,
-      texts: list[str],
-      query_ids_BQ: np.ndarray,
-      query_lengths_B: np.ndarray,
-      rows_BK: np.ndarray,
+      table: question_table_lib.QuestionTable,
+      rows_NK: np.ndarray,
+      some: slice,
       size: int,
   ) -> list[Answer]:
     """Reads a batch, padded to `size` questions: all compile to one shape."""
     trained, config = self.trained, self.trained.config
     corpus, titles = trained.corpus, config.open_qa.title
-    length = config.lengths.joint
+    rows_BK, query_lengths_B = rows_NK[some], table.query_lengths_N[some]
+    query_ids_BQ, length = table.query_ids_NQ[some], config.lengths.joint
     ids_BKT, types_BKT = inputs.assemble_joint(
         corpus.passages, rows_BK, query_ids_BQ, query_lengths_B, length,
         corpus.tokenizer, titles,
@@ -247,31 +230,39 @@ class OpenQA:
         self.params, *(trained_lib.pad_rows(array, size) for array in arrays)
     )
     score_BK, logp_BK, start_BK, end_BK = (
-        np.asarray(array)[: len(texts)] for array in result
+        np.asarray(array)[: len(rows_BK)] for array in result
     )
+    p_BK = special.softmax(score_BK.astype(np.float64), axis=1)
     found = []
-    for b, text in enumerate(texts):
-      p_K = np.exp(score_BK[b].astype(np.float64) - score_BK[b].max())
+    for b, question in enumerate(table.questions[some]):
       passages = []
       for k, row in enumerate(rows_BK[b].tolist()):
-        first, limit = body_BK2[b, k].tolist()
-        span = None
-        if first < limit:
-          span = int(start_BK[b, k]) - first, int(end_BK[b, k]) - first
+        record = corpus.passage_text(row)
+        start = limit = 0
+        first, behind = body_BK2[b, k].tolist()
+        if is_read := first < behind:
+          offsets_L2 = self.passage_answers.wordpieces(row, record['text'])
+          start = int(offsets_L2[start_BK[b, k] - first, 0])
+          limit = int(offsets_L2[end_BK[b, k] - first, 1])
         passages.append(
-            self._passage(
+            Passage(
                 row,
-                float(score_BK[b, k]),
-                float(p_K[k] / p_K.sum()),
-                float(np.exp(logp_BK[b, k])),
-                span,
+                **record,
+                score=float(score_BK[b, k]),
+                probability=float(p_BK[b, k]),
+                answer=record['text'].encode()[start:limit].decode(),
+                start=start,
+                limit=limit,
+                answer_probability=(
+                    float(np.exp(logp_BK[b, k])) if is_read else 0.0
+                ),
             )
         )
       best = int(logp_BK[b].argmax())
       answer = passages[best]
       found.append(
           Answer(
-              text,
+              question.question,
               answer.answer,
               answer.answer_probability,
               tuple(passages),
@@ -279,33 +270,6 @@ class OpenQA:
           )
       )
     return found
-
-  def _passage(
-      self,
-      row: int,
-      score: float,
-      probability: float,
-      answer_probability: float,
-      span: tuple[int, int] | None,
-  ) -> Passage:
-    """`span`: first and last wordpiece of the answer in the body, if any."""
-    record = self.trained.corpus.passage_text(row)
-    start = limit = 0
-    if span is not None:
-      offsets_L2 = self.passage_answers.wordpieces(row, record['text'])
-      start, limit = int(offsets_L2[span[0], 0]), int(offsets_L2[span[1], 1])
-    return Passage(
-        row,
-        record['id'],
-        record['title'],
-        record['text'],
-        score,
-        probability,
-        record['text'].encode('utf-8')[start:limit].decode('utf-8'),
-        start,
-        limit,
-        0.0 if span is None else answer_probability,
-    )
 
   @functools.cached_property
   def _jitted(self) -> Any:

@@ -49,9 +49,7 @@ class SentenceTagger:
     """Returns the labels of sentences, int32 [N, L]; -1: no label."""
     lengths_N = (table.ids_NL != self.tokenizer.pad_id).sum(axis=1)
 
-    def tag(
-        params: components_lib.Params, *arrays_BL: jax.Array
-    ) -> jax.Array:
+    def tag(params: components_lib.Params, *arrays_BL: jax.Array) -> jax.Array:
       return self._component.module(params).tags(*arrays_BL)
 
     def assemble(rows: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
@@ -94,7 +92,7 @@ def tag_corpus(
   tagger's.
 
   Args:
-    corpus: output of `prepare`, with the tokenizer of the tagger.
+    corpus: with the tokenizer of the tagger.
     workdir: of the objective `tagger`.
     output: folder to write.
     dates_and_numbers: whether to keep the dates and numbers of the corpus.

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 Path = str | os.PathLike[str]
 Params = dict[str, components_lib.Params]
 
+_SEARCH_BATCH = 1024  # Queries in one search.
 _QUERY_BATCHES = (1, 4, 16, 64, 256)  # Batch sizes that are compiled.
 # Size of a batch of logits, [B, K, M, V]: 256 MiB of float32.
 _MAX_LOGITS = 2**26
@@ -53,6 +54,21 @@ class Index:
   search: search_lib.Search
   table: search_lib.Rows
   generation: int | None
+
+  def ranked(
+      self, query_emb_BE: np.ndarray, k: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the k best rows of each query, and their scores; [B, k].
+
+    Raises:
+      ValueError: there are fewer than k documents.
+    """
+    rows, scores = [], []
+    for start in range(0, len(query_emb_BE), _SEARCH_BATCH):
+      some_BE = query_emb_BE[start : start + _SEARCH_BATCH]
+      rows.append(np.asarray(self.search.search(some_BE, k)))
+      scores.append(search_lib.score(self.table, some_BE, rows[-1]))
+    return np.concatenate(rows), np.concatenate(scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +260,7 @@ class Trained:
         loaded, loaded.embeddings, np.zeros(0, np.int64)
     )
 
-  def index(self, params: Params, step: int | None = None) -> 'Index':
+  def index(self, params: Params, step: int | None = None) -> Index:
     """Returns an exact search of the documents by these parameters.
 
     Fine-tuning with frozen documents keeps the embeddings of its training.
@@ -259,8 +275,7 @@ class Trained:
     """
     found = self.saved_index(params, step)
     if found is not None:
-      search = search_lib.ExactSearch(found.table, removed=found.removed)
-      return Index(search, found.table, found.generation.lineage.step)
+      return _exact(found)
     with tqdm.tqdm(
         total=len(self.corpus.passages),
         desc='embedding the corpus',
@@ -270,9 +285,7 @@ class Trained:
       embeddings_NE = self._embed_passages(
           params['embedder'], progress=bar.update
       )
-    search = search_lib.ExactSearch(
-        embeddings_NE, removed=self.corpus.removed
-    )
+    search = search_lib.ExactSearch(embeddings_NE, removed=self.corpus.removed)
     return Index(search, embeddings_NE, None)
 
   def saved_index(
@@ -301,16 +314,14 @@ class Trained:
       return None
     return self.documents.index(generation, given)
 
-  def published_search(self) -> tuple[search_lib.Search, int]:
-    """Returns an exact search of the newest generation, and its step.
+  def newest_index(self) -> Index:
+    """Returns an exact search of the newest generation.
 
     Raises:
       FileNotFoundError: there is no generation.
       ValueError: it is damaged, or of another corpus.
     """
-    step = self.documents.newest()['step']
-    index = self.documents.index(step)
-    return search_lib.ExactSearch(index.table, removed=index.removed), step
+    return _exact(self.documents.index(self.documents.newest()['step']))
 
   def embed_queries(
       self, params: Params, query_ids_BQ: np.ndarray
@@ -319,41 +330,24 @@ class Trained:
 
     The retriever's prefix is put in front of x.
     """
-    query_ids_BQ = self.template.queries(query_ids_BQ)
-    parts, largest = [], _QUERY_BATCHES[-1]
-    for start in range(0, len(query_ids_BQ), largest):
-      part = query_ids_BQ[start : start + largest]
-      size = next(size for size in _QUERY_BATCHES if size >= len(part))
-      padded = pad_rows(part, size)
-      emb_BE = self._embedder.queries(params['embedder'], padded)
-      parts.append(np.asarray(emb_BE)[: len(part)])
-    return np.concatenate(parts)
+    embed = functools.partial(self._embedder.queries, params['embedder'])
+    return _in_batches(embed, self.template.queries(query_ids_BQ))
 
   def embed_passages(
       self, params: Params, passages: Sequence[tuple[str, str]]
   ) -> np.ndarray:
     """Embeds pairs of title and body: float32 numpy, [B, E]."""
     table = inputs.passage_table(passages, self.tokenizer)
-    arrays = self.template.documents(table, np.arange(len(table)))
-    parts, largest = [], _QUERY_BATCHES[-1]
-    for start in range(0, len(passages), largest):
-      some = [array_BS[start : start + largest] for array_BS in arrays]
-      size = next(size for size in _QUERY_BATCHES if size >= len(some[0]))
-      ids_BS, types_BS = (pad_rows(array_BS, size) for array_BS in some)
-      emb_BLE = self._embedder.documents(
-          params['embedder'], ids_BS[:, None], types_BS[:, None]
-      )
-      parts.append(np.asarray(emb_BLE)[: len(some[0]), 0])
-    return np.concatenate(parts)
+    ids_BS, types_BS = self.template.documents(table, np.arange(len(table)))
+    embed = functools.partial(self._embedder.documents, params['embedder'])
+    return _in_batches(embed, ids_BS[:, None], types_BS[:, None])[:, 0]
 
   def reading_batch_size(self, num_candidates: int, num_masks: int) -> int:
     """Returns the largest batch of sentences within bounded memory."""
     each = num_candidates * num_masks * self.config.model.vocab_size
     return max(1, min(self.config.batch_size, _MAX_LOGITS // each))
 
-  def read(
-      self, params: Params, batch: realm.Batch
-  ) -> dict[str, np.ndarray]:
+  def read(self, params: Params, batch: realm.Batch) -> dict[str, np.ndarray]:
     """Scores and reads the candidates of a batch of `with_candidates`.
 
     Returns, as numpy arrays:
@@ -433,6 +427,25 @@ class Trained:
       }
 
     return jax.jit(read)
+
+
+def _exact(found: document_store.Index) -> Index:
+  search = search_lib.ExactSearch(found.table, removed=found.removed)
+  return Index(search, found.table, found.generation.lineage.step)
+
+
+def _in_batches(
+    embed: Callable[..., jax.Array], *arrays: np.ndarray
+) -> np.ndarray:
+  """Embeds rows in batches of few sizes, each of which is compiled once."""
+  parts, largest = [], _QUERY_BATCHES[-1]
+  for start in range(0, len(arrays[0]), largest):
+    some = [array[start : start + largest] for array in arrays]
+    count = len(some[0])
+    size = next(size for size in _QUERY_BATCHES if size >= count)
+    embedded = embed(*(pad_rows(array, size) for array in some))
+    parts.append(np.asarray(embedded)[:count])
+  return np.concatenate(parts)
 
 
 def steps_available(workdir: Path) -> tuple[list[int], list[int]]:

@@ -115,7 +115,8 @@ def of_corpus(
       mean_wordpieces = float(lengths.mean())
   if passages is None:
     raise ValueError(
-        'How large is the corpus? Give --config.corpus=FOLDER, or --passages=N.'
+        'The size of the corpus is unknown: give --config.corpus=FOLDER, or'
+        ' --passages=N.'
     )
   if mean_wordpieces is None:
     mean_wordpieces = float(config.lengths.document)
@@ -169,13 +170,10 @@ def trace_step(
     mesh: jax.sharding.Mesh,
     device: jax.Device | None = None,
 ) -> jax.stages.Traced:
-  """Traces the training step from abstract arrays.
+  """Traces the training step of a job from abstract arrays.
 
-  Args:
-    config: of the job.
-    mesh: of the job.
-    device: of the kind to lower the step for, which decides the attention
-      kernel; None for the devices of the mesh.
+  The kind of `device`, by default that of the mesh, decides the attention
+  kernel.
   """
   config = config_lib.resolve(config)
   stage = stages.load(config)(config)
@@ -406,9 +404,7 @@ class _Estimate:
     for parts in (n for n in range(1, rows + 1) if rows % n == 0):
       for remat in ('none', 'full'):
         model = dataclasses.replace(self.config.model, remat=remat)
-        config = dataclasses.replace(
-            self.config, accumulate=parts, model=model
-        )
+        config = dataclasses.replace(self.config, accumulate=parts, model=model)
         stage = type(self.stage)(config)
         memory = dataclasses.replace(self, stage=stage).device_memory()
         if _fits(memory):

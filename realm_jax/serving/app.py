@@ -19,7 +19,7 @@ import prometheus_client as prometheus
 from realm_jax.evaluation import report
 from realm_jax.index import bm25 as bm25_lib
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.serving import curves as curves_lib
+from realm_jax.serving import elements
 from realm_jax.serving import service as service_lib
 from realm_jax.serving import state as state_lib
 
@@ -194,9 +194,7 @@ async def _body(receive: _Receive) -> bytes:
 
 
 def create(
-    service: Service,
-    token: str | None = None,
-    host: str = '127.0.0.1',
+    service: Service, token: str | None = None, host: str = '127.0.0.1'
 ) -> fastapi.FastAPI:
   """Returns the application.
 
@@ -222,9 +220,7 @@ def create(
   )
   app.state.service = service
   hosts = tuple(dict.fromkeys((*_LOOPBACK, host)))
-  app.add_middleware(
-      _Gate, metrics=service.metrics, token=token, hosts=hosts
-  )
+  app.add_middleware(_Gate, metrics=service.metrics, token=token, hosts=hosts)
 
   @app.exception_handler(Problem)
   async def on_problem(_: Any, problem: Problem) -> responses.JSONResponse:
@@ -418,10 +414,10 @@ def create(
             {
                 'title': title,
                 'curves': [
-                    {'label': label, 'points': curves_lib.thinned(points)}
+                    {'label': label, 'points': elements.thinned(points)}
                     for label, points in curves.items()
                 ],
-                'html': curves_lib.panel(title, curves, 'h2'),
+                'html': elements.panel(title, curves, 'h2'),
             }
             for title, curves in panels.items()
         ]

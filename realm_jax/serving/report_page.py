@@ -5,7 +5,7 @@ It is made from the files of the workdirs. A model is loaded only to fill in a
 sentence.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import html
@@ -26,14 +26,13 @@ from realm_jax.evaluation import runs as runs_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.serving import curves as curves_lib
+from realm_jax.serving import elements
 
-element = curves_lib.element
-Html = curves_lib.Html
+element = elements.element
+Html = elements.Html
 
 _EXAMPLES = 6  # Questions.
 _LETTERS = 300  # Characters shown of an example's passage.
-_WIDE = 28  # Letters of a cell, from which on its lines may break.
 # Metrics of the index: heading, the metric, and how its values become one.
 _STALENESS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
     ('age of the index in steps, mean', 'refresh/age_steps', statistics.mean),
@@ -61,8 +60,7 @@ class _Run:
   results: list[report.Result]
 
   def values(self, metric: str) -> list[float]:
-    found = (line.get(metric) for line in self.lines)
-    return [x for x in found if isinstance(x, (int, float))]
+    return [value for _, value in report.points(self.lines, metric)]
 
 
 def write(
@@ -71,16 +69,13 @@ def write(
     sentence: str | None = None,
     corpus: str | None = None,
 ) -> pathlib.Path:
-  """Writes the page of one or more workdirs.
+  """Writes the page of one or more workdirs, and returns its path.
 
   Args:
     workdirs: of any objective.
     output: the file.
     sentence: with [MASK], to be filled in by each run that can.
     corpus: where the corpus of all of them is now; None: where it was.
-
-  Returns:
-    The path of the file.
 
   Raises:
     FileNotFoundError: a folder is no workdir.
@@ -92,8 +87,9 @@ def write(
   if sentence is not None and inspect_lib.MASK not in sentence:
     raise ValueError(f'--inspect={sentence!r} has no {inspect_lib.MASK}.')
   runs = _open(workdirs)
+  facts = {run.name: _about(run) for run in runs}
   sections = {
-      'Runs': [_side_by_side('Runs', {run.name: _about(run) for run in runs})],
+      'Runs': [elements.side_by_side('Runs', facts)],
       'Diagnosis': [part for run in runs for part in _diagnosis(run)],
       'Configuration': _configuration(runs),
       'Curves': _curves(runs),
@@ -107,24 +103,43 @@ def write(
         element('p', element('strong', sentence)),
         *(part for run in runs for part in _inspected(run, sentence, corpus)),
     ]
+  title = 'Report of ' + ', '.join(run.name for run in runs)
+  with files.atomic_file(output) as file:
+    file.write(_page(title, sections))
+  return output
+
+
+def of_inspection(found: inspect_lib.Inspection) -> str:
+  """Returns the page of `realm-jax inspect --html`."""
+  filled_in = element('strong', ' | '.join(found.marginal.fillings))
+  return _page(
+      found.text,
+      {
+          'Filled in': [
+              element('p', filled_in),
+              element('p', inspect_lib.about(found), class_='quiet'),
+              _candidates(found, found.text),
+          ]
+      },
+  )
+
+
+def _page(title: str, sections: Mapping[str, Sequence[Html]]) -> str:
   static = importlib.resources.files('realm_jax.serving') / 'static'
-  page = string.Template((static / 'report.html').read_text('utf-8'))
   now = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M')
   links, parts = [], []
   for number, (name, children) in enumerate(sections.items()):
     links.append(element('a', name, href=f'#part{number}'))
     head = element('h2', name)
     parts.append(element('section', head, *children, id=f'part{number}'))
-  text = page.substitute(
-      title=html.escape('Report of ' + ', '.join(run.name for run in runs)),
+  page = string.Template((static / 'report.html').read_text('utf-8'))
+  return page.substitute(
+      title=html.escape(title),
       style=(static / 'page.css').read_text('utf-8'),
       links='\n'.join(links),
       body='\n'.join(parts),
       foot=html.escape(f'realm_jax {realm_jax.__version__}, {now} UTC'),
   )
-  with files.atomic_file(output) as file:
-    file.write(text)
-  return output
 
 
 def _open(workdirs: Sequence[str]) -> list[_Run]:
@@ -162,7 +177,7 @@ def _about(run: _Run) -> dict[str, Any]:
       'batch size': config.batch_size,
       'minutes': f'{seconds / 60:,.1f}' if seconds else None,
       'examples per second': (
-          curves_lib.short(statistics.median(rates)) if rates else None
+          elements.short(statistics.median(rates)) if rates else None
       ),
       'index generation': saved.get('index_generation'),
       'evaluated steps': len(run.results),
@@ -173,10 +188,10 @@ def _diagnosis(run: _Run) -> list[Html]:
   try:
     found = doctor.examine(run.workdir).findings
   except ValueError as error:
-    return [_note(str(error))]
+    return [elements.note(str(error))]
   if not found:
     return [element('p', element('strong', run.name), ': healthy.')]
-  return [_note(f'{run.name}: {x.diagnosis}: {x.text}') for x in found]
+  return [elements.note(f'{run.name}: {x.diagnosis}: {x.text}') for x in found]
 
 
 def _configuration(runs: list[_Run]) -> list[Html]:
@@ -196,14 +211,14 @@ def _configuration(runs: list[_Run]) -> list[Html]:
       for name, value in first.items()
       if name not in differing and value != defaults.get(name)
   ]
-  common = _side_by_side(
+  common = elements.side_by_side(
       'Fields unlike the default', {'value': first, 'default': defaults}, unlike
   )
   if not others:
     return [element('p', 'Fields that differ from the defaults.'), common]
   parts = [element('p', 'The configs are the same.')]
   if differing:
-    parts = [_side_by_side('Fields that differ', columns, differing)]
+    parts = [elements.side_by_side('Fields that differ', columns, differing)]
   about = 'Fields that the runs share and that differ from the defaults'
   return [*parts, element('details', element('summary', about), common)]
 
@@ -221,51 +236,44 @@ def _curves(runs: list[_Run]) -> list[Html]:
       # One curve of a run: the others are in the tables.
       label = 'recall@5' if 'recall@5' in curves else next(iter(curves))
       panels.setdefault(f'{title}: {label}', {})[run.name] = curves[label]
-  # Single points are in the tables.
-  panels = {
-      title: curves
-      for title, curves in panels.items()
-      if any(len(points) > 1 for points in curves.values())
-  }
+  panels = report.without_single_points(panels)  # The tables have them.
   for run in runs:
     for title, curves in report.training_panels(run.lines).items():
       name = run.name if len(runs) > 1 else ''
       panels.setdefault(title, {})[name] = curves['']
   order = [run.name for run in runs] if len(runs) > 1 else []
   drawn = [
-      curves_lib.panel(title, curves, order=order)
+      elements.panel(title, curves, order=order)
       for title, curves in panels.items()
   ]
   what = 'no metrics: `realm-jax train` writes metrics.jsonl'
   return [
-      *(_note(f'{run.name}: {what}.') for run in runs if not run.lines),
+      *(elements.note(f'{run.name}: {what}.') for run in runs if not run.lines),
       element('div', *drawn, class_='panels'),
   ]
 
 
 def _evaluation(runs: list[_Run]) -> list[Html]:
   """The newest results of all runs, then all results of each."""
-  found: dict[str, list[list[Any]]] = {}
+  found: dict[str, list[Sequence[Any]]] = {}
   parts, details = [], []
   for run in runs:
     if not run.results:
       what = 'no evaluation: `realm-jax evaluate` makes one'
-      parts.append(_note(f'{run.name}: {what}.'))
-    for title, text in report.tables(run.results[-1:]).items():
-      heads, *rows = _cells(text)
+      parts.append(elements.note(f'{run.name}: {what}.'))
+    for title, (heads, *rows) in report.tables(run.results[-1:]).items():
       table = found.setdefault(title, [['run', *heads]])
       table += [[run.name, *row] for row in rows]
     if len(run.results) > 1:
-      for title, text in report.tables(run.results).items():
+      for title, lines in report.tables(run.results).items():
         short = title.partition(' (')[0]
         about = element('summary', f'{run.name}, all evaluated steps: {short}')
-        every = _table(title, *_cells(text))
-        details.append(element('details', about, every))
+        details.append(element('details', about, elements.table(title, *lines)))
   for title, (heads, *rows) in found.items():
-    parts += [element('h3', title), _table(title, heads, *rows)]
+    parts += [element('h3', title), elements.table(title, heads, *rows)]
   for run in runs:
     for note in report.notes(run.results[-1:]):
-      parts.append(_note(f'{run.name}: {note}', 'quiet'))
+      parts.append(elements.note(f'{run.name}: {note}', 'quiet'))
   return [*parts, *details]
 
 
@@ -280,21 +288,19 @@ def _staleness(runs: list[_Run]) -> Html:
       }
       for heading, metric, measure in _STALENESS:
         if values := run.values(metric):
-          columns[run.name][heading] = curves_lib.short(measure(values))
+          columns[run.name][heading] = elements.short(measure(values))
   if not columns:
     return element('p', 'No run has used an index.')
-  return _side_by_side('Staleness', columns)
+  return elements.side_by_side('Staleness', columns)
 
 
 def _parts_of_time(run: _Run) -> dict[str, float]:
   """Returns the seconds of each part of the loop, longest first."""
-  names = {
-      name
-      for line in run.lines
-      for name in line
+  seconds = {
+      name[5:-8]: sum(run.values(name))
+      for name in sorted({name for line in run.lines for name in line})
       if name.startswith('time/') and name.endswith('_seconds')
   }
-  seconds = {name[5:-8]: sum(run.values(name)) for name in sorted(names)}
   return dict(sorted(seconds.items(), key=lambda part: -part[1]))
 
 
@@ -304,13 +310,14 @@ def _time(runs: list[_Run]) -> Html:
     parts = _parts_of_time(run)
     whole = sum(parts.values()) or 1.0
     columns[run.name] = {
-        name: _with_bar(f'{seconds:,.1f} s, {seconds / whole:.0%}',
-                        seconds / whole)
+        name: elements.with_bar(
+            f'{seconds:,.1f} s, {seconds / whole:.0%}', seconds / whole
+        )
         for name, seconds in parts.items()
     }
   if not any(columns.values()):
     return element('p', 'No run has logged its time.')
-  return _side_by_side('Time', columns)
+  return elements.side_by_side('Time', columns)
 
 
 def _questions(runs: list[_Run], corpus: str | None) -> list[Html]:
@@ -325,7 +332,7 @@ def _questions(runs: list[_Run], corpus: str | None) -> list[Html]:
       texts[run.name] = _passages(corpus or run.config.corpus)
   if not found:
     what = 'No run has answered questions: `realm-jax evaluate --questions=...`'
-    return [_note(what + ' keeps what was retrieved.')]
+    return [elements.note(what + ' keeps what was retrieved.')]
   name, first = next(iter(found.items()))
   common = set(first).intersection(*found.values()) or first
   asked = [record for question, record in first.items() if question in common]
@@ -338,7 +345,7 @@ def _questions(runs: list[_Run], corpus: str | None) -> list[Html]:
   heads = ['run', 'rank of the gold passage', 'rank of an answer', 'answer']
   for record in chosen:
     question = record['question']
-    answers = ' | '.join(map(str, record.get('answers', ())))
+    answers = ' | '.join(map(str, record['answers']))
     rows = [
         _result(name, records[question], texts[name])
         for name, records in found.items()
@@ -349,7 +356,7 @@ def _questions(runs: list[_Run], corpus: str | None) -> list[Html]:
             'article',
             element('h3', question),
             element('p', f'Answers: {answers}', class_='quiet'),
-            _table(question, [*heads, 'best passage'], *rows),
+            elements.table(question, [*heads, 'best passage'], *rows),
             class_='card',
         )
     )
@@ -386,12 +393,13 @@ def _passages(corpus: str) -> Callable[[str], str]:
 def _result(
     name: str, record: Mapping[str, Any], text: Callable[[str], str]
 ) -> list[Any]:
-  said = ''
+  answer = best = ''
   if 'prediction' in record:
-    said = f'{record["prediction"]} (p={record["probability"]:.2f})'
-  best = [text(one['id']) for one in record.get('retrieved', ())[:1]]
+    answer = f'{record["prediction"]} (p={record["probability"]:.2f})'
+  if record['retrieved']:
+    best = text(record['retrieved'][0]['id'])
   ranks = [record['gold_rank'] or '', record['answer_rank'] or '']
-  return [name, *ranks, said, *(best or [''])]
+  return [name, *ranks, answer, best]
 
 
 def _inspected(run: _Run, sentence: str, corpus: str | None) -> list[Html]:
@@ -399,81 +407,23 @@ def _inspected(run: _Run, sentence: str, corpus: str | None) -> list[Html]:
   try:
     found = inspect_lib.inspect(run.workdir, sentence, corpus=corpus)
   except (OSError, ValueError) as error:
-    return [_note(f'{run.name}: {error}', 'quiet')]
+    return [elements.note(f'{run.name}: {error}', 'quiet')]
+  table = _candidates(found, f'{sentence} by {run.name}')
+  return [element('article', element('h3', run.name), table, class_='card')]
+
+
+def _candidates(found: inspect_lib.Inspection, title: str) -> Html:
+  """Returns a table of the candidates and what each predicts."""
   rows = [
       [
-          _with_bar(line['probability'], float(line['probability']))
+          elements.with_bar(line['probability'], float(line['probability']))
           if line['probability'] else 'all',
-          ': '.join(filter(None, (line['title'], line['text']))),
+          line['passage'].replace('\n', ': ', 1),
           line['prediction'],
           line['likelihood'],
+          line['id'],
       ]
       for line in inspect_lib.lines(found)
   ]
-  head = element('h3', run.name)
-  heads = ['p(z|x)', 'passage', 'prediction', 'p(y|z,x)']
-  table = _table(f'{sentence} by {run.name}', heads, *rows)
-  return [element('article', head, table, class_='card')]
-
-
-def _note(text: str, kind: str = 'missing') -> Html:
-  """Returns a paragraph; commands stand between backticks."""
-  parts = [
-      element('code', part) if number % 2 else part
-      for number, part in enumerate(text.split('`'))
-  ]
-  return element('p', *parts, class_=kind)
-
-
-def _with_bar(text: str, share: float) -> Html:
-  fill = element('span', class_='fill', style=f'width:{100 * share:.1f}%')
-  bar = element('span', fill, class_='track', aria_hidden='true')
-  return element('span', text, bar)
-
-
-def _side_by_side(
-    title: str,
-    columns: Mapping[str, Mapping[str, Any]],
-    names: Iterable[str] | None = None,
-) -> Html:
-  """Returns a table with a row for each name, by default all of them."""
-  if names is None:
-    names = dict.fromkeys(name for c in columns.values() for name in c)
-  rows = [[name, *(c.get(name) for c in columns.values())] for name in names]
-  return _table(title, ['', *columns], *rows)
-
-
-def _table(title: str, heads: list[str], *rows: list[Any]) -> Html:
-  """Returns a table that scrolls; columns without any value are left out."""
-  kept = [
-      column
-      for column in range(len(heads))
-      if not column or any(row[column] not in (None, '') for row in rows)
-  ]
-  head = element('tr', *(element('th', heads[i], scope='col') for i in kept))
-  lines = [
-      element(
-          'tr',
-          element('th', row[0], scope='row'),
-          *(_cell(row[i], heads[i]) for i in kept[1:]),
-      )
-      for row in rows
-  ]
-  table = element('table', element('thead', head), element('tbody', *lines))
-  # The keyboard reaches the region and scrolls it.
-  return element(
-      'div', table, class_='scroll', role='region', tabindex=0, aria_label=title
-  )
-
-
-def _cell(value: Any, head: str) -> Html:
-  """The head is shown where a phone has no room for columns."""
-  kind = 'long' if len(str(value)) > _WIDE and type(value) is not Html else ''
-  return element('td', value, class_=kind, data_label=head)
-
-
-def _cells(markdown: str) -> list[list[str]]:
-  """Returns the heading and the rows of a table of `report.tables`."""
-  lines = [line.strip('|').split('|') for line in markdown.splitlines()]
-  heads, _, *rows = [[cell.strip() for cell in line] for line in lines]
-  return [heads, *rows]
+  heads = ['p(z|x)', 'passage', 'prediction', 'p(y|z,x)', 'id']
+  return elements.table(title, heads, *rows)

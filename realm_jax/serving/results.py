@@ -1,5 +1,6 @@
 """Answers and inspections as the JSON of the API; spans count characters."""
 
+import dataclasses
 from typing import Any
 
 from realm_jax.evaluation import inspect
@@ -12,33 +13,23 @@ Json = dict[str, Any]
 def of_answer(answer: answering.Answer) -> Json:
   """Returns an answer; `marginal` sums equal best spans of the passages."""
   passages = []
-  together: dict[str, Json] = {}
+  together: dict[str, list[answering.Passage]] = {}
   for rank, passage in enumerate(answer.passages, 1):
     text = passage.text.encode('utf-8')  # `start` and `limit` count bytes.
     start = len(text[: passage.start].decode('utf-8'))
-    passages.append({
-        'rank': rank,
-        'id': passage.id,
-        'title': passage.title,
-        'text': passage.text,
-        'score': passage.score,
-        'probability': passage.probability,
-        'answer': passage.answer,
-        'answer_probability': passage.answer_probability,
-        'start': start,
-        'limit': start + len(passage.answer),
-    })
+    limit = start + len(passage.answer)
+    passages.append(_ranked(rank, passage) | {'start': start, 'limit': limit})
     if passage.answer:
-      # The form of the likeliest passage stands for all.
-      found = together.setdefault(
-          answers_lib.normalize_answer(passage.answer),
-          {'answer': passage.answer, 'probability': 0.0, 'best': 0.0},
-      )
-      found['probability'] += passage.answer_probability
-      if passage.answer_probability > found['best']:
-        found['answer'] = passage.answer
-        found['best'] = passage.answer_probability
-  marginal = sorted(together.values(), key=lambda one: -one['probability'])
+      same = answers_lib.normalize_answer(passage.answer)
+      together.setdefault(same, []).append(passage)
+  marginal = [
+      {
+          # The form of the likeliest passage stands for all.
+          'answer': max(same, key=lambda one: one.answer_probability).answer,
+          'probability': sum(one.answer_probability for one in same),
+      }
+      for same in together.values()
+  ]
   return {
       'question': answer.question,
       'answer': answer.text,
@@ -47,36 +38,29 @@ def of_answer(answer: answering.Answer) -> Json:
       'passages': passages,
       # Without a passage, a reader of spans has no answer.
       'without_passages': None,
-      'marginal': [
-          {'answer': one['answer'], 'probability': one['probability']}
-          for one in marginal
-      ],
+      'marginal': sorted(marginal, key=lambda one: -one['probability']),
   }
 
 
 def of_inspection(found: inspect.Inspection) -> Json:
   """Returns the fillings with all passages, with each, and with none."""
-  def prediction(one: inspect.Prediction) -> Json:
-    return {'fillings': list(one.fillings), 'probability': one.probability}
-
+  marginal = dataclasses.asdict(found.marginal)
   return {
       'sentence': found.text,
-      **prediction(found.marginal),
+      **marginal,
       'passages': [
-          {
-              'rank': rank,
-              'id': document.id,
-              'title': document.title,
-              'text': document.text,
-              'score': document.score,
-              'probability': document.probability,
-              'prediction': prediction(document.prediction),
-          }
+          _ranked(rank, document)
           for rank, document in enumerate(found.documents, 1)
       ],
       'without_passages': {
-          **prediction(found.null.prediction),
+          **dataclasses.asdict(found.null.prediction),
           'null_probability': found.null.probability,
       },
-      'marginal': prediction(found.marginal),
+      'marginal': marginal,
   }
+
+
+def _ranked(rank: int, passage: answering.Passage | inspect.Document) -> Json:
+  fields = dataclasses.asdict(passage)
+  del fields['row']
+  return {'rank': rank, **fields}

@@ -236,9 +236,7 @@ class Service:
       try:
         self.state.warm_up(size)
       except Exception as error:  # Such as a lack of memory.
-        log.warning(
-            'Batches of %d requests are not possible: %s', size, error
-        )
+        log.warning('Batches of %d requests are not possible: %s', size, error)
         return
       self._sizes = [*self._sizes, size]
 

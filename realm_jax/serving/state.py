@@ -21,7 +21,6 @@ from realm_jax.builder import document_store
 from realm_jax.corpus import concatenated
 from realm_jax.evaluation import inspect
 from realm_jax.index import generation as generation_lib
-from realm_jax.index import search as search_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
 from realm_jax.runtime import checkpoint
@@ -76,11 +75,11 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class _Retriever:
-  """An index, and the parameters that embed queries for it."""
+  """An index, its manifest, and the parameters that embed queries for it."""
 
   params: trained_lib.Params
-  index: document_store.Index
-  search: search_lib.Search
+  index: trained_lib.Index
+  manifest: dict[str, Any]
 
 
 class State:
@@ -146,30 +145,27 @@ class State:
       for name in ('ask', 'fill', 'search'):
         self.missing[name] = one_line(error)
     if retriever is not None:
-      manifest = retriever.index.generation.manifest
+      manifest = retriever.manifest
       self._embedder = retriever.params
       self.identity = Identity(
           step,
           manifest['step'],
           manifest['manifest_sha256'],
           manifest['created'],
-          trained.documents.version,
+          version,
       )
-      index_step = manifest['step']
     if 'span_reader' not in params:
       self.missing['ask'] = self._lacks('reader of answers', 'open_qa')
     elif retriever is not None:
-      index = trained_lib.Index(
-          retriever.search, retriever.index.table, index_step
-      )
+      before = like._open_qa if like else None
       self._open_qa = answering.OpenQA(
-          trained, step, params, index, like._open_qa if like else None
+          trained, step, params, retriever.index, before
       )
     if 'reader' not in params:
       self.missing['fill'] = self._lacks('reader', 'realm')
     elif retriever is not None:
       self._inspector = inspect.Inspector(
-          trained, step, params, retriever.search, index_step
+          trained, step, params, retriever.index
       )
 
   def _open_retriever(
@@ -185,7 +181,10 @@ class State:
       index, params, refused = _newest_generation(trained, params)
       self.refused = self.refused or refused
     index = _in_memory(index)
-    return _Retriever(params, index, index.make_search(trained.config.mips))
+    search = index.make_search(trained.config.mips)
+    manifest = index.generation.manifest
+    loaded = trained_lib.Index(search, index.table, manifest['step'])
+    return _Retriever(params, loaded, manifest)
 
   def _lacks(self, what: str, objective: str) -> str:
     """Returns why an operation is missing, with the command of its stage."""
@@ -224,10 +223,8 @@ class State:
     created = self.identity.created
     found = {
         'workdir': str(self.workdir),
-        'checkpoint': self.identity.checkpoint,
-        'index_generation': self.identity.generation,
+        **self.source(),
         'index_age_seconds': None if created is None else time.time() - created,
-        'documents_version': self.identity.documents,
         'missing': self.missing,
     }
     if self.trained is not None and 'embed' not in self.missing:
@@ -243,11 +240,10 @@ class State:
 
   def source(self) -> Json:
     """Returns the origin of a result: checkpoint, generation, documents."""
-    found = dataclasses.asdict(self.identity)
     return {
-        'checkpoint': found['checkpoint'],
-        'index_generation': found['generation'],
-        'documents_version': found['documents'],
+        'checkpoint': self.identity.checkpoint,
+        'index_generation': self.identity.generation,
+        'documents_version': self.identity.documents,
     }
 
   @functools.cached_property
@@ -334,14 +330,9 @@ class State:
     query_emb_BE = trained.embed_queries(retriever.params, ids_BQ)
     # One k, so that one shape is compiled; a request takes the first ones.
     k = min(MAX_RESULTS, trained.corpus.num_live)
-    rows_BK = np.asarray(retriever.search.search(query_emb_BE, k))
-    score_BK = search_lib.score(retriever.index.table, query_emb_BE, rows_BK)
-    return [
-        {'rows': rows, 'scores': scores}
-        for rows, scores in zip(
-            rows_BK.tolist(), score_BK.tolist(), strict=True
-        )
-    ]
+    rows_BK, score_BK = retriever.index.ranked(query_emb_BE, k)
+    found = zip(rows_BK.tolist(), score_BK.tolist(), strict=True)
+    return [{'rows': rows, 'scores': scores} for rows, scores in found]
 
   def embed(
       self, texts: Sequence[str], titles: Sequence[str] | None
@@ -430,17 +421,13 @@ def _newest_checkpoint(
 
 def _in_memory(index: document_store.Index) -> document_store.Index:
   """Copies the table, so that no change of a file harms what is served."""
-  table = index.table[: index.table.shape[0]]
+  table = np.array(index.table[: index.table.shape[0]])
   base = table[: len(index.generation.embeddings)]
   loaded = dataclasses.replace(
-      index.generation, embeddings=concatenated.Chained([np.array(base)])
+      index.generation, embeddings=concatenated.Chained([base])
   )
-  if len(base) == len(table):
-    return dataclasses.replace(
-        index, generation=loaded, table=loaded.embeddings
-    )
   return dataclasses.replace(
-      index, generation=loaded, table=concatenated.Chained([np.array(table)])
+      index, generation=loaded, table=concatenated.Chained([table])
   )
 
 

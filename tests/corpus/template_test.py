@@ -244,7 +244,7 @@ def test_a_sentence_to_inspect_leaves_room_for_the_prefix(corpus):
 
   Trained.corpus, Trained.config = corpus, config
   room = Trained.template.text_length
-  inspector = inspect.Inspector(Trained, 0, {}, None, 0)
+  inspector = inspect.Inspector(Trained, 0, {}, None)
   text = ' '.join(['[MASK]'] * (room - 2))
   queries, _ = inspector._queries([text])
   assert queries.query_ids_BQ.shape == (1, room)

@@ -1,7 +1,6 @@
 """`inspect` on a workdir of an untrained model."""
 
 import dataclasses
-import html.parser
 import math
 import re
 
@@ -15,28 +14,6 @@ from realm_jax.trainer import stages
 corpus, config = retrieval_test.corpus, retrieval_test.config
 saved, workdir = retrieval_test.saved, retrieval_test.workdir
 original = retrieval_test.original
-
-
-class _Page(html.parser.HTMLParser):
-  """The text that a browser shows, and the tags that are open at the end."""
-
-  def __init__(self, page):
-    super().__init__()
-    self.words, self.open, self.tags = [], [], set()
-    self.feed(page)
-    self.close()
-    self.text = ' '.join(' '.join(self.words).split())
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.add(tag)
-    if tag not in ('meta', 'br'):
-      self.open.append(tag)
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    self.words.append(data)
 
 
 _SENTENCE = 'Someone was born in [MASK] [MASK] and lived in [MASK].'
@@ -93,19 +70,15 @@ def test_inspect_renders_what_it_found(workdir, config, corpus, saved):
       found, documents=(hostile, *found.documents[1:])
   )
   text = inspect.as_text(found)
-  page = _Page(inspect.as_html(found))
-  assert not page.open
-  assert not page.tags & {'script', 'b', 'link', 'img'}
-  squeezed = ' '.join(re.sub('[│┃]', ' ', text).split())
-  for shown in (squeezed, page.text):
-    assert '<b>Bold</b> & "co" [red]' in shown
-    assert '<script>alert(1)</script> [/nope] \u00e9' in shown
-    assert 'null document' in shown
-    assert f'{found.null.probability:.3f}' in shown
-    assert found.marginal.fillings[0] in shown
-    for document in found.documents[1:]:
-      assert document.title in shown
-  assert _SENTENCE in text and _SENTENCE in page.text
+  shown = ' '.join(re.sub('[│┃]', ' ', text).split())
+  assert '<b>Bold</b> & "co" [red]' in shown
+  assert '<script>alert(1)</script> [/nope] \u00e9' in shown
+  assert 'null document' in shown
+  assert f'{found.null.probability:.3f}' in shown
+  assert found.marginal.fillings[0] in shown
+  for document in found.documents[1:]:
+    assert document.title in shown
+  assert _SENTENCE in text
   assert max(map(len, text.splitlines())) <= 100
 
 

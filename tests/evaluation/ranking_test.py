@@ -49,30 +49,13 @@ def test_a_small_corpus_has_every_cutoff():
   assert found['recall_at_100'] == 0.5
 
 
-@pytest.mark.parametrize(
-    'call, message',
-    [
-        (lambda: metrics.ranking(np.array([], int), 5, 9), 'no question'),
-        (lambda: metrics.ranking(np.array([6]), 5, 9), 'between 0 and'),
-        (lambda: metrics.gold_ranks(_DOC_IDS_BK, [[1]]), 'against 1'),
-        (
-            lambda: metrics.answer_ranks(_DOC_IDS_BK, [], [], str),
-            'against 0',
-        ),
-    ],
-)
-def test_wrong_shapes_are_refused(call, message):
-  with pytest.raises(ValueError, match=message):
-    call()
-
-
 def test_random_ranks_agree_with_counting():
   rng = np.random.default_rng(0)
   doc_ids_BK = np.stack([rng.permutation(50)[:20] for _ in range(40)])
   gold = rng.integers(0, 50, 40)
   ranks = metrics.gold_ranks(doc_ids_BK, [[g] for g in gold])
-  found = metrics.ranking(ranks, 20, 50, cutoffs=(1, 3, 20))
-  for k in (1, 3, 20):
+  found = metrics.ranking(ranks, 20, 50)
+  for k in (1, 5, 20):
     hits = [g in row[:k] for g, row in zip(gold, doc_ids_BK, strict=True)]
     assert found[f'recall_at_{k}'] == pytest.approx(np.mean(hits))
 

@@ -25,8 +25,6 @@ def test_the_interval_is_that_of_theory():
   assert high == pytest.approx(mean + width, abs=0.006)
   assert metrics.interval(values) == (low, high)
   assert metrics.interval(np.ones(3)) == (1, 1)
-  with pytest.raises(ValueError, match='no question'):
-    metrics.interval(np.zeros(0))
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -53,8 +51,6 @@ def test_the_interval_resamples_clusters():
       (narrow_low, narrow_high), abs=0.006
   )
   assert np.isnan(metrics.interval(four_times, np.zeros(400))).all()
-  with pytest.raises(ValueError, match='3 clusters for 4 questions'):
-    metrics.interval(np.zeros(4), np.arange(3))
 
 
 def test_large_clusters_count_as_often_as_they_have_questions():
@@ -98,8 +94,6 @@ def test_a_paired_test_sees_what_differs_only():
   assert better['low'] > 0
   assert better['p_value'] == pytest.approx(2 / 2**10, abs=0.001)
   assert metrics.paired_test(theirs, ours)['p_value'] == better['p_value']
-  with pytest.raises(ValueError, match='2 questions in one run, 3'):
-    metrics.paired_test(np.zeros(2), np.zeros(3))
 
 
 class _Corpus:
@@ -176,12 +170,6 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
       runs.as_text(figures)
   )
   json.dumps(figures, allow_nan=False)
-  # An older file has no clusters, but the gold passages.
-  records = runs.read_questions(ours)
-  for record in records:
-    del record['cluster']
-  ours.write_text(''.join(json.dumps(r) + '\n' for r in records))
-  assert runs.compare(ours, theirs)['recall_at_1']['clusters'] == 2
   record = runs.read_questions(ours)[0]
   assert record['retrieved'][0] == {'id': 'B 1', 'score': 2.5}
 

@@ -10,7 +10,7 @@ from realm_jax import config as config_lib
 from realm_jax.cli import commands
 from realm_jax.evaluation import inspect as inspect_lib
 from realm_jax.runtime import files
-from realm_jax.serving import curves
+from realm_jax.serving import elements
 from realm_jax.serving import report_page
 
 _BAD = '<script>alert(1)</script> & "x"'
@@ -77,7 +77,8 @@ def _make(workdir, steps=40, recall=0.25, **fields):
   records = [
       {
           'question': f'Question {i}? {_BAD}', 'answers': [_BAD],
-          'gold_rank': i % 2, 'answer_rank': 3, 'prediction': _BAD,
+          'gold_rank': i % 2, 'answer_rank': 3, 'cluster': i,
+          'prediction': _BAD,
           'probability': 0.5, 'exact_match': i % 2,
           'retrieved': [{'id': f'passage-{i}', 'score': 1.0}],
       }
@@ -90,8 +91,8 @@ def _make(workdir, steps=40, recall=0.25, **fields):
 
 
 def test_an_element_escapes_texts_and_values():
-  made = curves.element(
-      'p', _BAD, curves.element('b', 1), None, class_='a"b', aria_label='<'
+  made = elements.element(
+      'p', _BAD, elements.element('b', 1), None, class_='a"b', aria_label='<'
   )
   assert made == (
       '<p class="a&quot;b" aria-label="&lt;">&lt;script&gt;alert(1)&lt;/script'
@@ -100,15 +101,15 @@ def test_an_element_escapes_texts_and_values():
 
 
 def test_a_curve_has_its_points_in_place():
-  drawn = curves.panel('<a>', {'b': [(0, 0.0), (5, 2.0), (10, float('nan'))]})
+  drawn = elements.panel('<a>', {'b': [(0, 0.0), (5, 2.0), (10, float('nan'))]})
   # From the left edge, 54, at the bottom, 176, to the right edge and the top.
   assert 'points="54.0,176.0 348.0,10.0"' in drawn
   assert 'aria-label="&lt;a&gt;: b 2 at step 5"' in drawn
   assert '<li class="c0">b</li>' in drawn
-  other = curves.panel('', {'b': [(0, 1.0)]}, order=['a', 'b'])
+  other = elements.panel('', {'b': [(0, 1.0)]}, order=['a', 'b'])
   assert 'class="curve c1"' in other
-  assert '<polyline' not in curves.panel('', {'': []})
-  many = curves.thinned([(step, 1.0) for step in range(1000)])
+  assert '<polyline' not in elements.panel('', {'': []})
+  many = elements.thinned([(step, 1.0) for step in range(1000)])
   assert len(many) <= 300 and many[-1] == (999, 1.0)
 
 
@@ -205,30 +206,45 @@ def test_wrong_input_is_one_line_and_leaves_no_file(tmp_path):
   assert not out.exists()
 
 
-def test_a_sentence_is_filled_in_by_each_run_that_can(tmp_path, monkeypatch):
-  able, other = (_make(tmp_path / name) for name in ('able', 'other'))
-  sentence = f'{_BAD} sells [MASK].'
+_SENTENCE = f'{_BAD} sells [MASK].'
+
+
+def _inspection(workdir):
   said = inspect_lib.Prediction(('figs',), 0.5)
   document = inspect_lib.Document(3, 'town-3', 'Dunbar', _BAD, 0.75, 1.0, said)
+  null = inspect_lib.Document(-1, '', '', '', 0.25, 0.0, said)
+  return inspect_lib.Inspection(
+      _SENTENCE, str(workdir), 5, 5, (document,), null, said
+  )
+
+
+def test_a_sentence_is_filled_in_by_each_run_that_can(tmp_path, monkeypatch):
+  able, other = (_make(tmp_path / name) for name in ('able', 'other'))
 
   def inspect(workdir, text, corpus=None):
-    assert (text, corpus) == (sentence, 'moved')
+    assert (text, corpus) == (_SENTENCE, 'moved')
     if workdir == other:
       raise ValueError('has no reader')
-    null = inspect_lib.Document(-1, '', '', '', 0.25, 0.0, said)
-    return inspect_lib.Inspection(
-        text, str(workdir), 5, 5, (document,), null, said
-    )
+    return _inspection(workdir)
 
   monkeypatch.setattr(inspect_lib, 'inspect', inspect)
   page = _Page(
       report_page.write(
-          [str(able), str(other)], tmp_path / 'o.html', sentence, 'moved'
+          [str(able), str(other)], tmp_path / 'o.html', _SENTENCE, 'moved'
       )
   )
   assert page.row('0.750')[:3] == [f'Dunbar: {_BAD}', 'figs', '0.500']
   assert 'No passage (the null document)' in page.texts
   assert 'other: has no reader' in page.texts
+
+
+def test_an_inspection_has_a_page_of_its_own(tmp_path):
+  path = tmp_path / 'page.html'
+  path.write_text(report_page.of_inspection(_inspection('job')))
+  page = _Page(path)
+  assert page.row('0.750')[:4] == [f'Dunbar: {_BAD}', 'figs', '0.500', 'town-3']
+  assert 'job: checkpoint of step 5, index of step 5' in page.texts
+  assert _SENTENCE in page.texts
 
 
 def test_workdirs_of_one_name_are_told_apart(tmp_path):

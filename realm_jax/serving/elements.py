@@ -1,6 +1,6 @@
-"""HTML without scripts: elements with escaped texts, and curves as SVG."""
+"""HTML without scripts: elements with escaped texts, tables, curves as SVG."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import html
 import math
 from typing import Any
@@ -9,6 +9,7 @@ from realm_jax.evaluation import report
 
 _MAX_POINTS = 300  # Points that a curve keeps.
 _COLORS = 7  # Colours of curves in page.css.
+_WIDE = 28  # Letters of a cell, from which on its lines may break.
 
 
 class Html(str):
@@ -31,6 +32,64 @@ def element(name: str, *children: Any, **attributes: Any) -> Html:
       if child is not None
   )
   return Html(f'<{name}{written}>{inner}</{name}>')
+
+
+def note(text: str, kind: str = 'missing') -> Html:
+  """Returns a paragraph; commands stand between backticks."""
+  parts = [
+      element('code', part) if number % 2 else part
+      for number, part in enumerate(text.split('`'))
+  ]
+  return element('p', *parts, class_=kind)
+
+
+def with_bar(text: str, share: float) -> Html:
+  fill = element('span', class_='fill', style=f'width:{100 * share:.1f}%')
+  bar = element('span', fill, class_='track', aria_hidden='true')
+  return element('span', text, bar)
+
+
+def side_by_side(
+    title: str,
+    columns: Mapping[str, Mapping[str, Any]],
+    names: Iterable[str] | None = None,
+) -> Html:
+  """Returns a table with a row for each name, by default all of them."""
+  if names is None:
+    names = dict.fromkeys(name for c in columns.values() for name in c)
+  rows = [[name, *(c.get(name) for c in columns.values())] for name in names]
+  return table(title, ['', *columns], *rows)
+
+
+def table(title: str, heads: Sequence[str], *rows: Sequence[Any]) -> Html:
+  """Returns a table that scrolls; columns without any value are left out."""
+  kept = [
+      column
+      for column in range(len(heads))
+      if not column or any(row[column] not in (None, '') for row in rows)
+  ]
+  head = element('tr', *(element('th', heads[i], scope='col') for i in kept))
+  lines = [
+      element(
+          'tr',
+          element('th', row[0], scope='row'),
+          # A phone has no room for columns and shows the head in the cell.
+          *(
+              element('td', row[i], class_=_kind(row[i]), data_label=heads[i])
+              for i in kept[1:]
+          ),
+      )
+      for row in rows
+  ]
+  table = element('table', element('thead', head), element('tbody', *lines))
+  # The keyboard reaches the region and scrolls it.
+  return element(
+      'div', table, class_='scroll', role='region', tabindex=0, aria_label=title
+  )
+
+
+def _kind(value: Any) -> str:
+  return 'long' if len(str(value)) > _WIDE and type(value) is not Html else ''
 
 
 def panel(
@@ -83,7 +142,7 @@ def panel(
       element('text', f'step {last}', x=width - right, y=height - 6,
               text_anchor='end'),
   ]
-  names, said = [], []
+  names, labels = [], []
   for name, points in curves.items():
     color = f'c{order.index(name) % _COLORS}'
     path = ' '.join(f'{x(step)},{y(value)}' for step, value in points)
@@ -94,12 +153,12 @@ def panel(
           for step, value in points
       ]
     step, value = points[-1]
-    said.append(f'{name} {short(value)} at step {step}'.strip())
+    labels.append(f'{name} {short(value)} at step {step}'.strip())
     if name:
       names.append(element('li', name, class_=color))
   svg = element(
       'svg', *drawn, viewBox=f'0 0 {width} {height}', role='img',
-      aria_label=f'{title}: {", ".join(said)}',
+      aria_label=f'{title}: {", ".join(labels)}',
   )
   legend = element('ul', *names, class_='legend') if names else None
   head = element(heading, title)
