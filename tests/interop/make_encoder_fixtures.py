@@ -9,8 +9,10 @@ for each class a folder that `save_pretrained` made, with a tokenizer, and
 `expected.npz` with inputs, PyTorch's outputs and gradients. Weights are random
 and large, so that a wrong activation, epsilon or name shows.
 `--length=8192 --output=FOLDER` writes ModernBERT alone, with its results at
-that length; `REALM_JAX_ENCODERS=FOLDER pytest tests/interop/encoder_parity_test.py
--k gradients -s` compares.
+that length. To compare:
+
+  REALM_JAX_ENCODERS=FOLDER pytest -s -k gradients \
+      tests/interop/encoder_parity_test.py
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The chain of experiments/adapt.py, from a tiny retriever of random weights."""
+"""The chain of experiments/adapt.py, from a tiny retriever at random."""
 
 import importlib.util
 import pathlib
