@@ -9,11 +9,14 @@ for each class a folder that `save_pretrained` made, with a tokenizer, and
 `expected.npz` with inputs, PyTorch's outputs and gradients. Weights are random
 and large, so that a wrong activation, epsilon or name shows.
 `--length=8192 --output=FOLDER` writes ModernBERT alone, with its results at
-that length; `pytest tests/interop/encoder_parity_test.py -k gradients -s`, with
-REALM_JAX_ENCODERS=FOLDER, compares.
+that length. To compare:
+
+  REALM_JAX_ENCODERS=FOLDER pytest -s -k gradients \
+      tests/interop/encoder_parity_test.py
 """
 
 import argparse
+import copy
 import pathlib
 
 import fixture_models
@@ -150,25 +153,29 @@ def _results(
   mask = torch.tensor(ids != pad_id)
   given = dict(input_ids=torch.tensor(ids), attention_mask=mask.long())
 
-  def logits_and_loss() -> tuple[torch.Tensor, torch.Tensor]:
+  def logits_and_loss(
+      of: torch.nn.Module,
+  ) -> tuple[torch.Tensor, torch.Tensor]:
     at = torch.tensor(positions)[..., None]
-    logits = torch.take_along_dim(model(**given).logits, at, 1)
+    logits = torch.take_along_dim(of(**given).logits, at, 1)
     logp = torch.log_softmax(logits, -1)
     picked = torch.take_along_dim(logp, torch.tensor(targets)[..., None], 2)
     return logits, -picked.mean()
 
-  with torch.no_grad():
-    hidden = model.base_model(**given).last_hidden_state
-    logits, loss = logits_and_loss()
+  exact = model
   if ids.shape[1] > 1000:
-    # The backward pass of eager attention keeps 1 GB a layer at 8,192. That of
-    # `sdpa` does not, but its forward pass is less exact (5e-5).
+    # At 8,192, float32 is off by 2e-5 (eager) and 5e-5 (`sdpa`). The backward
+    # pass of eager attention would keep 1 GB a layer.
+    exact = copy.deepcopy(model).double()
     model.set_attn_implementation('sdpa')
-  logits_and_loss()[1].backward()
+  with torch.no_grad():
+    hidden = exact.base_model(**given).last_hidden_state
+    logits, loss = logits_and_loss(exact)
+  logits_and_loss(model)[1].backward()
   arrays = dict(
       ids=ids.astype(np.int32), positions=positions, targets=targets,
-      hidden=(hidden * mask[..., None]).numpy(),
-      logits=logits.numpy(), loss=loss.numpy(),
+      hidden=(hidden * mask[..., None]).float().numpy(),
+      logits=logits.float().numpy(), loss=loss.float().numpy(),
   )
   for name, p in model.named_parameters():
     arrays[f'gradient/{name}'] = p.grad.numpy()
