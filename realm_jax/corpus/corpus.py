@@ -174,7 +174,7 @@ class Corpus:
     self.passages, self.sentences = open_tables(
         directory / 'tables',
         manifest['splits'],
-        lambda path: np.memmap(path, dtype, mode='r'),
+        lambda path: np.asarray(np.memmap(path, dtype, mode='r')),
         manifest['tokenizer'].get('num_specials', NUM_SPECIALS),
     )
 
@@ -362,7 +362,8 @@ def open_tables(
 
 def _load(tables: pathlib.Path, name: str) -> np.ndarray:
   path = tables / f'{name}.npy'
-  return np.load(path, mmap_mode='r', allow_pickle=False)
+  # A plain array over the mapped file: elements of a memmap are slow.
+  return np.asarray(np.load(path, mmap_mode='r', allow_pickle=False))
 
 
 def find_hashes(

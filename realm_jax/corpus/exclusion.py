@@ -42,10 +42,7 @@ class Exclusion:
       found = empty
     if extent == 'article':
       found = self._articles_of(found)
-    # Views: single elements of a memory map are slow.
-    self._found = corpus_lib.Ranges(
-        np.asarray(found.offsets), np.asarray(found.rows)
-    )
+    self._found = found
     self.sizes = self._own_sizes() + _sums(found)
     self._width = 0
     self.use(np.arange(count))
@@ -117,14 +114,10 @@ class ArticlePassages:
 
   def __init__(self, corpus: corpus_lib.Corpus, split: str):
     table = corpus.passages
-    self._tokens = table.tokens
-    if isinstance(table.tokens, np.ndarray):
-      self._tokens = np.asarray(table.tokens)  # Slices of a memmap are slow.
-    self._offsets = np.asarray(table.offsets)
-    self._titles = np.asarray(table.title_lengths)
-    self._articles = np.asarray(table.articles)
+    self._tokens, self._offsets = table.tokens, table.offsets
+    self._titles, self._articles = table.title_lengths, table.articles
     self._runs = table.article_runs
-    self._own = np.asarray(corpus.sentences[split].passages)
+    self._own = corpus.sentences[split].passages
     self._exclusion = Exclusion(corpus, split, 'passage')
 
   def find(
