@@ -97,7 +97,7 @@ def train(
         'params_sha256': checkpoint.params_digest(loop.state.params),
         'index_generation': loop.generation,
         'seconds': round(time.perf_counter() - start_time, 3),
-        'compilations': loop.compilations,
+        'compilations': len(loop.compiled),
     }
   if distributed.is_main():
     files.write_json(job.workdir / SUMMARY, summary)
@@ -132,15 +132,12 @@ class _Loop:
     self._data = examples_lib.training_batches(
         job.stage, self._step, self._rows
     )
-    # Compilations of the training step: one for each shape of a batch.
-    self.compilations = 0
     self._jitted = step_lib.make_train_step(
-        job.stage, job.components, tx, job.mesh, self._count_trace
+        job.stage, job.components, tx, job.mesh
     )
-    self._compiler = stack.enter_context(
-        concurrent.futures.ThreadPoolExecutor(1)
-    )
-    self._compiled: dict[Any, concurrent.futures.Future] = {}
+    # The compiled steps, by the shapes of a batch.
+    self.compiled: dict[Any, concurrent.futures.Future] = {}
+    self._thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
     if self._step < config.steps:
       # XLA compiles while the index builder makes the first generation.
       self._train_step(job.stage.abstract_batch())
@@ -199,17 +196,14 @@ class _Loop:
     with self._clock.measure('compute'):
       jax.block_until_ready(params)
 
-  def _count_trace(self) -> None:
-    self.compilations += 1
-
   def _train_step(self, batch: Any) -> concurrent.futures.Future:
     """Returns the step for the shapes of a batch, compiled once for each."""
     shapes = tuple(x.shape for x in jax.tree.leaves(batch))
-    if shapes not in self._compiled:
-      self._compiled[shapes] = self._compiler.submit(
+    if shapes not in self.compiled:
+      self.compiled[shapes] = self._thread.submit(
           lambda: self._jitted.lower(self.state, batch).compile()
       )
-    return self._compiled[shapes]
+    return self.compiled[shapes]
 
   def run(self) -> None:
     config, stage = self._job.config, self._job.stage

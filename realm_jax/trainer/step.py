@@ -72,12 +72,10 @@ def make_train_step(
     components: Components,
     tx: optax.GradientTransformationExtraArgs,
     mesh: jax.sharding.Mesh,
-    on_trace: Callable[[], None] = lambda: None,
 ) -> jax.stages.Wrapped:
   """Returns the jitted step(state, batch) -> (state, metrics).
 
-  The state has the shardings of `state_shardings` and is donated. `on_trace` is
-  called once for each compilation.
+  The state has the shardings of `state_shardings` and is donated.
   """
   config = stage.config
   shardings = state_shardings(config, components, tx, mesh)
@@ -93,7 +91,6 @@ def make_train_step(
   def train_step(
       state: TrainState, batch: Any
   ) -> tuple[TrainState, stages.Metrics]:
-    on_trace()
     key = jax.random.fold_in(stream(state.rng, 'dropout'), state.step)
     (loss, metrics), grads = gradients(
         state.params, batch, dropout.noise(key, config.batch_size)

@@ -207,11 +207,12 @@ class OpenQa(stages.Stage):
         for question, rows_N in zip(asked, rows_BN, strict=True)
     ])
     starts_P, _ = span_reader.spans(length, config.model.max_span_width)
-    first_W = np.flatnonzero(starts_P == 0)  # Number of each width's first.
+    firsts = np.flatnonzero(starts_P == 0)  # The first span of each width.
     correct_BKP = np.zeros((*rows_BK.shape, len(starts_P)), bool)
     for b, k in np.argwhere(has_answer_BN[:, : rows_BK.shape[1]]):
       spans = self._answers.spans(asked[b], int(rows_BK[b, k]))
-      correct_BKP[b, k, _numbers(spans, *body_BK2[b, k], first_W)] = True
+      start, limit = body_BK2[b, k].tolist()
+      correct_BKP[b, k, _numbers(spans, start, limit, firsts)] = True
     documents: tuple[Any, ...] = ()
     if config.open_qa.documents == 'trained':
       documents = self.template.documents(passages, rows_BK)
@@ -358,11 +359,11 @@ class OpenQa(stages.Stage):
 
 
 def _numbers(
-    spans: list[tuple[int, int]], start: int, limit: int, first_W: np.ndarray
+    spans: list[tuple[int, int]], start: int, limit: int, firsts: np.ndarray
 ) -> list[int]:
   """Returns the numbers, among P, of spans of a body at [start, limit)."""
   return [
-      int(first_W[last - first]) + start + first
+      int(firsts[last - first]) + start + first
       for first, last in spans
-      if last - first < len(first_W) and start + last < limit
+      if last - first < len(firsts) and start + last < limit
   ]
