@@ -7,6 +7,7 @@ retriever, save, draw the batch, retrieve, step, log the previous step.
 from collections.abc import Callable, Collection, Iterator
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import pathlib
 import signal
@@ -191,7 +192,7 @@ class _Loop:
           self._refresher,
           self._rows,
           job.stage.template,
-          self._clock,
+          functools.partial(self._clock.measure, 'compute'),
       )
     self._gates = gates_lib.Gates.of(job)
     self._gate_figures: dict[str, float] = {}  # Not logged yet.

@@ -1,5 +1,7 @@
 """Search for the queries of a batch, by all processes of a job together."""
 
+from collections.abc import Callable
+import contextlib
 from typing import Any
 
 import jax
@@ -11,7 +13,6 @@ from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.trainer import refresh as refresh_lib
 
 
@@ -28,7 +29,7 @@ class Retriever:
       refresher: refresh_lib.Refresher,
       rows: np.ndarray,
       template: inputs.Template,
-      clock: metrics_lib.Clock | None = None,
+      waiting: Callable[[], Any] = contextlib.nullcontext,
   ):
     """Compiles nothing yet.
 
@@ -38,12 +39,12 @@ class Retriever:
       refresher: has the index in use.
       rows: this process' rows of a batch.
       template: of the job.
-      clock: counts the wait for the step before as computation.
+      waiting: context of the wait for the step before.
     """
     self.params: components_lib.Params = {}  # Current parameters.
     self._mesh, self._refresher, self._rows = mesh, refresher, rows
     self._embedder = embedding.Embedder(embedder, mesh)
-    self._template, self._clock = template, clock or metrics_lib.Clock()
+    self._template, self._waiting = template, waiting
 
   def search(
       self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
@@ -52,7 +53,7 @@ class Retriever:
     # begin on the devices as soon as the step before has ended there.
     query_ids = self._on_devices(self._template.queries(query_ids_BQ))
     query_emb = self._embedder.queries(self.params, query_ids)
-    with self._clock.measure('compute'):
+    with self._waiting():
       jax.block_until_ready(self.params)
     search = self._refresher.search
     if not search.collective:
