@@ -15,7 +15,6 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.corpus import ngrams
 from realm_jax.corpus import tokenizer as tokenizer_lib
 
 Tokenizer = tokenizer_lib.Tokenizer
@@ -329,7 +328,8 @@ def _join(
       continue
     singles = sum(isinstance(later, int) for later in parts[i + 1 :])
     size_N = np.minimum(part.lengths, limit_N - singles - end_N)
-    within = ngrams.aranges(size_N)
+    within = np.arange(size_N.sum())  # arange(size) for each row.
+    within -= np.repeat(np.cumsum(size_N) - size_N, size_N)
     at = np.repeat(end_N, size_N) + within
     if part.gap_starts is not None and part.gap_sizes is not None:
       after = within >= np.repeat(part.gap_starts, size_N)

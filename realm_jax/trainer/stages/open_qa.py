@@ -234,7 +234,7 @@ class OpenQa(stages.Stage):
     # The arrays of several processes must have one shape.
     if not step or jax.process_count() > 1:
       return longest
-    limits_BK = inputs.body_bounds(
+    limits_BK = passage_answers_lib.body_bounds(
         self.corpus.passages,
         rows_BK,
         lengths_B,
