@@ -17,7 +17,6 @@ from realm_jax.trainer.stages import ict
 from realm_jax.trainer.stages import mlm
 from realm_jax.trainer.stages import realm
 
-
 _toy, _Special = helpers.toy_passages, helpers.Specials
 
 
