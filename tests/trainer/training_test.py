@@ -426,8 +426,9 @@ def test_initial_parameters_of_another_vocabulary_are_refused(
 
 def test_a_corpus_smaller_than_k_is_refused(world, tmp_path):
   rows = len(corpus_lib.Corpus.open(world).passages)
-  config = make_config(world, 'realm', num_candidates=rows + 1)
-  with pytest.raises(ValueError, match=f'num_candidates={rows + 1}'):
+  # The null document, and one passage more than there are.
+  config = make_config(world, 'realm', num_candidates=rows + 2)
+  with pytest.raises(ValueError, match=f'num_candidates={rows + 2}'):
     run(config, tmp_path)
   assert not list(tmp_path.iterdir())
 
