@@ -436,7 +436,7 @@ def test_initial_parameters_of_another_vocabulary_are_refused(
 
 def test_a_corpus_smaller_than_k_is_refused(world, tmp_path):
   rows = len(corpus_lib.Corpus.open(world).passages)
-  # One more than all passages and the null document.
+  # The null document, and one passage more than there are.
   config = make_config(world, 'realm', num_candidates=rows + 2)
   with pytest.raises(ValueError, match=f'num_candidates={rows + 2}'):
     run(config, tmp_path)
