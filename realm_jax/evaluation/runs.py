@@ -248,10 +248,9 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     FileNotFoundError: there is no such file.
     ValueError: a line is not of such a file; names it.
   """
-  wanted = 'question answers answer_rank gold_rank cluster retrieved'.split()
   records = []
   for where, record in lines.json_objects(pathlib.Path(path)):
-    for field in wanted:
+    for field in ('question', 'answer_rank', 'gold_rank'):
       if field not in record:
         raise ValueError(
             f'{where}: not a line of evaluation/STEP.questions.jsonl, as'
@@ -266,7 +265,8 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 def compare(ours: Path, theirs: Path) -> dict[str, dict[str, Any]]:
   """Compares two files of `write_questions` question by question.
 
-  The test resamples the clusters in `ours`: questions about one article.
+  The test resamples the clusters in `ours`: questions about one article. A file
+  of an older version has none; its clusters are the gold passages.
 
   Returns:
     For each figure what `paired` returns. Figures are by answer, over the
@@ -302,11 +302,14 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, Any]]:
         rules_a, ours, rules_b, theirs,
     )
   # Figures are by answer; by gold passage, where no question has answers.
-  kept = [i for i, record in enumerate(a) if record['answers']]
+  kept = [i for i, record in enumerate(a) if record.get('answers', True)]
   by = 'answer_rank' if kept else 'gold_rank'
   if kept:
     a, b = [a[i] for i in kept], [b[i] for i in kept]
-  cluster_B = np.array([record['cluster'] for record in a])
+  cluster_B = metrics.clusters(
+      record.get('cluster', str(record.get('passage_id') or number))
+      for number, record in enumerate(a)
+  )
   names: Sequence[str] = _FIGURES
   if kept and all('exact_match' in record for record in (*a, *b)):
     names = ('exact_match', *names)
