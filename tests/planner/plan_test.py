@@ -10,6 +10,7 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.models import components as components_lib
 from realm_jax.models import flops
 from realm_jax.planner import memory as memory_lib
 from realm_jax.planner import plan
@@ -17,6 +18,22 @@ from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import stages
 
 _ROWS = 13_353_718
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _made_once():
+  """The shapes of BERT-base take seconds, and most plans are of one model."""
+  made, make = {}, components_lib.make
+
+  def once(name, config, device=None):
+    key = name, repr(config), device
+    if key not in made:
+      made[key] = make(name, config, device)
+    return made[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(components_lib, 'make', once)
+    yield
 
 
 def _config(objective, accumulate=1, **model):
