@@ -183,8 +183,13 @@ def test_whole_steps_are_the_same_and_compile_once():
   def train(mesh, zero):
     config.mesh.zero = zero
     traces = []
+
+    def update(*args, **kwargs):
+      traces.append(1)
+      return tx.update(*args, **kwargs)
+
     step = step_lib.make_train_step(
-        _stage(config), components, tx, mesh, lambda: traces.append(1)
+        _stage(config), components, tx._replace(update=update), mesh
     )
     placed = step_lib.state_shardings(config, components, tx, mesh)
     params = {name: c.init(0) for name, c in components.items()}
