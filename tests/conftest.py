@@ -61,6 +61,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return directory
 
 
+@pytest.fixture(scope='module')
+def optimized():
+  """Compiles as a user's process does, for bits that two programs share."""
+  jax.clear_caches()
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+  jax.clear_caches()
+
+
 # The files that take longest, longest first, so that no worker is left with one
 # of them at the end.
 _LONGEST = (

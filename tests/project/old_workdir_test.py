@@ -13,6 +13,8 @@ from realm_jax.interop import export
 from realm_jax.qa import question_sets
 from realm_jax.trainer import loop
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 _FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
 _ARCHIVE = _FIXTURES / 'old' / 'workdir.tar.xz'
 
