@@ -27,9 +27,6 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
     ),
     'full': jax.checkpoint,
 }
-# Layers from which on a loop applies them: it compiles faster, and computes the
-# same up to rounding.
-_LOOP = 5
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -126,7 +123,7 @@ class Bert(encoders.Encoder):
     )
     self.pad_id = config.pad_id
     self.rate = config.dropout
-    self.remat = config.remat
+    self.remat, self.scan = config.remat, config.scan_layers
     self.dtype = config.compute_dtype
 
   def stack(self) -> Sequence[Layer]:
@@ -162,20 +159,20 @@ class Bert(encoders.Encoder):
       )
 
     *layers, last = self.stack()
-    if len(layers) < _LOOP:
+    if self.scan and layers:
+      hidden_BLD = _scan(layers, apply, hidden_BLD)
+    else:
       for i, layer in enumerate(layers):
         hidden_BLD = apply(layer, hidden_BLD, i)
-    else:
-      hidden_BLD = _loop(layers, apply, hidden_BLD)
     return apply(last, hidden_BLD, len(layers), positions_BM)
 
 
-def _loop(
+def _scan(
     layers: Sequence[Layer],
     apply: Callable[[Layer, jax.Array, Any], jax.Array],
     hidden_BLD: jax.Array,
 ) -> jax.Array:
-  """Applies layers by a loop, whose body XLA compiles once.
+  """Applies layers by a loop whose body XLA compiles once.
 
   The parameters are stacked in each step, which costs a copy of them, and stay
   separate arrays in checkpoints and for the optimizer.
