@@ -55,6 +55,9 @@ class ModelConfig:
   # Recomputed in the backward pass of each layer: nothing, all but the matmuls
   # with weights, or everything.
   remat: Literal['none', 'dots', 'full'] = 'none'
+  # Whether BERT's layers, except the last, are one loop, which compiles faster.
+  # Without `remat` it keeps twice the activations.
+  scan_layers: bool = False
   init_stddev: float = 0.02
   # The retrieval head (models/embedder.py). E is the width of the embedding;
   # with projection='none', it is that of the encoder.

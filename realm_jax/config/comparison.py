@@ -55,7 +55,7 @@ def identity(config: config_lib.Config) -> dict[str, Any]:
       ' accumulate checkpoint gates deterministic'
   ).split():
     del values[name]
-  for name in ('attention', 'remat'):
+  for name in ('attention', 'remat', 'scan_layers'):
     del values['model'][name]
   for section, field in (
       (values, 'options'),

@@ -6,7 +6,7 @@ matmul: free on accelerators, 1.5 times as fast on CPU.
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -123,7 +123,7 @@ class Bert(encoders.Encoder):
     )
     self.pad_id = config.pad_id
     self.rate = config.dropout
-    self.remat = config.remat
+    self.remat, self.scan = config.remat, config.scan_layers
     self.dtype = config.compute_dtype
 
   def stack(self) -> Sequence[Layer]:
@@ -149,17 +149,43 @@ class Bert(encoders.Encoder):
     hidden_BLD = self.embed_norm(hidden_BLD).astype(self.dtype)
     hidden_BLD = dropout.dropout(hidden_BLD, self.rate, noise, 0)
     mask_BL = ids_BL != self.pad_id
-    layers = self.stack()
-    last = len(layers) - 1
-    for i, layer in enumerate(layers):
-      hidden_BLD = REMAT[self.remat](Layer.__call__)(
-          layer,
-          hidden_BLD,
-          mask_BL,
-          positions_BM if i == last else None,
-          None if noise is None else noise.fold(i + 1),
+
+    def apply(
+        layer: Layer, hidden_BLD: jax.Array, i: Any, at_BM: Any = None
+    ) -> jax.Array:
+      own = None if noise is None else noise.fold(i + 1)
+      return REMAT[self.remat](Layer.__call__)(
+          layer, hidden_BLD, mask_BL, at_BM, own
       )
-    return hidden_BLD
+
+    *layers, last = self.stack()
+    if self.scan and layers:
+      hidden_BLD = _scan(layers, apply, hidden_BLD)
+    else:
+      for i, layer in enumerate(layers):
+        hidden_BLD = apply(layer, hidden_BLD, i)
+    return apply(last, hidden_BLD, len(layers), positions_BM)
+
+
+def _scan(
+    layers: Sequence[Layer],
+    apply: Callable[[Layer, jax.Array, Any], jax.Array],
+    hidden_BLD: jax.Array,
+) -> jax.Array:
+  """Applies layers by a loop whose body XLA compiles once.
+
+  The parameters are stacked in each step, which costs a copy of them, and stay
+  separate arrays in checkpoints and for the optimizer.
+  """
+  graphs, states = zip(*map(nnx.split, layers), strict=True)
+
+  def body(hidden_BLD: jax.Array, i_and_state: Any) -> tuple[jax.Array, None]:
+    i, state = i_and_state
+    return apply(nnx.merge(graphs[0], state), hidden_BLD, i), None
+
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+  numbers = jnp.arange(len(layers), dtype=jnp.uint32)
+  return jax.lax.scan(body, hidden_BLD, (numbers, stacked))[0]
 
 
 class Roberta(Bert):

@@ -1,7 +1,9 @@
 """BERT, the embedder and the reader: padding, dropout, towers, dtypes."""
 
 import dataclasses
+import functools
 
+from flax import nnx
 import jax
 from jax.extend import core
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import inputs
+from realm_jax.models import bert
 from realm_jax.models import components
 from realm_jax.models import dropout
 from realm_jax.models import objectives
@@ -316,3 +319,35 @@ def test_sums_of_spans_are_those_of_a_gather_bit_by_bit():
       backward(grad_BPK), wanted_backward(grad_BPK), strict=True
   ):
     np.testing.assert_array_equal(one, other)
+
+
+def test_a_loop_over_layers_is_the_layers_one_by_one():
+  config = dataclasses.replace(
+      CONFIG, num_layers=4, dropout=0.1, remat='dots', attention='xla'
+  )
+  ids_BL = np.array([[5, 6, 7, 8], [9, 4, 0, 0]], np.int32)
+  positions_BM = np.array([[0, 2], [1, 0]], np.int32)
+
+  def run(scan_layers):
+    of_run = dataclasses.replace(config, scan_layers=scan_layers)
+    graph, params = nnx.split(bert.Bert(of_run, rngs=nnx.Rngs(0)))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+      noise = dropout.noise(jax.random.key(1), len(ids_BL))
+      encoder = nnx.merge(graph, params)
+      hidden_BMD = encoder(ids_BL, ids_BL * 0, positions_BM, noise)
+      return jnp.square(hidden_BMD[..., :3]).sum()
+
+    products = loss.lower(params).as_text().count('dot_general')
+    return products, loss(params)
+
+  one_by_one, expected = run(scan_layers=False)
+  products, looped = run(scan_layers=True)
+  assert products < one_by_one
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=2e-5),
+      looped,
+      expected,
+  )
