@@ -84,8 +84,8 @@ class MaskedQueries(examples.MaskedSentences):
           ' passages that do not hold its text'
           f' (config.trivial={config.trivial!r}), which'
           f' config.num_candidates={config.num_candidates} (null document'
-          f' included) needs, but {max(left.max(), 0)} at most. Use a larger corpus or'
-          ' fewer candidates.'
+          f' included) needs, but {max(left.max(), 0)} at most. Use a larger'
+          ' corpus or fewer candidates.'
       )
     self.rows = self.rows[left >= needed]
     self._exclusion.use(self.rows)
