@@ -206,6 +206,9 @@ def main() -> None:
   parser = harness.parser(__doc__, output=False)
   parser.add_argument('--layers', default='2,4', help='of the steps')
   parser.add_argument('--programs', default=','.join(_PROGRAMS))
+  parser.add_argument(
+      '--scan_layers', action='store_true', help='config.model.scan_layers'
+  )
   arguments = parser.parse_args()
   depths = sorted(map(int, arguments.layers.split(',')))
   # All arrays stay abstract; JAX must not look for a driver.
@@ -220,6 +223,7 @@ def main() -> None:
     else:
       for layers in depths:
         config = _config(program, layers, arguments.small)
+        config.model.scan_layers = arguments.scan_layers
         described = {
             'layers': layers,
             'batch': config.batch_size,

@@ -35,7 +35,7 @@ from realm_jax.runtime import metrics as metrics_lib
 
 STAGES = ('mlm', 'ict', 'realm', 'null_reader', 'open_qa')
 
-# What the commands import, which takes seconds.
+# Modules of the commands; their imports take seconds.
 _IMPORTED = (
     'realm_jax.prepare.prepare',
     'realm_jax.trainer.supervise',

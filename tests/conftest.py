@@ -1,6 +1,6 @@
 """Set-up of all tests: eight CPU devices, absl flags; a small world to use.
 
-What was compiled is kept in .cache, for the next test and the next run.
+Compiled programs are kept in .cache, for the next test and the next run.
 
 The environment variables are inherited by the processes that tests start;
 those see one device unless they ask for more.

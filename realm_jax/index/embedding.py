@@ -21,8 +21,8 @@ _WIDTH_MULTIPLE = 8  # Bucket widths are multiples of it, except the longest.
 # On CPU, and elsewhere: cost of compiling one more bucket width, in wordpieces
 # embedded in the same time. Low, because a builder embeds many times.
 _COMPILE_COST = (2**16, 2**23)
-# Two CPU cores compute so many FLOP in that time; fewer wordpieces of a large
-# encoder than 2**16.
+# Upper bound of it on CPU, in FLOP. A large encoder embeds fewer than 2**16
+# wordpieces in the time of a compilation.
 _COMPILE_FLOP = 4e11
 # Wordpieces of a batch on one device; CPU caches are small.
 _BATCH_TOKENS = (2**12, 2**16)

@@ -1,4 +1,4 @@
-"""What is recorded of the steps: means of metrics, times, a progress bar.
+"""The record of the steps: means of metrics, times, a progress bar.
 
 A step is logged while the devices compute the next one.
 """

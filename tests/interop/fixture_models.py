@@ -1,4 +1,4 @@
-"""What the scripts that make fixtures share; needs PyTorch alone."""
+"""Parts that the scripts of the fixtures share; they need PyTorch alone."""
 
 import string
 

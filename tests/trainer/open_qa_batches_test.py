@@ -156,7 +156,7 @@ def test_nothing_retrieved_changes_nothing(world):
         for x in jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
         if is_schedule(x)
     ]
-    assert schedules and set(schedules) == {1}  # Of the step, in any case.
+    assert schedules and set(schedules) == {1}  # The counter of the step.
     return metrics, all(jax.tree.leaves(same))
 
   metrics, unchanged = step(config_lib.resolve(config))
