@@ -70,7 +70,7 @@ _PROCESSES = (
     Flag('coordinator_timeout', float,
          'Seconds to wait for the other processes.', 300.0),
 )
-# What `add` and `update` read.
+# Flags of `add` and `update`.
 _RECORDS = (
     _WORKDIR,
     _CORPUS,

@@ -223,7 +223,7 @@ def write_step(
   .jsonl for other runs.
 
   Returns:
-    What `compare` returns, by the names of `PAIRS`; empty without BM25, or
+    The results of `compare`, by the names of `PAIRS`; empty without BM25, or
     where the questions have neither answers nor gold passages.
   """
   paths = {}

@@ -1,4 +1,4 @@
-"""What an encoder is, how that of a config is loaded, and common layers.
+"""The interface of encoders, how a config's is loaded, and common layers.
 
 `config.ENCODERS` has the built-in ones. The networks hold their encoder as the
 attribute `bert`, whatever its class, so that all parameters are named alike.

@@ -118,7 +118,7 @@ class ModernBert(encoders.Encoder):
   head_bias: ClassVar[bool] = False
   mlp_kernels: ClassVar[int] = 3
   options: ClassVar[dict[str, Any]] = {
-      # Every so many layers, from the first on, attend to all positions.
+      # From the first on, each third layer attends to all positions.
       'global_interval': 3,
       'window': 128,  # Of the others: half of it on each side.
       # Bases of the rotary positions.

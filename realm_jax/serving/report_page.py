@@ -403,7 +403,7 @@ def _result(
 
 
 def _inspected(run: _Run, sentence: str, corpus: str | None) -> list[Html]:
-  """What `realm-jax inspect` shows, if the run has a reader and an index."""
+  """The output of `realm-jax inspect`, if the run has a reader and an index."""
   try:
     found = inspect_lib.inspect(run.workdir, sentence, corpus=corpus)
   except (OSError, ValueError) as error:

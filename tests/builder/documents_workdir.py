@@ -60,7 +60,7 @@ def make_workdir(path, corpus, params, step=10, **changes):
 
 
 def train(path, corpus, params, step):
-  """As if training had gone on to a step and the builder, too."""
+  """Imitates training up to a step, and a build from its snapshot."""
   about = {
       'config_digest': '',
       'corpus_fingerprint': corpus.fingerprint,

@@ -1,8 +1,8 @@
 """Faults that are really made: full disks, damaged files, a stopped builder.
 
-Each ends as docs/index.md says. What one module does by itself is tested beside
-it: builder_test (killed, resumed, a second one), generation_test (every kind of
-damage), refresh_test (generations of other jobs), supervisor_test.
+Each ends as docs/index.md says. Other tests cover single modules: builder_test
+(killed, resumed, a second one), generation_test (every kind of damage),
+refresh_test (generations of other jobs), supervisor_test.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Jobs of several processes: real ones, on CPU, that find each other by TCP.
 
-One long run says most of it: a trainer of 2 processes x 4 devices beside an
-index builder of 2, one of the four told to stop, and the job gone on with by 1
-process x 8 devices. It must be the run that 1 process x 8 devices does.
+One long run covers most of it: a trainer of 2 processes x 4 devices with an
+index builder of 2 processes. One of the four receives SIGTERM, and 1 process x
+8 devices resumes the job. The result equals that of 1 process x 8 devices.
 """
 
 import hashlib
@@ -196,7 +196,7 @@ def test_two_processes_stopped_and_resumed_by_one_are_the_run_of_one(
         '2 process(es) x 4 device(s) (data 8, model 1)'
     )
     assert _difference(one, two, step=8) < 1e-5
-    # The builders are still there for the one that goes on.
+    # The builders still run for the trainer that resumes.
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(builder, 'build', lambda _: None)
       summary = _train_here(config, two)
