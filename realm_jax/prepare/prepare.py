@@ -201,7 +201,9 @@ def prepare(
   with workers_lib.Pool(chosen.num_workers) as pool:
     census = languages.Census()
     for one in inputs:
-      _check(one.records, progress, census, pool)
+      # Beam leaves nothing for a pool to do.
+      packers = pool if chosen.beam is None else None
+      _check(one.records, progress, census, packers)
     if chosen.near_duplicates is not None:
       for one in inputs:
         one.near_duplicates = filters.near_duplicates(
@@ -321,7 +323,6 @@ def _write(
         directory,
         packing,
         chunk_path,
-        # Beam leaves nothing for a pool to do.
         pool if beam is None else workers_lib.Pool(1),
     )
     for one in inputs:
@@ -440,7 +441,7 @@ def _check(
     source: records_lib.Records,
     progress: bool,
     census: languages.Census,
-    pool: workers_lib.Pool,
+    pool: workers_lib.Pool | None,
 ) -> None:
   size = 0
   for record in tqdm.tqdm(
@@ -448,8 +449,8 @@ def _check(
   ):
     census.add(record.text, record.spans is not None)
     size += len(record.text)
-    if size > _CHUNK_BYTES:  # More than one task.
-      pool.start()
+    if pool is not None:
+      pool.start(1 + size // _CHUNK_BYTES)  # For as many tasks.
   source.report()
 
 

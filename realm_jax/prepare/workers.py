@@ -9,6 +9,7 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -34,15 +35,14 @@ _Result = TypeVar('_Result')
 
 
 class Pool:
-  """Processes that start with the first item, or with `start`.
+  """Processes that start with the first items, or with `start`.
 
   Args:
     workers: number of processes; with 1, everything runs in this process.
   """
 
   def __init__(self, workers: int):
-    self.workers = workers
-    self._started = False
+    self.workers, self._started = workers, 0
 
   def __enter__(self) -> 'Pool':
     return self
@@ -50,23 +50,24 @@ class Pool:
   def __exit__(self, *_: object) -> None:
     self.stop()
 
-  def start(self) -> None:
-    """Starts the processes, so that they are ready for the first item."""
-    if self._started or self.workers == 1:
-      return
-    self._started = True
-    self._executor = concurrent.futures.ProcessPoolExecutor(
+  @functools.cached_property
+  def _executor(self) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
         self.workers,
         # Not fork: the tokenizers library and JAX have threads.
         multiprocessing.get_context('spawn'),
         _start_worker,
     )
-    for _ in range(self.workers):
+
+  def start(self, count: int) -> None:
+    """Starts processes for `count` items, to be ready for the first ones."""
+    while self._started < min(count, self.workers) > 1:
       self._executor.submit(importlib.import_module, _IMPORTED)
+      self._started += 1
 
   def stop(self) -> None:
     """Ends the processes, without waiting for it."""
-    if self._started:
+    if '_executor' in vars(self):
       self._executor.shutdown(wait=False, cancel_futures=True)
 
   def map(
@@ -83,7 +84,6 @@ class Pool:
     if self.workers == 1:
       yield from map(function, items)
       return
-    self.start()
     pending: collections.deque[concurrent.futures.Future[_Result]] = (
         collections.deque()
     )
