@@ -36,12 +36,12 @@ _NGRAM = 8  # Wordpieces.
 MOST = 8  # Largest number of other passages with a sentence that is used.
 _ANCHORS = 4
 _SHARE = 0.5  # Least share of the sentence's wordpieces that agree.
-# Largest number of sentences of a block with the same anchor. Sentences that
+# Largest number of sentences of a part with the same anchor. Sentences that
 # share even their rarest n-gram with more are boilerplate too.
 _MOST_SHARING = 16
-# Least sentences of a part, in which anchors are counted, and of a block.
-_PART, _BLOCK = 2**16, 2**18  # A sentence takes about 500 bytes.
+_PART = 2**16  # Least sentences in which equal anchors are counted.
 _MAX_PARTS = 8
+_BLOCK = 2**18  # Sentences, if a part has fewer; one takes about 500 bytes.
 _AT_ONCE = 2**16  # Wordpieces that are hashed at a time.
 _BATCH = 4  # Times as many wait for each thread.
 
@@ -229,7 +229,7 @@ class _Block:
     return hashes, numbers, places
 
   def _num_equal(self, sums: np.ndarray, sentences: np.ndarray) -> np.ndarray:
-    """Returns the number of equal n-grams in the part of each one's sentence."""
+    """Returns the number of equal n-grams in the same part, of each."""
     keys = sums ^ self._parts[sentences]
     order = np.argsort(keys)
     ordered = keys[order]

@@ -10,7 +10,6 @@ number of interruptions. Only `writer` writes a corpus.
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import re
@@ -34,8 +33,6 @@ from realm_jax.runtime import files
 
 if TYPE_CHECKING:
   from realm_jax.prepare import writer as writer_lib
-
-log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 19  # Characters of text per task.
 _WORLD_VOCAB_SIZE = 3000
@@ -340,7 +337,7 @@ def _write(
         'first': [p for one in inputs for p in one.records.skipped_list][:20],
     }
     manifest = writer.close(settings, skipped, need_sentences)
-  _warn(manifest['counts'])
+  writer_lib.warn(manifest['counts'])
   return manifest
 
 
@@ -480,18 +477,3 @@ def _tasks(one: _Input) -> Iterator[passages_lib.Task]:
       task, size = passages_lib.Task([], [], [], one.passages), 0
   if task.records:
     yield task
-
-
-def _warn(counts: dict[str, int]) -> None:
-  if counts.get('shortened_titles'):
-    log.warning(
-        '%d titles longer than half a passage were shortened.',
-        counts['shortened_titles'],
-    )
-  unknown = counts.get('unknown_wordpieces', 0)
-  if unknown > 0.05 * counts['wordpieces']:
-    log.warning(
-        '%.0f%% of the wordpieces are [UNK]: the vocabulary does not fit these'
-        ' texts.',
-        100 * unknown / counts['wordpieces'],
-    )

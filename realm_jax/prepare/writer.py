@@ -419,3 +419,19 @@ def write_manifest(
       encoding='utf-8',
   )
   return manifest
+
+
+def warn(counts: dict[str, int]) -> None:
+  """Logs what is wrong with the texts of a corpus, by its counts."""
+  if counts.get('shortened_titles'):
+    log.warning(
+        '%d titles longer than half a passage were shortened.',
+        counts['shortened_titles'],
+    )
+  unknown = counts.get('unknown_wordpieces', 0)
+  if unknown > 0.05 * counts['wordpieces']:
+    log.warning(
+        '%.0f%% of the wordpieces are [UNK]: the vocabulary does not fit these'
+        ' texts.',
+        100 * unknown / counts['wordpieces'],
+    )
