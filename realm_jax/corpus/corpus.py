@@ -22,6 +22,7 @@ from realm_jax.runtime import files
 # Version 1 has no tables of trivial candidates, and only adjacent records form
 # an article.
 FORMAT_VERSION = 2
+FORMAT = 'realm_jax corpus'
 _READABLE = (1, 2)
 NUM_SPECIALS = 3  # [CLS] title [SEP] body [SEP]; RoBERTa has two [SEP].
 _HASH_BLOCK = 2**20  # Hashes of ids that are searched at a time.

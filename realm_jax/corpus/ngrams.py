@@ -12,9 +12,10 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def runs(ids: np.ndarray, lengths: Sequence[int]) -> Iterator[np.ndarray]:
-  """Yields the hashes of all n-grams of each length, by position.
+  """Yields the sums of all n-grams of each length, by position.
 
-  The hash sums BASE**i times the i-th wordpiece.
+  A sum, of BASE**i times the i-th wordpiece, differs for other wordpieces; its
+  low bits are those of the first ones. `spread` makes a hash of it.
   """
   doubled = [_mixed(ids)]  # Sums over 1, 2, 4, ... wordpieces.
   for length in lengths:
@@ -30,7 +31,7 @@ def runs(ids: np.ndarray, lengths: Sequence[int]) -> Iterator[np.ndarray]:
           total = total[: max(len(run) - done, 0)] + _power(done) * run[done:]
         done += 2**i
     assert total is not None
-    yield _finished(total, length)
+    yield total
 
 
 def whole(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -39,7 +40,7 @@ def whole(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
   powers[0] = 1
   values = _mixed(ids) * np.cumprod(powers)[aranges(lengths)]
   begins = np.cumsum(lengths) - lengths
-  return _finished(np.add.reduceat(values, begins), lengths)
+  return spread(np.add.reduceat(values, begins), lengths)
 
 
 def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -84,9 +85,9 @@ def _mixed(ids: np.ndarray) -> np.ndarray:
   return values
 
 
-def _finished(hashes: np.ndarray, length: Any) -> np.ndarray:
-  """Spreads a sum over all 64 bits."""
-  hashes = hashes ^ (np.asarray(length).astype(np.uint64) << np.uint64(56))
+def spread(sums: np.ndarray, length: Any) -> np.ndarray:
+  """Spreads sums of n-grams of a length over all 64 bits."""
+  hashes = sums ^ (np.asarray(length).astype(np.uint64) << np.uint64(56))
   hashes ^= hashes >> np.uint64(31)
   hashes *= np.uint64(0x94D049BB133111EB)
   hashes ^= hashes >> np.uint64(29)

@@ -25,7 +25,7 @@ of it may have none.
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,11 +36,12 @@ _NGRAM = 8  # Wordpieces.
 MOST = 8  # Largest number of other passages with a sentence that is used.
 _ANCHORS = 4
 _SHARE = 0.5  # Least share of the sentence's wordpieces that agree.
-# Largest number of sentences of a block with the same anchor. Sentences that
+# Largest number of sentences of a part with the same anchor. Sentences that
 # share even their rarest n-gram with more are boilerplate too.
 _MOST_SHARING = 16
-_BLOCK = 2**16  # Least size of a block; a sentence takes about 500 bytes.
-_MAX_BLOCKS = 8
+_PART = 2**16  # Least sentences in which equal anchors are counted.
+_MAX_PARTS = 8
+_BLOCK = 2**18  # Sentences, if a part has fewer; one takes about 500 bytes.
 _AT_ONCE = 2**16  # Wordpieces that are hashed at a time.
 _BATCH = 4  # Times as many wait for each thread.
 
@@ -89,7 +90,8 @@ def find_in_blocks(
     tables: the sentences.
     threads: that search at the same time; numpy runs outside of Python's lock.
   """
-  size = max(_BLOCK, -(-sum(map(len, tables)) // _MAX_BLOCKS))
+  part = max(_PART, -(-sum(map(len, tables)) // _MAX_PARTS))
+  size = part * max(1, _BLOCK // part)
   pieces: list[_Piece] = []
   room = size
   for number, table in enumerate(tables):
@@ -100,19 +102,20 @@ def find_in_blocks(
       room -= limit - start
       start = limit
       if not room:
-        yield from _found(passages, tables, pieces, threads)
+        yield from _found(passages, tables, pieces, part, threads)
         pieces, room = [], size
   if pieces:
-    yield from _found(passages, tables, pieces, threads)
+    yield from _found(passages, tables, pieces, part, threads)
 
 
 def _found(
     passages: corpus_lib.PassageTable,
     tables: Sequence[corpus_lib.SentenceTable],
     pieces: Sequence[_Piece],
+    part: int,
     threads: int,
 ) -> Iterator[tuple[int, corpus_lib.Ranges]]:
-  found = _Block(tables, pieces).ranges(passages, threads)
+  found = _Block(tables, pieces, part).ranges(passages, threads)
   first = 0
   for number, start, limit in pieces:
     offsets = found.offsets[first : first + limit - start + 1]
@@ -124,13 +127,14 @@ def _found(
 class _Block:
   """A block of sentences with their anchors.
 
-  Equal sentences have one number, `self._of`.
+  Equal sentences of a part have one number, `self._of`.
   """
 
   def __init__(
       self,
       tables: Sequence[corpus_lib.SentenceTable],
       pieces: Sequence[_Piece],
+      part: int,
   ):
     self._passages = np.concatenate(
         [tables[number].passages[a:b] for number, a, b in pieces]
@@ -143,9 +147,10 @@ class _Block:
         for number, a, b in pieces
         for some in _tokens(tables[number], a, b)
     ]
-    hashes = [ngrams.whole(*some) for some in tokens]
+    hashes = np.concatenate([ngrams.whole(*some) for some in tokens])
+    parts = (np.arange(len(hashes)) // part).astype(np.uint64)
     _, first, inverse, counts = np.unique(
-        np.concatenate(hashes),
+        hashes ^ parts,
         return_index=True,
         return_inverse=True,
         return_counts=True,
@@ -156,6 +161,7 @@ class _Block:
     numbers = np.empty(len(order), np.int32)
     numbers[order] = np.arange(len(order))
     self._of = numbers[inverse]
+    self._parts = parts[first]
     self._lengths = lengths[first]
     # Equal sentences may have different passages.
     self._own = np.where(counts == 1, self._passages[first], -1)
@@ -171,14 +177,14 @@ class _Block:
     hashes, numbers, places = self._chosen(every)
     # A sentence whose anchors are all boilerplate gets its rarest n-grams.
     usable = np.zeros(count, bool)
-    usable[numbers[_num_equal(hashes) <= _MOST_SHARING]] = True
+    usable[numbers[self._num_equal(hashes, numbers) <= _MOST_SHARING]] = True
     if not usable.all():
       others = self._chosen(every[~usable], rare=True)
       kept = usable[numbers]
       hashes = np.concatenate([hashes[kept], others[0]])
       numbers = np.concatenate([numbers[kept], others[1]])
       places = np.concatenate([places[kept], others[2]])
-    kept = _num_equal(hashes) <= _MOST_SHARING
+    kept = self._num_equal(hashes, numbers) <= _MOST_SHARING
     hashes, numbers, places = hashes[kept], numbers[kept], places[kept]
     self._no_anchor = np.ones(count, bool)
     self._no_anchor[numbers] = False
@@ -193,7 +199,7 @@ class _Block:
     sizes = np.minimum(self._lengths[self._numbers[first]], _NGRAM)
     for size in np.unique(sizes).tolist():
       these = self._hashes[sizes == size]
-      table = np.zeros(_power_of_two(16 * len(these)), bool)
+      table = np.zeros(_power_of_two(8 * len(these)), bool)
       table[_cells(these, table)] = True
       self._tables[size] = table
 
@@ -206,27 +212,37 @@ class _Block:
     `rare`, the one that the fewest of these sentences have.
     """
     found = []
-    for numbers, hashes, places in self._ngrams(sentences):
+    for numbers, hashes, places, sizes in self._ngrams(sentences):
       counts = np.maximum(self._lengths[numbers] - _NGRAM + 1, 1)
       parts = _ANCHORS * numbers.astype(np.int64)
       parts += _ANCHORS * places // counts
-      if rare:
-        found.append((hashes, numbers, places, parts))
-      else:
-        at = _least(hashes, parts)
-        found.append((hashes[at], numbers[at], places[at], parts[:0]))
+      at: Any = slice(None)
+      if not rare:
+        at = _least(ngrams.spread(hashes, sizes), parts)
+      found.append((hashes[at], numbers[at], places[at], parts[at]))
     hashes, numbers, places, parts = map(
         np.concatenate, zip(*found, strict=True)
     )
     if rare:
-      at = _least(_num_equal(hashes), parts)
+      at = _least(self._num_equal(hashes, numbers), parts)
       hashes, numbers, places = hashes[at], numbers[at], places[at]
     return hashes, numbers, places
 
+  def _num_equal(self, sums: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+    """Returns the number of equal n-grams in the same part, of each."""
+    keys = sums ^ self._parts[sentences]
+    order = np.argsort(keys)
+    ordered = keys[order]
+    first = np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]))
+    sizes = np.diff(first, append=len(keys))
+    counts = np.empty(len(keys), np.int64)
+    counts[order] = np.repeat(sizes, sizes)
+    return counts
+
   def _ngrams(
       self, sentences: np.ndarray
-  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields arrays of sentence, hash and position of n-grams, in order.
+  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields sentence, sum, position and size of n-grams, in order.
 
     A sentence that is shorter than an n-gram counts as one.
     """
@@ -245,7 +261,7 @@ class _Block:
       for size, runs in zip(wanted, ngrams.runs(ids, wanted), strict=True):
         these = sizes == size
         hashes[these] = runs[at[these]]
-      yield np.repeat(some, counts), hashes, places.astype(np.int32)
+      yield np.repeat(some, counts), hashes, places.astype(np.int32), sizes
 
   def ranges(
       self, passages: corpus_lib.PassageTable, threads: int
@@ -427,17 +443,6 @@ def _bodies(passages: corpus_lib.PassageTable) -> Iterator[_Bodies]:
     titles = np.asarray(passages.title_lengths[row : row + count])
     yield _Bodies(row, ids, offsets[:-1] + titles, offsets[1:])
     row += count
-
-
-def _num_equal(hashes: np.ndarray) -> np.ndarray:
-  """Returns the number of occurrences of each hash."""
-  order = np.argsort(hashes)
-  ordered = hashes[order]
-  first = np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]))
-  sizes = np.diff(first, append=len(hashes))
-  counts = np.empty(len(hashes), np.int64)
-  counts[order] = np.repeat(sizes, sizes)
-  return counts
 
 
 def _least(values: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ def check_rensa_installed() -> None:
 
 
 def near_duplicates(
-    source: records_lib.Records, threshold: float, workers: int
+    source: records_lib.Records, threshold: float, pool: workers_lib.Pool
 ) -> set[int]:
   """Returns the numbers of good records that nearly repeat an earlier one.
 
@@ -82,7 +82,7 @@ def near_duplicates(
     source: records that are already checked.
     threshold: Jaccard similarity of the sets of five consecutive words, as
       estimated by MinHash (standard error at most 0.045).
-    workers: number of processes.
+    pool: the workers.
   """
   import rensa
 
@@ -91,9 +91,7 @@ def near_duplicates(
   )
   found: set[int] = set()
   number = 0
-  for signatures in workers_lib.map_ordered(
-      _signatures, _batches(source), workers
-  ):
+  for signatures in pool.map(_signatures, _batches(source)):
     for signature in signatures:
       if signature is not None and not seen.add(str(number), signature):
         found.add(number)

@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import pathlib
+from typing import NamedTuple
 
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.prepare import passages
@@ -18,28 +19,46 @@ from realm_jax.prepare import workers as workers_lib
 from realm_jax.runtime import files
 
 _TASK_SUFFIX = '.task'
-_Recipe = tuple[tokenizer_lib.Tokenizer, passages.Settings]  # For a `Packer`.
+
+
+class _Recipe(NamedTuple):
+  """The arguments of a `passages.Packer`, for another process."""
+
+  settings: passages.Settings
+  directory: pathlib.Path  # The saved tokenizer.
+  lowercase: bool
+  digest: str
 
 
 class Pipeline:
-  """Turns tasks into chunks with one tokenizer and one set of settings."""
+  """Turns tasks into chunks with one tokenizer and one set of settings.
+
+  Args:
+    tokenizer: as saved in `directory`, where workers read it.
+    settings: of the packer.
+    chunk_path: path of a chunk file.
+    pool: the workers.
+  """
 
   def __init__(
       self,
       tokenizer: tokenizer_lib.Tokenizer,
+      directory: pathlib.Path,
       settings: passages.Settings,
       chunk_path: Callable[[str], pathlib.Path],
-      workers: int,
+      pool: workers_lib.Pool,
   ):
     self._tokenizer, self._settings = tokenizer, settings
-    self._chunk_path, self._workers = chunk_path, workers
-    self._recipe = (tokenizer, settings)
+    self._chunk_path, self._pool = chunk_path, pool
+    self._recipe = _Recipe(
+        settings, directory, tokenizer.lowercase, tokenizer.digest
+    )
 
   def run(self, tasks: Iterator[passages.Task]) -> Iterator[passages.Chunk]:
     """Yields the chunks of tasks, in order; existing chunk files are read."""
     first = list(itertools.islice(tasks, 2))
     tasks = itertools.chain(first, tasks)
-    if self._workers == 1 or len(first) < 2:
+    if self._pool.workers == 1 or len(first) < 2:
       packer = passages.Packer(self._tokenizer, self._settings)
       for task in tasks:
         path = self._chunk_path(task.digest)
@@ -50,11 +69,9 @@ class Pipeline:
             save(path, chunk)
         yield chunk
       return
-    for path in workers_lib.map_ordered(
-        _write_chunk,
+    for path in self._pool.map(
+        functools.partial(_write_chunk, self._recipe),
         ((task, self._chunk_path(task.digest)) for task in tasks),
-        self._workers,
-        functools.partial(_set_recipe, self._recipe),
     ):
       yield load(path)
 
@@ -109,8 +126,8 @@ def check_beam_installed() -> None:
 
 
 def save(path: pathlib.Path, chunk: passages.Chunk) -> None:
-  """Writes a chunk file."""
-  with files.atomic_file(path, 'wb') as file:
+  """Writes a chunk file; its checksum shows damage by a power failure."""
+  with files.atomic_file(path, 'wb', durable=False) as file:
     file.write(chunk.to_bytes())
 
 
@@ -133,22 +150,18 @@ def _read(path: pathlib.Path) -> passages.Chunk | None:
 
 @functools.lru_cache(maxsize=1)
 def _packer(recipe: _Recipe) -> passages.Packer:
-  return passages.Packer(*recipe)
+  tokenizer = tokenizer_lib.Tokenizer.from_saved(
+      recipe.directory, recipe.lowercase
+  )
+  return passages.Packer(tokenizer, recipe.settings)
 
 
-_recipe: _Recipe | None = None  # Set in worker processes.
-
-
-def _set_recipe(recipe: _Recipe) -> None:
-  global _recipe
-  _recipe = recipe
-
-
-def _write_chunk(job: tuple[passages.Task, pathlib.Path]) -> pathlib.Path:
+def _write_chunk(
+    recipe: _Recipe, job: tuple[passages.Task, pathlib.Path]
+) -> pathlib.Path:
   task, path = job
-  assert _recipe is not None
   if _read(path) is None:
-    save(path, _packer(_recipe)(task))
+    save(path, _packer(recipe)(task))
   return path
 
 

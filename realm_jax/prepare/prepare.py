@@ -10,11 +10,10 @@ number of interruptions. Only `writer` writes a corpus.
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nupunkt
 import tqdm
@@ -30,10 +29,10 @@ from realm_jax.prepare import records as records_lib
 from realm_jax.prepare import sources as sources_lib
 from realm_jax.prepare import workers as workers_lib
 from realm_jax.prepare import world
-from realm_jax.prepare import writer as writer_lib
 from realm_jax.runtime import files
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+  from realm_jax.prepare import writer as writer_lib
 
 _CHUNK_BYTES = 1 << 19  # Characters of text per task.
 _WORLD_VOCAB_SIZE = 3000
@@ -196,45 +195,49 @@ def prepare(
   tokenizer = None
   if chosen.vocab is not None:
     tokenizer = tokenizer_lib.Tokenizer.from_source(chosen.vocab, chosen.cased)
-  census = languages.Census()
-  for one in inputs:
-    _check(one.records, progress, census)
-  if chosen.near_duplicates is not None:
+  with workers_lib.Pool(chosen.num_workers) as pool:
+    census = languages.Census()
     for one in inputs:
-      one.near_duplicates = filters.near_duplicates(
-          one.records, chosen.near_duplicates, chosen.num_workers
+      # Beam leaves nothing for a pool to do.
+      packers = pool if chosen.beam is None else None
+      _check(one.records, progress, census, packers)
+    if chosen.near_duplicates is not None:
+      for one in inputs:
+        one.near_duplicates = filters.near_duplicates(
+            one.records, chosen.near_duplicates, pool
+        )
+    if tokenizer is None:
+      default = _DEFAULT_VOCAB_SIZE if questions is None else _WORLD_VOCAB_SIZE
+      cased = census.needs_marks() if chosen.cased is None else chosen.cased
+      tokenizer = tokenizer_lib.Tokenizer.train(
+          records_lib.Texts([one.records for one in inputs]),
+          chosen.vocab_size or default,
+          lowercase=not cased,
       )
-  if tokenizer is None:
-    default = _DEFAULT_VOCAB_SIZE if questions is None else _WORLD_VOCAB_SIZE
-    cased = census.needs_marks() if chosen.cased is None else chosen.cased
-    tokenizer = tokenizer_lib.Tokenizer.train(
-        records_lib.Texts([one.records for one in inputs]),
-        chosen.vocab_size or default,
-        lowercase=not cased,
+    # Only sentences of the last input are trained on, so only these are split.
+    if not any(one.records.marked for one in inputs):
+      inputs[-1].validation_fraction = chosen.validation_fraction
+    fraction = inputs[-1].validation_fraction
+    spans, language = census.spans_and_language(chosen.spans, chosen.language)
+    packing = dataclasses.replace(
+        chosen.settings, spans=spans, language=language
     )
-  # Only sentences of the last input are trained on, so only these are split.
-  if not any(one.records.marked for one in inputs):
-    inputs[-1].validation_fraction = chosen.validation_fraction
-  fraction = inputs[-1].validation_fraction
-  spans, language = census.spans_and_language(chosen.spans, chosen.language)
-  packing = dataclasses.replace(
-      chosen.settings, spans=spans, language=language
-  )
-  settings = _manifest_settings(packing, fraction)
-  if chosen.near_duplicates is not None:
-    settings['near_duplicates'] = chosen.near_duplicates
-  return _write(
-      output,
-      inputs,
-      tokenizer,
-      chosen,
-      packing,
-      settings,
-      need_sentences=spans != 'none',
-      questions=questions,
-      overwrite=overwrite,
-      progress=progress,
-  )
+    settings = _manifest_settings(packing, fraction)
+    if chosen.near_duplicates is not None:
+      settings['near_duplicates'] = chosen.near_duplicates
+    return _write(
+        output,
+        inputs,
+        tokenizer,
+        pool,
+        packing,
+        settings,
+        need_sentences=spans != 'none',
+        beam=chosen.beam,
+        questions=questions,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def prepare_more(
@@ -267,23 +270,24 @@ def prepare_more(
       **{name: before[name] for name in names & {*before}}
   )
   fraction = 0.0 if source.marked else before['validation_fraction']
-  return _write(
-      pathlib.Path(output).absolute(),
-      [_Input(source, True, fraction)],
-      base.tokenizer,
-      Options(workers=workers),
-      packing,
-      _manifest_settings(packing, fraction),
-      progress=progress,
-      need_sentences=False,
-  )
+  with workers_lib.Pool(Options(workers=workers).num_workers) as pool:
+    return _write(
+        pathlib.Path(output).absolute(),
+        [_Input(source, True, fraction)],
+        base.tokenizer,
+        pool,
+        packing,
+        _manifest_settings(packing, fraction),
+        progress=progress,
+        need_sentences=False,
+    )
 
 
 def _write(
     output: pathlib.Path,
     inputs: Sequence[_Input],
     tokenizer: tokenizer_lib.Tokenizer,
-    options: Options,
+    pool: workers_lib.Pool,
     packing: passages_lib.Settings,
     settings: dict[str, Any],
     *,
@@ -291,8 +295,12 @@ def _write(
     overwrite: bool = False,
     progress: bool = True,
     need_sentences: bool = True,
+    beam: Sequence[str] | None = None,
 ) -> dict[str, Any]:
   """Packs all inputs and writes the corpus; returns the manifest."""
+  # Imports TFDS, which takes as long as the workers take to start.
+  from realm_jax.prepare import writer as writer_lib
+
   made_with = {  # Everything that a chunk depends on besides its records.
       **_manifest_settings(packing, 0.0),
       'program': f'realm_jax {realm_jax.__version__}',
@@ -305,19 +313,20 @@ def _write(
   ):
     tokenizer.save(directory)
     writer = writer_lib.CorpusWriter(
-        directory, tokenizer, len(inputs) > 1, options.num_workers
+        directory, tokenizer, len(inputs) > 1, pool.workers
     )
     pipeline = pipeline_lib.Pipeline(
         tokenizer,
+        directory,
         packing,
         chunk_path,
-        # Beam leaves nothing for a pool to do.
-        options.num_workers if options.beam is None else 1,
+        pool if beam is None else workers_lib.Pool(1),
     )
     for one in inputs:
-      if options.beam is not None:
-        pipeline.run_beam(_tasks(one), options.beam)
+      if beam is not None:
+        pipeline.run_beam(_tasks(one), beam)
       _add(writer, one, pipeline, progress)
+    pool.stop()
     if questions is not None:
       (directory / 'questions.jsonl').write_text(
           ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions),
@@ -328,12 +337,12 @@ def _write(
         'first': [p for one in inputs for p in one.records.skipped_list][:20],
     }
     manifest = writer.close(settings, skipped, need_sentences)
-  _warn(manifest['counts'])
+  writer_lib.warn(manifest['counts'])
   return manifest
 
 
 def _add(
-    writer: writer_lib.CorpusWriter,
+    writer: 'writer_lib.CorpusWriter',
     one: _Input,
     pipeline: pipeline_lib.Pipeline,
     progress: bool,
@@ -381,7 +390,7 @@ def _check_output(output: pathlib.Path, overwrite: bool) -> None:
     )
   manifest = output / 'manifest.json'
   is_corpus = manifest.is_file() and (
-      writer_lib.FORMAT in manifest.read_text('utf-8', errors='replace')
+      corpus_lib.FORMAT in manifest.read_text('utf-8', errors='replace')
   )
   if not output.is_dir() or (any(output.iterdir()) and not is_corpus):
     raise FileExistsError(
@@ -426,12 +435,19 @@ def _open_inputs(
 
 
 def _check(
-    source: records_lib.Records, progress: bool, census: languages.Census
+    source: records_lib.Records,
+    progress: bool,
+    census: languages.Census,
+    pool: workers_lib.Pool | None,
 ) -> None:
+  size = 0
   for record in tqdm.tqdm(
       source.check(), desc='checking', unit=' records', disable=not progress
   ):
     census.add(record.text, record.spans is not None)
+    size += len(record.text)
+    if pool is not None:
+      pool.start(1 + size // _CHUNK_BYTES)  # For as many tasks.
   source.report()
 
 
@@ -461,18 +477,3 @@ def _tasks(one: _Input) -> Iterator[passages_lib.Task]:
       task, size = passages_lib.Task([], [], [], one.passages), 0
   if task.records:
     yield task
-
-
-def _warn(counts: dict[str, int]) -> None:
-  if counts.get('shortened_titles'):
-    log.warning(
-        '%d titles longer than half a passage were shortened.',
-        counts['shortened_titles'],
-    )
-  unknown = counts.get('unknown_wordpieces', 0)
-  if unknown > 0.05 * counts['wordpieces']:
-    log.warning(
-        '%.0f%% of the wordpieces are [UNK]: the vocabulary does not fit these'
-        ' texts.',
-        100 * unknown / counts['wordpieces'],
-    )

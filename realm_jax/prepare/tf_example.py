@@ -11,57 +11,52 @@ import functools
 
 def example(fields: bytes) -> bytes:
   """Returns a record from its encoded fields, sorted by name."""
-  return _tagged(fields)
+  return b'\x0a' + _VARINTS[len(fields)] + fields
 
 
 def text_field(name: str, value: str) -> bytes:
   """Encodes a field that holds a text."""
-  return _field(name, _tagged(_tagged(value.encode('utf-8'))))
+  data = value.encode('utf-8')
+  return _head(name, b'\x0a\x0a', len(data)) + data
 
 
 def number_field(name: str, values: Collection[int]) -> bytes:
   """Encodes a field that holds integers."""
   if not values:
-    return _field(name, _NO_NUMBERS)
-  # Most numbers are offsets in a sentence. A call for each would take as long
-  # as all the rest of a record.
-  if min(values) >= 0 and max(values) < len(_SMALL):
-    packed = b''.join(map(_SMALL.__getitem__, values))
-  else:
-    packed = b''.join(map(_varint, values))
-  packed = _tagged(packed)
-  return _field(name, b'\x1a' + _varint(len(packed)) + packed)
+    return _head(name, b'\x1a', 0)
+  packed = b''.join(map(_VARINTS.__getitem__, values))
+  return _head(name, b'\x1a\x0a', len(packed)) + packed
 
 
-def _field(name: str, feature: bytes) -> bytes:
-  return _tagged(_name(name) + _varint(len(feature)) + feature)
+@functools.lru_cache(1 << 14)
+def _head(name: str, kind: bytes, size: int) -> bytes:
+  """Returns what precedes the values of a field.
+
+  Args:
+    name: of the field.
+    kind: tags of the list of values and, unless it is empty, of the values.
+    size: bytes of the values.
+  """
+  key = b'\x0a' + _VARINTS[len(name)] + name.encode('ascii') + b'\x12'
+  head = b''
+  for tag in (kind[1:], kind[:1], key, b'\x0a'):
+    if tag:
+      head = tag + _VARINTS[len(head) + size] + head
+  return head
 
 
-@functools.cache
-def _name(name: str) -> bytes:
-  return _tagged(name.encode('ascii')) + b'\x12'
+class _Varints(dict[int, bytes]):
+  """Encoded numbers. Small ones, such as offsets in a sentence, are kept."""
+
+  def __missing__(self, value: int) -> bytes:
+    value %= 2**64
+    encoded = bytearray()
+    while value > 0x7F:
+      encoded.append(value & 0x7F | 0x80)
+      value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
-def _tagged(content: bytes) -> bytes:
-  size = len(content)
-  if size < len(_TAGS):
-    return _TAGS[size] + content
-  return b'\x0a' + _varint(size) + content
-
-
-def _varint(value: int) -> bytes:
-  if 0 <= value < len(_SMALL):
-    return _SMALL[value]
-  value %= 2**64
-  encoded = bytearray()
-  while value > 0x7F:
-    encoded.append(value & 0x7F | 0x80)
-    value >>= 7
-  encoded.append(value)
-  return bytes(encoded)
-
-
-_SMALL: list[bytes] = []
-_SMALL.extend([_varint(value) for value in range(1 << 12)])
-_TAGS = [b'\x0a' + size for size in _SMALL]
-_NO_NUMBERS = b'\x1a\x00'
+_VARINTS = _Varints()
+_VARINTS.update({value: _VARINTS[value] for value in range(1 << 12)})

@@ -9,6 +9,9 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
 import contextlib
+import functools
+import gc
+import importlib
 import json
 import logging
 import multiprocessing
@@ -25,54 +28,79 @@ from realm_jax.runtime import files
 log = logging.getLogger(__name__)
 
 _SUFFIX = '.part'
+_IMPORTED = 'realm_jax.prepare.pipeline'  # With all that it imports.
+_GC_THRESHOLD = 100_000
 _Item = TypeVar('_Item')
 _Result = TypeVar('_Result')
 
 
-def map_ordered(
-    function: Callable[[_Item], _Result],
-    items: Iterable[_Item],
-    workers: int,
-    setup: Callable[[], None] | None = None,
-) -> Iterator[_Result]:
-  """Yields `function(item)` for each item, in order of the items.
-
-  At most two items for each worker are in flight, so memory stays bounded.
+class Pool:
+  """Processes that start with the first items, or with `start`.
 
   Args:
-    function: can be pickled, like the items and the results.
-    items: read as results are consumed.
     workers: number of processes; with 1, everything runs in this process.
-    setup: runs once in every worker before its first item.
   """
-  if workers == 1:
-    if setup is not None:
-      setup()
-    yield from map(function, items)
-    return
-  pool = concurrent.futures.ProcessPoolExecutor(
-      workers,
-      # Not fork: the tokenizers library and JAX have threads.
-      multiprocessing.get_context('spawn'),
-      _start_worker,
-      (setup,),
-  )
-  with pool:
+
+  def __init__(self, workers: int):
+    self.workers, self._started = workers, 0
+
+  def __enter__(self) -> 'Pool':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.stop()
+
+  @functools.cached_property
+  def _executor(self) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
+        self.workers,
+        # Not fork: the tokenizers library and JAX have threads.
+        multiprocessing.get_context('spawn'),
+        _start_worker,
+    )
+
+  def start(self, count: int) -> None:
+    """Starts processes for `count` items, to be ready for the first ones."""
+    while self._started < min(count, self.workers) > 1:
+      self._executor.submit(importlib.import_module, _IMPORTED)
+      self._started += 1
+
+  def stop(self) -> None:
+    """Ends the processes, without waiting for it."""
+    if '_executor' in vars(self):
+      self._executor.shutdown(wait=False, cancel_futures=True)
+
+  def map(
+      self, function: Callable[[_Item], _Result], items: Iterable[_Item]
+  ) -> Iterator[_Result]:
+    """Yields `function(item)` for each item, in order of the items.
+
+    At most two items for each worker are in flight, so memory stays bounded.
+
+    Args:
+      function: can be pickled, like the items and the results.
+      items: read as results are consumed.
+    """
+    if self.workers == 1:
+      yield from map(function, items)
+      return
     pending: collections.deque[concurrent.futures.Future[_Result]] = (
         collections.deque()
     )
     try:
       for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > 2 * workers:
+        pending.append(self._executor.submit(function, item))
+        if len(pending) > 2 * self.workers:
           yield pending.popleft().result()
       while pending:
         yield pending.popleft().result()
-    finally:
-      pool.shutdown(cancel_futures=True)
+    finally:  # After an error, no worker writes a file any more.
+      for future in pending:
+        future.cancel()
+      concurrent.futures.wait(pending)
 
 
-def _start_worker(setup: Callable[[], None] | None) -> None:
+def _start_worker() -> None:
   # One thread each: every core has a process.
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends the pool.
@@ -87,8 +115,8 @@ def _start_worker(setup: Callable[[], None] | None) -> None:
     os._exit(1)
 
   threading.Thread(target=exit_with_parent, daemon=True).start()
-  if setup is not None:
-    setup()
+  # Tasks make many objects and few cycles.
+  gc.set_threshold(_GC_THRESHOLD)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,6 @@ from realm_jax.runtime import files as files_lib
 
 log = logging.getLogger(__name__)
 
-FORMAT = 'realm_jax corpus'
 # Bound for the sentences set aside, if no record is marked. The article that
 # reaches the bound is completed.
 _MAX_VALIDATION = 5000
@@ -232,11 +231,11 @@ class CorpusWriter:
     for file in self._tokens.values():
       file.close()
     self._check_passage_ids()
-    self.counts.update(self._find_trivial(splits))
-    digests = {
+    digests = {  # First: the buffers of open datasets take 40 MB.
         'passages': self._passages.close(),
         'sentences': self._sentences.close(),
     }
+    self.counts.update(self._find_trivial(splits))
     tokenizer = {
         'digest': self._tokenizer.digest,
         'lowercase': self._tokenizer.lowercase,
@@ -405,7 +404,7 @@ def write_manifest(
   }
   manifest = {
       **fields,
-      'format': FORMAT,
+      'format': corpus_lib.FORMAT,
       'version': corpus_lib.FORMAT_VERSION,
       'created_by': f'realm_jax {realm_jax.__version__}',
       'fingerprint': hashlib.sha256(
@@ -420,3 +419,19 @@ def write_manifest(
       encoding='utf-8',
   )
   return manifest
+
+
+def warn(counts: dict[str, int]) -> None:
+  """Logs what is wrong with the texts of a corpus, by its counts."""
+  if counts.get('shortened_titles'):
+    log.warning(
+        '%d titles longer than half a passage were shortened.',
+        counts['shortened_titles'],
+    )
+  unknown = counts.get('unknown_wordpieces', 0)
+  if unknown > 0.05 * counts['wordpieces']:
+    log.warning(
+        '%.0f%% of the wordpieces are [UNK]: the vocabulary does not fit these'
+        ' texts.',
+        100 * unknown / counts['wordpieces'],
+    )

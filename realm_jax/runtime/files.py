@@ -25,11 +25,13 @@ class Damaged(ValueError):
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: str = 'w') -> Iterator[IO[Any]]:
+def atomic_file(
+    path: Path, mode: str = 'w', durable: bool = True
+) -> Iterator[IO[Any]]:
   """Opens a temporary file that replaces `path` if the block succeeds.
 
   A reader sees the whole new content or the whole old one, also after a power
-  failure. `mode` is 'w' (UTF-8 text) or 'wb'.
+  failure unless `durable` is False. `mode` is 'w' (UTF-8 text) or 'wb'.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,8 @@ def atomic_file(path: Path, mode: str = 'w') -> Iterator[IO[Any]]:
     with open(temporary, mode, encoding=encoding) as file:
       yield file
       file.flush()
-      os.fsync(file.fileno())
+      if durable:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

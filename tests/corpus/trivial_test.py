@@ -230,10 +230,10 @@ def test_what_stands_in_too_many_passages_has_all_excluded(copies):
 def test_no_passage_with_the_whole_sentence_is_missed(
     vocab, seed, monkeypatch
 ):
-  """Also in small blocks, and with few different wordpieces."""
+  """Also in small parts, and with few different wordpieces."""
   monkeypatch.setattr(trivial, '_AT_ONCE', [64, 300, 2**16][seed % 3])
-  monkeypatch.setattr(trivial, '_BLOCK', [7, 2**19][seed % 2])
-  monkeypatch.setattr(trivial, '_MAX_BLOCKS', 1000)
+  monkeypatch.setattr(trivial, '_PART', [7, 2**19][seed % 2])
+  monkeypatch.setattr(trivial, '_MAX_PARTS', 1000)
   rng = np.random.default_rng(seed)
   bodies = [rng.integers(0, vocab, rng.integers(1, 60)) for _ in range(50)]
   sentences, own = [], []
@@ -247,8 +247,10 @@ def test_no_passage_with_the_whole_sentence_is_missed(
   for i in range(0, 150, 4):
     row = int(rng.integers(50))
     bodies[row] = np.concatenate([bodies[row], sentences[i]])
-  checked = 0
-  for i, ranges in enumerate(_found(bodies, sentences, own)):
+  checked, all_ranges = 0, _found(bodies, sentences, own)
+  monkeypatch.setattr(trivial, '_BLOCK', 1)
+  assert _found(bodies, sentences, own) == all_ranges  # In smaller blocks.
+  for i, ranges in enumerate(all_ranges):
     found = {row for a, b in ranges for row in range(a, b)}
     sentence = sentences[i].tolist()
     for row, body in enumerate(bodies):

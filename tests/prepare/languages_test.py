@@ -22,6 +22,7 @@ from realm_jax.prepare import prepare
 from realm_jax.prepare import records
 from realm_jax.prepare import salient_spans
 from realm_jax.prepare import sources
+from realm_jax.prepare import workers
 from realm_jax.trainer import examples
 from realm_jax.trainer.stages import ict
 
@@ -358,7 +359,7 @@ def test_near_duplicates_in_chinese(tmp_path):
   items.append({'id': 'copy', 'text': items[0]['text'][1:]})
   source = records.Records([_Source(items)])
   assert len([*source.check()]) == 4
-  assert filters.near_duplicates(source, 0.8, 1) == {3}
+  assert filters.near_duplicates(source, 0.8, workers.Pool(1)) == {3}
 
 
 class _Source:
