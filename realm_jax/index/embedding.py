@@ -30,8 +30,10 @@ _COMPILE_COST = (2**16, 2**23)
 _COMPILE_FLOP = 4e11
 # Wordpieces of a batch on one device; CPU caches are small.
 _BATCH_TOKENS = (2**10, 2**16)
-_STREAMS = (2, 2)
-_ROW_MULTIPLE = (2, 8)  # A device's share of a batch is a multiple of it.
+# Batches at the same time. XLA runs many operations on one CPU core only; an
+# accelerator computes one batch while the next is assembled.
+_STREAMS = (max(os.cpu_count() or 1, 2), 2)
+_ROW_MULTIPLE = (4, 8)  # A device's share of a batch is a multiple of it.
 _MAX_PLANNED_ROWS = 2**16  # Usual number of rows of one call.
 
 
