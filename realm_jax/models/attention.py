@@ -61,8 +61,8 @@ def _attend_forward_only(
 ) -> jax.Array:
   """`attend` that divides by the sum of the softmax after the last matmul.
 
-  Four times as fast on CPU, where XLA does not divide a softmax between cores
-  that it has fused with a matmul.
+  Four times as fast on CPU, where XLA fuses a whole softmax and the matmul to
+  a slow operation.
   """
   logits_BHML = _einsum('BMHC,BLHC->BHML', query_BMHC, key_BLHC)
   logits_BHML *= query_BMHC.shape[-1] ** -0.5
