@@ -3,8 +3,12 @@
 Embeddings are float32; no dropout is applied.
 """
 
+import collections
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import functools
+import os
+import threading
 
 import jax
 import numpy as np
@@ -25,8 +29,11 @@ _COMPILE_COST = (2**16, 2**23)
 # wordpieces in the time of a compilation.
 _COMPILE_FLOP = 4e11
 # Wordpieces of a batch on one device; CPU caches are small.
-_BATCH_TOKENS = (2**12, 2**16)
-_ROW_MULTIPLE = 8  # A device's share of a batch is a multiple of it.
+_BATCH_TOKENS = (2**10, 2**16)
+# Batches at the same time. XLA runs many operations on one CPU core only; an
+# accelerator computes one batch while the next is assembled.
+_STREAMS = (max(os.cpu_count() or 1, 2), 2)
+_ROW_MULTIPLE = (4, 8)  # A device's share of a batch is a multiple of it.
 _MAX_PLANNED_ROWS = 2**16  # Usual number of rows of one call.
 
 
@@ -123,13 +130,14 @@ class RowEncoder:
       batch_tokens = mesh.size * _BATCH_TOKENS[elsewhere]
     buckets = np.searchsorted(self._widths, self._lengths)
     counts = np.bincount(buckets, minlength=len(self._widths))
-    multiple = mesh.size * _ROW_MULTIPLE
+    multiple = mesh.size * _ROW_MULTIPLE[elsewhere]
     self._batch_rows = []
     for width, count in zip(self._widths, counts.tolist(), strict=True):
       most = max(batch_tokens // width // multiple, 1)
       # Equal batches: a smaller last batch would be mostly padding.
       needed = max(-(-min(count, _MAX_PLANNED_ROWS) // multiple), 1)
       self._batch_rows.append(-(-needed // -(-needed // most)) * multiple)
+    self._streams = _STREAMS[elsewhere]
     self._replicated = mesh_lib.replicated(mesh)
     self._over_rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     self._encode = row_by_row(encode, mesh, mesh.axis_names, self._over_rows)
@@ -149,22 +157,26 @@ class RowEncoder:
     """
     lengths_N = self._lengths if lengths_N is None else lengths_N
     params = jax.device_put(params, self._replicated)
-    # The next batch is assembled while the devices compute this one.
-    running: list[tuple[np.ndarray, jax.Array]] = []
+    compiling = threading.Lock()
 
-    def collect() -> tuple[np.ndarray, np.ndarray]:
-      members, result = running.pop(0)
-      return members, np.asarray(jax.device_get(result))[: len(members)]
-
-    for members, width, size in self._batches(lengths_N[rows]):
+    def run(
+        members: np.ndarray, width: int, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
       numbers = np.full(size, -1, np.int64)
       numbers[: len(members)] = rows[members]
       arrays = jax.device_put(assemble(numbers, width), self._over_rows)
-      running.append((members, self._encode(params, *arrays)))
-      if len(running) > 1:
-        yield collect()
-    while running:
-      yield collect()
+      with compiling:  # Two threads would compile the same width.
+        result = self._encode(params, *arrays)
+      return members, np.asarray(jax.device_get(result))[: len(members)]
+
+    with futures.ThreadPoolExecutor(self._streams) as pool:
+      running: collections.deque[futures.Future] = collections.deque()
+      for batch in self._batches(lengths_N[rows]):
+        running.append(pool.submit(run, *batch))
+        if len(running) > self._streams:
+          yield running.popleft().result()
+      while running:
+        yield running.popleft().result()
 
   def _batches(
       self, lengths_N: np.ndarray
@@ -205,6 +217,7 @@ class PassageEmbedder:
     lengths = config_lib.LengthsConfig(model.max_positions, max_length)
     self._template = inputs.Template.of(model, lengths, tokenizer)
     self._passages = passages
+    component = component.forward_only()
 
     def embed(
         params: components.Params, ids_BS: jax.Array, types_BS: jax.Array

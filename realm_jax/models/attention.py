@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from realm_jax.models import dropout
 from realm_jax.models import fused_attention
 
+FORWARD = 'xla_forward'  # Kernel of `xla` where no gradient is needed.
+
 
 def attend(
     query_BMHC: jax.Array,
@@ -31,8 +33,8 @@ def attend(
     value_BLHC: values at L positions.
     mask_BL: positions to attend to; for a fused kernel each row is true up to
       its length and false after it.
-    kernel: from `fused_attention.choose`. `xla` takes over if weights are
-      dropped or if queries are at some positions only.
+    kernel: from `fused_attention.choose`, or `FORWARD`. `xla` takes over if
+      weights are dropped or if queries are at some positions only.
     rate: of the dropout of attention weights.
     noise: None for no dropout.
   """
@@ -40,6 +42,8 @@ def attend(
   if noise is not None and rate > 0:
     b, m, heads, _ = query_BMHC.shape
     keep_BHML = dropout.keep(noise, (b, heads, m, key_BLHC.shape[1]), rate)
+  elif kernel == FORWARD:
+    return _attend_forward_only(query_BMHC, key_BLHC, value_BLHC, mask_BL)
   elif kernel != 'xla' and query_BMHC.shape == key_BLHC.shape:
     return fused_attention.attend(
         kernel, query_BMHC, key_BLHC, value_BLHC, mask_BL
@@ -47,6 +51,30 @@ def attend(
   return attend_where(
       query_BMHC, key_BLHC, value_BLHC, mask_BL[:, None], keep_BHML, rate
   )
+
+
+def _attend_forward_only(
+    query_BMHC: jax.Array,
+    key_BLHC: jax.Array,
+    value_BLHC: jax.Array,
+    mask_BL: jax.Array,
+) -> jax.Array:
+  """`attend` that divides by the sum of the softmax after the last matmul.
+
+  Four times as fast on CPU, where XLA fuses a whole softmax and the matmul to
+  a slow operation.
+  """
+  logits_BHML = _einsum('BMHC,BLHC->BHML', query_BMHC, key_BLHC)
+  logits_BHML *= query_BMHC.shape[-1] ** -0.5
+  lowest = jnp.finfo(jnp.float32).min
+  logits_BHML += jnp.where(mask_BL, 0, lowest)[:, None, None]
+  weight_BHML = jnp.exp(logits_BHML - logits_BHML.max(-1, keepdims=True))
+  dtype = value_BLHC.dtype
+  mixed_BHMC = _einsum(
+      'BHML,BLHC->BHMC', weight_BHML.astype(dtype), value_BLHC
+  )
+  mixed_BHMC *= 1 / weight_BHML.sum(-1, keepdims=True)
+  return mixed_BHMC.swapaxes(1, 2).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

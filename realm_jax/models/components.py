@@ -16,6 +16,7 @@ from flax import nnx
 import jax
 
 from realm_jax import config as config_lib
+from realm_jax.models import attention
 from realm_jax.models import embedder
 from realm_jax.models import fused_attention
 from realm_jax.models import reader
@@ -61,6 +62,17 @@ class Component:
     )
     return nnx.merge(self.graphdef, state)
 
+  def forward_only(self) -> 'Component':
+    """Returns the component with attention that has no gradient.
+
+    It is faster on CPU; results differ in rounding.
+    """
+    if self.config.attention != 'xla':
+      return self
+    config = copy.copy(self.config)
+    config.attention = attention.FORWARD
+    return _make(self.name, config)
+
 
 class Models(types.SimpleNamespace):
   """The networks of a job's stage, with their parameters."""
@@ -94,6 +106,10 @@ def make(
   config = copy.copy(config)
   config_lib.encoders.complete(config)
   config.attention = fused_attention.choose(config, device)
+  return _make(name, config)
+
+
+def _make(name: str, config: config_lib.ModelConfig) -> Component:
   abstract = nnx.eval_shape(
       lambda: _MODULES[name](config, rngs=nnx.Rngs(jax.random.key(0)))
   )

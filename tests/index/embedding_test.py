@@ -40,6 +40,32 @@ def test_buckets_and_devices_change_no_embedding(
   assert embedder._encoder._encode._cache_size() <= len(widths)
 
 
+def test_number_of_streams_changes_no_bit(corpus, component, mesh):
+  embedder = embedding.PassageEmbedder(
+      component, corpus.passages, corpus.tokenizer, 24, mesh, batch_tokens=700
+  )
+  params = component.init(seed=0)
+  found = []
+  for streams in (1, 5):
+    embedder._encoder._streams = streams
+    found.append(embedder(params, range(60)))
+  np.testing.assert_array_equal(*found)
+
+
+def test_error_of_a_batch_is_raised(mesh):
+  encoder = embedding.RowEncoder(
+      lambda params, *arrays: arrays[0], np.full(99, 9), 16, mesh, 1
+  )
+
+  def assemble(rows, width):
+    if 70 in rows:
+      raise OSError('disk')
+    return (np.zeros((len(rows), width), np.int32),)
+
+  with pytest.raises(OSError, match='disk'):
+    list(encoder({}, np.arange(99), assemble))
+
+
 def test_widths_are_few_and_pay_for_themselves():
   def widths(lengths, most):
     return embedding._widths(np.array(lengths), most, 2**16)
