@@ -150,9 +150,8 @@ def evaluate(
     raise ValueError(
         f'Nothing can be measured in {workdir}: its components are'
         f' {sorted(trained.components)}, {len(questions)} questions were given,'
-        f' and the splits of {trained.corpus.directory} are'
-        f' {sorted(splits)}. A retriever needs questions, a'
-        ' reader the split `validation`.'
+        f' and the splits of {trained.corpus.directory} are {sorted(splits)}. A'
+        ' retriever needs questions, a reader the split `validation`.'
     )
   cuts.warn_of_passages(trained.corpus, trained.config)
   wanted = _steps(trained, steps, snapshots_too=can_ask)

@@ -322,6 +322,5 @@ def _totals(
     return values_B, np.ones_like(values_B)
   _, number_B = np.unique(cluster_B, return_inverse=True)
   return (
-      np.bincount(number_B, values_B),
-      np.bincount(number_B).astype(np.float64),
+      np.bincount(number_B, values_B), np.bincount(number_B).astype(np.float64)
   )

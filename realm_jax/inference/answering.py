@@ -329,9 +329,8 @@ def as_text(loaded: OpenQA, answer: Any) -> str:
   for number, passage in enumerate(answer.passages):
     mark = '*' if number == answer.best else ' '
     shown += [
-        f'{mark} p(z|x)={passage.probability:.2f}'
-        f' answer p={passage.answer_probability:.2f}  {passage.id}'
-        f'  {passage.title}',
+        f'{mark} p(z|x)={passage.probability:.2f} answer'
+        f' p={passage.answer_probability:.2f}  {passage.id}  {passage.title}',
         f'    {_marked(passage)}',
     ]
   age = loaded.index_age_seconds

@@ -47,9 +47,8 @@ def load(setting: str, name: str, builtin: Mapping[str, str]) -> Any:
   path = builtin.get(name, name)
   if not is_path(path):
     raise ValueError(
-        f'{setting}={name!r}: must be one of'
-        f' {", ".join(map(repr, builtin))}, or have the form'
-        ' package.module:Name.'
+        f'{setting}={name!r}: must be one of {", ".join(map(repr, builtin))},'
+        ' or have the form package.module:Name.'
     )
   module_name, _, attribute = path.partition(':')
   try:
