@@ -36,8 +36,8 @@ from realm_jax.index import generation
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ class _Run:
       )
 
   def _doing(self, pid: int) -> str:
-    heartbeat = heartbeat_lib.read(self.workdir / generation.DIRECTORY)
+    heartbeat = process.read_heartbeat(self.workdir / generation.DIRECTORY)
     if heartbeat is None or heartbeat['pid'] != pid:
       return 'starting'  # Python and JAX.
     return heartbeat['state']

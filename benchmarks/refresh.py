@@ -55,9 +55,9 @@ from realm_jax.interop import huggingface_config
 from realm_jax.models import components
 from realm_jax.prepare import prepare
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import examples
 from realm_jax.trainer.stages import realm
@@ -379,7 +379,7 @@ def _builder_pid(
     workdir: pathlib.Path, trainer: subprocess.Popen[bytes]
 ) -> int:
   while trainer.poll() is None:
-    heartbeat = heartbeat_lib.read(workdir / generation.DIRECTORY)
+    heartbeat = process.read_heartbeat(workdir / generation.DIRECTORY)
     if heartbeat is not None:
       return heartbeat['pid']
     time.sleep(0.05)

@@ -28,7 +28,6 @@ from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
@@ -155,11 +154,11 @@ def _checkpoint_without_snapshot(
 @contextlib.contextmanager
 def _locked(
     workdir: pathlib.Path, timeout: float = 0.0
-) -> Iterator[heartbeat_lib.Heartbeat]:
+) -> Iterator[process.Heartbeat]:
   """Keeps other builders away; process 0 acts for all processes of this one."""
   directory = workdir / generation.DIRECTORY
   main = distributed.is_main()
-  heartbeat = heartbeat_lib.Heartbeat(directory, silent=not main)
+  heartbeat = process.Heartbeat(directory, silent=not main)
   if not main:
     yield heartbeat
     return
@@ -179,14 +178,14 @@ class _Job:
   mesh: jax.sharding.Mesh
   component: components.Component
   embedder: embedding.PassageEmbedder
-  heartbeat: heartbeat_lib.Heartbeat
+  heartbeat: process.Heartbeat
 
   @classmethod
   def open(
       cls,
       workdir: pathlib.Path,
       config: config_lib.Config,
-      heartbeat: heartbeat_lib.Heartbeat,
+      heartbeat: process.Heartbeat,
       moved: Path | None,
   ) -> '_Job':
     given, config = config, config_lib.resolve(config)
@@ -304,7 +303,7 @@ class _Job:
           step, rows - todo, rows,
       )
     embedding_started = time.perf_counter()
-    with heartbeat_lib.Progress(
+    with process.Progress(
         self.heartbeat, step, rows - todo, rows, jax.process_count()
     ) as progress:
       numbers = missing[jax.process_index() :: jax.process_count()]
@@ -346,7 +345,7 @@ class _Job:
       numbers: list[int],
       params: components.Params,
       digest: str,
-      progress: heartbeat_lib.Progress,
+      progress: process.Progress,
   ) -> bool:
     """Writes shards; False if the snapshot was deleted.
 
@@ -444,7 +443,7 @@ def _in_all_processes(work: Callable[[], T]) -> list[T]:
 
 def _wait_for_start(
     workdir: pathlib.Path,
-    heartbeat: heartbeat_lib.Heartbeat,
+    heartbeat: process.Heartbeat,
     timeout: float | None,
 ) -> None:
   started = logged = time.monotonic()

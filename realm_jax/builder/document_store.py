@@ -21,7 +21,6 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.index import embedding
@@ -220,10 +219,10 @@ class Documents:
     )
     like = loaded.manifest
     params = params or functools.cache(lambda: self.load_params(like))
-    tables: list[concatenated.Rows] = [loaded.embeddings]
+    tables: list[corpus_lib.Rows] = [loaded.embeddings]
     embedded = 0
     for part in self.parts[1:]:
-      table: concatenated.Rows | None = self.table(part, like)
+      table: corpus_lib.Rows | None = self.table(part, like)
       if table is None:
         table = self.embedder(part)(params()).astype(loaded.embeddings.dtype)
         embedded += len(part.corpus.passages)
@@ -235,12 +234,12 @@ class Documents:
           '`compact` saves the embeddings.',
           embedded, step,
       )
-    table = concatenated.Chained(tables)
+    table = corpus_lib.Chained(tables)
     return Index(loaded, table, self.removed, embedded)
 
   def table(
       self, part: Part, like: dict[str, Any]
-  ) -> concatenated.Chained | None:
+  ) -> corpus_lib.Chained | None:
     """Returns the saved embeddings of `has_table`, if they are not damaged."""
     if not self.has_table(part, like):
       return None
@@ -323,7 +322,7 @@ class Index:
   """
 
   generation: generation_lib.Generation
-  table: concatenated.Rows
+  table: corpus_lib.Rows
   removed: np.ndarray
   embedded: int = 0
 

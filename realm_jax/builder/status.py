@@ -19,7 +19,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
-from realm_jax.runtime import heartbeat as heartbeat_lib
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 
 _ALIVE_SECONDS = 15.0  # Age of a running builder's heartbeat, at most.
@@ -189,7 +189,7 @@ def info(workdir: Path) -> dict[str, Any]:
         **{n: manifest[n] for n in ('width', 'dtype', 'mips', 'recall')},
         'build_seconds': round(manifest['seconds'], 1),
     }
-  heartbeat = heartbeat_lib.read(directory)
+  heartbeat = process.read_heartbeat(directory)
   if heartbeat is not None:
     heartbeat['age_seconds'] = round(now - heartbeat['time'], 1)
   return {

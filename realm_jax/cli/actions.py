@@ -135,7 +135,7 @@ def train(
 ) -> None:
   from realm_jax.cli import flags
   from realm_jax.runtime import distributed
-  from realm_jax.runtime import profile as profile_lib
+  from realm_jax.runtime import metrics as metrics_lib
   from realm_jax.trainer import loop
   from realm_jax.trainer import stages
 
@@ -143,7 +143,7 @@ def train(
   if config.deterministic:  # XLA reads it once; the index builder inherits it.
     flag = '--xla_gpu_deterministic_ops=true'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
-  steps = profile_lib.parse_steps(profile) if profile else None
+  steps = metrics_lib.parse_steps(profile) if profile else None
   explicit = flags.overridden('config')
   summary = None
   with _processes(**processes):

@@ -431,10 +431,10 @@ def read(workdir: pathlib.Path | str) -> Config:
 
 # These need the tree above.
 from realm_jax.config import validation  # noqa: E402
-from realm_jax.config.comparison import HEAD_FIELDS as HEAD_FIELDS  # noqa: E402
-from realm_jax.config.comparison import differences as differences  # noqa: E402
-from realm_jax.config.comparison import digest as digest  # noqa: E402
-from realm_jax.config.comparison import fields as fields  # noqa: E402
-from realm_jax.config.comparison import flat as flat  # noqa: E402
-from realm_jax.config.comparison import identity as identity  # noqa: E402
+from realm_jax.config.validation import HEAD_FIELDS as HEAD_FIELDS  # noqa: E402
+from realm_jax.config.validation import differences as differences  # noqa: E402
+from realm_jax.config.validation import digest as digest  # noqa: E402
+from realm_jax.config.validation import fields as fields  # noqa: E402
+from realm_jax.config.validation import flat as flat  # noqa: E402
+from realm_jax.config.validation import identity as identity  # noqa: E402
 from realm_jax.config.validation import validate as validate  # noqa: E402

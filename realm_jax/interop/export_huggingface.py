@@ -15,7 +15,7 @@ import numpy as np
 
 import realm_jax
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import entities
 from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import block_records
@@ -201,7 +201,7 @@ class Model:
 class _Rows:
   """Rows of a table of embeddings as one float32 tensor."""
 
-  table: concatenated.Rows
+  table: corpus_lib.Rows
   rows: np.ndarray
 
   @property

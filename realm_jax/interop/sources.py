@@ -18,8 +18,8 @@ from realm_jax.interop import convert
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import sentence_transformers as st
 from realm_jax.interop import weights
+from realm_jax.runtime import extension
 from realm_jax.runtime import files
-from realm_jax.runtime import hub
 from realm_jax.runtime import lines
 
 DIRECTORY = 'imported'  # In a workdir; holds one folder for each source.
@@ -218,7 +218,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
   """Downloads the necessary files, or finds them in the hub's cache."""
   if not _HUB_ID.fullmatch(name):
     raise FileNotFoundError(f'There is no folder {name}.')
-  get = functools.partial(hub.file, name)
+  get = functools.partial(extension.hub_file, name)
   config = get('config.json')
   if config is None:
     raise FileNotFoundError(

@@ -21,9 +21,9 @@ import farmhash
 from realm_jax.qa import qrels as qrels_lib
 from realm_jax.qa import question_formats as formats
 from realm_jax.qa import questions as questions_lib
+from realm_jax.runtime import extension
 from realm_jax.runtime import fields as fields_lib
 from realm_jax.runtime import files
-from realm_jax.runtime import hub
 from realm_jax.runtime import tables
 
 log = logging.getLogger(__name__)
@@ -357,7 +357,7 @@ def _from_hf(
     name: str, format: str, given: Mapping[str, str]
 ) -> tuple[object, Rows]:
   """Reads a dataset of the Hugging Face hub, or its folder."""
-  dataset = hub.dataset(name)
+  dataset = extension.dataset(name)
   rows = ((f'{name}, record {i}', row) for i, row in enumerate(dataset, 1))
   sample = [*itertools.islice(dataset, _SAMPLE)]
   return _recognised(rows, sample, 'Hugging Face', name, format, given)
@@ -367,7 +367,7 @@ def _from_ir(
     name: str, with_qrels: bool
 ) -> tuple[str, Rows, qrels_lib.Qrels | None]:
   """Reads the queries and qrels of a data set of ir_datasets."""
-  dataset = hub.ir_dataset(name)
+  dataset = extension.ir_dataset(name)
   if not dataset.has_queries():
     raise ValueError(
         f'{name} has no queries; those of its parts have, such as {name}/test.'

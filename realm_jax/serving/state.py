@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from realm_jax.builder import document_store
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import inspect
 from realm_jax.index import generation as generation_lib
 from realm_jax.inference import answering
@@ -424,10 +424,10 @@ def _in_memory(index: document_store.Index) -> document_store.Index:
   table = np.array(index.table[: index.table.shape[0]])
   base = table[: len(index.generation.embeddings)]
   loaded = dataclasses.replace(
-      index.generation, embeddings=concatenated.Chained([base])
+      index.generation, embeddings=corpus_lib.Chained([base])
   )
   return dataclasses.replace(
-      index, generation=loaded, table=concatenated.Chained([table])
+      index, generation=loaded, table=corpus_lib.Chained([table])
   )
 
 

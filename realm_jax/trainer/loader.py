@@ -9,12 +9,12 @@ import time
 
 import numpy as np
 
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
-from realm_jax.runtime import heartbeat as heartbeat_lib
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Loaded:
   step: int
   path: pathlib.Path
   search: search_lib.Search
-  embeddings: concatenated.Chained
+  embeddings: corpus_lib.Chained
   digest: str  # Digest of the parameters that it was made from.
   snapshot_time: float  # When its build began, in seconds of the epoch.
   sample: np.ndarray  # Embeddings of the same documents in each generation.
@@ -193,7 +193,7 @@ class GenerationWait:
     """Raises if the wait is hopeless or too long; logs now and then."""
     now = time.monotonic()
     directory = self._workdir / generation_lib.DIRECTORY
-    heartbeat = heartbeat_lib.read(directory)
+    heartbeat = process.read_heartbeat(directory)
     if heartbeat is not None and heartbeat != self._heartbeat:
       # Compared with the last one, not with the clock: the builder may run on
       # another machine.

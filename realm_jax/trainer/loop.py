@@ -19,8 +19,8 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
-from realm_jax.runtime import profile as profile_lib
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import gates as gates_lib
@@ -184,7 +184,7 @@ class _Loop:
         job, self._checkpoints, self._step, about.get('metrics'), stack
     )
     self._clock = self._log.clock
-    self._profile = profile_lib.StepProfile(job.workdir, profile)
+    self._profile = metrics_lib.StepProfile(job.workdir, profile)
     stack.callback(self._profile.close)
 
   @property

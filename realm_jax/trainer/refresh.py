@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
@@ -154,7 +153,7 @@ class Refresher:
     return self._in_use().search
 
   @property
-  def embeddings(self) -> concatenated.Chained:
+  def embeddings(self) -> corpus_lib.Chained:
     """The document embeddings of the generation in use."""
     return self._in_use().embeddings
 

@@ -32,7 +32,7 @@ from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
+from realm_jax.runtime import process
 from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
 from realm_jax.trainer import refresh
@@ -85,7 +85,7 @@ def workdir(built, tmp_path):
 def quick(monkeypatch):
   monkeypatch.setattr(builder, '_SHARD_ROWS', {'cpu': 16})
   monkeypatch.setattr(builder, '_ROOM_SECONDS', 0.05)
-  monkeypatch.setattr(heartbeat_lib, '_BEAT_SECONDS', 0.05)
+  monkeypatch.setattr(process, '_BEAT_SECONDS', 0.05)
 
 
 def _snapshot(workdir, component, step, seed=None):
@@ -152,7 +152,7 @@ def _no_file_beyond(size):
 
 
 def _state(workdir):
-  return heartbeat_lib.read(workdir / 'index')['state']
+  return process.read_heartbeat(workdir / 'index')['state']
 
 
 def test_a_full_disk_while_building(workdir, config, corpus, component, caplog):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import bert_masking
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import masking
 from realm_jax.corpus import tokenizer as tokenizer_lib
@@ -120,7 +119,7 @@ def test_whole_words_are_masked(name):
       ids, np.array([[0, 1]]), (0, 1), 30, {}, tokenizer
   )
   drawn = [
-      bert_masking.bert_whole_words(sentence, np.random.default_rng(i)).ids
+      masking.bert_whole_words(sentence, np.random.default_rng(i)).ids
       for i in range(20)
   ]
   assert tokenizer.mask_id in np.concatenate(drawn)
