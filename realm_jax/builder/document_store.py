@@ -30,7 +30,6 @@ from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -290,11 +289,11 @@ class Documents:
     def nearest(steps: list[int]) -> list[int]:
       return sorted(steps, key=lambda one: (one != step, -one))
 
-    for one in nearest(snapshots_lib.steps_of(workdir)):
+    for one in nearest(checkpoint.snapshot_steps(workdir)):
       try:
-        seen[f'snapshot {one}'] = snapshots_lib.digest_of(workdir, one)
+        seen[f'snapshot {one}'] = checkpoint.snapshot_digest(workdir, one)
         if seen[f'snapshot {one}'] == digest:
-          return snapshots_lib.load(workdir, one, abstract)[0]
+          return checkpoint.load_snapshot(workdir, one, abstract)[0]
       except FileNotFoundError:  # Just deleted by a trainer.
         continue
     for one in nearest(checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)):

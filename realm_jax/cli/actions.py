@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app
 
+from realm_jax.runtime import extension
 from realm_jax.runtime import lines
 
 if TYPE_CHECKING:
@@ -297,10 +298,11 @@ def evaluate(
   from realm_jax.evaluation import report
 
   if tagged:
-    from realm_jax.evaluation import tagger
+    from realm_jax.inference import tagging
 
     names = None if tag_names is None else lines.comma_separated(tag_names)
-    results = [tagger.evaluate(workdir, tagged, tag_column, names)]
+    results = [tagging.evaluate(workdir, tagged, tag_column, names)]
+    report.save(workdir, results[0])
   else:
     from realm_jax.evaluation import evaluate as evaluate_lib
 
@@ -367,10 +369,8 @@ def import_(
   from realm_jax.interop import importing
 
   summary = importing.run(
-      lines.comma_separated(source),
-      workdir,
-      components=lines.comma_separated(components) or None,
-      **options,
+      lines.comma_separated(source), workdir,
+      components=lines.comma_separated(components) or None, **options,
   )
   print(_indented(summary))
 
@@ -422,14 +422,8 @@ def ask(
 
 
 def serve(**options: Any) -> None:
-  try:
+  with extension.needed_by('Serving', 'serve'):
     from realm_jax.serving import server
-  except ImportError as error:
-    raise ImportError(
-        f'Serving needs a package that is not installed ({error.name}): '
-        "pip install 'realm_jax[serve]'"
-    ) from error
-
   server.serve(**options)
 
 

@@ -97,9 +97,7 @@ def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
   for i, (split, values) in enumerate(figures['sentences'].items()):
     share = np.array(values['histogram']) / max(1, values['sentences'])
     spans.bar(
-        np.arange(1, _MOST_SPANS + 1) + width * i,
-        share,
-        width=width,
+        np.arange(1, _MOST_SPANS + 1) + width * i, share, width=width,
         label=f'{split}: {values["sentences"]:,}',
     )
   spans.set(

@@ -19,7 +19,7 @@ import numpy as np
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import cuts
 from realm_jax.evaluation import beir as beir_lib
-from realm_jax.evaluation import masked
+from realm_jax.evaluation import inspect as inspect_lib
 from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
@@ -369,7 +369,9 @@ def _evaluate_step(
       result['unknown_gold'] = asked.unknown_gold
   if max_sentences and 'reader' in params:
     search = None if index is None else index.search
-    result['masked'] = masked.measure(trained, params, search, max_sentences)
+    result['masked'] = inspect_lib.measure(
+        trained, params, search, max_sentences
+    )
   result['seconds'] = round(time.perf_counter() - start, 3)
   return result, found
 
@@ -406,9 +408,7 @@ def _ranked(ranking: beir_lib.Ranking, asked: _Asked, depth: int) -> runs.Run:
       score_BK,
       metrics_lib.gold_ranks(doc_ids_BK, asked.gold.rows),
       metrics_lib.answer_ranks(
-          doc_ids_BK,
-          [question.answers for question in questions],
-          asked.rules,
+          doc_ids_BK, [question.answers for question in questions], asked.rules,
           asked.text_of,
       ),
       asked.cluster_B,
@@ -423,9 +423,7 @@ def _question_metrics(
   has_gold = asked.has_gold_B
   has_answers = np.array([bool(q.answers) for q in run.questions])
   ndcg_B = metrics_lib.ndcg(
-      run.doc_ids_BK,
-      asked.gold.rows,
-      asked.gold.grades,
+      run.doc_ids_BK, asked.gold.rows, asked.gold.grades,
       [one.values() for one in asked.gold.unknown],
   )
   held_out = np.array([question.held_out for question in run.questions])

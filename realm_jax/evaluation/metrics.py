@@ -30,9 +30,7 @@ def gold_ranks(
 ) -> np.ndarray:
   """Returns int64 [B]: rank from 1 of the first gold passage, else 0.
 
-  Args:
-    doc_ids_BK: passage rows, best first; -1: none.
-    gold_rows: for each query, the rows of its gold passages.
+  `doc_ids_BK` are passage rows, best first; -1: none.
   """
   return _first_hits(
       np.isin(doc_ids, rows)
@@ -48,11 +46,9 @@ def answer_ranks(
 ) -> np.ndarray:
   """Returns int64 [B]: rank from 1 of the first passage with an answer, else 0.
 
-  Args:
-    doc_ids_BK: passage rows, best first; -1: none.
-    answers: the accepted answers of each query.
-    matches: the rule of `answers.has_answer` for each query.
-    text_of: returns the text of a passage row, without the title, as in DPR.
+  `doc_ids_BK` are passage rows, best first; -1: none. `matches` are rules of
+  `answers.has_answer`. `text_of` returns the text of a passage row, without the
+  title, as in DPR.
   """
 
   def hits(
@@ -108,17 +104,11 @@ def ndcg(
 def ranking(
     ranks: np.ndarray, depth: int, num_documents: int
 ) -> dict[str, float]:
-  """Recall and mean reciprocal rank.
+  """Returns `recall_at_C` for each known cutoff C, and `mrr`.
 
-  Args:
-    ranks: of `gold_ranks` or `answer_ranks`, at least one.
-    depth: number of passages retrieved for each query.
-    num_documents: size of the corpus. If all passages were retrieved, recall is
-      known at every cutoff.
-
-  Returns:
-    `recall_at_C` for each known cutoff C, and `mrr`, to which a passage that
-    was not retrieved adds 0 (so it is MRR@depth).
+  If all `num_documents` passages were retrieved, recall is known at every
+  cutoff. A passage that was not retrieved adds 0 to `mrr`, which is MRR@depth.
+  `ranks` are those of `gold_ranks` or `answer_ranks`, at least one.
   """
   found = ranks > 0
   metrics = {
@@ -136,13 +126,7 @@ def answer_figures(
     rows_BN: np.ndarray,
     k: int | None = None,
 ) -> tuple[dict[str, np.ndarray], list[answering.Answer]]:
-  """Answers questions and scores the answers.
-
-  Args:
-    model: of the step to evaluate.
-    table: questions with their answers.
-    rows_BN: retrieved passages, best first; the first k are read.
-    k: None: as many as in training.
+  """Answers questions from the first k retrieved passages; scores the answers.
 
   Returns:
     Figures of each question, [B], and the answers. The figures: exact_match,
@@ -199,10 +183,7 @@ def means(
 ) -> dict[str, Any]:
   """Returns NAME, the mean of each figure, and NAME_interval of some.
 
-  Args:
-    figures: [B] each; nan is left out.
-    cluster_B: see `interval`.
-    with_interval: names of figures; a single cluster has no interval.
+  Figures are [B] each; nan is left out. A single cluster has no interval.
   """
   summary: dict[str, Any] = {}
   for name, values in figures.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax.runtime import extension
 from realm_jax.runtime import files as files_lib
 from realm_jax.runtime import metrics as metrics_lib
 
@@ -279,13 +280,8 @@ def new_figure(width: float, height: float) -> Any:
   Raises:
     ImportError: matplotlib is not installed; names the command to install it.
   """
-  try:
+  with extension.needed_by('A plot', 'plot'):
     from matplotlib import figure
-  except ImportError as error:
-    raise ImportError(
-        'Plots need a package that is not installed: '
-        "pip install 'realm_jax[plot]'"
-    ) from error
   return figure.Figure(figsize=(width, height), layout='constrained')
 
 
@@ -376,10 +372,8 @@ def _draw_answers(
 def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
   """Writes report.md and the plots of all saved results.
 
-  Without matplotlib, a warning replaces the plots.
-
-  Returns:
-    The table of `results` and the names of the files, for printing.
+  Without matplotlib, a warning replaces the plots. Returns the table of
+  `results` and the names of the files, for printing.
   """
   path = pathlib.Path(workdir) / FOLDER / 'report.md'
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -124,12 +124,7 @@ def write_ranking(
   """Writes `query Q0 passage rank score name` lines, as trec_eval reads them.
 
   Ids are written as one word (`escaped`). Ranks order passages of equal scores.
-
-  Args:
-    path: output.
-    ranking: scores by query and passage, best first.
-    name: of the run.
-    digits: format of the scores.
+  `ranking` has scores by query and passage, best first, which `digits` formats.
   """
   with files.atomic_file(path) as file:
     for query, scores in ranking.items():
@@ -149,13 +144,8 @@ def write_beir(
   """Writes corpus.jsonl, queries.jsonl and qrels/test.tsv.
 
   Ids are those of the corpus and of the questions. The answers of a question
-  are in its `metadata`. Gold passages that the corpus lacks are in the qrels.
-
-  Args:
-    folder: output.
-    questions: only those with a gold passage have lines in qrels.
-    gold: their gold passages.
-    corpus: its removed passages are left out.
+  are in its `metadata`. Gold passages that the corpus lacks are in the qrels;
+  removed passages are left out.
   """
   folder = pathlib.Path(folder)
   with files.atomic_file(folder / 'corpus.jsonl') as file:
@@ -220,11 +210,9 @@ def write_step(
   """Writes the questions of the runs of a step, and compares the runs.
 
   The files are STEP.questions.jsonl for the retriever, and STEP.NAME.questions
-  .jsonl for other runs.
-
-  Returns:
-    What `compare` returns, by the names of `PAIRS`; empty without BM25, or
-    where the questions have neither answers nor gold passages.
+  .jsonl for other runs. Returns the results of `compare`, by the names of
+  `PAIRS`; empty without BM25, or where the questions have neither answers nor
+  gold passages.
   """
   paths = {}
   for name, run in found.items():

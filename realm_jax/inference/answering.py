@@ -23,6 +23,7 @@ from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import span_reader
+from realm_jax.qa import answers
 from realm_jax.qa import passage_answers as passage_answers_lib
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions
@@ -87,13 +88,9 @@ class OpenQA:
       index: trained_lib.Index | None = None,
       like: 'OpenQA | None' = None,
   ):
-    """Uses the given parameters and index, or loads them.
+    """Uses the given parameters and index, or loads those of the step.
 
-    Args:
-      trained: the opened workdir.
-      step: of a checkpoint.
-      params, index: None: those of the step.
-      like: of the same workdir; what it compiled is used again.
+    What `like`, of the same workdir, compiled is used again.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or no index for it.
@@ -163,11 +160,9 @@ class OpenQA:
   def answer(
       self, question: str | Sequence[str], k: int | None = None
   ) -> Answer | list[Answer]:
-    """Answers one question, or several.
+    """Answers one question, or several, from k passages each.
 
-    Args:
-      question: a text, or a list of them.
-      k: passages to read for each; None: as many as in training.
+    k is None: as many as in training.
 
     Raises:
       ValueError: no question, an empty one, or k is not between 1 and the
@@ -321,6 +316,48 @@ def as_json(loaded: OpenQA, answer: Any) -> str:
       'index_age_seconds': None if age is None else round(age),
   }
   return json.dumps(values, ensure_ascii=False)
+
+
+def for_page(answer: Answer) -> dict[str, Any]:
+  """Returns an answer for the API; spans count characters.
+
+  `marginal` sums equal best spans of the passages.
+  """
+  passages = []
+  together: dict[str, list[Passage]] = {}
+  for rank, passage in enumerate(answer.passages, 1):
+    text = passage.text.encode('utf-8')  # `start` and `limit` count bytes.
+    start = len(text[: passage.start].decode('utf-8'))
+    limit = start + len(passage.answer)
+    passages.append(ranked(rank, passage) | {'start': start, 'limit': limit})
+    if passage.answer:
+      same = answers.normalize_answer(passage.answer)
+      together.setdefault(same, []).append(passage)
+  marginal = [
+      {
+          # The form of the likeliest passage stands for all.
+          'answer': max(same, key=lambda one: one.answer_probability).answer,
+          'probability': sum(one.answer_probability for one in same),
+      }
+      for same in together.values()
+  ]
+  return {
+      'question': answer.question,
+      'answer': answer.text,
+      'probability': answer.probability,
+      'best': answer.best,
+      'passages': passages,
+      # Without a passage, a reader of spans has no answer.
+      'without_passages': None,
+      'marginal': sorted(marginal, key=lambda one: -one['probability']),
+  }
+
+
+def ranked(rank: int, passage: Any) -> dict[str, Any]:
+  """Returns the fields of a passage for JSON, with its rank for its row."""
+  fields = dataclasses.asdict(passage)
+  del fields['row']
+  return {'rank': rank, **fields}
 
 
 def as_text(loaded: OpenQA, answer: Any) -> str:

@@ -28,7 +28,6 @@ from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer.stages import realm
 
 log = logging.getLogger(__name__)
@@ -94,12 +93,8 @@ class Trained:
     """Opens a workdir with its documents, or with another corpus.
 
     The documents are the training corpus with all later additions and removals.
-
-    Args:
-      workdir: of a job.
-      corpus: where the training corpus is now; None: where it was.
-      another: whether `corpus` may be another one, which then replaces all
-        documents.
+    `corpus` is where the training corpus is now; None: where it was. With
+    `another`, it may be another one, which then replaces all documents.
 
     Raises:
       FileNotFoundError: there is no such workdir, checkpoint or corpus.
@@ -145,7 +140,7 @@ class Trained:
     """
     workdir = pathlib.Path(workdir)
     config = config_lib.resolve(config_lib.read(workdir))
-    names = checkpoint.components_in(workdir)
+    names = sorted(checkpoint.abstract_in(workdir))
     moved = None if corpus is None else pathlib.Path(corpus)
     trained = cls(workdir, config, {}, moved, another)
     if not config.model.vocab_size:
@@ -196,7 +191,7 @@ class Trained:
     if step in steps_available(self.workdir)[0]:
       wanted = {name: c.abstract for name, c in self.components.items()}
       return checkpoint.load_params(self.workdir, wanted, step)[0]
-    params, _ = snapshots_lib.load(
+    params, _ = checkpoint.load_snapshot(
         self.workdir, step, self.components['embedder'].abstract
     )
     return {'embedder': params}
@@ -204,9 +199,7 @@ class Trained:
   def published(self, params: Params, step: int) -> document_store.Index:
     """Returns the published embeddings of all documents by these parameters.
 
-    Args:
-      params: with an embedder.
-      step: of the parameters, for the message.
+    The message of an error names the step.
 
     Raises:
       FileNotFoundError: there is no generation of these parameters.
@@ -261,11 +254,8 @@ class Trained:
   def index(self, params: Params, step: int | None = None) -> Index:
     """Returns an exact search of the documents by these parameters.
 
-    Fine-tuning with frozen documents keeps the embeddings of its training.
-
-    Args:
-      params: with an embedder.
-      step: of the checkpoint or snapshot of the parameters, if any.
+    Fine-tuning with frozen documents keeps the embeddings of its training; the
+    step is that of the parameters' checkpoint or snapshot, if any.
 
     Raises:
       FileNotFoundError: the index of the training does not exist any more.
@@ -275,10 +265,8 @@ class Trained:
     if found is not None:
       return _exact(found)
     with tqdm.tqdm(
-        total=len(self.corpus.passages),
-        desc='embedding the corpus',
-        unit='passage',
-        disable=None,
+        total=len(self.corpus.passages), desc='embedding the corpus',
+        unit='passage', disable=None,
     ) as bar:
       embeddings_NE = self._embed_passages(
           params['embedder'], progress=bar.update
@@ -390,9 +378,7 @@ class Trained:
       models = components_lib.bind(self.components, params)
       if searches:
         score_BK = realm.candidate_scores(
-            models.embedder,
-            batch,
-            null if self.config.null_document else None,
+            models.embedder, batch, null if self.config.null_document else None,
         )
       else:  # The null document is the only candidate.
         score_BK = jnp.zeros(batch.joint_ids_BKT.shape[:2])
@@ -450,7 +436,7 @@ def steps_available(workdir: Path) -> tuple[list[int], list[int]]:
   workdir = pathlib.Path(workdir)
   return (
       checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS),
-      snapshots_lib.steps_of(workdir),
+      checkpoint.snapshot_steps(workdir),
   )
 
 

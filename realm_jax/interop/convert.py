@@ -399,18 +399,12 @@ def tensors_of(
     params: Mapping[str, components.Params],
     unused: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-  """Returns all tensors of a class of transformers, by name.
+  """Returns all tensors of a class, one of `huggingface_config.KINDS`, by name.
 
-  Args:
-    kind: one of `huggingface_config.KINDS`; 'bert' is the reader.
-    config: resolved.
-    params: of the components that the class consists of.
-    unused: values of tensors that the class never uses. Without a value, the
-      scale of a LayerNorm is 1 and any other tensor 0.
-
-  Returns:
-    float32 arrays; those of `unused` as given. Copies are the same objects.
-    `block_emb` of an open-QA model is not included.
+  They are float32, without `block_emb`; copies are the same objects. 'bert' is
+  the reader. `unused` has values of tensors that the class never uses, which
+  stay as given. Without a value, the scale of a LayerNorm is 1 and any other
+  tensor 0.
 
   Raises:
     ValueError: a component is missing, or the class cannot hold the towers.

@@ -334,11 +334,8 @@ def _write(
   realm = kind not in huggingface_config.BERT_KINDS
   model.write_tokenizer(folder, 'RealmTokenizer' if realm else 'BertTokenizer')
   model.write_card(
-      folder,
-      huggingface_config.class_of(kind, config.model),
-      'transformers',
-      _SUMMARIES[kind],
-      _usage(kind, subfolder, config.model),
+      folder, huggingface_config.class_of(kind, config.model), 'transformers',
+      _SUMMARIES[kind], _usage(kind, subfolder, config.model),
   )
 
 

@@ -25,7 +25,6 @@ from realm_jax.interop.sources import open_source as open_source
 from realm_jax.models import embedder
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import stages
 
 CORPUS = 'corpus'
@@ -140,7 +139,7 @@ def run(
     digest = None
     if 'embedder' in params:
       with checkpoint.uncompressed_context():
-        digest = snapshots_lib.save(temporary, 0, params['embedder'])
+        digest = checkpoint.save_snapshot(temporary, 0, params['embedder'])
     if table is not None and opened is not None:
       block_records.publish(temporary, config, table, opened, digest)
     for source, one in zip(sources, loaded, strict=True):

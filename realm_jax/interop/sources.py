@@ -82,10 +82,8 @@ class Source:
     size = self.tokenizer.vocab_size
     with located(self.name):
       loaded = convert.load(
-          *(self.tensors, self.config, wanted, seed),
-          vocab_size=size,
-          body=self.body,
-          head=self.head,
+          *(self.tensors, self.config, wanted, seed), vocab_size=size,
+          body=self.body, head=self.head,
       )
       huggingface_config.set_pad_id(loaded.config, self.tokenizer.pad_id)
     for field, value in self.given.items():

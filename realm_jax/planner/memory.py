@@ -31,14 +31,9 @@ def step_memory(
   """Returns the bytes on each device at the peak of a step, by use.
 
   On CPU, XLA recomputes for `remat` but keeps the activations all the same.
-
-  Args:
-    config: resolved.
-    sizes: number of parameters of each component.
-    passes: of the stage.
-    data: size of this mesh axis, which divides the rows.
-    model: size of this mesh axis, which divides heads, MLP and vocabulary.
-    fused: whether the attention kernel keeps no logits.
+  `sizes` are parameters of each component. The mesh axis `data` divides the
+  rows, `model` divides heads, MLP and vocabulary. A `fused` kernel of attention
+  keeps no logits.
   """
   total = sum(sizes.values()) / model
   learned = total - sum(sizes[name] for name in config.optimizer.frozen) / model

@@ -203,8 +203,7 @@ def columns(
 ) -> tuple[dict[str, str], str, str | None]:
   """Finds the meaning of columns without names from the values of all rows.
 
-  Returns:
-    The column of each field, what was found, and `match`.
+  Returns the column of each field, what was found, and `match`.
   """
   if given:
     return dict(given), 'columns as given', FORMATS.get(format, _ANY).match

@@ -131,13 +131,9 @@ def convert(
 ) -> dict[str, int]:
   """Writes a question set in JSON Lines, which every command reads.
 
-  Args:
-    source, format, fields, qrels: as in `read`.
-    output: folder for questions.jsonl, or for train.jsonl and dev.jsonl.
-    split: whether to apply `resplit`.
-
-  Returns:
-    The number of questions of each file.
+  The arguments are those of `read`. The files in the folder `output` are
+  questions.jsonl, or with `split` (see `resplit`) train.jsonl and dev.jsonl.
+  Returns the number of questions of each.
   """
   questions = read(source, format, fields=fields, qrels=qrels)
   parts = {'questions': questions}
@@ -185,7 +181,7 @@ def _open(
   if table.columns is not None and not table.header and table.delimiter:
     records = [
         (place, {column: value.strip() for column, value in record.items()})
-        for place, record in _records(table)
+        for place, record in table.records()
     ]
     names, what, match = formats.columns(str(path), format, records, given)
     chosen = fields_lib.Fields(
@@ -197,7 +193,7 @@ def _open(
       column = names['id']
       records = [r for r in records if not r[1][column].startswith('lfb')]
     return about, formats.with_fields(records, names, match)
-  return _recognised(_records(table), table.sample, kind, path, format, given)
+  return _recognised(table.records(), table.sample, kind, path, format, given)
 
 
 def _recognised(
@@ -320,21 +316,12 @@ def _table(
   names = [fields_lib.normal(name) for name in table.columns or ()]
   if table.header and not given and not {*names} & {*usual}:
     table = dataclasses.replace(
-        table,
-        header=False,
-        columns=tuple(map(str, range(1, len(names) + 1))),
+        table, header=False, columns=tuple(map(str, range(1, len(names) + 1))),
         quoted=table.quoted and table.format == 'csv',
     )
   if tables.suffix(path) == '.csv' and table.delimiter == '\t':
     table = dataclasses.replace(table, quoted=True)
   return table
-
-
-def _records(table: tables.Table) -> Iterator[tuple[str, Record]]:
-  for place, record in table:
-    if isinstance(record, ValueError):
-      raise ValueError(f'{place}: {record}')
-    yield place, record
 
 
 def _nested(rows: Rows, key: str) -> Iterator[tuple[str, Record]]:

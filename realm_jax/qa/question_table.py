@@ -47,11 +47,9 @@ class QuestionTable:
   ) -> 'QuestionTable':
     """Reads question sets and encodes the questions that are not held out.
 
-    Args:
-      sources: sources of `question_sets.read`, comma-separated.
-      length: Q; longer questions are cut, with a warning.
-      tokenizer: of the corpus.
-      answered: whether questions without answers are left out.
+    Sources of `question_sets.read` are comma-separated. Questions longer than
+    `length`, Q, are cut, with a warning. With `answered`, questions without
+    answers are left out.
 
     Raises:
       FileNotFoundError, ValueError: see `question_sets.read`.

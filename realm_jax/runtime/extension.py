@@ -38,13 +38,10 @@ def is_path(name: str) -> bool:
 
 
 def load(setting: str, name: str, builtin: Mapping[str, str]) -> Any:
-  """Returns the object that a setting names.
+  """Returns the object that a setting, such as `config.objective`, names.
 
-  Args:
-    setting: name of the setting, for messages, such as `config.objective`.
-    name: a key of `builtin`, or `package.module:Name`. The module must be
-      importable, for example from a folder of PYTHONPATH.
-    builtin: the path of each built-in object.
+  The name is a key of `builtin`, whose values are paths, or a path itself,
+  `package.module:Name`, of an importable module.
 
   Raises:
     ValueError: the name is neither, or nothing can be imported under it.

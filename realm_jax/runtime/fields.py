@@ -128,12 +128,8 @@ def choose(
 ) -> Fields:
   """Chooses the fields of a source by their usual names.
 
-  Args:
-    wanted: keys of `NAMES`.
-    sample: records of the source.
-    given: names that the user gave, see `parse`.
-    where: the source, for messages.
-    usual: the usual names, as `NAMES`.
+  `wanted` are keys of `usual`; `sample` has records of the source, which is
+  `where`; the user gave the names `given`, see `parse`.
 
   Raises:
     ValueError: a given name is missing, or two names are ambiguous.

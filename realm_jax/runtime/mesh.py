@@ -205,9 +205,7 @@ def reduce_gradient(x: jax.Array, spec: jax.P) -> jax.Array:
   if DATA not in spec:
     return jax.lax.psum(x, DATA)
   run = functools.partial(
-      jax.lax.psum_scatter,
-      axis_name=DATA,
-      scatter_dimension=spec.index(DATA),
+      jax.lax.psum_scatter, axis_name=DATA, scatter_dimension=spec.index(DATA),
       tiled=True,
   )
   return _over_model(run, spec)(x)

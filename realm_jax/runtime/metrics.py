@@ -44,10 +44,7 @@ class MetricsWriter:
   """
 
   def __init__(
-      self,
-      workdir: pathlib.Path | str,
-      step: int,
-      log_to: Sequence[str] = (),
+      self, workdir: pathlib.Path | str, step: int, log_to: Sequence[str] = (),
       about: Mapping[str, Any] | None = None,
   ):
     """Opens the loggers of a job that starts or resumes at `step`.
@@ -216,10 +213,11 @@ class _Mlflow(_Logger):
       return
     name = os.environ.get('MLFLOW_EXPERIMENT_NAME', _NAME)
     found = self._client.get_experiment_by_name(name)
-    experiment = (
-        found.experiment_id if found else self._client.create_experiment(name)
+    number = found.experiment_id if found else None
+    made = self._client.create_run(
+        number or self._client.create_experiment(name),
+        run_name=self.workdir.name,
     )
-    made = self._client.create_run(experiment, run_name=self.workdir.name)
     self.run = made.info.run_id
     params = [
         mlflow.entities.Param(name, str(value)[:500])
@@ -231,10 +229,8 @@ class _Mlflow(_Logger):
   def write(self, step: int, values: Values) -> None:
     now = int(time.time() * 1000)
     metric = self._entities.Metric
-    self._client.log_batch(
-        self.run,
-        metrics=[metric(name, x, now, step) for name, x in values.items()],
-    )
+    found = [metric(name, x, now, step) for name, x in values.items()]
+    self._client.log_batch(self.run, metrics=found)
 
   def close(self, failed: bool) -> None:
     self._client.set_terminated(self.run, 'FAILED' if failed else 'FINISHED')
@@ -255,18 +251,13 @@ class _Sender:
   """
 
   def __init__(
-      self,
-      name: str,
-      workdir: pathlib.Path,
-      step: int,
+      self, name: str, workdir: pathlib.Path, step: int,
       about: Mapping[str, Any],
   ):
     self._name, self._path = name, workdir / f'{name}.json'
     self._failed = False  # The job failed; the logger did not.
     self._logger: _Logger | None = None
-    self._lines: queue.SimpleQueue[tuple[int, Values] | None] = (
-        queue.SimpleQueue()
-    )
+    self._lines = queue.SimpleQueue[tuple[int, Values] | None]()
     run, self._sent = None, -1
     # A job at step 0 has nothing in common with an earlier start.
     if step and self._path.exists():
@@ -379,21 +370,17 @@ def parse_steps(text: str) -> tuple[int, int]:
 class StepProfile:
   """Traces a range of steps, numbered as in metrics.jsonl, in process 0."""
 
-  def __init__(
-      self, workdir: pathlib.Path | str, steps: tuple[int, int] | None
-  ):
+  def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
     """Plans to trace `steps`, first and last; None: nothing."""
-    self._directory = pathlib.Path(workdir) / PROFILE
+    self._directory = workdir / PROFILE
     self._steps = steps if distributed.is_main() else None
     self._running = False
 
   def before(self, step: int, *pending: object) -> None:
     """Starts or ends the trace; to be called before each step, from 1 on.
 
-    Args:
-      step: number of the step.
-      pending: arrays to wait for where the trace starts and ends, so that the
-        work of the devices is counted to its own step.
+    The trace waits for `pending`, the arrays of the steps before, so that the
+    work of the devices is counted to its own step.
     """
     if self._steps is None:
       return

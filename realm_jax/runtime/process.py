@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import datetime
 import fcntl
+import functools
 import logging
 import os
 import pathlib
@@ -34,12 +35,9 @@ class Stopped(BaseException):
 def lock(
     directory: pathlib.Path, what: str, timeout: float = 0.0
 ) -> Iterator[None]:
-  """Keeps a second process of a kind away from a folder.
+  """Keeps a second process of a kind, such as 'index builder', from a folder.
 
-  Args:
-    directory: the folder.
-    what: kind of the process, such as 'index builder'.
-    timeout: seconds to wait for the other process.
+  The other process may end within `timeout` seconds.
 
   Raises:
     RuntimeError: another process holds the lock; names it.
@@ -108,9 +106,8 @@ def stop_signals(parent_pid: int | None = None) -> Iterator[None]:
   before = signal.signal(signal.SIGTERM, stop)
   if parent_pid is not None:
     # A thread, because native code may keep the main thread for minutes.
-    threading.Thread(
-        target=_watch_parent, args=(parent_pid,), daemon=True
-    ).start()
+    watch = functools.partial(_watch_parent, parent_pid)
+    threading.Thread(target=watch, daemon=True).start()
   try:
     yield
   finally:
@@ -193,10 +190,7 @@ class Heartbeat:
     """
     with self._lock:
       self._values = {
-          'state': state,
-          'step': step,
-          'done': done,
-          'total': total,
+          'state': state, 'step': step, 'done': done, 'total': total,
           'rate': round(rate, 1),
       }
       if at_once or time.monotonic() - self._written >= _BEAT_SECONDS:
@@ -216,7 +210,7 @@ class Heartbeat:
         'time': time.time(), 'pid': os.getpid(), 'host': socket.gethostname()
     }
     try:
-      files.write_json(self._path, {**about, **self._values})
+      files.write_json(self._path, about | self._values)
     except OSError as error:  # A full disk is reported where it does harm.
       if not self._failed:
         log.warning('No heartbeat: %s', error)
@@ -238,27 +232,18 @@ class Progress:
   """
 
   def __init__(
-      self,
-      heartbeat: Heartbeat,
-      step: int,
-      done: int,
-      total: int,
-      processes: int = 1,
+      self, heartbeat: Heartbeat, step: int, done: int, total: int,
+      processes: int,
   ):
-    """Begins with `done` of `total` passages.
-
-    `processes` is the number of those that embed at the same rate.
-    """
+    """Begins with `done` of `total`; all `processes` embed at one rate."""
     self._heartbeat, self._step, self._processes = heartbeat, step, processes
     self._total = total
     self._done = self._first = done
     self._started = self._logged = time.monotonic()
+    # Only on a terminal.
     self._bar = tqdm.tqdm(
-        total=total,
-        initial=done,
-        desc=f'index of step {step}',
-        unit='passage',
-        disable=None,  # Only on a terminal.
+        total=total, initial=done, desc=f'index of step {step}', unit='passage',
+        disable=None,
     )
 
   def __enter__(self) -> 'Progress':
@@ -279,10 +264,9 @@ class Progress:
     )
     if self._bar.disable and now - self._logged > _LOG_SECONDS:
       self._logged = now
-      left = datetime.timedelta(
-          seconds=round((self._total - self._done) / max(rate, 1e-6))
-      )
+      seconds = round((self._total - self._done) / max(rate, 1e-6))
       log.info(
           'Index of step %d: %d of %d passages, %.0f/s, %s left.',
-          self._step, self._done, self._total, rate, left,
+          self._step, self._done, self._total, rate,
+          datetime.timedelta(seconds=seconds),
       )

@@ -102,6 +102,13 @@ class Table:
         record = error
       yield place, record
 
+  def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields as iteration; ValueError at the first record that is wrong."""
+    for place, record in self:
+      if isinstance(record, ValueError):
+        raise ValueError(f'{place}: {record}')
+      yield place, record
+
   def contents(
       self, columns: Sequence[str] | None = None
   ) -> Iterator[tuple[str, Content]]:
@@ -179,11 +186,9 @@ def open_table(
 ) -> Table:
   """Opens a file of records, plain or compressed.
 
-  Args:
-    path: of the file.
-    format: a key of `FORMATS`; None: recognised.
-    fields: given by the user, see `fields.parse`.
-    shapes: names and patterns of the columns of tables without names.
+  The format is a key of `FORMATS`; None: recognised. `fields` are those of
+  `fields.parse`. `shapes` are names and patterns of the columns of tables
+  without names.
 
   Raises:
     FileNotFoundError: there is no such file.

@@ -196,12 +196,10 @@ async def _body(receive: _Receive) -> bytes:
 def create(
     service: Service, token: str | None = None, host: str = '127.0.0.1'
 ) -> fastapi.FastAPI:
-  """Returns the application.
+  """Returns the application, which closes the service at its end.
 
-  Args:
-    service: closed when the application shuts down.
-    token: that every request must carry; None: only this machine is served.
-    host: name of this machine in addition to those of the loopback.
+  Every request must carry the token; without one, this machine alone is served,
+  under the names of the loopback and `host`.
   """
   bm25 = bm25_lib.Cache(_MAX_INDEXED)
   bm25_thread = asyncio.Semaphore(1)  # One scoring at a time.

@@ -100,11 +100,8 @@ def panel(
 ) -> Html:
   """Draws the curves of a panel as SVG; page.css has the colours.
 
-  Args:
-    title: of the panel.
-    curves: by name; a single curve may have an empty one.
-    heading: name of the element of the title.
-    order: names whose places decide the colours, the same in all panels.
+  A single curve may have an empty name. `heading` is the element of the title.
+  The places of names in `order` decide the colours, the same in all panels.
   """
   order = list(dict.fromkeys([*order, *curves]))
   curves = {name: thinned(points) for name, points in curves.items()}

@@ -71,11 +71,8 @@ def write(
 ) -> pathlib.Path:
   """Writes the page of one or more workdirs, and returns its path.
 
-  Args:
-    workdirs: of any objective.
-    output: the file.
-    sentence: with [MASK], to be filled in by each run that can.
-    corpus: where the corpus of all of them is now; None: where it was.
+  Each run that can fills in the sentence, which has a [MASK]. `corpus` is where
+  the corpus of all of them is now; None: where it was.
 
   Raises:
     FileNotFoundError: a folder is no workdir.

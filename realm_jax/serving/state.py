@@ -24,7 +24,6 @@ from realm_jax.index import generation as generation_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
 from realm_jax.runtime import checkpoint
-from realm_jax.serving import results
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +95,8 @@ class State:
   ):
     """Opens the newest sound checkpoint and generation of a workdir.
 
-    Args:
-      workdir: of any objective; it may still be empty.
-      like: a state of the same workdir, whose compiled functions are reused.
-      corpus: where the training corpus is now; None: where it was.
+    The workdir may still be empty. What `like`, a state of the same workdir,
+    compiled is used again. `corpus` is where the corpus is now, if it moved.
     """
     self.workdir = workdir
     self.identity = Identity()
@@ -317,11 +314,11 @@ class State:
     assert self._open_qa is not None
     answered = self._open_qa.answer(questions)
     assert isinstance(answered, list)
-    return [results.of_answer(answer) for answer in answered]
+    return [answering.for_page(answer) for answer in answered]
 
   def _fill(self, sentences: list[str]) -> list[Json]:
     assert self._inspector is not None
-    return [results.of_inspection(one) for one in self._inspector(sentences)]
+    return [inspect.as_json(one) for one in self._inspector(sentences)]
 
   def _search(self, queries: list[str]) -> list[Json]:
     assert self.trained is not None and self._retriever is not None

@@ -15,7 +15,6 @@ from realm_jax.index import search as search_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import process
-from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class Loader:
 
   def _digest(self, number: int) -> str | None:
     try:
-      return snapshots_lib.digest_of(self._workdir, number)
+      return checkpoint.snapshot_digest(self._workdir, number)
     except FileNotFoundError:
       return None  # Old snapshots are deleted before their generations.
 
@@ -214,12 +213,12 @@ class GenerationWait:
           f'{self._timeout:.0f} seconds; {self._state}.'
       )
     if waited > _SNAPSHOT_SECONDS and not (
-        self._number in snapshots_lib.steps_of(self._workdir)
+        self._number in checkpoint.snapshot_steps(self._workdir)
         or self._number in checkpoint.steps_in(directory)
     ):
       raise FileNotFoundError(
           f'{path} can never come: its snapshot, '
-          f'{self._workdir / snapshots_lib.DIRECTORY}/{self._number}, is gone.'
+          f'{self._workdir / checkpoint.SNAPSHOTS}/{self._number}, is gone.'
       )
     stale = now - self._changed > _STALE_SECONDS
     first = self._logged == self._start

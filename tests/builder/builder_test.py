@@ -25,7 +25,6 @@ from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import process as process_lib
-from realm_jax.runtime import snapshots as snapshots_lib
 
 
 @pytest.fixture(scope='module')
@@ -89,7 +88,7 @@ def check_some(corpus, component):
 
 def _snapshot(workdir, component, step, seed=None):
   params = component.init(seed=step if seed is None else seed)
-  return params, snapshots_lib.save(workdir, step, params)
+  return params, checkpoint.save_snapshot(workdir, step, params)
 
 
 def test_build_makes_the_generation_of_a_snapshot(
