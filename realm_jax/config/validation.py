@@ -1,4 +1,4 @@
-"""Checks of a configuration, and comparisons: what identifies a job.
+"""Reads, checks and compares configurations.
 
 Two configs of the same identity give the same result.
 """
@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import json
+import pathlib
 import typing
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ _SHARES = (
 
 LOG_TO = ('jsonl', 'tensorboard', 'wandb', 'mlflow')
 
+# Fields of the config.json of transformers, which a workdir's lacks.
+_FOREIGN = {'architectures', 'model_type', 'hidden_size'}
 # Fields that name files of training data.
 _INPUT_FILES = (
     ('ict', 'questions'), ('open_qa', 'questions'), ('tagger', 'files')
@@ -53,6 +56,65 @@ HEAD_FIELDS = (
 ).split()
 
 Problems = Iterable[tuple[str, str]]  # Fields, and why their values are wrong.
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Returns the config tree as plain dictionaries, for JSON."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(
+    values: Any, cls: type = config_lib.Config, path: str = 'config'
+) -> Any:
+  """Inverse of `to_dict`; raises ValueError on an unknown field."""
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} must be an object of fields, not {values!r}.')
+  types = typing.get_type_hints(cls)
+  unknown = sorted(set(values) - set(types))
+  if unknown:
+    raise ValueError(
+        f'{path} has no field {", ".join(unknown)}; it has'
+        f' {", ".join(sorted(types))}.'
+    )
+  made = {}
+  for name, value in values.items():
+    if dataclasses.is_dataclass(types[name]):
+      value = from_dict(value, types[name], f'{path}.{name}')
+    elif typing.get_origin(types[name]) is tuple and isinstance(value, list):
+      value = tuple(value)  # JSON has no tuples.
+    made[name] = value
+  return cls(**made)
+
+
+def read(workdir: pathlib.Path | str) -> config_lib.Config:
+  """Reads the resolved config of a workdir.
+
+  Raises:
+    FileNotFoundError: the folder is no workdir.
+    ValueError: its config.json is damaged, of another version, or that of a
+      checkpoint of transformers.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.is_file():
+    raise FileNotFoundError(
+        f'{workdir} is not a workdir: it has no config.json. `realm-jax train'
+        f' --config=FILE.py --workdir={workdir}` makes one, or `realm-jax'
+        ' import` from a checkpoint of BERT or REALM.'
+    )
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+    if isinstance(values, dict) and _FOREIGN & values.keys():
+      raise ValueError(
+          'a checkpoint of transformers, not a workdir: `realm-jax import'
+          f' --source={workdir} --workdir=NEW` it first, and give NEW.'
+      )
+    config = from_dict(values)
+    problems = type_problems(config)
+    if problems:
+      raise ValueError('; '.join(problems))
+    return config
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path}: {error}') from error
 
 
 def validate(
@@ -200,7 +262,7 @@ def _check_type(value: Any, kind: Any) -> tuple[bool, str]:
 
 def flat(config: config_lib.Config) -> dict[str, Any]:
   """Returns {'steps': value, 'model.width': value, ...}."""
-  return _flat(config_lib.to_dict(config))
+  return _flat(to_dict(config))
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +288,7 @@ def identity(config: config_lib.Config) -> dict[str, Any]:
   changes the result by rounding only. `steps` counts: the learning rate depends
   on it.
   """
-  values = config_lib.to_dict(config_lib.resolve(config))
+  values = to_dict(config_lib.resolve(config))
   for name in (
       'corpus init_from log_interval log_to tensorboard peak_tflops mesh'
       ' accumulate checkpoint gates deterministic'

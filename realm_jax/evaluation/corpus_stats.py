@@ -59,6 +59,7 @@ def measure(corpus: corpus_lib.Corpus) -> dict:
   spans; beyond, single spans are dropped.
   """
   counts = corpus.manifest['counts']
+  unknown = counts.get('unknown_wordpieces', 0)
   lengths = np.asarray(corpus.passages.lengths)
   histogram = np.bincount((lengths - 1) // _BIN)
   return {
@@ -73,7 +74,10 @@ def measure(corpus: corpus_lib.Corpus) -> dict:
           'bin': _BIN,
           'histogram': histogram.tolist(),
       },
-      'unknown_wordpieces': _share(counts, 'unknown_wordpieces', 'wordpieces'),
+      'unknown_wordpieces': {
+          'count': unknown,
+          'share': round(unknown / max(1, counts.get('wordpieces', 0)), 6),
+      },
       'sentences': {
           name: _sentences(table) for name, table in corpus.sentences.items()
       },
@@ -120,19 +124,10 @@ def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
   canvas.savefig(path, dpi=110)
 
 
-def _share(counts: dict[str, int], part: str, whole: str) -> dict[str, Any]:
-  found = counts.get(part, 0)
-  return {
-      'count': found,
-      'share': round(found / max(1, counts.get(whole, 0)), 6),
-  }
-
-
 def _sentences(table: corpus_lib.SentenceTable) -> dict[str, Any]:
   spans = np.diff(table.span_offsets)
-  histogram = np.bincount(
-      np.minimum(spans, _MOST_SPANS), minlength=_MOST_SPANS + 1
-  )
+  bins = np.minimum(spans, _MOST_SPANS)
+  histogram = np.bincount(bins, minlength=_MOST_SPANS + 1)
   return {
       'sentences': len(table),
       'spans': int(spans.sum()),
@@ -169,11 +164,8 @@ def _dropped(manifest: dict[str, Any]) -> dict[str, Any]:
               for reason, count in dropped.items()
           },
       }
-  found['malformed'] = {
-      'total': manifest['skipped_records']['count'],
-      'counts': {},
-      'shares': {},
-  }
+  malformed = manifest['skipped_records']['count']
+  found['malformed'] = {'total': malformed, 'counts': {}, 'shares': {}}
   return found
 
 
@@ -185,8 +177,7 @@ def _most_frequent(
   for table in corpus.sentences.values():
     _count_spans(table, counter)
   found: dict[str, list[dict[str, Any]]] = {
-      'names': [],
-      'dates_and_numbers': [],
+      'names': [], 'dates_and_numbers': []
   }
   # Sorted by count, then by wordpieces, independent of the counting order.
   for key, number in sorted(counter.items(), key=lambda x: (-x[1], x[0])):

@@ -27,7 +27,6 @@ from realm_jax.index import bm25 as bm25_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
 from realm_jax.qa import answers as answers_lib
-from realm_jax.qa import passage_answers
 from realm_jax.qa import question_sets
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions as questions_lib
@@ -215,7 +214,7 @@ class _Asked:
   """
 
   table: question_table_lib.QuestionTable
-  gold: passage_answers.Gold
+  gold: question_table_lib.Gold
   has_gold_B: np.ndarray
   rules: list[answers_lib.Rule]
   unknown_gold: dict[str, Any] | None
@@ -235,7 +234,7 @@ class _Asked:
     table = question_table_lib.QuestionTable.of(
         list(questions), trained.template.text_length, trained.corpus.tokenizer
     )
-    gold = passage_answers.find_gold(trained.corpus, questions)
+    gold = question_table_lib.find_gold(trained.corpus, questions)
     gold.warn(trained.corpus, f'{_COUNTED[unknown_gold].capitalize()}.')
     has_gold = [
         len(rows) > 0 or (bool(unknown) and unknown_gold == 'miss')

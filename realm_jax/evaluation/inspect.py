@@ -182,11 +182,10 @@ class Inspector:
       ids_BQ[b, : len(pieces) + 2] = inputs.query(pieces, length, tokenizer)
       positions_BM[b, : len(found)] = found
     counts_B1 = np.array([[len(found)] for found in positions])
+    lengths_B = [len(pieces) + 2 for pieces, _ in sentences]
     queries = realm.Queries(
         query_ids_BQ=ids_BQ,
-        query_lengths_B=np.array(
-            [len(pieces) + 2 for pieces, _ in sentences], np.int32
-        ),
+        query_lengths_B=np.array(lengths_B, np.int32),
         positions_BM=positions_BM,
         targets_BM=np.zeros((size, width), np.int32),
         mask_BM=np.arange(width) < counts_B1,

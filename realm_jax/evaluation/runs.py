@@ -21,7 +21,7 @@ from realm_jax.evaluation import metrics
 from realm_jax.evaluation import report
 from realm_jax.inference import answering
 from realm_jax.qa import answers as answers_lib
-from realm_jax.qa import passage_answers
+from realm_jax.qa import question_table
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import files
 from realm_jax.runtime import lines
@@ -138,7 +138,7 @@ def write_ranking(
 def write_beir(
     folder: Path,
     questions: Sequence[questions_lib.Question],
-    gold: passage_answers.Gold,
+    gold: question_table.Gold,
     corpus: corpus_lib.Corpus,
 ) -> None:
   """Writes corpus.jsonl, queries.jsonl and qrels/test.tsv.

@@ -24,7 +24,6 @@ from realm_jax.inference import trained as trained_lib
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import span_reader
 from realm_jax.qa import answers
-from realm_jax.qa import passage_answers as passage_answers_lib
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions
 from realm_jax.runtime import checkpoint
@@ -105,7 +104,7 @@ class OpenQA:
     self.trained, self.step = trained, step
     self.params = trained.load(step) if params is None else params
     self.index = trained.index(self.params, step) if index is None else index
-    self.passage_answers = passage_answers_lib.PassageAnswers(trained.corpus)
+    self.passage_answers = question_table_lib.PassageAnswers(trained.corpus)
     if like is not None:
       self._jitted = like._jitted
 
@@ -210,7 +209,7 @@ class OpenQA:
         corpus.passages, rows_BK, query_ids_BQ, query_lengths_B, length,
         corpus.tokenizer, titles,
     )
-    body_BK2 = passage_answers_lib.body_bounds(
+    body_BK2 = question_table_lib.body_bounds(
         corpus.passages, rows_BK, query_lengths_B, length, corpus.tokenizer,
         titles,
     )

@@ -18,7 +18,6 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.index import search as search_lib
 from realm_jax.models import flops
-from realm_jax.planner import memory as memory_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
@@ -318,7 +317,7 @@ class _Estimate:
     data, model = self.axis_sizes
     rate = config_lib.attention_rate(self.config.model)
     fused = self.setting.fused and not rate
-    used = memory_lib.step_memory(
+    used = flops.step_memory(
         self.config, self.sizes, self.stage.passes(), data, model, fused
     )
     table = self.row_bytes.devices * self.setting.passages / (data * model)
@@ -332,7 +331,7 @@ class _Estimate:
     rows = _BUILDER_TOKENS // length
     return _gigabytes({
         'weights': 4 * self.sizes['embedder'],
-        'activations': memory_lib.forward_memory(
+        'activations': flops.forward_memory(
             self.config.model, rows, length, fused
         ),
     })
@@ -341,7 +340,7 @@ class _Estimate:
     wordpieces = self.setting.passages * self.setting.mean_wordpieces
     parameters = sum(self.sizes.values())
     used = {
-        'checkpoint_being_saved': memory_lib.STATE_BYTES * parameters,
+        'checkpoint_being_saved': flops.STATE_BYTES * parameters,
         'mapped_wordpieces': _TOKEN_BYTES * wordpieces,
     }
     if self.stage.searches:
@@ -358,7 +357,7 @@ class _Estimate:
       wordpieces = self.setting.passages * self.setting.mean_wordpieces
       corpus = _CORPUS_BYTES * wordpieces
     saved = config.steps // config.checkpoint.interval + 1
-    checkpoint = memory_lib.STATE_BYTES * sum(self.sizes.values())
+    checkpoint = flops.STATE_BYTES * sum(self.sizes.values())
     used = {
         'corpus': corpus,
         'checkpoint': checkpoint,

@@ -120,7 +120,11 @@ class Table:
       ValueError: the file is damaged, so that its rest cannot be read.
     """
     if self.format == 'jsonl':
-      return _json_lines(self.path)
+      return (
+          (f'{self.path}:{number}', line)
+          for number, line in enumerate(lines_lib.lines(self.path), start=1)
+          if not line.isspace()
+      )
     if self.format == 'json':
       return lines_lib.json_values(self.path)
     if self.format == 'parquet':
@@ -246,12 +250,6 @@ def _sample(table: Table) -> tuple[dict[str, Any], ...]:
   except ValueError:
     pass
   return tuple(found)
-
-
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Content]]:
-  for number, line in enumerate(lines_lib.lines(path), start=1):
-    if not line.isspace():
-      yield f'{path}:{number}', line
 
 
 def _import_parquet(path: pathlib.Path) -> tuple[Any, Any]:

@@ -13,7 +13,6 @@ from urllib import parse
 import fastapi
 from fastapi import exceptions
 from fastapi import responses
-import numpy as np
 import prometheus_client as prometheus
 
 from realm_jax.evaluation import report
@@ -369,7 +368,7 @@ def create(
             {
                 'object': 'embedding',
                 'index': index,
-                'embedding': _encoded(emb_E)
+                'embedding': base64.b64encode(emb_E.astype('<f4')).decode()
                 if encoding_format == 'base64'
                 else emb_E.tolist(),
             }
@@ -451,10 +450,6 @@ def _page(
     return responses.Response(content, media_type=media_type)
 
   return page
-
-
-def _encoded(emb_E: np.ndarray) -> str:
-  return base64.b64encode(emb_E.astype('<f4').tobytes()).decode('ascii')
 
 
 def _short(message: str) -> str:
