@@ -100,26 +100,20 @@ def plan(
         f'--chip={chip}: must be one of {", ".join(plan_lib.CHIPS)}; for'
         ' another chip, add --peak_tflops and --memory_gb to a similar one.'
     )
-  given = {'tflops': peak_tflops, 'memory_gb': memory_gb}
+  device = plan_lib.CHIPS[chip]
   device = dataclasses.replace(
-      plan_lib.CHIPS[chip],
-      **{name: value for name, value in given.items() if value is not None},
+      device, tflops=peak_tflops or device.tflops,
+      memory_gb=memory_gb or device.memory_gb,
   )
   corpus = config.corpus or '(none)'  # A plan does not need one.
   job.validate(dataclasses.replace(config, corpus=corpus))
   config, passages, mean_wordpieces, corpus_bytes = plan_lib.of_corpus(
       config, passages, mean_wordpieces
   )
-  result = plan_lib.plan(
-      config,
-      plan_lib.Setting(
-          passages=passages,
-          mean_wordpieces=mean_wordpieces,
-          corpus_bytes=corpus_bytes,
-          chip=device,
-          **setting,
-      ),
+  given = plan_lib.Setting(
+      passages, mean_wordpieces, device, corpus_bytes, **setting
   )
+  result = plan_lib.plan(config, given)
   if compile:
     result['compiled_here'] = plan_lib.compiled(config)
   print(_indented(result) if json else plan_lib.as_text(result))
@@ -368,20 +362,16 @@ def import_(
 ) -> None:
   from realm_jax.interop import importing
 
-  summary = importing.run(
-      lines.comma_separated(source), workdir,
-      components=lines.comma_separated(components) or None, **options,
-  )
-  print(_indented(summary))
+  names = lines.comma_separated(components) or None
+  sources = lines.comma_separated(source)
+  print(_indented(importing.run(sources, workdir, components=names, **options)))
 
 
 def export(*, classes: str | None, **options: Any) -> None:
   from realm_jax.interop import export as export_lib
 
-  folders = export_lib.run(
-      classes=lines.comma_separated(classes) or None, **options
-  )
-  print('\n'.join(map(str, folders)))
+  names = lines.comma_separated(classes) or None
+  print('\n'.join(map(str, export_lib.run(classes=names, **options))))
 
 
 def questions(**options: Any) -> None:

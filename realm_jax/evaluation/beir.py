@@ -207,10 +207,9 @@ class Folder:
     document_BK = np.where(rows_BK < 0, -1, self.document_N[rows_BK])
     found_BK = np.full(rows_BK.shape, -1, np.int64)
     best_BK = np.zeros(rows_BK.shape)
-    for i, (name, document_K) in enumerate(
-        zip(asked, document_BK, strict=True)
-    ):
+    for i, name in enumerate(asked):
       # Passages come best first, so the first of a document is its best.
+      document_K = document_BK[i]
       _, first = np.unique(document_K, return_index=True)
       first.sort()
       own = number_of.get(name, -1)
@@ -222,15 +221,14 @@ class Folder:
   def _run(
       self, asked: list[str], ranking: Ranking
   ) -> dict[str, dict[str, float]]:
+    rows = zip(asked, *(array_BK.tolist() for array_BK in ranking), strict=True)
     return {
         name: {
             self.documents[document]: score
-            for document, score in zip(
-                document_K.tolist(), score_K.tolist(), strict=True
-            )
+            for document, score in zip(documents, scores, strict=True)
             if document >= 0
         }
-        for name, document_K, score_K in zip(asked, *ranking, strict=True)
+        for name, documents, scores in rows
         if name in self.judged
     }
 

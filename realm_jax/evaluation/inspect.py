@@ -215,17 +215,14 @@ class Inspector:
       record = {'id': '', 'title': '', 'text': ''}
       if row != inputs.NULL_DOCUMENT:
         record = corpus.passage_text(row)
-      documents.append(
-          Document(
-              row=row,
-              **record,
-              probability=math.exp(float(read['logp_BK'][i])),
-              score=float(read['score_BK'][i]),
-              prediction=prediction(
-                  read['best_BKM'][i], read['best_logp_BKM'][i]
-              ),
-          )
+      document = Document(
+          row=row,
+          **record,
+          probability=math.exp(float(read['logp_BK'][i])),
+          score=float(read['score_BK'][i]),
+          prediction=prediction(read['best_BKM'][i], read['best_logp_BKM'][i]),
       )
+      documents.append(document)
     null, *rest = documents
     return Inspection(
         text=text,

@@ -62,10 +62,8 @@ def answer_ranks(
 
 def _first_hits(hits: Iterable[Iterable[bool]]) -> np.ndarray:
   """Returns the 1-based place of the first True of each row; 0: none."""
-  return np.array(
-      [next((i for i, hit in enumerate(row, 1) if hit), 0) for row in hits],
-      np.int64,
-  )
+  found = [next((i for i, hit in enumerate(row, 1) if hit), 0) for row in hits]
+  return np.array(found, np.int64)
 
 
 def ndcg(
@@ -143,11 +141,11 @@ def answer_figures(
   blind = model.read(table, rng.choice(trained.corpus.live_rows, rows_BK.shape))
   width = trained.config.model.max_span_width
 
-  def exact_match(answers: list[answering.Answer]) -> np.ndarray:
-    return np.array([
+  def exact_match(answers: list[answering.Answer]) -> list[bool]:
+    return [
         answers_lib.exact_match(answer.text, question.answers, question.match)
         for answer, question in zip(answers, table.questions, strict=True)
-    ], float)
+    ]
 
   def can_answer(question: questions_lib.Question, rows_K: np.ndarray) -> bool:
     answers = model.passage_answers
@@ -157,23 +155,21 @@ def answer_figures(
         for first, last in answers.spans(question, row)
     )
 
+  f1 = [
+      answers_lib.f1(answer.text, question.answers)
+      if question.match == 'string'
+      else np.nan
+      for answer, question in zip(found, table.questions, strict=True)
+  ]
   figures = {
       'exact_match': exact_match(found),
-      'f1': np.array([
-          answers_lib.f1(answer.text, question.answers)
-          if question.match == 'string'
-          else np.nan
-          for answer, question in zip(found, table.questions, strict=True)
-      ]),
-      'reader_oracle': np.array([
-          can_answer(question, rows_K)
-          for question, rows_K in zip(table.questions, rows_BK, strict=True)
-      ], float),
-      'no_answer': np.array([not answer.text for answer in found], float),
-      'probability': np.array([answer.probability for answer in found]),
+      'f1': f1,
+      'reader_oracle': list(map(can_answer, table.questions, rows_BK)),
+      'no_answer': [not answer.text for answer in found],
+      'probability': [answer.probability for answer in found],
       'exact_match_random_passages': exact_match(blind),
   }
-  return figures, found
+  return {name: np.array(x, float) for name, x in figures.items()}, found
 
 
 def means(
@@ -203,13 +199,11 @@ def clusters(keys: Iterable[Hashable | None]) -> np.ndarray:
   of its own.
   """
   numbers: dict[Hashable, int] = {}
-  return np.array(
-      [
-          numbers.setdefault((i,) if key is None else key, len(numbers))
-          for i, key in enumerate(keys)
-      ],
-      np.int64,
-  )
+  found = [
+      numbers.setdefault((i,) if key is None else key, len(numbers))
+      for i, key in enumerate(keys)
+  ]
+  return np.array(found, np.int64)
 
 
 def interval(
@@ -234,13 +228,9 @@ def interval(
   found = stats.bootstrap(
       (sums, sizes),
       lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
-      paired=True,
-      vectorized=True,
-      n_resamples=_RESAMPLES,
-      batch=max(_CHUNK // sums.size, 1),
-      confidence_level=0.95,
-      method='percentile',
-      rng=np.random.default_rng(0),
+      paired=True, vectorized=True, n_resamples=_RESAMPLES,
+      batch=max(_CHUNK // sums.size, 1), confidence_level=0.95,
+      method='percentile', rng=np.random.default_rng(0),
   )
   low, high = found.confidence_interval
   return float(low), float(high)

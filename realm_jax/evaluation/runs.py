@@ -101,16 +101,15 @@ def escaped(name: str) -> str:
 def write_trec(path: Path, run: Run, corpus: corpus_lib.Corpus) -> None:
   """Writes a run with the ids of questions and passages."""
   names = _passage_names(corpus, run.doc_ids_BK)
-  found = zip(run.doc_ids_BK.tolist(), run.score_BK.tolist(), strict=True)
+  queries = query_names(run.questions)
+  rows_BK, score_BK = run.doc_ids_BK.tolist(), run.score_BK.tolist()
   ranking = {
       query: {
           names[row]: score
           for row, score in zip(rows, scores, strict=True)
           if row >= 0
       }
-      for query, (rows, scores) in zip(
-          query_names(run.questions), found, strict=True
-      )
+      for query, rows, scores in zip(queries, rows_BK, score_BK, strict=True)
   }
   write_ranking(path, ranking, 'realm_jax', '.6f')
 
@@ -152,9 +151,7 @@ def write_beir(
     every = np.arange(len(corpus.passages))
     for row in np.setdiff1d(every, corpus.removed).tolist():
       passage = corpus.passage_text(row)
-      _line(
-          file, _id=passage['id'], title=passage['title'], text=passage['text']
-      )
+      _line(file, _id=passage.pop('id'), **passage)
   names = query_names(questions)
   with files.atomic_file(folder / 'queries.jsonl') as file:
     for name, question in zip(names, questions, strict=True):

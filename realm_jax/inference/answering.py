@@ -238,31 +238,24 @@ class OpenQA:
           offsets_L2 = self.passage_answers.wordpieces(row, record['text'])
           start = int(offsets_L2[start_BK[b, k] - first, 0])
           limit = int(offsets_L2[end_BK[b, k] - first, 1])
-        passages.append(
-            Passage(
-                row,
-                **record,
-                score=float(score_BK[b, k]),
-                probability=float(p_BK[b, k]),
-                answer=record['text'].encode()[start:limit].decode(),
-                start=start,
-                limit=limit,
-                answer_probability=(
-                    float(np.exp(logp_BK[b, k])) if is_read else 0.0
-                ),
-            )
+        passage = Passage(
+            row,
+            **record,
+            score=float(score_BK[b, k]),
+            probability=float(p_BK[b, k]),
+            answer=record['text'].encode()[start:limit].decode(),
+            start=start,
+            limit=limit,
+            answer_probability=float(np.exp(logp_BK[b, k]) if is_read else 0),
         )
-      best = int(logp_BK[b].argmax())
-      answer = passages[best]
-      found.append(
-          Answer(
-              question.question,
-              answer.answer,
-              answer.answer_probability,
-              tuple(passages),
-              best if answer.answer else None,
-          )
+        passages.append(passage)
+      number = int(logp_BK[b].argmax())
+      best = passages[number]
+      answer = Answer(
+          question.question, best.answer, best.answer_probability,
+          tuple(passages), number if best.answer else None,
       )
+      found.append(answer)
     return found
 
   @functools.cached_property

@@ -65,9 +65,8 @@ class SentenceTagger:
     if self._encoder is None:
       # The first table decides the buckets; a later one may be longer.
       length = self.config.tagger.length
-      self._encoder = embedding.RowEncoder(
-          tag, np.append(lengths_N, length), length, self._mesh
-      )
+      sizes = np.append(lengths_N, length)
+      self._encoder = embedding.RowEncoder(tag, sizes, length, self._mesh)
     labels_NL = np.full(table.ids_NL.shape, entities.NO_LABEL, np.int32)
     with tqdm.tqdm(
         total=len(table), desc='tagging', unit='sentence', disable=None
@@ -107,10 +106,8 @@ def evaluate(
       table, tagger(table), tagger.types,
       [len(sentence.tokens) for sentence in sentences],
   )
-  scores = score(
-      [entities.entities(sentence.tags) for sentence in sentences],
-      [entities.entities(tags) for tags in predicted],
-  )
+  gold = [entities.entities(sentence.tags) for sentence in sentences]
+  scores = score(gold, [entities.entities(tags) for tags in predicted])
   return {
       'step': tagger.step,
       'objective': tagger.config.objective,
@@ -194,49 +191,36 @@ def tag_corpus(
   def find(
       sentences: list[replace_spans.Sentence],
   ) -> list[list[replace_spans.Span]]:
+    pieces = [
+        entities.Wordpieces.of_text(s.text, s.ids, s.starts, s.begins)
+        for s in sentences
+    ]
     table = entities.TaggedTable.of_wordpieces(
-        [
-            entities.Wordpieces.of_text(s.text, s.ids, s.starts, s.begins)
-            for s in sentences
-        ],
-        tagger.config.tagger.length,
-        tagger.tokenizer,
+        pieces, tagger.config.tagger.length, tagger.tokenizer
     )
     names: list[list[replace_spans.Span]] = [[] for _ in sentences]
     words = [np.append(np.flatnonzero(s.begins), len(s.ids)) for s in sentences]
-    for number, first, behind in zip(
-        *entities.entities_of_words(table, tagger(table)), strict=True
-    ):
+    marked = entities.entities_of_words(table, tagger(table))
+    for number, first, behind in zip(*marked, strict=True):
       start, limit = words[number][[first, behind]].tolist()
       s = sentences[number]
-      names[number].append(
-          replace_spans.Span(
-              start, limit, int(s.starts[start]), int(s.limits[limit - 1])
-          )
-      )
+      bounds = int(s.starts[start]), int(s.limits[limit - 1])
+      names[number].append(replace_spans.Span(start, limit, *bounds))
     found = []
     for s, of_one in zip(sentences, names, strict=True):
-      text = s.text.encode()
-      kept = [
-          span
-          for span in s.spans
-          if dates_and_numbers
-          and salient_spans.kind(
-              text[span.byte_start : span.byte_limit].decode()
-          )
-          != 'name'
-      ]
+      text, kept = s.text.encode(), []
+      for span in s.spans if dates_and_numbers else ():
+        words_of = text[span.byte_start : span.byte_limit].decode()
+        if salient_spans.kind(words_of) != 'name':
+          kept.append(span)
       found.append(replace_spans.longest(of_one, kept))
     return found
 
+  about = {
+      'tagger': checkpoint.params_digest(tagger.params),
+      'tagger_types': list(tagger.types),
+      'rules_dates_and_numbers': dates_and_numbers,
+  }
   return replace_spans.replace_spans(
-      corpus,
-      output,
-      find,
-      {
-          'tagger': checkpoint.params_digest(tagger.params),
-          'tagger_types': list(tagger.types),
-          'rules_dates_and_numbers': dates_and_numbers,
-      },
-      overwrite=overwrite,
+      corpus, output, find, about, overwrite=overwrite
   )

@@ -231,25 +231,22 @@ class Trained:
     saved = checkpoint.saved_about(
         self.workdir, checkpoint.newest_step(self.workdir)
     )
+    corpus = saved['corpus_fingerprint']
     lineage = generation_lib.Lineage(
         params_digest=params_digest,
         tokenizer_digest=saved['tokenizer_digest'],
-        corpus_fingerprint=saved['corpus_fingerprint'],
+        corpus_fingerprint=corpus,
         width=self.config.model.embedding_width,
     )
-    found = document_store.find(
-        folder, lineage.corpus_fingerprint, params_digest
-    )
-    changed = document_store.read_manifest(
-        self.workdir / document_store.DIRECTORY
-    )['version']
+    found = document_store.find(folder, corpus, params_digest)
+    documents = self.workdir / document_store.DIRECTORY
+    changed = document_store.read_manifest(documents)['version']
     if found is None or changed or self.moved:
       raise error
     log.warning('%s The index is searched; passages have no text.', error)
     loaded = generation_lib.load(folder / str(found['step']), lineage)
-    return document_store.Index(
-        loaded, loaded.embeddings, np.zeros(0, np.int64)
-    )
+    removed = np.zeros(0, np.int64)
+    return document_store.Index(loaded, loaded.embeddings, removed)
 
   def index(self, params: Params, step: int | None = None) -> Index:
     """Returns an exact search of the documents by these parameters.
@@ -268,9 +265,8 @@ class Trained:
         total=len(self.corpus.passages), desc='embedding the corpus',
         unit='passage', disable=None,
     ) as bar:
-      embeddings_NE = self._embed_passages(
-          params['embedder'], progress=bar.update
-      )
+      embedder = params['embedder']
+      embeddings_NE = self._embed_passages(embedder, progress=bar.update)
     search = search_lib.ExactSearch(embeddings_NE, removed=self.corpus.removed)
     return Index(search, embeddings_NE, None)
 
@@ -282,20 +278,16 @@ class Trained:
     Args and Raises: see `index`.
     """
     config = self.config
-    given: Callable[[], components_lib.Params] | None = None
-    if (
-        step in steps_available(self.workdir)[0]
-        and config.objective == 'open_qa'
-        and config.open_qa.documents == 'frozen'
-    ):
-      assert step is not None
+    frozen = (
+        config.objective == 'open_qa' and config.open_qa.documents == 'frozen'
+    )
+    if frozen and step is not None and step in steps_available(self.workdir)[0]:
       about = checkpoint.saved_about(self.workdir, step)
-      generation = about['index_generation']
+      generation, given = about['index_generation'], None
     else:
+      digest = checkpoint.params_digest(params['embedder'])
+      generation = self.documents.find(digest)
       given = functools.partial(params.__getitem__, 'embedder')
-      generation = self.documents.find(
-          checkpoint.params_digest(params['embedder'])
-      )
     if generation is None:
       return None
     return self.documents.index(generation, given)
@@ -365,9 +357,8 @@ class Trained:
 
   @functools.cached_property
   def _embedder(self) -> embedding.Embedder:
-    return embedding.Embedder(
-        self.components['embedder'], mesh_lib.one_device()
-    )
+    component = self.components['embedder']
+    return embedding.Embedder(component, mesh_lib.one_device())
 
   @functools.cached_property
   def _read(self) -> Any:
@@ -377,9 +368,8 @@ class Trained:
     def read(params: Params, batch: realm.Batch) -> dict[str, Any]:
       models = components_lib.bind(self.components, params)
       if searches:
-        score_BK = realm.candidate_scores(
-            models.embedder, batch, null if self.config.null_document else None,
-        )
+        known = null if self.config.null_document else None
+        score_BK = realm.candidate_scores(models.embedder, batch, known)
       else:  # The null document is the only candidate.
         score_BK = jnp.zeros(batch.joint_ids_BKT.shape[:2])
       b, k, t = batch.joint_ids_BKT.shape
@@ -394,15 +384,13 @@ class Trained:
       targets_BKM1 = jnp.broadcast_to(
           batch.targets_BM[:, None, :, None], (*logp_BKMV.shape[:3], 1)
       )
-      marginal_BMV = jax.nn.logsumexp(
-          logp_BK[..., None, None] + logp_BKMV, axis=1
-      )
+      joint_BKMV = logp_BK[..., None, None] + logp_BKMV
+      marginal_BMV = jax.nn.logsumexp(joint_BKMV, axis=1)
+      target_BKM1 = jnp.take_along_axis(logp_BKMV, targets_BKM1, axis=-1)
       return {
           'score_BK': score_BK,
           'logp_BK': logp_BK,
-          'target_logp_BKM': jnp.take_along_axis(
-              logp_BKMV, targets_BKM1, axis=-1
-          )[..., 0],
+          'target_logp_BKM': target_BKM1[..., 0],
           'best_BKM': logp_BKMV.argmax(-1),
           'best_logp_BKM': logp_BKMV.max(-1),
           'marginal_best_BM': marginal_BMV.argmax(-1),

@@ -261,31 +261,29 @@ def _write_tower(
       *_modules(model, params, encoder, f'{own}projection', source),
   ]
   listed = []
-  for i, (kind, settings, tensors) in enumerate(modules):
+  for i, (kind, values, tensors) in enumerate(modules):
     path = f'{i}_{kind}' if i else ''  # The encoder has no folder of its own.
     class_name = f'{st.PACKAGE}.models.{kind}'
     listed.append({'idx': i, 'name': str(i), 'path': path, 'type': class_name})
     (folder / path).mkdir(exist_ok=True)
-    if settings:
-      files.write_json(folder / path / 'config.json', settings)
+    if values:
+      files.write_json(folder / path / 'config.json', values)
     if tensors:
       weights.write_folder(folder / path, tensors)
   files.write_json(folder / st.MODULES, listed)
   lengths = config.lengths
   length = lengths.query if tower == 'query' else lengths.document
-  length = min(length, model.max_positions)
-  files.write_json(
-      folder / st.LENGTHS, {'max_seq_length': length, 'do_lower_case': False}
-  )
+  limits = {
+      'max_seq_length': min(length, model.max_positions), 'do_lower_case': False
+  }
+  files.write_json(folder / st.LENGTHS, limits)
   prompts = {k: v for k, v in _prompts(model).items() if tower in ('', k)}
-  files.write_json(
-      folder / st.SETTINGS,
-      {
-          'similarity_fn_name': 'cosine' if model.normalize else 'dot',
-          'prompts': prompts,
-          'default_prompt_name': tower if tower in prompts else None,
-      },
-  )
+  settings = {
+      'similarity_fn_name': 'cosine' if model.normalize else 'dot',
+      'prompts': prompts,
+      'default_prompt_name': tower if tower in prompts else None,
+  }
+  files.write_json(folder / st.SETTINGS, settings)
   _write_encoder(folder, config, params, encoder, source)
 
 

@@ -202,10 +202,8 @@ def open_source(
     huggingface_config.model_config(config)
     head = head or st.named_head(config, given)
   tensors = weights.open_folder(place) | more
-  source = Source(
-      str(name), folder, config, tensors, vocab or str(folder), body, head,
-      given,
-  )
+  vocab = vocab or str(folder)
+  source = Source(str(name), folder, config, tensors, vocab, body, head, given)
   dpr = st.dpr_prefixes(tensors, st.QUESTION + st.CONTEXT)
   if body is None and head is not None and len(dpr) == 1:
     return source.as_tower('', dpr[0])
@@ -293,15 +291,13 @@ def write_imported(
   folder.mkdir(parents=True)
   if loaded.unused:
     weights.write_safetensors(folder / _UNUSED, loaded.unused)
-  files.write_json(
-      folder / 'source.json',
-      {
-          'kind': loaded.kind,
-          'name': source.name,
-          'config': source.config,
-          'tensors': loaded.sources,
-          'copies': loaded.copies,
-          'dtypes': loaded.dtypes,
-          'blanks': blanks if loaded.block_emb is not None else [],
-      },
-  )
+  values = {
+      'kind': loaded.kind,
+      'name': source.name,
+      'config': source.config,
+      'tensors': loaded.sources,
+      'copies': loaded.copies,
+      'dtypes': loaded.dtypes,
+      'blanks': blanks if loaded.block_emb is not None else [],
+  }
+  files.write_json(folder / 'source.json', values)

@@ -95,17 +95,14 @@ def of_corpus(
     FileNotFoundError: no corpus at config.corpus.
   """
   config = config_lib.resolve(config)
-  size = None
+  model, size = config.model, None
   if config.corpus:
     corpus = corpus_lib.Corpus.open(config.corpus)
-    config.model.vocab_size = 0
-    corpus.tokenizer.complete(config.model)
-    template = inputs.Template.of(
-        config.model, config.lengths, corpus.tokenizer
-    )
-    lengths = np.minimum(
-        template.lengths(corpus.passages), config.lengths.document
-    )
+    model.vocab_size = 0
+    corpus.tokenizer.complete(model)
+    template = inputs.Template.of(model, config.lengths, corpus.tokenizer)
+    lengths = template.lengths(corpus.passages)
+    lengths = np.minimum(lengths, config.lengths.document)
     if passages is None:  # Otherwise it stands for a larger, similar corpus.
       passages = len(lengths)
       found = corpus.directory.rglob('*')
@@ -212,10 +209,8 @@ class _Estimate:
 
   @property
   def row_bytes(self) -> search_lib.RowBytes:
-    backend = search_lib.backend(self.config.mips)
-    return backend.row_bytes(
-        self.config.mips, self.config.model.embedding_width
-    )
+    mips, width = self.config.mips, self.config.model.embedding_width
+    return search_lib.backend(mips).row_bytes(mips, width)
 
   @property
   def axis_sizes(self) -> tuple[int, int]:
@@ -238,26 +233,23 @@ class _Estimate:
     if self.stage.searches:
       result['builder_memory'] = self.builder_memory()
     advice = enumerate(self.advice(memory, time), start=1)
-    result['advice'] = {str(i): line for i, line in advice}
-    return result
+    return result | {'advice': {str(i): line for i, line in advice}}
 
   def work(self) -> Figures:
     config, passes = self.config, self.stage.passes()
+    recomputed = flops.hardware_flop(config, passes, self.stage.in_batch)
     flop = {
         'step_tflop': flops.model_flop(config, passes),
-        'step_tflop_with_recomputation': flops.hardware_flop(
-            config, passes, self.stage.in_batch
-        ),
+        'step_tflop_with_recomputation': recomputed,
     }
     if self.stage.searches:
       passages, length = self.setting.passages, self.setting.mean_wordpieces
       flop['search_tflop'] = flops.search_flop(config, passages)
       flop['refresh_tflop'] = flops.embed_flop(config.model, passages, length)
     if config.objective == 'open_qa' and config.open_qa.rerank:
+      rows = config.batch_size * config.open_qa.rerank
       flop['rerank_tflop'] = flops.embed_flop(
-          config.model,
-          config.batch_size * config.open_qa.rerank,
-          config.lengths.document,
+          config.model, rows, config.lengths.document
       )
     return {name: value / 1e12 for name, value in flop.items()}
 
@@ -295,9 +287,8 @@ class _Estimate:
             'lag_steps': refresh / step,
             'refresh_interval_steps': refresh_config.interval,
             'builder_devices_needed': math.ceil(tflop / embedding / seconds),
-            'trainer_devices_per_builder_device': (
-                devices * seconds * embedding / tflop
-            ),
+            'trainer_devices_per_builder_device':
+                devices * seconds * embedding / tflop,
         }
         if not builders:  # Training stops during a refresh.
           step += refresh / refresh_config.interval
@@ -327,14 +318,12 @@ class _Estimate:
     return _gigabytes(used) | {'chip_gb': self.setting.chip.memory_gb}
 
   def builder_memory(self) -> Figures:
-    length, fused = self.config.lengths.document, self.setting.fused
-    rows = _BUILDER_TOKENS // length
-    return _gigabytes({
-        'weights': 4 * self.sizes['embedder'],
-        'activations': flops.forward_memory(
-            self.config.model, rows, length, fused
-        ),
-    })
+    length = self.config.lengths.document
+    activations = flops.forward_memory(
+        self.config.model, _BUILDER_TOKENS // length, length, self.setting.fused
+    )
+    weights = 4 * self.sizes['embedder']
+    return _gigabytes({'weights': weights, 'activations': activations})
 
   def host_memory(self) -> Figures:
     wordpieces = self.setting.passages * self.setting.mean_wordpieces

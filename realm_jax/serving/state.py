@@ -63,12 +63,11 @@ class Identity:
 
   def is_older(self, other: 'Identity') -> bool:
     """Whether the checkpoint or the generation is of an earlier step."""
+    pairs = (
+        (self.checkpoint, other.checkpoint), (self.generation, other.generation)
+    )
     return any(
-        own is not None and its is not None and own < its
-        for own, its in (
-            (self.checkpoint, other.checkpoint),
-            (self.generation, other.generation),
-        )
+        own is not None and its is not None and own < its for own, its in pairs
     )
 
 
@@ -142,15 +141,10 @@ class State:
       for name in ('ask', 'fill', 'search'):
         self.missing[name] = one_line(error)
     if retriever is not None:
-      manifest = retriever.manifest
+      keys = ('step', 'manifest_sha256', 'created')
+      found = [retriever.manifest[key] for key in keys]
       self._embedder = retriever.params
-      self.identity = Identity(
-          step,
-          manifest['step'],
-          manifest['manifest_sha256'],
-          manifest['created'],
-          version,
-      )
+      self.identity = Identity(step, *found, version)
     if 'span_reader' not in params:
       self.missing['ask'] = self._lacks('reader of answers', 'open_qa')
     elif retriever is not None:
@@ -208,10 +202,8 @@ class State:
     """Requests of the largest batch that is worth its padding."""
     if self.trained is None or self._retriever is None:
       return 1
-    config = self.trained.config
-    candidates = config.num_candidates
-    if self._open_qa is not None:
-      candidates = config.open_qa.read
+    config, reads = self.trained.config, self._open_qa is not None
+    candidates = config.open_qa.read if reads else config.num_candidates
     each = candidates * config.lengths.joint
     return min(max(_BATCH_WORDPIECES // each, 1), _MAX_BATCH)
 
@@ -344,9 +336,8 @@ class State:
     assert self.trained is not None
     trained = self.trained
     if titles is not None:
-      return trained.embed_passages(
-          self._embedder, list(zip(titles, texts, strict=True))
-      )
+      pairs = list(zip(titles, texts, strict=True))
+      return trained.embed_passages(self._embedder, pairs)
     ids_BQ = trained.template.encode(list(texts))
     return trained.embed_queries(self._embedder, ids_BQ)
 
@@ -423,9 +414,8 @@ def _in_memory(index: document_store.Index) -> document_store.Index:
   loaded = dataclasses.replace(
       index.generation, embeddings=corpus_lib.Chained([base])
   )
-  return dataclasses.replace(
-      index, generation=loaded, table=corpus_lib.Chained([table])
-  )
+  chained = corpus_lib.Chained([table])
+  return dataclasses.replace(index, generation=loaded, table=chained)
 
 
 def _newest_generation(
