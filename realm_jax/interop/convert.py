@@ -254,14 +254,13 @@ def _other_copies(
   for name, target in layout.copies.items():
     if name not in named or target not in named:
       continue
-    ours, other = named[name], named[target]
-    if ours.shape != other.shape or _equal(ours, other):
+    both = named[name], named[target]
+    if both[0].shape != both[1].shape or _equal(*both):
       continue
-    difference = np.abs(
-        ours.read().astype(np.float32) - other.read().astype(np.float32)
-    )
+    ours, other = (tensor.read().astype(np.float32) for tensor in both)
+    difference = np.abs(ours - other).max()
     found[name] = (
-        f'differs from {target} by up to {difference.max():.3g}; here both are'
+        f'differs from {target} by up to {difference:.3g}; here both are'
         ' one parameter, so the outputs of this head are others until it is'
         ' trained'
     )

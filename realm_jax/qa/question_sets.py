@@ -359,19 +359,19 @@ def _from_ir(
     raise ValueError(
         f'{name} has no queries; those of its parts have, such as {name}/test.'
     )
-  rows = (
-      (f'{name}, query {query.query_id}', {
-          'id': query.query_id,
-          'question': getattr(query, 'text', None) or query.default_text(),
-      })
-      for query in dataset.queries_iter()
-  )
+
+  def rows() -> Iterator[tuple[str, Record]]:
+    for query in dataset.queries_iter():
+      text = getattr(query, 'text', None) or query.default_text()
+      found = {'id': query.query_id, 'question': text}
+      yield f'{name}, query {query.query_id}', found
+
   judged: qrels_lib.Qrels | None = None
   if with_qrels and dataset.has_qrels():
     judged = {}
     for line in dataset.qrels_iter():
       judged.setdefault(line.query_id, {})[line.doc_id] = line.relevance
-  return 'ir_datasets', rows, judged
+  return 'ir_datasets', rows(), judged
 
 
 def _from_tfds(name: str) -> Iterator[tuple[str, Record]]:

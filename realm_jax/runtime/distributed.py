@@ -254,12 +254,9 @@ def _fail(error: BaseException) -> None:
   _has_failed.set()
   state = jax_distributed.global_state
   if _has_joined.is_set():
-    state.client.key_value_set(
-        _FAILED,
-        f'process {state.process_id} on {socket.gethostname()}:'
-        f' {str(error) or type(error).__name__}',
-        allow_overwrite=True,
-    )
+    who = f'process {state.process_id} on {socket.gethostname()}'
+    text = f'{who}: {str(error) or type(error).__name__}'
+    state.client.key_value_set(_FAILED, text, allow_overwrite=True)
 
   def end() -> None:  # JAX's own exit handler would wait for minutes.
     sys.stdout.flush()
