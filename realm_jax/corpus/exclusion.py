@@ -20,6 +20,7 @@ class Exclusion:
   """The trivial candidates of the sentences of a split.
 
   sizes: int64 [n]: upper bound for the excluded rows of each sentence.
+  largest: rows that are excluded for a sentence of the longest article.
   """
 
   def __init__(self, corpus: corpus_lib.Corpus, split: str, extent: str):
@@ -44,7 +45,6 @@ class Exclusion:
       found = self._articles_of(found)
     self._found = found
     self.sizes = self._own_sizes() + _sums(found)
-    self._width = 0
     self.use(np.arange(count))
 
   def use(self, rows: np.ndarray) -> None:
@@ -73,13 +73,13 @@ class Exclusion:
     return [(a, b) for a, b in self._found.rows[first:limit].tolist()]
 
   def _own_sizes(self) -> np.ndarray:
-    own = np.asarray(self._own)
-    if self._extent == 'none':
-      return np.zeros(len(own), np.int64)
-    if self._extent == 'passage':
-      return (own >= 0).astype(np.int64)
-    sizes = np.bincount(self._table.articles)
-    return np.where(own >= 0, sizes[self._table.articles[own]], 0)
+    own, articles = np.asarray(self._own), self._table.articles
+    if self._extent == 'article':
+      sizes = np.bincount(articles)
+      self.largest = int(sizes.max())
+      return np.where(own >= 0, sizes[articles[own]], 0)
+    self.largest = int(self._extent == 'passage')
+    return self.largest * (own >= 0)
 
   def _articles_of(self, found: corpus_lib.Ranges) -> corpus_lib.Ranges:
     """Returns the ranges of the articles of passages, without the own one."""
@@ -172,6 +172,5 @@ class ArticlePassages:
 
 def _sums(found: corpus_lib.Ranges) -> np.ndarray:
   """Returns the number of rows in the ranges of each sentence."""
-  sizes = (found.rows[:, 1] - found.rows[:, 0]).astype(np.int64)
-  before = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-  return before[found.offsets[1:]] - before[found.offsets[:-1]]
+  before = np.concatenate([[0], np.cumsum(np.diff(found.rows))])
+  return np.diff(before[found.offsets])

@@ -273,7 +273,7 @@ def test_a_sentence_with_too_few_candidates_is_left_out(tmp_path):
   for batch in (next(stream) for _ in range(10)):
     for row in batch.row_B:
       assert len(_holders(corpus, corpus.sentences[split].ids(int(row)))) == 1
-  with pytest.raises(ValueError, match='leaves none of the 48.*11 at most'):
+  with pytest.raises(ValueError, match='48 sentences.*needs 12.*11 at most'):
     realm.MaskedQueries(corpus, _config(corpus, num_candidates=13), split)
 
 

@@ -77,15 +77,15 @@ class MaskedQueries(examples.MaskedSentences):
     self._exclusion = exclusion.Exclusion(corpus, split, config.trivial)
     needed = config.num_candidates - 1
     left = corpus.num_live - self._exclusion.sizes[self.rows]
-    if not (left >= needed).any():
+    most = min(left.max(), len(corpus.passages) - self._exclusion.largest)
+    if most < needed:
       raise ValueError(
-          f'The corpus {corpus.directory} leaves none of the'
-          f' {len(self.rows)} sentences of the split {split!r} the {needed}'
-          ' passages that do not hold its text'
-          f' (config.trivial={config.trivial!r}), which'
+          f'The corpus {corpus.directory} leaves too few candidates to the'
+          f' {len(self.rows)} sentences of the split {split!r}:'
           f' config.num_candidates={config.num_candidates} (null document'
-          f' included) needs, but {max(left.max(), 0)} at most. Use a larger'
-          ' corpus or fewer candidates.'
+          f' included) needs {needed} passages that do not hold the sentence'
+          f' (config.trivial={config.trivial!r}), {max(most, 0)} at most are'
+          ' left. Use a larger corpus or fewer candidates.'
       )
     self.rows = self.rows[left >= needed]
     self._exclusion.use(self.rows)
