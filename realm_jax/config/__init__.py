@@ -378,8 +378,21 @@ class Config:
 def resolve(config: Config) -> Config:
   """Returns a copy in which derived defaults, such as `width=0`, are set."""
   config = copy.deepcopy(config)
-  model = config.model
-  # An encoder of your own has the defaults of BERT.
+  complete(config.model)
+  if config.model.projection == 'none':
+    config.model.embedding_width = config.model.width
+  if config.optimizer.retriever_learning_rate < 0:
+    config.optimizer.retriever_learning_rate = config.optimizer.learning_rate
+  if config.optimizer.warmup_steps < 0:
+    config.optimizer.warmup_steps = default_warmup(config.steps)
+  return config
+
+
+def complete(model: ModelConfig) -> None:
+  """Sets the fields that stand for a default of the encoder.
+
+  An encoder of your own has the defaults of BERT.
+  """
   encoder = ENCODERS.get(model.encoder, ENCODERS['bert'])
   if model.preset in PRESETS:
     base = model.preset == 'base'
@@ -392,13 +405,6 @@ def resolve(config: Config) -> Config:
     model.activation = encoder.activation
   if model.layer_norm_eps < 0:
     model.layer_norm_eps = encoder.layer_norm_eps
-  if model.projection == 'none':
-    model.embedding_width = model.width
-  if config.optimizer.retriever_learning_rate < 0:
-    config.optimizer.retriever_learning_rate = config.optimizer.learning_rate
-  if config.optimizer.warmup_steps < 0:
-    config.optimizer.warmup_steps = default_warmup(config.steps)
-  return config
 
 
 def default_warmup(steps: int) -> int:

@@ -104,12 +104,12 @@ def load_all(workdir: pathlib.Path | str) -> list[Result]:
 
 def tables(results: list[Result]) -> dict[str, list[Sequence[Any]]]:
   """Returns tables by title: the heads, then the rows; none is without rows."""
-  passages: list[list[Any]] = []
-  documents: list[list[Any]] = []
-  paired: list[list[Any]] = []
-  answers: list[list[Any]] = []
-  entities: list[list[Any]] = []
-  masked: list[list[Any]] = []
+  passages: list[Sequence[Any]] = []
+  documents: list[Sequence[Any]] = []
+  paired: list[Sequence[Any]] = []
+  answers: list[Sequence[Any]] = []
+  entities: list[Sequence[Any]] = []
+  masked: list[Sequence[Any]] = []
   for result in results:
     step = result['step']
     for name, group in _question_groups(result).items():
@@ -134,7 +134,7 @@ def tables(results: list[Result]) -> dict[str, list[Sequence[Any]]]:
       entities.append([step, name, score['count'], *cells])
     if result.get('masked'):
       masked.append([step, *_cells(result['masked'], _MASKED_COLUMNS, _number)])
-  found = {
+  found: dict[str, list[Sequence[Any]]] = {
       'Passages retrieved for questions, in per cent': [
           ['step', 'facts', 'questions', *_GOLD_COLUMNS, *_STRING_COLUMNS],
           *passages,

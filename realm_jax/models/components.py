@@ -92,7 +92,7 @@ def make(
       for JAX's default device.
   """
   config = copy.copy(config)
-  config_lib.encoders.complete(config)
+  config_lib.complete(config)
   config.attention = fused_attention.choose(config, device)
   abstract = nnx.eval_shape(
       lambda: _MODULES[name](config, rngs=nnx.Rngs(jax.random.key(0)))

@@ -141,10 +141,11 @@ class State:
       for name in ('ask', 'fill', 'search'):
         self.missing[name] = one_line(error)
     if retriever is not None:
-      keys = ('step', 'manifest_sha256', 'created')
-      found = [retriever.manifest[key] for key in keys]
-      self._embedder = retriever.params
-      self.identity = Identity(step, *found, version)
+      manifest, self._embedder = retriever.manifest, retriever.params
+      self.identity = Identity(
+          step, manifest['step'], manifest['manifest_sha256'],
+          manifest['created'], version,
+      )
     if 'span_reader' not in params:
       self.missing['ask'] = self._lacks('reader of answers', 'open_qa')
     elif retriever is not None:
