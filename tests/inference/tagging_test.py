@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 import training_test
 
+from realm_jax.cli import actions
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import entities
 from realm_jax.corpus import tagged_columns
@@ -292,8 +293,10 @@ def workdir(world, files, tmp_path_factory):
 def test_a_tagger_learns_and_is_measured(workdir, files):
   config = files_lib.read_json(workdir / 'config.json')
   assert config['model']['entity_types'] == ['VAL']
-  result = tagging.evaluate(workdir, str(files))
-  assert result['step'] == 40
+  actions.evaluate(
+      workdir=str(workdir), tagged=str(files), tag_column=None, tag_names=None
+  )
+  result = files_lib.read_json(workdir / 'evaluation' / '40.json')
   assert result['entities']['VAL']['f1'] > 0.5
   assert result['entities']['any']['count'] == 200
 
