@@ -26,16 +26,12 @@ _MAX_NAMES = 2_000_000  # Different spans kept while counting.
 # The reasons for dropping records and sentences, named as in the manifest.
 _DROPPED = {
     'records': (
-        'excluded_lists',
-        'excluded_indices',
-        'excluded_outlines',
-        'excluded_disambiguation',
-        'near_duplicates',
+        'excluded_lists', 'excluded_indices', 'excluded_outlines',
+        'excluded_disambiguation', 'near_duplicates',
         'records_without_wordpieces',
     ),
     'sentences': (
-        'sentences_without_spans',
-        'sentences_too_short_or_long',
+        'sentences_without_spans', 'sentences_too_short_or_long',
         'sentences_split',
     ),
 }
@@ -156,13 +152,9 @@ def _dropped(manifest: dict[str, Any]) -> dict[str, Any]:
           for reason in reasons
           if prefix + reason in counts
       }
+      shares = {k: round(n / max(1, total), 6) for k, n in dropped.items()}
       found[f'{prefix}{whole}'] = {
-          'total': total,
-          'counts': dropped,
-          'shares': {
-              reason: round(count / max(1, total), 6)
-              for reason, count in dropped.items()
-          },
+          'total': total, 'counts': dropped, 'shares': shares
       }
   malformed = manifest['skipped_records']['count']
   found['malformed'] = {'total': malformed, 'counts': {}, 'shares': {}}

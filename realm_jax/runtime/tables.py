@@ -29,13 +29,8 @@ FORMATS = {
     'parquet': 'Parquet',
 }
 ENDINGS = {
-    '.jsonl': 'jsonl',
-    '.ndjson': 'jsonl',
-    '.json': 'json',
-    '.csv': 'csv',
-    '.tsv': 'tsv',
-    '.tab': 'tsv',
-    '.parquet': 'parquet',
+    '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.csv': 'csv',
+    '.tsv': 'tsv', '.tab': 'tsv', '.parquet': 'parquet',
 }
 
 # Tables without names of columns: the names, and what the columns look like.
