@@ -36,9 +36,8 @@ from realm_jax.index import generation
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.runtime import process
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _ADOPTED = re.compile(
@@ -134,7 +133,7 @@ class _Run:
       )
 
   def _doing(self, pid: int) -> str:
-    heartbeat = heartbeat_lib.read(self.workdir / generation.DIRECTORY)
+    heartbeat = process.read_heartbeat(self.workdir / generation.DIRECTORY)
     if heartbeat is None or heartbeat['pid'] != pid:
       return 'starting'  # Python and JAX.
     return heartbeat['state']
@@ -190,7 +189,7 @@ def _check(peace: _Run, chaos: _Run) -> dict[str, Any]:
   adoptions = chaos.adoptions()
   for adoption in adoptions:
     number = adoption['generation']
-    if adoption['digest'] != snapshots_lib.digest_of(peace.workdir, number):
+    if adoption['digest'] != checkpoint.snapshot_digest(peace.workdir, number):
       wrong_digest.append(adoption)
     if adoption['step'] != (number + _LAG if number else 0):
       wrong_step.append(adoption)

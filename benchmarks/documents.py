@@ -29,8 +29,8 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.models import components
 from realm_jax.prepare import prepare
+from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import snapshots as snapshots_lib
 
 _DOCUMENTS = 100  # Changed by a command.
 _TURNS = 3
@@ -70,7 +70,7 @@ def _make_workdir(
   params = components.make('embedder', config.model).init(0)
   lineage = generation.Lineage(
       step=0,
-      params_digest=snapshots_lib.save(workdir, 0, params),
+      params_digest=checkpoint.save_snapshot(workdir, 0, params),
       tokenizer_digest=corpus.tokenizer.digest,
       corpus_fingerprint=corpus.fingerprint,
       num_rows=len(corpus.passages),

@@ -54,11 +54,11 @@ from realm_jax.interop import convert
 from realm_jax.interop import huggingface_config
 from realm_jax.models import components
 from realm_jax.prepare import prepare
+from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.runtime import process
 from realm_jax.trainer import examples
 from realm_jax.trainer.stages import realm
 
@@ -279,7 +279,7 @@ def measure_growth(
       config.mips.backend = 'scann'
       component = components.make('embedder', config.model)
       files.write_json(workdir / 'config.json', config_lib.to_dict(config))
-      snapshots_lib.save(workdir, 0, component.init(0))
+      checkpoint.save_snapshot(workdir, 0, component.init(0))
       compiling.clear()
       with mock.patch.object(corpus_lib.Corpus, 'open', lambda *_, s=subset: s):
         seconds.append(harness.timed(builder.build, workdir)[0])
@@ -379,7 +379,7 @@ def _builder_pid(
     workdir: pathlib.Path, trainer: subprocess.Popen[bytes]
 ) -> int:
   while trainer.poll() is None:
-    heartbeat = heartbeat_lib.read(workdir / generation.DIRECTORY)
+    heartbeat = process.read_heartbeat(workdir / generation.DIRECTORY)
     if heartbeat is not None:
       return heartbeat['pid']
     time.sleep(0.05)

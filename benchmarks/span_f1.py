@@ -24,7 +24,6 @@ from typing import Any
 import harness
 
 from realm_jax.corpus import entities
-from realm_jax.evaluation import tagger as tagger_metrics
 from realm_jax.inference import tagging
 from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.runtime import files
@@ -130,7 +129,7 @@ def measure(
   sets['gmb'] = entities.read(str(held_out))
 
   def record(method: str, name: str, found: Entities, gold: Entities) -> None:
-    score = tagger_metrics.score(gold, found)['any']
+    score = tagging.score(gold, found)['any']
     for what in ('precision', 'recall', 'f1'):
       value = getattr(score, what)
       figures[f'{method}_{name}_{what}'] = value
@@ -153,7 +152,7 @@ def measure(
     for name, sentences in sets.items():
       found, rate = by_tagger(tagger, sentences)
       if name == 'gmb':
-        for kind, score in tagger_metrics.score(gold[name], found).items():
+        for kind, score in tagging.score(gold[name], found).items():
           figures[f'{method}_{name}_{kind}_f1'] = score.f1
         # It comes last, when all is compiled.
         figures[f'{method}_wordpieces_per_second'] = round(rate)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from realm_jax.evaluation import masked
+from realm_jax.evaluation import inspect as inspect_lib
 from realm_jax.evaluation import metrics
 from realm_jax.inference import trained as trained_lib
 from realm_jax.prepare import salient_spans as salient_spans_lib
@@ -102,7 +102,7 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
     for kind, results in found.items():
       values, rows = np.array(results, np.int64).reshape(-1, 2).T
       low, high = metrics.interval(
-          values, masked.sentence_clusters(trained.corpus, rows)
+          values, inspect_lib.sentence_clusters(trained.corpus, rows)
       )
       figures |= {
           f'{kind}_{what}': round(float(np.mean(values)), 4),

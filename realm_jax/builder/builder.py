@@ -28,10 +28,8 @@ from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import process
-from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +64,14 @@ def build(
   """
   workdir = pathlib.Path(workdir)
   config = config_lib.read(workdir)
-  steps = snapshots_lib.steps_of(workdir)
+  steps = checkpoint.snapshot_steps(workdir)
   unsaved = _checkpoint_without_snapshot(workdir, config, steps)
   known = steps if unsaved is None else sorted({*steps, unsaved})
   if not known or step not in (None, *known):
     raise FileNotFoundError(
         f'{workdir} has retrievers of the steps {known}, not of'
         f' {"any" if step is None else step}: `realm-jax train` writes'
-        f' snapshots of them to {snapshots_lib.DIRECTORY}/ (objectives realm'
+        f' snapshots of them to {checkpoint.SNAPSHOTS}/ (objectives realm'
         ' and open_qa) or checkpoints (ict, too).'
     )
   with process.stop_signals(), _locked(workdir) as heartbeat:
@@ -83,7 +81,7 @@ def build(
       params, _ = checkpoint.load_params(
           workdir, {'embedder': job.component.abstract}, step
       )
-      snapshots_lib.save(workdir, step, params['embedder'])
+      checkpoint.save_snapshot(workdir, step, params['embedder'])
     distributed.barrier('the snapshot is on disk')
     path = job.build(step)
   if path is None:
@@ -149,17 +147,17 @@ def _checkpoint_without_snapshot(
     done = (workdir / 'summary.json').exists()
     if frozen or not done or saved[-1] <= snapshots[-1]:
       return None
-  return saved[-1] if 'embedder' in checkpoint.components_in(workdir) else None
+  return saved[-1] if 'embedder' in checkpoint.abstract_in(workdir) else None
 
 
 @contextlib.contextmanager
 def _locked(
     workdir: pathlib.Path, timeout: float = 0.0
-) -> Iterator[heartbeat_lib.Heartbeat]:
+) -> Iterator[process.Heartbeat]:
   """Keeps other builders away; process 0 acts for all processes of this one."""
   directory = workdir / generation.DIRECTORY
   main = distributed.is_main()
-  heartbeat = heartbeat_lib.Heartbeat(directory, silent=not main)
+  heartbeat = process.Heartbeat(directory, silent=not main)
   if not main:
     yield heartbeat
     return
@@ -179,14 +177,14 @@ class _Job:
   mesh: jax.sharding.Mesh
   component: components.Component
   embedder: embedding.PassageEmbedder
-  heartbeat: heartbeat_lib.Heartbeat
+  heartbeat: process.Heartbeat
 
   @classmethod
   def open(
       cls,
       workdir: pathlib.Path,
       config: config_lib.Config,
-      heartbeat: heartbeat_lib.Heartbeat,
+      heartbeat: process.Heartbeat,
       moved: Path | None,
   ) -> '_Job':
     given, config = config, config_lib.resolve(config)
@@ -247,7 +245,7 @@ class _Job:
     """Returns a snapshot to build, whether to stop, and `_has_changed`."""
     # Checked first, so that a snapshot written before it is not missed.
     done = (self.workdir / 'summary.json').exists()
-    steps = snapshots_lib.steps_of(self.workdir)
+    steps = checkpoint.snapshot_steps(self.workdir)
     if steps and self._is_missing(steps[-1]):
       return steps[-1], False, self._has_changed()
     if done and not supervised:
@@ -260,7 +258,7 @@ class _Job:
     path = self.directory / str(step)
     try:
       found = generation.read_manifest(path)['params_digest']
-      if found == snapshots_lib.digest_of(self.workdir, step):
+      if found == checkpoint.snapshot_digest(self.workdir, step):
         return False
       log.warning('%s is of an earlier run; it is built again.', path)
     except FileNotFoundError:
@@ -304,7 +302,7 @@ class _Job:
           step, rows - todo, rows,
       )
     embedding_started = time.perf_counter()
-    with heartbeat_lib.Progress(
+    with process.Progress(
         self.heartbeat, step, rows - todo, rows, jax.process_count()
     ) as progress:
       numbers = missing[jax.process_index() :: jax.process_count()]
@@ -332,9 +330,11 @@ class _Job:
     """Loads a snapshot, the same one in all processes; None if it is gone."""
     found = None
     try:
-      found = snapshots_lib.load(self.workdir, step, self.component.abstract)
+      found = checkpoint.load_snapshot(
+          self.workdir, step, self.component.abstract
+      )
     except (ValueError, OSError) as error:
-      if step in snapshots_lib.steps_of(self.workdir):
+      if step in checkpoint.snapshot_steps(self.workdir):
         raise
       log.info('The snapshot of step %d is gone: %s', step, error)
     digests = set(distributed.gather(found and found[1]))
@@ -346,7 +346,7 @@ class _Job:
       numbers: list[int],
       params: components.Params,
       digest: str,
-      progress: heartbeat_lib.Progress,
+      progress: process.Progress,
   ) -> bool:
     """Writes shards; False if the snapshot was deleted.
 
@@ -385,7 +385,7 @@ class _Job:
   def _is_current(self, step: int, digest: str) -> bool:
     """A trainer that resumes deletes the snapshots after its checkpoint."""
     try:
-      found = snapshots_lib.digest_of(self.workdir, step)
+      found = checkpoint.snapshot_digest(self.workdir, step)
     except FileNotFoundError:
       return False
     return found == digest and not self._has_changed()
@@ -444,14 +444,14 @@ def _in_all_processes(work: Callable[[], T]) -> list[T]:
 
 def _wait_for_start(
     workdir: pathlib.Path,
-    heartbeat: heartbeat_lib.Heartbeat,
+    heartbeat: process.Heartbeat,
     timeout: float | None,
 ) -> None:
   started = logged = time.monotonic()
   while True:
     if not (workdir / 'config.json').is_file():
       missing = 'config.json'
-    elif snapshots_lib.steps_of(workdir):
+    elif checkpoint.snapshot_steps(workdir):
       return
     elif (workdir / 'summary.json').exists():
       raise ValueError(
@@ -459,7 +459,7 @@ def _wait_for_start(
           'retriever: only the objective `realm` has an index.'
       )
     else:
-      missing = f'first snapshot in {snapshots_lib.DIRECTORY}/'
+      missing = f'first snapshot in {checkpoint.SNAPSHOTS}/'
     now = time.monotonic()
     if timeout is not None and now - started > timeout:
       raise TimeoutError(

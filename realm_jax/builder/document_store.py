@@ -21,7 +21,6 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.index import embedding
@@ -31,7 +30,6 @@ from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -220,10 +218,10 @@ class Documents:
     )
     like = loaded.manifest
     params = params or functools.cache(lambda: self.load_params(like))
-    tables: list[concatenated.Rows] = [loaded.embeddings]
+    tables: list[corpus_lib.Rows] = [loaded.embeddings]
     embedded = 0
     for part in self.parts[1:]:
-      table: concatenated.Rows | None = self.table(part, like)
+      table: corpus_lib.Rows | None = self.table(part, like)
       if table is None:
         table = self.embedder(part)(params()).astype(loaded.embeddings.dtype)
         embedded += len(part.corpus.passages)
@@ -235,12 +233,12 @@ class Documents:
           '`compact` saves the embeddings.',
           embedded, step,
       )
-    table = concatenated.Chained(tables)
+    table = corpus_lib.Chained(tables)
     return Index(loaded, table, self.removed, embedded)
 
   def table(
       self, part: Part, like: dict[str, Any]
-  ) -> concatenated.Chained | None:
+  ) -> corpus_lib.Chained | None:
     """Returns the saved embeddings of `has_table`, if they are not damaged."""
     if not self.has_table(part, like):
       return None
@@ -291,11 +289,11 @@ class Documents:
     def nearest(steps: list[int]) -> list[int]:
       return sorted(steps, key=lambda one: (one != step, -one))
 
-    for one in nearest(snapshots_lib.steps_of(workdir)):
+    for one in nearest(checkpoint.snapshot_steps(workdir)):
       try:
-        seen[f'snapshot {one}'] = snapshots_lib.digest_of(workdir, one)
+        seen[f'snapshot {one}'] = checkpoint.snapshot_digest(workdir, one)
         if seen[f'snapshot {one}'] == digest:
-          return snapshots_lib.load(workdir, one, abstract)[0]
+          return checkpoint.load_snapshot(workdir, one, abstract)[0]
       except FileNotFoundError:  # Just deleted by a trainer.
         continue
     for one in nearest(checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS)):
@@ -323,7 +321,7 @@ class Index:
   """
 
   generation: generation_lib.Generation
-  table: concatenated.Rows
+  table: corpus_lib.Rows
   removed: np.ndarray
   embedded: int = 0
 

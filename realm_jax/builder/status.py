@@ -19,8 +19,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.index import shards
 from realm_jax.runtime import checkpoint
-from realm_jax.runtime import heartbeat as heartbeat_lib
-from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.runtime import process
 
 _ALIVE_SECONDS = 15.0  # Age of a running builder's heartbeat, at most.
 
@@ -101,7 +100,7 @@ def _verify(
     return Finding(path, '', [str(error)])
   digest = None  # Snapshots are deleted before their generations.
   with contextlib.suppress(FileNotFoundError):
-    digest = snapshots_lib.digest_of(workdir, step)
+    digest = checkpoint.snapshot_digest(workdir, step)
   width = config.model.embedding_width
   expected = generation.Lineage(step, digest, width=width)
   if corpus is not None:
@@ -189,7 +188,7 @@ def info(workdir: Path) -> dict[str, Any]:
         **{n: manifest[n] for n in ('width', 'dtype', 'mips', 'recall')},
         'build_seconds': round(manifest['seconds'], 1),
     }
-  heartbeat = heartbeat_lib.read(directory)
+  heartbeat = process.read_heartbeat(directory)
   if heartbeat is not None:
     heartbeat['age_seconds'] = round(now - heartbeat['time'], 1)
   return {
@@ -199,7 +198,7 @@ def info(workdir: Path) -> dict[str, Any]:
           {**build, 'step': step, 'bytes': _bytes(pathlib.Path(build['path']))}
           for step, build in partial_builds(directory).items()
       ],
-      'snapshots': snapshots_lib.steps_of(workdir),
+      'snapshots': checkpoint.snapshot_steps(workdir),
       'builder': heartbeat,
   }
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app
 
+from realm_jax.runtime import extension
 from realm_jax.runtime import lines
 
 if TYPE_CHECKING:
@@ -99,26 +100,20 @@ def plan(
         f'--chip={chip}: must be one of {", ".join(plan_lib.CHIPS)}; for'
         ' another chip, add --peak_tflops and --memory_gb to a similar one.'
     )
-  given = {'tflops': peak_tflops, 'memory_gb': memory_gb}
+  device = plan_lib.CHIPS[chip]
   device = dataclasses.replace(
-      plan_lib.CHIPS[chip],
-      **{name: value for name, value in given.items() if value is not None},
+      device, tflops=peak_tflops or device.tflops,
+      memory_gb=memory_gb or device.memory_gb,
   )
   corpus = config.corpus or '(none)'  # A plan does not need one.
   job.validate(dataclasses.replace(config, corpus=corpus))
   config, passages, mean_wordpieces, corpus_bytes = plan_lib.of_corpus(
       config, passages, mean_wordpieces
   )
-  result = plan_lib.plan(
-      config,
-      plan_lib.Setting(
-          passages=passages,
-          mean_wordpieces=mean_wordpieces,
-          corpus_bytes=corpus_bytes,
-          chip=device,
-          **setting,
-      ),
+  given = plan_lib.Setting(
+      passages, mean_wordpieces, device, corpus_bytes, **setting
   )
+  result = plan_lib.plan(config, given)
   if compile:
     result['compiled_here'] = plan_lib.compiled(config)
   print(_indented(result) if json else plan_lib.as_text(result))
@@ -135,7 +130,7 @@ def train(
 ) -> None:
   from realm_jax.cli import flags
   from realm_jax.runtime import distributed
-  from realm_jax.runtime import profile as profile_lib
+  from realm_jax.runtime import metrics as metrics_lib
   from realm_jax.trainer import loop
   from realm_jax.trainer import stages
 
@@ -143,7 +138,7 @@ def train(
   if config.deterministic:  # XLA reads it once; the index builder inherits it.
     flag = '--xla_gpu_deterministic_ops=true'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
-  steps = profile_lib.parse_steps(profile) if profile else None
+  steps = metrics_lib.parse_steps(profile) if profile else None
   explicit = flags.overridden('config')
   summary = None
   with _processes(**processes):
@@ -297,10 +292,11 @@ def evaluate(
   from realm_jax.evaluation import report
 
   if tagged:
-    from realm_jax.evaluation import tagger
+    from realm_jax.inference import tagging
 
     names = None if tag_names is None else lines.comma_separated(tag_names)
-    results = [tagger.evaluate(workdir, tagged, tag_column, names)]
+    results = [tagging.evaluate(workdir, tagged, tag_column, names)]
+    report.save(workdir, results[0])
   else:
     from realm_jax.evaluation import evaluate as evaluate_lib
 
@@ -366,22 +362,16 @@ def import_(
 ) -> None:
   from realm_jax.interop import importing
 
-  summary = importing.run(
-      lines.comma_separated(source),
-      workdir,
-      components=lines.comma_separated(components) or None,
-      **options,
-  )
-  print(_indented(summary))
+  names = lines.comma_separated(components) or None
+  sources = lines.comma_separated(source)
+  print(_indented(importing.run(sources, workdir, components=names, **options)))
 
 
 def export(*, classes: str | None, **options: Any) -> None:
   from realm_jax.interop import export as export_lib
 
-  folders = export_lib.run(
-      classes=lines.comma_separated(classes) or None, **options
-  )
-  print('\n'.join(map(str, folders)))
+  names = lines.comma_separated(classes) or None
+  print('\n'.join(map(str, export_lib.run(classes=names, **options))))
 
 
 def questions(**options: Any) -> None:
@@ -422,14 +412,8 @@ def ask(
 
 
 def serve(**options: Any) -> None:
-  try:
+  with extension.needed_by('Serving', 'serve'):
     from realm_jax.serving import server
-  except ImportError as error:
-    raise ImportError(
-        f'Serving needs a package that is not installed ({error.name}): '
-        "pip install 'realm_jax[serve]'"
-    ) from error
-
   server.serve(**options)
 
 

@@ -7,14 +7,7 @@ the paper's (Guu et al. 2020, section 4 and appendix A), except for `refresh`.
 
 import copy
 import dataclasses
-import json
-import pathlib
-import typing
 from typing import Any, Literal
-
-from realm_jax.config import encoders
-from realm_jax.config.encoders import ENCODERS as ENCODERS
-from realm_jax.config.encoders import PRESETS as PRESETS
 
 # Search backends and their classes; see index/search.py.
 BACKENDS = {
@@ -22,16 +15,50 @@ BACKENDS = {
     'approx': 'realm_jax.index.search:ApproxSearch',
     'scann': 'realm_jax.index.scann:ScannSearch',
 }
-# Fields of the config.json of transformers, which a workdir's lacks.
-_FOREIGN = {'architectures', 'model_type', 'hidden_size'}
+# Layers, width and heads of the published small BERTs (Turc et al. 2019) and of
+# BERT-base.
+PRESETS = {
+    'tiny': (2, 128, 2),
+    'mini': (4, 256, 4),
+    'small': (4, 512, 8),
+    'base': (12, 768, 12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """An encoder and the defaults of `ModelConfig` that are its own.
+
+  path: of its class, a subclass of `realm_jax.models.encoders.Encoder`.
+  base: layers, width and heads of the preset 'base'.
+  mlp_ratio: width of the MLP / width of the encoder.
+  """
+
+  path: str
+  base: tuple[int, int, int] = PRESETS['base']
+  mlp_ratio: float = 4.0
+  activation: Literal['gelu', 'gelu_new'] = 'gelu'
+  layer_norm_eps: float = 1e-5
+
+
+ENCODERS = {
+    'bert': Encoder(
+        'realm_jax.models.bert:Bert', activation='gelu_new',
+        layer_norm_eps=1e-12,
+    ),
+    'roberta': Encoder('realm_jax.models.bert:Roberta'),
+    'modernbert': Encoder(
+        'realm_jax.models.modernbert:ModernBert', (22, 768, 12), mlp_ratio=1.5
+    ),
+}
 
 
 @dataclasses.dataclass
 class ModelConfig:
   """Architecture of the networks; each has an encoder of its own."""
 
-  # bert, roberta (XLM-R, too), modernbert (config/encoders.py), or your own
-  # class as package.module:Name (docs/extending.md).
+  # bert, roberta (XLM-R, too), modernbert, or your own class as
+  # package.module:Name (docs/extending.md).
   encoder: str = 'bert'
   # Settings of the encoder: those of ModernBERT, or of your own.
   encoder_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -351,7 +378,7 @@ class Config:
 def resolve(config: Config) -> Config:
   """Returns a copy in which derived defaults, such as `width=0`, are set."""
   config = copy.deepcopy(config)
-  encoders.complete(config.model)
+  complete(config.model)
   if config.model.projection == 'none':
     config.model.embedding_width = config.model.width
   if config.optimizer.retriever_learning_rate < 0:
@@ -359,6 +386,25 @@ def resolve(config: Config) -> Config:
   if config.optimizer.warmup_steps < 0:
     config.optimizer.warmup_steps = default_warmup(config.steps)
   return config
+
+
+def complete(model: ModelConfig) -> None:
+  """Sets the fields that stand for a default of the encoder.
+
+  An encoder of your own has the defaults of BERT.
+  """
+  encoder = ENCODERS.get(model.encoder, ENCODERS['bert'])
+  if model.preset in PRESETS:
+    base = model.preset == 'base'
+    layers, width, heads = encoder.base if base else PRESETS[model.preset]
+    model.num_layers = model.num_layers or layers
+    model.width = model.width or width
+    model.num_heads = model.num_heads or heads
+    model.mlp_width = model.mlp_width or int(encoder.mlp_ratio * model.width)
+  if model.activation == 'auto':
+    model.activation = encoder.activation
+  if model.layer_norm_eps < 0:
+    model.layer_norm_eps = encoder.layer_norm_eps
 
 
 def default_warmup(steps: int) -> int:
@@ -372,69 +418,14 @@ def attention_rate(model: ModelConfig) -> float:
   return model.dropout if rate < 0 else rate
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-  """Returns the config tree as plain dictionaries, for JSON."""
-  return dataclasses.asdict(config)
-
-
-def from_dict(values: Any, cls: type = Config, path: str = 'config') -> Any:
-  """Inverse of `to_dict`; raises ValueError on an unknown field."""
-  if not isinstance(values, dict):
-    raise ValueError(f'{path} must be an object of fields, not {values!r}.')
-  types = typing.get_type_hints(cls)
-  unknown = sorted(set(values) - set(types))
-  if unknown:
-    raise ValueError(
-        f'{path} has no field {", ".join(unknown)}; it has'
-        f' {", ".join(sorted(types))}.'
-    )
-  made = {}
-  for name, value in values.items():
-    if dataclasses.is_dataclass(types[name]):
-      value = from_dict(value, types[name], f'{path}.{name}')
-    elif typing.get_origin(types[name]) is tuple and isinstance(value, list):
-      value = tuple(value)  # JSON has no tuples.
-    made[name] = value
-  return cls(**made)
-
-
-def read(workdir: pathlib.Path | str) -> Config:
-  """Reads the resolved config of a workdir.
-
-  Raises:
-    FileNotFoundError: the folder is no workdir.
-    ValueError: its config.json is damaged, of another version, or that of a
-      checkpoint of transformers.
-  """
-  path = pathlib.Path(workdir) / 'config.json'
-  if not path.is_file():
-    raise FileNotFoundError(
-        f'{workdir} is not a workdir: it has no config.json. `realm-jax train'
-        f' --config=FILE.py --workdir={workdir}` makes one, or `realm-jax'
-        ' import` from a checkpoint of BERT or REALM.'
-    )
-  try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-    if isinstance(values, dict) and _FOREIGN & values.keys():
-      raise ValueError(
-          'a checkpoint of transformers, not a workdir: `realm-jax import'
-          f' --source={workdir} --workdir=NEW` it first, and give NEW.'
-      )
-    config = from_dict(values)
-    problems = validation.type_problems(config)
-    if problems:
-      raise ValueError('; '.join(problems))
-    return config
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path}: {error}') from error
-
-
 # These need the tree above.
-from realm_jax.config import validation  # noqa: E402
-from realm_jax.config.comparison import HEAD_FIELDS as HEAD_FIELDS  # noqa: E402
-from realm_jax.config.comparison import differences as differences  # noqa: E402
-from realm_jax.config.comparison import digest as digest  # noqa: E402
-from realm_jax.config.comparison import fields as fields  # noqa: E402
-from realm_jax.config.comparison import flat as flat  # noqa: E402
-from realm_jax.config.comparison import identity as identity  # noqa: E402
+from realm_jax.config.validation import HEAD_FIELDS as HEAD_FIELDS  # noqa: E402
+from realm_jax.config.validation import differences as differences  # noqa: E402
+from realm_jax.config.validation import digest as digest  # noqa: E402
+from realm_jax.config.validation import fields as fields  # noqa: E402
+from realm_jax.config.validation import flat as flat  # noqa: E402
+from realm_jax.config.validation import from_dict as from_dict  # noqa: E402
+from realm_jax.config.validation import identity as identity  # noqa: E402
+from realm_jax.config.validation import read as read  # noqa: E402
+from realm_jax.config.validation import to_dict as to_dict  # noqa: E402
 from realm_jax.config.validation import validate as validate  # noqa: E402

@@ -1,9 +1,15 @@
-"""Checks of a configuration, before any expensive work."""
+"""Reads, checks and compares configurations.
+
+Two configs of the same identity give the same result.
+"""
 
 from collections.abc import Callable, Iterable
 import dataclasses
 import difflib
 import functools
+import hashlib
+import json
+import pathlib
 import typing
 from typing import Any, Literal
 
@@ -36,7 +42,79 @@ _SHARES = (
 
 LOG_TO = ('jsonl', 'tensorboard', 'wandb', 'mlflow')
 
+# Fields of the config.json of transformers, which a workdir's lacks.
+_FOREIGN = {'architectures', 'model_type', 'hidden_size'}
+# Fields that name files of training data.
+_INPUT_FILES = (
+    ('ict', 'questions'), ('open_qa', 'questions'), ('tagger', 'files')
+)
+# Fields of the retrieval head. Configs of older versions lack them, so the
+# identity has only those that differ from the defaults.
+HEAD_FIELDS = (
+    'pooling projection projection_norm_eps normalize score_scale'
+    ' learn_score_scale query_prefix document_prefix titles title_separator'
+).split()
+
 Problems = Iterable[tuple[str, str]]  # Fields, and why their values are wrong.
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Returns the config tree as plain dictionaries, for JSON."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(
+    values: Any, cls: type = config_lib.Config, path: str = 'config'
+) -> Any:
+  """Inverse of `to_dict`; raises ValueError on an unknown field."""
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} must be an object of fields, not {values!r}.')
+  types = typing.get_type_hints(cls)
+  unknown = sorted(set(values) - set(types))
+  if unknown:
+    raise ValueError(
+        f'{path} has no field {", ".join(unknown)}; it has'
+        f' {", ".join(sorted(types))}.'
+    )
+  made = {}
+  for name, value in values.items():
+    if dataclasses.is_dataclass(types[name]):
+      value = from_dict(value, types[name], f'{path}.{name}')
+    elif typing.get_origin(types[name]) is tuple and isinstance(value, list):
+      value = tuple(value)  # JSON has no tuples.
+    made[name] = value
+  return cls(**made)
+
+
+def read(workdir: pathlib.Path | str) -> config_lib.Config:
+  """Reads the resolved config of a workdir.
+
+  Raises:
+    FileNotFoundError: the folder is no workdir.
+    ValueError: its config.json is damaged, of another version, or that of a
+      checkpoint of transformers.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.is_file():
+    raise FileNotFoundError(
+        f'{workdir} is not a workdir: it has no config.json. `realm-jax train'
+        f' --config=FILE.py --workdir={workdir}` makes one, or `realm-jax'
+        ' import` from a checkpoint of BERT or REALM.'
+    )
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+    if isinstance(values, dict) and _FOREIGN & values.keys():
+      raise ValueError(
+          'a checkpoint of transformers, not a workdir: `realm-jax import'
+          f' --source={workdir} --workdir=NEW` it first, and give NEW.'
+      )
+    config = from_dict(values)
+    problems = type_problems(config)
+    if problems:
+      raise ValueError('; '.join(problems))
+    return config
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path}: {error}') from error
 
 
 def validate(
@@ -180,3 +258,80 @@ def _check_type(value: Any, kind: Any) -> tuple[bool, str]:
   return right and not dataclasses.is_dataclass(kind), (
       f'of type {kind.__name__}'
   )
+
+
+def flat(config: config_lib.Config) -> dict[str, Any]:
+  """Returns {'steps': value, 'model.width': value, ...}."""
+  return _flat(to_dict(config))
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      flat.update({f'{name}.{field}': v for field, v in value.items()})
+    else:
+      flat[name] = value
+  return flat
+
+
+def fields() -> list[str]:
+  """Returns the names of all fields that can be set: 'model.width', ..."""
+  return list(flat(config_lib.Config()))
+
+
+def identity(config: config_lib.Config) -> dict[str, Any]:
+  """Returns the fields that determine the result of a run, as in `flat`.
+
+  Left out are paths of inputs (their digests are compared instead), intervals,
+  timeouts, and the division of the work over devices, parts and kernels, which
+  changes the result by rounding only. `steps` counts: the learning rate depends
+  on it.
+  """
+  values = to_dict(config_lib.resolve(config))
+  for name in (
+      'corpus init_from log_interval log_to tensorboard peak_tflops mesh'
+      ' accumulate checkpoint gates deterministic'
+  ).split():
+    del values[name]
+  for name in ('attention', 'remat', 'scan_layers'):
+    del values['model'][name]
+  for section, field in (
+      (values, 'options'),
+      (values['mips'], 'options'),
+      (values['model'], 'encoder_options'),
+  ):
+    if not section[field]:  # Configs of older versions lack them.
+      del section[field]
+  default = config_lib.ModelConfig()
+  for name in HEAD_FIELDS:
+    if values['model'][name] == getattr(default, name):
+      del values['model'][name]
+  values['model']['attention_dropout'] = config_lib.attention_rate(config.model)
+  for name in ('tag_column', 'tag_names'):  # How to read an input.
+    del values['tagger'][name]
+  for name in ('timeout', 'keep', 'max_builder_failures'):
+    del values['refresh'][name]
+  for section, field in _INPUT_FILES:
+    values[section][field] = bool(values[section][field])  # Whether any.
+  return _flat(values)
+
+
+def digest(config: config_lib.Config) -> str:
+  """Returns the SHA-256 of the config's identity."""
+  text = json.dumps(identity(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(
+    ours: config_lib.Config, theirs: config_lib.Config
+) -> list[str]:
+  """Returns a line for each field in which the identities differ."""
+  now, then = identity(ours), identity(theirs)
+  here, there = flat(ours), flat(theirs)  # With the defaults.
+  return [
+      f'config.{name}: {then.get(name, there.get(name))!r} there,'
+      f' {now.get(name, here.get(name))!r} here'
+      for name in {**now, **then}
+      if now.get(name) != then.get(name)
+  ]

@@ -15,9 +15,11 @@ MASKS = {
     'salient': 'realm_jax.corpus.masking:salient',
     'random_span': 'realm_jax.corpus.masking:random_span',
     'random_token': 'realm_jax.corpus.masking:random_token',
-    'bert': 'realm_jax.corpus.bert_masking:bert',
-    'bert_whole_words': 'realm_jax.corpus.bert_masking:bert_whole_words',
+    'bert': 'realm_jax.corpus.masking:bert',
+    'bert_whole_words': 'realm_jax.corpus.masking:bert_whole_words',
 }
+# Of the masks of BERT: shares of the positions; the rest is read as it is.
+_MASKED, _RANDOM = 0.8, 0.1
 
 
 class Sentence(NamedTuple):
@@ -70,6 +72,57 @@ def random_token(sentence: Sentence, rng: np.random.Generator) -> np.ndarray:
   length = len(sentence.ids)
   count = min(max(round(0.15 * length), 1), sentence.max_masks)
   return np.sort(rng.choice(length, count, replace=False))
+
+
+def bert(
+    sentence: Sentence, rng: np.random.Generator
+) -> Replaced:
+  """15 % of the wordpieces (Devlin et al. 2019, section 3.1).
+
+  80 % of them are read as [MASK], 10 % as a random wordpiece, 10 % as they are.
+  """
+  return _replaced(random_token(sentence, rng), sentence, rng)
+
+
+def bert_whole_words(
+    sentence: Sentence, rng: np.random.Generator
+) -> Replaced:
+  """As `bert`, of whole words: all wordpieces of a word, or none.
+
+  A word of more wordpieces than are left is passed over.
+  """
+  assert sentence.tokenizer is not None
+  begins = sentence.tokenizer.starts_word(sentence.ids).copy()
+  begins[0] = True  # The sentence may begin inside a word.
+  starts = np.flatnonzero(begins)
+  sizes = np.diff(starts, append=len(begins))
+  left = len(random_token(sentence, rng))
+  positions: list[int] = []
+  order = rng.permutation(len(starts))
+  for start, size in zip(
+      starts[order].tolist(), sizes[order].tolist(), strict=True
+  ):
+    if size <= left:
+      positions += range(start, start + size)
+      left -= size
+  if not positions:  # All words are too long: the beginning of one.
+    start = int(starts[order[0]])
+    positions = [*range(start, start + left)]
+  return _replaced(np.sort(positions), sentence, rng)
+
+
+def _replaced(
+    positions: np.ndarray, sentence: Sentence, rng: np.random.Generator
+) -> Replaced:
+  assert sentence.tokenizer is not None
+  drawn = rng.random(len(positions))
+  # Not [PAD], which attention leaves out.
+  random = rng.integers(1, sentence.tokenizer.vocab_size, len(positions))
+  random = np.where(random <= sentence.tokenizer.pad_id, random - 1, random)
+  kept = sentence.ids[positions].astype(np.int64)
+  ids = np.where(drawn < _MASKED + _RANDOM, random, kept)
+  ids[drawn < _MASKED] = sentence.tokenizer.mask_id
+  return Replaced(positions, ids)
 
 
 def check(chosen: Any, sentence: Sentence, setting: str) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 
 import numpy as np
 
-from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import trivial
 
@@ -112,7 +111,7 @@ def _joined(
   offsets = [t.offsets[1:] + n for t, n in zip(tables, tokens, strict=False)]
   numbers = [t.articles + n for t, n in zip(tables, articles, strict=False)]
   return corpus_lib.PassageTable(
-      concatenated.Chained([table.tokens for table in tables]),
+      corpus_lib.Chained([table.tokens for table in tables]),
       np.concatenate([np.zeros(1, np.int64), *offsets]),
       np.concatenate([table.title_lengths for table in tables]),
       np.concatenate(numbers).astype(np.int32),

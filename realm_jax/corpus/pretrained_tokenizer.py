@@ -23,8 +23,8 @@ from realm_jax.corpus.tokenizer_rules import RULES
 from realm_jax.corpus.tokenizer_rules import SETTINGS
 from realm_jax.corpus.tokenizer_rules import SPECIALS
 from realm_jax.corpus.tokenizer_rules import VOCAB
+from realm_jax.runtime import extension
 from realm_jax.runtime import files
-from realm_jax.runtime import hub
 
 log = logging.getLogger(__name__)
 
@@ -447,7 +447,7 @@ def download(name: str) -> pathlib.Path:
     raise FileNotFoundError(
         f'There is no vocabulary file or tokenizer folder {name!r}.'
     )
-  found = [path for file in FILES if (path := hub.file(name, file))]
+  found = [path for file in FILES if (path := extension.hub_file(name, file))]
   if not found:
     raise FileNotFoundError(
         f'{name!r} is neither a vocabulary file nor a tokenizer folder, and as'
@@ -455,5 +455,5 @@ def download(name: str) -> pathlib.Path:
         ' be reached and the tokenizer is not in the cache. Without network,'
         ' give the path of a vocab.txt.'
     )
-  hub.file(name, _MODEL)
+  extension.hub_file(name, _MODEL)
   return found[0].parent

@@ -5,7 +5,7 @@ decides which are tokens and tags; docs/tagging.md has the table of formats.
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import pathlib
 import re
@@ -66,7 +66,8 @@ def open_table(path: pathlib.Path) -> Table:
   first = next(filter(None, lines), b'')
   if first.startswith(b'PAR1'):
     names = _class_names(tables.parquet_description(path))
-    return _of_records(path, 'Parquet', _records(path, 'parquet'), names)
+    records = tables.open_table(path, 'parquet').records()
+    return _of_records(path, 'Parquet', records, names)
   name = lines_lib.plain_name(path).lower()
   columns = _BLANKS.split(first[:9999].decode('utf-8', 'replace'))
   tagged = len(columns) > 1 and TAG.fullmatch(columns[-1]) is not None
@@ -74,14 +75,8 @@ def open_table(path: pathlib.Path) -> Table:
     return _text(path)
   whole = first[:1] == b'[' and not name.endswith('.jsonl')
   format = 'json' if whole else 'jsonl'
-  return _of_records(path, tables.FORMATS[format], _records(path, format), {})
-
-
-def _records(path: pathlib.Path, format: str) -> Iterator[tuple[str, Any]]:
-  for place, record in tables.open_table(path, format):
-    if isinstance(record, ValueError):
-      raise ValueError(f'{place}: {record}.')
-    yield place, record
+  records = tables.open_table(path, format).records()
+  return _of_records(path, tables.FORMATS[format], records, {})
 
 
 def _class_names(info: Any, column: str = '') -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ The figures are those of trec_eval, through ir-measures. A document that
 
 from collections.abc import Mapping
 import dataclasses
-import importlib.util
+import importlib
 import logging
 import pathlib
 from typing import Any
@@ -22,6 +22,7 @@ from realm_jax.prepare import sources
 from realm_jax.qa import qrels as qrels_lib
 from realm_jax.qa import question_sets
 from realm_jax.qa import questions as questions_lib
+from realm_jax.runtime import extension
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ FIGURES = {'ndcg_at_10': 'nDCG@10', 'recall_at_100': 'R@100', 'map': 'AP'}
 _DEPTH = 1000  # Documents in a run, as BEIR evaluates.
 _RECALL = 100  # Documents that every run has, if the corpus does.
 _COMPARED = 64  # Documents whose text is compared with the corpus.
-_PACKAGES = ('bm25s', 'ir_measures')
 
 Ranking = tuple[np.ndarray, np.ndarray]  # Rows or documents, and scores; [B,K].
 
@@ -88,11 +88,9 @@ class Folder:
       ValueError: the corpus is not that of the folder, with the command that
         prepares it; or a file of the folder is wrong.
     """
-    if missing := [p for p in _PACKAGES if not importlib.util.find_spec(p)]:
-      raise ImportError(
-          f'--beir needs packages that are not installed ({", ".join(missing)})'
-          ": pip install 'realm_jax[beir]'"
-      )
+    with extension.needed_by('--beir', 'beir'):
+      for package in ('bm25s', 'ir_measures'):
+        importlib.import_module(package)
     path = pathlib.Path(path)
     queries, found = qrels_lib.beir(path, qrels is None)
     found = found if qrels is None else pathlib.Path(qrels)
@@ -209,10 +207,9 @@ class Folder:
     document_BK = np.where(rows_BK < 0, -1, self.document_N[rows_BK])
     found_BK = np.full(rows_BK.shape, -1, np.int64)
     best_BK = np.zeros(rows_BK.shape)
-    for i, (name, document_K) in enumerate(
-        zip(asked, document_BK, strict=True)
-    ):
+    for i, name in enumerate(asked):
       # Passages come best first, so the first of a document is its best.
+      document_K = document_BK[i]
       _, first = np.unique(document_K, return_index=True)
       first.sort()
       own = number_of.get(name, -1)
@@ -224,15 +221,14 @@ class Folder:
   def _run(
       self, asked: list[str], ranking: Ranking
   ) -> dict[str, dict[str, float]]:
+    rows = zip(asked, *(array_BK.tolist() for array_BK in ranking), strict=True)
     return {
         name: {
             self.documents[document]: score
-            for document, score in zip(
-                document_K.tolist(), score_K.tolist(), strict=True
-            )
+            for document, score in zip(documents, scores, strict=True)
             if document >= 0
         }
-        for name, document_K, score_K in zip(asked, *ranking, strict=True)
+        for name, documents, scores in rows
         if name in self.judged
     }
 

@@ -26,16 +26,12 @@ _MAX_NAMES = 2_000_000  # Different spans kept while counting.
 # The reasons for dropping records and sentences, named as in the manifest.
 _DROPPED = {
     'records': (
-        'excluded_lists',
-        'excluded_indices',
-        'excluded_outlines',
-        'excluded_disambiguation',
-        'near_duplicates',
+        'excluded_lists', 'excluded_indices', 'excluded_outlines',
+        'excluded_disambiguation', 'near_duplicates',
         'records_without_wordpieces',
     ),
     'sentences': (
-        'sentences_without_spans',
-        'sentences_too_short_or_long',
+        'sentences_without_spans', 'sentences_too_short_or_long',
         'sentences_split',
     ),
 }
@@ -59,6 +55,7 @@ def measure(corpus: corpus_lib.Corpus) -> dict:
   spans; beyond, single spans are dropped.
   """
   counts = corpus.manifest['counts']
+  unknown = counts.get('unknown_wordpieces', 0)
   lengths = np.asarray(corpus.passages.lengths)
   histogram = np.bincount((lengths - 1) // _BIN)
   return {
@@ -73,7 +70,10 @@ def measure(corpus: corpus_lib.Corpus) -> dict:
           'bin': _BIN,
           'histogram': histogram.tolist(),
       },
-      'unknown_wordpieces': _share(counts, 'unknown_wordpieces', 'wordpieces'),
+      'unknown_wordpieces': {
+          'count': unknown,
+          'share': round(unknown / max(1, counts.get('wordpieces', 0)), 6),
+      },
       'sentences': {
           name: _sentences(table) for name, table in corpus.sentences.items()
       },
@@ -97,9 +97,7 @@ def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
   for i, (split, values) in enumerate(figures['sentences'].items()):
     share = np.array(values['histogram']) / max(1, values['sentences'])
     spans.bar(
-        np.arange(1, _MOST_SPANS + 1) + width * i,
-        share,
-        width=width,
+        np.arange(1, _MOST_SPANS + 1) + width * i, share, width=width,
         label=f'{split}: {values["sentences"]:,}',
     )
   spans.set(
@@ -122,19 +120,10 @@ def plot(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
   canvas.savefig(path, dpi=110)
 
 
-def _share(counts: dict[str, int], part: str, whole: str) -> dict[str, Any]:
-  found = counts.get(part, 0)
-  return {
-      'count': found,
-      'share': round(found / max(1, counts.get(whole, 0)), 6),
-  }
-
-
 def _sentences(table: corpus_lib.SentenceTable) -> dict[str, Any]:
   spans = np.diff(table.span_offsets)
-  histogram = np.bincount(
-      np.minimum(spans, _MOST_SPANS), minlength=_MOST_SPANS + 1
-  )
+  bins = np.minimum(spans, _MOST_SPANS)
+  histogram = np.bincount(bins, minlength=_MOST_SPANS + 1)
   return {
       'sentences': len(table),
       'spans': int(spans.sum()),
@@ -163,19 +152,12 @@ def _dropped(manifest: dict[str, Any]) -> dict[str, Any]:
           for reason in reasons
           if prefix + reason in counts
       }
+      shares = {k: round(n / max(1, total), 6) for k, n in dropped.items()}
       found[f'{prefix}{whole}'] = {
-          'total': total,
-          'counts': dropped,
-          'shares': {
-              reason: round(count / max(1, total), 6)
-              for reason, count in dropped.items()
-          },
+          'total': total, 'counts': dropped, 'shares': shares
       }
-  found['malformed'] = {
-      'total': manifest['skipped_records']['count'],
-      'counts': {},
-      'shares': {},
-  }
+  malformed = manifest['skipped_records']['count']
+  found['malformed'] = {'total': malformed, 'counts': {}, 'shares': {}}
   return found
 
 
@@ -187,8 +169,7 @@ def _most_frequent(
   for table in corpus.sentences.values():
     _count_spans(table, counter)
   found: dict[str, list[dict[str, Any]]] = {
-      'names': [],
-      'dates_and_numbers': [],
+      'names': [], 'dates_and_numbers': []
   }
   # Sorted by count, then by wordpieces, independent of the counting order.
   for key, number in sorted(counter.items(), key=lambda x: (-x[1], x[0])):

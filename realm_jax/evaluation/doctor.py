@@ -59,10 +59,8 @@ class Report:
   findings: list[Finding]
 
   def as_text(self) -> str:
-    lines = [
-        f'{self.workdir}: {self.objective}, step {self.step:,} of'
-        f' {self.steps:,}'
-    ]
+    step = f'step {self.step:,} of {self.steps:,}'
+    lines = [f'{self.workdir}: {self.objective}, {step}']
     width = max(map(len, self.figures), default=0)
     lines += [f'  {n:{width}}  {x:.4g}' for n, x in self.figures.items()]
     for finding in self.findings:
@@ -86,18 +84,15 @@ def examine(workdir: pathlib.Path | str) -> Report:
         f' config.log_interval={config.log_interval} steps.'
     )
   figures = _figures(lines)
+  step = int(lines[-1]['step'])
+  findings = [
+      *_diverged(lines),
+      *_gates(figures, config),
+      *_retriever(figures, config),
+      *_index(workdir, figures, config),
+  ]
   return Report(
-      str(workdir),
-      config.objective,
-      int(lines[-1]['step']),
-      config.steps,
-      figures,
-      [
-          *_diverged(lines),
-          *_gates(figures, config),
-          *_retriever(figures, config),
-          *_index(workdir, figures, config),
-      ],
+      str(workdir), config.objective, step, config.steps, figures, findings
   )
 
 
@@ -157,11 +152,8 @@ def _gates(
         ' Passages mislead the reader, so the retriever learns to avoid them.'
         ' Train `mlm` for longer, with config.mlm.views.',
     )
-  if (
-      config.objective == 'realm'
-      and config.trivial == 'none'
-      and 'trivial_share' not in found
-  ):
+  allows = config.objective == 'realm' and config.trivial == 'none'
+  if allows and 'trivial_share' not in found:
     share = values.get('trivial_share')
     number = 'not measured' if share is None else f'{share:.3g}'
     yield Finding(

@@ -19,7 +19,7 @@ import numpy as np
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import cuts
 from realm_jax.evaluation import beir as beir_lib
-from realm_jax.evaluation import masked
+from realm_jax.evaluation import inspect as inspect_lib
 from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
 from realm_jax.evaluation import runs
@@ -27,7 +27,6 @@ from realm_jax.index import bm25 as bm25_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
 from realm_jax.qa import answers as answers_lib
-from realm_jax.qa import passage_answers
 from realm_jax.qa import question_sets
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions as questions_lib
@@ -150,9 +149,8 @@ def evaluate(
     raise ValueError(
         f'Nothing can be measured in {workdir}: its components are'
         f' {sorted(trained.components)}, {len(questions)} questions were given,'
-        f' and the splits of {trained.corpus.directory} are'
-        f' {sorted(splits)}. A retriever needs questions, a'
-        ' reader the split `validation`.'
+        f' and the splits of {trained.corpus.directory} are {sorted(splits)}. A'
+        ' retriever needs questions, a reader the split `validation`.'
     )
   cuts.warn_of_passages(trained.corpus, trained.config)
   wanted = _steps(trained, steps, snapshots_too=can_ask)
@@ -216,7 +214,7 @@ class _Asked:
   """
 
   table: question_table_lib.QuestionTable
-  gold: passage_answers.Gold
+  gold: question_table_lib.Gold
   has_gold_B: np.ndarray
   rules: list[answers_lib.Rule]
   unknown_gold: dict[str, Any] | None
@@ -236,7 +234,7 @@ class _Asked:
     table = question_table_lib.QuestionTable.of(
         list(questions), trained.template.text_length, trained.corpus.tokenizer
     )
-    gold = passage_answers.find_gold(trained.corpus, questions)
+    gold = question_table_lib.find_gold(trained.corpus, questions)
     gold.warn(trained.corpus, f'{_COUNTED[unknown_gold].capitalize()}.')
     has_gold = [
         len(rows) > 0 or (bool(unknown) and unknown_gold == 'miss')
@@ -256,8 +254,7 @@ class _Asked:
     text_of = functools.cache(
         lambda row: trained.corpus.passage_text(row)['text']
     )
-    about = gold.about_unknown()
-    if about is not None:
+    if (about := gold.about_unknown()) is not None:
       about['counted'] = _COUNTED[unknown_gold]
     if unknown_gold == 'skip':
       gold = dataclasses.replace(gold, unknown=[{} for _ in gold.unknown])
@@ -327,50 +324,39 @@ def _evaluate_step(
   if asked is not None and index is not None:
     rankings = _rankings(trained, params, index, asked)
     depth = _depth(trained)
-    found = {
-        name: _ranked(ranking, asked, depth)
-        for name, ranking in rankings.items()
-    }
+    found = {name: _ranked(r, asked, depth) for name, r in rankings.items()}
     if 'span_reader' in params:
       run = found['retriever']
       model = answering.OpenQA(trained, step, params, index)
       figures, answers = metrics_lib.answer_figures(
           model, asked.table, run.doc_ids_BK, read
       )
-      found['retriever'] = dataclasses.replace(
-          run, figures=figures, answers=answers
-      )
+      run = dataclasses.replace(run, figures=figures, answers=answers)
+      found['retriever'] = run
     measured: dict[str, dict[str, Any]] = {
         name: {'questions': _question_metrics(trained, run, asked)}
         for name, run in found.items()
     }
     result |= measured.pop('retriever')
     if asked.bm25 is not None:
-      without_result = (rankings['bm25'][0][:, 0] < 0).sum()
-      measured['bm25'] |= {
-          **asked.bm25[0].about(),
-          'without_result': int(without_result),
-          'joined': depth,
-      }
+      without_result = int((rankings['bm25'][0][:, 0] < 0).sum())
+      about = {'without_result': without_result, 'joined': depth}
+      measured['bm25'] |= asked.bm25[0].about() | about
       result['baselines'] = measured
     if asked.folder is not None:
       result['beir'] = asked.folder.measure(
           rankings, asked.cluster_B, output / f'{step}.beir'
       )
-    counts = collections.Counter(
-        rule
-        for rule, question in zip(
-            asked.rules, asked.table.questions, strict=True
-        )
-        if question.answers
-    )
-    if counts:
+    pairs = zip(asked.rules, asked.table.questions, strict=True)
+    if counts := collections.Counter(rule for rule, q in pairs if q.answers):
       result['answer_match'] = dict(counts)
     if asked.unknown_gold is not None:
       result['unknown_gold'] = asked.unknown_gold
   if max_sentences and 'reader' in params:
     search = None if index is None else index.search
-    result['masked'] = masked.measure(trained, params, search, max_sentences)
+    result['masked'] = inspect_lib.measure(
+        trained, params, search, max_sentences
+    )
   result['seconds'] = round(time.perf_counter() - start, 3)
   return result, found
 
@@ -400,20 +386,16 @@ def _rankings(
 def _ranked(ranking: beir_lib.Ranking, asked: _Asked, depth: int) -> runs.Run:
   """Returns the ranks of gold passages and answers among the first `depth`."""
   doc_ids_BK, score_BK = (array_BK[:, :depth] for array_BK in ranking)
-  questions = asked.table.questions
+  questions, rules = asked.table.questions, asked.rules
+  answers = [question.answers for question in questions]
   return runs.Run(
       questions,
       doc_ids_BK,
       score_BK,
       metrics_lib.gold_ranks(doc_ids_BK, asked.gold.rows),
-      metrics_lib.answer_ranks(
-          doc_ids_BK,
-          [question.answers for question in questions],
-          asked.rules,
-          asked.text_of,
-      ),
+      metrics_lib.answer_ranks(doc_ids_BK, answers, rules, asked.text_of),
       asked.cluster_B,
-      rules=asked.rules,
+      rules=rules,
   )
 
 
@@ -424,9 +406,7 @@ def _question_metrics(
   has_gold = asked.has_gold_B
   has_answers = np.array([bool(q.answers) for q in run.questions])
   ndcg_B = metrics_lib.ndcg(
-      run.doc_ids_BK,
-      asked.gold.rows,
-      asked.gold.grades,
+      run.doc_ids_BK, asked.gold.rows, asked.gold.grades,
       [one.values() for one in asked.gold.unknown],
   )
   held_out = np.array([question.held_out for question in run.questions])
@@ -447,13 +427,11 @@ def _question_metrics(
     }
     with_gold, members = members & has_gold, members & has_answers
     if members.any():
-      metrics[name]['answer'] = metrics_lib.ranking(
-          run.answer_rank_B[members], depth, num_live
-      )
+      ranks_B = run.answer_rank_B[members]
+      metrics[name]['answer'] = metrics_lib.ranking(ranks_B, depth, num_live)
     if with_gold.any():
-      metrics[name]['gold'] = metrics_lib.ranking(
-          run.gold_rank_B[with_gold], depth, num_live
-      )
+      ranks_B = run.gold_rank_B[with_gold]
+      metrics[name]['gold'] = metrics_lib.ranking(ranks_B, depth, num_live)
       if depth >= min(metrics_lib.NDCG_CUTOFF, num_live):
         metrics[name]['gold']['ndcg_at_10'] = float(ndcg_B[with_gold].mean())
     if run.figures and members.any():

@@ -30,9 +30,7 @@ def gold_ranks(
 ) -> np.ndarray:
   """Returns int64 [B]: rank from 1 of the first gold passage, else 0.
 
-  Args:
-    doc_ids_BK: passage rows, best first; -1: none.
-    gold_rows: for each query, the rows of its gold passages.
+  `doc_ids_BK` are passage rows, best first; -1: none.
   """
   return _first_hits(
       np.isin(doc_ids, rows)
@@ -48,11 +46,9 @@ def answer_ranks(
 ) -> np.ndarray:
   """Returns int64 [B]: rank from 1 of the first passage with an answer, else 0.
 
-  Args:
-    doc_ids_BK: passage rows, best first; -1: none.
-    answers: the accepted answers of each query.
-    matches: the rule of `answers.has_answer` for each query.
-    text_of: returns the text of a passage row, without the title, as in DPR.
+  `doc_ids_BK` are passage rows, best first; -1: none. `matches` are rules of
+  `answers.has_answer`. `text_of` returns the text of a passage row, without the
+  title, as in DPR.
   """
 
   def hits(
@@ -66,10 +62,8 @@ def answer_ranks(
 
 def _first_hits(hits: Iterable[Iterable[bool]]) -> np.ndarray:
   """Returns the 1-based place of the first True of each row; 0: none."""
-  return np.array(
-      [next((i for i, hit in enumerate(row, 1) if hit), 0) for row in hits],
-      np.int64,
-  )
+  found = [next((i for i, hit in enumerate(row, 1) if hit), 0) for row in hits]
+  return np.array(found, np.int64)
 
 
 def ndcg(
@@ -108,17 +102,11 @@ def ndcg(
 def ranking(
     ranks: np.ndarray, depth: int, num_documents: int
 ) -> dict[str, float]:
-  """Recall and mean reciprocal rank.
+  """Returns `recall_at_C` for each known cutoff C, and `mrr`.
 
-  Args:
-    ranks: of `gold_ranks` or `answer_ranks`, at least one.
-    depth: number of passages retrieved for each query.
-    num_documents: size of the corpus. If all passages were retrieved, recall is
-      known at every cutoff.
-
-  Returns:
-    `recall_at_C` for each known cutoff C, and `mrr`, to which a passage that
-    was not retrieved adds 0 (so it is MRR@depth).
+  If all `num_documents` passages were retrieved, recall is known at every
+  cutoff. A passage that was not retrieved adds 0 to `mrr`, which is MRR@depth.
+  `ranks` are those of `gold_ranks` or `answer_ranks`, at least one.
   """
   found = ranks > 0
   metrics = {
@@ -136,13 +124,7 @@ def answer_figures(
     rows_BN: np.ndarray,
     k: int | None = None,
 ) -> tuple[dict[str, np.ndarray], list[answering.Answer]]:
-  """Answers questions and scores the answers.
-
-  Args:
-    model: of the step to evaluate.
-    table: questions with their answers.
-    rows_BN: retrieved passages, best first; the first k are read.
-    k: None: as many as in training.
+  """Answers questions from the first k retrieved passages; scores the answers.
 
   Returns:
     Figures of each question, [B], and the answers. The figures: exact_match,
@@ -159,11 +141,11 @@ def answer_figures(
   blind = model.read(table, rng.choice(trained.corpus.live_rows, rows_BK.shape))
   width = trained.config.model.max_span_width
 
-  def exact_match(answers: list[answering.Answer]) -> np.ndarray:
-    return np.array([
+  def exact_match(answers: list[answering.Answer]) -> list[bool]:
+    return [
         answers_lib.exact_match(answer.text, question.answers, question.match)
         for answer, question in zip(answers, table.questions, strict=True)
-    ], float)
+    ]
 
   def can_answer(question: questions_lib.Question, rows_K: np.ndarray) -> bool:
     answers = model.passage_answers
@@ -173,23 +155,21 @@ def answer_figures(
         for first, last in answers.spans(question, row)
     )
 
+  f1 = [
+      answers_lib.f1(answer.text, question.answers)
+      if question.match == 'string'
+      else np.nan
+      for answer, question in zip(found, table.questions, strict=True)
+  ]
   figures = {
       'exact_match': exact_match(found),
-      'f1': np.array([
-          answers_lib.f1(answer.text, question.answers)
-          if question.match == 'string'
-          else np.nan
-          for answer, question in zip(found, table.questions, strict=True)
-      ]),
-      'reader_oracle': np.array([
-          can_answer(question, rows_K)
-          for question, rows_K in zip(table.questions, rows_BK, strict=True)
-      ], float),
-      'no_answer': np.array([not answer.text for answer in found], float),
-      'probability': np.array([answer.probability for answer in found]),
+      'f1': f1,
+      'reader_oracle': list(map(can_answer, table.questions, rows_BK)),
+      'no_answer': [not answer.text for answer in found],
+      'probability': [answer.probability for answer in found],
       'exact_match_random_passages': exact_match(blind),
   }
-  return figures, found
+  return {name: np.array(x, float) for name, x in figures.items()}, found
 
 
 def means(
@@ -199,10 +179,7 @@ def means(
 ) -> dict[str, Any]:
   """Returns NAME, the mean of each figure, and NAME_interval of some.
 
-  Args:
-    figures: [B] each; nan is left out.
-    cluster_B: see `interval`.
-    with_interval: names of figures; a single cluster has no interval.
+  Figures are [B] each; nan is left out. A single cluster has no interval.
   """
   summary: dict[str, Any] = {}
   for name, values in figures.items():
@@ -222,13 +199,11 @@ def clusters(keys: Iterable[Hashable | None]) -> np.ndarray:
   of its own.
   """
   numbers: dict[Hashable, int] = {}
-  return np.array(
-      [
-          numbers.setdefault((i,) if key is None else key, len(numbers))
-          for i, key in enumerate(keys)
-      ],
-      np.int64,
-  )
+  found = [
+      numbers.setdefault((i,) if key is None else key, len(numbers))
+      for i, key in enumerate(keys)
+  ]
+  return np.array(found, np.int64)
 
 
 def interval(
@@ -253,13 +228,9 @@ def interval(
   found = stats.bootstrap(
       (sums, sizes),
       lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
-      paired=True,
-      vectorized=True,
-      n_resamples=_RESAMPLES,
-      batch=max(_CHUNK // sums.size, 1),
-      confidence_level=0.95,
-      method='percentile',
-      rng=np.random.default_rng(0),
+      paired=True, vectorized=True, n_resamples=_RESAMPLES,
+      batch=max(_CHUNK // sums.size, 1), confidence_level=0.95,
+      method='percentile', rng=np.random.default_rng(0),
   )
   low, high = found.confidence_interval
   return float(low), float(high)
@@ -322,6 +293,5 @@ def _totals(
     return values_B, np.ones_like(values_B)
   _, number_B = np.unique(cluster_B, return_inverse=True)
   return (
-      np.bincount(number_B, values_B),
-      np.bincount(number_B).astype(np.float64),
+      np.bincount(number_B, values_B), np.bincount(number_B).astype(np.float64)
   )

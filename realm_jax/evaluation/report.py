@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax.runtime import extension
 from realm_jax.runtime import files as files_lib
 from realm_jax.runtime import metrics as metrics_lib
 
@@ -103,76 +104,59 @@ def load_all(workdir: pathlib.Path | str) -> list[Result]:
 
 def tables(results: list[Result]) -> dict[str, list[Sequence[Any]]]:
   """Returns tables by title: the heads, then the rows; none is without rows."""
-  groups = [
-      (result['step'], name, group)
-      for result in results
-      for name, group in _question_groups(result).items()
-  ]
+  passages: list[Sequence[Any]] = []
+  documents: list[Sequence[Any]] = []
+  paired: list[Sequence[Any]] = []
+  answers: list[Sequence[Any]] = []
+  entities: list[Sequence[Any]] = []
+  masked: list[Sequence[Any]] = []
+  for result in results:
+    step = result['step']
+    for name, group in _question_groups(result).items():
+      row = [step, name, group['questions']]
+      gold = _cells(group.get('gold', {}), _GOLD_COLUMNS)
+      string = _cells(group.get('answer', {}), _STRING_COLUMNS)
+      passages.append([*row, *gold, *string])
+      if 'open_qa' in group:
+        cells = _cells(group['open_qa'], _ANSWER_COLUMNS)
+        answers.append([*row, group.get('clusters', ''), *cells])
+    if beir := result.get('beir'):
+      for run, figures in beir['figures'].items():
+        cells = _cells(figures, _BEIR_COLUMNS)
+        documents.append([step, RUNS[run], beir['queries'], *cells])
+    for kind, of in (('baselines', ''), ('beir', ', BEIR')):
+      for pair, tests in result.get(kind, {}).get('paired', {}).items():
+        for figure, test in tests.items():
+          sides = [RUNS[run] for run in pair.split('_')]
+          paired.append([step, *sides, *paired_row(f'{figure}{of}', test)])
+    for name, score in result.get('entities', {}).items():
+      cells = _cells(score, _ENTITY_COLUMNS)
+      entities.append([step, name, score['count'], *cells])
+    if result.get('masked'):
+      masked.append([step, *_cells(result['masked'], _MASKED_COLUMNS, _number)])
   found: dict[str, list[Sequence[Any]]] = {
       'Passages retrieved for questions, in per cent': [
           ['step', 'facts', 'questions', *_GOLD_COLUMNS, *_STRING_COLUMNS],
-          *(
-              [
-                  step,
-                  name,
-                  group['questions'],
-                  *_cells(group.get('gold', {}), _GOLD_COLUMNS),
-                  *_cells(group.get('answer', {}), _STRING_COLUMNS),
-              ]
-              for step, name, group in groups
-          ),
+          *passages,
       ],
       'Documents of BEIR retrieved for its queries, in per cent (95 %'
       f' interval, resampled by cluster: {UNIT})': [
-          ['step', 'by', 'queries', *_BEIR_COLUMNS],
-          *(
-              [result['step'], RUNS[run], result['beir']['queries']]
-              + _cells(figures, _BEIR_COLUMNS)
-              for result in results
-              if 'beir' in result
-              for run, figures in result['beir']['figures'].items()
-          ),
+          ['step', 'by', 'queries', *_BEIR_COLUMNS], *documents
       ],
       'Retriever, BM25 and their hybrid (reciprocal rank fusion), with paired'
       f' tests over the same clusters: {UNIT}': [
-          ['step', 'ours is', 'theirs is', *PAIRED_COLUMNS],
-          *(
-              [result['step'], *(RUNS[run] for run in pair.split('_'))]
-              + paired_row(f'{figure}{of}', test)
-              for result in results
-              for kind, of in (('baselines', ''), ('beir', ', BEIR'))
-              for pair, tests in result.get(kind, {}).get('paired', {}).items()
-              for figure, test in tests.items()
-          ),
+          ['step', 'ours is', 'theirs is', *PAIRED_COLUMNS], *paired
       ],
       'Questions answered, in per cent (95 % interval, resampled by cluster:'
       f' {UNIT})': [
-          ['step', 'facts', 'questions', 'clusters', *_ANSWER_COLUMNS],
-          *(
-              [step, name, group['questions'], group.get('clusters', '')]
-              + _cells(group['open_qa'], _ANSWER_COLUMNS)
-              for step, name, group in groups
-              if 'open_qa' in group
-          ),
+          ['step', 'facts', 'questions', 'clusters', *_ANSWER_COLUMNS], *answers
       ],
       'Entities found, in per cent': [
-          ['step', 'type', 'entities', *_ENTITY_COLUMNS],
-          *(
-              [result['step'], name, score['count']]
-              + _cells(score, _ENTITY_COLUMNS)
-              for result in results
-              for name, score in result.get('entities', {}).items()
-          ),
+          ['step', 'type', 'entities', *_ENTITY_COLUMNS], *entities
       ],
       'Masked spans filled in (95 % interval, resampled by cluster: the'
       " sentence's article where it is known, else the sentence)": [
-          ['step', *_MASKED_COLUMNS],
-          *(
-              [result['step']]
-              + _cells(result['masked'], _MASKED_COLUMNS, _number)
-              for result in results
-              if result.get('masked')
-          ),
+          ['step', *_MASKED_COLUMNS], *masked
       ],
   }
   return {title: lines for title, lines in found.items() if len(lines) > 1}
@@ -227,12 +211,13 @@ def _notes(result: Result) -> Iterator[str]:
     )
   for name, group in result.get('questions', {}).items():
     total = group['questions']
+    counts = {
+        'gold': ('with_gold_passage', 'gold passage'),
+        'answer': ('with_answers', 'answer'),
+    }
     known = [
         f'{group[count]} of them by {what}'
-        for count, what, kind in (
-            ('with_gold_passage', 'gold passage', 'gold'),
-            ('with_answers', 'answer', 'answer'),
-        )
+        for kind, (count, what) in counts.items()
         if kind in group and group.get(count, total) < total
     ]
     if known:
@@ -279,13 +264,8 @@ def new_figure(width: float, height: float) -> Any:
   Raises:
     ImportError: matplotlib is not installed; names the command to install it.
   """
-  try:
+  with extension.needed_by('A plot', 'plot'):
     from matplotlib import figure
-  except ImportError as error:
-    raise ImportError(
-        'Plots need a package that is not installed: '
-        "pip install 'realm_jax[plot]'"
-    ) from error
   return figure.Figure(figsize=(width, height), layout='constrained')
 
 
@@ -299,10 +279,11 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
   folder.mkdir(parents=True, exist_ok=True)
   drawn = []
   results = load_all(workdir)
-  for name, panels in (
-      ('recall.png', recall_panels(results)),
-      ('training.png', training_panels(metrics_lib.read_metrics(workdir))),
-  ):
+  pictures = {
+      'recall.png': recall_panels(results),
+      'training.png': training_panels(metrics_lib.read_metrics(workdir)),
+  }
+  for name, panels in pictures.items():
     if not panels:
       continue
     # A panel of single points is drawn only if all panels are such.
@@ -376,10 +357,8 @@ def _draw_answers(
 def write(workdir: pathlib.Path | str, results: list[Result]) -> str:
   """Writes report.md and the plots of all saved results.
 
-  Without matplotlib, a warning replaces the plots.
-
-  Returns:
-    The table of `results` and the names of the files, for printing.
+  Without matplotlib, a warning replaces the plots. Returns the table of
+  `results` and the names of the files, for printing.
   """
   path = pathlib.Path(workdir) / FOLDER / 'report.md'
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -402,20 +381,21 @@ Panels = dict[str, Curves]
 def recall_panels(results: list[Result]) -> Panels:
   """Returns a panel for each group of questions and each kind of rank."""
   panels: Panels = {}
+  kinds = {'gold': 'gold passage', 'answer': 'answer string'}
+  readers = {
+      'accuracy_with_retrieval': 'with retrieval',
+      'accuracy_without_retrieval': 'without',
+  }
   for result in results:
     for group, values in result.get('questions', {}).items():
-      for kind in ('gold', 'answer'):
-        words = {'gold': 'gold passage', 'answer': 'answer string'}[kind]
+      for kind, words in kinds.items():
         for name, value in values.get(kind, {}).items():
           label = name.replace('_at_', '@').replace('mrr', 'MRR')
           label = label.replace('ndcg', 'nDCG')
           curves = panels.setdefault(f'{words}, {group} questions', {})
           curves.setdefault(label, []).append((result['step'], value))
     masked = result.get('masked') or {}
-    for name, label in (
-        ('accuracy_with_retrieval', 'with retrieval'),
-        ('accuracy_without_retrieval', 'without'),
-    ):
+    for name, label in readers.items():
       if masked.get(name) is not None:
         curves = panels.setdefault('masked spans filled in', {})
         curves.setdefault(label, []).append((result['step'], masked[name]))

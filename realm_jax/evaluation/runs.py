@@ -21,7 +21,7 @@ from realm_jax.evaluation import metrics
 from realm_jax.evaluation import report
 from realm_jax.inference import answering
 from realm_jax.qa import answers as answers_lib
-from realm_jax.qa import passage_answers
+from realm_jax.qa import question_table
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import files
 from realm_jax.runtime import lines
@@ -101,16 +101,15 @@ def escaped(name: str) -> str:
 def write_trec(path: Path, run: Run, corpus: corpus_lib.Corpus) -> None:
   """Writes a run with the ids of questions and passages."""
   names = _passage_names(corpus, run.doc_ids_BK)
-  found = zip(run.doc_ids_BK.tolist(), run.score_BK.tolist(), strict=True)
+  queries = query_names(run.questions)
+  rows_BK, score_BK = run.doc_ids_BK.tolist(), run.score_BK.tolist()
   ranking = {
       query: {
           names[row]: score
           for row, score in zip(rows, scores, strict=True)
           if row >= 0
       }
-      for query, (rows, scores) in zip(
-          query_names(run.questions), found, strict=True
-      )
+      for query, rows, scores in zip(queries, rows_BK, score_BK, strict=True)
   }
   write_ranking(path, ranking, 'realm_jax', '.6f')
 
@@ -124,12 +123,7 @@ def write_ranking(
   """Writes `query Q0 passage rank score name` lines, as trec_eval reads them.
 
   Ids are written as one word (`escaped`). Ranks order passages of equal scores.
-
-  Args:
-    path: output.
-    ranking: scores by query and passage, best first.
-    name: of the run.
-    digits: format of the scores.
+  `ranking` has scores by query and passage, best first, which `digits` formats.
   """
   with files.atomic_file(path) as file:
     for query, scores in ranking.items():
@@ -143,28 +137,21 @@ def write_ranking(
 def write_beir(
     folder: Path,
     questions: Sequence[questions_lib.Question],
-    gold: passage_answers.Gold,
+    gold: question_table.Gold,
     corpus: corpus_lib.Corpus,
 ) -> None:
   """Writes corpus.jsonl, queries.jsonl and qrels/test.tsv.
 
   Ids are those of the corpus and of the questions. The answers of a question
-  are in its `metadata`. Gold passages that the corpus lacks are in the qrels.
-
-  Args:
-    folder: output.
-    questions: only those with a gold passage have lines in qrels.
-    gold: their gold passages.
-    corpus: its removed passages are left out.
+  are in its `metadata`. Gold passages that the corpus lacks are in the qrels;
+  removed passages are left out.
   """
   folder = pathlib.Path(folder)
   with files.atomic_file(folder / 'corpus.jsonl') as file:
     every = np.arange(len(corpus.passages))
     for row in np.setdiff1d(every, corpus.removed).tolist():
       passage = corpus.passage_text(row)
-      _line(
-          file, _id=passage['id'], title=passage['title'], text=passage['text']
-      )
+      _line(file, _id=passage.pop('id'), **passage)
   names = query_names(questions)
   with files.atomic_file(folder / 'queries.jsonl') as file:
     for name, question in zip(names, questions, strict=True):
@@ -220,11 +207,9 @@ def write_step(
   """Writes the questions of the runs of a step, and compares the runs.
 
   The files are STEP.questions.jsonl for the retriever, and STEP.NAME.questions
-  .jsonl for other runs.
-
-  Returns:
-    The results of `compare`, by the names of `PAIRS`; empty without BM25, or
-    where the questions have neither answers nor gold passages.
+  .jsonl for other runs. Returns the results of `compare`, by the names of
+  `PAIRS`; empty without BM25, or where the questions have neither answers nor
+  gold passages.
   """
   paths = {}
   for name, run in found.items():

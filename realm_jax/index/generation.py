@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import search as search_lib
 from realm_jax.index import shards
@@ -78,7 +77,7 @@ class Generation:
   path: pathlib.Path
   lineage: Lineage
   manifest: dict[str, Any]
-  embeddings: concatenated.Chained
+  embeddings: corpus_lib.Chained
 
   def make_search(
       self,
@@ -379,7 +378,7 @@ def _settings(config: config_lib.MipsConfig, num_rows: int) -> dict[str, Any]:
 
 def _measure(
     search: search_lib.Search,
-    table: concatenated.Chained,
+    table: corpus_lib.Chained,
     mesh: jax.sharding.Mesh | None,
 ) -> dict[str, Any]:
   count = min(_RECALL_QUERIES, len(table))
@@ -394,7 +393,7 @@ def _measure(
 
 def _table(
     path: pathlib.Path, manifest: dict[str, Any]
-) -> concatenated.Chained:
+) -> corpus_lib.Chained:
   files = manifest['files'][: manifest['num_shards']]
   return shards.open_table(path, files, manifest['dtype'])
 

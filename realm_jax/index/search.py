@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import topk
 from realm_jax.runtime import extension
 from realm_jax.runtime import mesh as mesh_lib
@@ -24,7 +24,7 @@ from realm_jax.runtime import mesh as mesh_lib
 _STREAMED_ROWS = 2**18  # Rows of a streamed table on the devices at once.
 _SCORED_ROWS = 2**12  # Rows scored at once: 2 MiB at width 128 fit the cache.
 
-Rows = concatenated.Rows
+Rows = corpus_lib.Rows
 Array: TypeAlias = np.ndarray | jax.Array
 
 

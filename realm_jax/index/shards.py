@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.runtime import files as files_lib
 
 RECORDS = 'records'  # Folder of the records, deleted when all shards exist.
@@ -127,7 +127,7 @@ def read_build_record(path: pathlib.Path) -> dict[str, Any] | None:
 
 def open_table(
     directory: pathlib.Path, files: list[dict[str, Any]], dtype: str
-) -> concatenated.Chained:
+) -> corpus_lib.Chained:
   """Maps shards into memory, in the order of `files`."""
   shards = []
   for record in files:
@@ -136,7 +136,7 @@ def open_table(
     if dtype == 'bfloat16':
       shard = shard.view(jnp.bfloat16)
     shards.append(shard)
-  return concatenated.Chained(shards)
+  return corpus_lib.Chained(shards)
 
 
 def file_record(directory: pathlib.Path, name: str) -> dict[str, Any]:

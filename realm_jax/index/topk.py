@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 
 # The rows of a shard are padded to a multiple. Otherwise the sums of rows at an
 # edge of the matmul could have another order and so another last bit.
@@ -44,7 +44,7 @@ def aligned(rows: int, mesh: jax.sharding.Mesh) -> int:
 
 
 def place(
-    embeddings_NE: concatenated.Rows,
+    embeddings_NE: corpus_lib.Rows,
     removed: np.ndarray | None,
     rows: tuple[int, int],
     mesh: jax.sharding.Mesh,

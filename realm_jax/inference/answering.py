@@ -23,7 +23,7 @@ from realm_jax.index import search as search_lib
 from realm_jax.inference import trained as trained_lib
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import span_reader
-from realm_jax.qa import passage_answers as passage_answers_lib
+from realm_jax.qa import answers
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions
 from realm_jax.runtime import checkpoint
@@ -87,13 +87,9 @@ class OpenQA:
       index: trained_lib.Index | None = None,
       like: 'OpenQA | None' = None,
   ):
-    """Uses the given parameters and index, or loads them.
+    """Uses the given parameters and index, or loads those of the step.
 
-    Args:
-      trained: the opened workdir.
-      step: of a checkpoint.
-      params, index: None: those of the step.
-      like: of the same workdir; what it compiled is used again.
+    What `like`, of the same workdir, compiled is used again.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or no index for it.
@@ -108,7 +104,7 @@ class OpenQA:
     self.trained, self.step = trained, step
     self.params = trained.load(step) if params is None else params
     self.index = trained.index(self.params, step) if index is None else index
-    self.passage_answers = passage_answers_lib.PassageAnswers(trained.corpus)
+    self.passage_answers = question_table_lib.PassageAnswers(trained.corpus)
     if like is not None:
       self._jitted = like._jitted
 
@@ -163,11 +159,9 @@ class OpenQA:
   def answer(
       self, question: str | Sequence[str], k: int | None = None
   ) -> Answer | list[Answer]:
-    """Answers one question, or several.
+    """Answers one question, or several, from k passages each.
 
-    Args:
-      question: a text, or a list of them.
-      k: passages to read for each; None: as many as in training.
+    k is None: as many as in training.
 
     Raises:
       ValueError: no question, an empty one, or k is not between 1 and the
@@ -215,7 +209,7 @@ class OpenQA:
         corpus.passages, rows_BK, query_ids_BQ, query_lengths_B, length,
         corpus.tokenizer, titles,
     )
-    body_BK2 = passage_answers_lib.body_bounds(
+    body_BK2 = question_table_lib.body_bounds(
         corpus.passages, rows_BK, query_lengths_B, length, corpus.tokenizer,
         titles,
     )
@@ -244,31 +238,24 @@ class OpenQA:
           offsets_L2 = self.passage_answers.wordpieces(row, record['text'])
           start = int(offsets_L2[start_BK[b, k] - first, 0])
           limit = int(offsets_L2[end_BK[b, k] - first, 1])
-        passages.append(
-            Passage(
-                row,
-                **record,
-                score=float(score_BK[b, k]),
-                probability=float(p_BK[b, k]),
-                answer=record['text'].encode()[start:limit].decode(),
-                start=start,
-                limit=limit,
-                answer_probability=(
-                    float(np.exp(logp_BK[b, k])) if is_read else 0.0
-                ),
-            )
+        passage = Passage(
+            row,
+            **record,
+            score=float(score_BK[b, k]),
+            probability=float(p_BK[b, k]),
+            answer=record['text'].encode()[start:limit].decode(),
+            start=start,
+            limit=limit,
+            answer_probability=float(np.exp(logp_BK[b, k]) if is_read else 0),
         )
-      best = int(logp_BK[b].argmax())
-      answer = passages[best]
-      found.append(
-          Answer(
-              question.question,
-              answer.answer,
-              answer.answer_probability,
-              tuple(passages),
-              best if answer.answer else None,
-          )
+        passages.append(passage)
+      number = int(logp_BK[b].argmax())
+      best = passages[number]
+      answer = Answer(
+          question.question, best.answer, best.answer_probability,
+          tuple(passages), number if best.answer else None,
       )
+      found.append(answer)
     return found
 
   @functools.cached_property
@@ -323,15 +310,56 @@ def as_json(loaded: OpenQA, answer: Any) -> str:
   return json.dumps(values, ensure_ascii=False)
 
 
+def for_page(answer: Answer) -> dict[str, Any]:
+  """Returns an answer for the API; spans count characters.
+
+  `marginal` sums equal best spans of the passages.
+  """
+  passages = []
+  together: dict[str, list[Passage]] = {}
+  for rank, passage in enumerate(answer.passages, 1):
+    text = passage.text.encode('utf-8')  # `start` and `limit` count bytes.
+    start = len(text[: passage.start].decode('utf-8'))
+    limit = start + len(passage.answer)
+    passages.append(ranked(rank, passage) | {'start': start, 'limit': limit})
+    if passage.answer:
+      same = answers.normalize_answer(passage.answer)
+      together.setdefault(same, []).append(passage)
+  marginal = [
+      {
+          # The form of the likeliest passage stands for all.
+          'answer': max(same, key=lambda one: one.answer_probability).answer,
+          'probability': sum(one.answer_probability for one in same),
+      }
+      for same in together.values()
+  ]
+  return {
+      'question': answer.question,
+      'answer': answer.text,
+      'probability': answer.probability,
+      'best': answer.best,
+      'passages': passages,
+      # Without a passage, a reader of spans has no answer.
+      'without_passages': None,
+      'marginal': sorted(marginal, key=lambda one: -one['probability']),
+  }
+
+
+def ranked(rank: int, passage: Any) -> dict[str, Any]:
+  """Returns the fields of a passage for JSON, with its rank for its row."""
+  fields = dataclasses.asdict(passage)
+  del fields['row']
+  return {'rank': rank, **fields}
+
+
 def as_text(loaded: OpenQA, answer: Any) -> str:
   """Returns an `Answer`, its passages and where it comes from."""
   shown = [f'{answer.text or "(no answer)"}   p={answer.probability:.2f}', '']
   for number, passage in enumerate(answer.passages):
     mark = '*' if number == answer.best else ' '
     shown += [
-        f'{mark} p(z|x)={passage.probability:.2f}'
-        f' answer p={passage.answer_probability:.2f}  {passage.id}'
-        f'  {passage.title}',
+        f'{mark} p(z|x)={passage.probability:.2f} answer'
+        f' p={passage.answer_probability:.2f}  {passage.id}  {passage.title}',
         f'    {_marked(passage)}',
     ]
   age = loaded.index_age_seconds

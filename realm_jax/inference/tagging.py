@@ -1,6 +1,9 @@
-"""Inference with a tagger: labels of sentences, and corpora with its spans."""
+"""Inference with a tagger: labels, their F1, and corpora with its spans."""
 
+from collections.abc import Sequence
+import dataclasses
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -62,9 +65,8 @@ class SentenceTagger:
     if self._encoder is None:
       # The first table decides the buckets; a later one may be longer.
       length = self.config.tagger.length
-      self._encoder = embedding.RowEncoder(
-          tag, np.append(lengths_N, length), length, self._mesh
-      )
+      sizes = np.append(lengths_N, length)
+      self._encoder = embedding.RowEncoder(tag, sizes, length, self._mesh)
     labels_NL = np.full(table.ids_NL.shape, entities.NO_LABEL, np.int32)
     with tqdm.tqdm(
         total=len(table), desc='tagging', unit='sentence', disable=None
@@ -75,6 +77,90 @@ class SentenceTagger:
         labels_NL[rows, : labels_BL.shape[1]] = labels_BL
         bar.update(len(rows))
     return labels_NL
+
+
+def evaluate(
+    workdir: pathlib.Path | str,
+    sources: str,
+    tag_column: str | None = None,
+    tag_names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+  """Precision, recall and F1 over the entities of tagged sentences.
+
+  `sources`, `tag_column` and `tag_names` are those of `entities.read`; None: as
+  in training. If the types of the sources are not those of the tagger, only the
+  figures of `any` are meaningful. Returns plain JSON, for `report.save`.
+  """
+  start = time.perf_counter()
+  tagger = SentenceTagger(workdir)
+  given = tagger.config.tagger
+  sentences = entities.read(
+      sources,
+      given.tag_column if tag_column is None else tag_column,
+      given.tag_names if tag_names is None else tag_names,
+  )
+  table = entities.TaggedTable.of(
+      sentences, None, tagger.config.tagger.length, tagger.tokenizer
+  )
+  predicted = entities.tags_of_words(
+      table, tagger(table), tagger.types,
+      [len(sentence.tokens) for sentence in sentences],
+  )
+  gold = [entities.entities(sentence.tags) for sentence in sentences]
+  scores = score(gold, [entities.entities(tags) for tags in predicted])
+  return {
+      'step': tagger.step,
+      'objective': tagger.config.objective,
+      'sentences': len(sentences),
+      'entities': {
+          name: dataclasses.asdict(value) for name, value in scores.items()
+      },
+      'seconds': round(time.perf_counter() - start, 3),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Precision, recall and F1 of entities; `count` is of the gold ones."""
+
+  precision: float
+  recall: float
+  f1: float
+  count: int
+
+
+def score(
+    gold: Sequence[Sequence[entities.Entity]],
+    predicted: Sequence[Sequence[entities.Entity]],
+) -> dict[str, Score]:
+  """Compares the entities of sentences as seqeval does (Nakayama 2018).
+
+  An entity is correct if its type, first and last word are.
+
+  Returns:
+    Scores by type; `micro` for all types together; `any` without regard to
+    types, where only first and last word count. A share of nothing is 0.
+  """
+  true = {(i, e) for i, found in enumerate(gold) for e in found}
+  found = {(i, e) for i, found in enumerate(predicted) for e in found}
+  scores = {'micro': _score(true, found)}
+  scores['any'] = _score(
+      {(i, e[1:]) for i, e in true}, {(i, e[1:]) for i, e in found}
+  )
+  for kind in sorted({e[0] for _, e in true | found}):
+    scores[kind] = _score(
+        {x for x in true if x[1][0] == kind},
+        {x for x in found if x[1][0] == kind},
+    )
+  return scores
+
+
+def _score(true: set, found: set) -> Score:
+  right = len(true & found)
+  precision = right / len(found) if found else 0.0
+  recall = right / len(true) if true else 0.0
+  f1 = 2 * right / (len(true) + len(found)) if true or found else 0.0
+  return Score(precision, recall, f1, len(true))
 
 
 def tag_corpus(
@@ -88,18 +174,8 @@ def tag_corpus(
   """Writes a copy of a corpus with the names of a tagger as salient spans.
 
   The tagger's spans replace the names that the rules found; dates and numbers
-  stay. The longer one of two overlapping spans stays; of equally long ones, the
-  tagger's.
-
-  Args:
-    corpus: with the tokenizer of the tagger.
-    workdir: of the objective `tagger`.
-    output: folder to write.
-    dates_and_numbers: whether to keep the dates and numbers of the corpus.
-    overwrite: whether to replace a corpus at `output`.
-
-  Returns:
-    The manifest.
+  stay, unless `dates_and_numbers` is False. The longer one of two overlapping
+  spans stays; of equally long ones, the tagger's. Returns the manifest.
 
   Raises:
     ValueError: another tokenizer; see also `replace_spans.replace_spans`.
@@ -115,49 +191,36 @@ def tag_corpus(
   def find(
       sentences: list[replace_spans.Sentence],
   ) -> list[list[replace_spans.Span]]:
+    pieces = [
+        entities.Wordpieces.of_text(s.text, s.ids, s.starts, s.begins)
+        for s in sentences
+    ]
     table = entities.TaggedTable.of_wordpieces(
-        [
-            entities.Wordpieces.of_text(s.text, s.ids, s.starts, s.begins)
-            for s in sentences
-        ],
-        tagger.config.tagger.length,
-        tagger.tokenizer,
+        pieces, tagger.config.tagger.length, tagger.tokenizer
     )
     names: list[list[replace_spans.Span]] = [[] for _ in sentences]
     words = [np.append(np.flatnonzero(s.begins), len(s.ids)) for s in sentences]
-    for number, first, behind in zip(
-        *entities.entities_of_words(table, tagger(table)), strict=True
-    ):
+    marked = entities.entities_of_words(table, tagger(table))
+    for number, first, behind in zip(*marked, strict=True):
       start, limit = words[number][[first, behind]].tolist()
       s = sentences[number]
-      names[number].append(
-          replace_spans.Span(
-              start, limit, int(s.starts[start]), int(s.limits[limit - 1])
-          )
-      )
+      bounds = int(s.starts[start]), int(s.limits[limit - 1])
+      names[number].append(replace_spans.Span(start, limit, *bounds))
     found = []
     for s, of_one in zip(sentences, names, strict=True):
-      text = s.text.encode()
-      kept = [
-          span
-          for span in s.spans
-          if dates_and_numbers
-          and salient_spans.kind(
-              text[span.byte_start : span.byte_limit].decode()
-          )
-          != 'name'
-      ]
+      text, kept = s.text.encode(), []
+      for span in s.spans if dates_and_numbers else ():
+        words_of = text[span.byte_start : span.byte_limit].decode()
+        if salient_spans.kind(words_of) != 'name':
+          kept.append(span)
       found.append(replace_spans.longest(of_one, kept))
     return found
 
+  about = {
+      'tagger': checkpoint.params_digest(tagger.params),
+      'tagger_types': list(tagger.types),
+      'rules_dates_and_numbers': dates_and_numbers,
+  }
   return replace_spans.replace_spans(
-      corpus,
-      output,
-      find,
-      {
-          'tagger': checkpoint.params_digest(tagger.params),
-          'tagger_types': list(tagger.types),
-          'rules_dates_and_numbers': dates_and_numbers,
-      },
-      overwrite=overwrite,
+      corpus, output, find, about, overwrite=overwrite
   )

@@ -28,7 +28,6 @@ from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer.stages import realm
 
 log = logging.getLogger(__name__)
@@ -94,12 +93,8 @@ class Trained:
     """Opens a workdir with its documents, or with another corpus.
 
     The documents are the training corpus with all later additions and removals.
-
-    Args:
-      workdir: of a job.
-      corpus: where the training corpus is now; None: where it was.
-      another: whether `corpus` may be another one, which then replaces all
-        documents.
+    `corpus` is where the training corpus is now; None: where it was. With
+    `another`, it may be another one, which then replaces all documents.
 
     Raises:
       FileNotFoundError: there is no such workdir, checkpoint or corpus.
@@ -145,7 +140,7 @@ class Trained:
     """
     workdir = pathlib.Path(workdir)
     config = config_lib.resolve(config_lib.read(workdir))
-    names = checkpoint.components_in(workdir)
+    names = sorted(checkpoint.abstract_in(workdir))
     moved = None if corpus is None else pathlib.Path(corpus)
     trained = cls(workdir, config, {}, moved, another)
     if not config.model.vocab_size:
@@ -196,7 +191,7 @@ class Trained:
     if step in steps_available(self.workdir)[0]:
       wanted = {name: c.abstract for name, c in self.components.items()}
       return checkpoint.load_params(self.workdir, wanted, step)[0]
-    params, _ = snapshots_lib.load(
+    params, _ = checkpoint.load_snapshot(
         self.workdir, step, self.components['embedder'].abstract
     )
     return {'embedder': params}
@@ -204,9 +199,7 @@ class Trained:
   def published(self, params: Params, step: int) -> document_store.Index:
     """Returns the published embeddings of all documents by these parameters.
 
-    Args:
-      params: with an embedder.
-      step: of the parameters, for the message.
+    The message of an error names the step.
 
     Raises:
       FileNotFoundError: there is no generation of these parameters.
@@ -238,34 +231,28 @@ class Trained:
     saved = checkpoint.saved_about(
         self.workdir, checkpoint.newest_step(self.workdir)
     )
+    corpus = saved['corpus_fingerprint']
     lineage = generation_lib.Lineage(
         params_digest=params_digest,
         tokenizer_digest=saved['tokenizer_digest'],
-        corpus_fingerprint=saved['corpus_fingerprint'],
+        corpus_fingerprint=corpus,
         width=self.config.model.embedding_width,
     )
-    found = document_store.find(
-        folder, lineage.corpus_fingerprint, params_digest
-    )
-    changed = document_store.read_manifest(
-        self.workdir / document_store.DIRECTORY
-    )['version']
+    found = document_store.find(folder, corpus, params_digest)
+    documents = self.workdir / document_store.DIRECTORY
+    changed = document_store.read_manifest(documents)['version']
     if found is None or changed or self.moved:
       raise error
     log.warning('%s The index is searched; passages have no text.', error)
     loaded = generation_lib.load(folder / str(found['step']), lineage)
-    return document_store.Index(
-        loaded, loaded.embeddings, np.zeros(0, np.int64)
-    )
+    removed = np.zeros(0, np.int64)
+    return document_store.Index(loaded, loaded.embeddings, removed)
 
   def index(self, params: Params, step: int | None = None) -> Index:
     """Returns an exact search of the documents by these parameters.
 
-    Fine-tuning with frozen documents keeps the embeddings of its training.
-
-    Args:
-      params: with an embedder.
-      step: of the checkpoint or snapshot of the parameters, if any.
+    Fine-tuning with frozen documents keeps the embeddings of its training; the
+    step is that of the parameters' checkpoint or snapshot, if any.
 
     Raises:
       FileNotFoundError: the index of the training does not exist any more.
@@ -275,14 +262,11 @@ class Trained:
     if found is not None:
       return _exact(found)
     with tqdm.tqdm(
-        total=len(self.corpus.passages),
-        desc='embedding the corpus',
-        unit='passage',
-        disable=None,
+        total=len(self.corpus.passages), desc='embedding the corpus',
+        unit='passage', disable=None,
     ) as bar:
-      embeddings_NE = self._embed_passages(
-          params['embedder'], progress=bar.update
-      )
+      embedder = params['embedder']
+      embeddings_NE = self._embed_passages(embedder, progress=bar.update)
     search = search_lib.ExactSearch(embeddings_NE, removed=self.corpus.removed)
     return Index(search, embeddings_NE, None)
 
@@ -294,20 +278,16 @@ class Trained:
     Args and Raises: see `index`.
     """
     config = self.config
-    given: Callable[[], components_lib.Params] | None = None
-    if (
-        step in steps_available(self.workdir)[0]
-        and config.objective == 'open_qa'
-        and config.open_qa.documents == 'frozen'
-    ):
-      assert step is not None
+    frozen = (
+        config.objective == 'open_qa' and config.open_qa.documents == 'frozen'
+    )
+    if frozen and step is not None and step in steps_available(self.workdir)[0]:
       about = checkpoint.saved_about(self.workdir, step)
-      generation = about['index_generation']
+      generation, given = about['index_generation'], None
     else:
+      digest = checkpoint.params_digest(params['embedder'])
+      generation = self.documents.find(digest)
       given = functools.partial(params.__getitem__, 'embedder')
-      generation = self.documents.find(
-          checkpoint.params_digest(params['embedder'])
-      )
     if generation is None:
       return None
     return self.documents.index(generation, given)
@@ -377,9 +357,8 @@ class Trained:
 
   @functools.cached_property
   def _embedder(self) -> embedding.Embedder:
-    return embedding.Embedder(
-        self.components['embedder'], mesh_lib.one_device()
-    )
+    component = self.components['embedder']
+    return embedding.Embedder(component, mesh_lib.one_device())
 
   @functools.cached_property
   def _read(self) -> Any:
@@ -389,11 +368,8 @@ class Trained:
     def read(params: Params, batch: realm.Batch) -> dict[str, Any]:
       models = components_lib.bind(self.components, params)
       if searches:
-        score_BK = realm.candidate_scores(
-            models.embedder,
-            batch,
-            null if self.config.null_document else None,
-        )
+        known = null if self.config.null_document else None
+        score_BK = realm.candidate_scores(models.embedder, batch, known)
       else:  # The null document is the only candidate.
         score_BK = jnp.zeros(batch.joint_ids_BKT.shape[:2])
       b, k, t = batch.joint_ids_BKT.shape
@@ -408,15 +384,13 @@ class Trained:
       targets_BKM1 = jnp.broadcast_to(
           batch.targets_BM[:, None, :, None], (*logp_BKMV.shape[:3], 1)
       )
-      marginal_BMV = jax.nn.logsumexp(
-          logp_BK[..., None, None] + logp_BKMV, axis=1
-      )
+      joint_BKMV = logp_BK[..., None, None] + logp_BKMV
+      marginal_BMV = jax.nn.logsumexp(joint_BKMV, axis=1)
+      target_BKM1 = jnp.take_along_axis(logp_BKMV, targets_BKM1, axis=-1)
       return {
           'score_BK': score_BK,
           'logp_BK': logp_BK,
-          'target_logp_BKM': jnp.take_along_axis(
-              logp_BKMV, targets_BKM1, axis=-1
-          )[..., 0],
+          'target_logp_BKM': target_BKM1[..., 0],
           'best_BKM': logp_BKMV.argmax(-1),
           'best_logp_BKM': logp_BKMV.max(-1),
           'marginal_best_BM': marginal_BMV.argmax(-1),
@@ -450,7 +424,7 @@ def steps_available(workdir: Path) -> tuple[list[int], list[int]]:
   workdir = pathlib.Path(workdir)
   return (
       checkpoint.steps_in(workdir / checkpoint.CHECKPOINTS),
-      snapshots_lib.steps_of(workdir),
+      checkpoint.snapshot_steps(workdir),
   )
 
 

@@ -48,10 +48,7 @@ _HEAD = (
 
 
 def byte_records(path: str | os.PathLike[str]) -> tuple[int, Iterator[bytes]]:
-  """Opens an .npy file of byte strings and streams it.
-
-  Returns:
-    The number of strings, and an iterator over them.
+  """Opens an .npy file of byte strings: their number, and a stream of them.
 
   Raises:
     FileNotFoundError: the file does not exist.
@@ -149,14 +146,8 @@ def prepare_corpus(
 ) -> list[int] | None:
   """Makes `workdir`/corpus of the documents of an open-QA checkpoint.
 
-  Row i of the file becomes passage i.
-
-  Args:
-    path: of the file; None: the checkpoint came without it.
-    table: the embeddings of the documents, [N, E].
-    name: of the checkpoint, for messages.
-    workdir: output; has the vocabulary.
-    workers: processes.
+  Row i of the file at `path`, if the checkpoint `name` came with one, becomes
+  passage i; `table` has its embedding, [N, E]. `workdir` has the vocabulary.
 
   Returns:
     The rows without text; None without a file.
@@ -193,10 +184,7 @@ def prepare_corpus(
       file.write(json.dumps({'text': text}) + '\n')
   corpus = workdir / 'corpus'
   prepare.prepare(
-      [str(lines)],
-      corpus,
-      vocab=str(workdir),
-      max_wordpieces=_MAX_BLOCK,
+      [str(lines)], corpus, vocab=str(workdir), max_wordpieces=_MAX_BLOCK,
       workers=workers,
   )
   lines.unlink()

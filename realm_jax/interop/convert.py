@@ -254,14 +254,13 @@ def _other_copies(
   for name, target in layout.copies.items():
     if name not in named or target not in named:
       continue
-    ours, other = named[name], named[target]
-    if ours.shape != other.shape or _equal(ours, other):
+    both = named[name], named[target]
+    if both[0].shape != both[1].shape or _equal(*both):
       continue
-    difference = np.abs(
-        ours.read().astype(np.float32) - other.read().astype(np.float32)
-    )
+    ours, other = (tensor.read().astype(np.float32) for tensor in both)
+    difference = np.abs(ours - other).max()
     found[name] = (
-        f'differs from {target} by up to {difference.max():.3g}; here both are'
+        f'differs from {target} by up to {difference:.3g}; here both are'
         ' one parameter, so the outputs of this head are others until it is'
         ' trained'
     )
@@ -279,7 +278,7 @@ def _differ(named: Mapping[str, weights.FileTensor]) -> bool:
 
 
 def _equal(a: weights.FileTensor, b: weights.FileTensor) -> bool:
-  if a.same_storage(b):
+  if dataclasses.replace(a, name=b.name) == b:  # The same bytes of one file.
     return True
   return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
@@ -399,18 +398,12 @@ def tensors_of(
     params: Mapping[str, components.Params],
     unused: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-  """Returns all tensors of a class of transformers, by name.
+  """Returns all tensors of a class, one of `huggingface_config.KINDS`, by name.
 
-  Args:
-    kind: one of `huggingface_config.KINDS`; 'bert' is the reader.
-    config: resolved.
-    params: of the components that the class consists of.
-    unused: values of tensors that the class never uses. Without a value, the
-      scale of a LayerNorm is 1 and any other tensor 0.
-
-  Returns:
-    float32 arrays; those of `unused` as given. Copies are the same objects.
-    `block_emb` of an open-QA model is not included.
+  They are float32, without `block_emb`; copies are the same objects. 'bert' is
+  the reader. `unused` has values of tensors that the class never uses, which
+  stay as given. Without a value, the scale of a LayerNorm is 1 and any other
+  tensor 0.
 
   Raises:
     ValueError: a component is missing, or the class cannot hold the towers.

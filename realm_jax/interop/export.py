@@ -7,7 +7,7 @@ MTEB, LangChain and vector databases; `index` writes the document embeddings:
 """
 
 from collections.abc import Mapping, Sequence
-import importlib.util
+import contextlib
 import json
 import math
 import pathlib
@@ -17,6 +17,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import cuts
+from realm_jax.interop import convert
 from realm_jax.interop import export_huggingface
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import huggingface_names
@@ -104,12 +105,11 @@ def run(
     raise FileExistsError(
         f'{output} exists and is not empty; give another --output.'
     )
-  match format:
-    case 'huggingface':
-      return export_huggingface.export(model, output, classes)
-    case 'sentence-transformers':
-      return _sentence_transformers(model, output)
-  return _index(model, output, dtype)
+  if format == 'huggingface':
+    return export_huggingface.export(model, output, classes)
+  if format == 'index':
+    return _index(model, output, dtype)
+  return _sentence_transformers(model, output)
 
 
 def _index(
@@ -127,13 +127,11 @@ def _index(
   table, live = index.table, index.live_rows
   with files.atomic_folder(output, overwrite=True) as folder:
     rows = np.lib.format.open_memmap(
-        folder / 'embeddings.npy',
-        'w+',
-        np.dtype(dtype),
+        folder / 'embeddings.npy', 'w+', np.dtype(dtype),
         (len(live), table.shape[1]),
     )
     flat = None
-    if importlib.util.find_spec('faiss') is not None:
+    with contextlib.suppress(ImportError):
       import faiss
 
       flat = faiss.IndexFlatIP(table.shape[1])
@@ -226,7 +224,7 @@ def _usage(model: config_lib.ModelConfig, tower: str) -> str:
   else:
     note += ' Relevance is the inner product; do not normalise.'
   prompts = {
-      name: f", prompt_name='{name}'" * bool(getattr(model, f'{name}_prefix'))
+      name: f", prompt_name='{name}'" if name in _prompts(model) else ''
       for name in ('query', 'document')
   }
   return _USAGE.format(
@@ -236,6 +234,11 @@ def _usage(model: config_lib.ModelConfig, tower: str) -> str:
       document=document.format(separator=model.title_separator),
       note=note,
   )
+
+
+def _prompts(model: config_lib.ModelConfig) -> dict[str, str]:
+  found = {'query': model.query_prefix, 'document': model.document_prefix}
+  return {name: text for name, text in found.items() if text}
 
 
 def _write_tower(
@@ -258,35 +261,29 @@ def _write_tower(
       *_modules(model, params, encoder, f'{own}projection', source),
   ]
   listed = []
-  for i, (kind, settings, tensors) in enumerate(modules):
+  for i, (kind, values, tensors) in enumerate(modules):
     path = f'{i}_{kind}' if i else ''  # The encoder has no folder of its own.
     class_name = f'{st.PACKAGE}.models.{kind}'
     listed.append({'idx': i, 'name': str(i), 'path': path, 'type': class_name})
     (folder / path).mkdir(exist_ok=True)
-    if settings:
-      files.write_json(folder / path / 'config.json', settings)
+    if values:
+      files.write_json(folder / path / 'config.json', values)
     if tensors:
       weights.write_folder(folder / path, tensors)
   files.write_json(folder / st.MODULES, listed)
   lengths = config.lengths
   length = lengths.query if tower == 'query' else lengths.document
-  length = min(length, model.max_positions)
-  files.write_json(
-      folder / st.LENGTHS, {'max_seq_length': length, 'do_lower_case': False}
-  )
-  prompts = {
-      name: getattr(model, f'{name}_prefix')
-      for name in ('query', 'document')
-      if getattr(model, f'{name}_prefix') and tower in ('', name)
+  limits = {
+      'max_seq_length': min(length, model.max_positions), 'do_lower_case': False
   }
-  files.write_json(
-      folder / st.SETTINGS,
-      {
-          'similarity_fn_name': 'cosine' if model.normalize else 'dot',
-          'prompts': prompts,
-          'default_prompt_name': tower if tower in prompts else None,
-      },
-  )
+  files.write_json(folder / st.LENGTHS, limits)
+  prompts = {k: v for k, v in _prompts(model).items() if tower in ('', k)}
+  settings = {
+      'similarity_fn_name': 'cosine' if model.normalize else 'dot',
+      'prompts': prompts,
+      'default_prompt_name': tower if tower in prompts else None,
+  }
+  files.write_json(folder / st.SETTINGS, settings)
   _write_encoder(folder, config, params, encoder, source)
 
 
@@ -368,9 +365,7 @@ def _write_encoder(
       values['torch_dtype'] = source.config.get('torch_dtype', 'float16')
   tensors: dict[str, Any] = {}
   for theirs_name, ours in mapped.items():
-    array = np.asarray(params[ours.removeprefix('embedder/')])
-    if ours.endswith('.kernel'):
-      array = np.ascontiguousarray(array.T)
+    array = convert.torch_tensor(ours, {'embedder': params})
     tensors |= _in_types({theirs_name: array}, ours, source)
   files.write_json(folder / 'config.json', values)
   weights.write_folder(folder, tensors | dict(unused))

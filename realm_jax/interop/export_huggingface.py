@@ -15,7 +15,7 @@ import numpy as np
 
 import realm_jax
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import entities
 from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import block_records
@@ -156,9 +156,8 @@ class Model:
         'objective': config.objective,
         'corpus fingerprint': self.about.get('corpus_fingerprint') or 'none',
         'tokenizer digest': self.trained.tokenizer.digest,
-        'layers, width, heads': (
-            f'{model.num_layers}, {model.width}, {model.num_heads}'
-        ),
+        'layers, width, heads':
+            f'{model.num_layers}, {model.width}, {model.num_heads}',
         'retrieval embedding': f'{model.embedding_width}, inner product',
         'towers': model.towers,
         **{
@@ -172,11 +171,9 @@ class Model:
       local = pathlib.Path(one.name)
       name = local.name if local.exists() else one.name
       facts[f'imported from ({one.kind})'] = name
+    rows = '\n'.join(f'| {key} | {value} |' for key, value in facts.items())
     text = _CARD.format(
-        title=title,
-        library=library,
-        summary=summary,
-        facts='\n'.join(f'| {key} | {value} |' for key, value in facts.items()),
+        title=title, library=library, summary=summary, facts=rows,
         usage=usage.strip(),
     )
     (folder / 'README.md').write_text(text, 'utf-8')
@@ -201,7 +198,7 @@ class Model:
 class _Rows:
   """Rows of a table of embeddings as one float32 tensor."""
 
-  table: concatenated.Rows
+  table: corpus_lib.Rows
   rows: np.ndarray
 
   @property
@@ -323,22 +320,17 @@ def _write(
   weights.write_folder(folder, tensors)
   if kind == 'openqa':
     corpus, blanks = model.trained.corpus, set(source.blanks if source else [])
-    block_records.byte_records_writer(
-        folder / block_records.FILE,
-        len(live),
-        (
-            b'' if row in blanks else corpus.passage_text(row)['text'].encode()
-            for row in live.tolist()
-        ),
+    records = (
+        b'' if row in blanks else corpus.passage_text(row)['text'].encode()
+        for row in live.tolist()
     )
+    path = folder / block_records.FILE
+    block_records.byte_records_writer(path, len(live), records)
   realm = kind not in huggingface_config.BERT_KINDS
   model.write_tokenizer(folder, 'RealmTokenizer' if realm else 'BertTokenizer')
   model.write_card(
-      folder,
-      huggingface_config.class_of(kind, config.model),
-      'transformers',
-      _SUMMARIES[kind],
-      _usage(kind, subfolder, config.model),
+      folder, huggingface_config.class_of(kind, config.model), 'transformers',
+      _SUMMARIES[kind], _usage(kind, subfolder, config.model),
   )
 
 

@@ -30,13 +30,9 @@ BERT_KINDS = ('bert', 'tagger')  # In every version of transformers.
 RETRIEVER = 'retriever'
 # Two functions with all names that transformers has for them.
 _ACTIVATIONS: dict[Any, Literal['gelu', 'gelu_new']] = {
-    'gelu': 'gelu',
-    'gelu_python': 'gelu',
-    'gelu_new': 'gelu_new',
-    'gelu_pytorch_tanh': 'gelu_new',
-    'gelu_python_tanh': 'gelu_new',
-    'gelu_fast': 'gelu_new',
-    'gelu_accurate': 'gelu_new',
+    'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_new': 'gelu_new',
+    'gelu_pytorch_tanh': 'gelu_new', 'gelu_python_tanh': 'gelu_new',
+    'gelu_fast': 'gelu_new', 'gelu_accurate': 'gelu_new',
 }
 _MAX_LAYERS, _MAX_SIZE = 1000, 2**31 - 1
 

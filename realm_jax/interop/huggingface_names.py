@@ -198,13 +198,9 @@ def bert_layout(
   """Returns the layout of BERT as a reader and as part of an embedder.
 
   A name may occur in several entries: each component starts from the tensor.
-
-  Args:
-    config: sizes of the model.
-    names: of the tensors; a pooler and a masked-LM head may be absent.
-    prefix: of the body's tensors.
-    tagger: whether the classifier is that of a tagger.
-    modules: of a retriever's head, to the embedder's; None: BERT's pooler.
+  A pooler and a masked-LM head may be absent from `names`. `prefix` is that of
+  the body's tensors; `modules` are those of a retriever's head, to the
+  embedder's; None: BERT's pooler.
   """
   names = set(names)
   owners = ['reader/bert', 'embedder/encoder.bert'] + ['tagger/bert'] * tagger
@@ -293,9 +289,8 @@ LAYOUTS: dict[str, Callable[[config_lib.ModelConfig], Layout]] = {
 def kind_of(names: Iterable[str], body: str | None = None) -> tuple[str, str]:
   """Returns the kind of a checkpoint and the prefix of a BERT's body.
 
-  Args:
-    names: of `modern_names`.
-    body: prefix of the body to take, as a BERT; None: the only one.
+  `names` are those of `modern_names`; `body` is the prefix of the body to take,
+  as a BERT; None: the only one.
 
   Raises:
     ValueError: the names are neither of BERT nor of REALM, or there are several

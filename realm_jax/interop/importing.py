@@ -25,7 +25,6 @@ from realm_jax.interop.sources import open_source as open_source
 from realm_jax.models import embedder
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import stages
 
 CORPUS = 'corpus'
@@ -92,10 +91,8 @@ def run(
   chosen = _choose(sources, components)
   tokenizer = _one_tokenizer(sources)
   with files.atomic_folder(workdir, overwrite=True) as temporary:
-    loaded = [
-        source.load(wanted, seed)
-        for source, wanted in zip(sources, chosen, strict=True)
-    ]
+    pairs = zip(sources, chosen, strict=True)
+    loaded = [source.load(wanted, seed) for source, wanted in pairs]
     _check_same_model(sources, loaded)
     loaded = _join_towers(sources, loaded)
     params = {k: v for one in loaded for k, v in one.params.items()}
@@ -140,12 +137,13 @@ def run(
     digest = None
     if 'embedder' in params:
       with checkpoint.uncompressed_context():
-        digest = snapshots_lib.save(temporary, 0, params['embedder'])
+        digest = checkpoint.save_snapshot(temporary, 0, params['embedder'])
     if table is not None and opened is not None:
       block_records.publish(temporary, config, table, opened, digest)
     for source, one in zip(sources, loaded, strict=True):
       sources_lib.write_imported(temporary, source, one, blanks or [])
     files.write_json(temporary / 'config.json', config_lib.to_dict(config))
+  sizes = [np.size(x) for part in params.values() for x in part.values()]
   return {
       'workdir': str(workdir),
       'sources': {
@@ -158,9 +156,7 @@ def run(
           }
           for source, one in zip(sources, loaded, strict=True)
       },
-      'parameters': int(
-          sum(np.size(x) for part in params.values() for x in part.values())
-      ),
+      'parameters': int(sum(sizes)),
       'corpus': config.corpus or None,
       'index': index_step,
   }

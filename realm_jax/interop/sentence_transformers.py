@@ -191,9 +191,8 @@ def read(
     raise ValueError(f'{folder / MODULES} has no Pooling.')
   head = Head(fields, modules, _max_length(encoder)).with_fields(given)
   saved = files.read_object(folder / SETTINGS, optional=True)
-  if saved.get('similarity_fn_name') == 'cosine' and not (
-      head.fields.get('normalize')
-  ):
+  is_cosine = saved.get('similarity_fn_name') == 'cosine'
+  if is_cosine and not head.fields.get('normalize'):
     log.info(
         '%s compares embeddings by their cosine; here their inner product is'
         ' the score, unless --normalize is given.', folder,
@@ -336,15 +335,12 @@ def _prefixes(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _max_length(encoder: pathlib.Path) -> int | None:
-  # From version 6 on, the tokenizer says it.
-  for name, key in (
-      (LENGTHS, 'max_seq_length'), ('tokenizer_config.json', 'model_max_length')
-  ):
-    path = encoder / name
+  path, key = encoder / LENGTHS, 'max_seq_length'
+  length = files.read_object(path, optional=True).get(key)
+  if length is None:  # From version 6 on, the tokenizer says it.
+    path, key = encoder / 'tokenizer_config.json', 'model_max_length'
     length = files.read_object(path, optional=True).get(key)
-    if length is not None:
-      break
-  else:
+  if length is None:
     return None
   if isinstance(length, float) and length.is_integer():
     length = int(length)

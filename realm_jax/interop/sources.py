@@ -18,8 +18,8 @@ from realm_jax.interop import convert
 from realm_jax.interop import huggingface_config
 from realm_jax.interop import sentence_transformers as st
 from realm_jax.interop import weights
+from realm_jax.runtime import extension
 from realm_jax.runtime import files
-from realm_jax.runtime import hub
 from realm_jax.runtime import lines
 
 DIRECTORY = 'imported'  # In a workdir; holds one folder for each source.
@@ -82,10 +82,8 @@ class Source:
     size = self.tokenizer.vocab_size
     with located(self.name):
       loaded = convert.load(
-          *(self.tensors, self.config, wanted, seed),
-          vocab_size=size,
-          body=self.body,
-          head=self.head,
+          *(self.tensors, self.config, wanted, seed), vocab_size=size,
+          body=self.body, head=self.head,
       )
       huggingface_config.set_pad_id(loaded.config, self.tokenizer.pad_id)
     for field, value in self.given.items():
@@ -204,10 +202,8 @@ def open_source(
     huggingface_config.model_config(config)
     head = head or st.named_head(config, given)
   tensors = weights.open_folder(place) | more
-  source = Source(
-      str(name), folder, config, tensors, vocab or str(folder), body, head,
-      given,
-  )
+  vocab = vocab or str(folder)
+  source = Source(str(name), folder, config, tensors, vocab, body, head, given)
   dpr = st.dpr_prefixes(tensors, st.QUESTION + st.CONTEXT)
   if body is None and head is not None and len(dpr) == 1:
     return source.as_tower('', dpr[0])
@@ -218,7 +214,7 @@ def _download(name: str, blocks: bool) -> pathlib.Path:
   """Downloads the necessary files, or finds them in the hub's cache."""
   if not _HUB_ID.fullmatch(name):
     raise FileNotFoundError(f'There is no folder {name}.')
-  get = functools.partial(hub.file, name)
+  get = functools.partial(extension.hub_file, name)
   config = get('config.json')
   if config is None:
     raise FileNotFoundError(
@@ -295,15 +291,13 @@ def write_imported(
   folder.mkdir(parents=True)
   if loaded.unused:
     weights.write_safetensors(folder / _UNUSED, loaded.unused)
-  files.write_json(
-      folder / 'source.json',
-      {
-          'kind': loaded.kind,
-          'name': source.name,
-          'config': source.config,
-          'tensors': loaded.sources,
-          'copies': loaded.copies,
-          'dtypes': loaded.dtypes,
-          'blanks': blanks if loaded.block_emb is not None else [],
-      },
-  )
+  values = {
+      'kind': loaded.kind,
+      'name': source.name,
+      'config': source.config,
+      'tensors': loaded.sources,
+      'copies': loaded.copies,
+      'dtypes': loaded.dtypes,
+      'blanks': blanks if loaded.block_emb is not None else [],
+  }
+  files.write_json(folder / 'source.json', values)

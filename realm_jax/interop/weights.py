@@ -105,10 +105,6 @@ class FileTensor:
   def nbytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
 
-  def same_storage(self, other: 'FileTensor') -> bool:
-    """Whether both tensors are the same bytes of the same file."""
-    return dataclasses.replace(self, name=other.name) == other
-
   def read(self) -> np.ndarray:
     """Returns the tensor as a new array.
 

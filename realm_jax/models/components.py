@@ -104,7 +104,7 @@ def make(
       for JAX's default device.
   """
   config = copy.copy(config)
-  config_lib.encoders.complete(config)
+  config_lib.complete(config)
   config.attention = fused_attention.choose(config, device)
   return _make(name, config)
 

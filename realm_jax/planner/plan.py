@@ -18,7 +18,6 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.index import search as search_lib
 from realm_jax.models import flops
-from realm_jax.planner import memory as memory_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
@@ -96,17 +95,14 @@ def of_corpus(
     FileNotFoundError: no corpus at config.corpus.
   """
   config = config_lib.resolve(config)
-  size = None
+  model, size = config.model, None
   if config.corpus:
     corpus = corpus_lib.Corpus.open(config.corpus)
-    config.model.vocab_size = 0
-    corpus.tokenizer.complete(config.model)
-    template = inputs.Template.of(
-        config.model, config.lengths, corpus.tokenizer
-    )
-    lengths = np.minimum(
-        template.lengths(corpus.passages), config.lengths.document
-    )
+    model.vocab_size = 0
+    corpus.tokenizer.complete(model)
+    template = inputs.Template.of(model, config.lengths, corpus.tokenizer)
+    lengths = template.lengths(corpus.passages)
+    lengths = np.minimum(lengths, config.lengths.document)
     if passages is None:  # Otherwise it stands for a larger, similar corpus.
       passages = len(lengths)
       found = corpus.directory.rglob('*')
@@ -213,10 +209,8 @@ class _Estimate:
 
   @property
   def row_bytes(self) -> search_lib.RowBytes:
-    backend = search_lib.backend(self.config.mips)
-    return backend.row_bytes(
-        self.config.mips, self.config.model.embedding_width
-    )
+    mips, width = self.config.mips, self.config.model.embedding_width
+    return search_lib.backend(mips).row_bytes(mips, width)
 
   @property
   def axis_sizes(self) -> tuple[int, int]:
@@ -239,26 +233,23 @@ class _Estimate:
     if self.stage.searches:
       result['builder_memory'] = self.builder_memory()
     advice = enumerate(self.advice(memory, time), start=1)
-    result['advice'] = {str(i): line for i, line in advice}
-    return result
+    return result | {'advice': {str(i): line for i, line in advice}}
 
   def work(self) -> Figures:
     config, passes = self.config, self.stage.passes()
+    recomputed = flops.hardware_flop(config, passes, self.stage.in_batch)
     flop = {
         'step_tflop': flops.model_flop(config, passes),
-        'step_tflop_with_recomputation': flops.hardware_flop(
-            config, passes, self.stage.in_batch
-        ),
+        'step_tflop_with_recomputation': recomputed,
     }
     if self.stage.searches:
       passages, length = self.setting.passages, self.setting.mean_wordpieces
       flop['search_tflop'] = flops.search_flop(config, passages)
       flop['refresh_tflop'] = flops.embed_flop(config.model, passages, length)
     if config.objective == 'open_qa' and config.open_qa.rerank:
+      rows = config.batch_size * config.open_qa.rerank
       flop['rerank_tflop'] = flops.embed_flop(
-          config.model,
-          config.batch_size * config.open_qa.rerank,
-          config.lengths.document,
+          config.model, rows, config.lengths.document
       )
     return {name: value / 1e12 for name, value in flop.items()}
 
@@ -296,9 +287,8 @@ class _Estimate:
             'lag_steps': refresh / step,
             'refresh_interval_steps': refresh_config.interval,
             'builder_devices_needed': math.ceil(tflop / embedding / seconds),
-            'trainer_devices_per_builder_device': (
-                devices * seconds * embedding / tflop
-            ),
+            'trainer_devices_per_builder_device':
+                devices * seconds * embedding / tflop,
         }
         if not builders:  # Training stops during a refresh.
           step += refresh / refresh_config.interval
@@ -318,7 +308,7 @@ class _Estimate:
     data, model = self.axis_sizes
     rate = config_lib.attention_rate(self.config.model)
     fused = self.setting.fused and not rate
-    used = memory_lib.step_memory(
+    used = flops.step_memory(
         self.config, self.sizes, self.stage.passes(), data, model, fused
     )
     table = self.row_bytes.devices * self.setting.passages / (data * model)
@@ -328,20 +318,18 @@ class _Estimate:
     return _gigabytes(used) | {'chip_gb': self.setting.chip.memory_gb}
 
   def builder_memory(self) -> Figures:
-    length, fused = self.config.lengths.document, self.setting.fused
-    rows = _BUILDER_TOKENS // length
-    return _gigabytes({
-        'weights': 4 * self.sizes['embedder'],
-        'activations': memory_lib.forward_memory(
-            self.config.model, rows, length, fused
-        ),
-    })
+    length = self.config.lengths.document
+    activations = flops.forward_memory(
+        self.config.model, _BUILDER_TOKENS // length, length, self.setting.fused
+    )
+    weights = 4 * self.sizes['embedder']
+    return _gigabytes({'weights': weights, 'activations': activations})
 
   def host_memory(self) -> Figures:
     wordpieces = self.setting.passages * self.setting.mean_wordpieces
     parameters = sum(self.sizes.values())
     used = {
-        'checkpoint_being_saved': memory_lib.STATE_BYTES * parameters,
+        'checkpoint_being_saved': flops.STATE_BYTES * parameters,
         'mapped_wordpieces': _TOKEN_BYTES * wordpieces,
     }
     if self.stage.searches:
@@ -358,7 +346,7 @@ class _Estimate:
       wordpieces = self.setting.passages * self.setting.mean_wordpieces
       corpus = _CORPUS_BYTES * wordpieces
     saved = config.steps // config.checkpoint.interval + 1
-    checkpoint = memory_lib.STATE_BYTES * sum(self.sizes.values())
+    checkpoint = flops.STATE_BYTES * sum(self.sizes.values())
     used = {
         'corpus': corpus,
         'checkpoint': checkpoint,

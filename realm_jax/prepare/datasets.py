@@ -14,8 +14,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from realm_jax.prepare import sources
+from realm_jax.runtime import extension
 from realm_jax.runtime import fields as fields_lib
-from realm_jax.runtime import hub
 from realm_jax.runtime import lines as lines_lib
 
 # A version begins with a digit, a split with a letter.
@@ -124,8 +124,8 @@ class HuggingFaceSource:
   kind = 'dataset of Hugging Face'
 
   def __init__(self, name: str, given: Mapping[str, str] | None = None):
-    """Opens the dataset; the errors are those of `hub.dataset`."""
-    self.name, self._rows = name, hub.dataset(name)
+    """Opens the dataset; the errors are those of `extension.dataset`."""
+    self.name, self._rows = name, extension.dataset(name)
     sample = itertools.islice(self._rows, _SAMPLE)
     self.fields = _fields(name, [*sample], self._rows.features, given)
     # Others, such as embeddings and images, take time to decode.
@@ -143,12 +143,12 @@ class IrDataset:
   kind = 'dataset of ir_datasets'
 
   def __init__(self, name: str, given: Mapping[str, str] | None = None):
-    """Opens the dataset; see `hub.ir_dataset` for other errors.
+    """Opens the dataset; see `extension.ir_dataset` for other errors.
 
     Raises:
       ValueError: it has no documents, or no text.
     """
-    self.name, self._dataset = name, hub.ir_dataset(name)
+    self.name, self._dataset = name, extension.ir_dataset(name)
     if not self._dataset.has_docs():
       raise ValueError(f'{name}: the dataset has no documents.')
     names = self._dataset.docs_cls()._fields

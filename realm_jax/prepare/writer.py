@@ -15,7 +15,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 import realm_jax
-from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.corpus import trivial
@@ -278,7 +277,7 @@ class CorpusWriter:
     passages, sentences = corpus_lib.open_tables(
         self._tables,
         splits,
-        lambda path: concatenated.Chained(
+        lambda path: corpus_lib.Chained(
             [tfds_files.TokenReader(path, self._dtype)]
         ),
     )

@@ -11,7 +11,7 @@ passages, and the default of `evaluate`. `regex` searches a pattern.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import functools
 import itertools
 import re
@@ -200,7 +200,12 @@ def answer_spans(
     origins: Sequence[int] = range(len(text) + 1)
   else:
     lowered, origins = lower_with_origins(text)
-    found = {s for answer in answers for s in _spans_of(answer, lowered)}
+    found = set()
+    for answer in answers:
+      span = find_answer(lowered, answer)
+      while span is not None:
+        found.add(span)
+        span = find_answer(lowered, answer, span[1])
   characters = sorted((origins[start], origins[end]) for start, end in found)
   if text.isascii():
     return characters
@@ -247,13 +252,6 @@ def lower_with_origins(text: str) -> tuple[str, Sequence[int]]:
     parts.append(part)
     origins += [i] * len(part)
   return ''.join(parts), [*origins, len(text)]
-
-
-def _spans_of(answer: str, lowered: str) -> Iterator[tuple[int, int]]:
-  span = find_answer(lowered, answer)
-  while span is not None:
-    yield span
-    span = find_answer(lowered, answer, span[1])
 
 
 @functools.lru_cache(maxsize=4096)

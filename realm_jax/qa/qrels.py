@@ -1,7 +1,6 @@
 """Relevance judgements (qrels): which passages answer a query, and how well."""
 
 from collections.abc import Iterator, Mapping, Sequence
-import csv
 import dataclasses
 import itertools
 import logging
@@ -76,9 +75,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, str, str, Any]]:
           f'{path}: no field for the id of the {field}; the fields are'
           f' {fields_lib.listed([*(table.sample or ({},))[0]])}.'
       )
-  for place, record in table:
-    if isinstance(record, ValueError):
-      raise ValueError(f'{place}: {record}')
+  for place, record in table.records():
     ids = [record.get(names[field]) for field in ('query', 'passage')]
     if not all(type(one) in (int, str) and one != '' for one in ids):
       raise ValueError(f'{place}: {ids} are no ids.')
@@ -113,35 +110,20 @@ def _is_header(row: Sequence[str]) -> bool:
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
   """Yields the place and the columns of each line that is not blank."""
-  delimiter: str | None = None
-  place = str(path)
-
-  def decoded() -> Iterator[str]:
-    nonlocal place
-    for number, line in enumerate(lines_lib.lines(path), 1):
-      place = f'{path}:{number}'
-      try:
-        yield lines_lib.decoded(line)
-      except ValueError as error:
-        raise ValueError(f'{place}: {error}') from None
-
-  texts: Iterator[str] = (text for text in decoded() if text.strip())
-  first = next(texts, '')
-  if '\t' in first:
-    delimiter = '\t'
-  elif tables.suffix(path) == '.csv':
-    delimiter = ','
-  texts = itertools.chain([first], texts) if first else texts
-  # BEIR, whose files have a header, quotes as csv does.
-  if not delimiter or not _is_header(first.rstrip('\r\n').split(delimiter)):
-    for text in texts:
-      text = text.rstrip('\r\n') if delimiter else text
-      yield place, text.split(delimiter)
+  first = next((line for line in lines_lib.lines(path) if line.strip()), b'')
+  if b'\t' in first or tables.suffix(path) == '.csv':
+    kind = 'tsv' if b'\t' in first else 'csv'
+    for place, record in tables.open_table(path, kind).records():
+      yield place, [*record.values()]
     return
-  try:
-    yield from ((place, row) for row in csv.reader(texts, delimiter=delimiter))
-  except csv.Error as error:
-    raise ValueError(f'{place}: misplaced quotes ({error}).') from None
+  for number, line in enumerate(lines_lib.lines(path), 1):
+    place = f'{path}:{number}'
+    try:
+      words = lines_lib.decoded(line).split()
+    except ValueError as error:
+      raise ValueError(f'{place}: {error}') from None
+    if words:
+      yield place, words
 
 
 def beir(
@@ -190,13 +172,10 @@ def join(
     judged: Mapping[str, Mapping[str, int]],
     source: str,
 ) -> tuple[list[questions_lib.Question], str]:
-  """Gives questions the gold passages that qrels name.
+  """Gives questions the gold passages that qrels name; says what was done.
 
   Passages of grade 0 or less were judged irrelevant and are not gold. Questions
   without answers and without a judgement are left out.
-
-  Returns:
-    The questions, and what was done, for the log.
 
   Raises:
     ValueError: the questions have no ids, or the qrels name none of them.

@@ -203,8 +203,7 @@ def columns(
 ) -> tuple[dict[str, str], str, str | None]:
   """Finds the meaning of columns without names from the values of all rows.
 
-  Returns:
-    The column of each field, what was found, and `match`.
+  Returns the column of each field, what was found, and `match`.
   """
   if given:
     return dict(given), 'columns as given', FORMATS.get(format, _ANY).match
@@ -212,16 +211,14 @@ def columns(
     raise ValueError(f'{source} holds no question.')
   columns = [*records[0][1]]
   values = [[record[c] for _, record in records] for c in columns]
-  last = columns[-1]
+  last, firsts = columns[-1], values[0]
   are_lists = [questions_lib.is_list(value) for value in values[-1]]
-  is_id = all(map(_ID.fullmatch, values[0])) and len({*values[0]}) == len(
-      values[0]
-  )
+  is_id = all(map(_ID.fullmatch, firsts)) and len({*firsts}) == len(firsts)
   words = [any(re.search(r'\s', v.strip()) for v in part) for part in values]
   first = {'id': columns[0]} if is_id and len(columns) > 1 else {}
   pair = {'question': columns[max(len(columns) - 2, 0)], 'answers': last}
   if format == 'curated_trec' or (
-      len(columns) > 2 and all(map(_TREC_ID.match, values[0]))
+      len(columns) > 2 and all(map(_TREC_ID.match, firsts))
   ):
     if format == 'auto' or len(columns) > 2:
       pair = {'id': columns[0], **pair}

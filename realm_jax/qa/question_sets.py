@@ -21,9 +21,9 @@ import farmhash
 from realm_jax.qa import qrels as qrels_lib
 from realm_jax.qa import question_formats as formats
 from realm_jax.qa import questions as questions_lib
+from realm_jax.runtime import extension
 from realm_jax.runtime import fields as fields_lib
 from realm_jax.runtime import files
-from realm_jax.runtime import hub
 from realm_jax.runtime import tables
 
 log = logging.getLogger(__name__)
@@ -131,13 +131,9 @@ def convert(
 ) -> dict[str, int]:
   """Writes a question set in JSON Lines, which every command reads.
 
-  Args:
-    source, format, fields, qrels: as in `read`.
-    output: folder for questions.jsonl, or for train.jsonl and dev.jsonl.
-    split: whether to apply `resplit`.
-
-  Returns:
-    The number of questions of each file.
+  The arguments are those of `read`. The files in the folder `output` are
+  questions.jsonl, or with `split` (see `resplit`) train.jsonl and dev.jsonl.
+  Returns the number of questions of each.
   """
   questions = read(source, format, fields=fields, qrels=qrels)
   parts = {'questions': questions}
@@ -185,7 +181,7 @@ def _open(
   if table.columns is not None and not table.header and table.delimiter:
     records = [
         (place, {column: value.strip() for column, value in record.items()})
-        for place, record in _records(table)
+        for place, record in table.records()
     ]
     names, what, match = formats.columns(str(path), format, records, given)
     chosen = fields_lib.Fields(
@@ -197,7 +193,7 @@ def _open(
       column = names['id']
       records = [r for r in records if not r[1][column].startswith('lfb')]
     return about, formats.with_fields(records, names, match)
-  return _recognised(_records(table), table.sample, kind, path, format, given)
+  return _recognised(table.records(), table.sample, kind, path, format, given)
 
 
 def _recognised(
@@ -320,21 +316,12 @@ def _table(
   names = [fields_lib.normal(name) for name in table.columns or ()]
   if table.header and not given and not {*names} & {*usual}:
     table = dataclasses.replace(
-        table,
-        header=False,
-        columns=tuple(map(str, range(1, len(names) + 1))),
+        table, header=False, columns=tuple(map(str, range(1, len(names) + 1))),
         quoted=table.quoted and table.format == 'csv',
     )
   if tables.suffix(path) == '.csv' and table.delimiter == '\t':
     table = dataclasses.replace(table, quoted=True)
   return table
-
-
-def _records(table: tables.Table) -> Iterator[tuple[str, Record]]:
-  for place, record in table:
-    if isinstance(record, ValueError):
-      raise ValueError(f'{place}: {record}')
-    yield place, record
 
 
 def _nested(rows: Rows, key: str) -> Iterator[tuple[str, Record]]:
@@ -357,7 +344,7 @@ def _from_hf(
     name: str, format: str, given: Mapping[str, str]
 ) -> tuple[object, Rows]:
   """Reads a dataset of the Hugging Face hub, or its folder."""
-  dataset = hub.dataset(name)
+  dataset = extension.dataset(name)
   rows = ((f'{name}, record {i}', row) for i, row in enumerate(dataset, 1))
   sample = [*itertools.islice(dataset, _SAMPLE)]
   return _recognised(rows, sample, 'Hugging Face', name, format, given)
@@ -367,24 +354,24 @@ def _from_ir(
     name: str, with_qrels: bool
 ) -> tuple[str, Rows, qrels_lib.Qrels | None]:
   """Reads the queries and qrels of a data set of ir_datasets."""
-  dataset = hub.ir_dataset(name)
+  dataset = extension.ir_dataset(name)
   if not dataset.has_queries():
     raise ValueError(
         f'{name} has no queries; those of its parts have, such as {name}/test.'
     )
-  rows = (
-      (f'{name}, query {query.query_id}', {
-          'id': query.query_id,
-          'question': getattr(query, 'text', None) or query.default_text(),
-      })
-      for query in dataset.queries_iter()
-  )
+
+  def rows() -> Iterator[tuple[str, Record]]:
+    for query in dataset.queries_iter():
+      text = getattr(query, 'text', None) or query.default_text()
+      found = {'id': query.query_id, 'question': text}
+      yield f'{name}, query {query.query_id}', found
+
   judged: qrels_lib.Qrels | None = None
   if with_qrels and dataset.has_qrels():
     judged = {}
     for line in dataset.qrels_iter():
       judged.setdefault(line.query_id, {})[line.doc_id] = line.relevance
-  return 'ir_datasets', rows, judged
+  return 'ir_datasets', rows(), judged
 
 
 def _from_tfds(name: str) -> Iterator[tuple[str, Record]]:

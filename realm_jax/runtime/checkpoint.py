@@ -1,10 +1,13 @@
-"""Checkpoints of a workdir: parameters and train state by step.
+"""Checkpoints of a workdir by step, and snapshots of its retriever.
 
-Orbax writes under a temporary name and renames, so a listed step is a complete
-checkpoint. The processes of a job write a checkpoint together, to a folder that
-all of them see; each process reads for itself.
+A checkpoint has parameters and train state; a snapshot has the parameters of
+the embedder, for the index builder. Orbax writes under a temporary name and
+renames, so a listed step is complete. The processes of a job write a checkpoint
+together, to a folder that all of them see; each process reads for itself.
 """
 
+from collections.abc import Callable
+import concurrent.futures
 import contextlib
 import hashlib
 import logging
@@ -23,7 +26,7 @@ from realm_jax.runtime import lines
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = 'checkpoints'
+CHECKPOINTS, SNAPSHOTS = 'checkpoints', 'retriever'
 _METADATA = '_CHECKPOINT_METADATA'  # A file of Orbax.
 
 Path = pathlib.Path | str
@@ -35,10 +38,9 @@ def params_digest(params: Any) -> str:
   It does not depend on the sharding. If arrays are spread over the devices of
   several processes, all of these must call.
   """
-  leaves = _leaves(params)
   hasher = hashlib.sha256()
-  for name in sorted(leaves):
-    array = distributed.fetch(leaves[name])
+  for name, leaf in sorted(_leaves(params).items()):
+    array = distributed.fetch(leaf)
     hasher.update(f'{name} {array.dtype} {array.shape};'.encode())
     hasher.update(np.ascontiguousarray(array).data)
   return hasher.hexdigest()
@@ -60,14 +62,10 @@ class Checkpoints:
     """Opens `workdir`/checkpoints; the `keep` newest are kept, 0 keeps all."""
     policies = ocp.training.preservation_policies
     self._directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+    every = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    kept = policies.LatestN(keep) if keep else policies.PreserveAll()
     self._checkpointer = ocp.training.Checkpointer(
-        self._directory,
-        save_decision_policy=(
-            ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-        ),
-        preservation_policy=(
-            policies.LatestN(keep) if keep else policies.PreserveAll()
-        ),
+        self._directory, save_decision_policy=every, preservation_policy=kept,
         cleanup_tmp_directories=True,
     )
     # The step last handed to `save`, which may not be on disk yet.
@@ -99,9 +97,7 @@ class Checkpoints:
       remove_unfinished(self._directory)
     self.saving = step
     self._checkpointer.save_checkpointables_async(
-        step,
-        {'params': params, 'train_state': train_state},
-        force=True,
+        step, {'params': params, 'train_state': train_state}, force=True,
         custom_metadata=about,
     )
 
@@ -153,16 +149,10 @@ def save_params(
 def load_params(
     workdir: Path, abstract: dict[str, Any], step: int | None = None
 ) -> tuple[dict[str, Any], int]:
-  """Loads the parameters of a checkpoint, by default the newest.
+  """Loads the parameters of a checkpoint, by default the newest; and its step.
 
-  Args:
-    workdir: workdir of a training job.
-    abstract: {component: {name: ShapeDtypeStruct}}, for some or all components
-      of the checkpoint.
-    step: step of the checkpoint.
-
-  Returns:
-    The parameters and their step.
+  `abstract` is {component: {name: ShapeDtypeStruct}}, for some or all
+  components of the checkpoint.
 
   Raises:
     FileNotFoundError: the checkpoint does not exist.
@@ -206,11 +196,6 @@ def newest_step(workdir: Path) -> int:
         f' --workdir={workdir}` writes them.'
     )
   return steps[-1]
-
-
-def components_in(workdir: Path, step: int | None = None) -> list[str]:
-  """Returns the names of the components in a checkpoint; default: newest."""
-  return sorted(abstract_in(workdir, step))
 
 
 def abstract_in(
@@ -295,7 +280,7 @@ def _damaged(path: pathlib.Path, lacks: str) -> ValueError:
 def _leaves(tree: Any) -> dict[str, Any]:
   """Returns the arrays of a tree by their names."""
   return {
-      '/'.join(str(getattr(key, 'key', key)) for key in path): leaf
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
@@ -319,12 +304,145 @@ def check_leaves(found: Any, expected: Any, where: Path) -> None:
   expected = {name: tuple(x.shape) for name, x in _leaves(expected).items()}
   problems = []
   for name in sorted(found.keys() | expected.keys()):
-    if name not in found:
-      problems.append(f'{name}: missing, expected {expected[name]}')
-    elif name not in expected:
-      problems.append(f'{name}: {found[name]}, not part of this model')
-    elif found[name] != expected[name]:
-      problems.append(f'{name}: {found[name]}, expected {expected[name]}')
+    here = found.get(name, 'missing')
+    if name not in expected:
+      problems.append(f'{name}: {here}, not part of this model')
+    elif here != expected[name]:
+      problems.append(f'{name}: {here}, expected {expected[name]}')
   if problems:
     shown = lines.listed(problems, 8, '\n  ')
     raise ValueError(f'{where} holds another model:\n  {shown}')
+
+
+def save_snapshot(workdir: Path, step: int, params: Any) -> str:
+  """Saves a snapshot, for one process; a running job uses `Snapshots`.
+
+  An existing snapshot of this step and digest is kept. Returns the digest, by
+  which the trainer knows the generation made from the parameters.
+  """
+  params = jax.device_get(params)
+  digest = params_digest(params)
+  if not _has(workdir, step, digest):
+    about = {'step': step, 'params_digest': digest}
+    path = _path(workdir, step)
+    ocp.save(path, params, overwrite=True, custom_metadata=about)
+  return digest
+
+
+class Snapshots:
+  """The snapshots of a running job, saved in the background."""
+
+  def __init__(self, workdir: Path, keep: int, required: bool):
+    """Keeps the `keep` newest of the older snapshots; 0 keeps all.
+
+    If not `required`, a failed save (for example a full disk) is only logged.
+    """
+    self._workdir, self._keep = pathlib.Path(workdir), keep
+    self._required = required or jax.process_count() > 1
+    self._threads = concurrent.futures.ThreadPoolExecutor(1, 'snapshot')
+    self._saving: concurrent.futures.Future[None] | None = None
+
+  def save(
+      self, step: int, params: Any, in_use: int, saving: int | None = None
+  ) -> None:
+    """Saves a snapshot in the background; the next step may donate `params`.
+
+    Snapshots after `in_use` are kept, as their generations may be adopted.
+    `saving` is a checkpoint that may not be on disk yet.
+    """
+    self.wait()
+    params = jax.tree.map(distributed.fetch, params)
+    finish = self._begin(step, params)
+
+    def save_and_prune() -> None:
+      finish()
+      if self._keep and distributed.is_main():
+        self._prune(in_use, saving)
+
+    self._saving = self._threads.submit(save_and_prune)
+
+  def _prune(self, in_use: int, saving: int | None) -> None:
+    steps = snapshot_steps(self._workdir)
+    wanted = set(steps[-self._keep :])
+    # A job that resumes may still have to adopt the last snapshot before.
+    saved = set(steps_in(self._workdir / CHECKPOINTS))
+    for resumed in saved if saving is None else {*saved, saving}:
+      wanted.update([step for step in steps if step < resumed][-1:])
+    for step in steps:
+      if step < in_use and step not in wanted:
+        files.remove(_path(self._workdir, step))
+
+  def _begin(self, step: int, params: Any) -> Callable[[], object]:
+    """Begins to save; returns the part for the background."""
+    if jax.process_count() == 1:
+      return lambda: save_snapshot(self._workdir, step, params)
+    # Orbax needs all processes, on their main threads.
+    main = distributed.is_main()
+    digest = params_digest(params) if main else ''
+    if distributed.any(main and _has(self._workdir, step, digest)):
+      return lambda: None
+    about = {'step': step, 'params_digest': digest}
+    path = _path(self._workdir, step)
+    return ocp.save_async(
+        path, params, overwrite=True, custom_metadata=about
+    ).result
+
+  def wait(self) -> None:
+    """Waits until the last snapshot is on disk."""
+    saving, self._saving = self._saving, None
+    try:
+      if saving is not None:
+        saving.result()
+    except (ValueError, OSError) as error:
+      remove_unfinished(self._workdir / SNAPSHOTS)
+      if self._required:
+        raise
+      log.error(
+          'A snapshot of the retriever was not saved: %s. Training continues '
+          'with the present index.', error,
+      )
+
+  def close(self) -> None:
+    self._threads.shutdown()
+
+
+def snapshot_steps(workdir: Path) -> list[int]:
+  """Returns the steps of the snapshots."""
+  return steps_in(pathlib.Path(workdir) / SNAPSHOTS)
+
+
+def snapshot_digest(workdir: Path, step: int) -> str:
+  """Returns the digest of a snapshot; FileNotFoundError if it is gone."""
+  return custom_metadata(_path(workdir, step))['params_digest']
+
+
+def load_snapshot(
+    workdir: Path, step: int, abstract: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+  """Returns a snapshot's parameters, on one device, and their digest.
+
+  Raises:
+    ValueError: the snapshot has other shapes, or its bytes are damaged.
+  """
+  path = _path(workdir, step)
+  check_leaves(ocp.metadata(path).metadata, abstract, path)
+  with single_process_context():
+    params = ocp.load(path, on_one_device(abstract))
+  digest, expected = params_digest(params), snapshot_digest(workdir, step)
+  if digest != expected:
+    raise ValueError(
+        f'{path} is damaged: its parameters have the digest {digest[:16]},'
+        f' {expected[:16]} was written.'
+    )
+  return params, digest
+
+
+def _path(workdir: Path, step: int) -> pathlib.Path:
+  return pathlib.Path(workdir).absolute() / SNAPSHOTS / str(step)
+
+
+def _has(workdir: Path, step: int, digest: str) -> bool:
+  try:
+    return snapshot_digest(workdir, step) == digest
+  except FileNotFoundError:
+    return False

@@ -39,19 +39,14 @@ _calls = itertools.count()  # Numbers the exchanges, equally in all processes.
 
 
 @contextlib.contextmanager
-def job(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    timeout: float = TIMEOUT_SECONDS,
-) -> Iterator[None]:
+def job(*arguments: Any, **more: Any) -> Iterator[None]:
   """Joins as `initialize`; an error in one process then ends all of them.
 
   Otherwise the processes would wait for each other, in a collective or at the
   end. Without an error, the context waits for the other processes to finish.
   """
   try:
-    initialize(coordinator, num_processes, process_id, timeout)
+    initialize(*arguments, **more)
     if _client() is not None:
       threading.Thread(target=_watch, daemon=True).start()
     yield
@@ -106,14 +101,11 @@ def initialize(
 
   def connect() -> None:
     try:
+      # At its own timeout JAX ends the process without naming the address.
+      # Without a list, each process has one device under SLURM.
       jax.distributed.initialize(
-          coordinator,
-          num_processes,
-          process_id,
-          # At its own timeout JAX ends the process without naming the address.
-          initialization_timeout=int(timeout) + 60,
-          # None would mean one device for each process under SLURM.
-          local_device_ids=[],
+          coordinator, num_processes, process_id,
+          initialization_timeout=int(timeout) + 60, local_device_ids=[],
           cluster_detection_method='deactivate' if coordinator else None,
       )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
@@ -262,12 +254,9 @@ def _fail(error: BaseException) -> None:
   _has_failed.set()
   state = jax_distributed.global_state
   if _has_joined.is_set():
-    state.client.key_value_set(
-        _FAILED,
-        f'process {state.process_id} on {socket.gethostname()}:'
-        f' {str(error) or type(error).__name__}',
-        allow_overwrite=True,
-    )
+    who = f'process {state.process_id} on {socket.gethostname()}'
+    text = f'{who}: {str(error) or type(error).__name__}'
+    state.client.key_value_set(_FAILED, text, allow_overwrite=True)
 
   def end() -> None:  # JAX's own exit handler would wait for minutes.
     sys.stdout.flush()

@@ -96,16 +96,15 @@ def parse(
   if text is None or isinstance(text, Mapping):
     pairs = [*(text or {}).items()]
   else:
-    items = lines_lib.comma_separated(text)
-    pairs = [(item.partition(':')[0].strip(), item) for item in items]
-    for i, (field, item) in enumerate(pairs):
-      _, colon, name = item.partition(':')
+    pairs = []
+    for item in lines_lib.comma_separated(text):
+      field, colon, name = item.partition(':')
       if not colon:
         raise ValueError(
             f'--fields={text}: {item!r} is not of the form FIELD:NAME, such as'
             ' text:contents.'
         )
-      pairs[i] = field, name.strip()
+      pairs.append((field.strip(), name.strip()))
   known = tuple(known)
   for field, _ in pairs:
     if field not in known:
@@ -128,12 +127,8 @@ def choose(
 ) -> Fields:
   """Chooses the fields of a source by their usual names.
 
-  Args:
-    wanted: keys of `NAMES`.
-    sample: records of the source.
-    given: names that the user gave, see `parse`.
-    where: the source, for messages.
-    usual: the usual names, as `NAMES`.
+  `wanted` are keys of `usual`; `sample` has records of the source, which is
+  `where`; the user gave the names `given`, see `parse`.
 
   Raises:
     ValueError: a given name is missing, or two names are ambiguous.
@@ -199,9 +194,9 @@ def _candidates(
 def _fits(field: str, name: str, sample: Sequence[Mapping[str, Any]]) -> bool:
   """Returns whether a record has a value that the field can have."""
   values = [row[name] for row in sample if row.get(name) is not None]
-  if field == 'spans':  # Elsewhere, `spans` may be a string of other meaning.
-    return not values or any(not isinstance(value, str) for value in values)
-  return not values or any(not isinstance(value, dict) for value in values)
+  # Elsewhere, `spans` may be a string of other meaning.
+  wrong = str if field == 'spans' else dict
+  return not values or any(not isinstance(value, wrong) for value in values)
 
 
 def _check_unambiguous(
@@ -213,13 +208,10 @@ def _check_unambiguous(
   if len(names) < 2:
     return
   for row in sample:
-    values = [str(row[name]) for name in names if row.get(name)]
+    values = {str(row[name]) for name in names if row.get(name)}
     # `contents` of Pyserini is a title, a line end, and the text.
     shortest = min(values, key=len, default='')
-    if any(
-        value != shortest and not value.endswith('\n' + shortest)
-        for value in values
-    ):
+    if not all(x.endswith('\n' + shortest) for x in values - {shortest}):
       shown = ' and '.join(f'`{name}`' for name in names)
       raise ValueError(
           f'{where}: the field for the {field} is ambiguous: {shown} have'

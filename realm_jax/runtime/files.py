@@ -185,10 +185,8 @@ def sha256(path: Path) -> str:
 def read_manifest(path: Path, format_version: int, mend: str) -> dict[str, Any]:
   """Reads a manifest and compares it with its checksum.
 
-  Args:
-    path: of the file.
-    format_version: the newest that is known.
-    mend: what to do about a manifest that cannot be read, for the message.
+  `format_version` is the newest that is known. `mend` says in a message what to
+  do about a manifest that cannot be read.
 
   Raises:
     FileNotFoundError: there is no such file.

@@ -4,7 +4,8 @@ Every error names the file and the line.
 """
 
 import bz2
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import functools
 import gzip
 import json
 import lzma
@@ -16,12 +17,14 @@ import zlib
 # In the standard library from Python 3.14 on, as compression.zstd.
 from backports import zstd
 
-# Endings of compressed files, and their first bytes.
-ENDINGS = {
-    '.gz': b'\x1f\x8b',
-    '.xz': b'\xfd7zXZ\x00',
-    '.bz2': b'BZh',
-    '.zst': b'\x28\xb5\x2f\xfd',
+# Large windows, as `zstd --long` makes them, are read, too.
+_WIDE = {int(zstd.DecompressionParameter.window_log_max): 31}
+# Endings of compressed files, their first bytes, and what opens them.
+_COMPRESSED: dict[str, tuple[bytes, Callable[..., Any]]] = {
+    '.gz': (b'\x1f\x8b', gzip.open),
+    '.xz': (b'\xfd7zXZ\x00', lzma.open),
+    '.bz2': (b'BZh', bz2.open),
+    '.zst': (b'\x28\xb5\x2f\xfd', functools.partial(zstd.open, options=_WIDE)),
 }
 # Errors of damaged compressed files; bz2 and gzip have an OSError.
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error, zstd.ZstdError)
@@ -32,7 +35,7 @@ _DECODER = json.JSONDecoder()
 
 def plain_name(path: pathlib.Path) -> str:
   """Returns a file's name without the ending that tells its compression."""
-  return path.stem if path.suffix.lower() in ENDINGS else path.name
+  return path.stem if path.suffix.lower() in _COMPRESSED else path.name
 
 
 def lines(path: pathlib.Path) -> Iterator[bytes]:
@@ -76,23 +79,14 @@ def head(path: pathlib.Path, size: int) -> bytes:
 def opened(path: pathlib.Path) -> IO[bytes]:
   """Opens a file for reading; its ending or content tells the compression."""
   file = open(path, 'rb')  # noqa: SIM115
-  ending = path.suffix.lower()
-  if ending not in ENDINGS:
-    start = file.peek(8)
-    found = [e for e, magic in ENDINGS.items() if start.startswith(magic)]
-    if not found:
-      return file
-    ending = found[0]
+  start, found = file.peek(8), _COMPRESSED.get(path.suffix.lower())
+  for compressed in _COMPRESSED.values():
+    if found is None and start.startswith(compressed[0]):
+      found = compressed
+  if found is None:
+    return file
   file.close()
-  if ending == '.gz':
-    return gzip.open(path, 'rb')  # type: ignore[return-value]
-  if ending == '.xz':
-    return lzma.open(path, 'rb')
-  if ending == '.bz2':
-    return bz2.open(path, 'rb')
-  # Large windows, as `zstd --long` makes them, are read, too.
-  limits = {int(zstd.DecompressionParameter.window_log_max): 31}
-  return zstd.open(path, 'rb', options=limits)  # type: ignore[return-value]
+  return found[1](path, 'rb')
 
 
 def first_line(error: BaseException) -> str:

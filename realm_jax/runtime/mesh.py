@@ -78,9 +78,8 @@ def make_mesh(
 
 def one_device() -> jax.sharding.Mesh:
   """Returns a mesh of the first device."""
-  return jax.sharding.Mesh(
-      np.array(jax.devices()[:1]).reshape(1, 1), (DATA, MODEL)
-  )
+  devices = np.array(jax.devices()[:1]).reshape(1, 1)
+  return jax.sharding.Mesh(devices, (DATA, MODEL))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -152,19 +151,15 @@ def rule_for(
   and that `data` divides.
   """
   spec = next((p for r, p in RULES if re.search(rf'(^|\.){r}$', name)), jax.P())
+  spec = tuple(spec) + (None,) * (len(shape) - len(spec))
   axes = [
       axis if axis is None or size % mesh.shape[axis] == 0 else None
-      for axis, size in zip(
-          tuple(spec) + (None,) * (len(shape) - len(spec)), shape, strict=True
-      )
+      for axis, size in zip(spec, shape, strict=True)
   ]
   # Vectors stay whole: a collective each would cost more than it saves.
   if zero and name and len(shape) > 1:
-    free = [
-        i
-        for i, size in enumerate(shape)
-        if axes[i] is None and size % mesh.shape[DATA] == 0
-    ]
+    whole = [i for i, axis in enumerate(axes) if axis is None]
+    free = [i for i in whole if shape[i] % mesh.shape[DATA] == 0]
     if free:
       axes[max(free, key=lambda i: shape[i])] = DATA
   return jax.P(*axes)
@@ -205,9 +200,7 @@ def reduce_gradient(x: jax.Array, spec: jax.P) -> jax.Array:
   if DATA not in spec:
     return jax.lax.psum(x, DATA)
   run = functools.partial(
-      jax.lax.psum_scatter,
-      axis_name=DATA,
-      scatter_dimension=spec.index(DATA),
+      jax.lax.psum_scatter, axis_name=DATA, scatter_dimension=spec.index(DATA),
       tiled=True,
   )
   return _over_model(run, spec)(x)

@@ -1,4 +1,4 @@
-"""Metrics of a job: metrics.jsonl, one line a step, and other loggers.
+"""Metrics of a job: metrics.jsonl, other loggers, and traces of steps.
 
 All metrics share one flat namespace: `train/loss`, `refresh/age_steps`, ...
 """
@@ -16,6 +16,8 @@ import threading
 import time
 from typing import Any, TextIO
 
+import jax
+
 from realm_jax import config as config_lib
 from realm_jax.runtime import distributed
 from realm_jax.runtime import extension
@@ -28,6 +30,7 @@ FILES = (
     'metrics.jsonl', 'tensorboard', 'wandb', 'wandb.json', 'mlruns',
     'mlflow.json',
 )
+PROFILE = 'profile'  # Folder of a workdir, with the trace of some steps.
 _CLOSE_SECONDS = 60.0  # For the last lines of a logger to arrive.
 _NAME = 'realm_jax'  # Default project of W&B, experiment of MLflow.
 
@@ -41,10 +44,7 @@ class MetricsWriter:
   """
 
   def __init__(
-      self,
-      workdir: pathlib.Path | str,
-      step: int,
-      log_to: Sequence[str] = (),
+      self, workdir: pathlib.Path | str, step: int, log_to: Sequence[str] = (),
       about: Mapping[str, Any] | None = None,
   ):
     """Opens the loggers of a job that starts or resumes at `step`.
@@ -213,10 +213,11 @@ class _Mlflow(_Logger):
       return
     name = os.environ.get('MLFLOW_EXPERIMENT_NAME', _NAME)
     found = self._client.get_experiment_by_name(name)
-    experiment = (
-        found.experiment_id if found else self._client.create_experiment(name)
+    number = found.experiment_id if found else None
+    made = self._client.create_run(
+        number or self._client.create_experiment(name),
+        run_name=self.workdir.name,
     )
-    made = self._client.create_run(experiment, run_name=self.workdir.name)
     self.run = made.info.run_id
     params = [
         mlflow.entities.Param(name, str(value)[:500])
@@ -228,10 +229,8 @@ class _Mlflow(_Logger):
   def write(self, step: int, values: Values) -> None:
     now = int(time.time() * 1000)
     metric = self._entities.Metric
-    self._client.log_batch(
-        self.run,
-        metrics=[metric(name, x, now, step) for name, x in values.items()],
-    )
+    found = [metric(name, x, now, step) for name, x in values.items()]
+    self._client.log_batch(self.run, metrics=found)
 
   def close(self, failed: bool) -> None:
     self._client.set_terminated(self.run, 'FAILED' if failed else 'FINISHED')
@@ -252,18 +251,13 @@ class _Sender:
   """
 
   def __init__(
-      self,
-      name: str,
-      workdir: pathlib.Path,
-      step: int,
+      self, name: str, workdir: pathlib.Path, step: int,
       about: Mapping[str, Any],
   ):
     self._name, self._path = name, workdir / f'{name}.json'
     self._failed = False  # The job failed; the logger did not.
     self._logger: _Logger | None = None
-    self._lines: queue.SimpleQueue[tuple[int, Values] | None] = (
-        queue.SimpleQueue()
-    )
+    self._lines = queue.SimpleQueue[tuple[int, Values] | None]()
     run, self._sent = None, -1
     # A job at step 0 has nothing in common with an earlier start.
     if step and self._path.exists():
@@ -352,3 +346,63 @@ def _plain(value: Any) -> float | int | str:
 
 def _one_line(error: Exception) -> str:
   return ' '.join(f'{type(error).__name__}: {error}'.split())
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+  """Parses '10-15', or '10' for one step.
+
+  Raises:
+    ValueError: the text is no range of steps, counted from 1.
+  """
+  first, dash, last = text.partition('-')
+  try:
+    steps = int(first), int(last if dash else first)
+  except ValueError:
+    steps = 0, 0
+  if not 1 <= steps[0] <= steps[1]:
+    raise ValueError(
+        f'--profile={text}: give the steps to trace, as in --profile=10-15 or'
+        ' --profile=10.'
+    )
+  return steps
+
+
+class StepProfile:
+  """Traces a range of steps, numbered as in metrics.jsonl, in process 0."""
+
+  def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
+    """Plans to trace `steps`, first and last; None: nothing."""
+    self._directory = workdir / PROFILE
+    self._steps = steps if distributed.is_main() else None
+    self._running = False
+
+  def before(self, step: int, *pending: object) -> None:
+    """Starts or ends the trace; to be called before each step, from 1 on.
+
+    The trace waits for `pending`, the arrays of the steps before, so that the
+    work of the devices is counted to its own step.
+    """
+    if self._steps is None:
+      return
+    first, last = self._steps
+    if self._running and step > last:
+      jax.block_until_ready(pending)
+      self.close()
+    elif not self._running and first <= step <= last:
+      jax.block_until_ready(pending)
+      jax.profiler.start_trace(str(self._directory), create_perfetto_trace=True)
+      self._running = True
+
+  def close(self) -> None:
+    """Ends and writes a running trace."""
+    if not self._running:
+      return
+    self._running, self._steps = False, None
+    jax.profiler.stop_trace()
+    traces = sorted(self._directory.rglob('perfetto_trace.json.gz'))
+    log.info(
+        'A trace of the steps is written. Open %s at https://ui.perfetto.dev,'
+        ' or `pip install xprof` and `xprof --logdir=%s`.',
+        traces[-1] if traces else self._directory,
+        self._directory,
+    )

@@ -29,13 +29,8 @@ FORMATS = {
     'parquet': 'Parquet',
 }
 ENDINGS = {
-    '.jsonl': 'jsonl',
-    '.ndjson': 'jsonl',
-    '.json': 'json',
-    '.csv': 'csv',
-    '.tsv': 'tsv',
-    '.tab': 'tsv',
-    '.parquet': 'parquet',
+    '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.csv': 'csv',
+    '.tsv': 'tsv', '.tab': 'tsv', '.parquet': 'parquet',
 }
 
 # Tables without names of columns: the names, and what the columns look like.
@@ -102,6 +97,13 @@ class Table:
         record = error
       yield place, record
 
+  def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields as iteration; ValueError at the first record that is wrong."""
+    for place, record in self:
+      if isinstance(record, ValueError):
+        raise ValueError(f'{place}: {record}')
+      yield place, record
+
   def contents(
       self, columns: Sequence[str] | None = None
   ) -> Iterator[tuple[str, Content]]:
@@ -113,7 +115,11 @@ class Table:
       ValueError: the file is damaged, so that its rest cannot be read.
     """
     if self.format == 'jsonl':
-      return _json_lines(self.path)
+      return (
+          (f'{self.path}:{number}', line)
+          for number, line in enumerate(lines_lib.lines(self.path), start=1)
+          if not line.isspace()
+      )
     if self.format == 'json':
       return lines_lib.json_values(self.path)
     if self.format == 'parquet':
@@ -179,11 +185,9 @@ def open_table(
 ) -> Table:
   """Opens a file of records, plain or compressed.
 
-  Args:
-    path: of the file.
-    format: a key of `FORMATS`; None: recognised.
-    fields: given by the user, see `fields.parse`.
-    shapes: names and patterns of the columns of tables without names.
+  The format is a key of `FORMATS`; None: recognised. `fields` are those of
+  `fields.parse`. `shapes` are names and patterns of the columns of tables
+  without names.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -241,12 +245,6 @@ def _sample(table: Table) -> tuple[dict[str, Any], ...]:
   except ValueError:
     pass
   return tuple(found)
-
-
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Content]]:
-  for number, line in enumerate(lines_lib.lines(path), start=1):
-    if not line.isspace():
-      yield f'{path}:{number}', line
 
 
 def _import_parquet(path: pathlib.Path) -> tuple[Any, Any]:

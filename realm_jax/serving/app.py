@@ -13,7 +13,6 @@ from urllib import parse
 import fastapi
 from fastapi import exceptions
 from fastapi import responses
-import numpy as np
 import prometheus_client as prometheus
 
 from realm_jax.evaluation import report
@@ -196,12 +195,10 @@ async def _body(receive: _Receive) -> bytes:
 def create(
     service: Service, token: str | None = None, host: str = '127.0.0.1'
 ) -> fastapi.FastAPI:
-  """Returns the application.
+  """Returns the application, which closes the service at its end.
 
-  Args:
-    service: closed when the application shuts down.
-    token: that every request must carry; None: only this machine is served.
-    host: name of this machine in addition to those of the loopback.
+  Every request must carry the token; without one, this machine alone is served,
+  under the names of the loopback and `host`.
   """
   bm25 = bm25_lib.Cache(_MAX_INDEXED)
   bm25_thread = asyncio.Semaphore(1)  # One scoring at a time.
@@ -324,17 +321,13 @@ def create(
       titles = titles or [''] * len(texts)
       if len(titles) != len(texts):
         raise Problem(422, f'titles: {len(titles)} for {len(texts)} texts.')
-    state, emb_BE = await run(
-        service_lib.Job('embed', texts=texts, titles=titles)
-    )
+    job = service_lib.Job('embed', texts=texts, titles=titles)
+    state, emb_BE = await run(job)
     return {'embeddings': emb_BE.tolist(), 'source': state.source()}
 
   @app.post('/v1/embeddings', summary="Embed texts, as OpenAI's API.")
   async def embeddings(
-      input: Annotated[
-          Annotated[str, fastapi.Body(max_length=_MAX_PASSAGE)] | list[Item],
-          fastapi.Body(),
-      ],
+      input: Annotated[Item | list[Item], fastapi.Body()],
       model: Annotated[
           str,
           fastapi.Body(
@@ -357,25 +350,21 @@ def create(
       )
     passages = model.endswith(':passage')
     titles = [''] * len(texts) if passages else None
-    state, emb_BE = await run(
-        service_lib.Job('embed', texts=texts, titles=titles)
-    )
+    job = service_lib.Job('embed', texts=texts, titles=titles)
+    state, emb_BE = await run(job)
     if dimensions not in (None, emb_BE.shape[1]):
       raise Problem(422, f'dimensions: the model has {emb_BE.shape[1]}.')
     assert state.trained is not None
     tokens = sum(map(len, state.trained.tokenizer.encode_batch(texts)))
+    values: list[Any] = emb_BE.tolist()
+    if encoding_format == 'base64':
+      values = [base64.b64encode(x).decode() for x in emb_BE.astype('<f4')]
     return {
         'object': 'list',
         'model': _PASSAGE_MODEL if passages else _QUERY_MODEL,
         'data': [
-            {
-                'object': 'embedding',
-                'index': index,
-                'embedding': _encoded(emb_E)
-                if encoding_format == 'base64'
-                else emb_E.tolist(),
-            }
-            for index, emb_E in enumerate(emb_BE)
+            {'object': 'embedding', 'index': index, 'embedding': value}
+            for index, value in enumerate(values)
         ],
         'usage': {'prompt_tokens': tokens, 'total_tokens': tokens},
     }
@@ -402,26 +391,19 @@ def create(
 
   @app.get('/training', summary='Curves of the training of the workdir.')
   def training() -> Json:
-    workdir = service.workdir
-    recall = report.recall_panels(report.load_all(workdir))
-    lines = metrics_lib.read_metrics(workdir)
-    panels = {
-        **{k: v for k, v in recall.items() if not k.startswith('answer')},
-        **report.training_panels(lines),
-    }
-    return {
-        'panels': [
-            {
-                'title': title,
-                'curves': [
-                    {'label': label, 'points': elements.thinned(points)}
-                    for label, points in curves.items()
-                ],
-                'html': elements.panel(title, curves, 'h2'),
-            }
-            for title, curves in panels.items()
-        ]
-    }
+    recall = report.recall_panels(report.load_all(service.workdir))
+    panels = {k: v for k, v in recall.items() if not k.startswith('answer')}
+    metrics = metrics_lib.read_metrics(service.workdir)
+    panels |= report.training_panels(metrics)
+    found = []
+    for title, curves in panels.items():
+      lines = [
+          {'label': label, 'points': elements.thinned(points)}
+          for label, points in curves.items()
+      ]
+      html = elements.panel(title, curves, 'h2')
+      found.append({'title': title, 'curves': lines, 'html': html})
+    return {'panels': found}
 
   @app.get('/health', summary='Whether the server answers.')
   async def health() -> Json:
@@ -453,10 +435,6 @@ def _page(
     return responses.Response(content, media_type=media_type)
 
   return page
-
-
-def _encoded(emb_E: np.ndarray) -> str:
-  return base64.b64encode(emb_E.astype('<f4').tobytes()).decode('ascii')
 
 
 def _short(message: str) -> str:

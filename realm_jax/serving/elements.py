@@ -69,18 +69,14 @@ def table(title: str, heads: Sequence[str], *rows: Sequence[Any]) -> Html:
       if not column or any(row[column] not in (None, '') for row in rows)
   ]
   head = element('tr', *(element('th', heads[i], scope='col') for i in kept))
-  lines = [
-      element(
-          'tr',
-          element('th', row[0], scope='row'),
-          # A phone has no room for columns and shows the head in the cell.
-          *(
-              element('td', row[i], class_=_kind(row[i]), data_label=heads[i])
-              for i in kept[1:]
-          ),
-      )
-      for row in rows
-  ]
+  lines = []
+  for row in rows:
+    # A phone has no room for columns and shows the head in the cell.
+    cells = [
+        element('td', row[i], class_=_kind(row[i]), data_label=heads[i])
+        for i in kept[1:]
+    ]
+    lines.append(element('tr', element('th', row[0], scope='row'), *cells))
   table = element('table', element('thead', head), element('tbody', *lines))
   # The keyboard reaches the region and scrolls it.
   return element(
@@ -100,11 +96,8 @@ def panel(
 ) -> Html:
   """Draws the curves of a panel as SVG; page.css has the colours.
 
-  Args:
-    title: of the panel.
-    curves: by name; a single curve may have an empty one.
-    heading: name of the element of the title.
-    order: names whose places decide the colours, the same in all panels.
+  A single curve may have an empty name. `heading` is the element of the title.
+  The places of names in `order` decide the colours, the same in all panels.
   """
   order = list(dict.fromkeys([*order, *curves]))
   curves = {name: thinned(points) for name, points in curves.items()}
@@ -127,20 +120,14 @@ def panel(
   drawn = []
   for quarter in range(5):
     value = low + (high - low) * quarter / 4
-    drawn += [
-        element(
-            'line', class_='grid', x1=left, x2=width - right, y1=y(value),
-            y2=y(value),
-        ),
-        element(
-            'text', short(value), x=left - 6, y=y(value), text_anchor='end',
-            dominant_baseline='central',
-        ),
-    ]
+    end, at = width - right, y(value)
+    drawn.append(element('line', class_='grid', x1=left, x2=end, y1=at, y2=at))
+    label = {'text_anchor': 'end', 'dominant_baseline': 'central'}
+    drawn.append(element('text', short(value), x=left - 6, y=at, **label))
+  text, below = f'step {last}', height - 6
   drawn += [
-      element('text', '0', x=left, y=height - 6),
-      element('text', f'step {last}', x=width - right, y=height - 6,
-              text_anchor='end'),
+      element('text', '0', x=left, y=below),
+      element('text', text, x=width - right, y=below, text_anchor='end'),
   ]
   names, labels = [], []
   for name, points in curves.items():

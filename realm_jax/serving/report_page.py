@@ -71,11 +71,8 @@ def write(
 ) -> pathlib.Path:
   """Writes the page of one or more workdirs, and returns its path.
 
-  Args:
-    workdirs: of any objective.
-    output: the file.
-    sentence: with [MASK], to be filled in by each run that can.
-    corpus: where the corpus of all of them is now; None: where it was.
+  Each run that can fills in the sentence, which has a [MASK]. `corpus` is where
+  the corpus of all of them is now; None: where it was.
 
   Raises:
     FileNotFoundError: a folder is no workdir.
@@ -112,16 +109,12 @@ def write(
 def of_inspection(found: inspect_lib.Inspection) -> str:
   """Returns the page of `realm-jax inspect --html`."""
   filled_in = element('strong', ' | '.join(found.marginal.fillings))
-  return _page(
-      found.text,
-      {
-          'Filled in': [
-              element('p', filled_in),
-              element('p', inspect_lib.about(found), class_='quiet'),
-              _candidates(found, found.text),
-          ]
-      },
-  )
+  parts = [
+      element('p', filled_in),
+      element('p', inspect_lib.about(found), class_='quiet'),
+      _candidates(found, found.text),
+  ]
+  return _page(found.text, {'Filled in': parts})
 
 
 def _page(title: str, sections: Mapping[str, Sequence[Html]]) -> str:
@@ -149,10 +142,8 @@ def _open(workdirs: Sequence[str]) -> list[_Run]:
   names = [pathlib.Path(path).resolve().name for path in paths]
   return [
       _Run(
-          path if names.count(name) > 1 else name,
-          pathlib.Path(path),
-          config_lib.read(path),
-          metrics_lib.read_metrics(path),
+          path if names.count(name) > 1 else name, pathlib.Path(path),
+          config_lib.read(path), metrics_lib.read_metrics(path),
           report.load_all(path),
       )
       for path, name in zip(paths, names, strict=True)
@@ -176,9 +167,8 @@ def _about(run: _Run) -> dict[str, Any]:
       'corpus fingerprint': saved.get('corpus_fingerprint', '')[:16],
       'batch size': config.batch_size,
       'minutes': f'{seconds / 60:,.1f}' if seconds else None,
-      'examples per second': (
-          elements.short(statistics.median(rates)) if rates else None
-      ),
+      'examples per second':
+          elements.short(statistics.median(rates)) if rates else None,
       'index generation': saved.get('index_generation'),
       'evaluated steps': len(run.results),
   }
@@ -307,14 +297,11 @@ def _parts_of_time(run: _Run) -> dict[str, float]:
 def _time(runs: list[_Run]) -> Html:
   columns: dict[str, dict[str, Any]] = {}
   for run in runs:
-    parts = _parts_of_time(run)
-    whole = sum(parts.values()) or 1.0
-    columns[run.name] = {
-        name: elements.with_bar(
-            f'{seconds:,.1f} s, {seconds / whole:.0%}', seconds / whole
-        )
-        for name, seconds in parts.items()
-    }
+    parts, columns[run.name] = _parts_of_time(run), {}
+    for name, seconds in parts.items():
+      share = seconds / (sum(parts.values()) or 1.0)
+      text = f'{seconds:,.1f} s, {share:.0%}'
+      columns[run.name][name] = elements.with_bar(text, share)
   if not any(columns.values()):
     return element('p', 'No run has logged its time.')
   return elements.side_by_side('Time', columns)
@@ -340,8 +327,8 @@ def _questions(runs: list[_Run], corpus: str | None) -> list[Html]:
   wrong = [record for record in asked if not _is_right(record)]
   chosen = _spread(right, max(_EXAMPLES // 2, _EXAMPLES - len(wrong)))
   chosen += _spread(wrong, _EXAMPLES - len(chosen))
-  about = f'{len(chosen)} of {len(asked):,} questions, first those that {name}'
-  parts = [element('p', f'{about} gets right.')]
+  what = f'{len(chosen)} of {len(asked):,} questions, first those that {name}'
+  parts = [element('p', f'{what} gets right.')]
   heads = ['run', 'rank of the gold passage', 'rank of an answer', 'answer']
   for record in chosen:
     question = record['question']
@@ -351,15 +338,10 @@ def _questions(runs: list[_Run], corpus: str | None) -> list[Html]:
         for name, records in found.items()
         if question in records
     ]
-    parts.append(
-        element(
-            'article',
-            element('h3', question),
-            element('p', f'Answers: {answers}', class_='quiet'),
-            elements.table(question, [*heads, 'best passage'], *rows),
-            class_='card',
-        )
-    )
+    about = element('p', f'Answers: {answers}', class_='quiet')
+    table = elements.table(question, [*heads, 'best passage'], *rows)
+    head = element('h3', question)
+    parts.append(element('article', head, about, table, class_='card'))
   return parts
 
 
@@ -414,16 +396,10 @@ def _inspected(run: _Run, sentence: str, corpus: str | None) -> list[Html]:
 
 def _candidates(found: inspect_lib.Inspection, title: str) -> Html:
   """Returns a table of the candidates and what each predicts."""
-  rows = [
-      [
-          elements.with_bar(line['probability'], float(line['probability']))
-          if line['probability'] else 'all',
-          line['passage'].replace('\n', ': ', 1),
-          line['prediction'],
-          line['likelihood'],
-          line['id'],
-      ]
-      for line in inspect_lib.lines(found)
-  ]
+  rows = []
+  for line in inspect_lib.lines(found):
+    share, passage, *rest = line.values()
+    bar = elements.with_bar(share, float(share)) if share else 'all'
+    rows.append([bar, passage.replace('\n', ': ', 1), *rest])
   heads = ['p(z|x)', 'passage', 'prediction', 'p(y|z,x)', 'id']
   return elements.table(title, heads, *rows)

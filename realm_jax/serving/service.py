@@ -110,12 +110,9 @@ class Service:
   ):
     """Opens the workdir and compiles the operations for single requests.
 
-    Args:
-      workdir: of any objective.
-      follow: whether to adopt new checkpoints, generations and documents.
-      capacity: requests that may wait; further ones raise `Busy`.
-      poll_seconds: between two looks at the workdir.
-      corpus: where the training corpus is now; None: where it was.
+    With `follow`, new checkpoints, generations and documents are adopted, which
+    are looked for every `poll_seconds`. `capacity` requests may wait; further
+    ones raise `Busy`.
     """
     self.workdir, self.metrics = workdir, Metrics()
     self._capacity, self._poll = capacity, poll_seconds

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from realm_jax.builder import document_store
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import inspect
 from realm_jax.index import generation as generation_lib
 from realm_jax.inference import answering
 from realm_jax.inference import trained as trained_lib
 from realm_jax.runtime import checkpoint
-from realm_jax.serving import results
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +63,11 @@ class Identity:
 
   def is_older(self, other: 'Identity') -> bool:
     """Whether the checkpoint or the generation is of an earlier step."""
+    pairs = (
+        (self.checkpoint, other.checkpoint), (self.generation, other.generation)
+    )
     return any(
-        own is not None and its is not None and own < its
-        for own, its in (
-            (self.checkpoint, other.checkpoint),
-            (self.generation, other.generation),
-        )
+        own is not None and its is not None and own < its for own, its in pairs
     )
 
 
@@ -96,10 +94,8 @@ class State:
   ):
     """Opens the newest sound checkpoint and generation of a workdir.
 
-    Args:
-      workdir: of any objective; it may still be empty.
-      like: a state of the same workdir, whose compiled functions are reused.
-      corpus: where the training corpus is now; None: where it was.
+    The workdir may still be empty. What `like`, a state of the same workdir,
+    compiled is used again. `corpus` is where the corpus is now, if it moved.
     """
     self.workdir = workdir
     self.identity = Identity()
@@ -145,14 +141,10 @@ class State:
       for name in ('ask', 'fill', 'search'):
         self.missing[name] = one_line(error)
     if retriever is not None:
-      manifest = retriever.manifest
-      self._embedder = retriever.params
+      manifest, self._embedder = retriever.manifest, retriever.params
       self.identity = Identity(
-          step,
-          manifest['step'],
-          manifest['manifest_sha256'],
-          manifest['created'],
-          version,
+          step, manifest['step'], manifest['manifest_sha256'],
+          manifest['created'], version,
       )
     if 'span_reader' not in params:
       self.missing['ask'] = self._lacks('reader of answers', 'open_qa')
@@ -211,10 +203,8 @@ class State:
     """Requests of the largest batch that is worth its padding."""
     if self.trained is None or self._retriever is None:
       return 1
-    config = self.trained.config
-    candidates = config.num_candidates
-    if self._open_qa is not None:
-      candidates = config.open_qa.read
+    config, reads = self.trained.config, self._open_qa is not None
+    candidates = config.open_qa.read if reads else config.num_candidates
     each = candidates * config.lengths.joint
     return min(max(_BATCH_WORDPIECES // each, 1), _MAX_BATCH)
 
@@ -317,11 +307,11 @@ class State:
     assert self._open_qa is not None
     answered = self._open_qa.answer(questions)
     assert isinstance(answered, list)
-    return [results.of_answer(answer) for answer in answered]
+    return [answering.for_page(answer) for answer in answered]
 
   def _fill(self, sentences: list[str]) -> list[Json]:
     assert self._inspector is not None
-    return [results.of_inspection(one) for one in self._inspector(sentences)]
+    return [inspect.as_json(one) for one in self._inspector(sentences)]
 
   def _search(self, queries: list[str]) -> list[Json]:
     assert self.trained is not None and self._retriever is not None
@@ -347,9 +337,8 @@ class State:
     assert self.trained is not None
     trained = self.trained
     if titles is not None:
-      return trained.embed_passages(
-          self._embedder, list(zip(titles, texts, strict=True))
-      )
+      pairs = list(zip(titles, texts, strict=True))
+      return trained.embed_passages(self._embedder, pairs)
     ids_BQ = trained.template.encode(list(texts))
     return trained.embed_queries(self._embedder, ids_BQ)
 
@@ -424,11 +413,10 @@ def _in_memory(index: document_store.Index) -> document_store.Index:
   table = np.array(index.table[: index.table.shape[0]])
   base = table[: len(index.generation.embeddings)]
   loaded = dataclasses.replace(
-      index.generation, embeddings=concatenated.Chained([base])
+      index.generation, embeddings=corpus_lib.Chained([base])
   )
-  return dataclasses.replace(
-      index, generation=loaded, table=concatenated.Chained([table])
-  )
+  chained = corpus_lib.Chained([table])
+  return dataclasses.replace(index, generation=loaded, table=chained)
 
 
 def _newest_generation(

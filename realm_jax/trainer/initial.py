@@ -333,7 +333,7 @@ def _givers(
   for source in sources(config):
     config_lib.read(source)  # Raises if it is no workdir.
     step = checkpoint.newest_step(source)
-    found = checkpoint.components_in(source, step)
+    found = sorted(checkpoint.abstract_in(source, step))
     saved = checkpoint.saved_about(source, step)
     at_random = {n.partition('/')[0] for n in saved.get('at_random', ())}
     useful = False

@@ -9,13 +9,12 @@ import time
 
 import numpy as np
 
-from realm_jax.corpus import concatenated
+from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
-from realm_jax.runtime import heartbeat as heartbeat_lib
-from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.runtime import process
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class Loaded:
   step: int
   path: pathlib.Path
   search: search_lib.Search
-  embeddings: concatenated.Chained
+  embeddings: corpus_lib.Chained
   digest: str  # Digest of the parameters that it was made from.
   snapshot_time: float  # When its build began, in seconds of the epoch.
   sample: np.ndarray  # Embeddings of the same documents in each generation.
@@ -149,7 +148,7 @@ class Loader:
 
   def _digest(self, number: int) -> str | None:
     try:
-      return snapshots_lib.digest_of(self._workdir, number)
+      return checkpoint.snapshot_digest(self._workdir, number)
     except FileNotFoundError:
       return None  # Old snapshots are deleted before their generations.
 
@@ -193,7 +192,7 @@ class GenerationWait:
     """Raises if the wait is hopeless or too long; logs now and then."""
     now = time.monotonic()
     directory = self._workdir / generation_lib.DIRECTORY
-    heartbeat = heartbeat_lib.read(directory)
+    heartbeat = process.read_heartbeat(directory)
     if heartbeat is not None and heartbeat != self._heartbeat:
       # Compared with the last one, not with the clock: the builder may run on
       # another machine.
@@ -214,12 +213,12 @@ class GenerationWait:
           f'{self._timeout:.0f} seconds; {self._state}.'
       )
     if waited > _SNAPSHOT_SECONDS and not (
-        self._number in snapshots_lib.steps_of(self._workdir)
+        self._number in checkpoint.snapshot_steps(self._workdir)
         or self._number in checkpoint.steps_in(directory)
     ):
       raise FileNotFoundError(
           f'{path} can never come: its snapshot, '
-          f'{self._workdir / snapshots_lib.DIRECTORY}/{self._number}, is gone.'
+          f'{self._workdir / checkpoint.SNAPSHOTS}/{self._number}, is gone.'
       )
     stale = now - self._changed > _STALE_SECONDS
     first = self._logged == self._start

@@ -19,9 +19,8 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
-from realm_jax.runtime import profile as profile_lib
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import gates as gates_lib
 from realm_jax.trainer import job as job_lib
@@ -173,7 +172,7 @@ class _Loop:
           self._wait,
       )
     self._gates = gates_lib.Gates.of(job)
-    self._snapshots = snapshots_lib.Snapshots(
+    self._snapshots = checkpoint.Snapshots(
         job.workdir,
         config.refresh.keep,
         # A resumed job needs the generation of every snapshot.
@@ -184,7 +183,7 @@ class _Loop:
         job, self._checkpoints, self._step, about.get('metrics'), stack
     )
     self._clock = self._log.clock
-    self._profile = profile_lib.StepProfile(job.workdir, profile)
+    self._profile = metrics_lib.StepProfile(job.workdir, profile)
     stack.callback(self._profile.close)
 
   @property

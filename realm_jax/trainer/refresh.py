@@ -18,14 +18,12 @@ import jax
 import numpy as np
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation as generation_lib
 from realm_jax.index import search as search_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import distributed
 from realm_jax.runtime import files
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
 from realm_jax.trainer import probe as probe_lib
 
@@ -154,7 +152,7 @@ class Refresher:
     return self._in_use().search
 
   @property
-  def embeddings(self) -> concatenated.Chained:
+  def embeddings(self) -> corpus_lib.Chained:
     """The document embeddings of the generation in use."""
     return self._in_use().embeddings
 
@@ -443,15 +441,15 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
   if not distributed.is_main():
     return
   workdir = pathlib.Path(workdir)
-  snapshots = workdir / snapshots_lib.DIRECTORY
+  snapshots = workdir / checkpoint.SNAPSHOTS
   for leftover in snapshots.glob(f'{files.TEMPORARY}*'):
     shutil.rmtree(leftover, ignore_errors=True)
   # Snapshots first: a builder does not publish without its snapshot.
-  for number in snapshots_lib.steps_of(workdir):
+  for number in checkpoint.snapshot_steps(workdir):
     if number > step:
       files.remove(snapshots / str(number))
       log.info('Removed the snapshot of step %d: it is run again.', number)
-  kept = snapshots_lib.steps_of(workdir)
+  kept = checkpoint.snapshot_steps(workdir)
   directory = workdir / generation_lib.DIRECTORY
   for number in checkpoint.steps_in(directory):
     path = directory / str(number)
@@ -461,7 +459,7 @@ def drop_future(workdir: pathlib.Path | str, step: int) -> None:
         found = generation_lib.read_manifest(path)['params_digest']
       except (files.Damaged, FileNotFoundError):
         continue  # Loading it reports the error.
-      stale = found != snapshots_lib.digest_of(workdir, number)
+      stale = found != checkpoint.snapshot_digest(workdir, number)
     if stale:
       files.remove(path)
       log.info('Removed %s, of steps that are run again.', path)

@@ -11,7 +11,6 @@ import time
 from realm_jax.index import generation
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import process
-from realm_jax.runtime import snapshots as snapshots_lib
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +152,7 @@ class IndexBuilderProcess:
     """Waits until the newest snapshot has its generation."""
     deadline = time.monotonic() + _FINISH_SECONDS
     while time.monotonic() < deadline:
-      snapshots = snapshots_lib.steps_of(self._workdir)
+      snapshots = checkpoint.snapshot_steps(self._workdir)
       if not snapshots or snapshots[-1] in self._generations():
         return
       try:

@@ -24,9 +24,7 @@ from realm_jax.models import components
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
 from realm_jax.runtime import process as process_lib
-from realm_jax.runtime import snapshots as snapshots_lib
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +88,7 @@ def check_some(corpus, component):
 
 def _snapshot(workdir, component, step, seed=None):
   params = component.init(seed=step if seed is None else seed)
-  return params, snapshots_lib.save(workdir, step, params)
+  return params, checkpoint.save_snapshot(workdir, step, params)
 
 
 def test_build_makes_the_generation_of_a_snapshot(
@@ -192,7 +190,7 @@ def test_follow_builds_the_newest_and_leaves_when_training_is_done(
   index = workdir / 'index'
   follower = _Follower(workdir, start_timeout=60)
   _until((index / 'heartbeat.json').exists)
-  assert heartbeat_lib.read(index)['state'] in (
+  assert process_lib.read_heartbeat(index)['state'] in (
       'starting', 'waiting for the trainer'
   )
   for step in (0, 10, 20):  # A backlog: only the newest is of use.
@@ -207,7 +205,7 @@ def test_follow_builds_the_newest_and_leaves_when_training_is_done(
   follower.end()  # Not before the generation of the last snapshot.
   assert checkpoint.steps_in(index) == [20, 30]
   assert generation.read_manifest(index / '30')['params_digest'] == digest
-  heartbeat = heartbeat_lib.read(index)
+  heartbeat = process_lib.read_heartbeat(index)
   assert heartbeat['state'] == 'gone' and heartbeat['pid'] == os.getpid()
 
 
@@ -467,12 +465,12 @@ def test_as_a_process_it_leaves_on_sigterm_and_with_its_parent(
     assert process.wait(30) == 0
     assert 'leaves: SIGTERM' in (tmp_path / 'log').read_text()
     _until((orphaned / 'index' / 'heartbeat.json').exists)
-    child = heartbeat_lib.read(orphaned / 'index')['pid']
+    child = process_lib.read_heartbeat(orphaned / 'index')['pid']
     os.kill(child, 0)  # It exists.
     shell.kill()
     shell.wait()
     _until(
-        lambda: heartbeat_lib.read(orphaned / 'index')['state']
+        lambda: process_lib.read_heartbeat(orphaned / 'index')['state']
         == 'gone'
     )
   finally:

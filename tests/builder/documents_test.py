@@ -8,7 +8,6 @@ import pytest
 from realm_jax import config as config_lib
 from realm_jax.builder import document_store
 from realm_jax.builder import documents
-from realm_jax.corpus import concatenated
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import overlay as overlay_lib
 from realm_jax.index import generation
@@ -318,7 +317,7 @@ def test_scann_is_kept_and_added_rows_are_searched_exactly(
   removed = np.sort(rng.choice(3040, 200, replace=False)).astype(np.int64)
   index = document_store.Index(
       published,
-      concatenated.Chained(
+      corpus_lib.Chained(
           [published.embeddings, table[3000:3010], table[3010:]]
       ),
       removed,

@@ -15,7 +15,6 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.qa import question_sets
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import stages
 
 LONG = ' '.join(
@@ -68,7 +67,7 @@ def train(path, corpus, params, step):
       'index_generation': step,
   }
   checkpoint.save_params(path, step, jax.device_put(params), about)
-  snapshots_lib.save(path, step, params['embedder'])
+  checkpoint.save_snapshot(path, step, params['embedder'])
   builder.build(path)
 
 

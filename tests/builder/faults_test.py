@@ -32,8 +32,7 @@ from realm_jax.index import shards
 from realm_jax.models import components
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
-from realm_jax.runtime import snapshots as snapshots_lib
+from realm_jax.runtime import process
 from realm_jax.trainer import loader
 from realm_jax.trainer import refresh
 
@@ -85,12 +84,12 @@ def workdir(built, tmp_path):
 def quick(monkeypatch):
   monkeypatch.setattr(builder, '_SHARD_ROWS', {'cpu': 16})
   monkeypatch.setattr(builder, '_ROOM_SECONDS', 0.05)
-  monkeypatch.setattr(heartbeat_lib, '_BEAT_SECONDS', 0.05)
+  monkeypatch.setattr(process, '_BEAT_SECONDS', 0.05)
 
 
 def _snapshot(workdir, component, step, seed=None):
   params = component.init(seed=step if seed is None else seed)
-  return snapshots_lib.save(workdir, step, params)
+  return checkpoint.save_snapshot(workdir, step, params)
 
 
 def _refresher(workdir, config, corpus, policy='eager', **kwargs):
@@ -152,7 +151,7 @@ def _no_file_beyond(size):
 
 
 def _state(workdir):
-  return heartbeat_lib.read(workdir / 'index')['state']
+  return process.read_heartbeat(workdir / 'index')['state']
 
 
 def test_a_full_disk_while_building(workdir, config, corpus, component, caplog):
@@ -183,8 +182,8 @@ def _snapshot_made_before(workdir, component):
   aside = workdir / 'aside'
   with _no_file_beyond(resource.RLIM_INFINITY):
     _snapshot(aside, component, _INTERVAL)
-  (aside / snapshots_lib.DIRECTORY / str(_INTERVAL)).rename(
-      workdir / snapshots_lib.DIRECTORY / str(_INTERVAL)
+  (aside / checkpoint.SNAPSHOTS / str(_INTERVAL)).rename(
+      workdir / checkpoint.SNAPSHOTS / str(_INTERVAL)
   )
 
 
@@ -272,20 +271,20 @@ def test_a_full_disk_while_checkpointing(tmp_path, caplog):
 @pytest.mark.parametrize('required', [True, False])
 def test_a_full_disk_while_a_snapshot_is_taken(tmp_path, caplog, required):
   """Only `eager` can do without one."""
-  snapshots = snapshots_lib.Snapshots(tmp_path, keep=3, required=required)
+  snapshots = checkpoint.Snapshots(tmp_path, keep=3, required=required)
   params = {'w': np.random.default_rng(0).normal(size=(100, 100))}
   raises = pytest.raises(ValueError, match='File too large')
   with _no_file_beyond(4096):
     snapshots.save(0, params, in_use=0)
     with raises if required else contextlib.nullcontext():
       snapshots.wait()
-  assert os.listdir(tmp_path / snapshots_lib.DIRECTORY) == []
+  assert os.listdir(tmp_path / checkpoint.SNAPSHOTS) == []
   if not required:
-    assert f'{tmp_path}/{snapshots_lib.DIRECTORY}/0.orbax' in caplog.text
+    assert f'{tmp_path}/{checkpoint.SNAPSHOTS}/0.orbax' in caplog.text
     assert 'Training continues with the present index' in caplog.text
   snapshots.save(10, params, in_use=0)
   snapshots.wait()
-  assert snapshots_lib.steps_of(tmp_path) == [10]
+  assert checkpoint.snapshot_steps(tmp_path) == [10]
   snapshots.close()
 
 
@@ -378,7 +377,7 @@ def test_a_snapshot_deleted_under_the_builder(
     write(writer, rows, shard)
     written.append((writer.step, shard))
     if written == [(10, 0), (10, 1)]:
-      shutil.rmtree(workdir / snapshots_lib.DIRECTORY / '10')
+      shutil.rmtree(workdir / checkpoint.SNAPSHOTS / '10')
 
   monkeypatch.setattr(generation.Writer, 'add', add)
   _snapshot(workdir, component, 10)

@@ -11,8 +11,8 @@ from realm_jax.builder import status
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import generation
 from realm_jax.models import components
+from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import snapshots as snapshots_lib
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +33,7 @@ def built(tmp_path_factory, world):
   files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   component = components.make('embedder', config.model)
   for step in (0, 10):
-    snapshots_lib.save(workdir, step, component.init(seed=step))
+    checkpoint.save_snapshot(workdir, step, component.init(seed=step))
     builder.build(workdir)
   _refer(workdir, 12, 10, corpus.fingerprint)
   generation.mark_in_use(workdir / 'index', [10])

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import bert_masking
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import masking
 from realm_jax.corpus import tokenizer as tokenizer_lib
@@ -47,7 +46,7 @@ def test_masks_by_hand():
 def test_bert_reads_masks_random_wordpieces_and_the_same():
   rng = np.random.default_rng(0)
   size = _SENTENCE.tokenizer.vocab_size
-  drawn = [bert_masking.bert(_SENTENCE, rng) for _ in range(3000)]
+  drawn = [masking.bert(_SENTENCE, rng) for _ in range(3000)]
   positions = np.concatenate([one.positions for one in drawn])
   assert len(positions) == 2 * len(drawn)
   assert np.bincount(positions, minlength=12).min() > 400
@@ -63,16 +62,16 @@ def test_bert_reads_masks_random_wordpieces_and_the_same():
 def test_whole_words_are_hidden_whole():
   rng = np.random.default_rng(0)
   found = {
-      tuple(bert_masking.bert_whole_words(_SENTENCE, rng).positions.tolist())
+      tuple(masking.bert_whole_words(_SENTENCE, rng).positions.tolist())
       for _ in range(200)
   }
   # Two wordpieces: the word of two, or the word of one and no other.
   assert found == {(0,), (4, 5)}
   long_word = _SENTENCE._replace(ids=np.arange(16, 22), max_masks=2)
-  assert bert_masking.bert_whole_words(long_word, rng).positions.tolist() == [0]
+  assert masking.bert_whole_words(long_word, rng).positions.tolist() == [0]
   inside = _SENTENCE._replace(ids=np.arange(12, 16), max_masks=2)
   found = {
-      tuple(bert_masking.bert_whole_words(inside, rng).positions.tolist())
+      tuple(masking.bert_whole_words(inside, rng).positions.tolist())
       for _ in range(50)
   }
   assert found == {(0,), (2,)}  # One of four, of either word.

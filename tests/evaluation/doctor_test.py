@@ -8,7 +8,7 @@ from realm_jax import config as config_lib
 from realm_jax.cli import actions
 from realm_jax.evaluation import doctor
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat
+from realm_jax.runtime import process
 
 # The figures of a healthy run, at its end.
 _GOOD = {
@@ -151,7 +151,7 @@ def test_a_run_of_an_older_version_has_fewer_figures(tmp_path):
 def test_a_damaged_generation_is_named(tmp_path):
   workdir = _run(tmp_path)
   files.write_json(workdir / 'index' / '150' / 'manifest.json', {'version': 1})
-  (workdir / 'index' / heartbeat.FILE).write_text('{')
+  (workdir / 'index' / process.HEARTBEAT).write_text('{')
   ((diagnosis, text),) = _findings(workdir)
   assert diagnosis == 'damaged index'
   assert 'index/150' in text and 'realm-jax index verify' in text

@@ -16,7 +16,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
-from realm_jax.evaluation import masked as masked_lib
+from realm_jax.evaluation import inspect as inspect_lib
 from realm_jax.evaluation import runs
 from realm_jax.index import generation
 from realm_jax.inference import trained as trained_lib
@@ -25,7 +25,6 @@ from realm_jax.qa import question_sets
 from realm_jax.qa import questions as questions_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import stages
 from realm_jax.trainer.stages import realm
 
@@ -207,7 +206,7 @@ def test_masked_metrics_equal_those_by_hand(
     workdir, config, corpus, saved, monkeypatch
 ):
   monkeypatch.setattr(
-      masked_lib,
+      inspect_lib,
       '_random_rows',
       lambda live, exclude, k, rng: np.tile(live[:k], (len(exclude), 1)),
   )
@@ -352,7 +351,7 @@ def test_a_fresh_generation_is_used_and_a_stale_one_is_not(
 
 
 def test_all_steps_are_checkpoints_and_snapshots(workdir, saved, questions):
-  snapshots_lib.save(workdir, 10, saved[30]['embedder'])
+  checkpoint.save_snapshot(workdir, 10, saved[30]['embedder'])
   results = evaluate.evaluate(workdir, questions, 'all', limit=20)
   assert [r['step'] for r in results] == [0, 10, 30]
   assert ['masked' in r for r in results] == [True, False, True]

@@ -10,8 +10,8 @@ import pytest
 
 from realm_jax.evaluation import metrics
 from realm_jax.evaluation import runs
-from realm_jax.qa import passage_answers
 from realm_jax.qa import question_sets
+from realm_jax.qa import question_table
 from realm_jax.qa import questions
 
 
@@ -130,7 +130,7 @@ def test_a_trec_run_has_six_columns(tmp_path):
 
 def test_a_beir_folder_goes_with_the_run(tmp_path):
   # Of a gold passage that was divided there may be several parts.
-  gold = passage_answers.Gold(
+  gold = question_table.Gold(
       [np.array([1, 2]), np.array([], int)],
       [np.array([1, 2]), np.array([], int)],
       [{}, {'lost': 1}],
@@ -247,7 +247,7 @@ def test_ids_come_back_from_a_run_file(tmp_path):
 
 def test_ids_gold_passages_and_answers_come_back_from_beir(tmp_path):
   run = _named_run()
-  gold = passage_answers.Gold(
+  gold = question_table.Gold(
       [np.array([i - 1 if i else len(_IDS) - 1, i]) for i in range(len(_IDS))],
       [np.array([1, 2])] * len(_IDS),
       [{}] * len(_IDS),

@@ -11,11 +11,11 @@ import pytest
 import tensorflow_datasets as tfds
 import training_test
 
+from realm_jax.cli import actions
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import entities
 from realm_jax.corpus import tagged_columns
 from realm_jax.corpus import tokenizer as tokenizer_lib
-from realm_jax.evaluation import tagger as tagger_metrics
 from realm_jax.inference import tagging
 from realm_jax.inference import trained as trained_lib
 from realm_jax.interop import export
@@ -177,7 +177,7 @@ def test_an_unknown_type_is_refused(tokenizer):
 def test_scores_by_hand():
   gold = [[('PER', 0, 2), ('LOC', 3, 4)], [('LOC', 0, 1)]]
   found = [[('PER', 0, 2), ('PER', 3, 4)], [('LOC', 0, 2)]]
-  score, Score = tagger_metrics.score, tagger_metrics.Score
+  score, Score = tagging.score, tagging.Score
   scores = score(gold, found)
   assert scores['micro'].f1 == pytest.approx(1 / 3)
   assert scores['any'].precision == pytest.approx(2 / 3)
@@ -200,7 +200,7 @@ def test_scores_are_those_of_seqeval():
     return made
 
   gold, found = draw(), draw()
-  ours = tagger_metrics.score(
+  ours = tagging.score(
       *([entities.entities(t) for t in of_all] for of_all in (gold, found))
   )['micro']
   assert ours.precision == pytest.approx(metrics.precision_score(gold, found))
@@ -293,10 +293,12 @@ def workdir(world, files, tmp_path_factory):
 def test_a_tagger_learns_and_is_measured(workdir, files):
   config = files_lib.read_json(workdir / 'config.json')
   assert config['model']['entity_types'] == ['VAL']
-  result = tagger_metrics.evaluate(workdir, str(files))
+  actions.evaluate(
+      workdir=str(workdir), tagged=str(files), tag_column=None, tag_names=None
+  )
+  result = files_lib.read_json(workdir / 'evaluation' / '40.json')
   assert result['entities']['VAL']['f1'] > 0.5
   assert result['entities']['any']['count'] == 200
-  assert (workdir / 'evaluation' / '40.json').is_file()
 
 
 def test_killed_and_resumed_is_the_same(world, files, workdir, tmp_path):

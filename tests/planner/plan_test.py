@@ -12,7 +12,6 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.models import components as components_lib
 from realm_jax.models import flops
-from realm_jax.planner import memory as memory_lib
 from realm_jax.planner import plan
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import stages
@@ -89,7 +88,7 @@ def test_flop_and_memory_are_close_to_the_report_of_xla(objective, model):
   reported = step.memory_analysis()
   # Arguments are parameters and optimizer state, which are donated.
   memory = reported.argument_size_in_bytes + reported.temp_size_in_bytes
-  estimate = sum(memory_lib.step_memory(
+  estimate = sum(flops.step_memory(
       config, _sizes(config), _passes(config), 1, 1
   ).values())
   assert estimate == pytest.approx(memory, rel=0.15)

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from realm_jax import config as config_lib
-from realm_jax.corpus import bert_masking
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import masking
 from realm_jax.corpus import tokenizer as tokenizer_lib
 from realm_jax.prepare import replace_spans
-from realm_jax.qa import passage_answers
+from realm_jax.qa import question_table
 from realm_jax.qa import questions as questions_lib
 from realm_jax.trainer import examples
 
@@ -59,7 +58,7 @@ def test_passages_have_the_pieces_of_their_text(made):
 
 
 def test_answers_are_those_of_the_text(made):
-  finder = passage_answers.PassageAnswers(made)
+  finder = question_table.PassageAnswers(made)
   question = questions_lib.Question('?', ('zo\u00eb m\u00fcller', 'Paris'))
   shown = set()
   for row in range(len(made.passages)):
@@ -120,7 +119,7 @@ def test_whole_words_are_masked(name):
       ids, np.array([[0, 1]]), (0, 1), 30, {}, tokenizer
   )
   drawn = [
-      bert_masking.bert_whole_words(sentence, np.random.default_rng(i)).ids
+      masking.bert_whole_words(sentence, np.random.default_rng(i)).ids
       for i in range(20)
   ]
   assert tokenizer.mask_id in np.concatenate(drawn)

@@ -21,9 +21,9 @@ from realm_jax import config as config_lib
 from realm_jax.builder import builder
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import search as search_lib
+from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 from realm_jax.runtime import mesh as mesh_lib
-from realm_jax.runtime import snapshots
 from realm_jax.trainer import examples
 from realm_jax.trainer import loop
 from realm_jax.trainer import optimizer
@@ -110,7 +110,7 @@ def of_a_build(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('build')
   files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   embedder = stages.components_of(config)['embedder']
-  snapshots.save(workdir, 0, embedder.init(0))
+  checkpoint.save_snapshot(workdir, 0, embedder.init(0))
   return _entered(lambda: builder.build(workdir))
 
 

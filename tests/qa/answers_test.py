@@ -6,7 +6,7 @@ import pytest
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.prepare import prepare
 from realm_jax.qa import answers as answers_lib
-from realm_jax.qa import passage_answers
+from realm_jax.qa import question_table
 from realm_jax.qa import questions
 
 
@@ -43,7 +43,7 @@ _QUESTIONS = [
 
 @pytest.mark.parametrize('question', _QUESTIONS)
 def test_verdicts_are_those_of_the_evaluation(corpus, question):
-  found = passage_answers.PassageAnswers(corpus)
+  found = question_table.PassageAnswers(corpus)
   rows = np.array([3, 0, 1, 2, 0])
   expected = [
       answers_lib.has_answer(
@@ -59,7 +59,7 @@ def test_verdicts_are_those_of_the_evaluation(corpus, question):
 
 
 def test_a_verdict_is_found_once(corpus, monkeypatch):
-  found = passage_answers.PassageAnswers(corpus)
+  found = question_table.PassageAnswers(corpus)
   found.has_answer(_QUESTIONS[0], np.arange(4))
   monkeypatch.setattr(corpus, 'passage_text', None)
   assert found.has_answer(_QUESTIONS[0], np.array([2, 0])).tolist() == [
@@ -69,7 +69,7 @@ def test_a_verdict_is_found_once(corpus, monkeypatch):
 
 @pytest.mark.parametrize('question', _QUESTIONS)
 def test_spans_are_wordpieces_of_the_body(corpus, question):
-  found = passage_answers.PassageAnswers(corpus)
+  found = question_table.PassageAnswers(corpus)
   for row in range(4):
     text = corpus.passage_text(row)['text'].encode()
     _, body = corpus.passages.title_and_body(row)
@@ -97,7 +97,7 @@ def test_gold_passages_of_a_divided_record_hold_the_answer():
     question = questions.Question(
         '?', (answer,) if answer else (), match, passage_id, grades=grades
     )
-    found = passage_answers.find_gold(Divided(), [question])
+    found = question_table.find_gold(Divided(), [question])
     if grades:
       return dict(zip(found.rows[0].tolist(), found.grades[0], strict=True))
     return found.rows[0].tolist()
@@ -122,7 +122,7 @@ def test_unknown_gold_passages_are_counted_and_named(caplog):
     def record_rows(self, names):
       return [np.arange(1 if name == 'a' else 0) for name in names]
 
-  found = passage_answers.find_gold(
+  found = question_table.find_gold(
       Small(),
       [
           questions.Question('?', (), passage_id=('a', 'x', 'y')),

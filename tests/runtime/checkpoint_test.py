@@ -17,9 +17,9 @@ def test_a_checkpoint_without_parameters_is_named(tmp_path):
   (tmp_path / 'checkpoints' / '3').mkdir()  # As a copy that was cut off.
   for read in (
       lambda: checkpoint.load_params(tmp_path, abstract),
-      lambda: checkpoint.components_in(tmp_path),
+      lambda: checkpoint.abstract_in(tmp_path),
       lambda: checkpoint.saved_about(tmp_path, 3),
   ):
     with pytest.raises(ValueError, match='checkpoints/3 is damaged'):
       read()
-  assert checkpoint.components_in(tmp_path, 2) == ['embedder']
+  assert list(checkpoint.abstract_in(tmp_path, 2)) == ['embedder']

@@ -26,7 +26,6 @@ from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process as process_lib
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loop
 from realm_jax.trainer import stages
 from realm_jax.trainer.stages import realm
@@ -139,7 +138,7 @@ def _train_here(config, workdir):
   """Trains on the 8 devices of this process, which also builds the index."""
 
   def build_what_is_missing():
-    steps = snapshots_lib.steps_of(workdir)
+    steps = checkpoint.snapshot_steps(workdir)
     if steps and not (workdir / 'index' / str(steps[-1])).exists():
       builder.build(workdir)
 

@@ -10,7 +10,6 @@ import training_test
 from realm_jax import config as config_lib
 from realm_jax.models import flops
 from realm_jax.runtime import metrics
-from realm_jax.runtime import profile
 from realm_jax.trainer import loop
 from realm_jax.trainer import stages
 from realm_jax.trainer import step_log
@@ -41,13 +40,13 @@ def test_parts_add_up_to_the_time_that_passed(monkeypatch):
 @pytest.mark.parametrize('text', ['', 'x', '0-3', '5-4', '3-', '-2', '1-2-3'])
 def test_wrong_steps_are_refused(text):
   with pytest.raises(ValueError, match='--profile=10-15'):
-    profile.parse_steps(text)
+    metrics.parse_steps(text)
 
 
 def test_a_job_splits_its_time_and_traces_the_steps_asked_for(
     world, tmp_path
 ):
-  assert profile.parse_steps('3-4') == (3, 4)
+  assert metrics.parse_steps('3-4') == (3, 4)
   config = training_test.make_config(
       world, 'ict', steps=6, log_interval=2, peak_tflops=0.5
   )

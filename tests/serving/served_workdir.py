@@ -11,7 +11,6 @@ from realm_jax.index import generation
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
-from realm_jax.runtime import snapshots as snapshots_lib
 
 # Markup and letters of several bytes, and of two UTF-16 units.
 RECORDS = [
@@ -86,7 +85,7 @@ def publish(workdir, corpus, config, step, params):
   embeddings = np.asarray(run(embedder, *arrays))
   lineage = generation.Lineage(
       step=step,
-      params_digest=snapshots_lib.save(workdir, step, embedder),
+      params_digest=checkpoint.save_snapshot(workdir, step, embedder),
       tokenizer_digest=corpus.tokenizer.digest,
       corpus_fingerprint=corpus.fingerprint,
       num_rows=len(corpus.passages),

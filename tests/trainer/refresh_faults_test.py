@@ -10,7 +10,7 @@ import pytest
 import refresh_test
 
 from realm_jax.runtime import files
-from realm_jax.runtime import heartbeat as heartbeat_lib
+from realm_jax.runtime import process
 from realm_jax.trainer import loader
 from realm_jax.trainer import refresh
 
@@ -110,7 +110,7 @@ def test_waiting_ends(tmp_path, monkeypatch):
       tmp_path, config, corpus=refresh_test._CORPUS, probe=refresh_test._Probe()
   )
   refresh_test._snapshot(tmp_path, 0)
-  with heartbeat_lib.Heartbeat(tmp_path / 'index') as heartbeat:
+  with process.Heartbeat(tmp_path / 'index') as heartbeat:
     heartbeat.beat('embedding', done=7, total=60, at_once=True)
     with pytest.raises(TimeoutError, match=r'index/0.*embedding 7 of 60'):
       refresh_test._step(refresher, 0)
@@ -161,7 +161,7 @@ def test_a_wait_logs_how_to_start_a_builder(tmp_path, monkeypatch, caplog):
   done = threading.Event()
 
   def beat():
-    with heartbeat_lib.Heartbeat(tmp_path / 'index') as heartbeat:
+    with process.Heartbeat(tmp_path / 'index') as heartbeat:
       while not done.wait(0.02):
         heartbeat.beat('embedding', at_once=True)
 

@@ -18,7 +18,6 @@ from realm_jax.index import generation
 from realm_jax.index import search
 from realm_jax.index import topk
 from realm_jax.runtime import checkpoint
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loader
 from realm_jax.trainer import refresh
 
@@ -45,7 +44,7 @@ def _embeddings(step):
 
 def _snapshot(workdir, step, value=None):
   value = step if value is None else value
-  return snapshots_lib.save(
+  return checkpoint.save_snapshot(
       workdir, step, {'w': np.full(3, value, np.float32)}
   )
 
@@ -55,7 +54,7 @@ def _publish(workdir, step, **lineage):
   made_from = generation.Lineage(
       step=step,
       params_digest=lineage.pop('params_digest', None)
-      or snapshots_lib.digest_of(workdir, step),
+      or checkpoint.snapshot_digest(workdir, step),
       tokenizer_digest='t' * 64,
       corpus_fingerprint='f' * 64,
       num_rows=_ROWS,
@@ -187,7 +186,7 @@ def test_files_of_steps_that_run_again_are_removed(tmp_path):
   # The killed run had a generation 4 of other parameters.
   _publish(tmp_path, 4, params_digest='other')
   refresh.drop_future(tmp_path, 5)
-  assert snapshots_lib.steps_of(tmp_path) == [0, 4]
+  assert checkpoint.snapshot_steps(tmp_path) == [0, 4]
   assert checkpoint.steps_in(tmp_path / 'index') == [0]
   refresh.drop_future(tmp_path / 'new', 0)  # Nothing there is no error.
   assert not (tmp_path / 'new').exists()
@@ -199,11 +198,11 @@ def test_a_stopped_wait_resumes_for_the_same_generation(tmp_path):
     _snapshot(tmp_path, step)
   _publish(tmp_path, 0)
   _refresher(tmp_path, 'scheduled', step=8, generation=0).close()
-  assert snapshots_lib.steps_of(tmp_path) == [0, 4]
+  assert checkpoint.snapshot_steps(tmp_path) == [0, 4]
   _publish(tmp_path, 4)
   _snapshot(tmp_path, 8)
   _refresher(tmp_path, 'scheduled', step=8, generation=4).close()
-  assert snapshots_lib.steps_of(tmp_path) == [0, 4, 8]
+  assert checkpoint.snapshot_steps(tmp_path) == [0, 4, 8]
 
 
 def test_scheduled_is_loaded_before_it_is_due(tmp_path, monkeypatch):

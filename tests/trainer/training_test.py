@@ -27,7 +27,6 @@ from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
-from realm_jax.runtime import snapshots as snapshots_lib
 from realm_jax.trainer import loop
 from realm_jax.trainer import stages
 from realm_jax.trainer.stages import ict
@@ -64,7 +63,7 @@ def run(config, workdir):
   """Trains with the index builder in this process."""
 
   def build_what_is_missing():
-    steps = snapshots_lib.steps_of(workdir)
+    steps = checkpoint.snapshot_steps(workdir)
     if steps and not (workdir / 'index' / str(steps[-1])).exists():
       builder.build(workdir)
 

@@ -20,7 +20,6 @@ from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.models import flops
 from realm_jax.models import objectives
-from realm_jax.qa import passage_answers
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.trainer import examples
 from realm_jax.trainer import stages
@@ -109,7 +108,7 @@ class QuestionPairs:
       questions: question_table_lib.QuestionTable,
   ):
     self._corpus, self._template, self._table = corpus, template, questions
-    gold = passage_answers.find_gold(corpus, questions.questions)
+    gold = question_table_lib.find_gold(corpus, questions.questions)
     self._gold_rows = gold.rows
     self._rows = np.flatnonzero([len(rows) > 0 for rows in self._gold_rows])
     if not len(self._rows):

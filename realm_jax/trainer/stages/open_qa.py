@@ -20,7 +20,6 @@ from realm_jax.models import dropout
 from realm_jax.models import embedder as embedder_lib
 from realm_jax.models import flops
 from realm_jax.models import span_reader
-from realm_jax.qa import passage_answers as passage_answers_lib
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.trainer import examples
 from realm_jax.trainer import stages
@@ -102,7 +101,7 @@ class OpenQa(stages.Stage):
         answered=True,
     )
     self.lineage['questions_digest'] = self._questions.digest
-    self._answers = passage_answers_lib.PassageAnswers(corpus)
+    self._answers = question_table_lib.PassageAnswers(corpus)
 
   @classmethod
   def problems(cls, config: config_lib.Config) -> stages.Problems:
@@ -198,7 +197,7 @@ class OpenQa(stages.Stage):
         tokenizer,
         title,
     )
-    body_BK2 = passage_answers_lib.body_bounds(
+    body_BK2 = question_table_lib.body_bounds(
         passages, rows_BK, lengths_B, length, tokenizer, title
     )
     asked = [self._questions.questions[row] for row in queries.row_B]
@@ -234,7 +233,7 @@ class OpenQa(stages.Stage):
     # The arrays of several processes must have one shape.
     if not step or jax.process_count() > 1:
       return longest
-    limits_BK = passage_answers_lib.body_bounds(
+    limits_BK = question_table_lib.body_bounds(
         self.corpus.passages,
         rows_BK,
         lengths_B,
