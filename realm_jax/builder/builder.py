@@ -443,9 +443,7 @@ def _in_all_processes(work: Callable[[], T]) -> list[T]:
 
 
 def _wait_for_start(
-    workdir: pathlib.Path,
-    heartbeat: process.Heartbeat,
-    timeout: float | None,
+    workdir: pathlib.Path, heartbeat: process.Heartbeat, timeout: float | None
 ) -> None:
   started = logged = time.monotonic()
   while True:

@@ -74,9 +74,7 @@ class Template:
             f' config.lengths.{what}={length} leaves no room for a text after'
             ' it and the special ones. Make the length larger.'
         )
-      if tokenizer.encode(f'{text}a') != [
-          *found[what], *tokenizer.encode('a')
-      ]:
+      if tokenizer.encode(f'{text}a') != [*found[what], *tokenizer.encode('a')]:
         # In byte-level BPE, a blank belongs to the word behind it.
         mend = 'leave out' if text.endswith(' ') else 'end it with'
         raise ValueError(

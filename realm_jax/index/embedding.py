@@ -217,7 +217,6 @@ class PassageEmbedder:
     lengths = config_lib.LengthsConfig(model.max_positions, max_length)
     self._template = inputs.Template.of(model, lengths, tokenizer)
     self._passages = passages
-    component = component.forward_only()
 
     def embed(
         params: components.Params, ids_BS: jax.Array, types_BS: jax.Array

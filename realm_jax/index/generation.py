@@ -391,9 +391,7 @@ def _measure(
   return {'value': value, 'k': k, 'queries': count}
 
 
-def _table(
-    path: pathlib.Path, manifest: dict[str, Any]
-) -> corpus_lib.Chained:
+def _table(path: pathlib.Path, manifest: dict[str, Any]) -> corpus_lib.Chained:
   files = manifest['files'][: manifest['num_shards']]
   return shards.open_table(path, files, manifest['dtype'])
 

@@ -202,9 +202,7 @@ def top_rows(
                 fast_BN, keep, recall_target=recall_target
             )
         )
-        exact_BK = _score(
-            'BE,BKE->BK', query_emb_BE, part_NE[at_BK], 'highest'
-        )
+        exact_BK = _score('BE,BKE->BK', query_emb_BE, part_NE[at_BK], 'highest')
         top_BK = jnp.where(fast_BK == -jnp.inf, -jnp.inf, exact_BK)
       return _best(best, (top_BK, row_N[at_BK]), best[0].shape[1])
 

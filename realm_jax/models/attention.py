@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from realm_jax.models import dropout
 from realm_jax.models import fused_attention
 
-FORWARD = 'xla_forward'  # Kernel of `xla` where no gradient is needed.
-
 
 def attend(
     query_BMHC: jax.Array,
@@ -33,8 +31,8 @@ def attend(
     value_BLHC: values at L positions.
     mask_BL: positions to attend to; for a fused kernel each row is true up to
       its length and false after it.
-    kernel: from `fused_attention.choose`, or `FORWARD`. `xla` takes over if
-      weights are dropped or if queries are at some positions only.
+    kernel: from `fused_attention.choose`. `xla` takes over if weights are
+      dropped or if queries are at some positions only.
     rate: of the dropout of attention weights.
     noise: None for no dropout.
   """
@@ -42,8 +40,6 @@ def attend(
   if noise is not None and rate > 0:
     b, m, heads, _ = query_BMHC.shape
     keep_BHML = dropout.keep(noise, (b, heads, m, key_BLHC.shape[1]), rate)
-  elif kernel == FORWARD:
-    return _attend_forward_only(query_BMHC, key_BLHC, value_BLHC, mask_BL)
   elif kernel != 'xla' and query_BMHC.shape == key_BLHC.shape:
     return fused_attention.attend(
         kernel, query_BMHC, key_BLHC, value_BLHC, mask_BL
@@ -51,30 +47,6 @@ def attend(
   return attend_where(
       query_BMHC, key_BLHC, value_BLHC, mask_BL[:, None], keep_BHML, rate
   )
-
-
-def _attend_forward_only(
-    query_BMHC: jax.Array,
-    key_BLHC: jax.Array,
-    value_BLHC: jax.Array,
-    mask_BL: jax.Array,
-) -> jax.Array:
-  """`attend` that divides by the sum of the softmax after the last matmul.
-
-  Four times as fast on CPU, where XLA fuses a whole softmax and the matmul to
-  a slow operation.
-  """
-  logits_BHML = _einsum('BMHC,BLHC->BHML', query_BMHC, key_BLHC)
-  logits_BHML *= query_BMHC.shape[-1] ** -0.5
-  lowest = jnp.finfo(jnp.float32).min
-  logits_BHML += jnp.where(mask_BL, 0, lowest)[:, None, None]
-  weight_BHML = jnp.exp(logits_BHML - logits_BHML.max(-1, keepdims=True))
-  dtype = value_BLHC.dtype
-  mixed_BHMC = _einsum(
-      'BHML,BLHC->BHMC', weight_BHML.astype(dtype), value_BLHC
-  )
-  mixed_BHMC *= 1 / weight_BHML.sum(-1, keepdims=True)
-  return mixed_BHMC.swapaxes(1, 2).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -86,9 +58,19 @@ def attend_where(
     keep_BHML: jax.Array | None,
     rate: float,
 ) -> jax.Array:
-  """`attend` by matmuls and a softmax in float32; M of the mask may be 1."""
-  arrays = (query_BMHC, key_BLHC, value_BLHC, mask_BML, keep_BHML)
-  return _attend_forward(*arrays, rate)[0]
+  """`attend` by matmuls and a softmax in float32; M of the mask may be 1.
+
+  Without a gradient, the sum of the softmax divides the result: on CPU, XLA
+  computes a softmax that is fused with a matmul on one core.
+  """
+  if keep_BHML is not None:
+    arrays = (query_BMHC, key_BLHC, value_BLHC, mask_BML, keep_BHML)
+    return _attend_forward(*arrays, rate)[0]
+  logits_BHML, dtype = _logits(query_BMHC, key_BLHC, mask_BML), value_BLHC.dtype
+  weight_BHML = jnp.exp(logits_BHML - logits_BHML.max(-1, keepdims=True))
+  mixed_BHMC = _einsum('BHML,BLHC->BHMC', weight_BHML.astype(dtype), value_BLHC)
+  mixed_BHMC *= 1 / weight_BHML.sum(-1, keepdims=True)
+  return mixed_BHMC.swapaxes(1, 2).astype(dtype)
 
 
 def _attend_forward(
@@ -99,10 +81,7 @@ def _attend_forward(
     keep_BHML: jax.Array | None,
     rate: float,
 ) -> tuple[jax.Array, Any]:
-  logits_BHML = _einsum('BMHC,BLHC->BHML', query_BMHC, key_BLHC)
-  logits_BHML = logits_BHML * query_BMHC.shape[-1] ** -0.5
-  lowest = jnp.finfo(jnp.float32).min
-  logits_BHML = jnp.where(mask_BML[:, None], logits_BHML, lowest)
+  logits_BHML = _logits(query_BMHC, key_BLHC, mask_BML)
   probs_BHML = jax.nn.softmax(logits_BHML).astype(query_BMHC.dtype)
   mixed_BMHC = jnp.einsum(
       'BHML,BLHC->BMHC', _drop(probs_BHML, keep_BHML, rate), value_BLHC
@@ -128,16 +107,21 @@ def _attend_backward(
   grad_BHML = _drop(grad_BHML, keep_BHML, rate) - along_BHM[..., None]
   grad_BHML = grad_BHML * probs_BHML * query_BMHC.shape[-1] ** -0.5
   grad_BHML = grad_BHML.astype(dtype)
-  return (
-      jnp.einsum('BHML,BLHC->BMHC', grad_BHML, key_BLHC),
-      jnp.einsum('BHML,BMHC->BLHC', grad_BHML, query_BMHC),
-      grad_value_BLHC,
-      None,
-      None,
-  )
+  grad_query_BMHC = jnp.einsum('BHML,BLHC->BMHC', grad_BHML, key_BLHC)
+  grad_key_BLHC = jnp.einsum('BHML,BMHC->BLHC', grad_BHML, query_BMHC)
+  return grad_query_BMHC, grad_key_BLHC, grad_value_BLHC, None, None
 
 
 attend_where.defvjp(_attend_forward, _attend_backward)
+
+
+def _logits(
+    query_BMHC: jax.Array, key_BLHC: jax.Array, mask_BML: jax.Array
+) -> jax.Array:
+  logits_BHML = _einsum('BMHC,BLHC->BHML', query_BMHC, key_BLHC)
+  logits_BHML = logits_BHML * query_BMHC.shape[-1] ** -0.5
+  lowest = jnp.finfo(jnp.float32).min
+  return jnp.where(mask_BML[:, None], logits_BHML, lowest)
 
 
 def _einsum(shapes: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -16,7 +16,6 @@ from flax import nnx
 import jax
 
 from realm_jax import config as config_lib
-from realm_jax.models import attention
 from realm_jax.models import embedder
 from realm_jax.models import fused_attention
 from realm_jax.models import reader
@@ -62,17 +61,6 @@ class Component:
     )
     return nnx.merge(self.graphdef, state)
 
-  def forward_only(self) -> 'Component':
-    """Returns the component with attention that has no gradient.
-
-    It is faster on CPU; results differ in rounding.
-    """
-    if self.config.attention != 'xla':
-      return self
-    config = copy.copy(self.config)
-    config.attention = attention.FORWARD
-    return _make(self.name, config)
-
 
 class Models(types.SimpleNamespace):
   """The networks of a job's stage, with their parameters."""
@@ -91,9 +79,7 @@ def bind(
 
 
 def make(
-    name: str,
-    config: config_lib.ModelConfig,
-    device: jax.Device | None = None,
+    name: str, config: config_lib.ModelConfig, device: jax.Device | None = None
 ) -> Component:
   """Returns a component.
 
@@ -106,10 +92,6 @@ def make(
   config = copy.copy(config)
   config_lib.complete(config)
   config.attention = fused_attention.choose(config, device)
-  return _make(name, config)
-
-
-def _make(name: str, config: config_lib.ModelConfig) -> Component:
   abstract = nnx.eval_shape(
       lambda: _MODULES[name](config, rngs=nnx.Rngs(jax.random.key(0)))
   )

@@ -251,9 +251,7 @@ class MaskedSentences(Sentences):
       self, corpus: corpus_lib.Corpus, config: config_lib.Config, split: str
   ):
     super().__init__(corpus, config, split)
-    self._mask = extension.load(
-        'config.masking', config.masking, masking.MASKS
-    )
+    self._mask = extension.load('config.masking', config.masking, masking.MASKS)
     if corpus.tokenizer.mask_id < 0:
       raise ValueError(
           f'The tokenizer of {corpus.directory} has no mask token, as'

@@ -237,9 +237,7 @@ def with_candidates(
 ) -> Batch:
   """Returns the batch of masked sentences with the documents retrieved."""
   null_B1 = np.full((len(retrieved_BJ), 1), inputs.NULL_DOCUMENT, np.int64)
-  doc_ids_BJS, doc_types_BJS = template.documents(
-      corpus.passages, retrieved_BJ
-  )
+  doc_ids_BJS, doc_types_BJS = template.documents(corpus.passages, retrieved_BJ)
   joint_ids_BKT, joint_types_BKT = inputs.assemble_joint(
       corpus.passages,
       np.concatenate([null_B1, retrieved_BJ], axis=1),
@@ -296,9 +294,7 @@ def candidate_scores(
 
 
 def read_targets(
-    reader: reader_lib.Reader,
-    batch: Batch,
-    noise: dropout.Noise | None = None,
+    reader: reader_lib.Reader, batch: Batch, noise: dropout.Noise | None = None
 ) -> jax.Array:
   """Returns log p(y_j | z_k, x) of the masked wordpieces, token_logp_BKM."""
   b, k, t = batch.joint_ids_BKT.shape
