@@ -212,9 +212,7 @@ class _Loop:
       self._profile.before(step + 1, self.state)
       try:
         with self._clock.measure('refresh'):
-          if self._refresher is not None:
-            embedder = self.state.params['embedder']
-            self._refresher.before_step(step, embedder, self._take_snapshot)
+          self._refresh(step)
         stop = self._any_sigterm(bool(self._sigterm))
       except _Stopping:
         stop = True
@@ -261,6 +259,12 @@ class _Loop:
     with self._clock.measure('gates'):
       self._log.add_once(
           self._gates.measure(self.state.params, step, self._refresher)
+      )
+
+  def _refresh(self, step: int) -> None:
+    if self._refresher is not None:
+      self._refresher.before_step(
+          step, self.state.params['embedder'], self._take_snapshot
       )
 
   def _take_snapshot(self, step: int, wait: bool = False) -> None:
