@@ -63,8 +63,8 @@ def attend_where(
     arrays = (query_BMHC, key_BLHC, value_BLHC, mask_BML, keep_BHML)
     return _attend_forward(*arrays, rate)[0]
   logits_BHML, dtype = _logits(query_BMHC, key_BLHC, mask_BML), value_BLHC.dtype
-  # Divided at the end: XLA's CPU backend computes a softmax that it has fused
-  # with a matmul on one core, in four times the time.
+  # Divided at the end: XLA's CPU backend fuses a whole softmax with the matmul,
+  # to an operation that takes four times as long.
   weight_BHML = jnp.exp(logits_BHML - logits_BHML.max(-1, keepdims=True))
   mixed_BHMC = _einsum('BHML,BLHC->BHMC', weight_BHML.astype(dtype), value_BLHC)
   mixed_BHMC *= 1 / weight_BHML.sum(-1, keepdims=True)
