@@ -114,11 +114,18 @@ def test_random_changes_equal_a_rebuild(
 
 
 def _assert_same_hits(workdir, rebuilt, queries):
-  """Returns the ids and scores, which are the same up to rounding."""
+  """Returns the ids and scores, which are the same up to rounding.
+
+  The last bits of an embedding depend on the padding of its batch, so documents
+  may change places only if their scores differ by as little.
+  """
   ids, scores = job.find(workdir, queries)
   expected_ids, expected_scores = job.find(rebuilt, queries)
-  assert ids == expected_ids
   np.testing.assert_allclose(scores, expected_scores, rtol=2e-6, atol=1e-6)
+  for found, wanted, score in zip(ids, expected_ids, scores, strict=True):
+    assert sorted(found) == sorted(wanted)
+    at = [found.index(name) for name in wanted]
+    np.testing.assert_allclose(score[at], score, rtol=2e-6, atol=1e-6)
   return ids, scores
 
 
