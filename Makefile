@@ -47,7 +47,7 @@ clean:
 	  .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Made anew when what is installed may have changed; an environment whose
+# Repeated when setup.py or pyproject.toml has changed; an environment whose
 # Python is gone is replaced.
 $(STAMP): setup.py pyproject.toml
 	@if test -z '$(PYTHON)' || ! '$(PYTHON)' -c '$(CAN_RUN)'; then \

@@ -217,13 +217,13 @@ class _Step(training.Training):
     self._trace_seconds, self._lowered = harness.timed(self.lower)
 
   def compile(self) -> '_Step':
-    self.compile_seconds, self.step = harness.timed(self._lowered.compile)
+    self.compile_seconds, self._compiled = harness.timed(self._lowered.compile)
     return self
 
   @property
   def bytes(self) -> float:
     """Memory of the device in a step, by XLA's analysis."""
-    memory = self.step.memory_analysis()
+    memory = self._compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -259,7 +259,9 @@ class _Step(training.Training):
     """
     start, before = time.perf_counter(), None
     for _ in range(count):
-      self._state, metrics = self.step(self._state, self._arrays)
+      self._state, metrics = self._compiled(
+          self._state, self._arrays, self.rates
+      )
       if before is not None:
         jax.device_get(before)
       before = metrics

@@ -76,7 +76,7 @@ def measure(config: config_lib.Config) -> dict[str, Any]:
   state = jax.tree.map(array, job.abstract_state, job.shardings)
   batch = jax.tree.map(lambda x: array(x, rows), job.stage.abstract_batch())
   programs = {
-      'step': job.step.lower(state, batch),
+      'step': job.lower(state, batch),
       'queries': embedding.Embedder(
           job.components['embedder'], mesh
       ).queries.lower(state.params['embedder'], batch.query_ids_BQ),

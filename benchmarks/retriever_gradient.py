@@ -146,12 +146,13 @@ class _Measurement:
       train_step = step_lib.make_train_step(
           job.stage, job.components, tx, job.mesh
       )
+      rates = optimizer.learning_rates(job.config, job.components, self._step)
       checkpoints = checkpoint.Checkpoints(copy, keep=0)
       for batch in batches:
         # A step donates its state.
         state, _ = job_lib.start_or_resume(job, checkpoints, tx)
         before = np.asarray(self._scores(state.params, batch))
-        state, _ = train_step(state, batch)
+        state, _ = train_step(state, batch, rates)
         after = np.asarray(self._scores(state.params, batch))
         changes.append(after - before)
       checkpoints.close()

@@ -99,7 +99,6 @@ class _Side:
   def __init__(self, spec: dict[str, Any]):
     # JAX starts after the process has its CPU cores.
     import jax
-    import jax.numpy as jnp
     import training
 
     from realm_jax.corpus import inputs
@@ -151,7 +150,14 @@ class _Side:
       updates, opt_state = job.tx.update(
           state.params, state.opt_state, state.params, step=state.step
       )
-      params = jax.tree.map(jnp.add, state.params, updates)
+      params = {
+          name: jax.tree.map(
+              lambda x, change, rate=job.rates[name]: x + rate * change,
+              state.params[name],
+              changes,
+          )
+          for name, changes in updates.items()
+      }
       return dataclasses.replace(state, params=params, opt_state=opt_state)
 
     self._loss = jax.jit(loss)

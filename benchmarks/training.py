@@ -31,16 +31,26 @@ class Training:
     self.stage = stages.load(config)(config, corpus)
     self.components = stages.components_of(config)
     self.tx = optimizer.make_optimizer(config, tuple(self.components))
-    self.step = step_lib.make_train_step(
+    self._step = step_lib.make_train_step(
         self.stage, self.components, self.tx, self.mesh
     )
+    self.rates = optimizer.learning_rates(config, self.components, 0)
     self.shardings = step_lib.state_shardings(
         config, self.components, self.tx, self.mesh
     )
     self.abstract_state = step_lib.abstract_state(self.components, self.tx)
 
-  def lower(self) -> jax.stages.Lowered:
-    return self.step.lower(self.abstract_state, self.stage.abstract_batch())
+  def lower(self, state: Any = None, batch: Any = None) -> jax.stages.Lowered:
+    """Lowers the step; None: for abstract arrays."""
+    return self._step.lower(
+        state or self.abstract_state,
+        batch or self.stage.abstract_batch(),
+        self.rates,
+    )
+
+  def step(self, state: step_lib.TrainState, batch: Any) -> Any:
+    """Returns the next state and the metrics, at the rates of step 0."""
+    return self._step(state, batch, self.rates)
 
   def start(self, params: Any = None) -> step_lib.TrainState:
     """Returns the state of step 0 on the devices."""

@@ -18,7 +18,7 @@ MASKS = {
     'bert': 'realm_jax.corpus.masking:bert',
     'bert_whole_words': 'realm_jax.corpus.masking:bert_whole_words',
 }
-# Of the masks of BERT: shares of the positions; the rest is read as it is.
+# Shares of the positions that BERT's masks choose; the rest is read as it is.
 _MASKED, _RANDOM = 0.8, 0.1
 
 

@@ -120,7 +120,7 @@ class ModernBert(encoders.Encoder):
   options: ClassVar[dict[str, Any]] = {
       # From the first on, each third layer attends to all positions.
       'global_interval': 3,
-      'window': 128,  # Of the others: half of it on each side.
+      'window': 128,  # In the other layers: half of it on each side.
       # Bases of the rotary positions.
       'global_theta': 160_000.0,
       'local_theta': 10_000.0,

@@ -74,15 +74,6 @@ def marginal_mlm(
   return loss, aux
 
 
-def masked_mlm(
-    token_logp_BM: jax.Array, mask_BM: jax.Array
-) -> tuple[jax.Array, Aux]:
-  """The loss of the reader warm-up: mean negative log-likelihood of masks."""
-  mask_BM = mask_BM.astype(bool)
-  total = jnp.where(mask_BM, token_logp_BM, 0.0).sum()
-  return -total / jnp.maximum(mask_BM.sum(), 1), {}
-
-
 def in_batch_softmax(
     query_emb_BE: jax.Array,
     doc_emb_CE: jax.Array,

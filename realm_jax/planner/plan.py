@@ -177,7 +177,8 @@ def trace_step(
   tx = optimizer.make_optimizer(config, tuple(components))
   step = step_lib.make_train_step(stage, components, tx, mesh)
   state = step_lib.abstract_state(components, tx)
-  return step.trace(state, stage.abstract_batch())
+  rates = optimizer.learning_rates(config, components, 0)
+  return step.trace(state, stage.abstract_batch(), rates)
 
 
 def compiled(config: config_lib.Config) -> Figures:

@@ -110,7 +110,7 @@ def is_list(text: str, match: str = 'string') -> bool:
 def _answers(value: Any, match: str = 'string') -> list[str]:
   """Returns the answers in the forms that `parse` takes."""
   if isinstance(value, dict):
-    # Of a field of several names, data sets have one.
+    # Data sets have one of a field's names.
     keys = {key.lower(): key for key in value}
     found = [value[keys[k]] for k in ('value', 'text', 'answer') if k in keys]
     found += [value[keys[k]] for k in ('aliases',) if k in keys]

@@ -21,7 +21,7 @@ from realm_jax.runtime import files
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10.0  # Between a request to stop and the kill.
-HEARTBEAT = 'heartbeat.json'  # Of the index builder, in `index`.
+HEARTBEAT = 'heartbeat.json'  # The index builder's, in `index`.
 _BEAT_SECONDS = 1.0  # Shortest time between two writes.
 _REPEAT_SECONDS = 5.0  # Longest time between two writes.
 _LOG_SECONDS = 30.0

@@ -56,7 +56,7 @@ _NO_TABLES = (
 _HEAD = 1 << 16  # Bytes that tell a format.
 _SAMPLE = 1 << 22  # Bytes that tell the columns of a CSV or TSV file.
 _SAMPLE_RECORDS = 100  # That tell the fields of other files.
-_MOST_LINES = 1000  # Of a value.
+_MOST_LINES = 1000  # A value has no more.
 _LONGEST_NAME = 64  # Characters of the name of a column.
 
 Content = bytes | dict[str, Any] | ValueError

@@ -244,7 +244,7 @@ class Service:
     if self._loses(new):
       return
     if new.refused:
-      # What is served may be the file that is now damaged.
+      # The table in use may be the file that is now damaged.
       if new.identity.is_older(old.identity):
         self._refuse(new.refused)
         return

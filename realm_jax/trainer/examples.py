@@ -217,9 +217,6 @@ class Sentences:
   def __getitem__(self, index: int) -> int:
     return int(self.rows[index])
 
-  def __repr__(self) -> str:
-    return f'sentences({self.split}, {len(self)})'
-
   def ends(self) -> np.ndarray:
     """Returns where each sentence ends in the body of its passage, int64."""
     passages = np.asarray(self.table.passages)
@@ -260,15 +257,13 @@ class MaskedSentences(Sentences):
     # A span is used only if every wordpiece of it can be predicted: nothing is
     # masked without being a target.
     spans = np.asarray(self.table.spans)
-    fits = (spans[:, 1] - spans[:, 0] <= config.lengths.masks) & (
-        spans[:, 1] <= self.template.text_length - 2
-    )
+    masks = config.lengths.masks
+    fits = spans[:, 1] - spans[:, 0] <= masks
+    fits &= spans[:, 1] <= self.template.text_length - 2
     before = np.concatenate([[0], np.cumsum(fits)])
     self._spans = spans[fits]
-    self._column_M = np.arange(config.lengths.masks)
-    self._hidden_M = np.full(
-        config.lengths.masks, corpus.tokenizer.mask_id, np.int64
-    )
+    self._column_M = np.arange(masks)
+    self._hidden_M = np.full(masks, corpus.tokenizer.mask_id, np.int64)
     self._span_offsets = before[np.asarray(self.table.span_offsets)]
     self.rows = np.flatnonzero(np.diff(self._span_offsets))
     self.require_rows('')

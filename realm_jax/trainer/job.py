@@ -362,7 +362,7 @@ def _check_same_job(
   if grows:
     component = stages.load(config).components[0]
     rates = [
-        float(optimizer.learning_rate(one, component)(step))
+        optimizer.learning_rates(one, [component], step)[component]
         for one in (config, theirs)
     ]
     log.info(

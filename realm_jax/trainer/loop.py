@@ -200,9 +200,14 @@ class _Loop:
     shapes = tuple(x.shape for x in jax.tree.leaves(batch))
     if shapes not in self.compiled:
       self.compiled[shapes] = self._thread.submit(
-          lambda: self._jitted.lower(self.state, batch).compile()
+          lambda rates: self._jitted.lower(self.state, batch, rates).compile(),
+          self._rates(0),
       )
     return self.compiled[shapes]
+
+  def _rates(self, step: int) -> step_lib.Rates:
+    job = self._job
+    return optimizer.learning_rates(job.config, job.components, step)
 
   def run(self) -> None:
     config, stage = self._job.config, self._job.stage
@@ -234,7 +239,7 @@ class _Loop:
       with self._clock.measure('compute'):
         arrays = mesh_lib.to_devices(self._job.mesh, batch)
         train_step = self._train_step(arrays).result()
-        self.state, metrics = train_step(self.state, arrays)
+        self.state, metrics = train_step(self.state, arrays, self._rates(step))
         # The host has time while the devices compute.
         figures = {**examples.figures, **stage.figures(batch)}
         self._log.flush()  # The previous step is finished by now.

@@ -4,39 +4,43 @@ Unlike the released code, Adam's bias correction is on and the decay of the
 learning rate starts where the warm-up ends.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from realm_jax import config as config_lib
 
 
-def learning_rate(config: config_lib.Config, component: str) -> optax.Schedule:
+def learning_rates(
+    config: config_lib.Config, components: Iterable[str], step: int
+) -> dict[str, np.float32]:
   """Linear warm-up, then linear decay to final_fraction of the peak.
 
   The embedder has its own peak and may start later (retriever_delay): a reader
   that does not use its passages yet would teach it that none is useful.
   """
-  c = config.optimizer
-  is_embedder = component == 'embedder'
-  peak = c.retriever_learning_rate if is_embedder else c.learning_rate
-  decay = optax.schedules.linear_schedule(
-      peak,
-      peak * c.final_fraction,
-      max(config.steps - c.warmup_steps, 1),
-      c.warmup_steps,
-  )
-  # The warm-up starts at the delay. A retriever that starts at its full rate
-  # forgets in twenty steps what ICT taught it.
-  start = c.retriever_delay if is_embedder else 0
+  c, f32 = config.optimizer, np.float32
+  # Rounded as by XLA, since the formula was once a part of the compiled step.
+  decay_steps = max(config.steps - c.warmup_steps, 1)
+  decayed = min(max(step - c.warmup_steps, 0), decay_steps)
+  left = f32(1 - decayed * float(f32(1) / f32(decay_steps)))
 
-  def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-    warm = (step - start + 1) / max(c.warmup_steps, 1)
-    return decay(step) * jnp.clip(warm, 0.0, 1.0) * (step >= start)
+  def rate(peak: float, start: int) -> np.float32:
+    final = peak * c.final_fraction
+    decay = f32(float(f32(peak - final)) * float(left) + float(f32(final)))
+    warm = f32(step - start + 1) * (f32(1) / f32(max(c.warmup_steps, 1)))
+    return decay * np.clip(warm, f32(0), f32(1))
 
-  return schedule
+  rates = dict.fromkeys(components, rate(c.learning_rate, 0))
+  if 'embedder' in rates:
+    # The warm-up starts at the delay. A retriever that starts at its full rate
+    # forgets in twenty steps what ICT taught it.
+    rates['embedder'] = rate(c.retriever_learning_rate, c.retriever_delay)
+  return rates
 
 
 def make_optimizer(
@@ -44,34 +48,30 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the transformation for params {component: {name: array}}.
 
+  Its updates are for a learning rate of 1. The rate, an argument of the step,
+  multiplies them, so that another `config.steps` needs no compilation.
   `update` takes the keyword `step`, the number of updates so far, which decides
   whether the clip counts the retriever; without it, every component learns.
   """
   c = config.optimizer
 
-  def adamw(component: str) -> optax.GradientTransformation:
-    return optax.adamw(
-        learning_rate(config, component),
-        b1=c.b1,
-        b2=c.b2,
-        eps=c.eps,
-        weight_decay=c.weight_decay,
-        mask=_decayed,
-    )
-
+  adamw = optax.adamw(
+      lambda step: 1.0,
+      b1=c.b1,
+      b2=c.b2,
+      eps=c.eps,
+      weight_decay=c.weight_decay,
+      mask=_decayed,
+  )
   by_component = {
-      name: optax.set_to_zero() if name in c.frozen else adamw(name)
+      name: optax.set_to_zero() if name in c.frozen else adamw
       for name in components
   }
-  return optax.chain(
-      _clip(config),
-      optax.partition(
-          by_component,
-          lambda params: {
-              name: dict.fromkeys(x, name) for name, x in params.items()
-          },
-      ),
-  )
+
+  def labels(params: Any) -> Any:
+    return {name: dict.fromkeys(x, name) for name, x in params.items()}
+
+  return optax.chain(_clip(config), optax.partition(by_component, labels))
 
 
 def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:

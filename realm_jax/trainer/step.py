@@ -5,7 +5,7 @@ For REALM the loop first embeds the masked sentences and searches
 parameters, reads them, marginalises, and updates reader and retriever.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from typing import Any
 import zlib
@@ -19,10 +19,10 @@ from realm_jax.models import components as components_lib
 from realm_jax.models import dropout
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import accumulation
-from realm_jax.trainer import optimizer
 from realm_jax.trainer import stages
 
 Components = dict[str, components_lib.Component]
+Rates = Mapping[str, jax.typing.ArrayLike]
 LossAndMetrics = tuple[jax.Array, stages.Metrics]
 
 
@@ -73,11 +73,12 @@ def make_train_step(
     tx: optax.GradientTransformationExtraArgs,
     mesh: jax.sharding.Mesh,
 ) -> jax.stages.Wrapped:
-  """Returns the jitted step(state, batch) -> (state, metrics).
+  """Returns the jitted step(state, batch, rates) -> (state, metrics).
 
-  The state has the shardings of `state_shardings` and is donated.
+  The state has the shardings of `state_shardings` and is donated. `rates` are
+  the learning rates of the components, float32.
   """
-  config = stage.config
+  config, whole = stage.config, mesh_lib.replicated(mesh)
   shardings = state_shardings(config, components, tx, mesh)
   gradients = make_gradients(
       stage,
@@ -89,7 +90,7 @@ def make_train_step(
   )
 
   def train_step(
-      state: TrainState, batch: Any
+      state: TrainState, batch: Any, rates: Rates
   ) -> tuple[TrainState, stages.Metrics]:
     key = jax.random.fold_in(stream(state.rng, 'dropout'), state.step)
     (loss, metrics), grads = gradients(
@@ -101,6 +102,9 @@ def make_train_step(
     updates, opt_state = tx.update(
         grads, state.opt_state, state.params, step=state.step
     )
+    updates = {
+        name: optax.tree.scale(rates[name], x) for name, x in updates.items()
+    }
     learned = stage.learned(metrics)
     if learned is not None:
       updates, opt_state = _only_if(
@@ -113,18 +117,15 @@ def make_train_step(
         'grad_norm': norm,
         'update_norm': optax.tree.norm(updates),
         'param_norm': optax.tree.norm(params),
+        **{f'learning_rate_{name}': rate for name, rate in rates.items()},
     }
-    for name in components:
-      metrics[f'learning_rate_{name}'] = jnp.asarray(
-          optimizer.learning_rate(config, name)(state.step), jnp.float32
-      )
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
   return jax.jit(
       train_step,
       donate_argnums=0,
-      in_shardings=(shardings, mesh_lib.over_batch(mesh)),
-      out_shardings=(shardings, mesh_lib.replicated(mesh)),
+      in_shardings=(shardings, mesh_lib.over_batch(mesh), whole),
+      out_shardings=(shardings, whole),
   )
 
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from realm_jax import config as config_lib
 from realm_jax.models import objectives
+from realm_jax.trainer.stages import mlm
 
 
 def _random(seed, b=5, k=4, m=3):
@@ -169,7 +171,9 @@ def test_tied_documents_share_the_accuracy():
   np.testing.assert_allclose(aux['accuracy'], (0.5 + 0.5 + 1 + 0) / 4)
 
 
-def test_masked_mlm_is_the_mean_over_masks():
+def test_the_loss_of_mlm_is_the_mean_over_masks():
   token_logp = np.log([[0.5, 0.25], [0.125, 0.9]])
-  loss, _ = objectives.masked_mlm(token_logp, np.array([[1, 1], [1, 0]]))
+  mask = np.array([[True, True], [True, False]])
+  stage = mlm.Mlm(config_lib.resolve(config_lib.Config(objective='mlm')))
+  loss, _ = stage.loss(token_logp, mlm.Batch(*[None] * 4, mask))
   np.testing.assert_allclose(loss, np.log(2) * (1 + 2 + 3) / 3, rtol=1e-6)

@@ -99,7 +99,8 @@ def of_a_step(world, config):
     train_step = step_lib.make_train_step(stage, components, tx, mesh)
     queries = next(examples.training_batches(stage)).inputs
     batch = stage.retrieve(queries, retriever)
-    train_step(state, mesh_lib.to_devices(mesh, batch))
+    rates = optimizer.learning_rates(config, components, 0)
+    train_step(state, mesh_lib.to_devices(mesh, batch), rates)
 
   # The loop, whose order `run` repeats, cannot be run for one step.
   return _entered(run) | {loop.__file__.removeprefix(f'{_PACKAGE}/')}

@@ -63,7 +63,10 @@ def test_changed_documents_are_evaluated_as_before(old):
     for kind in ('gold', 'answer'):
       figures = found['questions'][group][kind]
       for name, value in wanted[kind].items():
-        assert figures[name] == pytest.approx(value), (group, kind, name)
+        # Rounding swaps passages of almost equal scores, such as those of ranks
+        # 67 and 68, which changes the mean reciprocal rank by 2e-6.
+        near = pytest.approx(value, abs=1e-5 if name == 'mrr' else None)
+        assert figures[name] == near, (group, kind, name)
 
 
 def test_documents_are_added_and_deleted(old):

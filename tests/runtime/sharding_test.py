@@ -199,8 +199,9 @@ def test_whole_steps_are_the_same_and_compile_once():
         ),
         placed,
     )
-    for _ in range(3):
-      state, metrics = step(state, mesh_lib.to_devices(mesh, batch))
+    for i in range(3):
+      rates = optimizer.learning_rates(config, components, i)
+      state, metrics = step(state, mesh_lib.to_devices(mesh, batch), rates)
     assert len(traces) == 1
     embed = embedding.Embedder(components['embedder'], mesh).queries
     emb_BE = embed(state.params['embedder'], batch.query_ids_BQ)
@@ -232,7 +233,9 @@ def test_bfloat16_leaves_weights_gradients_and_losses_in_float32():
   tx = optimizer.make_optimizer(config, tuple(components))
   step = step_lib.make_train_step(
         _stage(config), components, tx, _mesh(1, 1))
-  traced = step.trace(step_lib.abstract_state(components, tx), _batch(config))
+  rates = optimizer.learning_rates(config, components, 0)
+  state = step_lib.abstract_state(components, tx)
+  traced = step.trace(state, _batch(config), rates)
   state, metrics = traced.out_info
   kinds = {str(x.dtype) for x in jax.tree.leaves((state, metrics))}
   assert kinds == {'float32', 'int32', 'key<fry>'}
@@ -253,7 +256,8 @@ def test_the_gradient_cache_needs_the_memory_of_one_part():
         _batch(config),
     )
     state = step_lib.abstract_state(components, tx)
-    compiled = step.lower(state, batch).compile()
+    rates = optimizer.learning_rates(config, components, 0)
+    compiled = step.lower(state, batch, rates).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   # Computed at once, the batch needs eight times as much. The cache adds the

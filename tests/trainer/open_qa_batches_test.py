@@ -143,7 +143,8 @@ def test_nothing_retrieved_changes_nothing(world):
     train_step = step_lib.make_train_step(
         open_qa.OpenQa(config), components, tx, mesh
     )
-    state, metrics = train_step(state, batch)
+    rates = optimizer.learning_rates(config, components, 5)
+    state, metrics = train_step(state, batch, rates)
     same = jax.tree.map(
         lambda a, b: bool((a == b).all()), before, jax.device_get(state.params)
     )
