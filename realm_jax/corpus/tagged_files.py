@@ -182,6 +182,8 @@ def _text(path: pathlib.Path) -> Table:
         sentences.append([])
     elif _DOCUMENT_START in cells[:2]:
       skipped['document starts'] += 1
+      if sentence:
+        sentences.append([])
     elif (
         line.startswith('#')
         and not sentence

@@ -56,6 +56,16 @@ _HEADING = re.compile(r'^=+\s*(.*?)\s*=+\s*$', re.MULTILINE)
 # Removed templates leave brackets such as '(; )'; '(; born 1950)' stays.
 _EMPTY_BRACKETS = re.compile(r' ?\([\s,;]*\)')
 _BLANK = re.compile(r'\s*\n\s*')
+_SWITCH = re.compile(r'__[^\W_]+(?:_[^\W_]+)*__')  # Such as __NOTOC__.
+# -{zh-hans:..; zh-hant:..}-, -{text}-, -{FLAGS|...}-: one text in several
+# scripts of Chinese or Serbian. Some flags hide it.
+_VARIANTS = re.compile(r'-\{(?:([^|{}]*)\|)?([^{}]*)\}-')
+_VARIANT = re.compile(r'\s*[a-z]+(?:-[a-z]+)?\s*:\s*(.*?)\s*', re.DOTALL)
+_HIDING = frozenset('HT-')
+# A redirect of a dump that does not mark it, in the words of any language.
+_REDIRECT = re.compile(
+    r'\s*#[^\s\[]+\s*\[\[[^\[\]]+\]\]\s*(?:\{\{|\[\[|$)'
+)
 
 
 class TfdsSource:
@@ -129,7 +139,10 @@ class HuggingFaceSource:
     sample = itertools.islice(self._rows, _SAMPLE)
     self.fields = _fields(name, [*sample], self._rows.features, given)
     # Others, such as embeddings and images, take time to decode.
-    columns = {*self.fields.taken.values()}
+    columns = {
+        name if name in self._rows.features else name.split('.')[0]
+        for name in self.fields.taken.values()
+    }
     self._rows = self._rows.select_columns(sorted(columns))
 
   def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -256,6 +269,8 @@ class MediaWikiDump(sources.File):
           text = ''
           for revision in page:
             text = revision.text or ''
+          if _REDIRECT.match(text):
+            continue
           yield f'{self.path}:{page.id}', {
               'id': str(page.id),
               'title': title,
@@ -302,6 +317,7 @@ def plain_text(text: str, markup: str = 'wikitext') -> str:
         or (node.text is None and _LANGUAGE.fullmatch(target) is not None)
     )
 
+  text = _VARIANTS.sub(_variant, _SWITCH.sub(_without_switch, text))
   code = mwparserfromhell.parse(text, skip_style_tags=True)
   nodes = mwparserfromhell.nodes
   for node in code.ifilter(
@@ -317,6 +333,19 @@ def plain_text(text: str, markup: str = 'wikitext') -> str:
   plain = _HEADING.sub(r'\1', plain)
   plain = plain.replace("'''", '').replace("''", '')
   return _BLANK.sub('\n', _EMPTY_BRACKETS.sub('', plain)).strip()
+
+
+def _without_switch(match: re.Match[str]) -> str:
+  return match[0] if match[0].islower() else ''
+
+
+def _variant(match: re.Match[str]) -> str:
+  """Returns the first text of a conversion between scripts."""
+  flags = {flag.strip() for flag in (match[1] or '').split(';')}
+  if flags & _HIDING:
+    return ''
+  first = _VARIANT.fullmatch(match[2].partition(';')[0])
+  return first[1] if first else match[2]
 
 
 def _fields(
