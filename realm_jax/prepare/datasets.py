@@ -46,7 +46,9 @@ _MEDIA = re.compile(
     re.IGNORECASE,
 )
 # A link to the same page of another language, which is shown elsewhere.
-_LANGUAGE = re.compile(r'[a-z]{2,3}(?:-[a-z]{2,10})?:\S.*', re.DOTALL)
+_LANGUAGE = re.compile(
+    r'(?:simple|[a-z]{2,3}(?:-[a-z]{1,10}){0,2}):\S.*', re.DOTALL
+)
 _REMOVED_TAGS = frozenset(
     'ref references table gallery imagemap math chem timeline score graph hiero'
     ' mapframe maplink templatestyles templatedata inputbox categorytree'
@@ -56,6 +58,11 @@ _HEADING = re.compile(r'^=+\s*(.*?)\s*=+\s*$', re.MULTILINE)
 # Removed templates leave brackets such as '(; )'; '(; born 1950)' stays.
 _EMPTY_BRACKETS = re.compile(r' ?\([\s,;]*\)')
 _BLANK = re.compile(r'\s*\n\s*')
+# Tags of HTML at which a line ends; a line end itself would break links.
+_MARK = '\u2028'
+_LINE_END = re.compile(
+    r'</?(?:br|p|div|blockquote|center|[uod]l|li|d[td]|h[1-6])\b[^<>]*>', re.I
+)
 _SWITCH = re.compile(r'__[^\W_]+(?:_[^\W_]+)*__')  # Such as __NOTOC__.
 # -{zh-hans:..; zh-hant:..}-, -{text}-, -{FLAGS|...}-: one text in several
 # scripts of Chinese or Serbian. Some flags hide it.
@@ -317,7 +324,8 @@ def plain_text(text: str, markup: str = 'wikitext') -> str:
         or (node.text is None and _LANGUAGE.fullmatch(target) is not None)
     )
 
-  text = _VARIANTS.sub(_variant, _SWITCH.sub(_without_switch, text))
+  text = _LINE_END.sub(_MARK, _SWITCH.sub(_without_switch, text))
+  text = _VARIANTS.sub(_variant, text)
   code = mwparserfromhell.parse(text, skip_style_tags=True)
   nodes = mwparserfromhell.nodes
   for node in code.ifilter(
@@ -330,7 +338,7 @@ def plain_text(text: str, markup: str = 'wikitext') -> str:
     except ValueError:  # Its parent was removed.
       continue
   plain = code.strip_code(normalize=True, collapse=True)
-  plain = _HEADING.sub(r'\1', plain)
+  plain = _HEADING.sub(r'\1', plain.replace(_MARK, '\n'))
   plain = plain.replace("'''", '').replace("''", '')
   return _BLANK.sub('\n', _EMPTY_BRACKETS.sub('', plain)).strip()
 

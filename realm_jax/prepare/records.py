@@ -355,7 +355,7 @@ def _parse(
   identity = _string(values, taken.get('id'), or_number=True)
   if identity is None and number is None:
     raise ValueError(_NO_ID)
-  if identity == '' or (identity is None and 'id' in fields.taken):
+  if not identity and taken.get('id') in values:  # Its number may be an id.
     raise ValueError(
         f'the field `{taken["id"]}` is empty; --fields=id: numbers the records'
     )

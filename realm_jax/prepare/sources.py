@@ -395,7 +395,7 @@ def _recognise(path: pathlib.Path) -> str:
   suffix = tables.suffix(path)
   if re.match(rb'<doc\s+id=', start):
     return 'wikiextractor'
-  if re.match(rb'(<\?xml[^>]*>\s*)?<mediawiki\b', start):
+  if re.match(rb'(<\?xml[^>]*>|<!--.*?-->|\s)*<mediawiki\b', start, re.S):
     return 'mediawiki'
   found = tables.recognise(path, head)
   if found == 'jsonl' and (

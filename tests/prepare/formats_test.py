@@ -114,9 +114,8 @@ def test_json_of_wikiextractor_is_known_by_its_urls(tmp_path):
             'id:m.id,title:m.name,text:parts.text',
         ),
         (
-            'joined.jsonl',
-            '{"text": NaN, "id": 0}\n\ufeff{"id": 4, "title": "Rome", "text":'
-            ' "A town."}', None,
+            'joined.jsonl', '{"text": NaN, "id": 0}\n'
+            '\ufeff{"id": 4, "title": "Rome", "text": "A town."}', None,
         ),
     ],
 )
@@ -399,7 +398,7 @@ def _link_free(text, *names):
         '{{Infobox|image=[[Fichier:Pont.jpg]]}}',
         '<gallery>\nFichier:Pont.jpg|Une vue\n</gallery>',
         '<imagemap>\nFichier:Pont.jpg|thumb\nrect 0 0 [[a]]\n</imagemap>',
-        '[[de:Brücke]]',
+        '[[de:Brücke]][[simple:Bridge]][[be-x-old:Мост]]',
     ],
 )
 def test_links_to_files_and_categories_are_no_text(link):
@@ -414,7 +413,7 @@ def test_other_links_are_text():
   )
 
 
-_DUMP = """<mediawiki xml:lang="fr"><siteinfo><dbname>frwiki</dbname>
+_DUMP = """<!-- x --><mediawiki xml:lang="fr"><siteinfo><dbname>frwiki</dbname>
 <namespaces><namespace key="-2">Média</namespace><namespace key="0" />
 <namespace key="6">Fichier</namespace><namespace key="14">Catégorie</namespace>
 </namespaces></siteinfo><page><title>Pont</title><ns>0</ns><id>3</id><revision>
@@ -428,6 +427,7 @@ _DUMP = """<mediawiki xml:lang="fr"><siteinfo><dbname>frwiki</dbname>
     [
         ('住在-{zh-hans:意大利; zh-hant:義大利}-。', '住在意大利。'),
         ('住在-{意大利}--{H|zh-cn:x;zh-tw:y}-。', '住在意大利。'),
+        ('Un<br />[http://x a<br>b]<p>et</p>c.', 'Un\na\nb\net\nc.'),
         ('__NOTOC__Un __init__.__TOC_NON__', 'Un __init__.'),
     ],
 )
