@@ -9,6 +9,7 @@ import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
@@ -318,7 +319,7 @@ def _open_separated(
     raise ValueError(
         f"{path}: lines end in a carriage return alone; run `tr '\\r' '\\n'`."
     )
-  data = head.splitlines(keepends=True)
+  data = io.BytesIO(head).readlines()
   cut = len(head) == _SAMPLE
   best: tuple[tuple[Any, ...], str, bool, list[Row]] | None = None
   for delimiter in '\t' if format != 'csv' else ',;\t|':

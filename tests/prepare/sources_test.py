@@ -50,6 +50,14 @@ def test_files_may_be_compressed(tmp_path, ending, pack):
   assert [r.text for r in _read(path)] == ['Über 0', 'Über 1', 'Über 2']
 
 
+def test_a_carriage_return_ends_no_line(tmp_path):
+  path = tmp_path / 'collection.tsv'
+  path.write_text(''.join(f'{i}\tA \rt\rown.\n' for i in range(3)), newline='')
+  assert [(r.id, r.text) for r in _read(path)] == [
+      (str(i), 'A \rt\rown.') for i in range(3)
+  ]
+
+
 def test_a_folder_of_texts_is_an_article_a_file(tmp_path):
   for name, text in (
       ('b/Old_Rome.txt', '\ufeffOld Rome\nA town.\n'),
