@@ -182,13 +182,15 @@ class TableFile(File):
     self.fields = layout(table.sample, given, self.name, table.columns)
     if table.columns and 'text' not in self.fields.taken:
       columns = fields_lib.listed(table.columns)
-      if table.delimiter and not table.header:
-        first = [*table.sample[0].values()] if table.sample else []
+      mend = _mend(table.columns)
+      if table.delimiter and not table.header and table.sample:
+        first = [*table.sample[0].values()]
         columns += f', without known names; the first row is {first}'
-      mend = f'id:{table.columns[0]},' if len(table.columns) > 1 else ''
+        if all(map(str.isidentifier, first)):
+          mend += f', or, if this row has their names, {_mend(first)}'
       raise ValueError(
           f'{path}: no column has the text; the columns are {columns:.400}.'
-          f' Say which: --fields={mend}text:{table.columns[-1]}'
+          f' Say which: {mend}.'
       )
     self._table = dataclasses.replace(table, sample=())
 
@@ -196,6 +198,11 @@ class TableFile(File):
     names = [*self.fields.taken.values()]
     names += [path.split('.')[0] for path in self.fields.paths]
     yield from self._table.contents(names)
+
+
+def _mend(columns: Sequence[str]) -> str:
+  id_ = f'id:{columns[0]},' if len(columns) > 1 else ''
+  return f'--fields={id_}text:{columns[-1]}'
 
 
 def layout(
@@ -310,7 +317,7 @@ def _files(
   path = pathlib.Path(source)
   if path.is_dir():
     base = os.fspath(path)
-    if (path / 'state.json').is_file() and [*path.glob('*.arrow')]:
+    if (path / 'dataset_dict.json').is_file() or [*path.glob('*.arrow')]:
       raise ValueError(
           f'The folder {source} is a saved dataset of Hugging Face; give it as'
           f' hf:{source}.'
@@ -374,7 +381,7 @@ def _recognise_in_folder(
   plain = lines_lib.plain_name(path)
   if _NOTES.fullmatch(plain):
     return '', 'notes'
-  if plain.lower().endswith(('~', '.bak', '.tmp', '.swp')):
+  if plain.lower().endswith(('~', '.bak', '.tmp', '.swp', '.orig', '#')):
     return '', 'copies of an editor'
   try:
     return format or _recognise(path), 'unknown format'

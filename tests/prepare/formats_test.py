@@ -338,7 +338,7 @@ def test_only_the_corpus_of_a_data_set_is_read(
         ('a.txt', 'a\x00b', 'not a text'),
         ('a.tsv', 'u\tv\nw\tx y\n1\t2\n3\t4', None),
         ('a.tsv', '1\tx\tT\n2\ty\tU', r"row is \['1', 'x', 'T'\].*--fields"),
-        ('a.csv', 'ref,lead\n1,x', "row is .*'ref'.*--fields=id:1,text:2"),
+        ('a.csv', 'ref,lead\n1,x', "'ref'.*id:1,text:2, .*id:ref,text:lead"),
         ('a.csv', 'id,text\n1,"x\n2,y', 'a.csv:2: misplaced quotes'),
         ('a.csv', 'id,text\n1,x,y\n', 'a.csv:2: 3 columns; expected are 2'),
         ('a.csv', 'id,text\r1,x\r', 'a carriage return alone'),

@@ -244,8 +244,18 @@ def test_a_dataset_of_hugging_face_by_name(tmp_path, monkeypatch):
   folder.mkdir()
   (folder / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   saved = tmp_path / 'saved'
-  datasets.Dataset.from_list(rows).save_to_disk(saved)
-  for name in (f'hf:{folder}', f'hf:{saved}', f'hf:{folder}:default:train'):
+  made = datasets.Dataset.from_list(rows)
+  made.save_to_disk(saved)
+  splits = tmp_path / 'splits'
+  datasets.DatasetDict(train=made, dev=made).save_to_disk(splits)
+  with pytest.raises(ValueError, match=f'give it as hf:{splits}'):
+    _read(splits)
+  with pytest.raises(ValueError, match="no split 'test'"):
+    _read(f'hf:{splits}::test')
+  for name in (
+      f'hf:{folder}', f'hf:{saved}', f'hf:{folder}:default:train',
+      f'hf:{splits}', f'hf:{splits}::dev',
+  ):
     assert [(r.id, r.title, r.text) for r in _read(name)] == [
         ('5', 'T5', 'é'),
         ('3', 'T3', 'é'),
