@@ -354,8 +354,9 @@ def _open_separated(
       raise ValueError(f'{path}:1: two columns are {name!r}; rename one.')
   columns = tuple(map(str, range(1, width + 1)))
   if header:
-    names = [name.strip() for name in rows.pop(0)]
-    columns = tuple(name or str(i) for i, name in enumerate(names, start=1))
+    columns = tuple(
+        name.strip() or str(i) for i, name in enumerate(rows.pop(0), start=1)
+    )
   elif not fields:
     for names, patterns in shapes:
       if len(names) == width and _has_shape(rows, patterns):
