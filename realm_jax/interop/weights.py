@@ -235,6 +235,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, FileTensor]:
       return _open_legacy(file, path)
     if start[8:] == b'{':
       return _open_safetensors(path, 8 + struct.unpack('<Q', start[:8])[0])
+    if start == b'version h':
+      raise ValueError('a pointer of Git LFS; run `git lfs pull`')
     raise ValueError(f'neither safetensors nor PyTorch, it starts {start!r}')
 
 

@@ -80,10 +80,11 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, str, str, Any]]:
   names = _names(path, table.sample)
   for place, record in table.records():
     ids = [record.get(names[field]) for field in ('query', 'passage')]
-    if not all(type(one) in (int, str) and one != '' for one in ids):
+    query, passage = map(questions_lib.number_as_text, ids)
+    if not all(isinstance(one, str) and one for one in (query, passage)):
       raise ValueError(f'{place}: {ids} are no ids.')
     grade = record.get(names['grade']) if 'grade' in names else 1
-    yield place, str(ids[0]), str(ids[1]), grade
+    yield place, query, passage, grade
 
 
 def _names(
@@ -212,7 +213,8 @@ def join(
   without answers and without a judgement are left out.
 
   Raises:
-    ValueError: the questions have no ids, or the qrels name none of them.
+    ValueError: the questions have no ids, or the qrels name none of them, or
+      no question is left.
   """
   named = {question.id for question in questions} - {None}
   if not named:
@@ -242,6 +244,10 @@ def join(
       )
     if question.gold or question.answers:
       joined.append(question)
+  if not joined:
+    raise ValueError(
+        f'{source}: no question has answers or a passage with a grade above 0.'
+    )
   unknown = judged.keys() - named
   about = f'; qrels of {len(judged)} queries'
   if unknown:

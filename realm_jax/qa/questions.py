@@ -136,7 +136,7 @@ def _answers(value: Any, match: str = 'string') -> list[str]:
     if isinstance(item, dict):
       answers += _answers(item)
       continue
-    item = _number_as_text(item, fractions=True)
+    item = number_as_text(item, fractions=True)
     if item in (None, ''):
       continue
     if not _is_text(item):
@@ -145,7 +145,7 @@ def _answers(value: Any, match: str = 'string') -> list[str]:
   return answers
 
 
-def _number_as_text(value: Any, fractions: bool = False) -> Any:
+def number_as_text(value: Any, fractions: bool = False) -> Any:
   """Returns a number as a string, a gap of pandas (NaN) as None."""
   if isinstance(value, float):  # Also of a column of integers with gaps.
     if math.isnan(value):
@@ -205,7 +205,7 @@ def _ids(record: dict[str, Any], field: str) -> list[str]:
       with contextlib.suppress(ValueError):  # Or else it is an id.
         values = _list(text)
   for item in values:
-    item = _number_as_text(item)
+    item = number_as_text(item)
     if item is None or item == '':
       continue
     if not _is_text(f'{item}.') or not isinstance(item, str):
@@ -216,7 +216,7 @@ def _ids(record: dict[str, Any], field: str) -> list[str]:
 
 def _optional(record: dict[str, Any], field: str, kind: type) -> Any:
   value = record.get(field)
-  value = _number_as_text(value) if kind is str else value
+  value = number_as_text(value) if kind is str else value
   if value is not None and not isinstance(value, kind):
     raise ValueError(f'"{field}" is {_as_json(value)}')
   return value

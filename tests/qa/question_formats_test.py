@@ -293,7 +293,7 @@ _QRELS = {
     ),
     'three.tsv': '1\td-5\t2\n1\td6\t1\n2\td7\t0\n9\td8\t1\n',
     'hf.jsonl': (
-        '{"query-id": 1, "corpus-id": "d-5", "score": 2}\n'
+        '{"query-id": 1.0, "corpus-id": "d-5", "score": 2}\n'
         '{"query-id": 1, "corpus-id": "d6", "score": 1.0}\n'
         '{"query-id": 2, "corpus-id": "d7", "score": 0}\n'
         '{"query-id": 9, "corpus-id": "d8", "score": 1}\n'
@@ -329,6 +329,7 @@ def test_qrels_of_two_columns(tmp_path):
         ('1 0 d5 yes\n', "q:1: the grade 'yes' is no whole number"),
         ('1 0 d5 0.5\n', "q:1: the grade '0.5' is no whole"),
         ('1 0 d5 1\n1 0 d5 2\n', "q:2: .*'d5' have the grade 1 in an earlier"),
+        ('1 0 d5 0\n', 'no question has answers or a passage with a grade'),
         ('7 0 d5 1\n', "such as '1', of qrels '7'"),
     ],
 )
