@@ -29,8 +29,9 @@ from realm_jax.runtime import files
 log = logging.getLogger(__name__)
 
 _ADDED, _MODEL = 'added_tokens.json', 'config.json'
+_BPE = ('vocab.json', 'merges.txt')  # Older folders of RoBERTa have these two.
 # Files of a tokenizer. config.json can name the class of a vocab.txt.
-FILES = (VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP)
+FILES = (VOCAB, RULES, SETTINGS, _ADDED, tokenizer_rules.SPECIALS_MAP, *_BPE)
 _KINDS = ('WordPiece', 'BPE', 'Unigram')
 _MAX_IDS = 1 << 24  # A larger id leaves a gap that no vocabulary has.
 
@@ -162,16 +163,18 @@ class _Source:
       if path.name != VOCAB:
         found.pop(RULES, None)
       found[VOCAB] = path
-    if VOCAB not in found and RULES not in found:
+    if VOCAB in found or RULES in found:
+      found = {file: found[file] for file in found if file not in _BPE}
+    elif not {*_BPE} <= {*found}:
       raise FileNotFoundError(
-          f'{name} has neither vocab.txt nor tokenizer.json. save_pretrained of'
-          ' transformers makes a tokenizer.json of other files, such as'
-          ' vocab.json or sentencepiece.bpe.model.'
+          f'{name} has neither vocab.txt nor tokenizer.json, nor vocab.json and'
+          ' merges.txt. save_pretrained of transformers makes a tokenizer.json'
+          ' of other files, such as sentencepiece.bpe.model.'
       )
     values = {
         file: files.read_object(place)
         for file, place in found.items()
-        if file != VOCAB
+        if place.suffix == '.json'
     }
     model = values.get(RULES, {}).get('model')
     if isinstance(model, dict):
@@ -229,7 +232,7 @@ class _Source:
         if self.path.is_file() and VOCAB not in self.files:
           reader = transformers.PreTrainedTokenizerFast
         elif RULES not in self.files and not self._is_known(folder):
-          arguments['tokenizer_type'] = 'bert'
+          arguments['tokenizer_type'] = 'bert' if self.lines else 'roberta'
         loaded = reader.from_pretrained(str(folder), **arguments)
       except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
@@ -348,17 +351,29 @@ class _Source:
           f'{self.name}: {len(ids)} wordpieces have {len({*ids.values()})} ids;'
           ' each must have its own.'
       )
-    if self.path.is_file() and not {*self.lines} <= ids.keys():
+    unread = len({*self.lines} - ids.keys())
+    if unread and self.path.is_file():
       raise ValueError(
           f'{self.path} is not the vocabulary of the {RULES} next to it. Give'
           ' the path of that file, or move one of them to another folder.'
+      )
+    if unread and RULES in self.files:
+      log.warning(
+          '%s: %d lines of %s are no wordpieces: transformers reads %s.',
+          self.name, unread, VOCAB, RULES,
+      )  # fmt: skip
+    elif unread:
+      raise ValueError(
+          f'{self.name}: transformers does not read {VOCAB} for a model of type'
+          f' {self.get(_MODEL, "model_type")}. Name its class in a {SETTINGS},'
+          ' such as {"tokenizer_class": "BertTokenizer"}.'
       )
 
   def stated_case(self) -> pathlib.Path | None:
     """Returns the file that says whether text is lower-cased, if one does."""
     if self.get(SETTINGS, 'do_lower_case') is not None:
       return self.files[SETTINGS]
-    return self.files.get(RULES)
+    return self.files.get(RULES) or self.files.get(_BPE[0])
 
   def warn(self, rules: tokenizer_rules.Rules, kind: str) -> None:
     """Logs what files say otherwise than transformers reads them."""

@@ -17,8 +17,11 @@ from realm_jax.runtime import lines as lines_lib
 log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r'[\d.,:-]*\d[\d.,:-]*')
-# Types of CoNLL 2000, which its later tasks have in a column before the names.
-_CHUNKS = frozenset('NP VP PP ADVP ADJP SBAR PRT CONJP INTJ LST UCP'.split())
+# Types of CoNLL 2000, which its later tasks have in a column before the names;
+# the last three are those of German.
+_CHUNKS = frozenset(
+    'NP VP PP ADVP ADJP SBAR PRT CONJP INTJ LST UCP NC VC PC'.split()
+)
 _HOW = (
     'name it: --tag_column=NAME_OR_NUMBER (training:'
     ' --config.tagger.tag_column)'

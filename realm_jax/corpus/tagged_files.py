@@ -182,6 +182,8 @@ def _text(path: pathlib.Path) -> Table:
         sentences.append([])
     elif _DOCUMENT_START in cells[:2]:
       skipped['document starts'] += 1
+      if sentence:
+        sentences.append([])
     elif (
         line.startswith('#')
         and not sentence
@@ -195,7 +197,7 @@ def _text(path: pathlib.Path) -> Table:
     elif len(cells) < 2:
       raise ValueError(
           f'{path}:{number}: one column, {cells[0][:40]!r}; a line must have a'
-          ' token and its tag.'
+          ' token and its tag, separated by a tab or blanks.'
       )
     elif sentence and len(cells) != len(sentence[0][1]):
       raise ValueError(

@@ -307,8 +307,7 @@ def plot(workdir: pathlib.Path | str) -> list[pathlib.Path]:
     figure.savefig(drawn[-1], dpi=120)
   answers = folder / f'{results[-1]["step"]}{QUESTIONS}' if results else None
   if answers is not None and answers.is_file():
-    lines = answers.read_text('utf-8').splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in files_lib.read_lines(answers)]
     if all('exact_match' in record for record in records):
       figure = new_figure(12, 3.6)
       _draw_answers(figure, results[-1], records)

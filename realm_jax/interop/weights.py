@@ -50,7 +50,7 @@ _OTHER_ENDINGS = frozenset(
     '.bin .ckpt .h5 .index .msgpack .onnx .pt .pth .safetensors'.split()
 )
 # Where training programs keep the tensors, among other values.
-_STATE_DICTS = ('state_dict', 'model_state_dict', 'model')
+_STATE_DICTS = ('state_dict', 'model_state_dict', 'model_dict', 'model')
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # The allowed pickle instructions: those for plain data and for globals.
 _OPCODES = frozenset(
@@ -235,6 +235,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, FileTensor]:
       return _open_legacy(file, path)
     if start[8:] == b'{':
       return _open_safetensors(path, 8 + struct.unpack('<Q', start[:8])[0])
+    if start == b'version h':
+      raise ValueError('a pointer of Git LFS; run `git lfs pull`')
     raise ValueError(f'neither safetensors nor PyTorch, it starts {start!r}')
 
 

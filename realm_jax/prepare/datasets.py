@@ -46,7 +46,9 @@ _MEDIA = re.compile(
     re.IGNORECASE,
 )
 # A link to the same page of another language, which is shown elsewhere.
-_LANGUAGE = re.compile(r'[a-z]{2,3}(?:-[a-z]{2,10})?:\S.*', re.DOTALL)
+_LANGUAGE = re.compile(
+    r'(?:simple|[a-z]{2,3}(?:-[a-z]{1,10}){0,2}):\S.*', re.DOTALL
+)
 _REMOVED_TAGS = frozenset(
     'ref references table gallery imagemap math chem timeline score graph hiero'
     ' mapframe maplink templatestyles templatedata inputbox categorytree'
@@ -56,6 +58,21 @@ _HEADING = re.compile(r'^=+\s*(.*?)\s*=+\s*$', re.MULTILINE)
 # Removed templates leave brackets such as '(; )'; '(; born 1950)' stays.
 _EMPTY_BRACKETS = re.compile(r' ?\([\s,;]*\)')
 _BLANK = re.compile(r'\s*\n\s*')
+# Tags of HTML at which a line ends; a line end itself would break links.
+_MARK = '\u2028'
+_LINE_END = re.compile(
+    r'</?(?:br|p|div|blockquote|center|[uod]l|li|d[td]|h[1-6])\b[^<>]*>', re.I
+)
+_SWITCH = re.compile(r'__[^\W_]+(?:_[^\W_]+)*__')  # Such as __NOTOC__.
+# -{zh-hans:..; zh-hant:..}-, -{text}-, -{FLAGS|...}-: one text in several
+# scripts of Chinese or Serbian. Some flags hide it.
+_VARIANTS = re.compile(r'-\{(?:([^|{}]*)\|)?([^{}]*)\}-')
+_VARIANT = re.compile(r'\s*[a-z]+(?:-[a-z]+)?\s*:\s*(.*?)\s*', re.DOTALL)
+_HIDING = frozenset('HT-')
+# A redirect of a dump that does not mark it, in the words of any language.
+_REDIRECT = re.compile(
+    r'\s*#[^\s\[]+\s*\[\[[^\[\]]+\]\]\s*(?:\{\{|\[\[|$)'
+)
 
 
 class TfdsSource:
@@ -129,7 +146,10 @@ class HuggingFaceSource:
     sample = itertools.islice(self._rows, _SAMPLE)
     self.fields = _fields(name, [*sample], self._rows.features, given)
     # Others, such as embeddings and images, take time to decode.
-    columns = {*self.fields.taken.values()}
+    columns = {
+        name if name in self._rows.features else name.split('.')[0]
+        for name in self.fields.taken.values()
+    }
     self._rows = self._rows.select_columns(sorted(columns))
 
   def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -256,6 +276,8 @@ class MediaWikiDump(sources.File):
           text = ''
           for revision in page:
             text = revision.text or ''
+          if _REDIRECT.match(text):
+            continue
           yield f'{self.path}:{page.id}', {
               'id': str(page.id),
               'title': title,
@@ -302,6 +324,8 @@ def plain_text(text: str, markup: str = 'wikitext') -> str:
         or (node.text is None and _LANGUAGE.fullmatch(target) is not None)
     )
 
+  text = _LINE_END.sub(_MARK, _SWITCH.sub(_without_switch, text))
+  text = _VARIANTS.sub(_variant, text)
   code = mwparserfromhell.parse(text, skip_style_tags=True)
   nodes = mwparserfromhell.nodes
   for node in code.ifilter(
@@ -314,9 +338,22 @@ def plain_text(text: str, markup: str = 'wikitext') -> str:
     except ValueError:  # Its parent was removed.
       continue
   plain = code.strip_code(normalize=True, collapse=True)
-  plain = _HEADING.sub(r'\1', plain)
+  plain = _HEADING.sub(r'\1', plain.replace(_MARK, '\n'))
   plain = plain.replace("'''", '').replace("''", '')
   return _BLANK.sub('\n', _EMPTY_BRACKETS.sub('', plain)).strip()
+
+
+def _without_switch(match: re.Match[str]) -> str:
+  return match[0] if match[0].islower() else ''
+
+
+def _variant(match: re.Match[str]) -> str:
+  """Returns the first text of a conversion between scripts."""
+  flags = {flag.strip() for flag in (match[1] or '').split(';')}
+  if flags & _HIDING:
+    return ''
+  first = _VARIANT.fullmatch(match[2].partition(';')[0])
+  return first[1] if first else match[2]
 
 
 def _fields(

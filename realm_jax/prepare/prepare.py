@@ -172,7 +172,7 @@ def prepare(
 
   Args:
     sources: files, folders, glob patterns, datasets and Python objects with the
-      texts of the passages (see `sources.UNDERSTOOD`); or the one source
+      texts of the passages (see `sources.find`); or the one source
       'world:SEED[:ENTITIES]', a generated world, which has its own pretraining
       texts and questions.
     output: folder to write. It appears, complete, at the very end.

@@ -13,6 +13,8 @@ of paragraphs.
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import logging
+import math
+import numbers
 import pathlib
 import re
 from typing import Any
@@ -34,6 +36,7 @@ _MARKUP = re.compile(r'wikitext(:.*)?', re.DOTALL)
 # Marks in paragraphs of KILT's knowledge source.
 _KILT_HEADING = re.compile(r'^Section::::(?:.*\.:)?(.*?)[.:]*$')
 _KILT_ITEM = re.compile(r'^BULLET::::-?\s*')
+_EXACT = 2**53  # Integers below are exact as floats.
 _RECENT = 1 << 19  # Hashes kept as Python objects; older ones take 12 bytes.
 
 
@@ -334,7 +337,10 @@ def _parse(
       lines_lib.json_object(content) if isinstance(content, bytes) else content
   )
   taken = fields.names
-  title = (_string(values, taken.get('title')) or '').strip()
+  if fields.paths:
+    parts = {x: fields_lib.value_at(values, x) for x in fields.paths}
+    values = {**parts, **values}
+  title = (_string(values, taken.get('title'), or_number=True) or '').strip()
   name = taken.get('text', 'text')
   if name not in values:
     raise ValueError(
@@ -347,12 +353,12 @@ def _parse(
     if end:
       title, text = _unquoted(first.strip()), rest
   identity = _string(values, taken.get('id'), or_number=True)
-  if identity == '':
-    raise ValueError(
-        f'the field `{taken["id"]}` is empty; leave it out instead'
-    )
   if identity is None and number is None:
     raise ValueError(_NO_ID)
+  if not identity and taken.get('id') in values:  # Its number may be an id.
+    raise ValueError(
+        f'the field `{taken["id"]}` is empty; --fields=id: numbers the records'
+    )
   split = _string(values, taken.get('split'))
   if split not in (None, 'train', 'validation'):
     raise ValueError(
@@ -398,10 +404,15 @@ def _text(values: Mapping[str, Any], name: str, title: str) -> str:
 
 def _mend(values: Mapping[str, Any]) -> str:
   """Returns how to state where the text of a record is."""
+  if len(values) > 1 and all(isinstance(x, Mapping) for x in values.values()):
+    return "`jq -c 'to_entries[] | {id: .key} + .value' FILE` writes records"
   for name, value in values.items():
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
       return f"`jq -c '.{name}[]' FILE` writes the objects in {name} as records"
-  return '--fields=text:NAME says which one has the text'
+  return (
+      '--fields=text:NAME says which one has the text, or NAME.NAME a part of'
+      ' it; a pattern as --source leaves files out'
+  )
 
 
 def _unquoted(title: str) -> str:
@@ -414,17 +425,8 @@ def _string(
     fields: Mapping[str, Any], name: str | None, or_number: bool = False
 ) -> str | None:
   value = fields.get(name) if name else None
-  if value is None:
-    return None
-  if or_number and isinstance(value, int) and not isinstance(value, bool):
-    return str(value)
-  if isinstance(value, bytes):  # From a source that is not JSON.
-    return lines_lib.decoded(value, f'the {name}')
   if not isinstance(value, str):
-    raise ValueError(
-        f'the field `{name}` is of type {type(value).__name__}; it must be a '
-        f'string{" or an integer" if or_number else ""}'
-    )
+    return None if value is None else _as_string(value, name, or_number)
   try:
     value.encode('utf-8')
   except UnicodeEncodeError:
@@ -433,6 +435,26 @@ def _string(
         ' character'
     ) from None
   return value
+
+
+def _as_string(value: Any, name: str | None, or_number: bool) -> str | None:
+  """Returns another value as a string, a gap of pandas (NaN) as None."""
+  if isinstance(value, float):  # Of a column of integers with gaps.
+    if math.isnan(value):
+      return None
+    value = int(value) if abs(value) < _EXACT and value % 1 == 0 else value
+  if isinstance(value, bytes):  # From a source that is not JSON.
+    return lines_lib.decoded(value, f'the {name}')
+  is_number = isinstance(value, numbers.Integral)
+  if or_number and is_number and not isinstance(value, bool):
+    return str(value)
+  mend = 'another one'
+  if isinstance(value, Mapping):
+    mend = f'a part of it, such as {name}.{next(iter(value), "NAME")}'
+  raise ValueError(
+      f'the field `{name}` is of type {type(value).__name__}; it must be a '
+      f'string{" or an integer" * or_number}. --fields takes {mend}'
+  )
 
 
 def _spans(

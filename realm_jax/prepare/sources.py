@@ -22,28 +22,6 @@ from realm_jax.runtime import tables
 
 log = logging.getLogger(__name__)
 
-UNDERSTOOD = """\
-A source is one of these; files may also end in .gz, .xz, .bz2 or .zst:
-  JSON Lines, JSON     an object with a text for each record
-  CSV, TSV, Parquet    a text in a column
-  .txt, .md            plain text: one article
-  wiki_*               output of WikiExtractor, with --json or without
-  .xml                 a dump of MediaWiki
-  a folder             all such files in it, at any depth
-  a glob pattern       such as 'articles/*.jsonl.xz'
-  tfds:NAME[:VERSION][:SPLIT]
-                       a dataset of TFDS, such as tfds:wikipedia/20230601.en
-  hf:NAME[:CONFIG[:SPLIT]]
-                       a dataset of the Hugging Face hub, or its folder
-  ir:NAME              the documents of a dataset of ir_datasets
-  package.module:Name[:TEXT]
-                       a class or function in Python that, called without
-                       argument or with TEXT, gives the records as dicts
-  world:SEED[:ENTITIES]
-                       an invented world, as the only source
---format says what a file is, and --fields which fields are id, title and text,
-such as --fields=id:_id,text:contents."""
-
 # A record before it is checked: a line of JSON, its fields, or an error.
 Content = bytes | Mapping[str, Any] | ValueError
 
@@ -67,8 +45,9 @@ _TEXTS = ('.txt', '.md', '.markdown', '.text')
 _WIKI_NAME = re.compile(r'wiki_\d+')
 # Files about a data set that are no part of it.
 _NOTES = re.compile(
-    r'(?i:readme)(\..*)?|(LICEN[CS]E|COPYING|NOTICE|CHANGELOG|CITATION'
-    r'|CONTRIBUTING|AUTHORS)(\..*)?|(dataset_infos?|datapackage)\.json'
+    r'(?i:readme|licen[cs]e)(\..*)?|(COPYING|NOTICE|CHANGELOG|CITATION'
+    r'|CONTRIBUTING|AUTHORS)(\..*)?|(dataset_infos?|datapackage|package)\.json'
+    r'|.*\.ipynb'
 )
 # A data set for retrieval has a corpus, and other files that are none.
 _CORPORA = ('corpus', 'collection')
@@ -203,17 +182,27 @@ class TableFile(File):
     self.fields = layout(table.sample, given, self.name, table.columns)
     if table.columns and 'text' not in self.fields.taken:
       columns = fields_lib.listed(table.columns)
-      if table.delimiter and not table.header:
-        first = [*table.sample[0].values()] if table.sample else []
+      mend = _mend(table.columns)
+      if table.delimiter and not table.header and table.sample:
+        first = [*table.sample[0].values()]
         columns += f', without known names; the first row is {first}'
+        if all(map(str.isidentifier, first)):
+          mend += f', or, if this row has their names, {_mend(first)}'
       raise ValueError(
           f'{path}: no column has the text; the columns are {columns:.400}.'
-          f' Say which: --fields=id:{table.columns[0]},text:{table.columns[-1]}'
+          f' Say which: {mend}.'
       )
     self._table = dataclasses.replace(table, sample=())
 
   def __iter__(self) -> Iterator[tuple[str, Content]]:
-    yield from self._table.contents([*self.fields.taken.values()])
+    names = [*self.fields.taken.values()]
+    names += [path.split('.')[0] for path in self.fields.paths]
+    yield from self._table.contents(names)
+
+
+def _mend(columns: Sequence[str]) -> str:
+  id_ = f'id:{columns[0]},' if len(columns) > 1 else ''
+  return f'--fields={id_}text:{columns[-1]}'
 
 
 def layout(
@@ -264,7 +253,8 @@ def find(
   """Opens the sources that the user named, in order; folders sorted by path.
 
   Args:
-    sources: see `UNDERSTOOD`.
+    sources: a file, a folder or a glob pattern; tfds:, hf: or ir: and a name;
+      or package.module:Name[:TEXT]. docs/corpora.md has a table.
     format: one of `FORMATS`, of all files; None: recognised.
     fields: names of the fields, see `fields.parse`; others are found.
 
@@ -327,7 +317,7 @@ def _files(
   path = pathlib.Path(source)
   if path.is_dir():
     base = os.fspath(path)
-    if (path / 'state.json').is_file() and [*path.glob('*.arrow')]:
+    if (path / 'dataset_dict.json').is_file() or [*path.glob('*.arrow')]:
       raise ValueError(
           f'The folder {source} is a saved dataset of Hugging Face; give it as'
           f' hf:{source}.'
@@ -338,7 +328,7 @@ def _files(
     if not kind:
       raise ValueError(
           f'{path}: neither name nor content tells the format. Say which:'
-          f' --format={"|".join(FORMATS)}. {UNDERSTOOD}'
+          f' --format={"|".join(FORMATS)}.'
       )
     return [(path, path.name, kind)]
   elif glob.has_magic(source):
@@ -378,7 +368,8 @@ def _files(
     )
   if not kinds:
     raise FileNotFoundError(
-        f'The folder {source} holds no file to read. {UNDERSTOOD}'
+        f'The folder {source} holds no file to read; the formats are'
+        f' {", ".join(FORMATS)}.'
     )
   return [(file, names_in[file], kind) for file, kind in kinds.items()]
 
@@ -390,7 +381,7 @@ def _recognise_in_folder(
   plain = lines_lib.plain_name(path)
   if _NOTES.fullmatch(plain):
     return '', 'notes'
-  if plain.lower().endswith(('~', '.bak', '.tmp', '.swp')):
+  if plain.lower().endswith(('~', '.bak', '.tmp', '.swp', '.orig', '#')):
     return '', 'copies of an editor'
   try:
     return format or _recognise(path), 'unknown format'
@@ -411,7 +402,7 @@ def _recognise(path: pathlib.Path) -> str:
   suffix = tables.suffix(path)
   if re.match(rb'<doc\s+id=', start):
     return 'wikiextractor'
-  if re.match(rb'(<\?xml[^>]*>\s*)?<mediawiki\b', start):
+  if re.match(rb'(<\?xml[^>]*>|<!--.*?-->|\s)*<mediawiki\b', start, re.S):
     return 'mediawiki'
   found = tables.recognise(path, head)
   if found == 'jsonl' and (
@@ -445,10 +436,15 @@ def _check_is_text(path: pathlib.Path, head: bytes) -> None:
     raise ValueError(f'{path}: not a text: it has the byte 0x00.')
   lines = [line for line in head.split(b'\n')[:-1] if line.strip()]
   tabs = {line.count(b'\t') for line in lines}
-  if len(lines) > 1 and len(tabs) == 1 and min(tabs):
+  format, width = 'tsv', min(tabs, default=0) + 1 if len(tabs) == 1 else 1
+  first = lines[0] if lines else b''
+  names = re.split('[,;|]', first.decode('utf-8', 'replace'))
+  if len(names) > 1 and all(map(fields_lib.is_usual, names)):
+    format, width = 'csv', len(names)
+  if len(lines) > 1 and width > 1:
     raise ValueError(
-        f'{path}: a text, or a table of {min(tabs) + 1} columns? Say which:'
-        ' --format=text or --format=tsv.'
+        f'{path}: a text, or a table of {width} columns? Say which:'
+        f' --format=text or --format={format}.'
     )
 
 

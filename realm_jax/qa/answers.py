@@ -52,6 +52,11 @@ _PUNCTUATION = r'!-/:-@\[-`{-~'  # Ranges of ASCII punctuation.
 _SPACE = r'\s\x1c-\x1f'  # The separators of `str.split`.
 
 
+def has_words(text: str) -> bool:
+  """Returns whether a text has several words, in any script."""
+  return len(text.split()) > 1 or len(_IS_ALONE.findall(text)) > 1
+
+
 def normalize_answer(text: str) -> str:
   """Normalises as the official evaluation of open-domain QA does.
 

@@ -53,7 +53,12 @@ def read(path: str | os.PathLike[str]) -> Qrels:
           f'{place}: the grade {grade!r} is no whole number. A line holds QUERY'
           ' PASSAGE GRADE, or QUERY 0 PASSAGE GRADE.'
       ) from None
-    found.setdefault(query, {})[passage] = int(number)
+    first = found.setdefault(query, {}).setdefault(passage, int(number))
+    if first != number:
+      raise ValueError(
+          f'{place}: query {query!r} and passage {passage!r} have the grade'
+          f' {first} in an earlier line. Which is right?'
+      )
   if not found:
     raise ValueError(f'{path} holds no judgement.')
   return found
@@ -66,21 +71,36 @@ _ORDERS = {2: (0, 1, -1), 3: (0, 1, 2), 4: (0, 2, 3)}
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, str, str, Any]]:
   table = tables.open_table(path)
+  if all(isinstance(x, dict) for row in table.sample for x in row.values()):
+    for place, record in table.records():  # As pytrec_eval takes them.
+      for query, grades in record.items():
+        for passage, grade in grades.items():
+          yield f'{place}, query {query!r}', query, passage, grade
+    return
+  names = _names(path, table.sample)
+  for place, record in table.records():
+    ids = [record.get(names[field]) for field in ('query', 'passage')]
+    query, passage = map(questions_lib.number_as_text, ids)
+    if not all(isinstance(one, str) and one for one in (query, passage)):
+      raise ValueError(f'{place}: {ids} are no ids.')
+    grade = record.get(names['grade']) if 'grade' in names else 1
+    yield place, query, passage, grade
+
+
+def _names(
+    path: pathlib.Path, sample: Sequence[Mapping[str, Any]]
+) -> Mapping[str, str]:
+  """Returns the names of the fields of query, passage and, if any, grade."""
   names = fields_lib.choose(
-      _NAMES, table.sample, where=str(path), usual=_NAMES
+      _NAMES, sample, where=str(path), usual=_NAMES
   ).taken
   for field in ('query', 'passage'):
     if field not in names:
       raise ValueError(
           f'{path}: no field for the id of the {field}; the fields are'
-          f' {fields_lib.listed([*(table.sample or ({},))[0]])}.'
+          f' {fields_lib.listed([*(sample or ({},))[0]])}.'
       )
-  for place, record in table.records():
-    ids = [record.get(names[field]) for field in ('query', 'passage')]
-    if not all(type(one) in (int, str) and one != '' for one in ids):
-      raise ValueError(f'{place}: {ids} are no ids.')
-    grade = record.get(names['grade']) if 'grade' in names else 1
-    yield place, str(ids[0]), str(ids[1]), grade
+  return names
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[str, str, str, Any]]:
@@ -88,13 +108,18 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[str, str, str, Any]]:
   place, row = next(rows, ('', []))
   if not row:
     return
-  if len(row) not in _ORDERS:
+  start = [(place, row)]
+  if _is_header(row):
+    names, start = _names(path, [dict.fromkeys(row)]), []
+    query, passage = row.index(names['query']), row.index(names['passage'])
+    grade = row.index(names['grade']) if 'grade' in names else -1
+  elif len(row) in _ORDERS:
+    query, passage, grade = _ORDERS[len(row)]
+  else:
     raise ValueError(
         f'{place}: {len(row)} column(s); expected are QUERY PASSAGE GRADE,'
         ' QUERY 0 PASSAGE GRADE, or QUERY PASSAGE.'
     )
-  query, passage, grade = _ORDERS[len(row)]
-  start = [] if _is_header(row) else [(place, row)]
   for place, other in itertools.chain(start, rows):
     if len(other) != len(row):
       raise ValueError(
@@ -113,7 +138,10 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
   first = next((line for line in lines_lib.lines(path) if line.strip()), b'')
   if b'\t' in first or tables.suffix(path) == '.csv':
     kind = 'tsv' if b'\t' in first else 'csv'
-    for place, record in tables.open_table(path, kind).records():
+    table = tables.open_table(path, kind)
+    if table.header:
+      yield f'{path}:1', [*(table.columns or ())]
+    for place, record in table.records():
       yield place, [*record.values()]
     return
   for number, line in enumerate(lines_lib.lines(path), 1):
@@ -142,6 +170,11 @@ def beir(
         f'{folder} is a folder without queries.jsonl; give a file of questions,'
         ' or a folder as BEIR has it.'
     )
+  if len(queries) > 1:
+    names = [path.name for path in queries]
+    raise ValueError(
+        f'{folder} has several files of queries, {", ".join(names)}; give one.'
+    )
   splits = _tables(folder / 'qrels', '*') if with_qrels else []
   names = [lines_lib.plain_name(path).partition('.')[0] for path in splits]
   if len(splits) < 2:
@@ -163,7 +196,9 @@ def _tables(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
   return [
       path
       for path in sorted(folder.glob(f'{name}.*'))
-      if path.is_file() and tables.suffix(path) in _SUFFIXES
+      if path.is_file()
+      and tables.suffix(path) in _SUFFIXES
+      and not path.name.startswith('.')
   ]
 
 
@@ -178,7 +213,8 @@ def join(
   without answers and without a judgement are left out.
 
   Raises:
-    ValueError: the questions have no ids, or the qrels name none of them.
+    ValueError: the questions have no ids, or the qrels name none of them, or
+      no question is left.
   """
   named = {question.id for question in questions} - {None}
   if not named:
@@ -208,6 +244,10 @@ def join(
       )
     if question.gold or question.answers:
       joined.append(question)
+  if not joined:
+    raise ValueError(
+        f'{source}: no question has answers or a passage with a grade above 0.'
+    )
   unknown = judged.keys() - named
   about = f'; qrels of {len(judged)} queries'
   if unknown:

@@ -10,6 +10,7 @@ import html.parser
 import re
 from typing import Any
 
+from realm_jax.qa import answers as answers_lib
 from realm_jax.qa import questions as questions_lib
 
 # Longer answers of Natural Questions are dropped (Lee et al. 2019, section 6).
@@ -40,7 +41,8 @@ class Format:
   """How the records of a published set become records of `questions.parse`.
 
   about: its name in the log.
-  marks: fields by which a record is recognised; `a|b`: one of them.
+  marks: fields by which a record is recognised; `a|b`: one of them, `a.b`: a
+    field of an object.
   fields: path of each field, as in --fields; `output.answer` enters the lists
     on its way. Empty: the usual names.
   convert: yields the questions of a record with their place in it, in the
@@ -56,8 +58,20 @@ class Format:
 
   def missing(self, record: Record) -> list[str]:
     """Returns the marks that a record lacks."""
-    marks = self.marks.split()
-    return [mark for mark in marks if not {*mark.split('|')} & record.keys()]
+    return [
+        mark
+        for mark in self.marks.split()
+        if not any(_has(record, path) for path in mark.split('|'))
+    ]
+
+
+def _has(record: Record, path: str) -> bool:
+  *outer, name = path.split('.')
+  return any(
+      isinstance(part, dict) and name in part
+      for parts in values_at(record, outer, lenient=True)
+      for part in (parts if isinstance(parts, list) else [parts])
+  )
 
 
 def _natural_questions(record: Record) -> Iterator[tuple[str, Record]]:
@@ -121,7 +135,7 @@ def _web_questions(record: Record) -> Iterator[tuple[str, Record]]:
 
 def _trivia_qa(record: Record) -> Iterator[tuple[str, Record]]:
   """TriviaQA: answers are a value and its aliases; none in the test set."""
-  if 'Value' in (record.get('Answer') or {}):
+  if _has(record, 'Answer.Value'):
     yield '', {
         'id': record.get('QuestionId'),
         'question': record['Question'],
@@ -134,13 +148,13 @@ def _squad(article: Record) -> Iterator[tuple[str, Record]]:
   title = article.get('title', '')
   for number, paragraph in enumerate(article['paragraphs']):
     for question in paragraph['qas']:
-      answers = {'text': [answer['text'] for answer in question['answers']]}
-      if question.get('is_impossible') or not question['answers']:
+      texts = [answer['text'] for answer in question.get('answers', ())]
+      if question.get('is_impossible') or question.get('answers') == []:
         continue  # An unanswerable question of SQuAD 2.0.
       yield f', question {question.get("id")}', {
           'id': question.get('id'),
           'question': question['question'].strip(),
-          'answers': answers,
+          'answers': {'text': texts},
           'passage_id': f'{title}#{number}',
           'title': title.replace('_', ' '),
       }
@@ -154,8 +168,10 @@ FORMATS: dict[str, Format] = {
         'question_text annotations document_html|document_text',
         convert=_natural_questions,
     ),
-    'squad': Format('SQuAD', 'paragraphs', convert=_squad),
-    'trivia_qa': Format('TriviaQA', 'Question Answer', convert=_trivia_qa),
+    'squad': Format('SQuAD', 'paragraphs.qas', convert=_squad),
+    'trivia_qa': Format(
+        'TriviaQA', 'Question Answer.Value', convert=_trivia_qa
+    ),
     'web_questions': Format(
         'WebQuestions', 'qText|utterance', convert=_web_questions
     ),
@@ -171,7 +187,7 @@ FORMATS: dict[str, Format] = {
     ),
     'kilt': Format(
         'KILT',
-        'input output',
+        'input output.answer|output.provenance',
         'question:input,answers:output.answer,title:output.provenance.title,'
         'passage_id:output.provenance.wikipedia_id',
     ),
@@ -214,7 +230,7 @@ def columns(
   last, firsts = columns[-1], values[0]
   are_lists = [questions_lib.is_list(value) for value in values[-1]]
   is_id = all(map(_ID.fullmatch, firsts)) and len({*firsts}) == len(firsts)
-  words = [any(re.search(r'\s', v.strip()) for v in part) for part in values]
+  words = [any(map(answers_lib.has_words, column)) for column in values]
   first = {'id': columns[0]} if is_id and len(columns) > 1 else {}
   pair = {'question': columns[max(len(columns) - 2, 0)], 'answers': last}
   if format == 'curated_trec' or (
@@ -282,7 +298,11 @@ def with_fields(
     if isinstance(found.get('held_out'), str):  # In CSV and TSV.
       word = found['held_out'].strip().lower()
       found['held_out'] = {'true': True, 'false': False}.get(word, word or None)
-    yield place, {k: v for k, v in found.items() if v not in (None, '')}
+    yield place, {
+        field: value
+        for field, value in found.items()
+        if field == 'question' or value not in (None, '')
+    }
 
 
 def values_at(

@@ -7,6 +7,7 @@ records and columns without names by `question_formats`. A line of the log says
 what was recognised. An ambiguous file is an error.
 """
 
+import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
@@ -86,6 +87,13 @@ def read(
       raise FileNotFoundError(f'no question file or folder at {name}')
     about, rows = _open(path, format, given)
   questions, judging = _checked(rows, name, about), ''
+  ids = collections.Counter(q.id for q in questions if q.id is not None)
+  if twice := [name for name, count in ids.items() if count > 1]:
+    log.warning(
+        '%s: %d ids belong to several questions, the first is %r; run files and'
+        ' qrels tell questions apart by their ids.',
+        name, len(twice), twice[0],
+    )
   if qrels is not None:
     judged = qrels_lib.read(qrels)
   if judged is not None:

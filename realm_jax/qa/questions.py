@@ -7,9 +7,11 @@ ignored. `question_sets` reads the published formats.
 
 import ast
 from collections.abc import Iterable
+import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 import tokenize
 from typing import Any, Literal
@@ -52,9 +54,10 @@ class Question:
 def parse(record: dict[str, Any]) -> Question:
   """Makes a question from a record.
 
-  Numbers as ids and answers become strings. `answers` may be a list, one
-  string, a list written as a string, in JSON or Python, or an object as in
-  SQuAD (`text`) and TriviaQA (`value`, `aliases`).
+  Numbers as ids and answers become strings; empty answers and gaps of pandas
+  (NaN) are none. `answers` may be a list, one string, or an object as in SQuAD
+  (`text`) and TriviaQA (`value`, `aliases`), also written as a string, in JSON
+  or Python; so may a list in `passage_id`.
 
   Raises:
     ValueError: a field is missing or wrong; the message names it.
@@ -101,14 +104,18 @@ def parse(record: dict[str, Any]) -> Question:
 
 
 def is_list(text: str, match: str = 'string') -> bool:
-  """Returns whether a text has the form of a list; `[ab]` may be a pattern."""
+  """Returns whether a text is a list or object; `[ab]` may be a pattern."""
   start = r'\[' if match == 'string' else r'\[\s*["\']'
   text = text.strip()
+  if text.endswith('}'):  # An object begins with a name.
+    return bool(re.match(r'\{\s*["\']\w+["\']\s*:', text))
   return bool(re.match(start, text)) and text.endswith(']')
 
 
 def _answers(value: Any, match: str = 'string') -> list[str]:
   """Returns the answers in the forms that `parse` takes."""
+  if isinstance(value, str) and is_list(value, match):
+    value = _list(value)
   if isinstance(value, dict):
     # Data sets have one of a field's names.
     keys = {key.lower(): key for key in value}
@@ -122,21 +129,30 @@ def _answers(value: Any, match: str = 'string') -> list[str]:
         for part in found
         for item in (part if isinstance(part, list) else [part])
     )
-  elif isinstance(value, str) and is_list(value, match):
-    value = _list(value)
-  elif value is None or not isinstance(value, (list, tuple)):
-    value = [] if value is None else [value]
+  elif not isinstance(value, (list, tuple)):
+    value = [value]
   answers: list[str] = []
   for item in value:
     if isinstance(item, dict):
       answers += _answers(item)
       continue
-    if type(item) is int:
-      item = str(item)
+    item = number_as_text(item, fractions=True)
+    if item in (None, ''):
+      continue
     if not _is_text(item):
       raise ValueError(f'"answers" contains {_as_json(item)}')
     answers.append(item)
   return answers
+
+
+def number_as_text(value: Any, fractions: bool = False) -> Any:
+  """Returns a number as a string, a gap of pandas (NaN) as None."""
+  if isinstance(value, float):  # Also of a column of integers with gaps.
+    if math.isnan(value):
+      return None
+    value = int(value) if abs(value) < 2**53 and value % 1 == 0 else value
+  is_number = type(value) is int or (fractions and isinstance(value, float))
+  return str(value) if is_number else value
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
@@ -148,8 +164,8 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
   return found
 
 
-def _list(text: str) -> list[Any]:
-  """Parses a list in JSON or Python."""
+def _list(text: str) -> Any:
+  """Parses a list or an object in JSON or Python."""
   try:
     return json.loads(text)
   except (ValueError, RecursionError):
@@ -159,7 +175,7 @@ def _list(text: str) -> list[Any]:
     # Python joins neighbouring strings, as numpy prints them: ['a' 'b'].
     tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
     strings = [t for t in tokens if t.type == tokenize.STRING]
-    if sum(isinstance(item, str) for item in found) == len(strings):
+    if _num_strings(found) == len(strings):
       return found
   except (
       ValueError, SyntaxError, RecursionError, MemoryError, TypeError,
@@ -171,13 +187,25 @@ def _list(text: str) -> list[Any]:
   )
 
 
+def _num_strings(value: Any) -> int:
+  if isinstance(value, dict):
+    return sum(map(_num_strings, [*value, *value.values()]))
+  if isinstance(value, (list, tuple)):
+    return sum(map(_num_strings, value))
+  return isinstance(value, str)
+
+
 def _ids(record: dict[str, Any], field: str) -> list[str]:
   """Returns the distinct ids in a field, without empty ones."""
   value = record.get(field)
   ids: list[str] = []
-  for item in value if isinstance(value, (list, tuple)) else [value]:
-    if type(item) is int:
-      item = str(item)
+  values = [*value] if isinstance(value, (list, tuple)) else [value]
+  match values:
+    case [str(text)] if field == 'passage_id' and is_list(text):
+      with contextlib.suppress(ValueError):  # Or else it is an id.
+        values = _list(text)
+  for item in values:
+    item = number_as_text(item)
     if item is None or item == '':
       continue
     if not _is_text(f'{item}.') or not isinstance(item, str):
@@ -188,6 +216,7 @@ def _ids(record: dict[str, Any], field: str) -> list[str]:
 
 def _optional(record: dict[str, Any], field: str, kind: type) -> Any:
   value = record.get(field)
+  value = number_as_text(value) if kind is str else value
   if value is not None and not isinstance(value, kind):
     raise ValueError(f'"{field}" is {_as_json(value)}')
   return value

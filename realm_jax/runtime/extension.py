@@ -8,6 +8,7 @@ JAX.
 from collections.abc import Iterator, Mapping
 import contextlib
 import importlib
+import os
 import pathlib
 from typing import Any
 
@@ -108,8 +109,13 @@ def dataset(name: str) -> Any:
     raise ValueError(f'{name!r} is not of the form hf:NAME[:CONFIG[:SPLIT]].')
   path, config, split = [*parts, '', ''][:3]
   try:
-    if (pathlib.Path(path) / 'state.json').is_file():  # From save_to_disk.
-      return datasets.load_from_disk(path)
+    folder = pathlib.Path(path)
+    if (folder / 'dataset_dict.json').is_file():
+      folder /= split or config or 'train'
+      if not folder.is_dir():
+        raise ValueError(f'no split {folder.name!r}')
+    if (folder / 'state.json').is_file():  # From save_to_disk.
+      return datasets.load_from_disk(os.fspath(folder))
     return datasets.load_dataset(path, config or None, split=split or 'train')
   except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
     raise FileNotFoundError(

@@ -70,6 +70,11 @@ class Fields:
     """The name of each field, also of `later` ones."""
     return {**self.later, **self.taken}
 
+  @functools.cached_property
+  def paths(self) -> tuple[str, ...]:
+    """Names that are paths, such as `document.text`; see `value_at`."""
+    return tuple(name for name in self.names.values() if '.' in name)
+
   def __str__(self) -> str:
     taken = ', '.join(
         f'`{name}`' if name == field else f'{field} from `{name}`'
@@ -140,7 +145,10 @@ def choose(
     if field in given:
       if not given[field]:
         continue
-      if names and given[field] not in names:
+      if names and not any(
+          given[field] in row or value_at(row, given[field]) is not None
+          for row in sample
+      ):
         raise ValueError(
             f'{where}: no field {given[field]!r}, which --fields names; the'
             f' fields are {listed(names)}.'
@@ -152,8 +160,18 @@ def choose(
     _check_unambiguous(field, found, sample, where)
     if found:
       taken[field] = found[0]
-  used = set(taken.values())
+  used = {x for name in taken.values() for x in (name, name.split('.')[0])}
   return Fields(taken, tuple(name for name in names if name not in used))
+
+
+def value_at(value: Any, path: str) -> Any:
+  """Returns the part of a record at a path; of a list, that of each item."""
+  for name in path.split('.') if path else ():
+    if isinstance(value, (list, tuple)):
+      return [value_at(item, path) for item in value]
+    value = value.get(name) if isinstance(value, Mapping) else None
+    path = path.partition('.')[2]
+  return value
 
 
 def listed(names: Sequence[Any]) -> str:

@@ -26,6 +26,7 @@ _COMPRESSED: dict[str, tuple[bytes, Callable[..., Any]]] = {
     '.bz2': (b'BZh', bz2.open),
     '.zst': (b'\x28\xb5\x2f\xfd', functools.partial(zstd.open, options=_WIDE)),
 }
+_CONTROL = re.compile(rb'[\x00-\x08\x0e-\x1f]')  # Bytes that no text has.
 # Errors of damaged compressed files; bz2 and gzip have an OSError.
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error, zstd.ZstdError)
 
@@ -77,11 +78,17 @@ def head(path: pathlib.Path, size: int) -> bytes:
 
 
 def opened(path: pathlib.Path) -> IO[bytes]:
-  """Opens a file for reading; its ending or content tells the compression."""
+  """Opens a file for reading; its content tells the compression.
+
+  The ending tells it for a file that is empty or damaged: a browser that
+  decompresses a download keeps the ending.
+  """
   file = open(path, 'rb')  # noqa: SIM115
   start, found = file.peek(8), _COMPRESSED.get(path.suffix.lower())
+  if start and not _CONTROL.search(start):
+    found = None
   for compressed in _COMPRESSED.values():
-    if found is None and start.startswith(compressed[0]):
+    if start.startswith(compressed[0]):
       found = compressed
   if found is None:
     return file
@@ -127,7 +134,8 @@ def json_object(line: bytes) -> dict[str, Any]:
   """Returns the object on a line; a ValueError says what is wrong with it."""
   if not line.strip():
     raise ValueError('an empty line; each line must be a JSON object')
-  text = decoded(line)
+  # Files that were joined have a byte order mark between them.
+  text = decoded(line).lstrip('\ufeff')
   try:
     value = json.loads(text)
   except RecursionError:

@@ -9,6 +9,7 @@ import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
@@ -44,6 +45,9 @@ _NO_TABLES = (
     (b'version https://git-lfs', 'a pointer of Git LFS; run `git lfs pull`'),
     (b'PK\x03\x04', 'a ZIP archive; unpack it'),
     (b'7z\xbc\xaf', 'a 7z archive; unpack it'),
+    (b'\x04"M\x18', 'compressed by lz4; run `lz4 -d`'),
+    (b'\x1f\x9d', 'compressed by compress; run `uncompress`'),
+    (b'\x1f\x8b', 'compressed twice; run `gunzip`'),
     (b'Rar!', 'a RAR archive; unpack it'),
     (b'%PDF', 'a PDF; extract its text'),
     (b'ARROW1', 'an Arrow file; convert it to Parquet'),
@@ -136,7 +140,11 @@ class Table:
         if len(row) == width:
           yield place, dict(zip(self.columns, row, strict=True))
           continue
-        row = ValueError(f'{len(row)} columns; expected are {width}')
+        row = ValueError(
+            f'{len(row)} columns; expected are {width}, divided by'
+            f' {self.delimiter!r}, which is no part of a value'
+            f'{" without quotes" if self.quoted else ""}'
+        )
       if isinstance(row, csv.Error):
         raise ValueError(
             f'{place}: misplaced quotes ({row}). A quote within quotes is'
@@ -203,7 +211,8 @@ def open_table(
     table = Table(path, format)
   else:
     raise ValueError(
-        f'{path}: the content is none of {", ".join(FORMATS.values())}.'
+        f'{path}: the content is none of {", ".join(FORMATS.values())};'
+        ' --format says which it is.'
     )
   return dataclasses.replace(table, sample=_sample(table))
 
@@ -306,10 +315,14 @@ def _open_separated(
 ) -> Table:
   """Finds delimiter, quotes, and names of columns from the first rows."""
   head = lines_lib.head(path, _SAMPLE)
-  data = head.splitlines(keepends=True)
+  if b'\r' in head and b'\n' not in head:
+    raise ValueError(
+        f"{path}: lines end in a carriage return alone; run `tr '\\r' '\\n'`."
+    )
+  data = io.BytesIO(head).readlines()
   cut = len(head) == _SAMPLE
   best: tuple[tuple[Any, ...], str, bool, list[Row]] | None = None
-  for delimiter in '\t' if format != 'csv' else ',;\t':
+  for delimiter in '\t' if format != 'csv' else ',;\t|':
     choices: tuple[bool, ...] = (False,)
     if format == 'csv' or (format == 'tsv' and _uses_quotes(data, delimiter)):
       choices = (True,)  # A misplaced quote is an error.
@@ -336,9 +349,14 @@ def _open_separated(
     format = 'tsv' if delimiter == '\t' else 'csv'
   header = _is_header(rows[0], fields)
   width = len(rows[0])
+  for name, count in collections.Counter(rows[0]).items():
+    if count > 1 and fields_lib.is_usual(name):
+      raise ValueError(f'{path}:1: two columns are {name!r}; rename one.')
   columns = tuple(map(str, range(1, width + 1)))
   if header:
-    columns = tuple(name.strip() for name in rows.pop(0))
+    columns = tuple(
+        name.strip() or str(i) for i, name in enumerate(rows.pop(0), start=1)
+    )
   elif not fields:
     for names, patterns in shapes:
       if len(names) == width and _has_shape(rows, patterns):
@@ -353,8 +371,13 @@ def _open_separated(
 
 
 def _is_header(row: Row, fields: Mapping[str, str] | None) -> bool:
-  """Returns whether a row has the names of columns."""
+  """Returns whether a row has the names of columns.
+
+  The first column, an index of pandas, and the last one may have none.
+  """
   names = [name.strip() for name in row]
+  last = len(names) - 1
+  names = [name for i, name in enumerate(names) if name or 0 < i < last]
   if len(set(names)) < len(names):
     return False
   if any(not name or len(name) > _LONGEST_NAME for name in names):

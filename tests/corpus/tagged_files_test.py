@@ -75,6 +75,18 @@ def test_a_token_may_begin_with_a_number_sign(tmp_path):
   assert [s.tokens for s in entities.read(path)] == [['#', '#tag'], ['#', 'x']]
 
 
+def test_chunks_of_german_are_no_names(tmp_path):
+  path = write(tmp_path, 'Ulm Ulm NE I-NC I-LOC\nist sein VV I-VC O\n')
+  assert entities.read(path)[0].tags == ['B-LOC', 'O']
+
+
+def test_a_document_start_ends_a_sentence(tmp_path):
+  path = write(tmp_path, 'Ann B-PER\nran O\n-DOCSTART- O\nYork B-LOC\nis O\n')
+  assert [s.tokens for s in entities.read(path)] == [
+      ['Ann', 'ran'], ['York', 'is']
+  ]
+
+
 def test_numbers_may_be_tokens(tmp_path):
   path = write(tmp_path, '1990 O\n\nAnn B-PER\n\n7 O\n\nIn O\n1991 O\n')
   first = [sentence.tokens[0] for sentence in entities.read(path)]

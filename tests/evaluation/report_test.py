@@ -117,6 +117,9 @@ def test_write_draws_what_there_is(tmp_path):
   _metrics(tmp_path)
   for step in (0, 50):
     report.save(tmp_path, _result(step, step / 100))
+  # Some readers of lines end one at this character.
+  questions = tmp_path / 'evaluation' / f'50{report.QUESTIONS}'
+  questions.write_text('{"question": "a\u2028b"}\n', encoding='utf-8')
   printed = report.write(tmp_path, [_result(50)])
   folder = tmp_path / 'evaluation'
   for name in ('recall.png', 'training.png'):

@@ -478,3 +478,11 @@ def test_folders_are_named(tmp_path):
   (folder / 'config.json').write_text('{"model_type": "deberta"}')
   with pytest.raises(ValueError, match="a: config.json has .*'deberta'"):
     importing.open_source(folder)
+
+
+def test_a_pointer_of_git_lfs_is_no_checkpoint(tmp_path):
+  save(tmp_path, body())
+  pointer = b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n'
+  (tmp_path / 'model.safetensors').write_bytes(pointer)
+  with pytest.raises(ValueError, match='model.safetensors .*`git lfs pull`'):
+    importing.open_source(tmp_path)

@@ -68,6 +68,14 @@ def _archive(path, entries, storages, compression=zipfile.ZIP_STORED):
   return path
 
 
+@pytest.mark.parametrize('name', ['state_dict', 'model_dict'])  # Of DPR.
+def test_a_state_dictionary_within_another(tmp_path, name):
+  tensor = _tensor('FloatStorage', '0', 2, 0, (2,), (1,))
+  entries = {'epoch': _ints(3), name: b'}(' + _text('w') + tensor + b'u'}
+  path = _archive(tmp_path / 'x.bin', entries, {'0': np.zeros(2, np.float32)})
+  assert [*weights.open_file(path)] == ['w']
+
+
 def test_views_into_one_storage(tmp_path):
   numbers = np.arange(12, dtype=np.float32)
   path = _archive(

@@ -101,6 +101,56 @@ def test_json_of_wikiextractor_is_known_by_its_urls(tmp_path):
   assert record.text == _WIKI['text']
 
 
+@pytest.mark.parametrize(
+    ('name', 'data', 'fields'),
+    [
+        ('pandas.csv', ',id,title,text\n0,4,Rome,A town.\n', None),
+        ('pipes.csv', 'id|title|text\n4|Rome|A town.\n', None),
+        ('a.jsonl', '{"id": 4.0, "title": "Rome", "text": "A town."}', None),
+        ('a.csv', 'ref,title,a.b\n4,Rome,A town.\n', 'id:ref,text:a.b'),
+        (
+            'a.jsonl',
+            '{"m": {"id": 4, "name": "Rome"}, "parts": [{"text": "A town."}]}',
+            'id:m.id,title:m.name,text:parts.text',
+        ),
+        (
+            'joined.jsonl', '{"text": NaN, "id": 0}\n'
+            '\ufeff{"id": 4, "title": "Rome", "text": "A town."}', None,
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ('ending', 'pack'), [('', bytes), ('.gz', bytes), ('.zst', gzip.compress)]
+)
+def test_files_as_tools_and_browsers_leave_them(
+    tmp_path, name, data, fields, ending, pack
+):
+  path = tmp_path / f'{name}{ending}'
+  path.write_bytes(pack(data.encode()))
+  (record,) = _records(path, fields=fields)
+  assert (record.id, record.title, record.text) == ('4', 'Rome', 'A town.')
+
+
+def test_parts_of_columns(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  path = tmp_path / 'a.parquet'
+  rows = [
+      {'id': i, 'a.b': 7, 'doc': {'title': 1984, 'text': {'body': ['x', 'y']}}}
+      for i in (3.0, float('nan'))
+  ]
+  parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), path)
+  fields = 'title:doc.title,text:doc.text.body'
+  (record,) = _records(path, fields=fields)
+  assert (record.id, record.title, record.text) == ('3', '1984', 'x\ny')
+  assert _ids(path, fields=f'id:a.b,{fields}') == ['7']
+  # One without an id among others is not numbered: its number may be an id.
+  parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+  with pytest.raises(ValueError, match='record 2: .*`id` is empty; --fields'):
+    _records(path, fields=fields)
+  assert _ids(path, fields=f'id:,{fields}') == ['0', '1']
+
+
 def test_what_is_recognised_is_logged(tmp_path, caplog):
   caplog.set_level(logging.INFO)
   for name in 'ab':
@@ -237,7 +287,8 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
   _write(folder / 'b' / 'Lille.md', '# Lille\nA city.')
   _write(folder / 'Notice.txt', 'A sheet.')
   _write(folder / 'readme.md', 'About these.')
-  _write(folder / 'LICENSE', 'You may.')
+  _write(folder / 'License.txt', 'You may.')
+  _write(folder / 'look.ipynb', '{"cells": []}')
   _write(folder / 'plot.py', 'print()')
   (folder / 'b' / 'x.zip').write_bytes(b'PK\x03\x04')
   for hidden in ('.git/a.txt', '.a.txt', 'b/.ipynb_checkpoints/Lille.md'):
@@ -248,7 +299,7 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
       'Rome.TXT': ('Rome', 'A town.'),
       'b/Lille.md': ('Lille', 'A city.'),
   }
-  assert f'{folder}: 2 files are not read (notes): LICENSE, rea' in caplog.text
+  assert f'{folder}: 3 files are not read (notes): License.t' in caplog.text
   assert '2 files are not read (unknown format): b/x.zip, plot' in caplog.text
   assert 'Hidden' not in caplog.text and '.git' not in caplog.text
   # Next to records, texts are passed over, and named.
@@ -283,12 +334,19 @@ def test_only_the_corpus_of_a_data_set_is_read(
     ('name', 'data', 'message'),
     [
         ('a.txt', 'a\tb\nc\td\n', 'a table of 2 columns.*--format=tsv'),
+        ('a.txt', 'id,text\n1,a\n', 'a table of 2 columns.*--format=csv'),
         ('a.txt', 'a\x00b', 'not a text'),
         ('a.tsv', 'u\tv\nw\tx y\n1\t2\n3\t4', None),
         ('a.tsv', '1\tx\tT\n2\ty\tU', r"row is \['1', 'x', 'T'\].*--fields"),
-        ('a.csv', 'ref,lead\n1,x', "row is .*'ref'.*--fields=id:1,text:2"),
+        ('a.csv', 'ref,lead\n1,x', "'ref'.*id:1,text:2, .*id:ref,text:lead"),
         ('a.csv', 'id,text\n1,"x\n2,y', 'a.csv:2: misplaced quotes'),
         ('a.csv', 'id,text\n1,x,y\n', 'a.csv:2: 3 columns; expected are 2'),
+        ('a.csv', 'id,text\r1,x\r', 'a carriage return alone'),
+        ('a.csv', 'id,text,text\n1,x,y\n', "csv:1: two columns are 'text'"),
+        ('a.json', '{"a": {"text": "x"}, "b": {}}', 'json:1: .*to_entries'),
+        ('a.json', '{"text": {"body": "x"}}', 'of it, such as text.body'),
+        ('a.json', '{"text": "x", "id": 0.5}', '`id` is of type float'),
+        ('a.lz4', '\x04"M\x18', 'compressed by lz4'),
         ('a.xml', '<?xml version="1.0"?><rss/>', 'XML, but no dump of MediaW'),
         ('a.json', '{"data": [{"text": "x"}]}', r"json:1: .*'.data\[\]' FILE"),
         ('a.json', '[{"text": "x"}\n{"text": "y"}]', 'a.json:2: .* comma'),
@@ -340,7 +398,7 @@ def _link_free(text, *names):
         '{{Infobox|image=[[Fichier:Pont.jpg]]}}',
         '<gallery>\nFichier:Pont.jpg|Une vue\n</gallery>',
         '<imagemap>\nFichier:Pont.jpg|thumb\nrect 0 0 [[a]]\n</imagemap>',
-        '[[de:Brücke]]',
+        '[[de:Brücke]][[simple:Bridge]][[be-x-old:Мост]]',
     ],
 )
 def test_links_to_files_and_categories_are_no_text(link):
@@ -355,12 +413,26 @@ def test_other_links_are_text():
   )
 
 
-_DUMP = """<mediawiki xml:lang="fr"><siteinfo><dbname>frwiki</dbname>
+_DUMP = """<!-- x --><mediawiki xml:lang="fr"><siteinfo><dbname>frwiki</dbname>
 <namespaces><namespace key="-2">Média</namespace><namespace key="0" />
 <namespace key="6">Fichier</namespace><namespace key="14">Catégorie</namespace>
 </namespaces></siteinfo><page><title>Pont</title><ns>0</ns><id>3</id><revision>
 <id>1</id><text>Un pont. [[Fichier:P|vignette|Un]][[Catégorie:P]]</text>
-</revision></page></mediawiki>"""
+</revision></page><page><title>Passerelle</title><ns>0</ns><id>4</id><revision>
+<id>2</id><text>#REDIRECTION [[Pont]]</text></revision></page></mediawiki>"""
+
+
+@pytest.mark.parametrize(
+    ('text', 'plain'),
+    [
+        ('住在-{zh-hans:意大利; zh-hant:義大利}-。', '住在意大利。'),
+        ('住在-{意大利}--{H|zh-cn:x;zh-tw:y}-。', '住在意大利。'),
+        ('Un<br />[http://x a<br>b]<p>et</p>c.', 'Un\na\nb\net\nc.'),
+        ('__NOTOC__Un __init__.__TOC_NON__', 'Un __init__.'),
+    ],
+)
+def test_marks_for_readers_of_the_wiki_are_no_text(text, plain):
+  assert _link_free(text) == plain
 
 
 def test_a_dump_declares_its_namespaces(tmp_path, caplog):

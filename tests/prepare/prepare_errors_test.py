@@ -168,7 +168,7 @@ def test_a_damaged_compressed_file_is_named(tmp_path, name, pack):
   source.write_bytes(pack(_GOOD * 1000)[:-20])
   with pytest.raises(ValueError, match=f'{name}: .* damaged or cut off'):
     _prepare(source, tmp_path / 'out', skip_bad_records=True)
-  source.write_bytes(_GOOD)
+  source.write_bytes(b'\x01' + pack(_GOOD))
   with pytest.raises(ValueError, match='damaged or cut off after line 0'):
     _prepare(source, tmp_path / 'out')
 

@@ -50,6 +50,14 @@ def test_files_may_be_compressed(tmp_path, ending, pack):
   assert [r.text for r in _read(path)] == ['Über 0', 'Über 1', 'Über 2']
 
 
+def test_a_carriage_return_ends_no_line(tmp_path):
+  path = tmp_path / 'collection.tsv'
+  path.write_text(''.join(f'{i}\tA \rt\rown.\n' for i in range(3)), newline='')
+  assert [(r.id, r.text) for r in _read(path)] == [
+      (str(i), 'A \rt\rown.') for i in range(3)
+  ]
+
+
 def test_a_folder_of_texts_is_an_article_a_file(tmp_path):
   for name, text in (
       ('b/Old_Rome.txt', '\ufeffOld Rome\nA town.\n'),
@@ -236,8 +244,18 @@ def test_a_dataset_of_hugging_face_by_name(tmp_path, monkeypatch):
   folder.mkdir()
   (folder / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   saved = tmp_path / 'saved'
-  datasets.Dataset.from_list(rows).save_to_disk(saved)
-  for name in (f'hf:{folder}', f'hf:{saved}', f'hf:{folder}:default:train'):
+  made = datasets.Dataset.from_list(rows)
+  made.save_to_disk(saved)
+  splits = tmp_path / 'splits'
+  datasets.DatasetDict(train=made, dev=made).save_to_disk(splits)
+  with pytest.raises(ValueError, match=f'give it as hf:{splits}'):
+    _read(splits)
+  with pytest.raises(ValueError, match="no split 'test'"):
+    _read(f'hf:{splits}::test')
+  for name in (
+      f'hf:{folder}', f'hf:{saved}', f'hf:{folder}:default:train',
+      f'hf:{splits}', f'hf:{splits}::dev',
+  ):
     assert [(r.id, r.title, r.text) for r in _read(name)] == [
         ('5', 'T5', 'é'),
         ('3', 'T3', 'é'),
@@ -276,9 +294,9 @@ def test_a_missing_package_is_named_with_the_command(
 
 def test_an_unknown_format_says_what_is_understood(tmp_path):
   (tmp_path / 'in.rst').write_text('Rome is a town.')
-  with pytest.raises(ValueError, match=r'(?s)in.rst: neither.*JSON Lines'):
+  with pytest.raises(ValueError, match=r'in.rst: neither.*--format=jsonl'):
     _read(tmp_path / 'in.rst')
-  with pytest.raises(FileNotFoundError, match='(?s)no file to read.*tfds:NAME'):
+  with pytest.raises(FileNotFoundError, match='to read; the formats are jsonl'):
     _read(tmp_path)
 
 

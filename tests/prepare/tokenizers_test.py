@@ -150,3 +150,38 @@ def test_a_tokenizer_without_a_mask(tmp_path, caplog):
     examples.MaskedSentences(made, config, 'knowledge')
   with pytest.raises(ValueError, match='has no mask token'):
     tokenizer_lib.Tokenizer.from_saved(made.directory).encode('[MASK]', True)
+
+
+def test_the_two_files_of_an_older_roberta(tmp_path, caplog):
+  whole = tokenizer_lib.Tokenizer.from_source(str(_FOLDER / 'roberta'))
+  rules = json.loads((_FOLDER / 'roberta' / 'tokenizer.json').read_text())
+  model = rules['model']
+  merges = [' '.join(m) if isinstance(m, list) else m for m in model['merges']]
+  (tmp_path / 'vocab.json').write_text(json.dumps(model['vocab']))
+  with pytest.raises(FileNotFoundError, match='nor vocab.json and merges.txt'):
+    tokenizer_lib.Tokenizer.from_source(str(tmp_path))
+  (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]))
+  caplog.clear()
+  made = tokenizer_lib.Tokenizer.from_source(str(tmp_path))
+  assert not caplog.messages  # It is cased.
+  assert made.encode(_ARTICLE) == whole.encode(_ARTICLE)
+  assert (made.pad_id, made.mask_id) == (whole.pad_id, whole.mask_id)
+
+
+def test_a_vocab_that_is_not_read_is_no_vocab(tmp_path, caplog):
+  pieces = '[PAD] [UNK] [CLS] [SEP] [MASK] a b'.split()
+  path = tmp_path / 'vocab.txt'
+  path.write_text('\n'.join(pieces))
+  (tmp_path / 'config.json').write_text('{"model_type": "roberta"}')
+  with pytest.raises(ValueError, match='does not read vocab.txt for a model'):
+    tokenizer_lib.Tokenizer.from_source(str(tmp_path))
+  settings = tmp_path / 'tokenizer_config.json'
+  settings.write_text('{"tokenizer_class": "BertTokenizer"}')
+  made = tokenizer_lib.Tokenizer.from_source(str(tmp_path))
+  assert made.encode('A b') == [5, 6]
+  settings.unlink()
+  shutil.copy(_FOLDER / 'roberta' / 'tokenizer.json', tmp_path)
+  tokenizer_lib.Tokenizer.from_source(str(tmp_path))
+  assert 'lines of vocab.txt are no wordpieces: transformers reads' in (
+      caplog.text
+  )

@@ -142,6 +142,41 @@ _FORMATS = {
             Q('when was it', ('1843',), id='a-2'),
         ],
     ),
+    'mine-with-capitals.csv': (  # Not TriviaQA, whose answers are objects.
+        'Question,Answer\nwho,Value\nwhy,b\n',
+        [Q('who', ('Value',)), Q('why', ('b',))],
+    ),
+    'pandas.csv': (  # Columns of SQuAD, and of ids with gaps.
+        'qid,question,answers,passage_id\n'
+        '1,who,"{\'text\': [\'Ada\', \'A\'], \'answer_start\': [1, 2]}",\n'
+        '2,why,"[1843, \'x\']","[\'7\', \'8\']"\n3,when,b,[C]\n',
+        [
+            Q('who', ('Ada', 'A'), id='1'),
+            Q('why', ('1843', 'x'), passage_id=('7', '8'), id='2'),
+            Q('when', ('b',), passage_id='[C]', id='3'),
+        ],
+    ),
+    'gaps.jsonl': (
+        '{"id": 1.0, "question": "who", "answers": NaN, "title": NaN}\n'
+        '{"id": 2.0, "question": "why", "answers": ["", 2.5], "title": 84}\n',
+        [Q('who', (), id='1'), Q('why', ('2.5',), id='2', title='84')],
+    ),
+    'hops.jsonl': (  # MuSiQue has paragraphs, too, and others `output`.
+        '{"question": "who", "answer": "Ada", "paragraphs": [{"idx": 0}]}\n',
+        [Q('who', ('Ada',))],
+    ),
+    'instructions.jsonl': (
+        '{"input": "who", "output": "Ada"}\n', [Q('who', ())],
+    ),
+    'squad-test.json': (
+        '{"data": [{"title": "T", "paragraphs": [{"qas": [{"id": 1,'
+        ' "question": "who"}, {"id": 2, "question": "x", "answers": []}]}]}]}',
+        [Q('who', (), passage_id='T#0', id='1', title='T')],
+    ),
+    'topics.tsv': (
+        'q1\t白塔是谁建的？\nq2\tどこですか\n',
+        [Q('白塔是谁建的？', (), id='q1'), Q('どこですか', (), id='q2')],
+    ),
     'late.jsonl': (  # A field that only later records have.
         '{"question": "q"}\n' * 150 + '{"question": "q", "passage_id": 3}\n',
         [Q('q', ())] * 150 + [Q('q', (), passage_id='3')],
@@ -249,9 +284,16 @@ _QRELS = {
     'beir.tsv': (
         'query-id\tcorpus-id\tscore\n1\td-5\t2\n1\td6\t1\n2\td7\t0\n9\td8\t1\n'
     ),
+    'order.tsv': (
+        'score\tcorpus-id\tquery-id\tsplit\n2\td-5\t1\ta\n1\td6\t1\ta\n'
+        '0\td7\t2\ta\n1\td8\t9\ta\n'
+    ),
+    'pytrec_eval.json': (
+        '{"1": {"d-5": 2, "d6": 1}, "2": {"d7": 0}, "9": {"d8": 1}}'
+    ),
     'three.tsv': '1\td-5\t2\n1\td6\t1\n2\td7\t0\n9\td8\t1\n',
     'hf.jsonl': (
-        '{"query-id": 1, "corpus-id": "d-5", "score": 2}\n'
+        '{"query-id": 1.0, "corpus-id": "d-5", "score": 2}\n'
         '{"query-id": 1, "corpus-id": "d6", "score": 1.0}\n'
         '{"query-id": 2, "corpus-id": "d7", "score": 0}\n'
         '{"query-id": 9, "corpus-id": "d8", "score": 1}\n'
@@ -286,6 +328,8 @@ def test_qrels_of_two_columns(tmp_path):
         ('1\n', r'q:1: 1 column\(s\); expected are QUERY PASSAGE'),
         ('1 0 d5 yes\n', "q:1: the grade 'yes' is no whole number"),
         ('1 0 d5 0.5\n', "q:1: the grade '0.5' is no whole"),
+        ('1 0 d5 1\n1 0 d5 2\n', "q:2: .*'d5' have the grade 1 in an earlier"),
+        ('1 0 d5 0\n', 'no question has answers or a passage with a grade'),
         ('7 0 d5 1\n', "such as '1', of qrels '7'"),
     ],
 )
@@ -316,8 +360,26 @@ def test_a_folder_of_beir(tmp_path):
   ]
   _write(tmp_path / 'qrels' / 'test.tsv', f'{header}q2\td1\t1\n')
   assert question_sets.read(tmp_path) == [expected]
+  (tmp_path / 'qrels' / 'test.tsv').rename(tmp_path / 'qrels' / '._test.tsv')
+  with pytest.raises(ValueError, match=f'qrels of dev, train.*--qrels={dev}'):
+    question_sets.read(tmp_path)  # A hidden file is no data.
   with pytest.raises(ValueError, match='a folder without queries.jsonl'):
     question_sets.read(tmp_path / 'qrels')
+  _write(tmp_path / 'queries.dev.tsv', '1\ta b\n')
+  with pytest.raises(ValueError, match='files of queries, queries.dev.tsv, qu'):
+    question_sets.read(tmp_path)
+
+
+def test_what_cannot_be_meant_is_said(tmp_path, caplog):
+  _read(tmp_path, 'a.jsonl', '{"id": 1, "question": "a"}\n' * 2)
+  assert "1 ids belong to several questions, the first is '1'" in caplog.text
+  for record, message in (
+      ('{"question": "", "answers": ["x"]}', '"question" is ""'),
+      ('{"question": "a", "passage_id": 0.5}', '"passage_id" is .0.5.'),
+      ('{"question": "a", "answers": "{\'text\': array(1)}"}', 'no list of'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      _read(tmp_path, 'a.jsonl', record)
 
 
 def test_sets_of_ir_datasets(monkeypatch):
@@ -392,7 +454,7 @@ def test_the_table_of_formats(tmp_path):
 
 def test_the_table_of_qrels(tmp_path):
   rows = list(_rows_of_docs(2))
-  assert len(rows) == 5
+  assert len(rows) == 7
   for number, (_, example) in enumerate(rows):
     path = _write(tmp_path / str(number), _unescaped(example) + '\n')
     assert qrels.read(path) == {'q1': {'7': 1}}

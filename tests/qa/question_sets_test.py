@@ -179,13 +179,13 @@ def test_a_wrong_record_is_named(tmp_path):
       tmp_path / 'P106.json',
       [
           {'question': 'a?', 'answers': ['x']},
-          {'question': 'b?', 'answers': ['']},
+          {'question': 'b?', 'answers': [' ']},
       ],
   )
-  with pytest.raises(ValueError, match=r'P106.json:1: "answers" contains ""'):
+  with pytest.raises(ValueError, match=r'P106.json:1: "answers" contains " "'):
     question_sets.read(path)
   for text, name, message in (
-      ('{"data": [{"title": "A"}]}', 'squad', "not SQuAD.*'paragraphs'"),
+      ('{"data": [{"title": "A"}]}', 'squad', "not SQuAD.*'paragraphs.qas'"),
       ('{"data": 3}', 'squad', '"data" is \'3\'; expected is a list'),
       ('{"x": 1}', 'trivia_qa', "not TriviaQA: no field 'Question'"),
       (

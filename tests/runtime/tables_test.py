@@ -59,7 +59,11 @@ def test_places_are_those_of_the_lines(tmp_path):
   assert _read(rows) == [
       ('a.csv:2', {'id': '1', 'text': 'x\ny'}),
       ('a.csv:5', {'id': '2', 'text': 'z'}),
-      ('a.csv:6', '1 columns; expected are 2'),
+      (
+          'a.csv:6',
+          "1 columns; expected are 2, divided by ',', which is no part of a"
+          ' value without quotes',
+      ),
   ]
 
 
