@@ -16,7 +16,7 @@ from realm_jax.runtime import lines as lines_lib
 
 log = logging.getLogger(__name__)
 
-_NUMBER = re.compile(r'[\d.,:-]*\d[\d.,:-]*')
+_NUMBER = re.compile(r'[.,:-]*\d[\d.,:-]*')
 # Types of CoNLL 2000, which its later tasks have in a column before the names;
 # the last three are those of German.
 _CHUNKS = frozenset(

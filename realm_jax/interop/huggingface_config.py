@@ -263,7 +263,7 @@ def encoder_of(values: Mapping[str, Any]) -> str:
     ValueError: its architecture is not known.
   """
   kind = values.get('model_type', 'bert')
-  if kind not in MODEL_TYPES:
+  if not isinstance(kind, str) or kind not in MODEL_TYPES:
     raise ValueError(
         f'config.json has model_type={kind!r}; only'
         f' {", ".join(map(repr, MODEL_TYPES))} can be read.'

@@ -54,10 +54,8 @@ _REMOVED_TAGS = frozenset(
     ' mapframe maplink templatestyles templatedata inputbox categorytree'
     ' indicator'.split()
 )
-_HEADING = re.compile(r'^=+\s*(.*?)\s*=+\s*$', re.MULTILINE)
 # Removed templates leave brackets such as '(; )'; '(; born 1950)' stays.
 _EMPTY_BRACKETS = re.compile(r' ?\([\s,;]*\)')
-_BLANK = re.compile(r'\s*\n\s*')
 # Tags of HTML at which a line ends; a line end itself would break links.
 _MARK = '\u2028'
 _LINE_END = re.compile(
@@ -338,9 +336,18 @@ def plain_text(text: str, markup: str = 'wikitext') -> str:
     except ValueError:  # Its parent was removed.
       continue
   plain = code.strip_code(normalize=True, collapse=True)
-  plain = _HEADING.sub(r'\1', plain.replace(_MARK, '\n'))
-  plain = plain.replace("'''", '').replace("''", '')
-  return _BLANK.sub('\n', _EMPTY_BRACKETS.sub('', plain)).strip()
+  plain = plain.replace(_MARK, '\n').replace("'''", '').replace("''", '')
+  plain = _EMPTY_BRACKETS.sub('', plain)
+  # Expressions would take time by the square of a long run of blanks or `=`.
+  lines = map(_without_marks, plain.split('\n'))
+  return '\n'.join(filter(None, lines))
+
+
+def _without_marks(line: str) -> str:
+  """Returns a line without blanks at its ends, and a heading without `==`."""
+  text = line.strip()
+  is_heading = len(text) > 1 and line[0] == text[-1] == '='
+  return text.strip('=').strip() if is_heading else text
 
 
 def _without_switch(match: re.Match[str]) -> str:

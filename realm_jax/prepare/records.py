@@ -34,8 +34,7 @@ _LAYOUTS = 8  # Kinds of a source that are logged.
 _NO_ID = 'no field `id`, which identifies a document'
 _MARKUP = re.compile(r'wikitext(:.*)?', re.DOTALL)
 # Marks in paragraphs of KILT's knowledge source.
-_KILT_HEADING = re.compile(r'^Section::::(?:.*\.:)?(.*?)[.:]*$')
-_KILT_ITEM = re.compile(r'^BULLET::::-?\s*')
+_KILT_HEADING, _KILT_ITEM = 'Section::::', re.compile(r'^BULLET::::-?\s*')
 _EXACT = 2**53  # Integers below are exact as floats.
 _RECENT = 1 << 19  # Hashes kept as Python objects; older ones take 12 bytes.
 
@@ -395,8 +394,9 @@ def _text(values: Mapping[str, Any], name: str, title: str) -> str:
   lines = []
   for paragraph in paragraphs:
     line = (_string({name: paragraph}, name) or '').strip()
-    line = _KILT_ITEM.sub('', _KILT_HEADING.sub(r'\1', line))
-    lines.append(line)
+    if line.startswith(_KILT_HEADING):
+      line = line.removeprefix(_KILT_HEADING).rpartition('.:')[2].rstrip('.:')
+    lines.append(_KILT_ITEM.sub('', line))
   if lines and lines[0] == title:
     del lines[0]
   return '\n'.join(lines)

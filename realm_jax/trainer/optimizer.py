@@ -27,7 +27,7 @@ def learning_rates(
   # Rounded as by XLA, since the formula was once a part of the compiled step.
   decay_steps = max(config.steps - c.warmup_steps, 1)
   decayed = min(max(step - c.warmup_steps, 0), decay_steps)
-  left = f32(1 - decayed * float(f32(1) / f32(decay_steps)))
+  left = f32(max(1 - decayed * float(f32(1) / f32(decay_steps)), 0))
 
   def rate(peak: float, start: int) -> np.float32:
     final = peak * c.final_fraction

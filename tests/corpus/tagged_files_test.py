@@ -93,6 +93,12 @@ def test_numbers_may_be_tokens(tmp_path):
   assert first == ['1990', 'Ann', '7', 'In']
 
 
+def test_the_time_of_a_long_token_is_linear(tmp_path):
+  """By the square of its length, it would be minutes."""
+  path = write(tmp_path, f'Ann B-PER\n{"9" * 10**7}x O\n')
+  assert [len(x) for x in entities.read(path)[0].tokens] == [3, 10**7 + 1]
+
+
 def test_ranges_are_skipped_only_among_numbers(tmp_path):
   path = write(tmp_path, 'a x B-X\n1-10 x O\n5.76 x O\n')
   assert entities.read(path)[0].tokens == ['a', '1-10', '5.76']

@@ -418,6 +418,7 @@ def test_a_shared_scorer_is_one_tower():
     'changes, message',
     [
         ({'model_type': 'deberta'}, "model_type='deberta'"),
+        ({'model_type': ['bert']}, r"model_type=\['bert'\]"),
         ({'hidden_act': 'relu'}, "hidden_act='relu'"),
         ({'position_embedding_type': 'relative_key'}, 'relative_key'),
         ({'type_vocab_size': 4}, 'type_vocab_size=4'),

@@ -202,6 +202,15 @@ def test_markup_that_is_unbalanced_is_no_error():
     assert isinstance(datasets_lib.plain_text(text), str)
 
 
+def test_the_time_of_a_long_run_of_marks_is_linear():
+  """By the square of its length, it would be minutes."""
+  pytest.importorskip('mwparserfromhell')
+  marks, blanks = '=' * 10**6, ' ' * 10**6
+  text = f'== Life ==\n{marks}x{blanks}y\n=== A = b ===\n = c =\n'
+  expected = f'Life\n{marks}x{blanks}y\nA = b\n= c ='
+  assert datasets_lib.plain_text(text) == expected
+
+
 def test_a_dataset_of_tfds_by_name(tmp_path, monkeypatch):
   source = tmp_path / 'in.jsonl'
   source.write_text(json.dumps({'id': 'a', 'title': 'T', 'text': _TEXT}))

@@ -63,7 +63,7 @@ def test_rates_are_those_of_optax_to_the_bit(delay):
     warm = jnp.clip((step - delay + 1) / 2, 0, 1)
     return decay(step) * warm * (step >= delay)
 
-  for step in range(25):
+  for step in range(config.steps):
     rate = optimizer.learning_rates(config, ('embedder',), step)['embedder']
     assert rate == expected(step), step
 
