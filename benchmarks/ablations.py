@@ -14,7 +14,6 @@ Intervals are those of Student's t over the seeds.
 
 import argparse
 import concurrent.futures
-import json
 import os
 import pathlib
 import queue
@@ -30,8 +29,6 @@ from realm_jax.prepare import world
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
-_EXPERIMENT = _ROOT / 'experiments' / 'ablations.py'
 # Rows and stages on another corpus than `corpus`.
 _CORPORA = {
     'own_corpus': 'joined_corpus',
@@ -83,18 +80,11 @@ class _Seed:
       output = f'--output={self.folder / name}'
       self._run('prepare', *flags, output, log=self._log())
 
-  def _join(self) -> pathlib.Path:
+  def _join(self) -> str:
     made = world.generate(self._number, self._entities)
     said = [r for r in made.pretraining if 'split' not in r]
     source = self.folder / 'joined.jsonl'
-    source.write_text(
-        ''.join(
-            json.dumps(r, ensure_ascii=False) + '\n'
-            for r in (*made.knowledge, *said)
-        ),
-        encoding='utf-8',
-    )
-    return source
+    return harness.write_lines(source, (*made.knowledge, *said))
 
   def train_and_evaluate(self, name: str) -> None:
     """Runs a stage or a row, unless it is finished."""
@@ -109,7 +99,7 @@ class _Seed:
         more += [f'--config.init_from={earlier}', '--with_index_builder']
       self._run(
           'train',
-          f'--config={_EXPERIMENT.relative_to(_ROOT)}:{name}',
+          f'--config=experiments/ablations.py:{name}',
           f'--workdir={workdir}',
           f'--config.corpus={corpus}',
           f'--config.seed={self._seed}',
@@ -164,22 +154,15 @@ def run(arguments: argparse.Namespace, rows: list[str]) -> None:
   stages = dict.fromkeys(stage for row in rows for stage in _start(row))
   with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
     try:
-      for tasks in (
-          [(seed.prepare, rows) for seed in seeds],
-          [
-              (seed.train_and_evaluate, stage)
-              for seed in seeds
-              for stage in stages
-          ],
-          # All seeds of a row come before the next row.
-          [
-              (seed.train_and_evaluate, row)
-              for row in rows
-              for seed in seeds
-              if row != 'ict'
-          ],
-      ):
-        for future in [pool.submit(*task) for task in tasks]:
+      for names in ([None], stages, [row for row in rows if row != 'ict']):
+        # All seeds of a row come before the next row.
+        for future in [
+            pool.submit(seed.train_and_evaluate, name)
+            if name
+            else pool.submit(seed.prepare, rows)
+            for name in names
+            for seed in seeds
+        ]:
           future.result()
     finally:
       pool.shutdown(cancel_futures=True)
@@ -204,9 +187,8 @@ def main() -> int:
     run(arguments, rows)
   except RuntimeError as error:
     sys.exit(str(error))
-  recorded = None
-  if arguments.output.exists():
-    recorded = files.read_json(arguments.output)
+  exists = arguments.output.exists()
+  recorded = files.read_json(arguments.output) if exists else None
   figures = ablations_table.collect(arguments.workdir, recorded)
   figures |= harness.about('jax', 'flax')
   files.write_json(arguments.output, figures)

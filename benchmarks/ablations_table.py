@@ -177,23 +177,18 @@ def markdown(figures: dict[str, Any]) -> str:
     mean, high = figures[f'{name}_mean'], figures[f'{name}_high']
     return f'{mean:.3f}' + ('' if high is None else f' ±{high - mean:.3f}')
 
-  def table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, *rows]
-    text = ['| ' + ' | '.join(line) + ' |\n' for line in lines]
-    return ''.join([text[0], '|---' * len(heads) + '|\n', *text[1:]])
-
   heads = [head for _, head in FIGURES.values()]
   rows = [
       [
           words,
           *(cell(f'{row}_{name}') for name in FIGURES),
           cell(f'{row}_recall_at_1_below_realm'),
-          str(len(figures[f'{row}_seeds'])),
+          len(figures[f'{row}_seeds']),
       ]
       for row, words in ROWS.items()
       if f'{row}_seeds' in figures
   ]
-  found = table(['', *heads, 'recall@1 below REALM', 'seeds'], rows)
+  found = report.markdown(['', *heads, 'recall@1 below REALM', 'seeds'], *rows)
   compared = []
   for pairs, relation, words in (
       (CLAIMS, 'above', ('meet', '**apart**')),
@@ -210,10 +205,10 @@ def markdown(figures: dict[str, Any]) -> str:
       if any(cells):
         compared.append([f'{ours} {relation} {theirs}', *cells])
   if not compared:  # One seed has no intervals.
-    return found
+    return f'{found}\n'
   heads = ['difference, seed by seed', *(FIGURES[name][1] for name in _CLAIMED)]
   return (
-      f'{found}\n{table(heads, compared)}\n'
+      f'{found}\n\n{report.markdown(heads, *compared)}\n\n'
       'apart: the intervals of the two means do not meet. same: that of the'
       ' difference holds 0.\n'
   )
@@ -229,17 +224,13 @@ def plot(figures: dict[str, Any], path: pathlib.Path) -> None:
         continue
       x = figures[f'curve_{row}_{steps}']
       seeds = zip(*figures[f'curve_{row}_{name}'], strict=True)
-      found = [_summary(list(values), 'y') for values in seeds]
-      (line,) = axis.plot(x, [f['y_mean'] for f in found], label=ROWS[row])
-      if found and found[0]['y_low'] is not None:
-        axis.fill_between(
-            x,
-            [f['y_low'] for f in found],
-            [f['y_high'] for f in found],
-            color=line.get_color(),
-            alpha=0.15,
-            linewidth=0,
-        )
+      means, lows, highs = zip(
+          *(_summary(list(values), '').values() for values in seeds),
+          strict=True,
+      )
+      (line,) = axis.plot(x, means, label=ROWS[row])
+      if None not in lows:
+        axis.fill_between(x, lows, highs, color=line.get_color(), alpha=0.15)
     axis.set_xlabel('training step')
 
   def bars(axis: Any, title: str, **labels: str) -> None:
@@ -247,15 +238,9 @@ def plot(figures: dict[str, Any], path: pathlib.Path) -> None:
     for name in _CLAIMED:
       means = [figures[f'{row}_{name}_mean'] for row in rows]
       highs = [figures[f'{row}_{name}_high'] for row in rows]
+      errors = [(y or x) - x for x, y in zip(means, highs, strict=True)]
       axis.errorbar(
-          [labels[row] for row in rows],
-          means,
-          yerr=[
-              0 if high is None else high - mean
-              for mean, high in zip(means, highs, strict=True)
-          ],
-          marker='o',
-          capsize=3,
+          [labels[row] for row in rows], means, errors, marker='o', capsize=3,
           label=FIGURES[name][1],
       )
     axis.set_title(title)
@@ -282,5 +267,4 @@ def plot(figures: dict[str, Any], path: pathlib.Path) -> None:
   )
   for axis in axes:
     axis.set_ylim(0, 1)
-    axis.grid(alpha=0.3)
   harness.save(figure, path)

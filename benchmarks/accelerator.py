@@ -6,36 +6,23 @@
 Each stage runs in a process of its own (benchmarks/accelerator_stages.py),
 since memory statistics and allocations last as long as a process. FILE is
 written after every figure. A stage that fails, or exceeds its share of the
-time, is recorded, and the next one runs. Stages:
-
-  peak     matrix products in bfloat16 and float32, memory bandwidth
-  quick    the REALM step with 3 of BERT-base's 12 layers, by attention kernel,
-           dropout and remat
-  step     the same with 12 layers, and the largest batch that fits
-  torch    PyTorch (SDPA, fused AdamW) and the same step, in turns
-  search   exact and approximate search over the paper's 13,353,718 passages
-  embed    embedding of passages of 288 wordpieces
-  ict      the ICT step with 4,096 pairs, by gradient cache
-  realm    `realm-jax train --with_index_builder` on a generated world or on
-           --texts: the parts of a step, and the stall at each refresh
-  profile  a trace of a few steps, next to FILE
+time, is recorded, and the next one runs. docs/scaling.md lists the stages and
+says what the figures mean.
 
 --small runs toy sizes on any device, to try the code; its figures say nothing
 about a GPU. A CPU needs minutes to compile the steps: a small --seconds cuts
-these stages. docs/scaling.md says what the figures mean.
+these stages.
 """
 
 import argparse
+import contextlib
 from importlib import metadata
-import json
 import os
-import pathlib
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from typing import Any, TextIO
 
@@ -43,7 +30,6 @@ import harness
 
 from realm_jax.runtime import files
 
-_HERE = pathlib.Path(__file__).resolve().parent
 # Each stage's share of the time, in the default order. Later stages share what
 # a stage leaves.
 STAGES = {
@@ -102,59 +88,57 @@ def _about() -> dict[str, Any]:
 
 
 class _Run:
-  """The stages of one run, and the file of their figures."""
+  """The stages of one run, which add their figures to the record."""
 
   def __init__(
       self, arguments: argparse.Namespace, scratch: str, log: TextIO
   ):
-    self._arguments, self._scratch = arguments, scratch
-    self._figures: dict[str, Any] = {
-        'small': arguments.small,
-        'seconds': arguments.seconds,
-        **{f'{stage}_status': 'not run' for stage in arguments.stages},
-    }
-    self._about = _about()
+    self._arguments, self._scratch, self._log = arguments, scratch, log
     self._environment = _environment(scratch)
-    self._log = log
-    self.write()
+    self._write(
+        _about()
+        | {'small': arguments.small, 'seconds': arguments.seconds}
+        | {f'{stage}_status': 'not run' for stage in arguments.stages}
+    )
 
-  def write(self) -> None:
-    files.write_json(self._arguments.output, self._figures | self._about)
+  def _read(self) -> harness.Figures:
+    return files.read_json(self._arguments.output)
+
+  def _write(self, record: harness.Figures) -> None:
+    files.write_json(self._arguments.output, record)
 
   def probe(self) -> str | None:
     """Records the device; returns the problem if it cannot be measured."""
-    self.stage('probe', min(_PROBE_SECONDS, self._arguments.seconds))
-    error = self._figures.pop('probe_error', None)
-    status = self._figures.pop('probe_status')
-    for name in ('wall_seconds', 'limit_seconds'):
-      del self._figures[f'probe_{name}']
+    status = self.stage('probe', min(_PROBE_SECONDS, self._arguments.seconds))
+    record = self._read()
+    error = record.get('probe_error') or status
+    record = {k: x for k, x in record.items() if not k.startswith('probe_')}
+    if status == 'done':
+      record['hardware'] = f'{record["device"]}, {record["hardware"]}'
+    self._write(record)
     if status != 'done':
-      return f'JAX finds no device: {error or status}.'
-    self._about['hardware'] = (
-        f'{self._figures["device"]}, {self._about["hardware"]}'
-    )
-    self.write()
-    if self._figures['platform'] == 'cpu' and not self._arguments.small:
+      return f'JAX finds no device: {error}.'
+    if record['platform'] == 'cpu' and not self._arguments.small:
       return (
           'JAX finds no GPU here, only a CPU; the sizes are those of a GPU.'
           ' Add --small to try the code at toy sizes.'
       )
     return None
 
-  def stage(self, stage: str, limit: float) -> None:
-    """Runs a stage for at most `limit` seconds, and records its end."""
+  def stage(self, stage: str, limit: float) -> str:
+    """Runs a stage for at most `limit` seconds; returns how it ended."""
     start = time.monotonic()
     arguments = self._arguments
     command = [
         sys.executable,
-        str(_HERE / 'accelerator_stages.py'),
+        str(harness.ROOT / 'benchmarks' / 'accelerator_stages.py'),
         stage,
         f'--until={time.time() + limit}',
         f'--scratch={self._scratch}',
-        f'--keep={arguments.output.with_suffix("")}',
+        f'--output={arguments.output}',
         f'--torch_python={arguments.torch_python}',
         f'--texts={arguments.texts}',
-        f'--peak_tflops={self._figures.get("peak_bfloat16_tflops", 0)}',
+        f'--peak_tflops={self._read().get("peak_bfloat16_tflops", 0)}',
         *(['--small'] if arguments.small else []),
     ]
     print(f'-- {stage}, up to {limit:.0f} s', flush=True)
@@ -162,72 +146,46 @@ class _Run:
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=self._log,
         stderr=self._log,
-        text=True,
         env=self._environment,
         start_new_session=True,  # One signal ends it with its children.
     )
-    cut = threading.Event()
-
-    def end() -> None:
-      cut.set()
-      _kill(process)
-
-    timer = threading.Timer(limit, end)
-    timer.start()
-    status = 'cut'  # Unless the stage ends before.
+    status, error = 'cut', ''  # Unless the stage ends before.
     try:
-      assert process.stdout is not None
-      for line in process.stdout:
-        if line.endswith('\n'):  # Else the kill divided it.
-          self._take(stage, json.loads(line))
-      code = process.wait()
-      if not cut.is_set():
-        status = {0: 'done', _CUT: 'cut'}.get(code, 'failed')
-        if status == 'failed':
-          self._figures.setdefault(
-              f'{stage}_error', f'The stage ended with exit code {code}.'
-          )
-        if f'{stage}_skipped' in self._figures:
-          status = 'skipped'
+      code = process.wait(limit)
+      if code != _CUT:
+        status = 'failed' if code else 'done'
+        error = f'The stage ended with exit code {code}.'
+    except subprocess.TimeoutExpired:
+      pass
     finally:
-      timer.cancel()
-      _kill(process)
-      seconds = round(time.monotonic() - start, 1)
-      self._figures |= {
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
+      record = self._read()
+      if status == 'failed':
+        record.setdefault(f'{stage}_error', error)
+      if f'{stage}_skipped' in record:
+        status = 'skipped'
+      record |= {
           f'{stage}_status': status,
-          f'{stage}_wall_seconds': seconds,
+          f'{stage}_wall_seconds': round(time.monotonic() - start, 1),
           f'{stage}_limit_seconds': round(limit, 1),
       }
-      self.write()
-    print(f'-- {stage}: {status} after {seconds} s', flush=True)
-
-  def _take(self, stage: str, line: dict[str, Any]) -> None:
-    """Records what a stage printed."""
-    self._about['versions'] |= line.pop('versions', {})
-    if stage != 'probe':
-      line = {f'{stage}_{name}': value for name, value in line.items()}
-    self._figures |= line
-    self.write()
-    harness.show(line)
+      self._write(record)
+    found = {k: x for k, x in record.items() if k.startswith(f'{stage}_')}
+    harness.show(found)
+    return status
 
   @property
   def failed(self) -> list[str]:
+    record = self._read()
     return [
         stage
         for stage in self._arguments.stages
-        if self._figures[f'{stage}_status'] == 'failed'
+        if record[f'{stage}_status'] == 'failed'
     ]
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-  """Ends a process and its children."""
-  try:
-    os.killpg(process.pid, signal.SIGKILL)
-  except ProcessLookupError:
-    return
-  process.wait()
 
 
 def main() -> int:

@@ -17,12 +17,10 @@ determines the moments: a step of the run, and some seconds after it. Checks:
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +29,7 @@ import time
 from typing import Any
 
 import harness
+import numpy as np
 
 from realm_jax.index import generation
 from realm_jax.prepare import prepare
@@ -39,7 +38,6 @@ from realm_jax.runtime import files
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.runtime import process
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
 _ADOPTED = re.compile(
     r'Step (?P<step>\d+): index generation (?P<generation>\d+) adopted'
     r'.* parameters (?P<digest>[0-9a-f]{64})'
@@ -48,7 +46,8 @@ _ADOPTED = re.compile(
 # due to replace one that was killed.
 _DELAY_SECONDS = {'builder': 6.0, 'trainer': 3.0}
 _LAG = 10
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.2
+_RECORDED = ('victim', 'seconds', 'at_step', 'found')  # Fields of `_Kill`.
 _PATIENCE_SECONDS = 600.0  # Without any progress.
 
 
@@ -59,7 +58,7 @@ class _Kill:
   victim: str  # 'builder' or 'trainer'
   step: int  # That the trainer has to have reached.
   delay: float  # Seconds from then on.
-  reached: float | None = None
+  due: float | None = None
   seconds: float | None = None  # Since the start of the run.
   at_step: int | None = None
   found: str = ''  # State of the builder.
@@ -70,24 +69,22 @@ class _Run:
 
   def __init__(self, workdir: pathlib.Path, words: list[str]):
     self.workdir = workdir
-    self._command = [
-        sys.executable, '-m', 'realm_jax', 'train', f'--workdir={workdir}',
-        '--with_index_builder', *words,
-    ]
+    self._command = harness.command(
+        'train', f'--workdir={workdir}', '--with_index_builder', *words
+    )
     self.log = workdir.with_suffix('.log')
     self.progress: list[tuple[float, int]] = []
-    self._read, self._step = 0, 0
 
   def run(self, kills: list[_Kill]) -> float:
     """Runs to the end; returns the seconds."""
-    print('$ ' + shlex.join(['realm-jax', *self._command[3:]]), flush=True)
     start = time.monotonic()
     trainer = self._start()
     try:
       while True:
         time.sleep(_POLL_SECONDS)
         now = time.monotonic() - start
-        step = self._current_step()
+        lines = metrics_lib.read_metrics(self.workdir)
+        step = lines[-1]['step'] if lines else 0
         if not self.progress or step != self.progress[-1][1]:
           self.progress.append((now, step))
         code = trainer.poll()
@@ -98,33 +95,32 @@ class _Run:
         if now - self.progress[-1][0] > _PATIENCE_SECONDS:
           raise RuntimeError(f'The job makes no progress; see {self.log}.')
         for kill in kills:
-          if kill.reached is None and step >= kill.step:
-            kill.reached = now
-          if (
-              kill.seconds is not None
-              or kill.reached is None
-              or now < kill.reached + kill.delay
-          ):
-            continue
-          pid: int | None = trainer.pid
-          if kill.victim == 'builder':
-            pid = _builder(trainer.pid)
-            if pid is None:
-              # The trainer has yet to restart it. The delay starts again, so
-              # that kills meet the builder in all its activities.
-              kill.reached = now
-              continue
-            kill.found = self._doing(pid)
-          os.kill(pid, signal.SIGKILL)
-          kill.seconds, kill.at_step = now, step
-          if kill.victim == 'trainer':
-            trainer.wait()
-            trainer = self._start()
-          break
+          if kill.seconds is None and step >= kill.step:
+            kill.due = kill.due or now + kill.delay
+            if now >= kill.due and self._kill(kill, trainer.pid):
+              kill.seconds, kill.at_step = now, step
+              if kill.victim == 'trainer':
+                trainer.wait()
+                trainer = self._start()
+              break
     finally:
       if trainer.poll() is None:
         trainer.terminate()
         trainer.wait()
+
+  def _kill(self, kill: _Kill, trainer: int) -> bool:
+    """Kills the victim; returns whether it was there."""
+    pid: int | None = trainer
+    if kill.victim == 'builder':
+      pid = _builder(trainer)
+      if pid is None:
+        # The trainer has yet to restart it. The delay starts again, so that
+        # kills meet the builder in all its activities.
+        kill.due = None
+        return False
+      kill.found = self._doing(pid)
+    os.kill(pid, signal.SIGKILL)
+    return True
 
   def _start(self) -> subprocess.Popen[bytes]:
     with self.log.open('ab') as file:
@@ -137,24 +133,6 @@ class _Run:
     if heartbeat is None or heartbeat['pid'] != pid:
       return 'starting'  # Python and JAX.
     return heartbeat['state']
-
-  def _current_step(self) -> int:
-    """The last step in metrics.jsonl; only new bytes are read."""
-    path = self.workdir / 'metrics.jsonl'
-    try:
-      size = path.stat().st_size
-      if size < self._read:  # A restart drops later steps.
-        self._read = 0
-      with path.open('rb') as file:
-        file.seek(self._read)
-        data = file.read()
-    except FileNotFoundError:
-      return self._step
-    end = data.rfind(b'\n') + 1
-    if end:
-      self._read += end
-      self._step = json.loads(data[:end].splitlines()[-1])['step']
-    return self._step
 
   def adoptions(self) -> list[dict[str, Any]]:
     text = self.log.read_text(errors='replace')
@@ -250,31 +228,19 @@ def _plot(
         label=f'{victim} killed',
     )
   steps = sorted({adoption['step'] for adoption in adoptions})
-  axis.plot(
-      [
-          next(
-              (seconds for seconds, at in chaos.progress if at >= step),
-              chaos.progress[-1][0],
-          )
-          for step in steps
-      ],
-      steps,
-      'g.',
-      label='generation first adopted',
-  )
+  seconds, reached = np.transpose(chaos.progress)
+  at = seconds[np.argmax(reached >= np.array(steps)[:, None], axis=1)]
+  axis.plot(at, steps, 'g.', label='generation first adopted')
   axis.set(xlabel='seconds', ylabel='training step')
   harness.save(figure, output)
 
 
 def main() -> int:
-  parser = harness.parser(__doc__)
+  parser = harness.parser(__doc__, scratch='runs/chaos')
   parser.add_argument('--builder_kills', type=int, default=50)
   parser.add_argument('--trainer_kills', type=int, default=20)
   parser.add_argument('--steps', type=int, default=1500)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument(
-      '--scratch', type=pathlib.Path, default=pathlib.Path('runs/chaos')
-  )
   arguments = parser.parse_args()
   if arguments.small:
     arguments.builder_kills, arguments.trainer_kills = 3, 2
@@ -305,7 +271,7 @@ def main() -> int:
       'checkpoint.keep': 2,
   }
   words = [
-      f'--config={_ROOT / "experiments" / "quickstart.py"}:realm',
+      f'--config={harness.EXPERIMENTS}/quickstart.py:realm',
       *harness.flags(settings),
   ]
   rng = random.Random(arguments.seed)
@@ -349,11 +315,7 @@ def main() -> int:
       'seconds': chaos_seconds,
       'seed': arguments.seed,
       'kills': [
-          {
-              name: getattr(kill, name)
-              for name in ('victim', 'seconds', 'at_step', 'found')
-          }
-          for kill in done
+          {name: getattr(kill, name) for name in _RECORDED} for kill in done
       ],
   }
   figures['ok'] = figures['ok'] and figures['all_kills_done']

@@ -5,25 +5,13 @@
 For 1 to 64 simulated devices the three programs of a step are compiled, not
 run: embedding the queries, the exact search, and the training step. The paper's
 setting: BERT-base, 8 examples to a device (512 on 64), 8 candidates, 13,353,718
-passages. The bytes that their collectives move are compared with those of the
-design:
-
-  gradients   an all-reduce of all parameters, over the devices with the same
-              part of them; with ZeRO a reduce-scatter of the gradients and an
-              all-gather of the parameters, which are as many bytes
-  queries     an all-gather of the query embeddings (with ZeRO, of the
-              embedder, too)
-  top k       an all-gather of each device's best rows and their scores
-  activations where `model` divides the layers: two all-reduces forward and two
-              backward for each, and the vocabulary
-
-Bytes are those that one device sends in a ring. Compiling BERT-base takes
-minutes for each of the twelve cases; `--preset=small` or `tiny` is quicker, and
+passages. The bytes that their collectives move, of one device in a ring, are
+compared with those of the design (`_needed`). Compiling BERT-base takes minutes
+for each of the twelve cases; `--preset=small` or `tiny` is quicker, and
 `--small` stops at 8 devices.
 """
 
 import dataclasses
-import pathlib
 import sys
 import time
 from typing import Any
@@ -38,6 +26,7 @@ import numpy as np  # noqa: E402
 import training  # noqa: E402
 
 from realm_jax import config as config_lib  # noqa: E402
+from realm_jax.evaluation import report  # noqa: E402
 from realm_jax.index import embedding  # noqa: E402
 from realm_jax.index import topk  # noqa: E402
 from realm_jax.runtime import mesh as mesh_lib  # noqa: E402
@@ -47,9 +36,7 @@ _PER_DEVICE = 8
 _VOCAB = 30_522
 
 
-def _config(
-    preset: str, data: int, model: int, **how: Any
-) -> config_lib.Config:
+def _config(preset: str, data: int, model: int, **how: Any) -> Any:
   config = config_lib.Config(corpus='-', batch_size=_PER_DEVICE * data * model)
   config.model.preset = preset
   config.model.vocab_size = _VOCAB
@@ -159,53 +146,30 @@ def _needed(config: config_lib.Config, params: Any) -> dict[str, float]:
   if m.vocab_size % model == 0:  # Backward through the vocabulary's scores.
     activations += 4 * per_data * k * lengths.masks * m.width
   return {
+      # An all-reduce of all parameters over the devices with the same part of
+      # them; with ZeRO a reduce-scatter and an all-gather, as many bytes.
       'gradients': 2 * ring(weigh(params, False), data),
       # With ZeRO the embedder has to be gathered for this program, too.
       'queries': ring(4 * c.batch_size * m.embedding_width, data)
       + ring(weigh(params['embedder'], True), data),
+      # Each device's best rows and their scores.
       'top_k': ring(8 * n * c.batch_size * (k - 1), n),
       'activations': 2 * ring(activations, model),
   }
 
 
-_HEAD = """
-| devices | data x model | | needed MB | sent MB | excess |
-|---|---|---|---|---|---|"""
-
-
-def _row(run: dict[str, Any]) -> str:
+def _row(run: dict[str, Any]) -> list[str]:
   how = ['ZeRO'] if run['zero'] else []
   if run['accumulate'] > 1:
     how.append(f'{run["accumulate"]} parts')
-  return (
-      f'| {run["data"] * run["model"]} | {run["data"]} x {run["model"]} |'
-      f' {", ".join(how)} | {run["needed_bytes"] / 1e6:.3f} |'
-      f' {run["sent_bytes"] / 1e6:.3f} | {100 * run["excess"]:+.2f} % |'
-  )
-
-
-def _plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
-  plain = [
-      r for r in runs
-      if r['model'] == 1 and not r['zero'] and r['accumulate'] == 1
+  return [
+      str(run['data'] * run['model']),
+      f'{run["data"]} x {run["model"]}',
+      ', '.join(how),
+      f'{run["needed_bytes"] / 1e6:.3f}',
+      f'{run["sent_bytes"] / 1e6:.3f}',
+      f'{100 * run["excess"]:+.2f} %',
   ]
-  figure, (axes,) = harness.panels(1)
-  for name, label, style in (
-      ('sent_bytes', 'sent, from the HLO', 'o-'),
-      ('needed_bytes', 'needed, by the design', 'x--'),
-      ('sent_bytes_queries', 'of that, query embeddings', 's:'),
-      ('sent_bytes_top_k', 'of that, top k', '^:'),
-  ):
-    sent = [r[name] / 1e6 for r in plain]
-    axes.plot([r['data'] for r in plain], sent, style, label=label)
-  axes.set_xscale('log', base=2)
-  axes.set_yscale('symlog', linthresh=1e-3)
-  axes.set(
-      xlabel='devices (8 examples each)',
-      ylabel='MB that a device sends in a step',
-  )
-  axes.grid(alpha=0.3)
-  harness.save(figure, path)
 
 
 def main() -> int:
@@ -234,8 +198,9 @@ def main() -> int:
     if config.model.num_heads % model:
       continue
     runs.append(measure(config))
-    print(_row(runs[-1]), flush=True)
-  print('\n'.join([_HEAD, *map(_row, runs)]))
+    print(*_row(runs[-1]), flush=True)
+  heads = ['devices', 'data x model', '', 'needed MB', 'sent MB', 'excess']
+  print(report.markdown(heads, *map(_row, runs)))
   result = {
       'largest_excess_data': max(
           (abs(run['excess']) for run in runs if run['model'] == 1), default=0.0
@@ -246,8 +211,6 @@ def main() -> int:
       ' compiled only',
   }
   harness.write(arguments.output, result, 'jax')
-  if arguments.output:
-    _plot(runs, arguments.output)
   return 0 if result['largest_excess_data'] <= 0.1 else 1
 
 

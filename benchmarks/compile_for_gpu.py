@@ -19,24 +19,15 @@ paper gives one of 64 devices (64 pairs, 8 examples of 8 candidates):
   realm_dropout    the default: attention weights are dropped as all else is, so
                    queries and reader attend by XLA
 
-The figures of each:
-
-  arguments_gb     state and batch, or table and queries; by XLA's own count
-  temporaries_gb   all other allocations of XLA; the same
-  kernels          operations that run on the device, those of a loop as often
-                   as it runs; a sort or a call of a library counts once
-  cudnn_calls      attention's among them
-  trace_seconds, compile_seconds
-                   CPU time of all threads
-
-XLA tunes the matmuls on the device. Without one it takes Triton kernels, so the
-temporaries and kernels of the matmuls may differ on a GPU. All layers of a step
-are alike: `a_layer` is the share of one, from the difference of the depths of
---layers. --layers=2,12 compiles the whole model.
+The figures of each: bytes of state and batch (or table and queries), and of all
+other allocations of XLA, by its own count; kernels, those of a loop as often as
+it runs (a sort or a call of a library counts once), and cuDNN's among them; CPU
+time of all threads. XLA tunes the matmuls on the device; without one it takes
+Triton kernels, so a GPU may run others. All layers of a step are alike:
+`a_layer` is the difference of the depths of --layers, for one layer.
 """
 
 import collections
-from collections.abc import Callable
 import importlib.util
 import json
 import re
@@ -95,35 +86,18 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 _FREE = frozenset(
     'bitcast constant get-tuple-element iota parameter tuple'.split()
 )
-_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][a-z0-9-]*)\(')
-_CALLED = re.compile(r'(?:body|to_apply|calls)=%?([\w.-]+)')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 def kernels(hlo: str) -> int:
-  """Counts the kernels that the optimised module launches.
-
-  Raises:
-    ValueError: for a loop of unknown length.
-  """
-  bodies, entry = hlo_collectives.computations(hlo)
-
-  def count(name: str) -> int:
-    total = 0
-    for line in bodies[name]:
-      found = _INSTRUCTION.match(line)
-      operation = found[1] if found else 'constant'
-      if operation in ('call', 'while'):
-        trips = _TRIPS.search(line)
-        if operation == 'while' and not trips:
-          raise ValueError(f'The length of the loop is unknown: {line}')
-        called = _CALLED.search(line)[1]
-        total += count(called) * (int(trips[1]) if trips else 1)
-      elif operation not in _FREE:
-        total += 1
-    return total
-
-  return count(entry)
+  """Counts the kernels that the optimised module launches."""
+  operations = [
+      (op, times)
+      for op, _, _, times in hlo_collectives.instructions(hlo)
+      if op not in _FREE
+  ]
+  if unknown := [op for op, times in operations if times < 0]:
+    raise ValueError(f'In a loop of unknown length: {unknown}')
+  return sum(times for _, times in operations)
 
 
 def _plugin() -> list[str]:
@@ -193,15 +167,6 @@ def _figures(trace: Any) -> dict[str, Any]:
   }
 
 
-def _a_layer(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-  """Returns the cost of a layer, from the figures of two depths."""
-  layers = other['layers'] - one['layers']
-  return {
-      name: (other[name] - one[name]) / layers
-      for name in ('arguments_gb', 'temporaries_gb', 'kernels')
-  }
-
-
 def main() -> None:
   parser = harness.parser(__doc__, output=False)
   parser.add_argument('--layers', default='2,4', help='of the steps')
@@ -215,28 +180,32 @@ def main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   plugin, mesh = _plugin(), _mesh()
   device = mesh.devices.flat[0]
-  found: list[dict[str, Any]] = []
+  found: list[harness.Figures] = []
+
+  def record(trace: Any, program: str, **described: Any) -> None:
+    found.append({'program': program, **described, **_figures(trace)})
+    print(json.dumps(found[-1]), flush=True)
+
   for program in arguments.programs.split(','):
-    runs: list[tuple[dict[str, Any], Callable[[], Any]]] = []
     if program == 'search':
-      runs.append(({}, lambda: _trace_search(mesh, arguments.small)))
-    else:
-      for layers in depths:
-        config = _config(program, layers, arguments.small)
-        config.model.scan_layers = arguments.scan_layers
-        described = {
-            'layers': layers,
-            'batch': config.batch_size,
-            'attention': fused_attention.choose(config.model, device),
-        }
-        runs.append(
-            (described, lambda config=config: plan.trace_step(config, mesh))
-        )
-    for described, trace in runs:
-      found.append({'program': program, **described, **_figures(trace)})
-      print(json.dumps(found[-1]), flush=True)
-    if len(runs) > 1:
-      found[-1]['a_layer'] = _a_layer(found[-len(runs)], found[-1])
+      record(lambda: _trace_search(mesh, arguments.small), program)
+      continue
+    for layers in depths:
+      config = _config(program, layers, arguments.small)
+      config.model.scan_layers = arguments.scan_layers
+      record(
+          lambda config=config: plan.trace_step(config, mesh),
+          program,
+          layers=layers,
+          batch=config.batch_size,
+          attention=fused_attention.choose(config.model, device),
+      )
+    if len(depths) > 1:
+      one, other = found[-len(depths)], found[-1]
+      other['a_layer'] = {
+          name: (other[name] - one[name]) / (other['layers'] - one['layers'])
+          for name in ('arguments_gb', 'temporaries_gb', 'kernels')
+      }
   result = {'device': device.device_kind, 'programs': found}
   harness.write(arguments.output, result, 'jax', *plugin)
 

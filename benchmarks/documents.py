@@ -13,12 +13,9 @@ the paper's corpus.
 """
 
 import functools
-import json
 import pathlib
 import subprocess
-import sys
 import tempfile
-from typing import Any
 
 import harness
 import numpy as np
@@ -50,15 +47,13 @@ def _records(count: int, prefix: str, seed: int) -> list[dict[str, str]]:
   ]
 
 
-def _write(path: pathlib.Path, records: list[dict[str, str]]) -> str:
-  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
-  return str(path)
-
-
 def _make_workdir(
     folder: pathlib.Path, size: int, width: int
 ) -> pathlib.Path:
-  source = _write(folder / 'source.jsonl', _records(size, 'base', 0))
+  folder.mkdir()
+  source = harness.write_lines(
+      folder / 'source.jsonl', _records(size, 'base', 0)
+  )
   prepare.prepare([source], folder / 'corpus', vocab_size=500, progress=False)
   corpus = corpus_lib.Corpus.open(folder / 'corpus')
   config = config_lib.Config(objective='realm', corpus=str(corpus.directory))
@@ -86,44 +81,35 @@ def _make_workdir(
   return workdir
 
 
-def _measure(workdir: pathlib.Path, size: int, turn: int) -> dict[str, float]:
+def _measure(workdir: pathlib.Path, turn: int) -> dict[str, float]:
   """Returns the seconds of each command; turn 0 only warms up."""
 
-  def records(name: str) -> list[dict[str, str]]:
-    return _records(_DOCUMENTS, f'{name} {turn} ', turn)
-
-  def write(name: str, values: list[dict[str, str]]) -> str:
-    return _write(workdir.parent / f'{name}.jsonl', values)
+  def source(name: str, first: int | None = None) -> str:
+    """A file of other records, or of newer ones of the corpus."""
+    made = _records(_DOCUMENTS, f'{name} {turn} ', turn)
+    if first is not None:
+      made = [r | {'id': f'base{first + i}'} for i, r in enumerate(made)]
+    return harness.write_lines(workdir.parent / f'{name}.jsonl', made)
 
   first = 2 * turn * _DOCUMENTS
-  newer = [
-      {**record, 'id': f'base{first + i}'}
-      for i, record in enumerate(records('newer'))
-  ]
-  gone = [{'id': f'base{first + _DOCUMENTS + i}'} for i in range(_DOCUMENTS)]
-  added = write('add', records('added'))
-  add, _ = harness.timed(
-      functools.partial(documents.add, workdir, [added], progress=False)
-  )
-  if not turn:
-    return {}
-  source = write('update', newer)
-  update, _ = harness.timed(
-      functools.partial(documents.update, workdir, [source], progress=False)
-  )
-  delete, _ = harness.timed(documents.delete, workdir, write('delete', gone))
-  found = {'add': add, 'update': update, 'delete': delete}
-  for command in ('add', 'delete'):
-    source = write('command', records('command'))
-    run = functools.partial(subprocess.run, check=True, capture_output=True)
-    found[f'whole_{command}'], _ = harness.timed(
-        run,
-        [
-            sys.executable, '-m', 'realm_jax', 'index', command,
-            f'--workdir={workdir}', f'--input={source}',
-        ],
+  found = {}
+  for name, command, file in (
+      ('add', documents.add, [source('added')]),
+      ('update', documents.update, [source('newer', first)]),
+      ('delete', documents.delete, source('gone', first + _DOCUMENTS)),
+  ):
+    quiet = {} if name == 'delete' else {'progress': False}
+    run = functools.partial(command, workdir, file, **quiet)
+    found[name], _ = harness.timed(run)
+    if not turn:
+      return {}
+  for name in ('add', 'delete'):
+    command = harness.command(
+        'index', name, f'--workdir={workdir}', f'--input={source("command")}'
     )
-  return {f'{name}_seconds_{size}': value for name, value in found.items()}
+    run = functools.partial(subprocess.run, check=True, capture_output=True)
+    found[f'whole_{name}'], _ = harness.timed(run, command)
+  return found
 
 
 def _lookup(folder: pathlib.Path) -> float:
@@ -138,20 +124,6 @@ def _lookup(folder: pathlib.Path) -> float:
   return seconds
 
 
-def _plot(result: dict[str, Any], sizes: list[int], path: pathlib.Path) -> None:
-  figure, (axes,) = harness.panels(1)
-  for name in ('add', 'update', 'delete', 'whole_add', 'whole_delete'):
-    seconds = [result[f'{name}_seconds_{size}'] for size in sizes]
-    axes.plot(sizes, seconds, marker='o', label=name.replace('_', ' '))
-  axes.set(
-      xscale='log',
-      ylim=(0, None),
-      xlabel='passages of the corpus',
-      ylabel=f'seconds, for {_DOCUMENTS} documents',
-  )
-  harness.save(figure, path)
-
-
 def main() -> None:
   parser = harness.parser(__doc__, output=False)
   parser.add_argument('--sizes', default='4000,16000,64000,256000')
@@ -160,21 +132,22 @@ def main() -> None:
   sizes = [int(size) for size in arguments.sizes.split(',')]
   if arguments.small:
     sizes = [1000, 4000]
-  result: dict[str, Any] = {
+  result: harness.Figures = {
       'documents': _DOCUMENTS, 'width': arguments.width
   }
   with tempfile.TemporaryDirectory() as temporary:
-    workdirs = {}
-    for size in sizes:
-      folder = pathlib.Path(temporary) / str(size)
-      folder.mkdir()
-      workdirs[size] = _make_workdir(folder, size, arguments.width)
+    workdirs = {
+        size: _make_workdir(
+            pathlib.Path(temporary) / str(size), size, arguments.width
+        )
+        for size in sizes
+    }
     # Sizes take turns, so that other load on the machine affects all of them.
     seconds: dict[str, list[float]] = {}
     for turn in range(_TURNS + 1):
       for size, workdir in workdirs.items():
-        for name, value in _measure(workdir, size, turn).items():
-          seconds.setdefault(name, []).append(value)
+        for name, value in _measure(workdir, turn).items():
+          seconds.setdefault(f'{name}_seconds_{size}', []).append(value)
     result |= {n: float(np.median(values)) for n, values in seconds.items()}
     for size, workdir in workdirs.items():
       result[f'compact_seconds_{size}'], _ = harness.timed(
@@ -182,8 +155,6 @@ def main() -> None:
       )
     result[f'lookup_seconds_{_PAPER}'] = _lookup(pathlib.Path(temporary))
   harness.write(arguments.output, result, 'jax', 'numpy')
-  if arguments.output:
-    _plot(result, sizes, arguments.output)
 
 
 if __name__ == '__main__':

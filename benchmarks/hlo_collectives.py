@@ -1,8 +1,6 @@
-"""The collectives of a compiled program, read from its HLO.
+"""The operations of a compiled program, read from its HLO."""
 
-A collective in a loop counts once for each turn.
-"""
-
+from collections.abc import Iterator
 import dataclasses
 import math
 import re
@@ -14,10 +12,12 @@ _OPS = (
     'all-to-all',
     'collective-permute',
 )
+# Operations whose computations run as operations of their own.
+_CALLING = ('call', 'while', 'conditional', 'async-start')
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\((.*)$')
 _ARRAY = re.compile(r'\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 _CALLED = re.compile(
-    r'\b(?:to_apply|calls|body|condition|true_computation|false_computation)'
+    r'\b(?:to_apply|calls|body|true_computation|false_computation)'
     r'=%?([\w.\-]+)'
 )
 
@@ -52,65 +52,12 @@ class Collective:
     return sent * self.times
 
 
-def read(hlo: str, num_devices: int) -> list[Collective]:
-  """Returns the collectives of a program between two or more devices.
+def instructions(hlo: str) -> Iterator[tuple[str, str, str, int]]:
+  """Yields the operations that a program runs.
 
-  Args:
-    hlo: text of the compiled program, `compiled.as_text()`.
-    num_devices: number of devices that it runs on.
-
-  Raises:
-    ValueError: a collective is in a loop without a known number of turns, or
-      its text is not understood.
+  An operation is (name, result, operands and attributes, number of runs); the
+  number is negative in a loop whose number of turns is not known.
   """
-  bodies, entry = computations(hlo)
-  found: list[Collective] = []
-
-  def visit(name: str, times: int) -> None:
-    for line in bodies.get(name, ()):
-      match = _INSTRUCTION.match(line)
-      if match is None:
-        continue
-      result, op, rest = match.groups()
-      base = op.removesuffix('-start')
-      if base in _OPS:
-        one = Collective(
-            base,
-            _bytes(result, started=op != base),
-            _group_size(rest, num_devices) if base != _OPS[-1] else 2,
-            times,
-            _source(rest),
-        )
-        if one.group > 1:
-          found.append(one)
-      turns = 1
-      if op == 'while':
-        known = re.search(r'known_trip_count[^\d}]*(\d+)', rest)
-        turns = int(known[1]) if known else -1
-      called = _CALLED.findall(rest)
-      branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
-      if branches:
-        called += re.findall(r'[\w.\-]+', branches[1])
-      before = len(found)
-      for inner in called:
-        visit(inner, times * abs(turns))
-      if turns < 0 and len(found) > before:
-        raise ValueError(
-            'A collective is in a loop without a known number of turns:'
-            f' {line.strip()[:200]}'
-        )
-
-  visit(entry, 1)
-  return found
-
-
-def bytes_sent(collectives: list[Collective]) -> float:
-  """Returns the bytes that each device sends in one run of the program."""
-  return math.fsum(c.bytes_sent for c in collectives)
-
-
-def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-  """Returns the lines of each computation of a program, and its entry."""
   bodies: dict[str, list[str]] = {}
   name = entry = ''
   for line in hlo.splitlines():
@@ -123,7 +70,65 @@ def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
       bodies[name].append(line)
   if not entry:
     raise ValueError('This is not the text of an HLO program: no ENTRY.')
-  return bodies, entry
+
+  def visit(name: str, times: int) -> Iterator[tuple[str, str, str, int]]:
+    for line in bodies.get(name, ()):
+      if not (match := _INSTRUCTION.match(line)):
+        continue
+      result, op, rest = match.groups()
+      if op not in _CALLING:
+        yield op, result, rest, times
+        continue
+      turns = 1
+      if op == 'while':
+        known = re.search(r'known_trip_count[^\d}]*(\d+)', rest)
+        turns = int(known[1]) if known else -1
+      called = _CALLED.findall(rest)
+      if branches := re.search(r'branch_computations=\{([^}]*)\}', rest):
+        called += re.findall(r'[\w.\-]+', branches[1])
+      for inner in called:
+        yield from visit(inner, -1 if min(times, turns) < 0 else times * turns)
+
+  yield from visit(entry, 1)
+
+
+def read(hlo: str, num_devices: int) -> list[Collective]:
+  """Returns the collectives of a program between two or more devices.
+
+  A collective in a loop counts once for each turn.
+
+  Args:
+    hlo: text of the compiled program, `compiled.as_text()`.
+    num_devices: number of devices that it runs on.
+
+  Raises:
+    ValueError: a collective is in a loop without a known number of turns, or
+      its text is not understood.
+  """
+  found: list[Collective] = []
+  for op, result, rest, times in instructions(hlo):
+    base = op.removesuffix('-start')
+    if base not in _OPS:
+      continue
+    one = Collective(
+        base,
+        _bytes(result, started=op != base),
+        _group_size(rest, num_devices) if base != _OPS[-1] else 2,
+        times,
+        _source(rest),
+    )
+    if times < 0:
+      raise ValueError(
+          f'A collective is in a loop without a known number of turns: {one}'
+      )
+    if one.group > 1:
+      found.append(one)
+  return found
+
+
+def bytes_sent(collectives: list[Collective]) -> float:
+  """Returns the bytes that each device sends in one run of the program."""
+  return math.fsum(c.bytes_sent for c in collectives)
 
 
 def _bytes(result: str, started: bool) -> int:

@@ -17,8 +17,7 @@ resident set, mapped pages included:
   write  shards, index, recall, manifest: a generation, as the builder does it
   exact  the best 8 of 1,000 queries, from the memory-mapped table
   faiss  IVF of as many lists, on a sample of as many rows, and PQ64 of 4 bits
-         (FastScan) with residuals: 32 bytes a row, as ours. At 300,000 rows,
-         PQ32 of 8 bits and FastScan without residuals were slower at 0.95
+         (FastScan) with residuals: 32 bytes a row, as ours
   serve  both loaded, in two processes that take turns. Settings are searched:
          for each number of candidates the fewest lists that reach the recall;
          the fastest of these counts. The same code ranks the candidates of
@@ -29,14 +28,14 @@ Measure on an idle machine. `--small` takes about two minutes. With --folder,
 the parts that are finished are not run again.
 """
 
-import argparse
 from collections.abc import Callable
+from concurrent import futures
 import contextlib
 import functools
+import multiprocessing
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -60,7 +59,8 @@ _RECALLS = (0.90, 0.95, 0.98)
 _CANDIDATES = (50, 100, 200, 400, 800, 1600, 3200, 4800)
 _KIND = 'PQ64x4fsr'
 
-Figures = dict[str, Any]
+Figures = harness.Figures
+_SPAWN = multiprocessing.get_context('spawn')
 
 
 class Vectors:
@@ -91,6 +91,11 @@ class Vectors:
     """The first `count` rows of a shard."""
     return _normalised(self._raw(number)[:count])
 
+  def table(self, rows: int) -> np.ndarray:
+    size = generation.ROWS_PER_SHARD
+    shards = [self.shard(number, size) for number in range(-(-rows // size))]
+    return np.concatenate(shards)[:rows]
+
   def queries(self, rows: int) -> np.ndarray:
     """Returns queries for a table of this many rows."""
     rng = np.random.default_rng([self._seed, 2])
@@ -109,9 +114,7 @@ def _normalised(rows_NE: np.ndarray) -> np.ndarray:
 
 
 def _peak_gib() -> float:
-  """Largest resident set so far, mapped pages included."""
-  text = pathlib.Path('/proc/self/status').read_text()
-  return int(text.split('VmHWM:')[1].split()[0]) / 2**20
+  return harness.resident_mib(kind='VmHWM') / 1024
 
 
 _CONFIG = config_lib.MipsConfig(backend='scann')
@@ -204,7 +207,7 @@ def _faiss_build(folder: pathlib.Path, rows: int) -> Figures:
 
 
 class _Ours:
-  """Our side: `search`, for `_serve`."""
+  """Our side."""
 
   def __init__(self, folder: pathlib.Path, rows: int):
     start = time.perf_counter()
@@ -248,34 +251,37 @@ class _Faiss:
     return search_lib.rank(self._table, queries, found, found < self._rows, K)
 
 
-def _serve(side: str, folder: pathlib.Path, rows: int) -> None:
-  """Answers searches, as a `harness.Child`."""
-  queries = np.load(folder / 'queries.npy')
-  exact = np.load(folder / 'exact.npy')
-  server: _Ours | _Faiss = {'ours': _Ours, 'faiss': _Faiss}[side](folder, rows)
+_served: Any = None  # What a process of `_Side` answers with.
 
-  def answer(do: str, request: dict[str, Any]) -> Figures:
-    setting = request.get('setting')
-    figures = {**server.about, 'most': server.most}
-    if do == 'recall':
-      found = server.search(*setting, queries)
-      figures = {'recall': search_lib.overlap(found, exact)}
-    elif do == 'ms':
-      seconds, _ = harness.timed(server.search, *setting, queries[:_BATCH])
-      figures = {'ms': 1e3 * seconds}
-    return {**figures, 'peak_gib': _peak_gib()}
 
-  harness.serve(answer)
+def _serve(kind: str, folder: pathlib.Path, rows: int) -> None:
+  global _served
+  side = {'scann': _Ours, 'faiss': _Faiss}[kind](folder, rows)
+  queries, exact = (
+      np.load(folder / name) for name in ('queries.npy', 'exact.npy')
+  )
+  _served = side, queries, exact
+
+
+def _about() -> tuple[Figures, int, float]:
+  return _served[0].about, _served[0].most, _peak_gib()
+
+
+def _recall(setting: tuple[int, int]) -> tuple[float, float]:
+  side, queries, exact = _served
+  found = side.search(*setting, queries)
+  return search_lib.overlap(found, exact), _peak_gib()
+
+
+def _ms(setting: tuple[int, int]) -> tuple[float, float]:
+  side, queries, _ = _served
+  seconds, _ = harness.timed(side.search, *setting, queries[:_BATCH])
+  return 1e3 * seconds, _peak_gib()
 
 
 def _growth(sizes: list[int], seed: int) -> Figures:
   vectors = Vectors(seed)
-  table = np.concatenate(
-      [
-          vectors.shard(number, generation.ROWS_PER_SHARD)
-          for number in range(-(-max(sizes) // generation.ROWS_PER_SHARD))
-      ]
-  )
+  table = vectors.table(max(sizes))
   queries = vectors.queries(min(sizes))
   searches = {n: search_lib.make_search(_CONFIG, table[:n]) for n in sizes}
   figures = {
@@ -300,28 +306,25 @@ def _growth(sizes: list[int], seed: int) -> Figures:
 class _Side:
   """A serving process."""
 
-  def __init__(self, side: str, arguments: list[str]):
-    self.label = {'ours': 'scann'}.get(side, side)
-    self._process = harness.Child(
-        sys.executable, __file__, f'--worker={side}', *arguments
+  def __init__(self, label: str, folder: pathlib.Path, rows: int):
+    self.label = label
+    self._pool = futures.ProcessPoolExecutor(
+        1, _SPAWN, initializer=_serve, initargs=(label, folder, rows)
     )
-    self.close = self._process.close
+    self.close = self._pool.shutdown
     self._recall: dict[tuple[int, int], float] = {}
-    self.about = self._process.ask('open')
-    self.peak = self.about.pop('peak_gib')
-    self.most = self.about.pop('most')
+    self.about, self.most, self.peak = self._ask(_about)
 
-  def _ask(self, what: str, setting: tuple[int, int]) -> Any:
-    answer = self._process.ask(what, setting=setting)
-    self.peak = answer['peak_gib']
-    return answer[what]
+  def _ask(self, function: Callable[..., Any], *setting: Any) -> Any:
+    return self._pool.submit(function, *setting).result()
 
   def ms(self, setting: tuple[int, int]) -> float:
-    return self._ask('ms', setting)
+    found, self.peak = self._ask(_ms, setting)
+    return found
 
   def recall(self, setting: tuple[int, int]) -> float:
     if setting not in self._recall:
-      self._recall[setting] = self._ask('recall', setting)
+      self._recall[setting], self.peak = self._ask(_recall, setting)
     return self._recall[setting]
 
   def fewest(self, candidates: int, target: float) -> int | None:
@@ -349,8 +352,10 @@ class _Side:
     return min(timed)[1] if timed else None
 
 
-def _compare(arguments: list[str], written: Figures, times: int) -> Figures:
-  ours, theirs = _Side('ours', arguments), _Side('faiss', arguments)
+def _compare(
+    folder: pathlib.Path, rows: int, written: Figures, times: int
+) -> Figures:
+  ours, theirs = (_Side(label, folder, rows) for label in ('scann', 'faiss'))
   figures: Figures = {f'scann_{k}': v for k, v in ours.about.items()}
   figures |= {f'faiss_{k}': v for k, v in theirs.about.items()}
   figures['scann_load_peak_gib'] = ours.peak
@@ -402,19 +407,6 @@ def _plot(figures: Figures, path: pathlib.Path) -> None:
   harness.save(figure, path)
 
 
-def _part(name: str, folder: pathlib.Path, arguments: list[str]) -> Figures:
-  """Figures of a part, which is run in a process unless they are kept."""
-  kept = folder / f'{name}.json'
-  if not kept.exists():
-    print(f'-- {name}', flush=True)
-    child = harness.Child(
-        sys.executable, __file__, f'--worker={name}', *arguments
-    )
-    files.write_json(kept, child.ask('run'))
-    child.close()
-  return files.read_json(kept)
-
-
 def main() -> None:
   parser = harness.parser(__doc__, output=False)
   parser.add_argument('--rows', type=int, default=ROWS)
@@ -422,39 +414,32 @@ def main() -> None:
   parser.add_argument(
       '--folder', type=pathlib.Path, help='kept, 12 GB; default: temporary'
   )
-  parser.add_argument('--worker', help=argparse.SUPPRESS)
   arguments = parser.parse_args()
-  rows = 300_000 if arguments.small else arguments.rows
-  sizes = [10_000, 30_000, 100_000] + [300_000, 1_000_000] * (
-      not arguments.small
-  )
-  folder = arguments.folder
-  workers: dict[str, Callable[[], Figures]] = {
-      'write': lambda: _write(folder, rows, arguments.seed),
-      'exact': lambda: _exact(folder, rows),
-      'faiss_build': lambda: _faiss_build(folder, rows),
-      'growth': lambda: _growth(sizes, arguments.seed),
-  }
-  if arguments.worker in workers:
-    harness.serve(lambda *_: workers[arguments.worker]())
-    return
-  if arguments.worker:
-    _serve(arguments.worker, folder, rows)
-    return
+  small, seed = arguments.small, arguments.seed
+  rows = 300_000 if small else arguments.rows
+  sizes = [10_000, 30_000, 100_000] + [300_000, 1_000_000] * (not small)
   with contextlib.ExitStack() as stack:
-    folder = pathlib.Path(
-        folder or stack.enter_context(tempfile.TemporaryDirectory())
+    folder = arguments.folder or pathlib.Path(
+        stack.enter_context(tempfile.TemporaryDirectory())
     )
     folder.mkdir(parents=True, exist_ok=True)
-    passed = [
-        f'--folder={folder}', f'--rows={rows}', f'--seed={arguments.seed}'
-    ] + ['--small'] * arguments.small
-    written = _part('write', folder, passed)
+
+    def part(run: Callable[..., Figures], *args: Any) -> Figures:
+      """Figures of a part, which is run in a process unless they are kept."""
+      name = run.__name__.strip('_')
+      kept = folder / f'{name}.json'
+      if not kept.exists():
+        print(f'-- {name}', flush=True)
+        with futures.ProcessPoolExecutor(1, _SPAWN) as pool:
+          files.write_json(kept, pool.submit(run, *args).result())
+      return files.read_json(kept)
+
+    written = part(_write, folder, rows, seed)
     figures: Figures = {'rows': rows, 'width': WIDTH, **written}
-    figures |= _part('exact', folder, passed)
-    figures |= _part('faiss_build', folder, passed)
-    figures |= _compare(passed, written, 3 if arguments.small else 9)
-    figures |= _part('growth', folder, passed)
+    figures |= part(_exact, folder, rows)
+    figures |= part(_faiss_build, folder, rows)
+    figures |= _compare(folder, rows, written, 3 if small else 9)
+    figures |= part(_growth, sizes, seed)
   harness.write(
       arguments.output, figures, 'jax', 'numpy', 'faiss-cpu', 'scann'
   )

@@ -1,8 +1,8 @@
 """A fine-tuning step on questions against RealmForOpenQA of transformers.
 
   python benchmarks/open_qa_step.py --corpus=corpus \
-      --questions=train.jsonl --torch_python=/path/to/python \
-      --output=benchmarks/results/open_qa_step.json
+      --questions=train.jsonl --torch_python=hf/bin/python \
+      --output=benchmarks/results/open_qa_step.json [--rounds=5] [--small]
 
 Both train BERT-base on the same questions over the same first 100,000 passages,
 5,000 retrieved, 5 read in 320 wordpieces, two threads each, steps of ours and
@@ -22,7 +22,7 @@ import json
 import pathlib
 import statistics
 import tempfile
-import time
+import types
 from typing import Any
 
 import harness
@@ -32,20 +32,23 @@ import training
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
-from realm_jax.index import embedding
 from realm_jax.index import search
+from realm_jax.interop import huggingface_config
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import examples
-from realm_jax.trainer.stages import open_qa
+from realm_jax.trainer import stages
 
 _QUERY, _DOCUMENT = 32, 288  # Together 320, as published.
+_PARTS = ('retrieve', 'step')
 
 
 class _Ours:
   """Our step, over a batch of questions."""
 
-  def __init__(self, arguments: argparse.Namespace):
+  def __init__(
+      self, arguments: argparse.Namespace, corpus: corpus_lib.Corpus
+  ):
     config = config_lib.Config(objective='open_qa', corpus=arguments.corpus)
     config.model.preset = 'tiny' if arguments.small else 'base'
     config.batch_size = config.accumulate = arguments.batch_size
@@ -57,53 +60,36 @@ class _Ours:
     config.open_qa.length_step = arguments.length_step
     config.open_qa.skip_unreadable = True
     config.refresh.policy = 'none'
-    config = config_lib.resolve(config)
-    self.corpus = corpus = corpus_lib.Corpus.open(arguments.corpus)
+    self.config = config = config_lib.resolve(config)
     config.model.vocab_size = corpus.tokenizer.vocab_size
-    self.table = question_table_lib.QuestionTable.read(
-        arguments.questions, _QUERY, corpus.tokenizer, answered=True
-    )
-    self._size = config.batch_size
-    self._job = training.Training(config, corpus)
+    self._job = job = training.Training(config, corpus)
     rows = min(arguments.passages, len(corpus.passages))
     rng = np.random.default_rng(0)
     # Random embeddings replace a published index.
-    self._embeddings_NE = rng.normal(size=(rows, 128)).astype(np.float32)
-    self._search = search.ExactSearch(self._embeddings_NE)
-    self._embedder = embedding.Embedder(
-        self._job.components['embedder'], self._job.mesh
+    table_NE = rng.normal(size=(rows, 128)).astype(np.float32)
+    self._retriever = stages.Retriever(
+        job.components['embedder'],
+        job.mesh,
+        types.SimpleNamespace(
+            search=search.ExactSearch(table_NE), embeddings=table_NE
+        ),
+        np.arange(config.batch_size),
+        job.stage.template,
     )
-    self._batches = examples.training_batches(self._job.stage)
-    self._state = self._job.start()
+    self._batches = examples.training_batches(job.stage)
+    self._state = job.start()
     self._compiled: set[tuple[int, ...]] = set()  # Shapes of joint_ids_BKT.
-
-  def search(
-      self, query_ids_BQ: np.ndarray, k: int, exclude_BR2: np.ndarray | None
-  ) -> tuple[np.ndarray, np.ndarray]:
-    ids = mesh_lib.to_devices(self._job.mesh, query_ids_BQ)
-    query_emb_BE = np.asarray(
-        self._embedder.queries(self._state.params['embedder'], ids)
-    )
-    return self._search.search(query_emb_BE, k, exclude_BR2), query_emb_BE
-
-  def embeddings(self, rows_BN: np.ndarray) -> np.ndarray:
-    return search.gather(self._embeddings_NE, rows_BN)
-
-  def embed_documents(
-      self, ids_BLS: np.ndarray, types_BLS: np.ndarray
-  ) -> np.ndarray:
-    arrays = mesh_lib.to_devices(self._job.mesh, (ids_BLS, types_BLS))
-    params = self._state.params['embedder']
-    return np.asarray(self._embedder.documents(params, *arrays))
 
   def __call__(self, share: float) -> dict[str, float]:
     """Does a step of which a share of the questions has an answer to read."""
-    start = time.perf_counter()
-    batch = self._job.stage.retrieve(next(self._batches).inputs, self)
-    retrieve = time.perf_counter() - start
+    size, queries = self.config.batch_size, next(self._batches).inputs
+    self._retriever.params = self._state.params['embedder']
+    retrieve, batch = harness.timed(
+        self._job.stage.retrieve, queries, self._retriever
+    )
     # Random embeddings find answers by chance; any label costs the same.
     correct_BKP = np.zeros_like(batch.correct_BKP)
-    some_B = np.arange(round(share * self._size))
+    some_B = np.arange(round(share * size))
     correct_BKP[some_B, 0, batch.body_BK2[some_B, 0, 0]] = True
     batch = dataclasses.replace(batch, correct_BKP=correct_BKP)
     if batch.joint_ids_BKT.shape not in self._compiled:
@@ -111,38 +97,44 @@ class _Ours:
       self._train(batch)
     train, metrics = harness.timed(self._train, batch)
     return {
-        'retrieve': retrieve / self._size,
-        'step': (retrieve + train) / self._size,
+        'retrieve': retrieve / size,
+        'step': (retrieve + train) / size,
         'readable': float(metrics['readable']),
         'length': batch.joint_ids_BKT.shape[-1],
     }
 
-  def _train(self, batch: open_qa.Batch) -> dict[str, jax.Array]:
+  def _train(self, batch: Any) -> dict[str, jax.Array]:
     arrays = mesh_lib.to_devices(self._job.mesh, batch)
     self._state, metrics = self._job.step(self._state, arrays)
     return jax.block_until_ready((self._state, metrics))[1]
 
 
 def _open_theirs(
-    arguments: argparse.Namespace, ours: _Ours, folder: str
+    arguments: argparse.Namespace,
+    corpus: corpus_lib.Corpus,
+    config: config_lib.Config,
+    folder: pathlib.Path,
 ) -> harness.Child:
-  """Starts benchmarks/open_qa_step_torch.py on the passages and questions."""
-  path = pathlib.Path(folder)
-  with open(path / 'blocks.jsonl', 'w', encoding='utf-8') as file:
-    for row in range(min(arguments.passages, len(ours.corpus.passages))):
-      file.write(json.dumps(ours.corpus.passage_text(row)['text']) + '\n')
-  with open(path / 'questions.jsonl', 'w', encoding='utf-8') as file:
-    for question in ours.table.questions[:200]:
-      pair = [question.question, list(question.answers)]
-      file.write(json.dumps(pair) + '\n')
-  ours.corpus.tokenizer.save(path)
-  return harness.Child(
-      arguments.torch_python,
-      pathlib.Path(__file__).with_name('open_qa_step_torch.py'),
-      folder,
-      str(arguments.retrieved),
-      'tiny' if arguments.small else 'base',
+  """Starts `realm_torch.OpenQA` on the same passages and questions."""
+  count = min(arguments.passages, len(corpus.passages))
+  texts = [corpus.passage_text(row)['text'] for row in range(count)]
+  (folder / 'blocks.json').write_text(json.dumps(texts))
+  table = question_table_lib.QuestionTable.read(
+      arguments.questions, _QUERY, corpus.tokenizer, answered=True
   )
+  asked = [(q.question, list(q.answers)) for q in table.questions[:200]]
+  (folder / 'questions.json').write_text(json.dumps(asked))
+  corpus.tokenizer.save(folder)
+  child = harness.Child(
+      arguments.torch_python, 'realm_torch.py', 'OpenQA', threads=2
+  )
+  child.ask(
+      'open',
+      config=huggingface_config.config_json('embedder', config.model),
+      retrieved=arguments.retrieved,
+      folder=str(folder),
+  )
+  return child
 
 
 def main() -> None:
@@ -163,10 +155,11 @@ def main() -> None:
   arguments = parser.parse_args()
   if arguments.small:
     arguments.passages, arguments.retrieved = 2_000, 500
-  ours = _Ours(arguments)
+  corpus = corpus_lib.Corpus.open(arguments.corpus)
+  ours = _Ours(arguments, corpus)
   with tempfile.TemporaryDirectory() as folder:
-    theirs = _open_theirs(arguments, ours, folder)
-    versions = theirs.ask('versions')
+    theirs = _open_theirs(arguments, corpus, ours.config, pathlib.Path(folder))
+    versions = theirs.versions('torch', 'transformers')
     ours(arguments.readable[0]), theirs.ask('step')  # Compile, and warm up.
     measured = []
     for _ in range(arguments.rounds):
@@ -177,27 +170,26 @@ def main() -> None:
       theirs.ask('step')
       measured.append((steps, theirs.ask('step')))
     theirs.close()
-  figures: dict[str, Any] = {}
-  for part in ('retrieve', 'step'):
-    figures[f'{part}_seconds_per_question_theirs'] = statistics.median(
-        theirs[part] for _, theirs in measured
-    )
   by_share = []
-  for i in range(len(arguments.readable)):
-    pairs = [(ours[i], theirs) for ours, theirs in measured]
-    found = {
-        'readable': statistics.mean(ours['readable'] for ours, _ in pairs),
-        'lengths': [ours['length'] for ours, _ in pairs],
+  for rounds in zip(*(ours for ours, _ in measured), strict=True):
+    found: harness.Figures = {
+        'readable': statistics.mean(ours['readable'] for ours in rounds),
+        'lengths': [ours['length'] for ours in rounds],
     }
-    for part in ('retrieve', 'step'):
-      found[f'{part}_seconds_per_question'] = statistics.median(
-          ours[part] for ours, _ in pairs
-      )
+    for part in _PARTS:
+      seconds = [ours[part] for ours in rounds]
+      found[f'{part}_seconds_per_question'] = statistics.median(seconds)
       found[f'{part}_times_faster'] = statistics.median(
-          theirs[part] / ours[part] for ours, theirs in pairs
+          theirs[part] / mine
+          for mine, (_, theirs) in zip(seconds, measured, strict=True)
       )
     by_share.append(found)
-  figures |= {
+  figures: harness.Figures = {
+      f'{part}_seconds_per_question_theirs': statistics.median(
+          theirs[part] for _, theirs in measured
+      )
+      for part in _PARTS
+  } | {
       'ours_by_share_of_readable_questions': by_share,
       'versions': harness.about('jax')['versions'] | versions,
       'passages': arguments.passages,

@@ -12,17 +12,13 @@ the machine.
 
 import argparse
 from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
-import resource
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
-from typing import Any
 
 import harness
 
@@ -44,53 +40,37 @@ class Run:
       kill_at: int | None = None,
   ):
     self.output = arguments.workdir / output
-    self.words = [
+    command = harness.command(
         'prepare',
         f'--source={arguments.source}',
         f'--vocab={arguments.vocab}',
         f'--workers={workers}',
         f'--output={self.output}',
-    ]
-    self.peak = 0
+    )
+    self.peak = 0.0  # MiB of the resident memory of all processes.
     before = harness.cpu_seconds()
     self.load = os.getloadavg()[0]
     start = time.monotonic()
-    self._process = subprocess.Popen(
-        [sys.executable, '-m', 'realm_jax', *self.words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    done = threading.Event()
-    watcher = threading.Thread(target=self._watch, args=(done,))
-    watcher.start()
-    try:
-      self._wait(kill_at)
-    finally:
-      done.set()
-      watcher.join()
+    while process.poll() is None:
+      if kill_at is not None and self.num_parts() >= kill_at:
+        process.kill()
+        break
+      resident = sum(map(harness.resident_mib, _tree(process.pid)))
+      self.peak = max(self.peak, resident)
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.5 if kill_at is None else 0.05)
+    expected = 0 if kill_at is None else -signal.SIGKILL
+    if process.wait() != expected:
+      raise SystemExit(f'It ended with exit code {process.returncode}.')
     self.seconds = time.monotonic() - start
     self.cpu_seconds = harness.cpu_seconds() - before
-
-  def _wait(self, kill_at: int | None) -> None:
-    if kill_at is None:
-      if self._process.wait():
-        raise SystemExit(f'realm-jax {shlex.join(self.words)} failed.')
-      return
-    while self.num_parts() < kill_at:
-      if self._process.poll() is not None:
-        raise SystemExit('The run ended before it could be killed.')
-      time.sleep(0.05)
-    self._process.send_signal(signal.SIGKILL)
-    self._process.wait()
 
   def num_parts(self) -> int:
     folder = self.output.parent / f'.{self.output.name}.parts'
     return len(list(folder.glob('*.part')))
-
-  def _watch(self, done: threading.Event) -> None:
-    """Records the peak of the resident memory of all processes."""
-    while not done.wait(0.5):
-      self.peak = max(self.peak, sum(map(_resident, _tree(self._process.pid))))
 
 
 def _tree(pid: int) -> list[int]:
@@ -106,15 +86,6 @@ def _tree(pid: int) -> list[int]:
   return found
 
 
-def _resident(pid: int) -> int:
-  """Returns bytes; shared memory counts in each process."""
-  try:
-    pages = int(pathlib.Path(f'/proc/{pid}/statm').read_text().split()[1])
-  except OSError:
-    return 0
-  return pages * resource.getpagesize()
-
-
 def _files(output: pathlib.Path) -> dict[str, str]:
   """Returns the SHA-256 of each file, after checking them."""
   corpus = corpus_lib.Corpus.open(output)
@@ -124,11 +95,11 @@ def _files(output: pathlib.Path) -> dict[str, str]:
   }
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(arguments: argparse.Namespace) -> Iterator[harness.Figures]:
   """Yields flat figures, more of them after every run."""
   shutil.rmtree(arguments.workdir, ignore_errors=True)
   arguments.workdir.mkdir(parents=True)
-  figures: dict[str, Any] = {}
+  figures: harness.Figures = {}
   first: dict[str, str] = {}
   for workers in arguments.workers:
     run = Run(arguments, workers, f'workers{workers}')
@@ -149,7 +120,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         'seconds': run.seconds,
         'cpu_seconds': run.cpu_seconds,
         'load_before': run.load,
-        'resident_mib': run.peak / 2**20,
+        'resident_mib': run.peak,
         'wordpieces_per_second': counts['wordpieces'] / run.seconds,
         'wordpieces_per_cpu_second': counts['wordpieces'] / run.cpu_seconds,
         'passages_per_cpu_second': per_core,
@@ -166,7 +137,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _interrupted(
     arguments: argparse.Namespace, expected: dict[str, str]
-) -> dict[str, Any]:
+) -> harness.Figures:
   killed = Run(arguments, 2, 'killed', arguments.kill_at)
   parts = killed.num_parts()
   again = Run(arguments, 2, 'killed')
@@ -183,10 +154,7 @@ def _interrupted(
 
 
 def main() -> None:
-  parser = harness.parser(__doc__)
-  parser.add_argument('--source', required=True)
-  parser.add_argument('--vocab', required=True)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser = harness.parser(__doc__, 'source', 'vocab', 'workdir')
   parser.add_argument('--workers', default='2,4,1')
   parser.add_argument(
       '--kill_at', type=int, default=300, help='parts; 0: no run is killed'

@@ -14,7 +14,6 @@ run again.
 import argparse
 import json
 import pathlib
-from typing import Any
 
 import harness
 import squad_open
@@ -25,63 +24,57 @@ from realm_jax.qa import answers
 from realm_jax.qa import question_sets
 from realm_jax.runtime import files
 
-_DEPTHS = (1, 5, 20, 100)
 
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> harness.Figures:
   realm_jax = harness.Commands()
-  figures: dict[str, Any] = {}
+  figures: harness.Figures = {}
   for given in arguments.sets:
     name, _, source = given.partition('=')
     folder = arguments.workdir / name
+    job, dev = folder / 'open_qa', str(folder / 'dev.jsonl')
+    train = str(folder / 'train.jsonl')
     realm_jax(
         'questions', f'--source={source}', f'--output={folder}', '--split'
     )
-    job, dev = folder / 'open_qa', folder / 'dev.jsonl'
-    if not (job / 'summary.json').exists():
-      realm_jax(
-          'train',
-          '--config=experiments/squad_open.py:cpu',
-          f'--workdir={job}',
-          f'--config.corpus={arguments.corpus}',
-          f'--config.init_from={arguments.init_from}',
-          f'--config.open_qa.questions={folder / "train.jsonl"}',
-          '--config.open_qa.documents=frozen',
-          '--config.refresh.policy=none',
-          f'--config.steps={arguments.steps}',
-          f'--config.checkpoint.interval={arguments.steps}',
-          '--with_index_builder',
-      )
+    realm_jax.train(
+        'squad_open.py:cpu',
+        job,
+        {
+            'corpus': arguments.corpus,
+            'init_from': arguments.init_from,
+            'open_qa.questions': train,
+            'open_qa.documents': 'frozen',
+            'refresh.policy': 'none',
+            'steps': arguments.steps,
+            'checkpoint.interval': arguments.steps,
+        },
+        '--with_index_builder',
+    )
     realm_jax('evaluate', f'--workdir={job}', f'--questions={dev}')
-    found = {
-        'trained_on': len(question_sets.read(str(folder / 'train.jsonl'))),
+    bm25 = squad_open.bm25(arguments.corpus, dev)
+    result = report.load_all(job)[-1]['questions']['all']
+    figures[name] = {
+        'trained_on': len(question_sets.read(train)),
         'seconds': files.read_json(job / 'summary.json')['seconds'],
-        **_in_corpus(arguments.corpus, str(dev)),
+        **_in_corpus(arguments.corpus, dev),
+        **{k: x for k, x in bm25.items() if k.startswith('bm25_answer')},
         **{
-            key: value
-            for key, value in squad_open.bm25(
-                arguments.corpus, str(dev)
-            ).items()
-            if key.startswith('bm25_answer')
+            f'answer_recall_at_{k}': result['answer'][f'recall_at_{k}']
+            for k in (1, 5, 20, 100)
+        },
+        **{
+            key: result['open_qa'][key]
+            for key in (
+                'exact_match', 'exact_match_interval', 'f1', 'reader_oracle'
+            )
+            if key in result['open_qa']  # A pattern has no F1.
         },
     }
-    result = report.load_all(job)[-1]['questions']['all']
-    for depth in _DEPTHS:
-      key = f'recall_at_{depth}'
-      found[f'answer_{key}'] = result['answer'][key]
-    for key in ('exact_match', 'exact_match_interval', 'f1', 'reader_oracle'):
-      if key in result['open_qa']:  # A pattern has no F1.
-        found[key] = result['open_qa'][key]
-    figures[name] = found
-    print(json.dumps(found, indent=2), flush=True)
-  return {
-      **figures,
-      **harness.about('jax'),
-      'commands': realm_jax.done,
-  }
+    print(json.dumps(figures[name], indent=2), flush=True)
+  return figures | harness.about('jax') | {'commands': realm_jax.done}
 
 
-def _in_corpus(directory: pathlib.Path, dev: str) -> dict[str, Any]:
+def _in_corpus(directory: pathlib.Path, dev: str) -> harness.Figures:
   """The share of the questions that any passage could answer."""
   corpus = corpus_lib.Corpus.open(directory)
   text = '\n'.join(
@@ -89,28 +82,22 @@ def _in_corpus(directory: pathlib.Path, dev: str) -> dict[str, Any]:
   )
   whole = f' {answers.normalize_answer(text)} '
   questions = question_sets.read(dev)
-  strings = [q for q in questions if q.match == 'string']
-  figures: dict[str, Any] = {'questions': len(questions)}
-  if strings:
-    figures['answer_anywhere'] = round(
-        sum(
-            any(f' {answers.normalize_answer(a)} ' in whole for a in q.answers)
-            for q in strings
-        ) / len(strings),
-        4,
-    )
+  found = [
+      any(f' {answers.normalize_answer(a)} ' in whole for a in q.answers)
+      for q in questions
+      if q.match == 'string'
+  ]
+  figures: harness.Figures = {'questions': len(questions)}
+  if found:
+    figures['answer_anywhere'] = round(sum(found) / len(found), 4)
   return figures
 
 
 def main() -> None:
-  parser = harness.parser(__doc__)
+  parser = harness.parser(__doc__, 'corpus', workdir='runs/question_sets')
   parser.add_argument('sets', nargs='+', help='NAME=FILE')
-  parser.add_argument('--corpus', type=pathlib.Path, required=True)
   parser.add_argument('--init_from', required=True)
   parser.add_argument('--steps', type=int, default=300)
-  parser.add_argument(
-      '--workdir', type=pathlib.Path, default=pathlib.Path('runs/question_sets')
-  )
   arguments = parser.parse_args()
   harness.write(arguments.output, run(arguments))
 

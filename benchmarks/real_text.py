@@ -15,11 +15,9 @@ that corpus. With --articles=0 there is one corpus of all.
 The stages are those of experiments/real_text.py, each with a share of the time;
 in less than 20 minutes, the last two are left out. A stage at the end of its
 share saves a checkpoint, and the run continues with the next. The record is
-written after each stage, and the same command continues a run that was
-interrupted. `--small`
-checks the script, and --flag=STAGE:FLAG, repeated, changes a stage:
---flag=mlm:--config.batch_size=32, --flag=all:--config.seed=1. On a GPU, all
-sizes are larger.
+written after each stage, and the same command continues an interrupted run.
+--flag=STAGE:FLAG, repeated, changes a stage: --flag=mlm:--config.batch_size=32,
+--flag=all:--config.seed=1. On a GPU, all sizes are larger.
 
 Recorded: recall of the gold passage by stage with 95 % intervals by article,
 the curve of `realm`, paired tests of `realm` with `ict` and `ict_longer`, BM25
@@ -28,7 +26,6 @@ the curve of `realm`, paired tests of `realm` with `ict` and `ict_longer`, BM25
 
 import argparse
 import importlib.util
-import json
 import os
 import pathlib
 import shutil
@@ -37,7 +34,6 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
 
 import harness
 
@@ -48,8 +44,7 @@ from realm_jax.runtime import files
 from realm_jax.runtime import lines
 from realm_jax.runtime import metrics as metrics_lib
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
-_EXPERIMENT = _ROOT / 'experiments' / 'real_text.py'
+_EXPERIMENT = harness.EXPERIMENTS / 'real_text.py'
 # Weight in the time of training, and the stages that give the first parameters.
 _STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
     'ict': (20, ()),
@@ -91,7 +86,7 @@ _SMALL = {
 }
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> harness.Figures:
   """Trains and evaluates all stages, and returns the figures."""
   commands = harness.Commands()
   _prepare(arguments, commands)
@@ -100,7 +95,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     stages = stages[:_FEW]
   seconds = max(arguments.seconds - _OVERHEAD, arguments.seconds / 2)
   total = sum(_STAGES[stage][0] for stage in stages)
-  figures: dict[str, Any] = {}
+  figures: harness.Figures = {}
   for i, stage in enumerate(stages, start=1):
     weight, parents = _STAGES[stage]
     _train(arguments, commands, stage, seconds * weight / total, parents)
@@ -113,11 +108,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _all_figures(
     workdir: pathlib.Path, commands: harness.Commands, stages: list[str]
-) -> dict[str, Any]:
+) -> harness.Figures:
   """Returns the figures of the stages that are done."""
-  others = {}
+  ours, others = workdir / 'realm', {}
   if 'realm' in stages:
-    others['ict'] = _questions_of(workdir / 'realm', 0)
+    others['ict'] = _questions_of(ours, 0)
   if 'ict_longer' in stages:
     others['ict_longer'] = _questions_of(workdir / 'ict_longer')
   return {
@@ -129,11 +124,9 @@ def _all_figures(
           if (workdir / name).is_dir()
       },
       'stages': {stage: _figures(workdir / stage) for stage in stages},
-      'curve': _curve(workdir / 'realm') if 'realm' in stages else {},
+      'curve': _curve(ours) if 'realm' in stages else {},
       'paired_by_article': {
-          f'realm_{name}': runs.compare(
-              _questions_of(workdir / 'realm'), questions
-          )
+          f'realm_{name}': runs.compare(_questions_of(ours), questions)
           for name, questions in others.items()
       },
       'bm25': _bm25(workdir, stages),
@@ -143,9 +136,11 @@ def _all_figures(
 def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
   """Divides the texts by article and makes the corpora."""
   workdir, texts = arguments.workdir, arguments.texts
-  questions = [x for _, x in _records(texts / 'questions-dev.jsonl.xz')]
+  questions, passages = (
+      [record for _, record in lines.json_objects(texts / f'{name}.jsonl.xz')]
+      for name in ('questions-dev', 'passages')
+  )
   asked = {_article(question['passage_id']) for question in questions}
-  passages = [x for _, x in _records(texts / 'passages.jsonl.xz')]
   articles = list(dict.fromkeys(_article(x['id']) for x in passages))
   others = [article for article in articles if article not in asked]
   if arguments.small:
@@ -155,9 +150,9 @@ def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
     chosen = asked | set(others[:: max(len(others) // max(more, 1), 1)][:more])
   else:
     chosen = asked | set(others)
-  _write(
+  harness.write_lines(
       workdir / 'questions.jsonl',
-      [x for x in questions if _article(x['passage_id']) in asked],
+      (x for x in questions if _article(x['passage_id']) in asked),
   )
   if (texts / 'vocab.txt').is_file() and not arguments.vocab_size:
     vocab = f'--vocab={texts / "vocab.txt"}'
@@ -171,8 +166,10 @@ def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
   for name, kept in corpora.items():
     if not kept or (workdir / name).is_dir():
       continue
-    source = workdir / f'{name}.jsonl'
-    _write(source, [x for x in passages if _article(x['id']) in kept])
+    source = harness.write_lines(
+        workdir / f'{name}.jsonl',
+        (x for x in passages if _article(x['id']) in kept),
+    )
     commands(
         'prepare', f'--source={source}',
         vocab if name == 'all' else f'--vocab={workdir / "all"}',
@@ -215,8 +212,7 @@ def _train(
   changes = [flag.partition(':') for flag in arguments.flag]
   words += [flag for of, _, flag in changes if of in (stage, 'all')]
   commands.done.append(' '.join(['realm-jax', *words]))
-  print(f'$ {commands.done[-1]}', flush=True)
-  process = subprocess.Popen([sys.executable, '-m', 'realm_jax', *words])
+  process = subprocess.Popen(harness.command(*words))
   start, before = time.time(), known['seconds']
   stopped = False
   while process.poll() is None:
@@ -246,9 +242,9 @@ def _evaluate(
   commands(*words, '--steps=all' if stage == 'realm' else '--steps=latest')
 
 
-def _figures(folder: pathlib.Path) -> dict[str, Any]:
+def _figures(folder: pathlib.Path) -> harness.Figures:
   """Returns time, speed, loss and the last evaluation of a stage."""
-  figures: dict[str, Any] = {
+  figures: harness.Figures = {
       **files.read_json(folder / 'spent.json'),
       'steps': checkpoint.newest_step(folder),
   }
@@ -300,28 +296,14 @@ def _has_gpu() -> bool:
   return found.stdout.split()[-1] == 'gpu'
 
 
-def _records(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-  return list(lines.json_objects(path))
-
-
-def _write(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-  with files.atomic_file(path) as file:
-    for record in records:
-      file.write(json.dumps(record, ensure_ascii=False) + '\n')
-
-
 def _article(passage_id: str) -> str:
   return passage_id.rpartition('#')[0]
 
 
 def main() -> None:
-  parser = harness.parser(__doc__)
-  parser.add_argument('--texts', type=pathlib.Path, required=True)
+  parser = harness.parser(__doc__, 'texts', workdir='runs/real_text')
   parser.add_argument(
       '--seconds', type=float, default=10_800, help='for everything'
-  )
-  parser.add_argument(
-      '--workdir', type=pathlib.Path, default=pathlib.Path('runs/real_text')
   )
   parser.add_argument(
       '--gpu', action=argparse.BooleanOptionalAction,

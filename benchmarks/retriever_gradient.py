@@ -119,16 +119,8 @@ class _Measurement:
     """r(z) of each candidate, [B, K]."""
     return np.asarray(self._credit(self._params, batch))
 
-  def after_sentences(self, batch: realm.Batch) -> np.ndarray:
-    """Changes of the scores of each sentence after a step on it, [B, K]."""
-    size = len(batch.mask_BM)
-    rows = [
-        jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(size)
-    ]
-    return np.concatenate([self.after_batch(row) for row in rows])
-
   def after_batch(self, batch: realm.Batch) -> np.ndarray:
-    """The same after one step on all of them, [B, K]."""
+    """Changes of the scores after one step on a batch, [B, K]."""
     return np.asarray(self._descend(self._params, batch))
 
   def after_training(self, batches: list[realm.Batch]) -> list[np.ndarray]:
@@ -159,14 +151,6 @@ class _Measurement:
     return changes
 
 
-def _correlation(a_BJ: np.ndarray, b_BJ: np.ndarray) -> np.ndarray:
-  """Pearson's, of each row."""
-  a_BJ = a_BJ - a_BJ.mean(axis=1, keepdims=True)
-  b_BJ = b_BJ - b_BJ.mean(axis=1, keepdims=True)
-  norms_B = np.linalg.norm(a_BJ, axis=1) * np.linalg.norm(b_BJ, axis=1)
-  return (a_BJ * b_BJ).sum(axis=1) / np.maximum(norms_B, 1e-12)
-
-
 def measure(
     workdir: pathlib.Path, step: int, count: int
 ) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -174,8 +158,13 @@ def measure(
   measurement = _Measurement(workdir, step)
   batches = measurement.batches(count)
   credit_BK = np.concatenate([measurement.credits(b) for b in batches])
+  sentences = [
+      jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+      for batch in batches
+      for i in range(len(batch.mask_BM))
+  ]
   changes = {
-      'sentence': [measurement.after_sentences(b) for b in batches],
+      'sentence': [measurement.after_batch(one) for one in sentences],
       'batch': [measurement.after_batch(b) for b in batches],
       'training': measurement.after_training(batches),
   }
@@ -192,9 +181,11 @@ def measure(
     points[name] = r, change
     # Is the sign right where r is not negligible?
     clear_BJ = np.abs(r_BJ) > 0.01
-    clear = clear_BJ.ravel()
+    clear, some_B = clear_BJ.ravel(), clear_BJ.any(axis=1)
     # The size of the changes differs from sentence to sentence.
-    within_B = _correlation(r_BJ, change_BJ)[clear_BJ.any(axis=1)]
+    within_B = np.nan_to_num(
+        stats.pearsonr(r_BJ[some_B], change_BJ[some_B], axis=1).statistic
+    )
     figures |= {
         f'{name}_within_sentences_mean': float(within_B.mean()),
         f'{name}_within_sentences_median': float(np.median(within_B)),
@@ -209,8 +200,7 @@ def measure(
 
 
 def main() -> None:
-  parser = harness.parser(__doc__)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser = harness.parser(__doc__, 'workdir')
   parser.add_argument('--steps', required=True, help='comma-separated')
   parser.add_argument('--batches', type=int, default=16)
   arguments = parser.parse_args()
@@ -226,8 +216,6 @@ def main() -> None:
     for name, (r, change) in points.items():
       axis = next(axes)
       axis.scatter(r, change, s=4, alpha=0.4)
-      axis.axhline(0, color='grey', linewidth=0.6)
-      axis.axvline(0, color='grey', linewidth=0.6)
       pooled = found[f'step{step}_{name}_pearson']
       within = found[f'step{step}_{name}_within_sentences_median']
       axis.set(

@@ -22,10 +22,8 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from typing import Any
 
 import harness
 import httpx
@@ -40,12 +38,13 @@ class Server:
   """A server process on two cores."""
 
   def __init__(self, workdir: pathlib.Path, *flags: str):
-    cores = ','.join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    command = harness.command(
+        'serve', f'--workdir={workdir}', '--port=0', *flags
+    )
+    command = harness.on_cores(sorted(os.sched_getaffinity(0))[:2], command)
     self.start = time.perf_counter()
     self.process = subprocess.Popen(
-        ['taskset', '--cpu-list', cores, sys.executable, '-m', 'realm_jax',
-         'serve', f'--workdir={workdir}', '--port=0', *flags],
-        stdout=subprocess.PIPE, text=True,
+        command, stdout=subprocess.PIPE, text=True
     )
     assert self.process.stdout is not None
     line = self.process.stdout.readline()
@@ -57,16 +56,14 @@ class Server:
     self.process.terminate()
     self.process.wait(60)
 
-  def megabytes(self) -> float:
-    text = pathlib.Path(f'/proc/{self.process.pid}/status').read_text()
-    return int(text.split('VmRSS:')[1].split()[0]) / 1024
-
   def cpu_seconds(self) -> float:
     fields = pathlib.Path(f'/proc/{self.process.pid}/stat').read_text().split()
     return (int(fields[13]) + int(fields[14])) / os.sysconf('SC_CLK_TCK')
 
 
-def one_client(workdir: pathlib.Path, questions: list[str]) -> dict[str, Any]:
+def one_client(
+    workdir: pathlib.Path, questions: list[str]
+) -> harness.Figures:
   with (
       contextlib.closing(Server(workdir)) as server,
       httpx.Client(timeout=120) as client,
@@ -96,7 +93,7 @@ async def load(
     aside: pathlib.Path,
     queries: list[str],
     seconds: float,
-) -> tuple[dict[str, Any], list[tuple[str, int, list[str]]]]:
+) -> tuple[harness.Figures, list[tuple[str, int, list[str]]]]:
   """Returns figures, and (query, generation, ids) of each search."""
   statuses: collections.Counter[int] = collections.Counter()
   times: list[float] = []
@@ -126,8 +123,8 @@ async def load(
 
   async def faults() -> None:
     builder = await asyncio.create_subprocess_exec(
-        sys.executable, '-m', 'realm_jax', 'index', f'--workdir={workdir}',
-        f'--step={_DAMAGED}', stderr=subprocess.DEVNULL,
+        *harness.command('index', f'--workdir={workdir}', f'--step={_DAMAGED}'),
+        stderr=subprocess.DEVNULL,
     )
     index = workdir / 'index'
     while not list(index.glob('.building-*')) and builder.returncode is None:
@@ -141,7 +138,7 @@ async def load(
 
   async def watch() -> None:
     while time.perf_counter() < end:
-      memory.append(server.megabytes())
+      memory.append(harness.resident_mib(server.process.pid))
       await asyncio.sleep(1)
 
   limits = httpx.Limits(max_connections=64)
@@ -166,10 +163,7 @@ async def load(
 
 
 def main() -> None:
-  parser = harness.parser(__doc__, output=False)
-  parser.add_argument(
-      '--folder', type=pathlib.Path, default=pathlib.Path('runs/quickstart')
-  )
+  parser = harness.parser(__doc__, output=False, folder='runs/quickstart')
   arguments = parser.parse_args()
   folder, seconds = arguments.folder, 20.0 if arguments.small else 60.0
   with open(folder / 'corpus' / 'questions.jsonl', encoding='utf-8') as file:

@@ -16,7 +16,6 @@ of the tagger its type `tim`.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any
@@ -28,7 +27,7 @@ from realm_jax.inference import tagging
 from realm_jax.prepare import salient_spans as salient_spans_lib
 from realm_jax.runtime import files
 
-_FOREIGN = ('wikigold.jsonl', 'uner-ewt-dev.jsonl')
+_FOREIGN = ('wikigold', 'uner-ewt-dev')
 _NEAREST = {  # WNUT's type -> GMB's.
     'location': 'geo',
     'person': 'per',
@@ -43,7 +42,7 @@ Sentences = list[entities.TaggedSentence]
 Entities = list[list[entities.Entity]]
 
 
-def divide(arguments: argparse.Namespace) -> dict[str, pathlib.Path]:
+def divide(arguments: argparse.Namespace) -> list[pathlib.Path]:
   """Writes what is trained on, and the tenth that is not."""
   gmb = entities.read(str(arguments.ner / 'gmb.jsonl.xz'))
   wnut = entities.read(str(arguments.ner / 'wnut17-train.jsonl'))
@@ -58,19 +57,11 @@ def divide(arguments: argparse.Namespace) -> dict[str, pathlib.Path]:
       )
       for sentence in wnut
   ]
-  paths = {}
-  for name, sentences in (
-      ('train', [*gmb[:limit], *renamed]),
-      ('held_out', gmb[limit:]),
+  paths = [arguments.workdir / name for name in ('train.jsonl', 'test.jsonl')]
+  for path, sentences in zip(
+      paths, ([*gmb[:limit], *renamed], gmb[limit:]), strict=True
   ):
-    paths[name] = arguments.workdir / f'{name}.jsonl'
-    paths[name].write_text(
-        ''.join(
-            json.dumps(dataclasses.asdict(sentence)) + '\n'
-            for sentence in sentences
-        ),
-        encoding='utf-8',
-    )
+    harness.write_lines(path, map(dataclasses.asdict, sentences))
   return paths
 
 
@@ -117,12 +108,12 @@ def by_tagger(tagger: tagging.SentenceTagger, sentences: Sentences) -> Any:
 
 def measure(
     arguments: argparse.Namespace, held_out: pathlib.Path
-) -> dict[str, Any]:
+) -> harness.Figures:
   """Returns flat figures of the rules and of all taggers that are trained."""
-  figures: dict[str, Any] = {}
+  figures: harness.Figures = {}
   sets = {
-      name.split('.')[0].replace('-', '_'): entities.read(
-          str(arguments.ner / name)
+      name.replace('-', '_'): entities.read(
+          str(arguments.ner / f'{name}.jsonl')
       )
       for name in _FOREIGN
   }
@@ -131,8 +122,7 @@ def measure(
   def record(method: str, name: str, found: Entities, gold: Entities) -> None:
     score = tagging.score(gold, found)['any']
     for what in ('precision', 'recall', 'f1'):
-      value = getattr(score, what)
-      figures[f'{method}_{name}_{what}'] = value
+      figures[f'{method}_{name}_{what}'] = getattr(score, what)
 
   gold = {
       name: [entities.entities(s.tags) for s in sentences]
@@ -163,10 +153,7 @@ def measure(
 
 
 def main() -> None:
-  parser = harness.parser(__doc__)
-  parser.add_argument('--corpus', type=pathlib.Path, required=True)
-  parser.add_argument('--ner', type=pathlib.Path, required=True)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser = harness.parser(__doc__, 'corpus', 'ner', 'workdir')
   parser.add_argument(
       '--init_from', action='append', default=[], help='NAME:WORKDIR'
   )
@@ -177,30 +164,22 @@ def main() -> None:
   given = dict(pair.split(':', 1) for pair in arguments.init_from)
   arguments.init_from = {'scratch': None} | given
   arguments.workdir.mkdir(parents=True, exist_ok=True)
-  paths = divide(arguments)
+  train, held_out = divide(arguments)
   realm_jax = harness.Commands()
   for method, earlier in arguments.init_from.items():
-    workdir = arguments.workdir / method
-    if (workdir / 'summary.json').exists():
-      continue
-    more = [
-        flag
-        for of_method, _, flag in (f.partition(':') for f in arguments.flag)
-        if of_method == method
-    ]
+    settings = {'corpus': arguments.corpus, 'tagger.files': train}
     if earlier:
-      more.append(f'--config.init_from={earlier}')
-    stage = 'pretrained' if earlier else 'scratch'
-    realm_jax(
-        'train',
-        f'--config=experiments/tagger.py:{stage}',
-        f'--workdir={workdir}',
-        f'--config.corpus={arguments.corpus}',
-        f'--config.tagger.files={paths["train"]}',
-        *more,
-        *(['--config.steps=20'] if arguments.small else []),
+      settings['init_from'] = earlier
+    if arguments.small:
+      settings['steps'] = 20
+    flags = [flag.partition(':') for flag in arguments.flag]
+    realm_jax.train(
+        f'tagger.py:{"pretrained" if earlier else "scratch"}',
+        arguments.workdir / method,
+        settings,
+        *(flag for of_method, _, flag in flags if of_method == method),
     )
-  figures = measure(arguments, paths['held_out'])
+  figures = measure(arguments, held_out)
   figures['commands'] = realm_jax.done
   harness.write(arguments.output, figures, 'jax')
 

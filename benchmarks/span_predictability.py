@@ -12,10 +12,8 @@ their kind. Masks that need no passage teach a retriever nothing (Guu et al.
 a passage, else by sentence.
 """
 
-import argparse
 import dataclasses
 import pathlib
-from typing import Any
 
 import harness
 import jax
@@ -32,26 +30,7 @@ from realm_jax.trainer.stages import realm
 _MASKS = ('random_token', 'random_span', 'salient')
 
 
-def train(arguments: argparse.Namespace) -> list[str]:
-  """Trains the model, unless it is trained, and returns the commands."""
-  realm_jax = harness.Commands()
-  if not (arguments.workdir / 'summary.json').exists():
-    realm_jax(
-        'train',
-        '--config=experiments/small_corpus.py:mlm',
-        f'--workdir={arguments.workdir}',
-        f'--config.corpus={arguments.corpus}',
-        '--config.masking=random_token',
-        f'--config.steps={arguments.steps}',
-        '--config.batch_size=64',
-        # Sentences alone, without documents.
-        '--config.mlm.own_passage_rate=0',
-        '--config.lengths.document=8',
-    )
-  return realm_jax.done
-
-
-def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
+def measure(workdir: pathlib.Path, count: int) -> harness.Figures:
   """Returns flat figures: for each kind of mask, the share filled in."""
   trained = trained_lib.Trained.open(workdir)
   step = trained_lib.steps_available(workdir)[0][-1]
@@ -69,7 +48,7 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
         masking=masking,
         batch_size=trained.reading_batch_size(1, trained.config.lengths.masks),
     )
-    for rows, queries in realm.evaluation_batches(
+    for rows, queries, _ in realm.evaluation_batches(
         trained.corpus, config, 'validation', count
     ):
       mask_BM, positions_BM = queries.mask_BM, queries.positions_BM
@@ -87,8 +66,14 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
       for i, row in enumerate(rows.tolist()):
         kind = masking
         if masking == 'salient':
-          first = int(positions_BM[i, 0]) - 1  # Without [CLS].
-          kind = _kind(trained, source, row, first)
+          spans_S2 = trained.corpus.sentences['validation'].spans_of(row)
+          first = positions_BM[i, 0] - 1  # Without [CLS].
+          number = np.flatnonzero(spans_S2[:, 0] == first)[0]
+          record = source[row]
+          start = record['span_starts'][number]
+          limit = record['span_limits'][number]
+          text = record['text'][start:limit].decode()
+          kind = salient_spans_lib.kind(text)
         correct = correct_BM[i][mask_BM[i]]
         pieces.setdefault(kind, []).extend((x, row) for x in correct.tolist())
         if masking != 'random_token':  # There each is a mask of its own.
@@ -97,7 +82,7 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
     found['salient'] = [
         x for kind in ('name', 'date', 'number') for x in found.get(kind, [])
     ]
-  figures: dict[str, Any] = {'steps': step}
+  figures: harness.Figures = {'steps': step}
   for what, found in (('filled_in', right), ('wordpieces', pieces)):
     for kind, results in found.items():
       values, rows = np.array(results, np.int64).reshape(-1, 2).T
@@ -112,30 +97,30 @@ def measure(workdir: pathlib.Path, count: int) -> dict[str, Any]:
   return figures
 
 
-def _kind(
-    trained: trained_lib.Trained, source: Any, row: int, first: int
-) -> str:
-  """The kind of the salient span that begins at a wordpiece of a sentence."""
-  spans_S2 = trained.corpus.sentences['validation'].spans_of(row)
-  number = int(np.flatnonzero(spans_S2[:, 0] == first)[0])
-  record = source[row]
-  start, limit = record['span_starts'][number], record['span_limits'][number]
-  return salient_spans_lib.kind(record['text'][start:limit].decode())
-
-
 def main() -> None:
-  parser = harness.parser(__doc__)
-  parser.add_argument('--corpus', type=pathlib.Path, required=True)
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser = harness.parser(__doc__, 'corpus', 'workdir')
   parser.add_argument('--steps', type=int, default=4000)
   parser.add_argument('--sentences', type=int, default=5000)
   arguments = parser.parse_args()
   if arguments.small:
     arguments.steps, arguments.sentences = 20, 200
-  done = train(arguments)
+  realm_jax = harness.Commands()
+  realm_jax.train(
+      'small_corpus.py:mlm',
+      arguments.workdir,
+      {
+          'corpus': arguments.corpus,
+          'masking': 'random_token',
+          'steps': arguments.steps,
+          'batch_size': 64,
+          # Sentences alone, without documents.
+          'mlm.own_passage_rate': 0,
+          'lengths.document': 8,
+      },
+  )
   figures = measure(arguments.workdir, arguments.sentences) | {
       'loss': metrics_lib.read_metrics(arguments.workdir)[-1]['train/loss'],
-      'commands': done,
+      'commands': realm_jax.done,
   }
   harness.write(arguments.output, figures, 'jax')
 

@@ -10,6 +10,7 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import topk
+from realm_jax.models import components as components_lib
 from realm_jax.models import flops
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import optimizer
@@ -88,6 +89,15 @@ class Training:
             for field in dataclasses.fields(abstract)
         },
     )
+
+
+def embed_documents(
+    component: components_lib.Component,
+    params: components_lib.Params,
+    ids_NS: jax.Array,
+    types_NS: jax.Array,
+) -> jax.Array:
+  return component.module(params).embed_document(ids_NS, types_NS)
 
 
 def abstract_search(

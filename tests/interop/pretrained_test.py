@@ -1,6 +1,7 @@
 """Our models against PyTorch's, with equal weights.
 
 make_huggingface_fixtures.py made the fixtures; PyTorch is not needed.
+benchmarks/huggingface_parity.py runs some of these tests on larger models.
 """
 
 import dataclasses
@@ -110,7 +111,7 @@ def test_pretraining_forward_loss_and_gradients(expected, activation):
   )(retriever.params['embedder'], reader.params['reader'])
   for name, value in found.items():
     _assert_close(value, want[name], _FORWARD, name)
-  assert abs(loss - want['loss']) <= _LOSS * abs(want['loss'])
+  _assert_close(loss, want['loss'], _LOSS, 'loss')
   rows, length = want['joint_ids'].shape
   logits = _apply(
       reads,
@@ -127,22 +128,24 @@ def test_pretraining_forward_loss_and_gradients(expected, activation):
       ),
       _part(want, 'gradient/scorer'),
       'embedder.',
+      1 in want['query_ids'] or 1 in want['doc_ids'],
   ) + _compare_gradients(
       convert.tensors_of('encoder', reader.config, {'reader': gradients[1]}),
       _part(want, 'gradient/encoder'),
       '',
+      True,  # By the scores of the vocabulary.
   )
   parameters = len(retriever.params['embedder']) + len(reader.params['reader'])
   assert compared == parameters
 
 
-def _compare_gradients(ours, theirs, prefix):
+def _compare_gradients(ours, theirs, prefix, row_1_is_used):
   for name, value in theirs.items():
     found = ours[name.removeprefix(prefix)]
     if name.endswith('word_embeddings.weight'):
       # RealmConfig's padding_idx is 1, [unused0]: PyTorch gives that row no
       # gradient from the input, though it is no padding.
-      assert np.abs(found[1]).max() > 0
+      assert (np.abs(found[1]).max() > 0) == row_1_is_used
       found, value = np.delete(found, 1, axis=0), np.delete(value, 1, axis=0)
     if name.endswith('attention.self.key.bias'):
       # It shifts all logits of a query alike, so its gradient is 0 but for
@@ -232,7 +235,7 @@ def test_span_reader(expected, activation, blocks, case):
     if np.isnan(target):
       assert blocks == 'empty' and case != 'found'
       target = 0.0 if name == 'reader_loss' else want['retriever_loss']
-    assert abs(value - target) <= _LOSS * abs(target), name
+    _assert_close(value, target, _LOSS, name)
   assert all(np.isfinite(g).all() for g in gradient.values())
 
 

@@ -18,8 +18,13 @@ def fuzz():
     sys.path.remove(_BENCHMARKS)
 
 
-def test_undamaged_files_are_read(fuzz, tmp_path):
-  for name, reader in fuzz.readers().items():
+@pytest.fixture(scope='module')
+def fuzz_files(fuzz):
+  return fuzz.fuzz_files
+
+
+def test_undamaged_files_are_read(fuzz, fuzz_files, tmp_path):
+  for name, reader in fuzz_files.readers().items():
     for folder in reader.folders:
       where = tmp_path / f'{name}_folder'
       where.mkdir(exist_ok=True)
@@ -27,29 +32,29 @@ def test_undamaged_files_are_read(fuzz, tmp_path):
       assert found == 'read', (name, [*folder], found)
 
 
-def test_damaged_files_are_read_or_refused(fuzz):
+def test_damaged_files_are_read_or_refused(fuzz, fuzz_files):
   result = fuzz.run(300, seed=5)
   assert result['failures'] == []
   counts = result['counts']
-  for name in fuzz.readers():
+  for name in fuzz_files.readers():
     assert counts[name]['refused'] > 10, name
-  assert sum(counts[name].get('read', 0) for name in fuzz.readers()) > 20
+  assert sum(counts[name].get('read', 0) for name in fuzz_files.readers()) > 20
 
 
-def test_an_input_depends_on_its_number_alone(fuzz):
-  readers = fuzz.readers()
+def test_an_input_depends_on_its_number_alone(fuzz, fuzz_files):
+  readers = fuzz_files.readers()
   for number in (0, 5, 77):
     first = fuzz.damaged(readers, 3, number)
-    assert fuzz.damaged(fuzz.readers(), 3, number) == first
+    assert fuzz.damaged(fuzz_files.readers(), 3, number) == first
     assert fuzz.damaged(readers, 4, number) != first
 
 
-def test_other_errors_are_failures(fuzz, tmp_path):
+def test_other_errors_are_failures(fuzz, fuzz_files, tmp_path):
   def outcome(error):
     def read(path):
       raise error
 
-    return fuzz.outcome(fuzz.Reader(read, []), {'a': b''}, tmp_path, 60.0)
+    return fuzz.outcome(fuzz_files.Reader(read, []), {'a': b''}, tmp_path, 60.0)
 
   assert outcome(ValueError(f'{tmp_path}/a:1: no')) == 'refused'
   assert outcome(ValueError('no')) == 'no file in the message: ValueError: no'
