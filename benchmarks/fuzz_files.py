@@ -34,7 +34,7 @@ Folder = Mapping[str, bytes]
 class Reader(NamedTuple):
   """A reader and undamaged inputs for it."""
 
-  read: Callable[[pathlib.Path], object]  # Of the damaged file.
+  read: Callable[[pathlib.Path], object]  # Called with the damaged file.
   folders: list[Folder]  # The first file is damaged, the others are not.
 
 

@@ -251,7 +251,7 @@ class _Faiss:
     return search_lib.rank(self._table, queries, found, found < self._rows, K)
 
 
-_served: Any = None  # What a process of `_Side` answers with.
+_served: Any = None  # Searcher, queries and exact results of a process.
 
 
 def _serve(kind: str, folder: pathlib.Path, rows: int) -> None:

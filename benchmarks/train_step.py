@@ -220,7 +220,7 @@ def main() -> None:
     return
   figures: harness.Figures = {}
   if arguments.output and arguments.output.exists():
-    figures = files.read_json(arguments.output)  # Of other sizes.
+    figures = files.read_json(arguments.output)  # Other sizes stay.
   presets = 'tiny' if arguments.small else arguments.sizes
   for preset in presets.split(','):
     figures |= _compare(preset, arguments)

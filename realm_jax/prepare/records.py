@@ -439,7 +439,7 @@ def _string(
 
 def _as_string(value: Any, name: str | None, or_number: bool) -> str | None:
   """Returns another value as a string, a gap of pandas (NaN) as None."""
-  if isinstance(value, float):  # Of a column of integers with gaps.
+  if isinstance(value, float):  # A column of integers with gaps.
     if math.isnan(value):
       return None
     value = int(value) if abs(value) < _EXACT and value % 1 == 0 else value
