@@ -136,8 +136,9 @@ def run(
     checkpoint.save_params(temporary, 0, params, about)
     digest = None
     if 'embedder' in params:
-      with checkpoint.uncompressed_context():
-        digest = checkpoint.save_snapshot(temporary, 0, params['embedder'])
+      digest = checkpoint.save_snapshot(
+          temporary, 0, params['embedder'], compress=False
+      )
     if table is not None and opened is not None:
       block_records.publish(temporary, config, table, opened, digest)
     for source, one in zip(sources, loaded, strict=True):

@@ -66,7 +66,7 @@ class Checkpoints:
     kept = policies.LatestN(keep) if keep else policies.PreserveAll()
     self._checkpointer = ocp.training.Checkpointer(
         self._directory, save_decision_policy=every, preservation_policy=kept,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=True, context=_saving_context(),
     )
     # The step last handed to `save`, which may not be on disk yet.
     self.saving: int | None = None
@@ -123,14 +123,21 @@ class Checkpoints:
     self._checkpointer.close()
 
 
-def uncompressed_context() -> ocp.Context:
-  """Returns a context in which saving neither copies nor compresses arrays.
+def _saving_context(compress: bool = True) -> ocp.Context:
+  """Returns a context in which several threads may save and load at once.
 
-  For arrays of the size of the memory that do not change during the save.
+  By default, Orbax creates the folder in the background, and the writers of the
+  arrays wait for a signal that is named by a counter of the process. A save or
+  load of another thread advances the counter: arrays are written early, and
+  deleted when their folder is created.
+
+  `compress=False` neither compresses nor copies arrays: for parameters of the
+  size of the memory that do not change during the save.
   """
   context = ocp.Context()
-  context.array.saving.use_compression = False
-  context.memory.deepcopy_host_arrays = False
+  context.asynchronous.create_directories_asynchronously = False
+  context.array.saving.use_compression = compress
+  context.memory.deepcopy_host_arrays = compress
   return context
 
 
@@ -142,7 +149,7 @@ def save_params(
   `params` are {component: {name: array}}; `about` is small and JSON.
   """
   path = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
-  with uncompressed_context():
+  with _saving_context(compress=False):
     ocp.save_checkpointables(path, {'params': params}, custom_metadata=about)
 
 
@@ -314,7 +321,9 @@ def check_leaves(found: Any, expected: Any, where: Path) -> None:
     raise ValueError(f'{where} holds another model:\n  {shown}')
 
 
-def save_snapshot(workdir: Path, step: int, params: Any) -> str:
+def save_snapshot(
+    workdir: Path, step: int, params: Any, compress: bool = True
+) -> str:
   """Saves a snapshot, for one process; a running job uses `Snapshots`.
 
   An existing snapshot of this step and digest is kept. Returns the digest, by
@@ -325,7 +334,8 @@ def save_snapshot(workdir: Path, step: int, params: Any) -> str:
   if not _has(workdir, step, digest):
     about = {'step': step, 'params_digest': digest}
     path = _path(workdir, step)
-    ocp.save(path, params, overwrite=True, custom_metadata=about)
+    with _saving_context(compress):
+      ocp.save(path, params, overwrite=True, custom_metadata=about)
   return digest
 
 
@@ -383,9 +393,10 @@ class Snapshots:
       return lambda: None
     about = {'step': step, 'params_digest': digest}
     path = _path(self._workdir, step)
-    return ocp.save_async(
-        path, params, overwrite=True, custom_metadata=about
-    ).result
+    with _saving_context():
+      return ocp.save_async(
+          path, params, overwrite=True, custom_metadata=about
+      ).result
 
   def wait(self) -> None:
     """Waits until the last snapshot is on disk."""

@@ -124,12 +124,11 @@ def _following(workdir):
   thread.start()
   try:
     yield
+  finally:  # A builder that continued would disturb the next test.
     files.write_json(workdir / 'summary.json', {})
     thread.join(60)
-    assert not thread.is_alive()
-    assert not errors, errors
-  finally:
-    files.write_json(workdir / 'summary.json', {})
+  assert not thread.is_alive()
+  assert not errors, errors
 
 
 def _until(condition, seconds=60):
