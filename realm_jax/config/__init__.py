@@ -223,7 +223,9 @@ class OptimizerConfig:
   learning_rate: float = 3e-5  # Peak.
   retriever_learning_rate: float = -1.0  # Peak of the embedder; <0: the same.
   retriever_delay: int = 0  # First steps, in which the embedder does not learn.
-  frozen: tuple[str, ...] = ()  # Components that never change: 'embedder', ...
+  # Parameters that never change, by the first parts of their names: 'reader',
+  # 'reader.bert.layers.0', 'embedder.encoder' (docs/learning.md).
+  frozen: tuple[str, ...] = ()
   warmup_steps: int = -1  # <0: a tenth of the steps, at most 10,000.
   final_fraction: float = 0.0  # Final learning rate / peak.
   b1: float = 0.9

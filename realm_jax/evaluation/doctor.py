@@ -14,6 +14,7 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.builder import status
 from realm_jax.evaluation import report
+from realm_jax.models import components as components_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.trainer import gates
 
@@ -184,7 +185,7 @@ def _index(
     config: config_lib.Config,
 ) -> Iterator[Finding]:
   refresh = config.refresh
-  fixed = 'embedder' in config.optimizer.frozen or (
+  fixed = components_lib.is_frozen(config, 'embedder.encoder') or (
       config.objective == 'open_qa' and config.open_qa.documents == 'frozen'
   )
   age, bound = figures.get('refresh/age_steps'), refresh.interval + refresh.lag

@@ -108,6 +108,22 @@ def make_all(
   return {name: make(name, config, device) for name in names}
 
 
+def is_frozen(config: config_lib.Config, name: str) -> bool:
+  """Returns whether all parameters whose names begin with `name` are frozen."""
+  return any(f'{name}.'.startswith(f'{x}.') for x in config.optimizer.frozen)
+
+
+def partition(config: config_lib.Config, tree: Any) -> tuple[Any, Any]:
+  """Divides {component: {name: x}} into the part that learns and the frozen."""
+  learned: dict[str, Any] = {name: {} for name in tree}
+  frozen: dict[str, Any] = {name: {} for name in tree}
+  for component, leaves in tree.items():
+    for name, x in leaves.items():
+      part = frozen if is_frozen(config, f'{component}.{name}') else learned
+      part[component][name] = x
+  return learned, frozen
+
+
 def _flatten(state: nnx.State) -> dict[str, Any]:
   return {
       '.'.join(map(str, path)): variable[...]

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from realm_jax import config as config_lib
+from realm_jax.models import components as components_lib
 from realm_jax.models import encoders
 
 STATE_BYTES = 12  # Per parameter in a checkpoint: float32, Adam's two moments.
@@ -31,7 +32,7 @@ _DOTS_HIDDEN, _DOTS_MLP = 6.0, 1.0
 class Pass:
   """An encoder over `rows` inputs of `length` wordpieces, with its head."""
 
-  component: str
+  network: str  # Its parameters are named network.*, for optimizer.frozen.
   rows: int
   length: int
   outputs: int  # Positions of a row at which the last layer is computed.
@@ -48,11 +49,16 @@ def embed(
     extra_flop: float = 0.0,
     dropout: bool = False,
 ) -> Pass:
-  """Returns the pass that embeds `rows` texts; `extra_flop` counts as head."""
+  """Returns the pass that embeds `rows` texts; `extra_flop` counts as head.
+
+  Queries have dropout, documents have none.
+  """
   model = config.model
   head = float(rows * _embedder_head(model))
   outputs = _embedder_outputs(model, length)
-  return Pass('embedder', rows, length, outputs, head + extra_flop, dropout)
+  own = dropout and model.towers == 'separate'
+  network = 'embedder.query_encoder' if own else 'embedder.encoder'
+  return Pass(network, rows, length, outputs, head + extra_flop, dropout)
 
 
 def _embedder_outputs(model: config_lib.ModelConfig, length: Any) -> Any:
@@ -71,7 +77,7 @@ def fill(config: config_lib.Config, rows: int) -> Pass:
   lengths = config.lengths
   masks = rows * lengths.masks
   return Pass(
-      'reader',
+      'reader.bert',
       rows,
       lengths.joint,
       lengths.masks,
@@ -162,7 +168,7 @@ def hardware_flop(
 
 def learned_passes(config: config_lib.Config, passes: list[Pass]) -> list[Pass]:
   """Returns the passes that have a backward pass."""
-  return [p for p in passes if p.component not in config.optimizer.frozen]
+  return [p for p in passes if not components_lib.is_frozen(config, p.network)]
 
 
 def _forward(config: config_lib.Config, passes: list[Pass]) -> float:
@@ -175,6 +181,7 @@ def _forward(config: config_lib.Config, passes: list[Pass]) -> float:
 def step_memory(
     config: config_lib.Config,
     sizes: dict[str, int],
+    frozen: int,
     passes: list[Pass],
     data: int,
     model: int,
@@ -183,12 +190,12 @@ def step_memory(
   """Returns the bytes on each device at the peak of a step, by use.
 
   On CPU, XLA recomputes for `remat` but keeps the activations all the same.
-  `sizes` are parameters of each component. The mesh axis `data` divides the
-  rows, `model` divides heads, MLP and vocabulary. A `fused` kernel of attention
-  keeps no logits.
+  `sizes` are parameters of each component; `frozen` of them never change. The
+  mesh axis `data` divides the rows, `model` divides heads, MLP and vocabulary.
+  A `fused` kernel of attention keeps no logits.
   """
   total = sum(sizes.values()) / model
-  learned = total - sum(sizes[name] for name in config.optimizer.frozen) / model
+  learned = total - frozen / model
   kept = 1 / data if config.mesh.zero else 1.0
   parts = config.accumulate
   passes = learned_passes(config, passes)

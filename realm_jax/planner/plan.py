@@ -17,6 +17,7 @@ from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.index import search as search_lib
+from realm_jax.models import components as components_lib
 from realm_jax.models import flops
 from realm_jax.runtime import mesh as mesh_lib
 from realm_jax.trainer import optimizer
@@ -137,8 +138,12 @@ def plan(config: config_lib.Config, setting: Setting) -> Plan:
         ' set it, for example --config.model.vocab_size=30522.'
     )
   stage = stages.load(config)(config)
-  sizes = {n: c.size for n, c in stages.components_of(config).items()}
-  return _Estimate(stage, setting, sizes).plan()
+  components = stages.components_of(config)
+  sizes = {name: component.size for name, component in components.items()}
+  parameters = {name: one.abstract for name, one in components.items()}
+  _, frozen = components_lib.partition(config, parameters)
+  count = sum(math.prod(array.shape) for array in jax.tree.leaves(frozen))
+  return _Estimate(stage, setting, sizes, count).plan()
 
 
 def as_text(result: Plan) -> str:
@@ -203,6 +208,7 @@ class _Estimate:
   stage: stages.Stage
   setting: Setting
   sizes: dict[str, int]  # Number of parameters of each component.
+  frozen: int  # Number of parameters that never change.
 
   @property
   def config(self) -> config_lib.Config:
@@ -310,7 +316,8 @@ class _Estimate:
     rate = config_lib.attention_rate(self.config.model)
     fused = self.setting.fused and not rate
     used = flops.step_memory(
-        self.config, self.sizes, self.stage.passes(), data, model, fused
+        self.config, self.sizes, self.frozen, self.stage.passes(), data, model,
+        fused,
     )
     table = self.row_bytes.devices * self.setting.passages / (data * model)
     if self.stage.searches and table:

@@ -79,16 +79,31 @@ def _problems(config: config_lib.Config) -> stages.Problems:
         'model.max_positions',
         f'is less than the longest input, {longest} wordpieces',
     )
-  names = stage.components
-  for name in config.optimizer.frozen:
-    if name not in names:
+  yield from _frozen_problems(config, stage.components)
+  yield from stage.problems(config)
+
+
+def _frozen_problems(
+    config: config_lib.Config, components: tuple[str, ...]
+) -> stages.Problems:
+  frozen, parameters, parts = config.optimizer.frozen, list(components), ''
+  if set(frozen) - set(components):
+    parameters = [
+        f'{component}.{name}'
+        for component, one in stages.components_of(config).items()
+        for name in one.abstract
+    ]
+    modules = ['.'.join(name.split('.')[:2]) for name in parameters]
+    parts = f' with the parts {", ".join(dict.fromkeys(modules))}'
+  for prefix in frozen:
+    if not any(f'{name}.'.startswith(f'{prefix}.') for name in parameters):
       yield (
           'optimizer.frozen',
-          f'the objective {config.objective!r} has the components {names}',
+          f'no parameter is named {prefix}.*; the objective'
+          f' {config.objective!r} has the components {components}{parts}',
       )
-  if not set(names) - set(config.optimizer.frozen):
+  if all(components_lib.is_frozen(config, name) for name in parameters):
     yield 'optimizer.frozen', 'leaves nothing to learn'
-  yield from stage.problems(config)
 
 
 def open_job(

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from realm_jax import config as config_lib
+from realm_jax.models import components as components_lib
 
 
 def learning_rates(
@@ -56,28 +57,31 @@ def make_optimizer(
   c = config.optimizer
 
   adamw = optax.adamw(
-      lambda step: 1.0,
-      b1=c.b1,
-      b2=c.b2,
-      eps=c.eps,
-      weight_decay=c.weight_decay,
+      lambda step: 1.0, c.b1, c.b2, c.eps, weight_decay=c.weight_decay,
       mask=_decayed,
   )
-  by_component = {
+  transforms = {
       name: optax.set_to_zero() if name in c.frozen else adamw
       for name in components
   }
+  if set(c.frozen) - set(components):
+    transforms['part'] = optax.set_to_zero()  # The frozen part of a component.
 
   def labels(params: Any) -> Any:
-    return {name: dict.fromkeys(x, name) for name, x in params.items()}
+    learned, frozen = components_lib.partition(config, params)
+    return {
+        name: dict.fromkeys(learned[name], name)
+        | dict.fromkeys(frozen[name], name if name in c.frozen else 'part')
+        for name in params
+    }
 
-  return optax.chain(_clip(config), optax.partition(by_component, labels))
+  return optax.chain(_clip(config), optax.partition(transforms, labels))
 
 
 def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
-  """Clips by the global norm of the components that learn at a step.
+  """Clips by the global norm of the parameters that learn at a step.
 
-  Gradients of a component that does not change must not scale down the others.
+  Gradients of parameters that do not change must not scale down the others.
   During the retriever's delay, Adam already averages its gradients; they are
   clipped by the norm of all components, as after the delay.
   """
@@ -91,7 +95,7 @@ def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
       step: jax.typing.ArrayLike | None = None,
   ) -> tuple[Any, optax.EmptyState]:
     del params
-    learned = {name: x for name, x in grads.items() if name not in c.frozen}
+    learned, frozen = components_lib.partition(config, grads)
     norm = norm_of_all = optax.tree.norm(learned)
     if c.retriever_delay and step is not None:
       others = {name: x for name, x in learned.items() if name != 'embedder'}
@@ -109,7 +113,7 @@ def _clip(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
         name: clip(x, norm_of_all if name == 'embedder' else norm)
         for name, x in learned.items()
     }
-    return grads | clipped, state
+    return {name: clipped[name] | frozen[name] for name in grads}, state
 
   return optax.GradientTransformationExtraArgs(
       lambda params: optax.EmptyState(), update

@@ -5,8 +5,9 @@ For REALM the loop first embeds the masked sentences and searches
 parameters, reads them, marginalises, and updates reader and retriever.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 import zlib
 
@@ -80,14 +81,8 @@ def make_train_step(
   """
   config, whole = stage.config, mesh_lib.replicated(mesh)
   shardings = state_shardings(config, components, tx, mesh)
-  gradients = make_gradients(
-      stage,
-      components,
-      jax.tree.map(lambda x: x.spec, shardings.params),
-      mesh,
-      config.accumulate,
-      config.optimizer.frozen,
-  )
+  specs = jax.tree.map(lambda x: x.spec, shardings.params)
+  gradients = make_gradients(stage, components, specs, mesh)
 
   def train_step(
       state: TrainState, batch: Any, rates: Rates
@@ -97,8 +92,8 @@ def make_train_step(
         state.params, batch, dropout.noise(key, config.batch_size)
     )
     norm = optax.tree.norm(grads)
-    for name in config.optimizer.frozen:
-      grads[name] = jax.tree.map(jnp.zeros_like, state.params[name])
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads = {name: zeros[name] | x for name, x in grads.items()}
     updates, opt_state = tx.update(
         grads, state.opt_state, state.params, step=state.step
     )
@@ -158,37 +153,34 @@ def make_gradients(
     components: Components,
     specs: Any,
     mesh: jax.sharding.Mesh,
-    accumulate: int,
-    frozen: Collection[str] = (),
 ) -> Callable[[Any, Any, dropout.Noise], tuple[LossAndMetrics, Any]]:
   """Returns gradients(params, batch, noise) -> ((loss, metrics), gradients).
 
   Loss, metrics and gradients are those of the whole batch, up to the order of
-  the sums. Each device computes its rows in `accumulate` parts; devices along
-  `data` exchange parameters and gradients once a step, in `on_device`. XLA
-  divides the work along the mesh axis `model`. To be called under jit.
+  the sums; frozen parameters have no gradient and no backward pass. Each device
+  computes its rows in `config.accumulate` parts; devices along `data` exchange
+  parameters and gradients once a step, in `on_device`. XLA divides the work
+  along the mesh axis `model`. To be called under jit.
 
   Args:
-    stage: of the job.
+    stage, mesh: of the job.
     components: networks of the stage.
     specs: partition spec of each parameter, from `mesh_lib.rule_for`; the
       gradients have the same.
-    mesh: of the job.
-    accumulate: number of parts of a device's rows, computed one by one.
-    frozen: components without gradients; they have no backward pass.
   """
   over_data = jax.tree.map(mesh_lib.over_data, specs)
-  learned = [name for name in specs if name not in frozen]
+  accumulate = stage.config.accumulate
+  partition = functools.partial(components_lib.partition, stage.config)
 
   def on_device(
       params: Any, batch: Any, noise: dropout.Noise
   ) -> tuple[LossAndMetrics, Any]:
-    params = jax.tree.map(mesh_lib.gather, params, specs)
-    fixed = {name: params.pop(name) for name in frozen}
+    params, frozen = partition(jax.tree.map(mesh_lib.gather, params, specs))
     totals = jax.lax.psum(stage.counts(batch), mesh_lib.DATA)
 
     def outputs_of(params: Any, batch: Any, noise: dropout.Noise) -> Any:
-      models = components_lib.bind(components, params | fixed)
+      whole = {name: params[name] | frozen[name] for name in params}
+      models = components_lib.bind(components, whole)
       return stage.outputs(models, batch, noise)
 
     def loss_of(outputs: Any, batch: Any) -> LossAndMetrics:
@@ -219,10 +211,7 @@ def make_gradients(
       value, grads = accumulation.part_by_part(gradients_of, rows, accumulate)
     return (
         jax.lax.psum(value, mesh_lib.DATA),
-        {
-            name: jax.tree.map(mesh_lib.reduce_gradient, x, specs[name])
-            for name, x in grads.items()
-        },
+        jax.tree.map(mesh_lib.reduce_gradient, grads, partition(specs)[0]),
     )
 
   over_rows = jax.P(mesh_lib.DATA)
@@ -230,7 +219,7 @@ def make_gradients(
       on_device,
       mesh=mesh,
       in_specs=(over_data, over_rows, dropout.Noise(jax.P(), over_rows)),
-      out_specs=(jax.P(), {name: over_data[name] for name in learned}),
+      out_specs=(jax.P(), partition(over_data)[0]),
       axis_names={mesh_lib.DATA},
       check_vma=False,  # The attention kernels lack the annotation.
   )

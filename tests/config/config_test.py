@@ -47,6 +47,12 @@ def test_the_defaults_are_valid_except_for_the_corpus():
         ({'refresh__lag': 251}, r'between 1 and refresh\.interval \(250\)'),
         ({'refresh__lag': 0}, r'config\.refresh\.lag=0'),
         ({'optimizer__frozen': ('tagger',)}, r"\('embedder', 'reader'\)"),
+        (
+            {'optimizer__frozen': ('embedder.query_encoder',)},
+            r'no parameter is named embedder\.query_encoder\.\*; .*the parts'
+            r' embedder\.encoder, embedder\.projection, reader\.bert, ',
+        ),
+        ({'optimizer__frozen': ('embedder', 'reader.')}, 'is named reader'),
         ({'optimizer__frozen': 'embedder'}, r'must be a tuple of strings'),
         ({'optimizer__frozen': ('embedder', 'reader')}, r'nothing to learn'),
         ({'model__num_layers': -1}, r'model\.num_layers=-1: must not be neg'),

@@ -89,7 +89,7 @@ def test_flop_and_memory_are_close_to_the_report_of_xla(objective, model):
   # Arguments are parameters and optimizer state, which are donated.
   memory = reported.argument_size_in_bytes + reported.temp_size_in_bytes
   estimate = sum(flops.step_memory(
-      config, _sizes(config), _passes(config), 1, 1
+      config, _sizes(config), 0, _passes(config), 1, 1
   ).values())
   assert estimate == pytest.approx(memory, rel=0.15)
 

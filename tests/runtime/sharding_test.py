@@ -104,7 +104,7 @@ def _stage(config):
 def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
   """Loss, metrics and gradients of a batch."""
   config = _config(objective)
-  config.model.remat = remat
+  config.model.remat, config.accumulate = remat, accumulate
   mesh = _mesh(data, model)
   components = stages.components_of(config)
   params = {name: c.init(0) for name, c in components.items()}
@@ -116,7 +116,6 @@ def _found(objective, data=1, model=1, zero=False, accumulate=1, remat='none'):
           components,
           jax.tree.map(lambda x: x.spec, placed),
           mesh,
-          accumulate,
       ),
       out_shardings=(mesh_lib.replicated(mesh), placed),
   )

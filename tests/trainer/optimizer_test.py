@@ -117,11 +117,20 @@ def test_a_delayed_retriever_does_not_scale_down_the_reader(step, norm):
   np.testing.assert_allclose(found['embedder'], 0.1 * 20 / 50, rtol=1e-5)
 
 
-def test_frozen_components_have_no_backward_pass():
-  config = _config(frozen=('embedder',))
+@pytest.mark.parametrize(
+    ('towers', 'frozen'),
+    [
+        ('shared', ('embedder',)),
+        ('separate', ('embedder.encoder', 'embedder.projection')),
+        ('shared', ('reader.bert', 'embedder')),
+    ],
+)
+def test_frozen_parameters_have_no_backward_pass(towers, frozen):
+  config = _config(frozen=frozen)
   config.batch_size, config.num_candidates = 4, 8
   config.model = config_lib.ModelConfig(
-      num_layers=2, width=64, num_heads=2, vocab_size=100, embedding_width=16
+      num_layers=2, width=64, num_heads=2, vocab_size=100, embedding_width=16,
+      towers=towers,
   )
   config.lengths = config_lib.LengthsConfig(query=16, document=96, masks=3)
   config = config_lib.resolve(config)
@@ -132,3 +141,16 @@ def test_frozen_components_have_no_backward_pass():
   assert found == pytest.approx(flop, rel=0.15)
   config.optimizer.frozen = ()
   assert flops.hardware_flop(config, passes, in_batch=False) > 1.25 * flop
+
+
+def test_the_frozen_part_of_a_component_has_no_moments():
+  config = _config(frozen=('reader.bert',))
+  config.optimizer.warmup_steps = 0
+  params = {'reader': {'bert.kernel': jnp.ones(3), 'head.kernel': jnp.ones(5)}}
+  tx = optimizer.make_optimizer(config, ('reader',))
+  state = tx.init(params)
+  moments = [x for x in jax.tree.leaves(state) if np.ndim(x)]
+  assert [x.shape for x in moments] == [(5,), (5,)]
+  updates, _ = tx.update(params, state, params, step=0)
+  assert not np.any(updates['reader']['bert.kernel'])
+  assert np.all(updates['reader']['head.kernel'])

@@ -322,7 +322,7 @@ class OpenQa(stages.Stage):
     passes = [
         flops.embed(c, c.batch_size, c.lengths.query, dropout=True),
         flops.Pass(
-            'span_reader',
+            'span_reader.bert',
             rows,
             length,
             length,

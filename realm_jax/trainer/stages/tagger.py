@@ -131,7 +131,7 @@ class Tagger(stages.Stage):
     c, length = self.config, self.config.tagger.length
     labels = 1 + 2 * len(c.model.entity_types)
     head = 2.0 * c.batch_size * length * c.model.width * labels
-    return [flops.Pass('tagger', c.batch_size, length, length, head)]
+    return [flops.Pass('tagger.bert', c.batch_size, length, length, head)]
 
   def abstract_batch(self) -> Batch:
     shape = (self.config.batch_size, self.config.tagger.length)
