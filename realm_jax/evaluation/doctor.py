@@ -185,9 +185,12 @@ def _index(
     config: config_lib.Config,
 ) -> Iterator[Finding]:
   refresh = config.refresh
-  fixed = components_lib.is_frozen(config, 'embedder.encoder') or (
-      config.objective == 'open_qa' and config.open_qa.documents == 'frozen'
-  )
+  documents = ['encoder']
+  if config.model.projection != 'none':
+    documents.append('projection')
+  fixed = all(
+      components_lib.is_frozen(config, f'embedder.{part}') for part in documents
+  ) or (config.objective == 'open_qa' and config.open_qa.documents == 'frozen')
   age, bound = figures.get('refresh/age_steps'), refresh.interval + refresh.lag
   if config.objective not in _RETRIEVER_OBJECTIVES and age is None:
     return

@@ -135,10 +135,21 @@ def test_several_things_are_all_said(tmp_path):
   assert '4 finding(s)' in text and '\ncold retriever: ' in text
 
 
-def test_the_index_of_a_frozen_retriever_does_not_grow_stale(tmp_path):
-  optimizer = config_lib.OptimizerConfig(frozen=('embedder',))
+@pytest.mark.parametrize(
+    ('frozen', 'stale'),
+    [
+        (('embedder',), []),
+        (('embedder.encoder', 'embedder.projection'), []),
+        (('embedder.encoder',), ['stale index']),  # The projection learns.
+    ],
+)
+def test_the_index_of_frozen_documents_does_not_grow_stale(
+    tmp_path, frozen, stale
+):
+  optimizer = config_lib.OptimizerConfig(frozen=frozen)
   changes = {'refresh__age_steps': 190.0, 'optimizer': optimizer}
-  assert _findings(_run(tmp_path, **changes)) == []
+  findings = _findings(_run(tmp_path, **changes))
+  assert [name for name, _ in findings] == stale
 
 
 def test_a_run_of_an_older_version_has_fewer_figures(tmp_path):
