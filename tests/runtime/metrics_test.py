@@ -57,7 +57,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
   writer.write(4, {'train/loss': 2.0})
   writer.close()
   time.sleep(1.1)  # The files are named by the second.
-  # Goes on from step 3: what the board has of later steps is void.
+  # Continues from step 3: what the board has of later steps is void.
   writer = metrics.MetricsWriter(tmp_path, 3, ['tensorboard'])
   writer.write(4, {'train/loss': 1.5})
   writer.write(5, {'train/loss': 'nan'})  # JSON has no number for it.
