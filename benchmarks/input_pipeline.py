@@ -5,8 +5,8 @@
       --output=benchmarks/results/input_pipeline.json
 
 For `mlm`, `mlm` with views, `ict` and `realm`, at the default lengths: batches
-as the trainer draws them, by two threads. `candidates` is the assembly of a
-REALM batch with its passages, which follows each search, on one thread.
+as the trainer draws them, by a thread of its own. `candidates` is the assembly
+of a REALM batch with its passages, which follows each search.
 `cpu_microseconds` is the processor time of an example.
 """
 

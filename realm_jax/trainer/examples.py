@@ -75,12 +75,10 @@ def training_batches(
   Raises:
     ValueError: the corpus has nothing to learn from.
   """
-  batches = grain.MapDataset.source(_Batches(stage, rows))
-  return iter(
-      batches[start:].to_iter_dataset(
-          grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-      )
-  )
+  batches = grain.MapDataset.source(_Batches(stage, rows))[start:]
+  # Python runs one thread at a time: with a second one, batches take longer.
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+  return iter(batches.to_iter_dataset(options))
 
 
 class _Batches:
