@@ -67,8 +67,13 @@ def _subcommands(name: str) -> list[str]:
 
 def _parse(name: str, argv: Sequence[str]) -> list[str]:
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, KeyError, AttributeError, ValueError) as error:
+    words = flags.FLAGS(argv)
+    for flag in COMMANDS[name].flags:  # A config that was not read raises.
+      hasattr(flags.FLAGS[flag.name].value, 'steps')
+    return words
+  except Exception as error:  # An experiment file may raise any.
+    if os.environ.get('REALM_JAX_TRACEBACK'):
+      raise
     reason = flags_lib.explain(error, argv[1:])
     print(f'realm-jax {name}: {reason}', file=sys.stderr)
     sys.exit(_USAGE)

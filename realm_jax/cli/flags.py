@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import glob
 import json
+import os
 import re
+import traceback
 from typing import Any, Literal
 
 from absl import flags
@@ -93,14 +96,18 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 
   `arguments` are the command line after the name of the command.
   """
+  given = [word.partition('=') for word in arguments]
+  path = dict((x, value) for x, _, value in given).get('--config', '')
+  if cause := _of_experiment(error, path.partition(':')[0]):
+    return cause
   # The last line of an error in a config file, with traceback, is the cause.
   text = str(error.args[0] if error.args else error).strip()
   reason = text.splitlines()[-1]
   if match := re.match(r'flag --(\S+)=None: .*must have a value other', reason):
     return f'--{match[1]} is missing.'
   if match := re.match(r'Field (\S+) not found on dataclass', reason):
-    given = [word.partition('=')[0] for word in arguments]
-    words = [w for w in given if match[1] in w.removeprefix('--').split('.')]
+    fields = [x for x, _, _ in given]
+    words = [w for w in fields if match[1] in w.removeprefix('--').split('.')]
     if words:
       from realm_jax import config as config_lib
 
@@ -110,3 +117,32 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
       hint = f' Did you mean --config.{close[0]}?' if close else ''
       return f'{words[0]}: there is no such field.{hint}'
   return reason
+
+
+def _of_experiment(error: Exception, path: str) -> str:
+  """Returns why an experiment file cannot be used; '' for another cause."""
+  if path and not os.path.isfile(path):
+    folder, name = os.path.split(path)
+    names = glob.glob('*.py', root_dir=folder or '.')
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f' Did you mean {os.path.join(folder, close[0])}?' if close else ''
+    return f'--config: there is no file {path}.{hint}'
+  if "has no attribute 'get_config'" in str(error):
+    return f'{path} has no function get_config, which returns the config.'
+  if 'Failed loading config file' in str(error):  # A file that it opens.
+    return f'{path}: {str(error).splitlines()[-1].strip()}'
+  cause: BaseException | None = error
+  found = ''
+  while cause is not None:
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(cause.__traceback__)
+        if frame.filename == path
+    ]
+    text = str(cause)
+    if isinstance(cause, SyntaxError) and cause.filename == path:
+      lines, text = [cause.lineno], cause.msg
+    if lines:
+      found = f'{path}, line {lines[-1]}: {type(cause).__name__}: {text}'
+    cause = cause.__cause__ or cause.__context__
+  return found

@@ -58,6 +58,8 @@ def fails(monkeypatch, capsys):
 
   def call(*arguments):
     monkeypatch.setattr(sys, 'argv', ['realm-jax', *arguments])
+    # An experiment file is executed in its last module.
+    monkeypatch.delitem(sys.modules, 'config_config', raising=False)
     with pytest.raises(SystemExit) as end:
       main.run()
     assert end.value.code in (1, 2)
@@ -197,6 +199,29 @@ def test_help_lists_commands_and_flags():
 )
 def test_what_a_user_gets_wrong_is_said_in_a_line(fails, arguments, message):
   assert message in fails(*arguments)
+
+
+@pytest.mark.parametrize('override', [[], ['--config.steps=3']])
+@pytest.mark.parametrize(
+    ('name', 'text', 'message'),
+    [
+        ('other.py', '', '--config: there is no file {}. Did you mean {}'),
+        ('mine.py', 'x = 1', '{} has no function get_config'),
+        ('mine.py', 'x = 1 +', '{}, line 1: SyntaxError: invalid syntax'),
+        ('mine.py', 'import nothing_such', '{}, line 1: ModuleNotFoundError'),
+        ('mine.py', '\nopen("/no/such")', '{}: [Errno 2] No such file or'),
+        ('mine.py', 'def get_config():\n  {}[1]', '{}, line 2: KeyError: 1'),
+    ],
+)
+def test_an_experiment_file_that_cannot_be_used(
+    fails, tmp_path, name, text, message, override
+):
+  (tmp_path / 'mine.py').write_text(text)
+  (tmp_path / 'others.py').touch()
+  said = fails('train', f'--config={tmp_path / name}', '--workdir=x', *override)
+  expected = message.replace('{}', str(tmp_path / name), 1)
+  assert expected.replace('{}', str(tmp_path / 'others.py')) in said
+  assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
