@@ -63,7 +63,14 @@ class _Json(flags.ArgumentParser):
   """A dictionary, as in --config.mips.options='{"lists": 100}'."""
 
   def parse(self, argument: Any) -> Any:
-    return json.loads(argument) if isinstance(argument, str) else argument
+    if not isinstance(argument, str):
+      return argument
+    try:
+      return json.loads(argument)
+    except ValueError as error:
+      raise ValueError(
+          f'this is no JSON ({error}); an example is \'{{"own": 0.5}}\'.'
+      ) from error
 
 
 class ConfigFlag(Flag):
@@ -105,13 +112,19 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
   reason = text.splitlines()[-1]
   if match := re.match(r'flag --(\S+)=None: .*must have a value other', reason):
     return f'--{match[1]} is missing.'
+  from realm_jax import config as config_lib
+
+  known = config_lib.fields()
+  if match := re.match(r'flag --config\.([\w.]+)=.*: Unable to parse', reason):
+    inside = [name for name in known if name.startswith(f'{match[1]}.')]
+    return (
+        f'--config.{match[1]} is a section; set its fields,'
+        f' {", ".join(f"--config.{name}" for name in inside)}.'
+    )
   if match := re.match(r'Field (\S+) not found on dataclass', reason):
     fields = [x for x, _, _ in given]
     words = [w for w in fields if match[1] in w.removeprefix('--').split('.')]
     if words:
-      from realm_jax import config as config_lib
-
-      known = config_lib.fields()
       field = words[0].removeprefix('--config.')
       close = difflib.get_close_matches(field, known, 1)
       hint = f' Did you mean --config.{close[0]}?' if close else ''

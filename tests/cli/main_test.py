@@ -191,6 +191,12 @@ def test_help_lists_commands_and_flags():
           '--config.refresh.lagg=3'], 'Did you mean --config.refresh.lag?'),
         (['train', f'--config={_STAGE}:ict', '--workdir=x',
           '--config.batch_size=many'], 'many'),
+        (['train', f'--config={_STAGE}:ict', '--workdir=x',
+          '--config.lengths=3'],
+         '--config.lengths is a section; set its fields,'
+         ' --config.lengths.query, --config.lengths.document, --config'),
+        (['train', f'--config={_STAGE}:ict', '--workdir=x',
+          '--config.mlm.views=own'], 'is no JSON (Expecting value'),
         (['train', f'--config={_STAGE}:realm', '--workdir=x',
           '--config.mips.backend=scan'], 'must be one of'),
         (['train', f'--config={_STAGE}:ict2', '--workdir=x'],
