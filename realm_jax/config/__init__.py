@@ -420,6 +420,17 @@ def attention_rate(model: ModelConfig) -> float:
   return model.dropout if rate < 0 else rate
 
 
+def documents_are_frozen(config: Config) -> bool:
+  """Returns whether documents keep the embeddings of the first index."""
+  if config.objective == 'open_qa' and config.open_qa.documents == 'frozen':
+    return True
+  tower = {'embedder.encoder'}
+  if config.model.projection != 'none':
+    tower.add('embedder.projection')
+  frozen = set(config.optimizer.frozen)
+  return 'embedder' in frozen or tower <= frozen
+
+
 # These need the tree above.
 from realm_jax.config.validation import HEAD_FIELDS as HEAD_FIELDS  # noqa: E402
 from realm_jax.config.validation import differences as differences  # noqa: E402

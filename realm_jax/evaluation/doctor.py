@@ -14,7 +14,6 @@ import numpy as np
 from realm_jax import config as config_lib
 from realm_jax.builder import status
 from realm_jax.evaluation import report
-from realm_jax.models import components as components_lib
 from realm_jax.runtime import metrics as metrics_lib
 from realm_jax.trainer import gates
 
@@ -185,12 +184,7 @@ def _index(
     config: config_lib.Config,
 ) -> Iterator[Finding]:
   refresh = config.refresh
-  documents = ['encoder']
-  if config.model.projection != 'none':
-    documents.append('projection')
-  fixed = all(
-      components_lib.is_frozen(config, f'embedder.{part}') for part in documents
-  ) or (config.objective == 'open_qa' and config.open_qa.documents == 'frozen')
+  fixed = config_lib.documents_are_frozen(config)
   age, bound = figures.get('refresh/age_steps'), refresh.interval + refresh.lag
   if config.objective not in _RETRIEVER_OBJECTIVES and age is None:
     return

@@ -205,16 +205,15 @@ class Trained:
       FileNotFoundError: there is no generation of these parameters.
       ValueError: it is damaged, or of another corpus.
     """
-    embedder = params['embedder']
     build, condition = 'index', ', with a corpus in its config.'
     if self.config.corpus or self.moved:
-      digest = checkpoint.params_digest(embedder)
+      digest, given = self._embedded_by(params, step)
       try:
         found = self.documents.find(digest)
       except FileNotFoundError as error:
         return self._without_corpus(digest, error)
       if found is not None:
-        return self.documents.index(found, lambda: embedder)
+        return self.documents.index(found, given)
       condition = '.'
       if self.documents.is_compacted:
         build, condition = 'index compact', ', after `realm-jax index`.'
@@ -251,8 +250,8 @@ class Trained:
   def index(self, params: Params, step: int | None = None) -> Index:
     """Returns an exact search of the documents by these parameters.
 
-    Fine-tuning with frozen documents keeps the embeddings of its training; the
-    step is that of the parameters' checkpoint or snapshot, if any.
+    Frozen documents keep the embeddings of the training. The step is that of
+    the parameters' checkpoint or snapshot, if any.
 
     Raises:
       FileNotFoundError: the index of the training does not exist any more.
@@ -277,20 +276,29 @@ class Trained:
 
     Args and Raises: see `index`.
     """
-    config = self.config
-    frozen = (
-        config.objective == 'open_qa' and config.open_qa.documents == 'frozen'
-    )
-    if frozen and step is not None and step in steps_available(self.workdir)[0]:
-      about = checkpoint.saved_about(self.workdir, step)
-      generation, given = about['index_generation'], None
-    else:
-      digest = checkpoint.params_digest(params['embedder'])
-      generation = self.documents.find(digest)
-      given = functools.partial(params.__getitem__, 'embedder')
+    digest, given = self._embedded_by(params, step)
+    generation = self.documents.find(digest)
     if generation is None:
       return None
     return self.documents.index(generation, given)
+
+  def _embedded_by(
+      self, params: Params, step: int | None
+  ) -> tuple[str, Callable[[], components_lib.Params] | None]:
+    """Returns the digest of the parameters that embed the documents.
+
+    And the parameters, if they are those given: frozen documents keep the
+    embeddings of the generation that the checkpoint was trained with.
+    """
+    frozen = config_lib.documents_are_frozen(self.config)
+    if frozen and step in steps_available(self.workdir)[0]:
+      about = checkpoint.saved_about(self.workdir, step)
+      generation = about.get('index_generation')
+      if generation is not None:  # None: no index was used.
+        path = self.workdir / generation_lib.DIRECTORY / str(generation)
+        return generation_lib.read_manifest(path)['params_digest'], None
+    embedder = params['embedder']
+    return checkpoint.params_digest(embedder), lambda: embedder
 
   def newest_index(self) -> Index:
     """Returns an exact search of the newest generation.

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from realm_jax import config as config_lib
 from realm_jax.builder import document_store
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.evaluation import inspect
@@ -165,8 +166,9 @@ class State:
   ) -> _Retriever:
     trained = self.trained
     assert trained is not None
-    if trained.config.objective == 'open_qa':
-      # Its reader was trained with the index of these very parameters.
+    fixed = config_lib.documents_are_frozen(trained.config)
+    if fixed or trained.config.objective == 'open_qa':
+      # The index of the training, or of these very parameters.
       index = trained.saved_index(params, step)
       index = index or trained.published(params, step)
     else:

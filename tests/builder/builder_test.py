@@ -126,7 +126,8 @@ def test_build_takes_the_snapshot_that_training_did_not(
   params = component.init(seed=9)
   reader = {'w': np.zeros(3, np.float32)}
   checkpoint.save_params(
-      workdir, 20, {'embedder': params, 'reader': reader}, {'step': 20}
+      workdir, 20, {'embedder': params, 'reader': reader},
+      {'step': 20, 'index_generation': 0},
   )
   if left:  # It may be of a step that is yet to come.
     assert builder.build(workdir).name == '5'

@@ -22,6 +22,7 @@ from realm_jax import config as config_lib
 from realm_jax.builder import builder
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.index import search as search_lib
+from realm_jax.inference import trained as trained_lib
 from realm_jax.prepare import prepare
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import mesh as mesh_lib
@@ -381,6 +382,10 @@ def test_frozen_means_frozen(undisturbed, world, tmp_path, towers, frozen):
   assert moved == learned - frozen_leaves
   lines = metrics_lib.read_metrics(tmp_path)
   assert {line['refresh/generation'] for line in lines} == {0.0}
+  # The index of step 0 is that of the trained retriever.
+  trained, step = trained_lib.Trained.open(tmp_path), config.steps
+  index = trained.published(trained.load(step), step)
+  assert index.generation.manifest['step'] == 0
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
