@@ -80,6 +80,11 @@ def test_a_good_run_is_healthy(tmp_path):
         ({'gates__recall_at_20': 0.021}, 'cold retriever',
          '(gates/recall_at_20) is 0.021, below config.gates.recall_at_20=0.3.'
          ' There is little to learn from such candidates. Train `ict`'),
+        ({'gates__recall_at_20': [0.98] * 10 + [0.24] * 10,
+          'train__retrieval_utility': [-0.5] * 10 + [0.1] * 10},
+         'falling recall',
+         '(gates/recall_at_20) fell from 0.98 to 0.24. The retriever unlearns'
+         ' what it had. If train/retrieval_utility begins below 0 (-0.5 nats'),
         ({'gates__answer_in_candidates': 0.1}, 'cold retriever',
          '(gates/answer_in_candidates) is 0.1, below'),
         ({'train__null_share': [0.3] * 10 + [0.99] * 10}, 'fled to null',
