@@ -141,9 +141,9 @@ def _checkpoint_without_snapshot(
   if not saved:
     return None
   if snapshots:
-    about = checkpoint.saved_about(workdir, saved[-1])
     frozen = config_lib.documents_are_frozen(config) and (
-        about.get('index_generation') is not None
+        checkpoint.saved_about(workdir, saved[-1]).get('index_generation')
+        is not None
     )
     done = (workdir / 'summary.json').exists()
     if frozen or not done or saved[-1] <= snapshots[-1]:
