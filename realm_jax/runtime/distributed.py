@@ -34,7 +34,7 @@ _LOG_SECONDS = 60.0
 _WATCH_SECONDS = 1.0
 _FAILED, _END = 'realm/failed', 'realm/end'
 
-_has_joined, _has_failed = threading.Event(), threading.Event()
+_has_joined, _leaving = threading.Event(), threading.Event()
 _calls = itertools.count()  # Numbers the exchanges, equally in all processes.
 
 
@@ -45,14 +45,18 @@ def job(*arguments: Any, **more: Any) -> Iterator[None]:
   Otherwise the processes would wait for each other, in a collective or at the
   end. Without an error, the context waits for the other processes to finish.
   """
+  watch = threading.Thread(target=_watch, daemon=True)
   try:
     initialize(*arguments, **more)
     if _client() is not None:
-      threading.Thread(target=_watch, daemon=True).start()
+      watch.start()
     yield
     if _client() is not None:
       _client().key_value_set(f'{_END}/{jax.process_index()}', '')
       _wait_for_all(_client(), f'{_END}/')
+      # Python's end would abort a thread that is inside of JAX.
+      _leaving.set()
+      watch.join()
   except BaseException as error:
     if _client() is not None:
       _fail(error)
@@ -251,7 +255,7 @@ def _client() -> Any:
 
 def _fail(error: BaseException) -> None:
   """Tells the other processes; this one then ends without waiting for them."""
-  _has_failed.set()
+  _leaving.set()
   state = jax_distributed.global_state
   if _has_joined.is_set():
     who = f'process {state.process_id} on {socket.gethostname()}'
@@ -270,7 +274,7 @@ def _fail(error: BaseException) -> None:
 
 def _watch() -> None:
   """Ends this process when another one has failed."""
-  while not _has_failed.wait(_WATCH_SECONDS):
+  while not _leaving.wait(_WATCH_SECONDS):
     client = _client()
     if client is None:
       return

@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -304,6 +306,33 @@ def test_who_leaves_while_it_is_waited_for_is_not_missed(listings, monkeypatch):
   client = _Leaving(listings)
   for folder in (f'{distributed._END}/', 'realm/7/'):
     assert distributed._wait_for_all(client, folder) == ['theirs', 'ours']
+
+
+class _Slow:
+  """The client of a process whose questions take long."""
+
+  def key_value_set(self, key, value):
+    pass
+
+  def key_value_dir_get(self, folder):
+    return [(f'{folder}0', '')]
+
+  def key_value_try_get(self, key):
+    time.sleep(0.5)
+    raise jax.errors.JaxRuntimeError('NOT_FOUND')
+
+
+def test_no_thread_is_left_inside_of_jax(monkeypatch):
+  """It would abort the process that ends, in place of the exit status."""
+  before = threading.active_count()
+  monkeypatch.setattr(distributed, 'initialize', lambda: None)
+  monkeypatch.setattr(distributed, '_client', _Slow)
+  monkeypatch.setattr(distributed, '_leaving', threading.Event())
+  monkeypatch.setattr(distributed, '_WATCH_SECONDS', 0.001)
+  with distributed.job():
+    time.sleep(0.1)
+    assert threading.active_count() == before + 1
+  assert threading.active_count() == before
 
 
 def test_one_process_needs_nobody():
