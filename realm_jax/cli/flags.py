@@ -103,9 +103,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 
   `arguments` are the command line after the name of the command.
   """
-  given = [word.partition('=') for word in arguments]
-  path = dict((x, value) for x, _, value in given).get('--config', '')
-  if cause := _of_experiment(error, path.partition(':')[0]):
+  path = _given('config', arguments).partition(':')[0]
+  if path and (cause := _of_experiment(error, path)):
     return cause
   # The last line of an error in a config file, with traceback, is the cause.
   text = str(error.args[0] if error.args else error).strip()
@@ -122,7 +121,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
         f' {", ".join(f"--config.{name}" for name in inside)}.'
     )
   if match := re.match(r'Field (\S+) not found on dataclass', reason):
-    fields = [x for x, _, _ in given]
+    fields = [word.partition('=')[0] for word in arguments]
     words = [w for w in fields if match[1] in w.removeprefix('--').split('.')]
     if words:
       field = words[0].removeprefix('--config.')
@@ -132,9 +131,18 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
   return reason
 
 
+def _given(name: str, arguments: Sequence[str]) -> str:
+  """Returns the value of `--name=value` or `--name value`, or ''."""
+  for word, following in zip(arguments, [*arguments[1:], ''], strict=False):
+    flag, equals, value = word.partition('=')
+    if flag in (f'--{name}', f'-{name}'):
+      return value if equals else following
+  return ''
+
+
 def _of_experiment(error: Exception, path: str) -> str:
   """Returns why an experiment file cannot be used; '' for another cause."""
-  if path and not os.path.isfile(path):
+  if not os.path.isfile(path):
     folder, name = os.path.split(path)
     names = glob.glob('*.py', root_dir=folder or '.')
     close = difflib.get_close_matches(name, names, 1)

@@ -207,7 +207,10 @@ def test_what_a_user_gets_wrong_is_said_in_a_line(fails, arguments, message):
   assert message in fails(*arguments)
 
 
-@pytest.mark.parametrize('override', [[], ['--config.steps=3']])
+@pytest.mark.parametrize(
+    'words',
+    ['--config={}', '--config={} --config.steps=3', '--config {}'],
+)
 @pytest.mark.parametrize(
     ('name', 'text', 'message'),
     [
@@ -220,11 +223,12 @@ def test_what_a_user_gets_wrong_is_said_in_a_line(fails, arguments, message):
     ],
 )
 def test_an_experiment_file_that_cannot_be_used(
-    fails, tmp_path, name, text, message, override
+    fails, tmp_path, name, text, message, words
 ):
   (tmp_path / 'mine.py').write_text(text)
   (tmp_path / 'others.py').touch()
-  said = fails('train', f'--config={tmp_path / name}', '--workdir=x', *override)
+  words = words.format(tmp_path / name).split()
+  said = fails('train', '--workdir=x', *words)
   expected = message.replace('{}', str(tmp_path / name), 1)
   assert expected.replace('{}', str(tmp_path / 'others.py')) in said
   assert len(said.splitlines()) == 1
