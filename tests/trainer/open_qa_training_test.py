@@ -94,6 +94,9 @@ def test_frozen_documents_keep_the_index_they_were_trained_with(trained):
       checkpoint.params_digest(params['embedder'])
       != manifest['params_digest']
   )
+  # The public search uses it, with the questions of now.
+  hits = realm_jax.Retriever.load(workdir).search(['Who?'], k=3)
+  assert hits.rows.shape == (1, 3)
 
 
 def test_killed_and_resumed_is_the_same_bit_for_bit(
