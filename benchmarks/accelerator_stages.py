@@ -147,11 +147,9 @@ def search(context: _Context) -> None:
   queries = rng.standard_normal((size.queries, width)).astype(np.float32)
   context.report(rows=rows, queries=size.queries, k=_K)
 
-  def find(
-      count: int, exclude_BR2: np.ndarray, recall_target: float | None = None
-  ) -> np.ndarray:
+  def find(count: int, exclude_BR2: np.ndarray, **method: Any) -> np.ndarray:
     return topk.search(
-        part, queries[:count], exclude_BR2[:count], mesh, _K, recall_target
+        part, queries[:count], exclude_BR2[:count], mesh, _K, **method
     )[1]
 
   def measure(case: str, run: Callable[[], np.ndarray]) -> np.ndarray:
@@ -161,26 +159,43 @@ def search(context: _Context) -> None:
     return found
 
   none = np.zeros((size.queries, 1, 2), np.int32)
-  exact = measure('exact', lambda: find(size.queries, none))
   arrays = jax.device_put(
       (queries, none, np.array(part.rows, np.int32)),
       jax.NamedSharding(mesh, jax.P()),
   )
-  seconds = harness.median_seconds(
-      lambda: topk.top_rows(
-          part.table_NE, arrays[0], arrays[1], None, arrays[2],
-          mesh=mesh, k=_K,
-      ),
-      2 * size.rounds,
-      4,
-  )
   flop = 2.0 * size.queries * rows * width
-  context.report(
-      'exact',
-      device_milliseconds=1e3 * seconds,
-      **context.rate(flop, seconds),
-      table_gigabytes_per_second=2 * width * rows / seconds / 1e9,
-  )
+  exact = np.zeros((size.queries, _K), np.int32)
+  # By config.mips.kernel: 'xla', and 'pallas' if it can be compiled.
+  cases = {'exact': False, 'fused': True}
+  for case, fused in [*cases.items()]:
+    try:
+      found = measure(
+          case, lambda fused=fused: find(size.queries, none, fused=fused)
+      )
+    except Exception as error:
+      if not fused:
+        raise
+      context.report(case, error=harness.short(error))
+      del cases[case]
+      continue
+    seconds = harness.median_seconds(
+        lambda fused=fused: topk.top_rows(
+            part.table_NE, arrays[0], arrays[1], None, arrays[2],
+            mesh=mesh, k=_K, fused=fused,
+        ),
+        2 * size.rounds,
+        4,
+    )
+    context.report(
+        case,
+        device_milliseconds=1e3 * seconds,
+        **context.rate(flop, seconds),
+        table_gigabytes_per_second=2 * width * rows / seconds / 1e9,
+    )
+    if fused:
+      context.report(fused_overlap=search_lib.overlap(found, exact))
+    else:
+      exact = found
   # As in training: the passage that a sentence is from, here the best one.
   best = np.stack([exact[:, :1], exact[:, :1] + 1], axis=-1)
   others = measure('exact_excluding', lambda: find(size.queries, best))
@@ -192,11 +207,17 @@ def search(context: _Context) -> None:
   context.report(
       exact_overlap_with_plain=search_lib.overlap(exact[:count], plain)
   )
-  found = measure('approx', lambda: find(size.queries, none, 0.95))
+  found = measure(
+      'approx', lambda: find(size.queries, none, recall_target=0.95)
+  )
   context.report(approx_recall=search_lib.overlap(found, exact))
   for count in (64, 8):
     if count < size.queries:
-      measure(f'exact_{count}_queries', functools.partial(find, count, none))
+      for case, fused in cases.items():
+        measure(
+            f'{case}_{count}_queries',
+            functools.partial(find, count, none, fused=fused),
+        )
 
 
 def _plain_search(

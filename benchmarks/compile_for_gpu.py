@@ -14,6 +14,7 @@ the steps of ICT and REALM in bfloat16, at BERT-base and the batch that the
 paper gives one of 64 devices (64 pairs, 8 examples of 8 candidates):
 
   search           bfloat16 rows, k of 7
+  search_pallas    the same by config.mips.kernel=pallas
   ict, realm       model.attention=auto without dropout of the attention
                    weights, so by cuDNN
   realm_dropout    the default: attention weights are dropped as all else is, so
@@ -50,7 +51,7 @@ from realm_jax.runtime import mesh as mesh_lib
 _GB = 1e9
 _ROWS = 13_353_718  # Passages of the paper's corpus.
 _QUERIES = 512
-_PROGRAMS = ('search', 'ict', 'realm', 'realm_dropout')
+_PROGRAMS = ('search', 'search_pallas', 'ict', 'realm', 'realm_dropout')
 _BATCH = {'ict': 64, 'realm': 8}  # 4,096 and 512 on 64 devices.
 
 # The H100 SXM5, 80 GB: xla.gpu.GpuTargetConfigProto.
@@ -139,13 +140,16 @@ def _config(program: str, layers: int, small: bool) -> config_lib.Config:
   return config_lib.resolve(config)
 
 
-def _trace_search(mesh: jax.sharding.Mesh, small: bool) -> jax.stages.Traced:
+def _trace_search(
+    mesh: jax.sharding.Mesh, small: bool, fused: bool
+) -> jax.stages.Traced:
   queries, rows = (8, 20_000) if small else (_QUERIES, _ROWS)
   config = config_lib.resolve(config_lib.Config())
   return topk.top_rows.trace(
       *training.abstract_search(mesh, rows, queries, config),
       mesh=mesh,
       k=config.num_candidates - 1,
+      fused=fused,
   )
 
 
@@ -187,8 +191,12 @@ def main() -> None:
     print(json.dumps(found[-1]), flush=True)
 
   for program in arguments.programs.split(','):
-    if program == 'search':
-      record(lambda: _trace_search(mesh, arguments.small), program)
+    if program.startswith('search'):
+      fused = program == 'search_pallas'
+      record(
+          lambda fused=fused: _trace_search(mesh, arguments.small, fused),
+          program,
+      )
       continue
     for layers in depths:
       config = _config(program, layers, arguments.small)

@@ -267,6 +267,9 @@ class MipsConfig:
   backend: str = 'exact'  # A key of BACKENDS, or `package.module:Name`.
   dtype: Literal['float32', 'bfloat16'] = 'float32'  # Embeddings' type.
   recall_target: float = 0.95  # `approx` only.
+  # Selects the rows of `exact`. 'pallas': one kernel (index/fused_topk.py), for
+  # dtype bfloat16 on NVIDIA GPUs; other devices use 'xla'.
+  kernel: Literal['xla', 'pallas'] = 'xla'
   # `scann` only; 0: derived from the number of rows (index/scann.py).
   num_leaves: int = 0
   leaves_to_search: int = 0

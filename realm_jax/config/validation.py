@@ -156,6 +156,10 @@ def _ranges(c: config_lib.Config) -> Problems:
         f'must be one of {tuple(config_lib.BACKENDS)} or have the form'
         ' package.module:Name'
     )
+  if c.mips.kernel == 'pallas' and c.mips.dtype != 'bfloat16':
+    yield 'mips.kernel', (
+        f"'pallas' needs mips.dtype=bfloat16, not {c.mips.dtype}"
+    )
   for least, fields in _LEAST.items():
     for field in fields.split():
       if not _at(c, field) >= least:

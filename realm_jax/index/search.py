@@ -17,6 +17,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import fused_topk
 from realm_jax.index import topk
 from realm_jax.runtime import extension
 from realm_jax.runtime import mesh as mesh_lib
@@ -185,6 +186,7 @@ class ExactSearch(Search):
   exact = True
   collective = True
   _recall_target: float | None = None  # None: exact.
+  _fused = False  # Whether one kernel selects the rows.
 
   def __init__(
       self,
@@ -212,6 +214,13 @@ class ExactSearch(Search):
   ) -> Search:
     search = cls(embeddings_NE, mesh, config.dtype, removed)
     search._recall_target = None if cls.exact else config.recall_target
+    search._fused = (
+        cls.exact
+        and config.kernel == 'pallas'
+        and fused_topk.runs_on(
+            search._mesh.devices.flat[0], config.dtype, search._width
+        )
+    )
     return search
 
   @classmethod
@@ -241,7 +250,8 @@ class ExactSearch(Search):
 
     def run(recall_target: float | None) -> tuple[np.ndarray, np.ndarray]:
       return topk.search(
-          self._part, query_emb_BE, exclude_BR2, self._mesh, k, recall_target
+          self._part, query_emb_BE, exclude_BR2, self._mesh, k, recall_target,
+          self._fused,
       )
 
     score_BK, row_BK = run(self._recall_target)

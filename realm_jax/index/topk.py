@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.index import fused_topk
 
 # The rows of a shard are padded to a multiple. Otherwise the sums of rows at an
 # edge of the matmul could have another order and so another last bit.
-ALIGN = 128
+ALIGN = fused_topk.GROUP
 _MAX_SCORES = 2**24  # Scores on a device at once: 64 MiB of float32.
 _MAX_CHUNK = 2**16
 _CHECKED = 2**14  # Rows that are checked at once, to need little memory.
+_SPARE = 8  # Groups selected in addition to k, as their maxima are rounded.
 
 Ranked = tuple[jax.Array, jax.Array]  # Scores and rows.
 
@@ -106,6 +108,7 @@ def search(
     mesh: jax.sharding.Mesh,
     k: int,
     recall_target: float | None = None,
+    fused: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns `top_rows` of a part, on the host."""
   query_emb_BE, exclude_BR2, rows_2 = jax.device_put(
@@ -115,13 +118,13 @@ def search(
   return jax.device_get(
       top_rows(
           part.table_NE, query_emb_BE, exclude_BR2, part.removed_N, rows_2,
-          mesh=mesh, k=k, recall_target=recall_target,
+          mesh=mesh, k=k, recall_target=recall_target, fused=fused,
       )
   )
 
 
 @functools.partial(
-    jax.jit, static_argnames=('mesh', 'k', 'recall_target', 'split')
+    jax.jit, static_argnames=('mesh', 'k', 'recall_target', 'split', 'fused')
 )
 def top_rows(
     table_NE: jax.Array,
@@ -134,6 +137,7 @@ def top_rows(
     k: int,
     recall_target: float | None = None,
     split: bool | None = None,
+    fused: bool = False,
 ) -> Ranked:
   """Returns the best scores and rows, float32 and int32 [B, k].
 
@@ -149,6 +153,8 @@ def top_rows(
     recall_target: for `lax.approx_max_k`; None: exact.
     split: whether rows in bfloat16 are selected by three products in bfloat16,
       for tensor cores, and ranked in float32; None: unless on CPU.
+    fused: whether the kernel of `fused_topk` selects the rows of a table in
+      bfloat16, which are ranked in float32. A table of few rows needs none.
 
   Rows beyond those that a query may have get the score -inf.
   """
@@ -171,6 +177,7 @@ def top_rows(
     chunk = min(chunk, _MAX_CHUNK, rows_here)
     first_row = rows_2[0] + jax.lax.axis_index(axes) * rows_here
     keep = min(k if in_one else 2 * k + 8, chunk)
+    held = min(k, rows_here)
 
     def visit(i: jax.Array, best: Ranked) -> Ranked:
       # The last chunk overlaps the one before; the repeated rows are hidden.
@@ -178,9 +185,7 @@ def top_rows(
       part_NE = jax.lax.dynamic_slice_in_dim(table_NE, start, chunk)
       here_N = start + jnp.arange(chunk)
       row_N = first_row + here_N
-      hidden_BN = (
-          (row_N >= exclude_BR2[..., :1]) & (row_N < exclude_BR2[..., 1:])
-      ).any(axis=1)
+      hidden_BN = _excluded(row_N, exclude_BR2)
       hidden_BN |= (here_N < i * chunk) | (row_N >= rows_2[1])
       if removed_N is not None:
         hidden_BN |= jax.lax.dynamic_slice_in_dim(removed_N, start, chunk)
@@ -206,12 +211,17 @@ def top_rows(
         top_BK = jnp.where(fast_BK == -jnp.inf, -jnp.inf, exact_BK)
       return _best(best, (top_BK, row_N[at_BK]), best[0].shape[1])
 
-    held = min(k, rows_here)
-    best = (
-        jnp.full((size, held), -jnp.inf, jnp.float32),
-        jnp.full((size, held), rows_2[1], jnp.int32),
-    )
-    best = jax.lax.fori_loop(0, -(-rows_here // chunk), visit, best)
+    if fused and rows_here // ALIGN >= 2 * (k + _SPARE):
+      best = _best_of_groups(
+          table_NE, query_emb_BE, exclude_BR2, removed_N, first_row, rows_2[1],
+          held, interpret=mesh.devices.flat[0].platform == 'cpu',
+      )
+    else:
+      best = (
+          jnp.full((size, held), -jnp.inf, jnp.float32),
+          jnp.full((size, held), rows_2[1], jnp.int32),
+      )
+      best = jax.lax.fori_loop(0, -(-rows_here // chunk), visit, best)
     merged = jax.tree.map(
         lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), best
     )
@@ -224,6 +234,47 @@ def top_rows(
       out_specs=jax.P(),
       check_vma=False,
   )(table_NE, query_emb_BE, exclude_BR2, removed_N, rows_2)
+
+
+def _best_of_groups(
+    table_NE: jax.Array,
+    query_emb_BE: jax.Array,
+    exclude_BR2: jax.Array,
+    removed_N: jax.Array | None,
+    first_row: jax.Array,
+    limit: jax.Array,
+    k: int,
+    interpret: bool,
+) -> Ranked:
+  """Returns the best rows of a shard, from groups that a kernel selects.
+
+  The kernel takes two of the three parts of a query. The third is below 2**-16
+  of it, and a sum of 128 products in float32 is rounded as much.
+  """
+  hidden_N = first_row + jnp.arange(table_NE.shape[0]) >= limit
+  if removed_N is not None:
+    hidden_N |= removed_N
+  max_BN = fused_topk.group_maxima(
+      jnp.stack(_parts(query_emb_BE, 2)),
+      table_NE, hidden_N, exclude_BR2, first_row, interpret,
+  )
+  more = -max_BN.shape[1] % ALIGN  # Else `_top` sorts all of them.
+  max_BN = jnp.pad(max_BN, ((0, 0), (0, more)), constant_values=-jnp.inf)
+  _, group_BK = _top(max_BN, k + _SPARE)
+  group_BK = jnp.sort(group_BK, axis=1)  # So that equal scores stay in order.
+  here_BN = group_BK[..., None] * ALIGN + jnp.arange(ALIGN)
+  here_BN = here_BN.reshape(len(group_BK), -1)
+  score_BN = _score('BE,BNE->BN', query_emb_BE, table_NE[here_BN], 'highest')
+  hidden_BN = hidden_N[here_BN] | _excluded(first_row + here_BN, exclude_BR2)
+  top_BK, at_BK = _top(jnp.where(hidden_BN, -jnp.inf, score_BN), k)
+  return top_BK, first_row + jnp.take_along_axis(here_BN, at_BK, axis=1)
+
+
+def _excluded(row_BN: jax.Array, exclude_BR2: jax.Array) -> jax.Array:
+  """Returns whether rows, [N] or [B, N], are in a range of the query."""
+  row_BRN = jnp.expand_dims(row_BN, -2)
+  first_BR1, limit_BR1 = exclude_BR2[..., :1], exclude_BR2[..., 1:]
+  return ((row_BRN >= first_BR1) & (row_BRN < limit_BR1)).any(axis=1)
 
 
 def _score(
@@ -246,19 +297,24 @@ def _split_score(query_emb_BE: jax.Array, rows_NE: jax.Array) -> jax.Array:
   A float32 is the sum of three bfloat16, and a float32 holds the product of two
   bfloat16 exactly.
   """
-  rest_BE, score_BN = query_emb_BE.astype(jnp.float32), jnp.float32(0)
-  for _ in range(3):
-    # XLA may leave out a conversion to bfloat16 and back, but not this.
-    part_BE = jax.lax.reduce_precision(rest_BE, 8, 7)
-    rest_BE -= part_BE
+  score_BN = jnp.float32(0)
+  for part_BE in _parts(query_emb_BE, 3):
     score_BN += jnp.einsum(
-        'BE,NE->BN',
-        part_BE.astype(jnp.bfloat16),
-        rows_NE,
-        preferred_element_type=jnp.float32,
+        'BE,NE->BN', part_BE, rows_NE, preferred_element_type=jnp.float32
     )
   lowest = jnp.finfo(jnp.float32).min
   return jnp.where(score_BN >= lowest, score_BN, lowest)
+
+
+def _parts(query_emb_BE: jax.Array, count: int) -> list[jax.Array]:
+  """Returns the largest of the bfloat16 arrays whose sum is the query."""
+  rest_BE, parts = query_emb_BE.astype(jnp.float32), []
+  for _ in range(count):
+    # XLA may leave out a conversion to bfloat16 and back, but not this.
+    part_BE = jax.lax.reduce_precision(rest_BE, 8, 7)
+    rest_BE -= part_BE
+    parts.append(part_BE.astype(jnp.bfloat16))
+  return parts
 
 
 def _top(score_BN: jax.Array, k: int) -> Ranked:
