@@ -7,10 +7,12 @@ TEXTS holds passages.jsonl.xz, the 18,896 paragraphs of SQuAD 1.1 train with ids
 such as `Alaska#0`, and questions-dev.jsonl.xz, the questions of every 22nd
 article; and vocab.txt, if none is to be learned. No stage sees a question.
 
-The articles of the questions, and as many others as --articles asks for, are
-the corpus of REALM, of passages and of sentences (X = Z). The retriever is
-warmed up by ICT on all articles, the reader on the articles that are not in
-that corpus. With --articles=0 there is one corpus of all.
+The articles of the questions, and as many others as --articles asks for, give
+the sentences that REALM masks. The retriever is warmed up by ICT on all
+articles, the reader on the other ones: a reader that knows the sentences by
+heart teaches a retriever nothing. REALM retrieves from the passages of its own
+articles (X = Z), or with --all_passages from those of all articles. With
+--articles=0 there is one corpus of all.
 
 The stages are those of experiments/real_text.py, each with a share of the time;
 in less than 20 minutes, the last two are left out. A stage at the end of its
@@ -59,7 +61,7 @@ _WARM_UP = ('ict', 'mlm')
 _FEW, _SHORT = 4, 1200  # Stages of a run of less than so much time.
 _OVERHEAD = 200  # Seconds for the corpora and the evaluations.
 _DEPTHS = (1, 5, 20, 100)
-# Sizes for a GPU, by stage and for all: small BERTs in bfloat16, all articles.
+# Sizes for a GPU, by stage and for all: small BERTs in bfloat16.
 _GPU = {
     'all': (
         'model.preset=small', 'model.compute_dtype=bfloat16',
@@ -170,8 +172,13 @@ def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
         workdir / f'{name}.jsonl',
         (x for x in passages if _article(x['id']) in kept),
     )
+    sources = [f'--source={source}']
+    if name == 'corpus' and arguments.all_passages:
+      sources = [
+          f'--source={workdir / "all.jsonl"}', f'--pretraining_source={source}'
+      ]
     commands(
-        'prepare', f'--source={source}',
+        'prepare', *sources,
         vocab if name == 'all' else f'--vocab={workdir / "all"}',
         f'--max_wordpieces={arguments.max_wordpieces}',
         f'--output={workdir / name}',
@@ -310,7 +317,11 @@ def main() -> None:
       help='sizes for a GPU; default: if JAX finds one',
   )
   parser.add_argument(
-      '--articles', type=int, help='default: 40, on a GPU 0, for all'
+      '--articles', type=int, help='default: 40, on a GPU half of all, 221'
+  )
+  parser.add_argument(
+      '--all_passages', action=argparse.BooleanOptionalAction,
+      help='default: on a GPU',
   )
   parser.add_argument('--max_wordpieces', type=int)
   parser.add_argument(
@@ -323,7 +334,9 @@ def main() -> None:
   if arguments.gpu is None:
     arguments.gpu = _has_gpu()
   if arguments.articles is None:
-    arguments.articles = 0 if arguments.gpu else 40
+    arguments.articles = 221 if arguments.gpu else 40
+  if arguments.all_passages is None:
+    arguments.all_passages = arguments.gpu
   if arguments.max_wordpieces is None:
     arguments.max_wordpieces = 128 if arguments.gpu else 80
   # Trainer and index builder share the memory of a GPU.

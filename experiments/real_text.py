@@ -44,7 +44,6 @@ def get_config(stage: str = 'realm') -> config_lib.Config:
       'ict_longer': 'ict', 'frozen': 'realm', 'null_reader': 'mlm'
   }.get(stage, stage)
   config = recipes.from_scratch(objective)
-  config.sentences = 'knowledge'
   config.lengths.query = 40
   config.lengths.document = 80
   config.lengths.masks = 6
