@@ -12,22 +12,9 @@ from realm_jax.config import validation
 from realm_jax.index import fused_topk
 from realm_jax.index import search as search_lib
 from realm_jax.index import topk
+from realm_jax.runtime import mesh as mesh_lib
 
 _WIDTH = 96
-
-
-def _mesh(data: int, model: int = 1) -> jax.sharding.Mesh:
-  return jax.make_mesh(
-      (data, model),
-      ('data', 'model'),
-      axis_types=(jax.sharding.AxisType.Auto,) * 2,
-      devices=jax.devices()[: data * model],
-  )
-
-
-def _integers(rng, *shape):
-  """Small integers: sums are exact in any order, and ties abound."""
-  return rng.integers(-2, 3, shape).astype(np.float32)
 
 
 def _ranges(rng, size, rows):
@@ -56,30 +43,35 @@ def _calls(monkeypatch):
   return shapes
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (2, 2)])
-def test_same_rows_with_ties_exclusions_and_removed_rows(shape, monkeypatch):
+@pytest.mark.parametrize('devices', [1, 8])
+def test_same_rows_with_ties_exclusions_and_removed_rows(devices, monkeypatch):
+  mesh = mesh_lib.one_device()
+  if devices > 1:
+    mesh = mesh_lib.make_mesh(config_lib.MeshConfig(model=2))
+  assert mesh.size == devices
   rng = np.random.default_rng(0)
-  rows, size, k = 128 * 100 - 5, 21, 3
+  rows, size, k = devices * 128 * 25 - 5, 21, 3
   shapes = _calls(monkeypatch)
   jax.clear_caches()
-  table, queries = _integers(rng, rows, _WIDTH), _integers(rng, size, _WIDTH)
-  table[[4000, 4001, 6000]] = table[3]  # Equal scores, in other groups, too.
+  # Small integers: sums are exact in any order, and ties abound.
+  table = rng.integers(-2, 3, (rows, _WIDTH)).astype(np.float32)
+  queries = rng.integers(-2, 3, (size, _WIDTH)).astype(np.float32)
+  table[[900, 901, 2500]] = table[3]  # Equal scores, in other groups, too.
   queries[0] = 10 * table[3]
-  removed = np.sort(rng.choice(rows, 5000, replace=False))
+  removed = np.sort(rng.choice(rows, rows // 3, replace=False))
   for hidden in (None, removed):
-    search = search_lib.ExactSearch(table, _mesh(*shape), 'bfloat16', hidden)
+    search = search_lib.ExactSearch(table, mesh, 'bfloat16', hidden)
     for exclude in (
         np.zeros((size, 1, 2), np.int32),
         _ranges(rng, size, rows),
-        np.tile(np.array([[[0, 3000], [2000, rows - k]]]), (size, 1, 1)),
+        np.tile(np.array([[[0, 3000], [1500, rows - k]]]), (size, 1, 1)),
     ):
       if hidden is not None and exclude[0, -1, 1] == rows - k:
         continue  # Fewer than k rows are left.
       plain, fused = _plain_and_fused(search, queries, exclude, k)
       np.testing.assert_array_equal(plain[0], fused[0])
       np.testing.assert_array_equal(plain[1], fused[1])
-  devices = shape[0] * shape[1]
-  assert set(shapes) == {(128 * 100 // devices, _WIDTH)}
+  assert set(shapes) == {(128 * 25, _WIDTH)}
   jax.clear_caches()
 
 
@@ -90,7 +82,7 @@ def test_real_numbers(size, width):
   rng = np.random.default_rng(size)
   table = rng.normal(size=(128 * 40, width)).astype(jnp.bfloat16)
   queries = rng.normal(size=(size, width)).astype(np.float32)
-  search = search_lib.ExactSearch(table, _mesh(1), 'bfloat16')
+  search = search_lib.ExactSearch(table, dtype='bfloat16')
   exclude = _ranges(rng, size, len(table))
   plain, fused = _plain_and_fused(search, queries, exclude, 8)
   np.testing.assert_array_equal(plain[1], fused[1])
@@ -120,9 +112,7 @@ def test_the_maxima_of_groups():
 
 def test_queries_that_are_not_finite_get_allowed_rows():
   table = np.random.default_rng(0).normal(size=(128 * 20, 32))
-  search = search_lib.ExactSearch(
-      table.astype(np.float32), _mesh(1), 'bfloat16'
-  )
+  search = search_lib.ExactSearch(table.astype(np.float32), dtype='bfloat16')
   queries = np.full((2, 32), np.nan, np.float32)
   queries[1] = -np.inf
   exclude = np.tile(np.array([[[0, 2500]]], np.int32), (2, 1, 1))
@@ -135,7 +125,7 @@ def test_queries_that_are_not_finite_get_allowed_rows():
 def test_a_small_table_needs_no_kernel(monkeypatch):
   shapes = _calls(monkeypatch)
   table = np.eye(32, dtype=np.float32)
-  search = search_lib.ExactSearch(table, _mesh(1), 'bfloat16')
+  search = search_lib.ExactSearch(table, dtype='bfloat16')
   exclude = np.zeros((32, 1, 2), np.int32)
   _, (_, rows) = _plain_and_fused(search, table, exclude, 1)
   np.testing.assert_array_equal(rows[:, 0], np.arange(32))
