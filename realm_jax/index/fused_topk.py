@@ -28,6 +28,14 @@ def runs_on(device: jax.Device, dtype: str, width: int) -> bool:
   )
 
 
+def takes(rows: int, width: int, groups: int) -> bool:
+  """Returns whether the kernel selects from a table of this size.
+
+  It pays if there are many more groups than are selected; addresses are int32.
+  """
+  return rows >= 2 * groups * GROUP and rows * width < 2**31
+
+
 def group_maxima(
     query_emb_PBE: jax.Array,
     table_NE: jax.Array,

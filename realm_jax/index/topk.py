@@ -154,7 +154,7 @@ def top_rows(
     split: whether rows in bfloat16 are selected by three products in bfloat16,
       for tensor cores, and ranked in float32; None: unless on CPU.
     fused: whether the kernel of `fused_topk` selects the rows of a table in
-      bfloat16, which are ranked in float32. A table of few rows needs none.
+      bfloat16, which are ranked in float32, if it takes the table.
 
   Rows beyond those that a query may have get the score -inf.
   """
@@ -211,7 +211,7 @@ def top_rows(
         top_BK = jnp.where(fast_BK == -jnp.inf, -jnp.inf, exact_BK)
       return _best(best, (top_BK, row_N[at_BK]), best[0].shape[1])
 
-    if fused and rows_here // ALIGN >= 2 * (k + _SPARE):
+    if fused and fused_topk.takes(*table_NE.shape, k + _SPARE):
       best = _best_of_groups(
           table_NE, query_emb_BE, exclude_BR2, removed_N, first_row, rows_2[1],
           held, interpret=mesh.devices.flat[0].platform == 'cpu',

@@ -132,6 +132,13 @@ def test_a_small_table_needs_no_kernel(monkeypatch):
   assert not shapes
 
 
+def test_tables_that_the_kernel_takes():
+  assert fused_topk.takes(13_353_728, 128, 15)
+  assert not fused_topk.takes(13_353_728, 256, 15)  # Beyond int32.
+  assert fused_topk.takes(128 * 30, 128, 15)
+  assert not fused_topk.takes(128 * 30 - 1, 128, 15)
+
+
 def test_the_kernel_lowers_for_cuda():
   def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype)
