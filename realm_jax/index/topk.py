@@ -171,7 +171,7 @@ def top_rows(
       removed_N: jax.Array | None,
       rows_2: jax.Array,
   ) -> Ranked:
-    rows_here = table_NE.shape[0]
+    rows_here, width = table_NE.shape
     size = query_emb_BE.shape[0]
     chunk = max(_MAX_SCORES // max(size, 1) // ALIGN, 1) * ALIGN
     chunk = min(chunk, _MAX_CHUNK, rows_here)
@@ -211,7 +211,7 @@ def top_rows(
         top_BK = jnp.where(fast_BK == -jnp.inf, -jnp.inf, exact_BK)
       return _best(best, (top_BK, row_N[at_BK]), best[0].shape[1])
 
-    if fused and fused_topk.takes(*table_NE.shape, k + _SPARE):
+    if fused and fused_topk.takes(rows_here, width, k + _SPARE):
       best = _best_of_groups(
           table_NE, query_emb_BE, exclude_BR2, removed_N, first_row, rows_2[1],
           held, interpret=mesh.devices.flat[0].platform == 'cpu',
