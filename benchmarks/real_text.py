@@ -75,7 +75,7 @@ _GPU = {
         # As row K of results/real_text.md.
         'batch_size=256', 'steps=3000', 'null_document=False',
     ),
-    'frozen': ('batch_size=256',),
+    'frozen': ('batch_size=256', 'null_document=False'),
     'null_reader': ('batch_size=512', 'lengths.document=8'),
 }
 _SMALL = {

@@ -300,6 +300,7 @@ def identity(config: config_lib.Config) -> dict[str, Any]:
     del values[name]
   for name in ('attention', 'remat', 'scan_layers'):
     del values['model'][name]
+  del values['mips']['kernel']
   for section, field in (
       (values, 'options'),
       (values['mips'], 'options'),

@@ -14,7 +14,7 @@ GROUP = 128  # Rows of a group.
 _TILE = 2**14  # Numbers in the queries of a program.
 _MIN_TILE = 16  # Queries, the fewest that the tensor cores multiply.
 _GROUPS = 8  # Groups of a program, which loads the next one ahead.
-_MIN_CHUNK = 32  # Of the width, for the tensor cores.
+_MIN_CHUNK = 32  # Numbers of a row in one product, at least.
 _STAGES = 3  # Groups in shared memory; fewer of wider rows.
 
 
@@ -108,6 +108,7 @@ def group_maxima(
       hidden_BN = (hidden_ref[pl.ds(group * GROUP, GROUP)] != 0)[None]
       for first_B1, limit_B1 in range_B:
         hidden_BN |= (row_N >= first_B1) & (row_N < limit_B1)
+      # Finite scores, as those of `topk`; -inf marks hidden rows.
       lowest = jnp.finfo(jnp.float32).min
       score_BN = jnp.where(score_BN >= lowest, score_BN, lowest)
       score_BN = jnp.where(hidden_BN, -jnp.inf, score_BN)

@@ -287,8 +287,7 @@ def _score(
       rows.astype(jnp.float32),
       precision=precision,
   )
-  lowest = jnp.finfo(jnp.float32).min
-  return jnp.where(score >= lowest, score, lowest)
+  return _finite(score)
 
 
 def _split_score(query_emb_BE: jax.Array, rows_NE: jax.Array) -> jax.Array:
@@ -302,8 +301,12 @@ def _split_score(query_emb_BE: jax.Array, rows_NE: jax.Array) -> jax.Array:
     score_BN += jnp.einsum(
         'BE,NE->BN', part_BE, rows_NE, preferred_element_type=jnp.float32
     )
+  return _finite(score_BN)
+
+
+def _finite(score: jax.Array) -> jax.Array:
   lowest = jnp.finfo(jnp.float32).min
-  return jnp.where(score_BN >= lowest, score_BN, lowest)
+  return jnp.where(score >= lowest, score, lowest)
 
 
 def _parts(query_emb_BE: jax.Array, count: int) -> list[jax.Array]:

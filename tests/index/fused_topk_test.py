@@ -78,7 +78,8 @@ def test_same_rows_with_ties_exclusions_and_removed_rows(devices, monkeypatch):
 @pytest.mark.parametrize(
     ('size', 'width'), [(1, 32), (64, 128), (130, 128), (40, 384)]
 )
-def test_real_numbers(size, width):
+def test_real_numbers(size, width, monkeypatch):
+  shapes = _calls(monkeypatch)
   rng = np.random.default_rng(size)
   table = rng.normal(size=(128 * 40, width)).astype(jnp.bfloat16)
   queries = rng.normal(size=(size, width)).astype(np.float32)
@@ -87,6 +88,7 @@ def test_real_numbers(size, width):
   plain, fused = _plain_and_fused(search, queries, exclude, 8)
   np.testing.assert_array_equal(plain[1], fused[1])
   np.testing.assert_allclose(plain[0], fused[0], rtol=1e-6)
+  assert shapes
 
 
 def test_the_maxima_of_groups():
@@ -110,7 +112,8 @@ def test_the_maxima_of_groups():
   np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_queries_that_are_not_finite_get_allowed_rows():
+def test_queries_that_are_not_finite_get_allowed_rows(monkeypatch):
+  shapes = _calls(monkeypatch)
   table = np.random.default_rng(0).normal(size=(128 * 20, 32))
   search = search_lib.ExactSearch(table.astype(np.float32), dtype='bfloat16')
   queries = np.full((2, 32), np.nan, np.float32)
@@ -120,6 +123,7 @@ def test_queries_that_are_not_finite_get_allowed_rows():
   for row in rows:
     assert len(set(row)) == 2
     assert row.min() >= 2500
+  assert shapes
 
 
 def test_a_small_table_needs_no_kernel(monkeypatch):
@@ -174,8 +178,16 @@ def test_the_kernel_is_chosen_by_config_and_device(
       fused_topk, 'runs_on',
       lambda _, *args: runs_on(types.SimpleNamespace(platform=platform), *args),
   )
-  table = np.ones((10, 32), np.float32)
-  assert search_lib.make_search(config, table)._fused == fused
+  shapes = _calls(monkeypatch)
+  jax.clear_caches()
+  table = np.random.default_rng(0).normal(size=(128 * 22, 32))
+  search = search_lib.make_search(config, table.astype(np.float32))
+  plain = search_lib.ExactSearch(table.astype(np.float32), None, config.dtype)
+  queries = table[:5].astype(np.float32)
+  np.testing.assert_array_equal(
+      search.search(queries, 3), plain.search(queries, 3)
+  )
+  assert bool(shapes) == fused
 
 
 def test_widths_that_the_kernel_multiplies():
@@ -184,6 +196,14 @@ def test_widths_that_the_kernel_multiplies():
   assert [w for w in widths if fused_topk.runs_on(device, 'bfloat16', w)] == [
       32, 128, 384, 768, 1024,
   ]
+
+
+def test_the_kernel_does_not_change_the_job():
+  config = config_lib.Config(corpus='corpus')
+  config.mips.dtype = 'bfloat16'
+  before = validation.digest(config)
+  config.mips.kernel = 'pallas'
+  assert validation.digest(config) == before
 
 
 def test_float32_tables_are_refused_by_name():
