@@ -167,3 +167,19 @@ def test_every_experiment_is_a_valid_config(path):
     assert stage not in stages.STAGES or config.objective == stage
   with pytest.raises(ValueError, match='nonsense'):
     module.get_config('nonsense')
+
+
+@pytest.mark.parametrize(
+    ('objective', 'digest'),
+    [
+        ('mlm', '8ba0f2f6afcdf2fc'),
+        ('ict', '40ab28eb44d06573'),
+        ('realm', '74e9b3a61e4feca1'),
+        ('open_qa', 'df2a53e5bd36a9c6'),
+        ('tagger', 'a5859a48ac1da0cc'),
+    ],
+)
+def test_a_new_field_leaves_the_identity_of_older_jobs(objective, digest):
+  """Else no workdir of an older version can be resumed."""
+  found = config_lib.digest(_config(objective=objective))
+  assert found.startswith(digest)
