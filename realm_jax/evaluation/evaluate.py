@@ -1,8 +1,8 @@
 """`realm-jax evaluate`: measures retriever and reader of a workdir.
 
 Questions measure the retriever alone ("zero-shot retrieval recall", Guu et al.
-2020, table 2). Masked sentences of the split `validation`, which is not trained
-on, measure retriever and reader together.
+2020, table 2). Sentences of the split `validation`, which is not trained on,
+measure it without questions and, masked, together with the reader.
 """
 
 import collections
@@ -19,6 +19,7 @@ import numpy as np
 from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import cuts
 from realm_jax.evaluation import beir as beir_lib
+from realm_jax.evaluation import cloze as cloze_lib
 from realm_jax.evaluation import inspect as inspect_lib
 from realm_jax.evaluation import metrics as metrics_lib
 from realm_jax.evaluation import report
@@ -30,10 +31,11 @@ from realm_jax.qa import answers as answers_lib
 from realm_jax.qa import question_sets
 from realm_jax.qa import question_table as question_table_lib
 from realm_jax.qa import questions as questions_lib
+from realm_jax.trainer.stages import ict
 
 log = logging.getLogger(__name__)
 
-_MAX_SENTENCES = 2000  # Masked sentences, without a limit of the user.
+_MAX_SENTENCES = 2000  # Without a limit of the user.
 _COUNTED = {'miss': 'they count as not retrieved', 'skip': 'they are left out'}
 _QUESTIONS = 'questions.jsonl'  # In the folder of a generated corpus.
 
@@ -65,6 +67,9 @@ def evaluate(
   and `seen` facts; nDCG@10 by gold passage. Figures by gold passage are over
   the questions that name one, figures by answer over those with answers.
 
+  Sentences of the split `validation`, where these are of the passages: recall
+  and MRR of their own passages, see `cloze.measure`.
+
   Masked `validation` sentences, for a workdir with a reader: the share of
   sentences with every masked wordpiece right, with retrieval (marginal over the
   candidates) and without (the same reader with the null document alone), and
@@ -76,13 +81,13 @@ def evaluate(
     workdir: of `train`.
     questions: a source of `question_sets.read`, or a sequence of questions;
       None: the questions in the folder of the corpus, if any. Empty: only
-      masked sentences are measured.
+      sentences are measured.
     steps: 'latest' checkpoint; 'all' checkpoints and retriever snapshots (which
       have no reader); or numbers of steps, separated by commas.
     corpus: where the training corpus is now, or another one with the same
       tokenizer, which is searched instead of the workdir's documents.
-    limit: maximum number of questions and of masked sentences; None: all
-      questions, and 2,000 sentences.
+    limit: maximum number of questions and of sentences; None: all questions,
+      and 2,000 sentences.
     read: passages to read for a question; None: as many as in training.
     run_file: TREC run file to write, of the last step.
     beir: a BEIR folder. One that exists, without `questions`, is read: its
@@ -145,15 +150,19 @@ def evaluate(
         'There are no questions, or no retriever, to write or measure a run of.'
         + (f' {beir} is no folder of BEIR that could be read.' * bool(beir))
     )
-  if not (can_ask or can_mask):
+  cloze = None
+  if 'embedder' in trained.components:
+    cloze = cloze_lib.sentences_of(trained)
+  if not (can_ask or can_mask) and cloze is None:
     raise ValueError(
         f'Nothing can be measured in {workdir}: its components are'
         f' {sorted(trained.components)}, {len(questions)} questions were given,'
         f' and the splits of {trained.corpus.directory} are {sorted(splits)}. A'
-        ' retriever needs questions, a reader the split `validation`.'
+        ' retriever needs questions, or sentences of the passages in the split'
+        ' `validation`; a reader needs that split.'
     )
   cuts.warn_of_passages(trained.corpus, trained.config)
-  wanted = _steps(trained, steps, snapshots_too=can_ask)
+  wanted = _steps(trained, steps, can_ask or cloze is not None)
   if run_file or beir:
     runs.query_names(questions)  # Checked before the work.
   elif can_ask and not any(q.answers or q.gold for q in questions):
@@ -173,7 +182,7 @@ def evaluate(
   for step in wanted:
     output = pathlib.Path(workdir) / report.FOLDER
     result, found = _evaluate_step(
-        trained, step, asked, max_sentences if can_mask else 0, read, output
+        trained, step, asked, cloze, max_sentences, read, output
     )
     paired = runs.write_step(output, step, found, trained.corpus)
     if 'baselines' in result:
@@ -302,6 +311,7 @@ def _evaluate_step(
     trained: trained_lib.Trained,
     step: int,
     asked: _Asked | None,
+    cloze: ict.ClozeSentences | None,
     max_sentences: int,
     read: int | None,
     output: pathlib.Path,
@@ -352,7 +362,11 @@ def _evaluate_step(
       result['answer_match'] = dict(counts)
     if asked.unknown_gold is not None:
       result['unknown_gold'] = asked.unknown_gold
-  if max_sentences and 'reader' in params:
+  if cloze is not None and index is not None:
+    result['held_out_sentences'] = cloze_lib.measure(
+        trained, params, index, cloze, max_sentences
+    )
+  if 'reader' in params and 'validation' in trained.corpus.sentences:
     search = None if index is None else index.search
     result['masked'] = inspect_lib.measure(
         trained, params, search, max_sentences

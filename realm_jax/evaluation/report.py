@@ -28,10 +28,13 @@ _GOLD_COLUMNS = {
     'MRR': 'mrr',
     'nDCG@10': 'ndcg_at_10',
 }
+_OWN_COLUMNS = {k: x for k, x in _GOLD_COLUMNS.items() if k != 'nDCG@10'}
 _STRING_COLUMNS = {
     **{f'answer@{k}': f'recall_at_{k}' for k in _DEPTHS},
     'answer MRR': 'mrr',
 }
+# Whether a sentence is cut out of its passage.
+_OWN_PASSAGES = {'cut_out': 'without the sentence', 'whole': 'whole'}
 _MASKED_COLUMNS = {
     'sentences': 'sentences',
     'clusters': 'clusters',
@@ -109,6 +112,7 @@ def tables(results: list[Result]) -> dict[str, list[Sequence[Any]]]:
   paired: list[Sequence[Any]] = []
   answers: list[Sequence[Any]] = []
   entities: list[Sequence[Any]] = []
+  own: list[Sequence[Any]] = []
   masked: list[Sequence[Any]] = []
   for result in results:
     step = result['step']
@@ -132,6 +136,12 @@ def tables(results: list[Result]) -> dict[str, list[Sequence[Any]]]:
     for name, score in result.get('entities', {}).items():
       cells = _cells(score, _ENTITY_COLUMNS)
       entities.append([step, name, score['count'], *cells])
+    held_out = result.get('held_out_sentences', {})
+    for name, words in _OWN_PASSAGES.items():
+      if name in held_out:
+        cells = _cells(held_out[name], _OWN_COLUMNS)
+        counts = held_out['sentences'], held_out['clusters']
+        own.append([step, words, *counts, *cells])
     if result.get('masked'):
       masked.append([step, *_cells(result['masked'], _MASKED_COLUMNS, _number)])
   found: dict[str, list[Sequence[Any]]] = {
@@ -153,6 +163,9 @@ def tables(results: list[Result]) -> dict[str, list[Sequence[Any]]]:
       ],
       'Entities found, in per cent': [
           ['step', 'type', 'entities', *_ENTITY_COLUMNS], *entities
+      ],
+      'Own passages retrieved for sentences held out, in per cent': [
+          ['step', 'own passage', 'sentences', 'articles', *_OWN_COLUMNS], *own
       ],
       'Masked spans filled in (95 % interval, resampled by cluster: the'
       " sentence's article where it is known, else the sentence)": [
@@ -389,16 +402,24 @@ def recall_panels(results: list[Result]) -> Panels:
     for group, values in result.get('questions', {}).items():
       for kind, words in kinds.items():
         for name, value in values.get(kind, {}).items():
-          label = name.replace('_at_', '@').replace('mrr', 'MRR')
-          label = label.replace('ndcg', 'nDCG')
           curves = panels.setdefault(f'{words}, {group} questions', {})
-          curves.setdefault(label, []).append((result['step'], value))
+          curves.setdefault(_label(name), []).append((result['step'], value))
+    for kind, words in _OWN_PASSAGES.items():
+      figures = result.get('held_out_sentences', {}).get(kind, {})
+      for name, value in figures.items():
+        curves = panels.setdefault(f'passage of a sentence, {words}', {})
+        curves.setdefault(_label(name), []).append((result['step'], value))
     masked = result.get('masked') or {}
     for name, label in readers.items():
       if masked.get(name) is not None:
         curves = panels.setdefault('masked spans filled in', {})
         curves.setdefault(label, []).append((result['step'], masked[name]))
   return panels
+
+
+def _label(figure: str) -> str:
+  label = figure.replace('_at_', '@').replace('mrr', 'MRR')
+  return label.replace('ndcg', 'nDCG')
 
 
 def without_single_points(panels: Panels) -> Panels:

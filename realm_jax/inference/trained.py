@@ -324,9 +324,15 @@ class Trained:
   ) -> np.ndarray:
     """Embeds pairs of title and body: float32 numpy, [B, E]."""
     table = corpus_lib.encode_passages(passages, self.tokenizer)
-    ids_BS, types_BS = self.template.documents(table, np.arange(len(table)))
+    arrays = self.template.documents(table, np.arange(len(table)))
+    return self.embed_documents(params, *arrays)
+
+  def embed_documents(
+      self, params: Params, doc_ids_BS: np.ndarray, doc_types_BS: np.ndarray
+  ) -> np.ndarray:
+    """Embeds inputs of `Template.documents`: float32 numpy, [B, E]."""
     embed = functools.partial(self._embedder.documents, params['embedder'])
-    return _in_batches(embed, ids_BS[:, None], types_BS[:, None])[:, 0]
+    return _in_batches(embed, doc_ids_BS[:, None], doc_types_BS[:, None])[:, 0]
 
   def reading_batch_size(self, num_candidates: int, num_masks: int) -> int:
     """Returns the largest batch of sentences within bounded memory."""
