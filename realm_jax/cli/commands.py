@@ -277,8 +277,7 @@ COMMANDS = {
              ' of the same tokenizer to search in its place.'),
         Flag('steps', str, '`latest`, `all` (every remaining snapshot and'
              ' checkpoint), or numbers, comma-separated.', 'latest'),
-        Flag('limit', int,
-             'Maximum number of questions and of masked sentences.'),
+        Flag('limit', int, 'Maximum number of questions and of sentences.'),
         Flag('read', int, 'Passages to read for a question; default: as in'
              ' training.'),
         Flag('run_file', str, 'Also write the retrieved passages to this file,'

@@ -407,7 +407,7 @@ def recall_panels(results: list[Result]) -> Panels:
     for kind, words in _OWN_PASSAGES.items():
       figures = result.get('held_out_sentences', {}).get(kind, {})
       for name, value in figures.items():
-        curves = panels.setdefault(f'passage of a sentence, {words}', {})
+        curves = panels.setdefault(f'own passage, {words}', {})
         curves.setdefault(_label(name), []).append((result['step'], value))
     masked = result.get('masked') or {}
     for name, label in readers.items():

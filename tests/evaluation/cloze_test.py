@@ -8,6 +8,7 @@ import retrieval_test
 from realm_jax.builder import documents
 from realm_jax.corpus import inputs
 from realm_jax.evaluation import evaluate
+from realm_jax.evaluation import metrics
 from realm_jax.evaluation import report
 from realm_jax.inference import trained as trained_lib
 
@@ -41,8 +42,9 @@ def corpus(tmp_path_factory):
   return _prepare(tmp_path_factory.mktemp('cloze'), _RECORDS)
 
 
-def _workdir(path, corpus, sharpen=4.0):
+def _workdir(path, corpus, sharpen=4.0, prefix=''):
   config = retrieval_test._config(corpus, 'ict')
+  config.model.query_prefix = prefix
   params = retrieval_test._params(config, sharpen=sharpen)
   return retrieval_test._make_workdir(path, corpus, config, {7: params})
 
@@ -71,24 +73,36 @@ def _ranks(trained, params, cut):
   return np.array(ranks)
 
 
-def test_ranks_equal_those_by_hand(tmp_path, corpus):
-  workdir = _workdir(tmp_path / 'job', corpus)
+@pytest.mark.parametrize('prefix', ['', 'find: '])
+def test_ranks_equal_those_by_hand(tmp_path, corpus, prefix, monkeypatch):
+  workdir = _workdir(tmp_path / 'job', corpus, prefix=prefix)
   (result,) = evaluate.evaluate(workdir)
   found = result['held_out_sentences']
   assert found['sentences'] == 2 * len(_HELD_OUT) == 24
   assert found['clusters'] == 4
   trained = trained_lib.Trained.open(workdir)
   params = trained.load(7)
-  for name, cut in (('cut_out', True), ('whole', False)):
-    ranks = _ranks(trained, params, cut)
-    assert 1 < ranks.max() <= 24
-    assert found[name]['mrr'] == pytest.approx((1 / ranks).mean())
+  ranks = {
+      'cut_out': _ranks(trained, params, cut=True),
+      'whole': _ranks(trained, params, cut=False),
+  }
+  for name, rank_B in ranks.items():
+    assert 1 < rank_B.max() <= 24
+    assert found[name]['mrr'] == pytest.approx((1 / rank_B).mean())
     for depth in (1, 5, 20):
       assert found[name][f'recall_at_{depth}'] == pytest.approx(
-          (ranks <= depth).mean()
+          (rank_B <= depth).mean()
       )
     assert found[name]['recall_at_100'] == 1.0  # All were retrieved.
-  assert found['cut_out'] != found['whole']
+  # Beyond the last cutoff nothing is found, even if the whole passage is.
+  assert ((ranks['whole'] <= 10) & (ranks['cut_out'] > 10)).any()
+  monkeypatch.setattr(metrics, 'CUTOFFS', (10,))
+  (result,) = evaluate.evaluate(workdir)
+  for name, rank_B in ranks.items():
+    among = rank_B <= 10
+    assert result['held_out_sentences'][name] == pytest.approx(
+        {'recall_at_10': among.mean(), 'mrr': (among / rank_B).mean()}
+    )
 
 
 def test_a_retriever_that_embeds_all_alike_finds_nothing(tmp_path, corpus):
