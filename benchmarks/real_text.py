@@ -15,8 +15,9 @@ articles (X = Z), or with --all_passages from those of all articles. With
 --articles=0 there is one corpus of all.
 
 The stages are those of experiments/real_text.py, each with a share of the time;
-in less than 20 minutes, the last two are left out. A stage at the end of its
-share saves a checkpoint, and the run continues with the next. The record is
+in less than 20 minutes, the last two are left out. The share of a stage
+counts from its first line of metrics, after compilation. A stage at the end of
+its share saves a checkpoint, and the run continues with the next. The record is
 written after each stage, and the same command continues an interrupted run.
 --flag=STAGE:FLAG, repeated, changes a stage: --flag=mlm:--config.batch_size=32,
 --flag=all:--config.seed=1. On a GPU, all sizes are larger.
@@ -59,7 +60,8 @@ _STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
 # They are not evaluated. The retriever of `ict` is that of `realm` at step 0.
 _WARM_UP = ('ict', 'mlm')
 _FEW, _SHORT = 4, 1200  # Stages of a run of less than so much time.
-_OVERHEAD = 200  # Seconds for the corpora and the evaluations.
+_OVERHEAD = 240  # Seconds for the corpora, compilation and the evaluations.
+_EVALUATION = 30  # Seconds of one of them.
 _DEPTHS = (1, 5, 20, 100)
 # Sizes for a GPU, by stage and for all: small BERTs in bfloat16.
 _GPU = {
@@ -90,17 +92,24 @@ _SMALL = {
 
 def run(arguments: argparse.Namespace) -> harness.Figures:
   """Trains and evaluates all stages, and returns the figures."""
+  deadline = time.time() + arguments.seconds - _EVALUATION
   commands = harness.Commands()
   _prepare(arguments, commands)
   stages = [*_STAGES]
   if arguments.seconds < _SHORT:
     stages = stages[:_FEW]
-  seconds = max(arguments.seconds - _OVERHEAD, arguments.seconds / 2)
+  seconds = max(arguments.seconds - _OVERHEAD, arguments.seconds / 3)
   total = sum(_STAGES[stage][0] for stage in stages)
   figures: harness.Figures = {}
   for i, stage in enumerate(stages, start=1):
     weight, parents = _STAGES[stage]
-    _train(arguments, commands, stage, seconds * weight / total, parents)
+    budget = seconds * weight / total
+    _train(arguments, commands, stage, budget, deadline, parents)
+    if not checkpoint.steps_in(
+        arguments.workdir / stage / checkpoint.CHECKPOINTS
+    ):
+      print(f'The time ended before {stage} had a checkpoint.', flush=True)
+      break
     if stage not in _WARM_UP:
       _evaluate(arguments.workdir, commands, stage)
     figures = _all_figures(arguments.workdir, commands, stages[:i])
@@ -192,9 +201,15 @@ def _train(
     commands: harness.Commands,
     stage: str,
     budget: float,
+    deadline: float,
     parents: tuple[str, ...],
 ) -> None:
-  """Trains a stage until it ends or its time is over."""
+  """Trains a stage until it ends or its time is over.
+
+  Args:
+    budget: seconds of training, in all runs of the command.
+    deadline: the time at which all training stops.
+  """
   folder = arguments.workdir / stage
   spent = folder / 'spent.json'
   known = files.read_json(spent) if spent.exists() else {'seconds': 0.0}
@@ -219,19 +234,29 @@ def _train(
   changes = [flag.partition(':') for flag in arguments.flag]
   words += [flag for of, _, flag in changes if of in (stage, 'all')]
   commands.done.append(' '.join(['realm-jax', *words]))
+  before, logged = known['seconds'], _logged(folder)
   process = subprocess.Popen(harness.command(*words))
-  start, before = time.time(), known['seconds']
+  start = None
   stopped = False
   while process.poll() is None:
     time.sleep(1)
-    known['seconds'] = round(before + time.time() - start, 1)
+    if start is None and _logged(folder) > logged:
+      start = time.time()
+    if start is not None:
+      known['seconds'] = round(before + time.time() - start, 1)
     if folder.is_dir():
       files.write_json(spent, known)
-    if known['seconds'] >= budget and not stopped:
+    if not stopped and (known['seconds'] >= budget or time.time() > deadline):
       stopped = True
       process.send_signal(signal.SIGTERM)
   if process.returncode and not stopped:
     raise SystemExit(f'{stage} failed with exit code {process.returncode}.')
+
+
+def _logged(folder: pathlib.Path) -> int:
+  """Returns the size of the metrics, in bytes."""
+  path = folder / 'metrics.jsonl'
+  return path.stat().st_size if path.exists() else 0
 
 
 def _evaluate(
