@@ -22,6 +22,14 @@ written after each stage, and the same command continues an interrupted run.
 --flag=STAGE:FLAG, repeated, changes a stage: --flag=mlm:--config.batch_size=32,
 --flag=all:--config.seed=1. On a GPU, all sizes are larger.
 
+  realm-jax import --source=sentence-transformers/all-MiniLM-L6-v2 \
+      --components=reader --workdir=runs/bert
+  python benchmarks/real_text.py --texts=TEXTS --start=runs/bert --articles=20 \
+      --workdir=runs/from_bert --output=from_bert.json
+
+starts `mlm` and `ict` from a published BERT of that size. ICT, too, then sees
+the other articles only.
+
 Recorded: recall of the gold passage by stage with 95 % intervals by article,
 the curve of `realm`, paired tests of `realm` with `ict` and `ict_longer`, BM25
 (package bm25s), masked accuracy, and examples/s.
@@ -79,6 +87,30 @@ _GPU = {
     ),
     'frozen': ('batch_size=256', 'null_document=False'),
     'null_reader': ('batch_size=512', 'lengths.document=8'),
+}
+# Sizes for a published BERT of 6 layers on two CPU cores, with --start.
+_FROM_BERT = {
+    'all': ('sentences=knowledge', 'lengths.document=64'),
+    'mlm': (
+        'batch_size=32', 'steps=2600', 'optimizer.learning_rate=3e-4',
+        'checkpoint.interval=100',
+    ),
+    'ict': (
+        'batch_size=64', 'steps=250', 'optimizer.learning_rate=1e-4',
+        'optimizer.warmup_steps=30', 'checkpoint.interval=50',
+    ),
+    'ict_longer': (
+        'batch_size=64', 'optimizer.learning_rate=1e-5',
+        'checkpoint.interval=50', 'checkpoint.keep=0',
+    ),
+    'realm': (
+        'null_document=False', 'optimizer.learning_rate=1e-5',
+        'optimizer.warmup_steps=20', 'checkpoint.interval=25',
+    ),
+    'frozen': ('null_document=False', 'checkpoint.interval=25'),
+    'null_reader': (
+        'batch_size=32', 'lengths.document=8', 'optimizer.learning_rate=1e-4'
+    ),
 }
 _SMALL = {
     'all': (
@@ -165,7 +197,9 @@ def _prepare(arguments: argparse.Namespace, commands: harness.Commands) -> None:
       workdir / 'questions.jsonl',
       (x for x in questions if _article(x['passage_id']) in asked),
   )
-  if (texts / 'vocab.txt').is_file() and not arguments.vocab_size:
+  if arguments.start:
+    vocab = f'--vocab={arguments.start}'
+  elif (texts / 'vocab.txt').is_file() and not arguments.vocab_size:
     vocab = f'--vocab={texts / "vocab.txt"}'
   else:
     vocab = f'--vocab_size={arguments.vocab_size or 8000}'
@@ -215,7 +249,8 @@ def _train(
   known = files.read_json(spent) if spent.exists() else {'seconds': 0.0}
   if known['seconds'] >= budget or (folder / 'summary.json').exists():
     return
-  corpus = {'ict': 'all', 'mlm': 'warm_up'}.get(stage, 'corpus')
+  warm_up = {'ict': 'warm_up' if arguments.start else 'all', 'mlm': 'warm_up'}
+  corpus = warm_up.get(stage, 'corpus')
   if not (arguments.workdir / corpus).is_dir():  # With --articles=0.
     corpus = 'all'
   words = [
@@ -223,12 +258,18 @@ def _train(
       f'--workdir={folder}',
       f'--config.corpus={arguments.workdir / corpus}',
   ]
-  if parents:
-    first = ','.join(str(arguments.workdir / parent) for parent in parents)
-    words.append(f'--config.init_from={first}')
+  starts = [str(arguments.workdir / parent) for parent in parents]
+  if arguments.start and not parents:
+    starts = [str(arguments.start)]
+  if starts:
+    words.append(f'--config.init_from={",".join(starts)}')
   if stage in ('realm', 'frozen'):
     words.append('--with_index_builder')
-  for asked, sizes in ((arguments.gpu, _GPU), (arguments.small, _SMALL)):
+  for asked, sizes in (
+      (arguments.start, _FROM_BERT),
+      (arguments.gpu and not arguments.start, _GPU),
+      (arguments.small, _SMALL),
+  ):
     for of in ('all', stage) if asked else ():
       words += [f'--config.{flag}' for flag in sizes.get(of, ())]
   changes = [flag.partition(':') for flag in arguments.flag]
@@ -348,6 +389,10 @@ def main() -> None:
       '--all_passages', action=argparse.BooleanOptionalAction,
       help='default: on a GPU',
   )
+  parser.add_argument(
+      '--start', type=pathlib.Path,
+      help='the reader of `realm-jax import`; default: from scratch',
+  )
   parser.add_argument('--max_wordpieces', type=int)
   parser.add_argument(
       '--vocab_size', type=int, default=0, help='0: vocab.txt, else 8,000'
@@ -363,7 +408,9 @@ def main() -> None:
   if arguments.all_passages is None:
     arguments.all_passages = arguments.gpu
   if arguments.max_wordpieces is None:
-    arguments.max_wordpieces = 128 if arguments.gpu else 80
+    arguments.max_wordpieces = (
+        64 if arguments.start else 128 if arguments.gpu else 80
+    )
   # Trainer and index builder share the memory of a GPU.
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   arguments.workdir.mkdir(parents=True, exist_ok=True)
