@@ -43,7 +43,7 @@ _UPDATES = {
     'batch': 'gradient descent on a batch',
     'training': 'the training step: AdamW, reader too',
 }
-_LARGEST_CHANGE = 0.01  # Of a score, by gradient descent: to first order.
+_LARGEST_CHANGE = 0.01  # Change of a score by gradient descent, to first order.
 _TRIAL = 1e-3  # Length of the step that shows how far to go.
 
 

@@ -124,8 +124,8 @@ COMMANDS = {
         Flag('spans', ('auto', 'rules', 'random', 'none'), 'Where salient spans'
              ' come from, in records without `spans`; auto: rules for English,'
              ' and none in other languages.', 'auto'),
-        Flag('language', str, 'Of the texts, such as en, de, zh; default:'
-             ' examined.'),
+        Flag('language', str, 'Language of the texts, such as en, de, zh;'
+             ' default: examined.'),
         Flag('near_duplicates', float, 'Leave out records of this similarity to'
              ' an earlier one, such as 0.8.'),
         _WORKERS,
@@ -366,7 +366,7 @@ COMMANDS = {
         _WORKDIR,
         _CORPUS,
         Flag('format', ('huggingface', 'sentence-transformers', 'index'),
-             'What to write.', REQUIRED),
+             'Format of the output.', REQUIRED),
         _OUTPUT,
         Flag('step', int, 'Checkpoint, or snapshot of the retriever; default:'
              ' the newest checkpoint.'),

@@ -380,7 +380,7 @@ def create(
         ],
     }
 
-  @app.get('/about', summary='What is served, and what is missing.')
+  @app.get('/about', summary='The models that are served, and what is missing.')
   async def about() -> Json:
     state = service.state
     return {

@@ -178,7 +178,7 @@ def test_each_command_says_once_what_is_cut(
       f' has {lengths[-1]}; what is beyond is not seen.'
   )
   job = documents_workdir.make_workdir(tmp_path / 'job', opened, params[0])
-  assert _warnings(caplog) == [expected]  # Of the index builder.
+  assert _warnings(caplog) == [expected]  # The index builder's.
   inspected, exported, built, looked_up, evaluated, added, *_ = _commands(
       job, None, tmp_path
   )

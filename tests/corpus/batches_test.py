@@ -311,7 +311,7 @@ def test_what_is_not_read_is_no_example(corpus, objective):
       expected.add(row)
   assert usable() == expected
   assert 0.1 * len(everything) < len(expected) < 0.95 * len(everything)
-  # What is left can be seen: in all of them, unless it was cut out for ICT.
+  # The sentences that are left can be seen, unless ICT cut them out.
   shown = total = 0
   for batch in _take(corpus, config, 10):
     for i, row in enumerate(batch.row_B):

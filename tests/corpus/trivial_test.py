@@ -196,7 +196,7 @@ def test_what_holds_most_of_a_sentence_counts():
       np.concatenate([noise[7], one[:14]]),  # Less than half.
       np.concatenate([noise[8], one[::-1]]),
   ]
-  # Of the other sentence only short runs are here, and these in disorder.
+  # Only short runs of the other sentence are here, in disorder.
   bodies.append(np.concatenate([other[i : i + 5] for i in (20, 0, 10, 5, 15)]))
   assert _found(bodies, [one, other]) == [[[1, 6]], []]
   # Its own passage is known by number.

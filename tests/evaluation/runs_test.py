@@ -129,7 +129,7 @@ def test_a_trec_run_has_six_columns(tmp_path):
 
 
 def test_a_beir_folder_goes_with_the_run(tmp_path):
-  # Of a gold passage that was divided there may be several parts.
+  # A gold passage that was divided may have several parts.
   gold = question_table.Gold(
       [np.array([1, 2]), np.array([], int)],
       [np.array([1, 2]), np.array([], int)],

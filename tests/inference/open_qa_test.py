@@ -10,7 +10,7 @@ import pytest
 
 from realm_jax.qa import answers as answers_lib
 
-# What makes normalisation hard: marks, punctuation, articles, odd spaces.
+# Hard to normalise: marks, punctuation, articles, odd spaces.
 _TEXTS = st.text(
     alphabet='aAnthe .,-\'"$_5\t\n\u00e9\u0301\u2019\u00a0\u0130\u6771',
     max_size=24,

@@ -58,7 +58,7 @@ def test_a_round_trip_is_exact(workdirs, tmp_path, name):
   folders = export.run(workdirs / name, 'huggingface', tmp_path / 'out')
   assert folders == [tmp_path / 'out']
   more = _assert_same_tensors(tmp_path / 'out', _FIXTURES / name)
-  # What transformers leaves out, as a copy of another tensor.
+  # Copies of other tensors, which transformers leaves out.
   assert all('decoder' in extra for extra in more)
   theirs = json.loads((_FIXTURES / name / 'config.json').read_bytes())
   ours = json.loads((tmp_path / 'out/config.json').read_bytes())

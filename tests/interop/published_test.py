@@ -2,8 +2,8 @@
 
 Opt-in, since they are large: REALM_JAX_HUB=1 fetches what is below 600 MB from
 the Hugging Face hub, REALM_JAX_HUB=all also the open-QA model of 20 GB. The
-values are those of transformers 4.40.2, tests/models/realm. What answers the
-question there is tried here on the fixture.
+values are those of transformers 4.40.2, tests/models/realm. The answer
+to the question there is tried here on the fixture.
 """
 
 import os

@@ -16,7 +16,7 @@ import yaml
 _ROOT = pathlib.Path(__file__).parents[2]
 _SCRIPTS = sorted((_ROOT / 'launch').glob('*.sh'))
 _NAMES = [path.name for path in _SCRIPTS]
-# What each needs besides the flags of `realm-jax train`.
+# Flags that each needs besides those of `realm-jax train`.
 _NEEDS = {
     'gke_jobset.sh': ['--image=registry/realm:1', '--claim=files'],
     'local.sh': ['--platform=cpu'],

@@ -67,7 +67,7 @@ main.run()
 
 
 def get_config():
-  """Of the long run; also called by the processes, as an experiment file."""
+  """The long run; also called by the processes, as an experiment file."""
   return training_test.make_config(
       pathlib.Path('set by the test'), 'realm',
       refresh__policy='scheduled', optimizer__learning_rate=1e-3,
@@ -82,7 +82,7 @@ def note_batches(path):
   def to_devices(mesh, batch):
     arrays = original(mesh, batch)
     if isinstance(arrays, realm.Batch):
-      # What is masked, what was retrieved for it, and in which order.
+      # The masked sentences and their passages, in the order of retrieval.
       joint = distributed.fetch(arrays.joint_ids_BKT)
       if distributed.is_main():
         with open(path, 'a', encoding='utf-8') as file:

@@ -289,7 +289,7 @@ def test_the_gradient_cache_needs_the_memory_of_one_part():
          ('model', 'data')),
         ('bert.word_embed.embedding', (30, 8), ('model', None),
          ('model', 'data')),
-        # What does not divide stays whole.
+        # A dimension that does not divide stays whole.
         ('bert.word_embed.embedding', (31, 8), (None, None), (None, 'data')),
         ('bert.word_embed.embedding', (31, 7), (None, None), (None, None)),
         ('output_bias', (30,), ('model',), ('model',)),

@@ -230,7 +230,7 @@ def test_evaluation_of_answers(trained, world, tmp_path):
 
 
 def test_all_steps_can_be_evaluated(trained):
-  """Of step 0 there is a snapshot only."""
+  """Step 0 has a snapshot only."""
   _, workdir = trained
   results = evaluate.evaluate(workdir, limit=4, steps='all')
   assert [r['step'] for r in results] == [0, 5, 10, training_test._STEPS]

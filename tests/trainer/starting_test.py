@@ -223,7 +223,7 @@ def test_a_start_without_a_checkpoint_is_replaced(world, tmp_path, caplog):
   """The first step failed, for example as it takes too much memory."""
   config = training_test.make_config(world, 'mlm', steps=1)
   job_lib.begin(job_lib.open_job(config, tmp_path))
-  (tmp_path / 'index' / '0').mkdir(parents=True)  # Of the other job.
+  (tmp_path / 'index' / '0').mkdir(parents=True)  # The other job's.
   other = training_test.make_config(
       world, 'mlm', steps=1, lengths__document=32
   )

@@ -79,7 +79,7 @@ def run(config, workdir):
     return loop.train(config, workdir, health=build_what_is_missing)
 
 
-# What docs/refresh.md explains, once there was a first refresh.
+# The metrics of docs/refresh.md, which exist after a first refresh.
 _STALENESS = {
     'train/null_share', 'train/null_posterior', 'train/retrieval_utility',
     *(
@@ -417,7 +417,7 @@ def test_a_workdir_of_another_config_is_refused(undisturbed, world):
   _, workdir = undisturbed('mlm')
   with pytest.raises(ValueError, match=r'config\.steps: 12 there, 11 here'):
     run(make_config(world, 'mlm', steps=11), workdir)
-  # What does not change the result may change.
+  # Fields that do not change the result may change.
   run(make_config(world, 'mlm', log_interval=7, checkpoint__keep=1), workdir)
 
 
