@@ -167,7 +167,7 @@ def open_job(
   _check_same_processes(config, lineage)
   if saved is not None:
     _check_same_job(workdir, config, saved, lineage, default_warmup)
-  warn_of_cuts(config, corpus)
+  _warn(config, corpus, stage_class.searches)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   mesh_lib.check(config, mesh)
   fused_attention.check(config.model, mesh.devices.flat[0])
@@ -290,10 +290,20 @@ def start_or_resume(
   return jax.jit(fresh, out_shardings=shardings)(loaded), {}
 
 
-def warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
-  """Logs how many passages are longer than the job reads."""
+def _warn(
+    config: config_lib.Config, corpus: corpus_lib.Corpus, searches: bool
+) -> None:
+  """Logs how many passages are cut, and refreshes that change nothing."""
   if config.objective != 'mlm' or not config.mlm.without_passages:
     cuts.warn_of_passages(corpus, config)
+  policy = config.refresh.policy
+  if searches and policy != 'none' and config_lib.documents_are_frozen(config):
+    log.warning(
+        'config.refresh.policy=%s embeds the corpus again and again, but'
+        ' config.optimizer.frozen=%s leaves all documents as they are. Set'
+        ' config.refresh.policy=none in a new workdir.',
+        policy, config.optimizer.frozen,
+    )
 
 
 def _check_same_processes(

@@ -233,6 +233,30 @@ def test_a_start_without_a_checkpoint_is_replaced(world, tmp_path, caplog):
   assert f'Removed {tmp_path}/index/0' in caplog.text
 
 
+_DOCUMENTS = ('embedder.encoder', 'embedder.projection')
+
+
+@pytest.mark.parametrize(
+    ('objective', 'frozen', 'policy', 'warned'),
+    [
+        ('realm', ('embedder',), 'scheduled', True),
+        ('realm', ('embedder',), 'none', False),
+        ('realm', ('reader',), 'scheduled', False),
+        ('realm', _DOCUMENTS, 'scheduled', True),
+        ('ict', _DOCUMENTS, 'scheduled', False),
+    ],
+)
+def test_refreshes_of_frozen_documents_are_warned_of(
+    world, tmp_path, caplog, objective, frozen, policy, warned
+):
+  config = training_test.make_config(
+      world, objective, optimizer__frozen=frozen, refresh__policy=policy,
+      model__towers='separate',
+  )
+  job_lib.open_job(config, tmp_path)
+  assert ('leaves all documents as they are' in caplog.text) is warned
+
+
 def test_two_trainers_are_refused(world, tmp_path, monkeypatch):
   monkeypatch.setattr(process, 'GRACE_SECONDS', 0.1)
   config = training_test.make_config(world, 'mlm', steps=1)
