@@ -95,8 +95,6 @@ _FROM_BERT = {
     'mlm': (
         'batch_size=32', 'steps=2900', 'optimizer.learning_rate=3e-4',
         'checkpoint.interval=100',
-        'mlm.views={"own": 0.15, "answer": 0.4, "article": 0.1, "random": 0.2,'
-        ' "null": 0.15}',
     ),
     'ict': (
         'batch_size=64', 'steps=250', 'optimizer.learning_rate=1e-4',

@@ -177,7 +177,7 @@ def _gates(
         'the mean of log p(y|z,x) - log p(y|null,x) for the candidates'
         f' (train/retrieval_utility) is {utility:.3g}, below {_MISLED}.'
         ' Passages mislead the reader, so the retriever learns to avoid them.'
-        ' Train `mlm` for longer, with config.mlm.views.',
+        ' Train `mlm` with more of `article` and `random` in config.mlm.views.',
     )
   allows = config.objective == 'realm' and config.trivial == 'none'
   if allows and 'trivial_share' not in found:
