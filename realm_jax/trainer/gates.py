@@ -165,7 +165,8 @@ class Gates:
   The sentences are of the split `validation`. Where its sentences have no
   passage, those of `knowledge` take their place for the figures that need one.
   The reader is measured on other passages of the article or, if none holds an
-  answer, on the sentence's own passage.
+  answer, on the sentence's own passage. `distractor_utility` is that of other
+  passages of the article, without the answer.
   """
 
   def __init__(self, job: job_lib.Job):
@@ -198,7 +199,8 @@ class Gates:
       split = 'validation' if 'validation' in tables else other
       self._masked = examples(split)[1]
     self._own_B = np.asarray(tables[home].passages[self._row_B])
-    self._pairs, place = self._with_answers(home), 'article'
+    self._pairs, place = self._in_article(home, holding=True), 'article'
+    self._distractors = self._in_article(home, holding=False)
     # Where the masked sentences have no article, retrieval tells.
     self._findable: float | None = None
     if examples_lib.sentences_of(job.corpus, config) == 'knowledge':
@@ -259,7 +261,11 @@ class Gates:
     jax.block_until_ready(params)
     values: dict[str, float] = {}
     if self._pairs:
-      values |= self._reading(params['reader'])
+      right, utility = self._reading(params['reader'], self._pairs)
+      values |= {'reader_accuracy': right, 'reader_utility': utility}
+    if self._distractors:
+      _, utility = self._reading(params['reader'], self._distractors)
+      values['distractor_utility'] = utility
     if self._findable is not None:
       values['findable'] = self._findable
     if refresher is not None:
@@ -281,14 +287,17 @@ class Gates:
         self._warned.add(name)
         log.warning('Step %d, %s: %s', step, diagnosis, text)
 
-  def _with_answers(self, split: str) -> list[tuple[int, int]]:
-    """Returns sentences, and a passage of the article with the answer."""
+  def _in_article(self, split: str, holding: bool) -> list[tuple[int, int]]:
+    """Returns sentences, and a passage of the article that holds the answer.
+
+    Or, without `holding`, one that does not.
+    """
     articles = exclusion.ArticlePassages(self._corpus, split)
     queries, pairs = self._at_home, []
     for i, row in enumerate(self._row_B.tolist()):
       answer = queries.targets_BM[i][queries.mask_BM[i]]
       room = self._config.lengths.joint - 1 - int(queries.query_lengths_B[i])
-      found = articles.find(row, answer, room, holding=True)
+      found = articles.find(row, answer, room, holding)
       if found:
         pairs.append((i, found[row % len(found)]))
     return pairs
@@ -304,10 +313,13 @@ class Gates:
     shown = np.flatnonzero(held_B1[:, 0]).tolist()
     return [(i, int(self._own_B[i])) for i in shown]
 
-  def _reading(self, params: components_lib.Params) -> dict[str, float]:
+  def _reading(
+      self, params: components_lib.Params, pairs: list[tuple[int, int]]
+  ) -> tuple[float, float]:
+    """Returns the share that is right, and log p(y|z,x) - log p(y|null,x)."""
     right, utility = [], []
-    for start in range(0, len(self._pairs), _READ):
-      at, passages = np.array(self._pairs[start : start + _READ]).T
+    for start in range(0, len(pairs), _READ):
+      at, passages = np.array(pairs[start : start + _READ]).T
       some = jax.tree.map(lambda x, at=at: x[at], self._at_home)
       ids_BKT, types_BKT = self._joint(
           some, np.stack([np.full_like(passages, -1), passages], axis=1)
@@ -326,10 +338,10 @@ class Gates:
       found_BK2 = distributed.fetch(self._read(params, *arrays))[: len(at)]
       right.append(found_BK2[:, 1, 0])
       utility.append(found_BK2[:, 1, 1] - found_BK2[:, 0, 1])
-    return {
-        'reader_accuracy': float(np.concatenate(right).mean()),
-        'reader_utility': float(np.concatenate(utility).mean()),
-    }
+    return (
+        float(np.concatenate(right).mean()),
+        float(np.concatenate(utility).mean()),
+    )
 
   def _retrieval(
       self, params: components_lib.Params, refresher: refresh_lib.Refresher

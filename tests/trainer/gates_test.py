@@ -66,16 +66,23 @@ class _Refresher:
       )
 
 
-def test_the_reader_is_measured_on_passages_with_the_answer(lives, tmp_path):
+@pytest.mark.parametrize('holding', [True, False])
+def test_the_reader_is_measured_on_passages_of_the_article(
+    lives, tmp_path, holding
+):
   job = _job(lives, tmp_path)
   gates, params = gates_lib.Gates(job), _params(job)
   queries, answers = gates._at_home, _answers(gates._at_home)
   # One sentence in four has its answer nowhere else.
   assert len(gates._row_B) == 32 and len(gates._pairs) == 24
+  pairs = gates._pairs if holding else gates._distractors
+  assert len(pairs) >= 24
   right, utility = [], []
-  for i, passage in gates._pairs:
+  for i, passage in pairs:
     assert passage != gates._own_B[i]
-    assert _holds(_text(lives, passage), answers[i])
+    own = lives.passages.articles[gates._own_B[i]]
+    assert lives.passages.articles[passage] == own
+    assert _holds(_text(lives, passage), answers[i]) is holding
     ids_1KT, types_1KT = inputs.assemble_joint(
         lives.passages, np.array([[inputs.NULL_DOCUMENT, passage]]),
         queries.query_ids_BQ[i : i + 1], queries.query_lengths_B[i : i + 1],
@@ -95,9 +102,11 @@ def test_the_reader_is_measured_on_passages_with_the_answer(lives, tmp_path):
   found = gates.measure(params, 7)
   assert found['gates/step'] == 7
   assert found['gates/findable'] == 0.75
-  assert found['gates/reader_accuracy'] == pytest.approx(np.mean(right))
+  if holding:
+    assert found['gates/reader_accuracy'] == pytest.approx(np.mean(right))
+  name = 'reader_utility' if holding else 'distractor_utility'
   np.testing.assert_allclose(
-      found['gates/reader_utility'], np.mean(utility), atol=1e-4
+      found[f'gates/{name}'], np.mean(utility), atol=1e-4
   )
 
 
