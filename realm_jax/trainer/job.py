@@ -167,7 +167,9 @@ def open_job(
   _check_same_processes(config, lineage)
   if saved is not None:
     _check_same_job(workdir, config, saved, lineage, default_warmup)
-  _warn(config, corpus, stage_class.searches)
+  warn_of_cuts(config, corpus)
+  if stage_class.searches:
+    _warn_of_refreshes(config)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
   mesh_lib.check(config, mesh)
   fused_attention.check(config.model, mesh.devices.flat[0])
@@ -290,14 +292,16 @@ def start_or_resume(
   return jax.jit(fresh, out_shardings=shardings)(loaded), {}
 
 
-def _warn(
-    config: config_lib.Config, corpus: corpus_lib.Corpus, searches: bool
-) -> None:
-  """Logs how many passages are cut, and refreshes that change nothing."""
+def warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
+  """Logs how many passages are longer than the job reads."""
   if config.objective != 'mlm' or not config.mlm.without_passages:
     cuts.warn_of_passages(corpus, config)
+
+
+def _warn_of_refreshes(config: config_lib.Config) -> None:
+  """Logs if refreshes change nothing."""
   policy = config.refresh.policy
-  if searches and policy != 'none' and config_lib.documents_are_frozen(config):
+  if policy != 'none' and config_lib.documents_are_frozen(config):
     log.warning(
         'config.refresh.policy=%s embeds the corpus again and again, but'
         ' config.optimizer.frozen=%s leaves all documents as they are. Set'
