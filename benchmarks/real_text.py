@@ -69,7 +69,8 @@ _STAGES: dict[str, tuple[int, tuple[str, ...]]] = {
 # They are not evaluated. The retriever of `ict` is that of `realm` at step 0.
 _WARM_UP = ('ict', 'mlm')
 _FEW, _SHORT = 4, 1200  # Stages of a run of less than so much time.
-_OVERHEAD = 240  # Seconds for the corpora, compilation and the evaluations.
+# Seconds for the corpora, compilation and the evaluations, or part of the time.
+_OVERHEAD, _OVERHEAD_PART = 240, 1 / 8
 _EVALUATION = 30  # Seconds of one of them.
 _DEPTHS = (1, 5, 20, 100)
 # Sizes for a GPU, by stage and for all: small BERTs in bfloat16.
@@ -131,7 +132,8 @@ def run(arguments: argparse.Namespace) -> harness.Figures:
   stages = [*_STAGES]
   if arguments.seconds < _SHORT:
     stages = stages[:_FEW]
-  left = max(arguments.seconds - _OVERHEAD, arguments.seconds / 3)
+  overhead = max(_OVERHEAD, arguments.seconds * _OVERHEAD_PART)
+  left = max(arguments.seconds - overhead, arguments.seconds / 3)
   spent: dict[str, float] = {}
   figures: harness.Figures = {}
   for i, stage in enumerate(stages, start=1):
@@ -287,8 +289,10 @@ def _train(
   stopped = False
   while process.poll() is None:
     time.sleep(1)
-    if start is None and _logged(folder) > logged:
+    size = _logged(folder)  # A resumed job first removes lines.
+    if start is None and size > logged:
       start = time.time()
+    logged = size
     if start is not None:
       known['seconds'] = round(before + time.time() - start, 1)
     if folder.is_dir():
@@ -398,7 +402,7 @@ def main() -> None:
   )
   parser.add_argument(
       '--start', type=pathlib.Path,
-      help='the reader of `realm-jax import`; default: from scratch',
+      help='the reader of `realm-jax import`, on CPU; default: from scratch',
   )
   parser.add_argument('--max_wordpieces', type=int)
   parser.add_argument(
@@ -408,6 +412,8 @@ def main() -> None:
       '--flag', action='append', default=[], help='STAGE:FLAG of `train`'
   )
   arguments = parser.parse_args()
+  if arguments.start and arguments.vocab_size:
+    parser.error('--start has a vocabulary; leave --vocab_size out')
   if arguments.gpu is None:
     arguments.gpu = _has_gpu()
   if arguments.articles is None:

@@ -199,8 +199,9 @@ class Gates:
       split = 'validation' if 'validation' in tables else other
       self._masked = examples(split)[1]
     self._own_B = np.asarray(tables[home].passages[self._row_B])
-    self._pairs, place = self._in_article(home, holding=True), 'article'
-    self._distractors = self._in_article(home, holding=False)
+    articles = exclusion.ArticlePassages(job.corpus, home)
+    self._pairs, place = self._in_article(articles, holding=True), 'article'
+    self._distractors = self._in_article(articles, holding=False)
     # Where the masked sentences have no article, retrieval tells.
     self._findable: float | None = None
     if examples_lib.sentences_of(job.corpus, config) == 'knowledge':
@@ -287,12 +288,13 @@ class Gates:
         self._warned.add(name)
         log.warning('Step %d, %s: %s', step, diagnosis, text)
 
-  def _in_article(self, split: str, holding: bool) -> list[tuple[int, int]]:
+  def _in_article(
+      self, articles: exclusion.ArticlePassages, holding: bool
+  ) -> list[tuple[int, int]]:
     """Returns sentences, and a passage of the article that holds the answer.
 
     Or, without `holding`, one that does not.
     """
-    articles = exclusion.ArticlePassages(self._corpus, split)
     queries, pairs = self._at_home, []
     for i, row in enumerate(self._row_B.tolist()):
       answer = queries.targets_BM[i][queries.mask_BM[i]]
