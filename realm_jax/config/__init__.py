@@ -159,13 +159,6 @@ class MlmConfig:
   # document. Where the article has no such passage, `own` is shown.
   views: dict[str, float] = dataclasses.field(default_factory=dict)
 
-  @property
-  def without_passages(self) -> bool:
-    """Whether it trains the baseline, a reader of the null document alone."""
-    if self.views:
-      return self.views.get('null') == 1
-    return (self.own_passage_rate, self.null_rate) == (0, 1)
-
 
 @dataclasses.dataclass
 class IctConfig:
@@ -421,6 +414,15 @@ def attention_rate(model: ModelConfig) -> float:
   """Returns the dropout rate of attention weights."""
   rate = model.attention_dropout
   return model.dropout if rate < 0 else rate
+
+
+def is_null_reader(config: Config) -> bool:
+  """Returns whether the job trains the baseline, a reader without passages."""
+  if config.objective != 'mlm':
+    return False
+  if config.mlm.views:
+    return config.mlm.views.get('null') == 1
+  return (config.mlm.own_passage_rate, config.mlm.null_rate) == (0, 1)
 
 
 def documents_are_frozen(config: Config) -> bool:

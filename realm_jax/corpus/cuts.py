@@ -37,11 +37,13 @@ def warn(what: str, lengths_N: np.ndarray, length: int, field: str) -> bool:
 def warn_of_passages(
     corpus: corpus_lib.Corpus, config: config_lib.Config
 ) -> None:
-  """Logs how many passages are longer than config.lengths.document.
+  """Logs how many passages are longer than the job of `config` reads.
 
   Raises:
     ValueError: a prefix of the retriever leaves no room for a text.
   """
+  if config_lib.is_null_reader(config):
+    return
   template = inputs.Template.of(config.model, config.lengths, corpus.tokenizer)
   lengths_N = template.lengths(corpus.passages)
   if len(corpus.removed):

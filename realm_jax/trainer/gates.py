@@ -231,7 +231,7 @@ class Gates:
     if (
         not config.gates.interval
         or 'reader' not in job.components
-        or (config.objective == 'mlm' and config.mlm.without_passages)
+        or config_lib.is_null_reader(config)
     ):
       return None
     try:

@@ -167,7 +167,7 @@ def open_job(
   _check_same_processes(config, lineage)
   if saved is not None:
     _check_same_job(workdir, config, saved, lineage, default_warmup)
-  warn_of_cuts(config, corpus)
+  cuts.warn_of_passages(corpus, config)
   if stage_class.searches:
     _warn_of_refreshes(config)
   mesh = mesh_lib.make_mesh(config.mesh, config.batch_size)
@@ -290,12 +290,6 @@ def start_or_resume(
       job.config, job.components, job.stage.searches
   )
   return jax.jit(fresh, out_shardings=shardings)(loaded), {}
-
-
-def warn_of_cuts(config: config_lib.Config, corpus: corpus_lib.Corpus) -> None:
-  """Logs how many passages are longer than the job reads."""
-  if config.objective != 'mlm' or not config.mlm.without_passages:
-    cuts.warn_of_passages(corpus, config)
 
 
 def _warn_of_refreshes(config: config_lib.Config) -> None:

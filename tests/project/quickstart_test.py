@@ -8,9 +8,9 @@ import helpers
 import pytest
 
 from realm_jax.corpus import corpus as corpus_lib
+from realm_jax.corpus import cuts
 from realm_jax.evaluation import report
 from realm_jax.trainer import examples as examples_lib
-from realm_jax.trainer import job
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -46,10 +46,10 @@ def test_the_null_reader_is_not_warned_of_passages_that_it_never_reads(
 ):
   config = quickstart.get_config('null_reader')
   corpus = corpus_lib.Corpus.open(world)
-  job.warn_of_cuts(config, corpus)
+  cuts.warn_of_passages(corpus, config)
   assert not caplog.records
   config.mlm.null_rate = 0.5
-  job.warn_of_cuts(config, corpus)
+  cuts.warn_of_passages(corpus, config)
   assert 'what is beyond is not seen' in caplog.text
 
 
