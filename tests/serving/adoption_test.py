@@ -170,3 +170,36 @@ def test_a_workdir_without_checkpoint_is_served_when_it_has_one(
     assert len(_search(service)['results']) == 5
   finally:
     service.close()
+
+
+def test_frozen_documents_keep_their_index_and_queries_are_new(
+    corpus, tmp_path
+):
+  config = served_workdir.make_config(corpus)
+  config.model.towers = 'separate'
+  config.optimizer.frozen = ('embedder.encoder', 'embedder.projection')
+  first, other = (served_workdir.make_params(config, seed) for seed in (0, 1))
+  embeddings = served_workdir.publish(tmp_path, corpus, config, 0, first)
+  served_workdir.save(tmp_path, corpus, config, 0, first, generation=0)
+  service = service_lib.Service(tmp_path, follow=True, poll_seconds=0.05)
+  try:
+    before = _search(service, k=25)
+    trained = first['embedder'] | {
+        name: values
+        for name, values in other['embedder'].items()
+        if name.startswith('query')
+    }
+    later = first | {'embedder': trained}
+    served_workdir.save(tmp_path, corpus, config, 20, later, generation=0)
+    _wait(service, lambda: service.state.identity.checkpoint == 20)
+    assert service.state.identity.generation == 0
+    after = _search(service, k=25)
+    (query_emb,) = service.state.embed([_QUERY], None)
+  finally:
+    service.close()
+  scores = {one['id']: one['score'] for one in after['results']}
+  for row, score in enumerate(embeddings @ query_emb):
+    assert scores[corpus.passage_text(row)['id']] == pytest.approx(
+        score, rel=1e-4
+    )
+  assert scores != {one['id']: one['score'] for one in before['results']}

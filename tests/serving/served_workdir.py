@@ -7,7 +7,7 @@ import numpy as np
 
 from realm_jax import config as config_lib
 from realm_jax.corpus import inputs
-from realm_jax.index import generation
+from realm_jax.index import generation as generation_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import checkpoint
 from realm_jax.runtime import files
@@ -62,14 +62,14 @@ def make_params(config, seed=0, names=COMPONENTS['realm']):
   }
 
 
-def save(workdir, corpus, config, step, params):
+def save(workdir, corpus, config, step, params, generation=None):
   """Writes config and checkpoint as `train` does."""
   files.write_json(workdir / 'config.json', config_lib.to_dict(config))
   about = {
       'config_digest': config_lib.digest(config),
       'corpus_fingerprint': corpus.fingerprint,
       'tokenizer_digest': corpus.tokenizer.digest,
-      'index_generation': None,
+      'index_generation': generation,
   }
   params = jax.tree.map(jnp.asarray, params)
   checkpoint.save_params(workdir, step, params, about)
@@ -83,7 +83,7 @@ def publish(workdir, corpus, config, step, params):
   arrays = template.documents(corpus.passages, np.arange(len(corpus.passages)))
   run = jax.jit(lambda p, *xs: component.module(p).embed_document(*xs))
   embeddings = np.asarray(run(embedder, *arrays))
-  lineage = generation.Lineage(
+  lineage = generation_lib.Lineage(
       step=step,
       params_digest=checkpoint.save_snapshot(workdir, step, embedder),
       tokenizer_digest=corpus.tokenizer.digest,
