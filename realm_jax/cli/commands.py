@@ -278,8 +278,8 @@ COMMANDS = {
         Flag('steps', str, '`latest`, `all` (every remaining snapshot and'
              ' checkpoint), or numbers, comma-separated.', 'latest'),
         Flag('limit', int, 'Maximum number of questions and of sentences.'),
-        Flag('read', int, 'Passages to read for a question; default: as in'
-             ' training.'),
+        Flag('read', int, 'Passages to read for a question or a masked'
+             ' sentence; default: as in training.'),
         Flag('run_file', str, 'Also write the retrieved passages to this file,'
              ' for trec_eval, ir-measures or pyserini.'),
         Flag('bm25', bool, 'Also measure BM25, and its hybrid with the'

@@ -88,7 +88,8 @@ def evaluate(
       tokenizer, which is searched instead of the workdir's documents.
     limit: maximum number of questions and of sentences; None: all questions,
       and 2,000 sentences.
-    read: passages to read for a question; None: as many as in training.
+    read: passages to read for a question or a masked sentence; None: as many
+      as in training.
     run_file: TREC run file to write, of the last step.
     beir: a BEIR folder. One that exists, without `questions`, is read: its
       queries are the questions, and retriever, BM25 and hybrid are measured on
@@ -369,7 +370,7 @@ def _evaluate_step(
   if 'reader' in params and 'validation' in trained.corpus.sentences:
     search = None if index is None else index.search
     result['masked'] = inspect_lib.measure(
-        trained, params, search, max_sentences
+        trained, params, search, max_sentences, read
     )
   result['seconds'] = round(time.perf_counter() - start, 3)
   return result, found

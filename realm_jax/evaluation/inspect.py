@@ -315,15 +315,18 @@ def measure(
     params: trained_lib.Params,
     search: search_lib.Search | None,
     max_sentences: int,
+    read: int | None = None,
 ) -> dict[str, Any]:
   """Measures the filling of masked `validation` sentences.
 
+  Each is read with the null document and `read` passages; None: as in training.
   Without a search, as after reader warm-up, the null document is the only
   candidate. Trivial candidates are excluded even if training allowed them, so
   that the rows of an ablation are comparable.
   """
   trivial = trained.config.trivial
-  size = trained.config.num_candidates if search is not None else 1
+  size = trained.config.num_candidates if read is None else 1 + read
+  size = size if search is not None else 1
   config = dataclasses.replace(
       trained.config,
       objective='realm',
