@@ -15,7 +15,7 @@ from realm_jax import config as config_lib
 from realm_jax.builder import status
 from realm_jax.evaluation import report
 from realm_jax.runtime import metrics as metrics_lib
-from realm_jax.trainer import gates
+from realm_jax.trainer import diagnosis as diagnosis_lib
 
 # Figures that are averaged over the last lines of the log.
 _NOISY = (
@@ -27,8 +27,6 @@ _LINES = 10
 # Least share of the probe's results that a refresh leaves the same.
 _OVERLAP = 0.5
 _MISLED = -0.1  # Utility of the candidates, in nats, from which it is no noise.
-# Fall of gates/recall_at_20 during a run from which it is no noise.
-_FALL = 0.1
 _RETRIEVER_OBJECTIVES = ('realm', 'open_qa')
 
 
@@ -132,33 +130,11 @@ def _diverged(lines: list[dict[str, Any]]) -> Iterator[Finding]:
     )
 
 
-def _falling_recall(lines: list[dict[str, Any]]) -> list[Finding]:
-  recall = [x for _, x in report.points(lines, 'gates/recall_at_20')]
-  utility = [x for _, x in report.points(lines, 'train/retrieval_utility')]
-  if not recall or recall[0] - recall[-1] <= _FALL:
-    return []
-  first = f' ({utility[0]:.3g} nats in the first line)' if utility else ''
-  return [
-      Finding(
-          'falling recall',
-          'the share of masked sentences whose own passage is among the best 20'
-          f' (gates/recall_at_20) fell from {recall[0]:.3g} to'
-          f' {recall[-1]:.3g}. The retriever unlearns what it had. If'
-          f' train/retrieval_utility begins below 0{first}, passages mislead'
-          ' the reader, and the retriever learns to avoid them: train `mlm` for'
-          ' longer, with more of `random` and `article` in config.mlm.views.'
-          ' Else lower config.optimizer.retriever_learning_rate.',
-      )
-  ]
-
-
 def _gates(
     lines: list[dict[str, Any]],
     figures: Mapping[str, float],
     config: config_lib.Config,
 ) -> Iterator[Finding]:
-  falling = _falling_recall(lines)
-  yield from falling
   values = {
       name.removeprefix('gates/'): value
       for name, value in figures.items()
@@ -166,10 +142,10 @@ def _gates(
   }
   if 'train/null_share' in figures:  # Many more sentences than a gate's.
     values['null_share'] = figures['train/null_share']
-  found = gates.problems(values, config)
+  first = diagnosis_lib.first_values(lines)
+  found = diagnosis_lib.problems(values, config, first)
   for diagnosis, text in found.values():
-    if not (falling and diagnosis == 'cold retriever'):  # It was warm.
-      yield Finding(diagnosis, text)
+    yield Finding(diagnosis, text)
   utility = figures.get('train/retrieval_utility', 0.0)
   if utility < _MISLED and 'cold reader' not in dict(found.values()):
     yield Finding(

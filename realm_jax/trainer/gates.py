@@ -1,10 +1,5 @@
-"""Conditions under which `realm` learns, measured on sentences held out.
+"""Measures what `realm` needs, on sentences held out; `diagnosis` judges it."""
 
-A retriever learns from the reader's use of its candidates. So the reader must
-use a passage that holds the answer, and some candidate must hold it.
-"""
-
-from collections.abc import Mapping
 import dataclasses
 import logging
 from typing import Any
@@ -22,6 +17,8 @@ from realm_jax.index import search as search_lib
 from realm_jax.models import components as components_lib
 from realm_jax.runtime import distributed
 from realm_jax.runtime import mesh as mesh_lib
+from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.trainer import diagnosis as diagnosis_lib
 from realm_jax.trainer import examples as examples_lib
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import refresh as refresh_lib
@@ -35,132 +32,8 @@ _DEPTH = 20  # Passages searched.
 _AROUND = 3  # Wordpieces on each side of an answer that repeat the sentence.
 
 
-@dataclasses.dataclass(frozen=True)
-class Gate:
-  """A figure that `realm` needs to be good enough.
-
-  name: of the metric `gates/NAME`.
-  diagnosis: the state of a run that misses it.
-  about: the figure in words.
-  mend: what to do.
-  bound: field of `config.gates`; empty: that of the same name.
-  at_most: whether the bound is the largest good value, not the least.
-  """
-
-  name: str
-  diagnosis: str
-  about: str
-  mend: str
-  bound: str = ''
-  at_most: bool = False
-
-  def problem(self, value: float, config: config_lib.Config) -> str | None:
-    """Returns what is wrong with a value and how to mend it; None: nothing."""
-    name = self.bound or self.name
-    bound = getattr(config.gates, name)
-    if value <= bound if self.at_most else value >= bound:
-      return None
-    side = 'above' if self.at_most else 'below'
-    return (
-        f'{self.about} (gates/{self.name}) is {value:.3g}, {side}'
-        f' config.gates.{name}={bound:g}. {self.mend}'
-    )
-
-
-_WARM_READER = (
-    'The reader hardly uses what it reads, so the retriever gets no signal from'
-    ' it. Train `mlm` for longer, with config.mlm.views.'
-)
-_WARM_RETRIEVER = (
-    'There is little to learn from such candidates. Train `ict` for longer, or'
-    ' with larger batches.'
-)
-_NO_SUBJECT = (
-    'For most sentences the null document is the right choice. Mask sentences'
-    ' of the passages themselves (config.sentences=knowledge), or search a'
-    ' corpus about the same subjects.'
-)
-GATES = (
-    Gate(
-        'reader_accuracy', 'cold reader',
-        'the share of masked spans that the reader fills in right from a'
-        ' passage with the answer', _WARM_READER,
-    ),
-    Gate(
-        'reader_utility', 'cold reader',
-        'the mean of log p(y|z,x) - log p(y|null,x) for a passage with the'
-        ' answer', _WARM_READER,
-    ),
-    Gate(
-        'recall_at_20', 'cold retriever',
-        'the share of masked sentences whose own passage is among the best 20',
-        _WARM_RETRIEVER,
-    ),
-    Gate(
-        'findable', 'nothing to find',
-        'the share of masked sentences whose answer stands in another passage'
-        ' of the article',
-        _NO_SUBJECT, bound='answer_in_candidates',
-    ),
-    Gate(
-        'answer_in_20', 'nothing to find',
-        'the share of masked sentences, of no passage, whose answer stands in'
-        ' one of the best 20',
-        _NO_SUBJECT, bound='answer_in_candidates',
-    ),
-    Gate(
-        'answer_in_candidates', 'cold retriever',
-        'the share of masked sentences of which a candidate holds the answer',
-        _WARM_RETRIEVER,
-    ),
-    Gate(
-        'null_share', 'fled to null', 'the mean of p(null|x)',
-        'No passage has an effect, and none is learned. Lower'
-        ' config.optimizer.retriever_learning_rate, raise'
-        ' config.optimizer.retriever_delay, or train `mlm` for longer.',
-        at_most=True,
-    ),
-    Gate(
-        'trivial_share', 'trivial candidates',
-        'the share of masked sentences whose text around the answer stands in a'
-        ' candidate',
-        'The reader copies, and the retriever learns to find copies. Set'
-        ' config.trivial=passage; prepare a corpus of an older version again.',
-        at_most=True,
-    ),
-)
-
-
-# A gate says nothing new if one of these is missed, too.
-_CAUSES = {
-    'answer_in_20': {'recall_at_20'},
-    'answer_in_candidates': {'findable', 'answer_in_20'},
-}
-
-
-def problems(
-    values: Mapping[str, float], config: config_lib.Config
-) -> dict[str, tuple[str, str]]:
-  """Returns the gates that are missed: diagnosis and text, by name.
-
-  Args:
-    values: of `Gates.measure`, without `gates/`; some may be missing.
-    config: of the job; has the bounds.
-  """
-  found: dict[str, tuple[str, str]] = {}
-  for gate in GATES:
-    if gate.name not in values:
-      continue
-    if _CAUSES.get(gate.name, set()) & found.keys():
-      continue
-    text = gate.problem(values[gate.name], config)
-    if text is not None:
-      found[gate.name] = gate.diagnosis, text
-  return found
-
-
 class Gates:
-  """Measures what `realm` needs, see `GATES`, without changing anything.
+  """Measures the figures of `diagnosis.GATES`, without changing anything.
 
   The sentences are of the split `validation`. Where its sentences have no
   passage, those of `knowledge` take their place for the figures that need one.
@@ -218,6 +91,8 @@ class Gates:
       )
       self._template = job.stage.template
     self._warned: set[str] = set()
+    lines = metrics_lib.read_metrics(job.workdir)  # Of a job that is resumed.
+    self._first = diagnosis_lib.first_values(lines)
     log.info(
         'Gates: %d masked sentences of the split %r. The reader is measured on'
         ' %d of them, whose answer stands in a passage of the %s.',
@@ -283,7 +158,9 @@ class Gates:
       log.info('Gates at step %d: %s.', step, figures)
     if not (self._searches or last):
       return  # A reader that is still cold is no surprise.
-    for name, (diagnosis, text) in problems(values, self._config).items():
+    found = diagnosis_lib.problems(values, self._config, self._first)
+    self._first = values | self._first
+    for name, (diagnosis, text) in found.items():
       if name not in self._warned:
         self._warned.add(name)
         log.warning('Step %d, %s: %s', step, diagnosis, text)

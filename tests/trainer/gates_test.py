@@ -14,6 +14,7 @@ from realm_jax.corpus import corpus as corpus_lib
 from realm_jax.corpus import inputs
 from realm_jax.index import search as search_lib
 from realm_jax.runtime import metrics as metrics_lib
+from realm_jax.trainer import diagnosis
 from realm_jax.trainer import gates as gates_lib
 from realm_jax.trainer import job as job_lib
 from realm_jax.trainer import loop
@@ -187,6 +188,41 @@ def test_a_missed_gate_is_warned_of_once(lives, tmp_path, caplog):
   assert 'Train `mlm` for longer' in warned[0]
 
 
+@pytest.mark.parametrize('resumed', [False, True])
+def test_falling_recall_is_warned_of(lives, tmp_path, caplog, resumed):
+  job = _job(lives, tmp_path)
+  if resumed:
+    job.workdir.mkdir(parents=True)
+    (job.workdir / 'metrics.jsonl').write_text(
+        '{"step": 10, "train/retrieval_utility": -0.5}\n'
+        '{"step": 100, "gates/recall_at_20": 1.0}\n'
+    )
+  gates, params = gates_lib.Gates(job), _params(job)
+  own_B = gates._own_B
+
+  def measure(step, share):
+    def results(k, exclude):
+      del exclude
+      rows = np.full((len(own_B), k), -1)
+      known = int(share * len(own_B))
+      rows[:known, 0] = own_B[:known]
+      return rows
+
+    width = job.config.model.embedding_width
+    refresher = _Refresher(lives, width, results)
+    return gates.measure(params, step, refresher)['gates/recall_at_20']
+
+  first, low, _ = measure(200, 0.97), measure(300, 0.5), measure(400, 0.4)
+  assert 0.9 < first < 1 and 0.4 < low <= 0.5
+  warned = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+  (text,) = [text for text in warned if 'falling recall' in text]
+  assert text.startswith('Step 300, falling recall: the share of masked')
+  before = '1' if resumed else f'{first:.3g}'
+  assert f'fell from {before} to {low:.3g}. The retriever unlearns' in text
+  assert ('below 0 (-0.5 nats in the first line), passages' in text) == resumed
+  assert not any('cold retriever' in text for text in warned)
+
+
 def test_one_cause_is_one_problem():
   config = config_lib.Config()
   good = {
@@ -194,10 +230,10 @@ def test_one_cause_is_one_problem():
       'findable': 0.6, 'answer_in_20': 0.4, 'answer_in_candidates': 0.3,
       'null_share': 0.9, 'trivial_share': 0.05, 'step': 100,
   }
-  assert gates_lib.problems(good, config) == {}
+  assert diagnosis.problems(good, config) == {}
 
   def names(**values):
-    return [*gates_lib.problems({**good, **values}, config)]
+    return [*diagnosis.problems({**good, **values}, config)]
 
   assert names(reader_utility=0.9) == ['reader_utility']
   assert names(null_share=0.91) == ['null_share']
