@@ -152,8 +152,8 @@ def _gates(
         'cold reader',
         'the mean of log p(y|z,x) - log p(y|null,x) for the candidates'
         f' (train/retrieval_utility) is {utility:.3g}, below {_MISLED}.'
-        ' Passages mislead the reader, so the retriever learns to avoid them.'
-        ' Train `mlm` with more of `article` and `random` in config.mlm.views.',
+        ' Passages mislead the reader, so the retriever learns to avoid them:'
+        f' {diagnosis_lib.misled_reader(config)}',
     )
   allows = config.objective == 'realm' and config.trivial == 'none'
   if allows and 'trivial_share' not in found:

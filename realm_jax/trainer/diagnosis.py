@@ -147,7 +147,7 @@ def problems(
       measurement; None: `values` are the first.
   """
   found: dict[str, tuple[str, str]] = {}
-  falling = _falling_recall(values, first or {})
+  falling = _falling_recall(values, first or {}, config)
   if falling is not None:
     found['falling_recall'] = 'falling recall', falling
   for gate in GATES:
@@ -164,7 +164,9 @@ def problems(
 
 
 def _falling_recall(
-    values: Mapping[str, float], first: Mapping[str, float]
+    values: Mapping[str, float],
+    first: Mapping[str, float],
+    config: config_lib.Config,
 ) -> str | None:
   if 'recall_at_20' not in values.keys() & first.keys():
     return None
@@ -178,7 +180,14 @@ def _falling_recall(
       f' (gates/recall_at_20) fell from {before:.3g} to {now:.3g}. The'
       ' retriever unlearns what it had. If train/retrieval_utility begins'
       f' below 0{nats}, passages mislead the reader, and the retriever learns'
-      ' to avoid them: train `mlm` for longer, with more of `random` and'
-      ' `article` in config.mlm.views. Else lower'
+      f' to avoid them: {misled_reader(config)} Else lower'
       ' config.optimizer.retriever_learning_rate.'
   )
+
+
+def misled_reader(config: config_lib.Config) -> str:
+  """Returns what to do for a reader that passages mislead."""
+  mend = 'train `mlm` with more of `article` and `random` in config.mlm.views'
+  if 'reader' in config.optimizer.frozen:
+    mend += ', or take `reader` out of config.optimizer.frozen'
+  return mend + '.'

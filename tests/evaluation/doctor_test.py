@@ -77,8 +77,13 @@ def test_a_good_run_is_healthy(tmp_path):
          '(gates/reader_utility) is 0.3, below config.gates.reader_utility=1.'),
         ({'train__retrieval_utility': [1.0] * 10 + [-0.8] * 10}, 'cold reader',
          '(train/retrieval_utility) is -0.8, below -0.1. Passages mislead the'
-         ' reader, so the retriever learns to avoid them. Train `mlm` with more'
-         ' of `article` and `random`'),
+         ' reader, so the retriever learns to avoid them: train `mlm` with more'
+         ' of `article` and `random` in config.mlm.views.'),
+        ({'train__retrieval_utility': -0.8,
+          'optimizer': config_lib.OptimizerConfig(frozen=('reader',))},
+         'cold reader',
+         'in config.mlm.views, or take `reader` out of config.optimizer.frozen.'
+         ),
         ({'gates__recall_at_20': 0.021}, 'cold retriever',
          '(gates/recall_at_20) is 0.021, below config.gates.recall_at_20=0.3.'
          ' There is little to learn from such candidates. Train `ict`'),
