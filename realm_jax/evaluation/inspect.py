@@ -325,8 +325,9 @@ def measure(
   that the rows of an ablation are comparable.
   """
   trivial = trained.config.trivial
-  size = trained.config.num_candidates if read is None else 1 + read
-  size = size if search is not None else 1
+  size = 1
+  if search is not None:
+    size = trained.config.num_candidates if read is None else 1 + read
   config = dataclasses.replace(
       trained.config,
       objective='realm',
