@@ -91,7 +91,8 @@ class Gates:
       )
       self._template = job.stage.template
     self._warned: set[str] = set()
-    lines = metrics_lib.read_metrics(job.workdir)  # Of a job that is resumed.
+    # A resumed job compares with its first measurement, not with this start.
+    lines = metrics_lib.read_metrics(job.workdir)
     self._first = diagnosis_lib.first_values(lines)
     log.info(
         'Gates: %d masked sentences of the split %r. The reader is measured on'
